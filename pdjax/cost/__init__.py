@@ -1,0 +1,6 @@
+"""How long it would take."""
+
+from pdjax.cost.cost_model import CostModel
+from pdjax.cost.roofline import Roofline
+
+__all__ = ['CostModel', 'Roofline']

@@ -1,0 +1,63 @@
+"""A pass takes as long as its FLOPs or its bytes, whichever is longer, and a fixed overhead."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from pdjax.types.cluster import WorkerSpec
+from pdjax.types.hardware import ChipSpec, LinkSpec
+from pdjax.types.model import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """The roofline model (Williams et al. 2009) of a transformer's passes.
+
+  Attributes:
+    chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
+      worker is not modelled.
+    link: What lies between two workers; transfers between two workers use `min(tp)` such links side by side.
+    dtype_bytes: Bytes of a weight and of a cached element.
+    shared_host: The devices are virtual ones of one CPU: more of them are not faster.
+  """
+
+  chip: ChipSpec = dataclasses.field(default_factory=ChipSpec.generic_cpu)
+  link: LinkSpec = LinkSpec()
+  dtype_bytes: int = 4
+  shared_host: bool = False
+
+  @property
+  def calibrated(self) -> bool:
+    """Whether its constants were measured on the machine at hand."""
+    return self.chip.calibrated
+
+  def step_seconds(
+    self,
+    model: ModelSpec,
+    worker: WorkerSpec,
+    chunks: Sequence[tuple[int, int]],
+    contexts: Sequence[int],
+    steps: int,
+  ) -> float:
+    """Seconds of one pass; see `CostModel`."""
+    devices = 1 if self.shared_host else worker.tp
+    flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
+    bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
+    kv_bytes = model.kv_bytes_per_token(self.dtype_bytes)
+    # The input embedding is read a row a token, not whole.
+    weights = model.weight_bytes(self.dtype_bytes)
+    if not model.tied_embeddings:
+      weights -= model.vocab_size * model.embed_dim * self.dtype_bytes
+    seconds = 0.0
+    for step in range(steps):
+      tokens = sum(new for _, new in chunks) + len(contexts)
+      flops = tokens * model.token_flops() + (len(chunks) + len(contexts)) * model.unembed_flops()
+      flops += sum(model.attention_flops(new, cached) for cached, new in chunks)
+      flops += sum(model.attention_flops(1, context + step) for context in contexts)
+      read = weights + kv_bytes * (sum(a + b for a, b in chunks) + sum(contexts) + step * len(contexts))
+      seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
+    return seconds
+
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: int) -> float:
+    """Seconds to move the KV of so many tokens; see `CostModel`."""
+    links = 1 if self.shared_host else min(source.tp, target.tp)
+    return self.link.latency_s + tokens * model.kv_bytes_per_token(self.dtype_bytes) / (self.link.bytes_per_s * links)

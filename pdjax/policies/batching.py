@@ -1,0 +1,76 @@
+"""Filling one pass of each worker with prompt chunks, in an order of one's choice: what both policies share."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pdjax.policies.placement import Placement
+from pdjax.serving.messages import Chunk
+from pdjax.serving.state import ClusterState, RequestState, Room, WorkerState
+
+
+class ChunkBatches:
+  """The chunks of the next pass of each worker, within its limits and a token budget."""
+
+  def __init__(self, workers: Sequence[WorkerState], budgets: dict[str, int]):
+    self.chunks: dict[str, list[Chunk]] = {worker.name: [] for worker in workers}
+    self._workers = workers
+    self._budgets = {worker.name: min(budgets[worker.name], worker.spec.max_step_tokens) for worker in workers}
+
+  def open(self) -> list[WorkerState]:
+    """Workers whose pass can take another chunk."""
+    return [
+      worker
+      for worker in self._workers
+      if self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
+    ]
+
+  def add(self, entry: RequestState, worker: WorkerState, send_to: str | None) -> None:
+    """Add as much of a prompt as the budget allows."""
+    length = min(entry.prompt_left, self._budgets[worker.name])
+    self._budgets[worker.name] -= length
+    self.chunks[worker.name].append(Chunk(entry.request.id, entry.started, length, send_to))
+
+
+def fill_prefills(
+  state: ClusterState,
+  room: Room,
+  workers: Sequence[WorkerState],
+  budgets: dict[str, int],
+  waiting: Iterable[RequestState],
+  placement: Placement,
+  target_of: Callable[[RequestState, WorkerState], str | None],
+) -> dict[str, list[Chunk]]:
+  """Chunks for one pass of each worker: prompts begun there first, then waiting ones in the order given.
+
+  Stops at the first waiting request that fits no worker, so that a long prompt is not overtaken for ever.
+
+  Args:
+    state: The cluster.
+    room: What is free; what is taken here is counted there.
+    workers: Those that may take a pass now.
+    budgets: Most prompt tokens of the pass, by worker.
+    waiting: Requests not begun, in the order to serve them.
+    placement: Chooses among workers that can take a request.
+    target_of: Where a request's KV is to travel from that worker: a name, or None to stay.
+
+  Returns:
+    The chunks by worker; an empty list where there is nothing to do.
+  """
+  batches = ChunkBatches(workers, budgets)
+  for worker in workers:
+    for entry in worker.prefilling.values():
+      if worker not in batches.open():
+        break
+      batches.add(entry, worker, entry.target if entry.target != worker.name else None)
+  for entry in waiting:
+    request = entry.request.id
+    able = [worker for worker in batches.open() if room.fits(request, worker.name, decodes=worker.role.decodes)]
+    if not able:
+      break
+    worker = placement.choose(able, room)
+    send_to = target_of(entry, worker)
+    room.take(request, worker.name, decodes=worker.role.decodes and send_to is None)
+    if send_to is not None:
+      room.take(request, send_to, decodes=True)
+    batches.add(entry, worker, send_to)
+    room.take_tokens(worker.name, entry.request.prompt_len)
+  return batches.chunks

@@ -1,0 +1,46 @@
+"""The baseline: every worker prefills and decodes, prompt chunks fused with decodes under a token budget."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from pdjax.policies.batching import fill_prefills
+from pdjax.policies.placement import FewestQueuedTokens, Placement
+from pdjax.serving.messages import ALL, Action, Step
+from pdjax.serving.state import ClusterState, RequestState
+
+
+@dataclasses.dataclass(frozen=True)
+class Colocated:
+  """Decodes first, then as many prompt tokens as the budget leaves, in one pass (Sarathi-Serve, Agrawal et al. 2024).
+
+  Nothing moves between workers. A pass without prompt tokens runs several decode steps on the device.
+
+  Attributes:
+    token_budget: Most tokens of one pass, a decoding sequence counted as one.
+    decode_steps: Decode steps fused on the device where no prompt has work.
+    placement: Chooses the worker of a new request.
+  """
+
+  token_budget: int = 256
+  decode_steps: int = 4
+  placement: Placement = FewestQueuedTokens()
+
+  def decide(self, state: ClusterState) -> list[Action]:
+    room = state.room()
+    workers = [worker for worker in state.prefill_workers if room.orders(worker.name) > 0]
+    if not workers:
+      return []
+    decodes = {worker.name: len(worker.decodable()) for worker in workers}
+    budgets = {name: max(self.token_budget - count, 0) for name, count in decodes.items()}
+    waiting = self.order(state.waiting.values())
+    batches = fill_prefills(state, room, workers, budgets, waiting, self.placement, lambda entry, worker: None)
+    actions: list[Action] = []
+    for name, chunks in batches.items():
+      if chunks or decodes[name]:
+        steps = 1 if chunks else self.decode_steps
+        actions.append(Step(name, tuple(chunks), ALL if decodes[name] else (), steps))
+    return actions
+
+  def order(self, waiting: Iterable[RequestState]) -> Iterable[RequestState]:
+    """The waiting prompts in the order to serve them."""
+    return waiting

@@ -1,0 +1,10 @@
+"""The loop and its bookkeeping."""
+
+from pdjax.serving.loop import Arrivals, Backend, Policy, serve
+from pdjax.serving.messages import ALL, Action, Cancel, Chunk, Event, Order, Reject, Step, Transfer
+from pdjax.serving.state import ClusterState, Phase, PolicyError, RequestState, Room, StuckError, WorkerState
+
+__all__ = [
+  'ALL', 'Action', 'Arrivals', 'Backend', 'Cancel', 'Chunk', 'ClusterState', 'Event', 'Order', 'Phase', 'Policy',
+  'PolicyError', 'Reject', 'RequestState', 'Room', 'Step', 'StuckError', 'Transfer', 'WorkerState', 'serve',
+]  # fmt: skip

@@ -1,0 +1,240 @@
+"""Everything the loop says: actions a policy answers with, orders a backend carries out, events that come back."""
+
+import dataclasses
+import enum
+
+from pdjax.types.request import FinishReason, Request
+
+
+class All(enum.Enum):
+  """Stands for every sequence that can decode on the worker."""
+
+  ALL = 'all'
+
+
+ALL = All.ALL
+
+# ---------------------------------------------------------------------------- actions: what a policy wants
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+  """Prompt tokens `start` to `start + length` of a request.
+
+  With `send_to`, the pages that the chunk completes travel to that worker as soon as they are computed.
+  """
+
+  request: str
+  start: int
+  length: int
+  send_to: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+  """One pass of a worker over some prompt chunks, some decoding sequences, or both.
+
+  `steps` decode steps run on the device between two decisions; with chunks there is just one.
+  """
+
+  worker: str
+  chunks: tuple[Chunk, ...] = ()
+  decodes: tuple[str, ...] | All = ()
+  steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transfer:
+  """Move the KV of a finished prompt to another worker, where it will decode."""
+
+  request: str
+  target: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel:
+  """End a request; what it holds is released."""
+
+  request: str
+  reason: str = 'cancelled'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reject:
+  """Refuse a request that has not started."""
+
+  request: str
+  reason: str
+
+
+Action = Step | Transfer | Cancel | Reject
+
+# ---------------------------------------------------------------------------- orders: actions with every number filled in
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkOrder:
+  """A chunk with the pages of its sequence on the worker, `pages[i]` holding tokens `i·page_size` and up.
+
+  `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
+  """
+
+  request: Request
+  start: int
+  length: int
+  pages: tuple[int, ...]
+  slot: int | None = None
+
+  @property
+  def is_last(self) -> bool:
+    """Whether the chunk ends its prompt, so that the first token comes of it."""
+    return self.start + self.length == self.request.prompt_len
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+  """A sequence that arrives in a slot: its pages here and the tokens generated so far."""
+
+  request: Request
+  pages: tuple[int, ...]
+  tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeOrder:
+  """A decoding sequence: its slot, the most tokens it has cached when the pass begins, and what is new in the slot."""
+
+  request: str
+  slot: int
+  context: int
+  admission: Admission | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOrder:
+  """`Step`, ready to run."""
+
+  id: int
+  worker: str
+  chunks: tuple[ChunkOrder, ...] = ()
+  decodes: tuple[DecodeOrder, ...] = ()
+  steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferOrder:
+  """Copy `source_pages[i]` of one worker to `target_pages[i]` of another; begins once order `after` has ended."""
+
+  id: int
+  request: str
+  source: str
+  target: str
+  source_pages: tuple[int, ...]
+  target_pages: tuple[int, ...]
+  after: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndOrder:
+  """End a request without running it further: cancelled or rejected."""
+
+  id: int
+  request: str
+  finish_reason: FinishReason
+  reason: str
+
+
+Order = StepOrder | TransferOrder | EndOrder
+
+# ---------------------------------------------------------------------------- events: what happened
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+  """The loop read the clock; all that follows up to the next turn was decided at this time."""
+
+  now_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrived:
+  """A request came in; `request.arrival_s` says when."""
+
+  request: Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Withdrawn:
+  """The user no longer wants a request."""
+
+  request: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+  """An order was handed to the backend."""
+
+  now_s: float
+  order: Order
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+  """What one pass brought one request."""
+
+  request: str
+  tokens: tuple[int, ...]
+  finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+  """An order ended well.
+
+  Attributes:
+    order: Its id.
+    began_s: When the worker or link turned to it: after it was handed over and after all that stood before it.
+    ended_s: When its outcome was on the host.
+    results: A step's tokens, for each request that got any.
+    wasted_tokens: Tokens computed past a request's end and thrown away.
+    wire_bytes: Bytes that a transfer put onto target devices.
+  """
+
+  order: int
+  began_s: float
+  ended_s: float
+  results: tuple[Result, ...] = ()
+  wasted_tokens: int = 0
+  wire_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failed:
+  """An order did not end well; every request in it ends with the error."""
+
+  order: int
+  ended_s: float
+  error: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerLost:
+  """A worker's pages are gone; it comes back empty, and every request that had pages there ends with the error."""
+
+  worker: str
+  ended_s: float
+  error: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+  """A request ended, for whatever reason; `tokens` are all it got."""
+
+  now_s: float
+  request: str
+  finish_reason: FinishReason
+  tokens: tuple[int, ...]
+  error: str | None = None
+
+
+Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | Finished

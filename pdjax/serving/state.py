@@ -1,0 +1,643 @@
+"""ClusterState: each request's phase and each worker's room, advanced by events and by the orders that start."""
+
+import dataclasses
+import enum
+from collections import deque
+from collections.abc import Sequence
+
+from pdjax.serving.messages import (
+  Action,
+  Admission,
+  All,
+  Arrived,
+  Cancel,
+  Chunk,
+  ChunkOrder,
+  DecodeOrder,
+  Done,
+  EndOrder,
+  Event,
+  Failed,
+  Finished,
+  Order,
+  Reject,
+  Step,
+  StepOrder,
+  Transfer,
+  TransferOrder,
+  Withdrawn,
+  WorkerLost,
+)
+from pdjax.serving.page_allocator import PageAllocator
+from pdjax.types.cluster import WorkerSpec
+from pdjax.types.model import ModelSpec
+from pdjax.types.request import MAX_STOP_TOKENS, FinishReason, Request
+
+MAX_ORDERS = 2  # passes in flight on one worker: one that runs, one that is ready
+
+
+class PolicyError(RuntimeError):
+  """A policy asked for what the cluster cannot do; the message names the action and what is short."""
+
+
+class StuckError(RuntimeError):
+  """Requests wait for what can never come."""
+
+
+class Phase(enum.Enum):
+  """Where a request stands."""
+
+  WAITING = 'waiting'  # nothing started
+  PREFILLING = 'prefilling'  # some chunk started, more to come or to end
+  PREFILLED = 'prefilled'  # first token delivered, its KV on a worker where it will not decode
+  MOVING = 'moving'  # its KV on the way, the prompt all computed
+  DECODING = 'decoding'  # in a slot
+  ENDING = 'ending'  # cancelled or rejected, to be confirmed
+  FINISHED = 'finished'
+
+
+@dataclasses.dataclass(slots=True)
+class RequestState:
+  """What the cluster knows of one request. Read it in a policy, change it only in `ClusterState`.
+
+  Attributes:
+    request: The request.
+    limit: Most tokens it may generate: its own `max_tokens`, or what is left of the model's context.
+    phase: Where it stands.
+    worker: Where it is prefilled.
+    target: Where it decodes; the same as `worker` when nothing moves.
+    started: Prompt tokens handed to the worker.
+    tokens: Tokens generated and delivered.
+    steps_in_flight: Most tokens that orders under way can bring it.
+    transfers: Transfers of its pages under way.
+    pages: Pages it holds, by worker.
+    slot: Its slot on `target`.
+  """
+
+  request: Request
+  limit: int
+  phase: Phase = Phase.WAITING
+  worker: str | None = None
+  target: str | None = None
+  started: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  steps_in_flight: int = 0
+  transfers: int = 0
+  pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  slot: int | None = None
+  pages_sent: int = 0
+  admitted: bool = False
+
+  @property
+  def prompt_left(self) -> int:
+    """Prompt tokens that no pass was given yet."""
+    return self.request.prompt_len - self.started
+
+  @property
+  def tokens_left(self) -> int:
+    """Tokens that may still be asked for, those under way not counted."""
+    return self.limit - len(self.tokens) - self.steps_in_flight
+
+
+class WorkerState:
+  """What the cluster knows of one worker.
+
+  Attributes:
+    allocator: Its pages.
+    free_slots: Places free among the sequences that decode at once.
+    orders: Passes in flight, oldest first.
+    prefilling: Prompts begun here with tokens left to hand over, in order.
+    decoding: Sequences in its slots.
+    queued_tokens: Prompt tokens of requests begun here that are not computed yet.
+  """
+
+  def __init__(self, spec: WorkerSpec, num_pages: int):
+    self.spec = spec
+    self.name = spec.name
+    self.role = spec.role
+    self.allocator = PageAllocator(num_pages)
+    self.free_slots = deque(range(spec.max_sequences))
+    self.orders: deque[StepOrder] = deque()
+    self.prefilling: dict[str, RequestState] = {}
+    self.decoding: dict[str, RequestState] = {}
+    self.queued_tokens = 0
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in all, free or not."""
+    return self.allocator.num_pages
+
+  def decodable(self) -> list[str]:
+    """Sequences that another decode step can bring a token."""
+    return [name for name, entry in self.decoding.items() if entry.tokens_left > 0]
+
+
+class Room:
+  """A scratch view of what is free, so that one part of a decision cannot promise what another took."""
+
+  def __init__(self, state: 'ClusterState'):
+    self._state = state
+    self._pages: dict[str, int] = {}
+    self._slots: dict[str, int] = {}
+    self._tokens: dict[str, int] = {}
+
+  def pages(self, worker: str) -> int:
+    """Free pages."""
+    return self._state.workers[worker].allocator.num_free - self._pages.get(worker, 0)
+
+  def slots(self, worker: str) -> int:
+    """Free places among the sequences that decode at once."""
+    return len(self._state.workers[worker].free_slots) - self._slots.get(worker, 0)
+
+  def orders(self, worker: str) -> int:
+    """Passes that may still be handed over."""
+    return MAX_ORDERS - len(self._state.workers[worker].orders)
+
+  def queued_tokens(self, worker: str) -> int:
+    """Prompt tokens the worker was given and has not finished."""
+    return self._state.workers[worker].queued_tokens + self._tokens.get(worker, 0)
+
+  def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
+    """Whether the worker has pages (and a slot, if it decodes there) for the request now."""
+    needed = self._state.pages_needed(request, decodes=decodes)
+    return needed <= self.pages(worker) and (not decodes or self.slots(worker) > 0)
+
+  def take(self, request: str, worker: str, *, decodes: bool) -> None:
+    """Count the request's pages, and its slot if it decodes there, as taken."""
+    self._pages[worker] = self._pages.get(worker, 0) + self._state.pages_needed(request, decodes=decodes)
+    if decodes:
+      self._slots[worker] = self._slots.get(worker, 0) + 1
+
+  def take_tokens(self, worker: str, tokens: int) -> None:
+    """Count prompt tokens as given to the worker."""
+    self._tokens[worker] = self._tokens.get(worker, 0) + tokens
+
+
+class ClusterState:
+  """Everything a policy may look at.
+
+  Attributes:
+    model: The model served.
+    page_size: Tokens per page.
+    workers: Each worker by name, in the order of the config.
+    requests: Each unfinished request by id.
+    waiting: Those that nothing was started of, in order of arrival.
+    prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
+  """
+
+  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int):
+    """Start with every page free.
+
+    Raises:
+      ValueError: if a worker's pages are still 'auto', names repeat, or a phase has no worker.
+    """
+    self.model = model
+    self.page_size = page_size
+    self.workers: dict[str, WorkerState] = {}
+    for spec in workers:
+      if spec.name in self.workers:
+        raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
+      if not isinstance(spec.num_pages, int):
+        raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
+      self.workers[spec.name] = WorkerState(spec, spec.num_pages)
+    self.prefill_workers = [worker for worker in self.workers.values() if worker.role.prefills]
+    self.decode_workers = [worker for worker in self.workers.values() if worker.role.decodes]
+    if not self.prefill_workers or not self.decode_workers:
+      missing = 'prefills' if not self.prefill_workers else 'decodes'
+      raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
+    self.requests: dict[str, RequestState] = {}
+    self.waiting: dict[str, RequestState] = {}
+    self.prefilled: dict[str, RequestState] = {}
+    self._in_flight: dict[int, Order] = {}
+    self._unfit: list[Reject] = []
+    self._withdrawn: dict[str, Cancel] = {}
+    self._finished: list[Finished] = []
+    self._next_order = 0
+
+  # -------------------------------------------------------------------------- what policies ask
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether any request or order is left."""
+    return bool(self.requests or self._in_flight)
+
+  def room(self) -> Room:
+    """A fresh scratch view of what is free."""
+    return Room(self)
+
+  def pages_needed(self, request: str, *, decodes: bool) -> int:
+    """Pages for the prompt, and with `decodes` for all the tokens it may generate but the last."""
+    entry = self.requests[request]
+    tokens = entry.request.prompt_len + (entry.limit - 1 if decodes else 0)
+    return -(-tokens // self.page_size)
+
+  def must(self) -> list[Action]:
+    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn."""
+    actions: list[Action] = [*self._unfit, *self._withdrawn.values()]
+    self._unfit, self._withdrawn = [], {}
+    return actions
+
+  def take_finished(self) -> tuple[Finished, ...]:
+    """The requests that ended since the last call."""
+    finished, self._finished = tuple(self._finished), []
+    return finished
+
+  def check_progress(self) -> None:
+    """Raise if requests are left although nothing is under way, so that nothing can ever change.
+
+    Raises:
+      StuckError: naming the requests and the pages they need.
+    """
+    if self._in_flight or not self.requests:
+      return
+    waits = ', '.join(
+      f'{name} ({entry.phase.value}, {self.pages_needed(name, decodes=True)} pages)'
+      for name, entry in list(self.requests.items())[:8]
+    )
+    free = ', '.join(f'{worker.name} {worker.allocator.num_free}/{worker.num_pages}' for worker in self.workers.values())
+    raise StuckError(
+      f'{len(self.requests)} requests wait and no order is under way, so nothing can change: {waits}. '
+      f'Free pages: {free}. The policy must start, move, reject or cancel them.'
+    )
+
+  # -------------------------------------------------------------------------- events
+
+  def apply(self, event: Event, now_s: float) -> None:
+    """Take note of what happened."""
+    match event:
+      case Arrived(request):
+        self._arrive(request, now_s)
+      case Done():
+        self._done(event, now_s)
+      case Failed(order, _, error):
+        self._fail(order, error, now_s)
+      case WorkerLost(worker, _, error):
+        self._lose(worker, error, now_s)
+      case Withdrawn(request):
+        entry = self.requests.get(request)
+        if entry is not None and entry.phase is not Phase.ENDING:
+          self._unschedule(entry)
+          self._withdrawn[request] = Cancel(request)
+
+  def _arrive(self, request: Request, now_s: float) -> None:
+    limit = min(request.sampling.max_tokens, self.model.context_len - request.prompt_len + 1)
+    if request.id in self.requests:
+      raise ValueError(f'request {request.id!r} is being served already; ids must be unique.')
+    entry = self.requests[request.id] = RequestState(request, max(limit, 1))
+    problem = self._unfit_for(entry)
+    if problem:
+      self._unfit.append(Reject(request.id, problem))
+    else:
+      self.waiting[request.id] = entry
+
+  def _unfit_for(self, entry: RequestState) -> str | None:
+    """Why the request can never be served here, or None."""
+    request, model = entry.request, self.model
+    if request.prompt_len > model.context_len:
+      return (
+        f'the prompt has {request.prompt_len} tokens, but the context of {model.name} is {model.context_len}; '
+        'shorten the prompt.'
+      )
+    stops = len({*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else model.eos_token_ids)})
+    if stops > MAX_STOP_TOKENS:
+      return f'{stops} stop tokens asked for, the model\'s own included, but at most {MAX_STOP_TOKENS} are kept; name fewer.'
+    bad = first_outside(request.prompt, model.vocab_size)
+    if bad is not None:
+      return f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
+    for workers, decodes in ((self.prefill_workers, False), (self.decode_workers, True)):
+      needed = self.pages_needed(request.id, decodes=decodes)
+      largest = max(workers, key=lambda worker: worker.num_pages)
+      if needed > largest.num_pages:
+        return (
+          f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones need {needed} pages of '
+          f'{self.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, {largest.name!r}, '
+          f'has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower max_tokens.'
+        )
+    return None
+
+  def _done(self, event: Done, now_s: float) -> None:
+    order = self._in_flight.pop(event.order, None)
+    match order:
+      case StepOrder():
+        self._step_ended(order)
+        for result in event.results:
+          self._got(result.request, result.tokens, result.finish_reason, now_s)
+      case TransferOrder():
+        self._transfer_ended(order)
+        entry = self.requests.get(order.request)
+        if entry is not None:
+          self._settle(entry)
+      case EndOrder():
+        if entry := self.requests.get(order.request):
+          self._finish(entry, order.finish_reason, now_s, order.reason if order.finish_reason == 'rejected' else None)
+
+  def _step_ended(self, order: StepOrder) -> None:
+    worker = self.workers[order.worker]
+    first = worker.orders.popleft()
+    assert first.id == order.id, f'order {order.id} of {worker.name!r} ended before order {first.id}'
+    for chunk in order.chunks:
+      worker.queued_tokens -= chunk.length
+      if chunk.is_last and (entry := self.requests.get(chunk.request.id)):
+        entry.steps_in_flight -= 1
+    for decode in order.decodes:
+      if entry := self.requests.get(decode.request):
+        entry.steps_in_flight -= order.steps
+
+  def _transfer_ended(self, order: TransferOrder) -> None:
+    self.workers[order.source].allocator.drop(order.source_pages)
+    self.workers[order.target].allocator.drop(order.target_pages)
+    if entry := self.requests.get(order.request):
+      entry.transfers -= 1
+
+  def _got(self, request: str, tokens: Sequence[int], reason: FinishReason | None, now_s: float) -> None:
+    entry = self.requests.get(request)
+    if entry is None or entry.phase is Phase.ENDING:
+      return
+    entry.tokens.extend(tokens)
+    if reason is not None:
+      self._finish(entry, reason, now_s)
+    else:
+      self._settle(entry)
+
+  def _settle(self, entry: RequestState) -> None:
+    """Put a request whose prompt is computed where it belongs now."""
+    if not entry.tokens or entry.phase in (Phase.DECODING, Phase.ENDING):
+      return
+    name = entry.request.id
+    if entry.target is None:
+      entry.phase = Phase.PREFILLED
+      self.prefilled[name] = entry
+    elif entry.transfers:
+      entry.phase = Phase.MOVING
+    else:
+      assert entry.worker is not None
+      entry.phase = Phase.DECODING
+      self.workers[entry.target].decoding[name] = entry
+      self.workers[entry.worker].allocator.drop(entry.pages.pop(entry.worker))
+
+  def _finish(self, entry: RequestState, reason: FinishReason, now_s: float, error: str | None = None) -> None:
+    name = entry.request.id
+    self._unschedule(entry)
+    for place, pages in entry.pages.items():
+      self.workers[place].allocator.drop(pages)
+    if entry.slot is not None:
+      assert entry.target is not None
+      self.workers[entry.target].free_slots.append(entry.slot)
+    entry.pages, entry.slot, entry.phase = {}, None, Phase.FINISHED
+    del self.requests[name]
+    self._finished.append(Finished(now_s, name, reason, tuple(entry.tokens), error))
+
+  def _unschedule(self, entry: RequestState) -> None:
+    """Take a request out of every queue a policy looks at."""
+    name = entry.request.id
+    self.waiting.pop(name, None)
+    self.prefilled.pop(name, None)
+    if entry.worker is not None and self.workers[entry.worker].prefilling.pop(name, None):
+      self.workers[entry.worker].queued_tokens -= entry.prompt_left
+    if entry.target is not None:
+      self.workers[entry.target].decoding.pop(name, None)
+
+  def _fail(self, order_id: int, error: str, now_s: float) -> None:
+    order = self._in_flight.pop(order_id, None)
+    match order:
+      case StepOrder():
+        self._step_ended(order)
+        names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
+      case TransferOrder():
+        self._transfer_ended(order)
+        names = [order.request]
+      case _:
+        return
+    for name in names:
+      if entry := self.requests.get(name):
+        self._finish(entry, 'error', now_s, error)
+
+  def _lose(self, worker: str, error: str, now_s: float) -> None:
+    for order in list(self._in_flight.values()):
+      if isinstance(order, StepOrder) and order.worker == worker:
+        self._fail(order.id, error, now_s)
+      elif isinstance(order, TransferOrder) and worker in (order.source, order.target):
+        self._fail(order.id, error, now_s)
+    for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
+      self._finish(entry, 'error', now_s, error)
+
+  # -------------------------------------------------------------------------- actions
+
+  def start(self, action: Action) -> tuple[Order, ...]:
+    """Reserve what an action needs and turn it into orders with every number filled in.
+
+    Raises:
+      PolicyError: if the cluster cannot do it; nothing is reserved then.
+    """
+    match action:
+      case Step():
+        orders = self._start_step(action)
+      case Transfer():
+        orders = (self._start_transfer(action),)
+      case Cancel():
+        orders = (self._start_end(action, 'cancelled'),)
+      case Reject():
+        orders = (self._start_end(action, 'rejected'),)
+      case _:
+        raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel or Reject.')
+    for order in orders:
+      self._in_flight[order.id] = order
+    return orders
+
+  def _order_id(self) -> int:
+    self._next_order += 1
+    return self._next_order - 1
+
+  def _find(self, action: Action, request: str) -> RequestState:
+    entry = self.requests.get(request)
+    if entry is None:
+      raise PolicyError(f'{action!r}: request {request!r} is unknown or finished.')
+    return entry
+
+  def _find_worker(self, action: Action, name: str) -> WorkerState:
+    worker = self.workers.get(name)
+    if worker is None:
+      raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(self.workers)}.')
+    return worker
+
+  def _start_end(self, action: Cancel | Reject, reason: FinishReason) -> EndOrder:
+    entry = self._find(action, action.request)
+    if entry.phase is Phase.ENDING:
+      raise PolicyError(f'{action!r}: the request is being ended already.')
+    if isinstance(action, Reject) and entry.phase is not Phase.WAITING:
+      raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a waiting one can be rejected, cancel it.')
+    self._unschedule(entry)
+    entry.phase = Phase.ENDING
+    return EndOrder(self._order_id(), action.request, reason, action.reason)
+
+  def _start_step(self, step: Step) -> tuple[Order, ...]:
+    worker = self._find_worker(step, step.worker)
+    decodes = self._check_step(step, worker)
+    for chunk in step.chunks:
+      self._check_chunk(step, chunk, worker)
+    self._check_room(step, worker)
+    step_id = self._order_id()
+    chunk_orders = []
+    transfers = []
+    for chunk in step.chunks:
+      chunk_orders.append(self._start_chunk(chunk, worker))
+      transfer = self._send_chunk(chunk, worker, step_id)
+      if transfer is not None:
+        transfers.append(transfer)
+    steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
+    order = StepOrder(step_id, worker.name, tuple(chunk_orders), self._start_decodes(decodes, steps), steps)
+    worker.orders.append(order)
+    return order, *transfers
+
+  def _check_step(self, step: Step, worker: WorkerState) -> list[RequestState]:
+    """The sequences a step decodes; raise for what is wrong with the step as a whole."""
+    if len(worker.orders) >= MAX_ORDERS:
+      raise PolicyError(f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.')
+    if step.steps < 1 or (step.chunks and step.steps != 1):
+      raise PolicyError(f'{step!r}: steps={step.steps}, expected at least 1, and just 1 beside chunks.')
+    if isinstance(step.decodes, All):
+      decodes = [worker.decoding[name] for name in worker.decodable()]
+    else:
+      decodes = [self._find(step, name) for name in step.decodes]
+      for name, entry in zip(step.decodes, decodes, strict=True):
+        if name not in worker.decoding or entry.tokens_left < 1:
+          raise PolicyError(f'{step!r}: request {name!r} has nothing to decode on worker {worker.name!r}.')
+    if not step.chunks and not decodes:
+      raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
+    if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(map(id, decodes))):
+      raise PolicyError(f'{step!r}: a request stands in it twice.')
+    spec = worker.spec
+    tokens = sum(chunk.length for chunk in step.chunks)
+    if len(step.chunks) > spec.max_chunks or tokens > spec.max_step_tokens:
+      raise PolicyError(
+        f'{step!r}: {len(step.chunks)} chunks with {tokens} tokens, but worker {worker.name!r} takes '
+        f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one pass.'
+      )
+    if step.chunks and not spec.role.prefills:
+      raise PolicyError(f'{step!r}: worker {worker.name!r} has role {spec.role.value}, so it takes no chunks.')
+    return decodes
+
+  def _check_chunk(self, step: Step, chunk: Chunk, worker: WorkerState) -> None:
+    entry = self._find(step, chunk.request)
+    if entry.phase not in (Phase.WAITING, Phase.PREFILLING):
+      raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
+    if entry.worker not in (None, worker.name):
+      raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
+    if chunk.start != entry.started or not 1 <= chunk.length <= entry.prompt_left:
+      raise PolicyError(
+        f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} tokens.'
+      )
+    sent_to = None if entry.target == worker.name else entry.target
+    if entry.started and chunk.send_to != sent_to:
+      raise PolicyError(f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.')
+    if chunk.send_to is not None:
+      target = self._find_worker(step, chunk.send_to)
+      if not target.role.decodes or target is worker:
+        raise PolicyError(f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.')
+
+  def _check_room(self, step: Step, worker: WorkerState) -> None:
+    """Raise unless every worker has the pages and slots that the step's new requests need."""
+    room = self.room()
+    for chunk in step.chunks:
+      if self.requests[chunk.request].started:
+        continue
+      stays = worker.role.decodes and chunk.send_to is None
+      places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
+      for place, decodes in places:
+        if not room.fits(chunk.request, place, decodes=decodes):
+          needed = self.pages_needed(chunk.request, decodes=decodes)
+          raise PolicyError(
+            f'{step!r}: request {chunk.request!r} needs {needed} pages{" and a slot" if decodes else ""} on {place!r}, '
+            f'which has {room.pages(place)} pages and {room.slots(place)} slots left.'
+          )
+        room.take(chunk.request, place, decodes=decodes)
+
+  def _reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
+    name = entry.request.id
+    entry.pages[worker.name] = worker.allocator.take(self.pages_needed(name, decodes=decodes))
+    if decodes:
+      entry.target = worker.name
+      entry.slot = worker.free_slots.popleft()
+
+  def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
+    entry = self.requests[chunk.request]
+    stays = worker.role.decodes and chunk.send_to is None
+    if entry.phase is Phase.WAITING:
+      del self.waiting[chunk.request]
+      entry.phase, entry.worker = Phase.PREFILLING, worker.name
+      worker.prefilling[chunk.request] = entry
+      worker.queued_tokens += entry.prompt_left
+      self._reserve(entry, worker, decodes=stays)
+      if chunk.send_to is not None:
+        self._reserve(entry, self.workers[chunk.send_to], decodes=True)
+    entry.started += chunk.length
+    slot = None
+    if entry.prompt_left == 0:
+      del worker.prefilling[chunk.request]
+      entry.steps_in_flight += 1
+      if stays:  # its next token can be computed before its first is known here: both stay on the device
+        entry.phase, entry.admitted, slot = Phase.DECODING, True, entry.slot
+        worker.decoding[chunk.request] = entry
+    return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot)
+
+  def _send_chunk(self, chunk: Chunk, worker: WorkerState, after: int) -> TransferOrder | None:
+    """The transfer of the pages that a chunk completes."""
+    if chunk.send_to is None:
+      return None
+    entry = self.requests[chunk.request]
+    complete = entry.started // self.page_size if entry.prompt_left else -(-entry.started // self.page_size)
+    first, entry.pages_sent = entry.pages_sent, complete
+    return self._move(entry, worker, self.workers[chunk.send_to], first, complete, after) if complete > first else None
+
+  def _move(
+    self, entry: RequestState, source: WorkerState, target: WorkerState, first: int, end: int, after: int | None
+  ) -> TransferOrder:
+    source_pages = entry.pages[source.name][first:end]
+    target_pages = entry.pages[target.name][first:end]
+    source.allocator.hold(source_pages)
+    target.allocator.hold(target_pages)
+    entry.transfers += 1
+    return TransferOrder(
+      self._order_id(), entry.request.id, source.name, target.name, source_pages, target_pages, after
+    )
+
+  def _start_transfer(self, action: Transfer) -> TransferOrder:
+    entry = self._find(action, action.request)
+    target = self._find_worker(action, action.target)
+    if entry.phase is not Phase.PREFILLED:
+      raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
+    if not target.role.decodes:
+      raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
+    room = self.room()
+    if not room.fits(action.request, target.name, decodes=True):
+      raise PolicyError(
+        f'{action!r}: it needs {self.pages_needed(action.request, decodes=True)} pages and a slot on {target.name!r}, '
+        f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
+      )
+    assert entry.worker is not None
+    source = self.workers[entry.worker]
+    del self.prefilled[action.request]
+    entry.phase = Phase.MOVING
+    self._reserve(entry, target, decodes=True)
+    return self._move(entry, source, target, 0, len(entry.pages[source.name]), None)
+
+  def _start_decodes(self, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
+    orders = []
+    for entry in decodes:
+      assert entry.slot is not None and entry.target is not None
+      admission = None
+      if not entry.admitted:
+        entry.admitted = True
+        admission = Admission(entry.request, entry.pages[entry.target], tuple(entry.tokens))
+      context = entry.request.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
+      orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
+      entry.steps_in_flight += steps
+    return tuple(orders)
+
+
+def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
+  """The first token id that is not in the vocabulary, or None; prompts that say so themselves are not walked."""
+  if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
+    return None
+  return next((token for token in prompt if not 0 <= token < vocab_size), None)
+

@@ -1,0 +1,186 @@
+"""The backend with a virtual clock: orders end on a heap, when a cost model or a record says so."""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from pdjax.cost.cost_model import CostModel
+from pdjax.serving.messages import (
+  Done,
+  EndOrder,
+  Event,
+  Failed,
+  Order,
+  Result,
+  Started,
+  StepOrder,
+  TransferOrder,
+  Turn,
+  WorkerLost,
+)
+from pdjax.types.cluster import WorkerSpec
+from pdjax.types.model import ModelSpec
+
+PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
+
+
+class Simulator:
+  """Carries orders out in virtual time.
+
+  A worker runs its passes one after another, and so does the way out of a worker its transfers. Simulated requests
+  generate placeholder tokens up to their true length if the workload knows it, else up to `max_tokens`.
+  """
+
+  def __init__(
+    self,
+    model: ModelSpec,
+    workers: Sequence[WorkerSpec],
+    page_size: int,
+    cost: CostModel,
+    output_len: Callable[[str], int | None] = lambda request: None,
+  ):
+    self._model = model
+    self._workers = {worker.name: worker for worker in workers}
+    self._page_size = page_size
+    self._cost = cost
+    self._output_len = output_len
+    self._now_s = 0.0
+    self._heap: list[tuple[float, int, Callable[[], Event]]] = []
+    self._sequence = itertools.count()
+    self._busy_until_s: dict[tuple[str, str], float] = {}
+    self._ends_s: dict[int, float] = {}
+    self._left: dict[str, int] = {}  # tokens each request will still generate
+
+  def submit(self, order: Order) -> None:
+    """Work out when the order will end and push that on the heap."""
+    match order:
+      case StepOrder():
+        seconds = self._cost.step_seconds(
+          self._model,
+          self._workers[order.worker],
+          [(chunk.start, chunk.length) for chunk in order.chunks],
+          [decode.context for decode in order.decodes],
+          order.steps,
+        )
+        began_s = self._begin(('pass', order.worker), seconds, order.id)
+        self._push(order.id, lambda: self._step_done(order, began_s))
+      case TransferOrder():
+        tokens = len(order.source_pages) * self._page_size
+        seconds = self._cost.transfer_seconds(
+          self._model, self._workers[order.source], self._workers[order.target], tokens
+        )
+        ready_s = self._ends_s.get(order.after, 0.0) if order.after is not None else 0.0
+        began_s = self._begin(('link', order.source), seconds, order.id, ready_s)
+        wire_bytes = tokens * self._model.kv_bytes_per_token(getattr(self._cost, 'dtype_bytes', 4))
+        self._push(order.id, lambda: Done(order.id, began_s, self._ends_s.pop(order.id), wire_bytes=wire_bytes))
+      case EndOrder():
+        self._ends_s[order.id] = now_s = self._now_s
+        self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Move the clock to the next end, or to `until_s` if that comes first."""
+    if self._heap and self._heap[0][0] <= until_s:
+      self._now_s = max(self._now_s, self._heap[0][0])
+    elif math.isfinite(until_s):
+      self._now_s = max(self._now_s, until_s)
+    return self._now_s, self._ended(self._now_s)
+
+  def _ended(self, now_s: float) -> list[Event]:
+    """Everything on the heap that ends up to now."""
+    events = []
+    while self._heap and self._heap[0][0] <= now_s:
+      events.append(heapq.heappop(self._heap)[2]())
+    return events
+
+  def _begin(self, lane: tuple[str, str], seconds: float, order: int, ready_s: float = 0.0) -> float:
+    """Queue behind what occupies the lane; say when it begins and note when it ends."""
+    began_s = max(self._now_s, ready_s, self._busy_until_s.get(lane, 0.0))
+    self._busy_until_s[lane] = self._ends_s[order] = began_s + seconds
+    return began_s
+
+  def _push(self, order: int, event: Callable[[], Event]) -> None:
+    heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
+
+  def _step_done(self, order: StepOrder, began_s: float) -> Done:
+    results = []
+    wasted = 0
+    for chunk in order.chunks:
+      if chunk.is_last:
+        limit = min(chunk.request.sampling.max_tokens, self._model.context_len - chunk.request.prompt_len + 1)
+        true_len = self._output_len(chunk.request.id)
+        self._left[chunk.request.id] = limit if true_len is None else min(limit, true_len)
+        results.append(self._generate(chunk.request.id, 1))
+    for decode in order.decodes:
+      tokens = min(order.steps, self._left.get(decode.request, 0))
+      wasted += order.steps - tokens
+      if tokens:
+        results.append(self._generate(decode.request, tokens))
+    return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
+
+  def _generate(self, request: str, tokens: int) -> Result:
+    self._left[request] -= tokens
+    ended = self._left[request] == 0
+    if ended:
+      del self._left[request]
+    return Result(request, (PLACEHOLDER_TOKEN,) * tokens, 'length' if ended else None)
+
+
+class Replay(Simulator):
+  """Reproduces a run from its log: the heap is the simulator's, the ends and outcomes are the recorded ones.
+
+  Feed it to `serve` with the same arrivals and policy and a fresh state: every turn, action and page number must come
+  out as recorded, which shows that the state and the policy saw nothing that is not in the log.
+  """
+
+  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int, events: Iterable[Event]):
+    super().__init__(model, workers, page_size, cost=_NoCost())
+    self._turns_s = []
+    self._outcomes: dict[int, Event] = {}
+    self._losses: dict[int, list[WorkerLost]] = {}
+    for event in events:
+      match event:
+        case Turn(now_s):
+          self._turns_s.append(now_s)
+        case Done() | Failed():
+          self._outcomes[event.order] = event
+        case WorkerLost():
+          self._losses.setdefault(len(self._turns_s) - 1, []).append(event)
+    self._turn = -1
+
+  def submit(self, order: Order) -> None:
+    """Push the recorded end of the order; one whose end was never seen stays under way."""
+    outcome = self._outcomes.get(order.id)
+    if outcome is not None:
+      assert isinstance(outcome, Done | Failed)
+      self._ends_s[order.id] = outcome.ended_s
+      self._push(order.id, lambda: outcome)
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Move to the recorded turn.
+
+    Raises:
+      ValueError: if the record has no more turns.
+    """
+    self._turn += 1
+    if self._turn >= len(self._turns_s):
+      raise ValueError(f'the record ends after {len(self._turns_s)} turns, but the run goes on: it is another run.')
+    self._now_s = self._turns_s[self._turn]
+    return self._now_s, [*self._ended(self._now_s), *self._losses.get(self._turn, ())]
+
+
+class _NoCost:
+  """A record needs no cost model; asking it is our own bug."""
+
+  def step_seconds(self, *args) -> float:
+    raise AssertionError('a replay asks for no costs')
+
+  transfer_seconds = step_seconds
+
+
+def started(events: Iterable[Event]) -> list[tuple[float, Order]]:
+  """The (turn, order) pairs of a log: every decision, its page numbers included."""
+  return [(event.now_s, event.order) for event in events if isinstance(event, Started)]
+
+
+__all__ = ['Replay', 'Simulator', 'started']

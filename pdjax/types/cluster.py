@@ -1,0 +1,142 @@
+"""What a cluster is made of: workers with a role, a mesh and room for pages and sequences."""
+
+import dataclasses
+import enum
+import re
+from typing import Literal
+
+
+class Role(enum.StrEnum):
+  """Which phases a worker runs."""
+
+  PREFILL = 'prefill'
+  DECODE = 'decode'
+  BOTH = 'both'
+
+  @property
+  def prefills(self) -> bool:
+    return self is not Role.DECODE
+
+  @property
+  def decodes(self) -> bool:
+    return self is not Role.PREFILL
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerSpec:
+  """One worker: a mesh of its own with one copy of the weights.
+
+  Attributes:
+    name: Unique within the cluster.
+    role: Which phases it runs.
+    tp: Devices over which heads and feed-forward columns are cut (tensor parallelism).
+    num_pages: KV pages it holds, or 'auto' to fill the device's memory.
+    max_sequences: Most sequences that decode at once.
+    max_step_tokens: Most prompt tokens in one pass, and the largest prefill bucket.
+    max_chunks: Most prompts packed into one pass.
+    devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
+      name the same devices share them and their weights.
+
+  Raises:
+    ValueError: if a size is not positive, or the devices are not `tp` distinct ones.
+  """
+
+  name: str
+  role: Role = Role.BOTH
+  tp: int = 1
+  num_pages: int | Literal['auto'] = 'auto'
+  max_sequences: int = 8
+  max_step_tokens: int = 512
+  max_chunks: int = 8
+  devices: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, 'role', Role(self.role))
+    for size in ('tp', 'max_sequences', 'max_step_tokens', 'max_chunks'):
+      if getattr(self, size) < 1:
+        raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
+    if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
+      raise ValueError(f"worker {self.name!r} has num_pages={self.num_pages!r}, expected a positive count or 'auto'.")
+    if self.devices is not None and (len(set(self.devices)) != self.tp or len(self.devices) != self.tp):
+      raise ValueError(
+        f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}.'
+      )
+
+  @property
+  def token_buckets(self) -> tuple[int, ...]:
+    """Prompt tokens that a pass is padded to, ascending."""
+    return buckets(self.max_step_tokens, smallest=32, factor=4)
+
+  @property
+  def batch_buckets(self) -> tuple[int, ...]:
+    """Decoding sequences that a pass is padded to, ascending."""
+    return buckets(self.max_sequences, smallest=1, factor=2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferSpec:
+  """How KV pages travel.
+
+  Attributes:
+    max_pages_per_piece: Most pages gathered into one array; a power of two. Bounds the staging memory.
+  """
+
+  max_pages_per_piece: int = 256
+
+  def __post_init__(self):
+    if self.max_pages_per_piece < 1 or self.max_pages_per_piece & (self.max_pages_per_piece - 1):
+      raise ValueError(f'max_pages_per_piece is {self.max_pages_per_piece}, expected a power of two.')
+
+
+def buckets(largest: int, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:
+  """Sizes `smallest, smallest·factor, ...` up to and with `largest`."""
+  sizes = []
+  size = min(smallest, largest)
+  while size < largest:
+    sizes.append(size)
+    size *= factor
+  return (*sizes, largest)
+
+
+def bucket_for(size: int, sizes: tuple[int, ...]) -> int:
+  """The smallest of the ascending `sizes` that holds `size`.
+
+  Raises:
+    ValueError: if none does.
+  """
+  for bucket in sizes:
+    if size <= bucket:
+      return bucket
+  raise ValueError(f'{size} does not fit the largest bucket, {sizes[-1]}.')
+
+
+def worker_pool(role: Role | str, count: int, **fields) -> tuple[WorkerSpec, ...]:
+  """`count` equal workers named `prefill0`, `prefill1`, ... after their role."""
+  return tuple(WorkerSpec(name=f'{Role(role).value}{i}', role=Role(role), **fields) for i in range(count))
+
+
+def prefill_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+  """`count` prefill workers; keyword arguments are those of `WorkerSpec`."""
+  return worker_pool(Role.PREFILL, count, **fields)
+
+
+def decode_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+  """`count` decode workers; keyword arguments are those of `WorkerSpec`."""
+  return worker_pool(Role.DECODE, count, **fields)
+
+
+def colocated_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+  """`count` workers that do both; keyword arguments are those of `WorkerSpec`."""
+  return worker_pool(Role.BOTH, count, **fields)
+
+
+def parse_split(split: str) -> tuple[int, int]:
+  """Read a split such as `'2P1D'` into (prefill workers, decode workers).
+
+  Raises:
+    ValueError: if it is not of that form, or a side has no worker.
+  """
+  match = re.fullmatch(r'(\d+)[pP](\d+)[dD]', split.strip())
+  if not match or '0' in (match[1].lstrip('0') or '0', match[2].lstrip('0') or '0'):
+    raise ValueError(f'split {split!r} is not of the form 2P1D with at least one worker on either side.')
+  return int(match[1]), int(match[2])

@@ -1,0 +1,73 @@
+"""What a chip and a link can do, with where the figures come from."""
+
+import dataclasses
+
+_TPU = 'docs.cloud.google.com/tpu/docs; dense peak, one chip'
+_GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChipSpec:
+  """Peak rates of one device and how much of them is reached.
+
+  Attributes:
+    name: For reports.
+    flops_per_s: Dense matrix FLOP/s at the model's precision.
+    memory_bytes_per_s: Bandwidth of the memory that holds weights and pages.
+    memory_bytes: Its size.
+    matmul_efficiency: Share of `flops_per_s` that large products reach (MFU).
+    memory_efficiency: Share of `memory_bytes_per_s` that streaming reaches.
+    step_overhead_s: Seconds of every pass that neither explains.
+    source: Where the figures come from.
+    calibrated: Measured on the machine at hand rather than taken from a data sheet.
+  """
+
+  name: str
+  flops_per_s: float
+  memory_bytes_per_s: float
+  memory_bytes: float
+  matmul_efficiency: float = 0.6
+  memory_efficiency: float = 0.8
+  step_overhead_s: float = 0.001
+  source: str = ''
+  calibrated: bool = False
+
+  @classmethod
+  def generic_cpu(cls) -> 'ChipSpec':
+    """A guess at two laptop cores in float32; reports call what rests on it uncalibrated."""
+    return cls('generic CPU', 2e11, 2e10, 16e9, source='a guess', step_overhead_s=0.002)
+
+  @classmethod
+  def tpu_v5e(cls) -> 'ChipSpec':
+    return cls('TPU v5e', 197e12, 819e9, 16e9, source=_TPU)
+
+  @classmethod
+  def tpu_v5p(cls) -> 'ChipSpec':
+    return cls('TPU v5p', 459e12, 2765e9, 95 * 2**30, source=_TPU)
+
+  @classmethod
+  def tpu_v6e(cls) -> 'ChipSpec':
+    return cls('TPU v6e', 918e12, 1638e9, 32e9, source=_TPU)
+
+  @classmethod
+  def a100(cls) -> 'ChipSpec':
+    return cls('A100-80', 312e12, 2039e9, 80e9, source=_GPU)
+
+  @classmethod
+  def h100(cls) -> 'ChipSpec':
+    return cls('H100', 989e12, 3350e9, 80e9, source=_GPU)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinkSpec:
+  """What carries KV from one worker to another.
+
+  Attributes:
+    bytes_per_s: One way, between two devices.
+    latency_s: Seconds of a transfer that do not depend on its size.
+    source: Where the figures come from.
+  """
+
+  bytes_per_s: float = 10e9
+  latency_s: float = 0.001
+  source: str = 'a guess'

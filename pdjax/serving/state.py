@@ -493,8 +493,12 @@ class ClusterState:
     """The sequences a step decodes; raise for what is wrong with the step as a whole."""
     if len(worker.orders) >= MAX_ORDERS:
       raise PolicyError(f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.')
-    if step.steps < 1 or (step.chunks and step.steps != 1):
-      raise PolicyError(f'{step!r}: steps={step.steps}, expected at least 1, and just 1 beside chunks.')
+    most = 1 if step.chunks else worker.spec.max_fused_steps
+    if not 1 <= step.steps <= most:
+      raise PolicyError(
+        f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}{" beside chunks" if step.chunks else ""}; '
+        'lower it or raise max_fused_steps.'
+      )
     if isinstance(step.decodes, All):
       decodes = [worker.decoding[name] for name in worker.decodable()]
     else:

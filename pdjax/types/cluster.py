@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 
@@ -34,6 +35,7 @@ class WorkerSpec:
     max_sequences: Most sequences that decode at once.
     max_step_tokens: Most prompt tokens in one pass, and the largest prefill bucket.
     max_chunks: Most prompts packed into one pass.
+    max_fused_steps: Most decode steps of one pass.
     devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
       name the same devices share them and their weights.
 
@@ -48,11 +50,12 @@ class WorkerSpec:
   max_sequences: int = 8
   max_step_tokens: int = 512
   max_chunks: int = 8
+  max_fused_steps: int = 16
   devices: tuple[int, ...] | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'role', Role(self.role))
-    for size in ('tp', 'max_sequences', 'max_step_tokens', 'max_chunks'):
+    for size in ('tp', 'max_sequences', 'max_step_tokens', 'max_chunks', 'max_fused_steps'):
       if getattr(self, size) < 1:
         raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
     if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
@@ -140,3 +143,33 @@ def parse_split(split: str) -> tuple[int, int]:
   if not match or '0' in (match[1].lstrip('0') or '0', match[2].lstrip('0') or '0'):
     raise ValueError(f'split {split!r} is not of the form 2P1D with at least one worker on either side.')
   return int(match[1]), int(match[2])
+
+
+def devices_needed(workers: Sequence[WorkerSpec]) -> int:
+  """How many devices the workers take, shared ones counted once."""
+  named = {device for worker in workers for device in worker.devices or ()}
+  needed = sum(worker.tp for worker in workers if worker.devices is None)
+  return max([len(named) + needed, *(device + 1 for device in named)])
+
+
+def carve_devices(workers: Sequence[WorkerSpec], num_devices: int) -> dict[str, tuple[int, ...]]:
+  """Give each worker its devices: those it names, else the next that nobody names.
+
+  Raises:
+    ValueError: if there are too few devices.
+  """
+  named = {device for worker in workers for device in worker.devices or ()}
+  free = [device for device in range(num_devices) if device not in named]
+  if devices_needed(workers) > num_devices:
+    wants = ', '.join(f'{worker.name} {worker.devices or worker.tp}' for worker in workers)
+    raise ValueError(
+      f'the workers need {devices_needed(workers)} devices ({wants}), but there are {num_devices}; lower tp or the number '
+      'of workers, let workers share devices (WorkerSpec.devices), or on CPU ask for more virtual devices.'
+    )
+  carved = {}
+  for worker in workers:
+    if worker.devices is None:
+      carved[worker.name], free = tuple(free[: worker.tp]), free[worker.tp :]
+    else:
+      carved[worker.name] = worker.devices
+  return carved

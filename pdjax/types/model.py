@@ -107,3 +107,25 @@ class ModelSpec:
       name='Llama-3.1-70B', num_layers=80, embed_dim=8192, query_heads=64, kv_heads=8, head_dim=128,
       ffn_dim=28_672, vocab_size=128_256, context_len=131_072, rope_theta=500_000.0, eos_token_ids=(128_009,),
     )  # fmt: skip
+
+
+def mesh_shape(model: ModelSpec, tp: int) -> tuple[int, int]:
+  """The sizes of the axes (kv, group) of a worker with `tp` devices.
+
+  Raises:
+    ValueError: unless `tp` divides the query heads and the feed-forward columns, and divides the key/value heads or
+      is a multiple of them.
+  """
+  heads, kv_heads = model.query_heads, model.kv_heads
+  fits = [
+    size
+    for size in range(1, heads + 1)
+    if heads % size == 0 and model.ffn_dim % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+  ]
+  if tp not in fits:
+    raise ValueError(
+      f'tp={tp} does not fit {model.name!r} with {heads} query heads, {kv_heads} key/value heads and {model.ffn_dim} '
+      'feed-forward columns: tp must divide the query heads and the columns, and divide the key/value heads or be a '
+      f'multiple of them; use one of {", ".join(map(str, fits))}.'
+    )
+  return min(tp, kv_heads), max(tp // kv_heads, 1)

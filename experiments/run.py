@@ -1,0 +1,149 @@
+r"""Run a config on the engine or the simulator and print its report.
+
+python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo
+python -m experiments.run --config=configs/smollm2_cpu.py --set=policy.decode_steps=1 --goodput "ttft:500 tpot:50"
+python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the capital of France?"
+python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
+python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
+
+With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
+the same order; `pdjax/workload/requests_file.py` documents both formats.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import pdjax.run
+from experiments.load_config import load_config
+from pdjax.config import ServingConfig, apply_overrides
+from pdjax.metrics import print_report
+from pdjax.serving.messages import Done, Event, Finished
+from pdjax.serving.state import PolicyError, StuckError
+from pdjax.types.request import SLO, Completion, Request, SamplingParams
+from pdjax.workload import Given, Refused, read_requests, write_completions
+
+_CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
+_SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, each field.of.config=value.')
+_BACKEND = flags.DEFINE_enum('backend', 'engine', ['engine', 'simulator'], 'What carries the orders out.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for events.jsonl and report.json.')
+_PROMPT = flags.DEFINE_string('prompt', None, 'Serve this prompt instead of the workload, and print the answer.')
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 128, 'Most tokens of the answer to --prompt.')
+_REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests instead of the workload.')
+_GOODPUT = flags.DEFINE_string('goodput', None, 'Latency limits in ms that goodput is counted against, "ttft:500 tpot:50".')
+_CALIBRATE = flags.DEFINE_bool('calibrate', False, 'Measure this machine before simulating, instead of trusting the config.')
+_CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  try:
+    _run(Console(highlight=False))
+  except (ValueError, FileNotFoundError, PolicyError, StuckError) as error:
+    sys.exit(f'error: {error}')
+  except RuntimeError as error:
+    if 'devices' not in str(error):
+      raise
+    sys.exit(f'error: {error}')
+
+
+def _run(console: Console) -> None:
+  config = _config()
+  if _PROMPT.value is not None and _REQUESTS.value is not None:
+    raise ValueError('--prompt and --requests are both given; give one of them.')
+  rows: list[Request | Refused] = []
+  if _REQUESTS.value is not None:
+    rows = _read(config, _REQUESTS.value)
+    config = dataclasses.replace(config, workload=Given(tuple(row for row in rows if isinstance(row, Request))))
+  elif _PROMPT.value is not None:
+    config = dataclasses.replace(config, workload=Given((_prompt(config, _PROMPT.value),)))
+  with Follow(console, config) as follow:
+    if _BACKEND.value == 'engine':
+      result = pdjax.run.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow)
+    else:
+      result = pdjax.run.simulate(config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value)
+  if rows and _WORKDIR.value is not None:
+    by_id: dict[str, Completion | Refused] = {one.request.id: one for one in result.completions}
+    path = pathlib.Path(_WORKDIR.value) / 'requests.jsonl'
+    write_completions(path, [by_id[row.id] if isinstance(row, Request) else row for row in rows])
+  _show_answers(console, result.completions, only_text=_PROMPT.value is not None)
+  refused = [row for row in rows if isinstance(row, Refused)]
+  for row in refused[:8]:
+    console.print(f'{row.id} was refused: {row.error}', markup=False)
+  if _PROMPT.value is None:
+    print_report(result.report, console)
+  if _WORKDIR.value is not None:
+    console.print(f'\nWritten to {_WORKDIR.value}: ' + ', '.join(sorted(p.name for p in pathlib.Path(_WORKDIR.value).iterdir())))
+
+
+def _config() -> ServingConfig:
+  if _CONFIG.value is None:
+    raise ValueError('--config is missing; give a config file, e.g. --config=configs/smollm2_cpu.py.')
+  config = apply_overrides(load_config(_CONFIG.value), _SET.value)
+  if _GOODPUT.value is not None:
+    config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))
+  if _CACHE.value is not None:
+    config = dataclasses.replace(config, compilation_cache=_CACHE.value)
+  return config
+
+
+def _read(config: ServingConfig, path: str) -> list[Request | Refused]:
+  _, checkpoint = pdjax.run.open_model(config)
+  tokenizer = checkpoint.tokenizer() if checkpoint else None
+  if tokenizer is None:
+    return read_requests(path)
+  return read_requests(path, encode=tokenizer.encode, encode_chat=tokenizer.apply_chat_template)
+
+
+def _prompt(config: ServingConfig, text: str) -> Request:
+  _, checkpoint = pdjax.run.open_model(config)
+  ids = pdjax.run.encode_prompt(checkpoint.tokenizer() if checkpoint else None, text)
+  return Request('prompt', ids, SamplingParams(max_tokens=_MAX_TOKENS.value))
+
+
+def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool) -> None:
+  for completion in completions[: None if only_text else 12]:
+    if completion.error:
+      console.print(f'{completion.request.id} {completion.finish_reason}: {completion.error}', markup=False)
+    elif completion.text is not None:
+      name = '' if only_text else f'{completion.request.id}: '
+      console.print(f'{name}{completion.text.strip()}', markup=False)
+
+
+class Follow:
+  """Shows how many requests have ended and how many tokens came, while the run goes on."""
+
+  def __init__(self, console: Console, config: ServingConfig):
+    total = config.workload.num_requests if config.workload is not None else None
+    columns = (TextColumn('serving'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[tokens]} tokens'))
+    self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    self._task = self._progress.add_task('serving', total=total, tokens=0, start=False)
+    self._tokens = 0
+    self._begun = False
+
+  def __enter__(self) -> 'Follow':
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._progress.stop()
+
+  def __call__(self, event: Event) -> None:
+    if not self._begun:
+      self._begun = True
+      self._progress.start()
+      self._progress.start_task(self._task)
+    match event:
+      case Done(results=results) if results:
+        self._tokens += sum(len(result.tokens) for result in results)
+        self._progress.update(self._task, tokens=self._tokens)
+      case Finished():
+        self._progress.advance(self._task)
+
+
+if __name__ == '__main__':
+  app.run(main)

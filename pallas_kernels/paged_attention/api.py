@@ -1,0 +1,50 @@
+"""Decode attention: one new token of each sequence over the keys and values in its pages."""
+
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels.paged_attention import reference, xla
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+  'xla': xla.paged_attention,
+  'reference': reference.paged_attention,
+}
+
+
+def paged_attention(
+  q: jax.Array,
+  pages: jax.Array,
+  tables: jax.Array,
+  lengths: jax.Array,
+  *,
+  softmax_scale: float | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Attend from one query token a sequence to all its cached tokens (PagedAttention, Kwon et al. 2023).
+
+  Args:
+    q: `[B, H, D]` queries.
+    pages: `[P, 2, K, G, D]` keys and values; K divides H, and query head h reads key/value head h // (H / K).
+    tables: `[B, N]` int32; `tables[b, i]` is the page with tokens `i·G` and up of sequence b.
+    lengths: `[B]` int32 cached tokens, the query's own among them; 0 marks a row that is not in use.
+    softmax_scale: Multiplies the scores; `D ** -0.5` if None.
+    implementation: 'xla', 'reference', or None for the fastest here.
+
+  Returns:
+    `[B, H, D]` in q's dtype; zeros in rows not in use.
+
+  Raises:
+    ValueError: if shapes do not fit together or the implementation is unknown.
+  """
+  if q.ndim != 3 or pages.ndim != 5 or pages.shape[1] != 2 or pages.shape[4] != q.shape[2]:
+    raise ValueError(f'q {q.shape} and pages {pages.shape} are not [B, H, D] and [P, 2, K, G, D].')
+  if q.shape[1] % pages.shape[2]:
+    raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
+  if tables.shape[:1] != q.shape[:1] or lengths.shape != q.shape[:1]:
+    raise ValueError(f'tables {tables.shape} and lengths {lengths.shape} do not belong to {q.shape[0]} sequences.')
+  run = _IMPLEMENTATIONS.get(implementation or 'xla')
+  if run is None:
+    raise ValueError(f'implementation {implementation!r} is unknown; there are {", ".join(_IMPLEMENTATIONS)}.')
+  scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+  return run(q, pages, tables, lengths, softmax_scale=scale)

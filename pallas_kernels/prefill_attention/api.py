@@ -1,0 +1,53 @@
+"""Prefill attention: chunks of new prompt tokens, packed one after another, over the keys and values in their pages."""
+
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels.prefill_attention import reference, xla
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+  'xla': xla.prefill_attention,
+  'reference': reference.prefill_attention,
+}
+
+
+def prefill_attention(
+  q: jax.Array,
+  pages: jax.Array,
+  tables: jax.Array,
+  offsets: jax.Array,
+  lengths: jax.Array,
+  *,
+  softmax_scale: float | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Attend causally from chunks of new tokens to the pages so far, which hold the chunks' own keys and values already.
+
+  Args:
+    q: `[T, H, D]` queries of all chunks, packed; rows past `offsets[-1]` are padding.
+    pages: `[P, 2, K, G, D]` keys and values; K divides H, and query head h reads key/value head h // (H / K).
+    tables: `[B, N]` int32; `tables[b, i]` is the page with tokens `i·G` and up of sequence b.
+    offsets: `[B + 1]` int32, ascending; rows `offsets[b]` to `offsets[b + 1]` are the chunk of sequence b, maybe none.
+    lengths: `[B]` int32 cached tokens with the chunk: its last token stands at position `lengths[b] - 1`.
+    softmax_scale: Multiplies the scores; `D ** -0.5` if None.
+    implementation: 'xla', 'reference', or None for the fastest here.
+
+  Returns:
+    `[T, H, D]` in q's dtype; zeros in padding rows.
+
+  Raises:
+    ValueError: if shapes do not fit together or the implementation is unknown.
+  """
+  if q.ndim != 3 or pages.ndim != 5 or pages.shape[1] != 2 or pages.shape[4] != q.shape[2]:
+    raise ValueError(f'q {q.shape} and pages {pages.shape} are not [T, H, D] and [P, 2, K, G, D].')
+  if q.shape[1] % pages.shape[2]:
+    raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
+  sequences = tables.shape[0]
+  if offsets.shape != (sequences + 1,) or lengths.shape != (sequences,):
+    raise ValueError(f'offsets {offsets.shape} and lengths {lengths.shape} do not belong to {sequences} sequences.')
+  run = _IMPLEMENTATIONS.get(implementation or 'xla')
+  if run is None:
+    raise ValueError(f'implementation {implementation!r} is unknown; there are {", ".join(_IMPLEMENTATIONS)}.')
+  scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+  return run(q, pages, tables, offsets, lengths, softmax_scale=scale)

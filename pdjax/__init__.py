@@ -1,0 +1,77 @@
+"""pdjax: prefill/decode disaggregation of language model serving in JAX, with one policy for engine and simulator.
+
+Names are looked up when they are first used, so that what only decides (types, policies, the simulator) never loads JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from pdjax.config import ServingConfig
+  from pdjax.cost import Roofline
+  from pdjax.metrics import Report
+  from pdjax.policies import Colocated, Disaggregated
+  from pdjax.run import RunResult, generate, run, simulate
+  from pdjax.serving import ALL, Cancel, Chunk, Reject, Step, Transfer
+  from pdjax.types import (
+    SLO,
+    ChipSpec,
+    Completion,
+    LinkSpec,
+    ModelSpec,
+    Request,
+    SamplingParams,
+    WorkerSpec,
+    colocated_pool,
+    decode_pool,
+    prefill_pool,
+  )
+  from pdjax.workload import (
+    Bursty,
+    ClosedLoopWorkload,
+    Constant,
+    Empirical,
+    Fixed,
+    Given,
+    Lognormal,
+    MultiTurn,
+    Poisson,
+    Uniform,
+  )
+
+__version__ = '0.1.0'
+
+_HOMES = {
+  'pdjax.config': ['ServingConfig'],
+  'pdjax.cost': ['Roofline'],
+  'pdjax.metrics': ['Report'],
+  'pdjax.policies': ['Colocated', 'Disaggregated'],
+  'pdjax.run': ['RunResult', 'generate', 'run', 'simulate'],
+  'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'Reject', 'Step', 'Transfer'],
+  'pdjax.types': [
+    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
+    'colocated_pool', 'decode_pool', 'prefill_pool',
+  ],
+  'pdjax.workload': [
+    'Bursty', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed', 'Given', 'Lognormal', 'MultiTurn', 'Poisson',
+    'Uniform',
+  ],
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604
+  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Completion', 'Constant',
+  'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Reject',
+  'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer', 'Uniform',
+  'WorkerSpec', 'colocated_pool', 'decode_pool', 'generate', 'prefill_pool', 'run', 'simulate',
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+  if name not in _HOME_OF:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+  return __all__

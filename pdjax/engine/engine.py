@@ -1,0 +1,202 @@
+"""The backend on devices: dispatches orders to workers and transports, and collects what has ended in one queue."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from pdjax.engine.mailbox import Mailbox, Waiter
+from pdjax.engine.worker import Pending, Worker
+from pdjax.kv.transfer import Parcel, Transport
+from pdjax.serving.messages import Done, EndOrder, Event, Failed, Order, StepOrder, TransferOrder, WorkerLost
+
+
+@dataclasses.dataclass(frozen=True)
+class _Landed:
+  """A transfer's pieces are on the target's devices, to be written into its pages."""
+
+  order: TransferOrder
+  parcel: Parcel
+  began_s: float
+  incarnations: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Broken:
+  """A pass failed after it had taken the worker's pages."""
+
+  worker: str
+  incarnation: int
+  error: str
+
+
+class Engine:
+  """Carries orders out on devices.
+
+  Every program is dispatched by the thread that calls `submit` and `wait`, so the order on each device is the order of
+  decisions. Beside it each worker has one thread that waits for its passes in that order, and one that waits for the
+  transfers that leave it; they post what ended, and when, to one mailbox.
+  """
+
+  def __init__(self, workers: Sequence[Worker], transports: dict[tuple[str, str], Transport]):
+    """Serve with compiled workers and a transport for every (source, target) that orders will name."""
+    self.workers = {worker.spec.name: worker for worker in workers}
+    self._transports = transports
+    self._mailbox = Mailbox()
+    self._passes = {name: Waiter(f'{name}-passes') for name in self.workers}
+    self._transfers = {name: Waiter(f'{name}-transfers') for name in self.workers}
+    self._last_pass: dict[str, Pending] = {}
+    self._free_from_s = dict.fromkeys(self.workers, 0.0)
+
+  def start_clock(self) -> None:
+    """Let the run begin now, at 0 s."""
+    self._mailbox.start_clock()
+
+  def close(self) -> None:
+    """Wait for what is under way and end the threads."""
+    for waiter in (*self._passes.values(), *self._transfers.values()):
+      waiter.close()
+
+  def submit(self, order: Order) -> None:
+    """Dispatch an order; what goes wrong comes back as an event."""
+    try:
+      match order:
+        case StepOrder():
+          self._dispatch(order)
+        case TransferOrder():
+          self._send(order)
+        case EndOrder():
+          now_s = self._mailbox.now_s()
+          self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
+    except Exception as error:  # whatever it is, the loop goes on and the requests learn of it
+      self._dispatch_failed(order, describe(error))
+
+  def _dispatch_failed(self, order: Order, message: str) -> None:
+    failed = functools.partial(self._mailbox.post, lambda ended_s: Failed(order.id, ended_s, message))
+    if not isinstance(order, StepOrder):
+      failed()
+    elif self.workers[order.worker].broken:
+      broken = _Broken(order.worker, self.workers[order.worker].incarnation, message)
+      self._mailbox.post(lambda _: broken)
+    else:
+      self._passes[order.worker].add(failed)  # after the passes before it
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Wait until an order ended or `until_s` has come; pieces that landed meanwhile are written on the way."""
+    while True:
+      now_s, items = self._mailbox.collect(until_s)
+      events: list[Event] = []
+      for item in items:
+        match item:
+          case _Landed():
+            self._receive(item)
+          case _Broken():
+            events += self._rebuild(item, now_s)
+          case _:
+            events.append(item)
+      if events or now_s >= until_s:
+        return now_s, events
+
+  # -------------------------------------------------------------------------- passes
+
+  def _dispatch(self, order: StepOrder) -> None:
+    worker = self.workers[order.worker]
+    dispatched_s = self._mailbox.now_s()
+    pending = worker.dispatch(order)
+    self._last_pass[order.worker] = pending
+    job = functools.partial(self._collect, worker, worker.incarnation, order, pending, dispatched_s)
+    self._passes[order.worker].add(job)
+
+  def _collect(
+    self, worker: Worker, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float
+  ) -> None:
+    """On the worker's waiting thread: block until a pass has ended and post its outcome."""
+    name = worker.spec.name
+    try:
+      results, wasted = worker.collect(order, pending)
+    except Exception as error:
+      broken = _Broken(name, incarnation, describe(error))
+      self._mailbox.post(lambda _: broken)
+      return
+    began_s = max(dispatched_s, self._free_from_s[name])
+
+    def done(ended_s: float) -> Done:
+      self._free_from_s[name] = ended_s
+      return Done(order.id, began_s, ended_s, results, wasted)
+
+    self._mailbox.post(done)
+
+  def _rebuild(self, broken: _Broken, now_s: float) -> list[Event]:
+    """Give a worker whose pages are gone new ones; passes of its earlier life are not heard of again."""
+    worker = self.workers[broken.worker]
+    if worker.incarnation != broken.incarnation:
+      return []
+    worker.reset()
+    self._last_pass.pop(broken.worker, None)
+    return [WorkerLost(broken.worker, now_s, broken.error)]
+
+  # -------------------------------------------------------------------------- transfers
+
+  def _send(self, order: TransferOrder) -> None:
+    source, target = self.workers[order.source], self.workers[order.target]
+    dispatched_s = self._mailbox.now_s()
+    before = self._last_pass.get(order.source)
+    parcel = self._transports[order.source, order.target].send(order.source_pages, order.target_pages)
+    incarnations = (source.incarnation, target.incarnation)
+    self._transfers[order.source].add(
+      functools.partial(self._watch, order, before, parcel, dispatched_s, incarnations)
+    )
+
+  def _watch(
+    self,
+    order: TransferOrder,
+    before: Pending | None,
+    parcel: Parcel,
+    dispatched_s: float,
+    incarnations: tuple[int, int],
+  ) -> None:
+    """On the source's waiting thread for transfers: block until the pieces are there and say so."""
+    try:
+      began_s = dispatched_s
+      if before is not None:
+        for array in before.arrays():
+          array.block_until_ready()
+        began_s = max(dispatched_s, self._mailbox.now_s())
+      parcel.wait()
+    except Exception as error:
+      message = describe(error)
+      self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message))
+      return
+    landed = _Landed(order, parcel, began_s, incarnations)
+    self._mailbox.post(lambda _: landed)
+
+  def _receive(self, landed: _Landed) -> None:
+    """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
+    order = landed.order
+    if (self.workers[order.source].incarnation, self.workers[order.target].incarnation) != landed.incarnations:
+      return  # a worker was lost meanwhile, and the transfer with it
+    try:
+      written = self._transports[order.source, order.target].receive(landed.parcel)
+    except Exception as error:
+      broken = _Broken(order.target, landed.incarnations[1], describe(error))
+      self._mailbox.post(lambda _: broken)
+      return
+    self._passes[order.target].add(functools.partial(self._note_written, order.target, written.block_until_ready))
+    self._mailbox.post(
+      lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=landed.parcel.wire_bytes)
+    )
+
+  def _note_written(self, target: str, block: Callable[[], object]) -> None:
+    """On the target's waiting thread: the next pass begins no sooner than the pieces are written."""
+    try:
+      block()
+    except Exception as error:
+      broken = _Broken(target, self.workers[target].incarnation, describe(error))
+      self._mailbox.post(lambda _: broken)
+      return
+    self._free_from_s[target] = self._mailbox.now_s()
+
+
+def describe(error: Exception) -> str:
+  """An exception in one line for those who wait."""
+  first_line = str(error).splitlines()[0] if str(error) else ''
+  return f'{type(error).__name__}: {first_line}'

@@ -1,0 +1,149 @@
+"""The compiled passes of a worker: prefill, decode and both fused, as pure functions of pages and slots."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import paged_attention, prefill_attention
+from pdjax.engine.slots import Slots
+from pdjax.kv.pages import LAYER_SPEC, KVPages, write
+from pdjax.model.sampling import Sampling, sample
+from pdjax.model.transformer import Transformer, Weights, bind
+from pdjax.sharding import MESH_AXES, replicated
+from pdjax.types.model import ModelSpec
+
+NO_TOKEN = -1  # in outputs: the sequence had ended before
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+  """Prompt chunks of C sequences, packed one after another into T tokens."""
+
+  tokens: jax.Array  # [T] int32
+  offsets: jax.Array  # [C + 1] int32, the rows of each chunk
+  lengths: jax.Array  # [C] int32, cached tokens of each sequence with its chunk
+  tables: jax.Array  # [C, N] int32, its pages
+  slots: jax.Array  # [C] int32, where it goes on decoding here; past the last slot if it does not
+  sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """The passes of one worker, to be compiled. Pages and slots are donated and come back updated."""
+
+  model: ModelSpec
+  mesh: Mesh
+  max_fused_steps: int
+
+  def prefill(
+    self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks
+  ) -> tuple[KVPages, Slots, jax.Array]:
+    """Run prompt chunks; also returns each sequence's next token `[C]`, which counts if the chunk is its last."""
+    model = bind(self.model, weights)
+    rows = _chunk_rows(chunks, pages)
+    x, pages = self._run(model, pages, chunks.tokens, rows, chunks, None)
+    first = self._first_tokens(model, x, chunks)
+    return pages, _admit_chunks(slots, chunks, first), first
+
+  def decode(
+    self, weights: Weights, pages: KVPages, slots: Slots, ids: jax.Array, steps: jax.Array
+  ) -> tuple[KVPages, Slots, jax.Array]:
+    """Run `steps` decode steps of the slots `ids` `[B]`; also returns `[max_fused_steps, B]` tokens."""
+    model = bind(self.model, weights)
+
+    def one_step(step, carry):
+      pages, rows, out = carry
+      x, pages = self._run(model, pages, rows.tokens, _decode_rows(rows, pages), None, rows)
+      tokens, rows = self._next_tokens(model, x, rows)
+      return pages, rows, out.at[step].set(tokens)
+
+    out = jnp.full((self.max_fused_steps, ids.shape[0]), NO_TOKEN, jnp.int32)
+    pages, rows, out = jax.lax.fori_loop(0, steps, one_step, (pages, slots.take(ids), out))
+    return pages, slots.put(ids, rows), out
+
+  def fused(
+    self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks, ids: jax.Array
+  ) -> tuple[KVPages, Slots, jax.Array, jax.Array]:
+    """Run prompt chunks and one decode step in one pass; also returns `[C]` and `[1, B]` tokens."""
+    model = bind(self.model, weights)
+    sequences = slots.take(ids)
+    chunk_rows, decode_rows = _chunk_rows(chunks, pages), _decode_rows(sequences, pages)
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chunk_rows, decode_rows)
+    packed = jnp.concatenate([chunks.tokens, sequences.tokens])
+    x, pages = self._run(model, pages, packed, rows, chunks, sequences)
+    first = self._first_tokens(model, x, chunks)
+    tokens, sequences = self._next_tokens(model, x[chunks.tokens.shape[0] :], sequences)
+    return pages, _admit_chunks(slots.put(ids, sequences), chunks, first), first, tokens[None]
+
+  def _first_tokens(self, model: Transformer, x: jax.Array, chunks: Chunks) -> jax.Array:
+    logits = self._logits(model, x[jnp.maximum(chunks.offsets[1:] - 1, 0)])
+    return sample(logits, chunks.sampling, jnp.zeros_like(chunks.lengths))
+
+  def _next_tokens(self, model: Transformer, x: jax.Array, rows: Slots) -> tuple[jax.Array, Slots]:
+    tokens = sample(self._logits(model, x), rows.sampling, rows.generated)
+    return jnp.where(rows.alive, tokens, NO_TOKEN), rows.advance(tokens)
+
+  def _logits(self, model: Transformer, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(model.logits(x), replicated(self.mesh))
+
+  def _run(
+    self, model: Transformer, pages: KVPages, tokens: jax.Array, rows: 'Rows', chunks: Chunks | None, slots: Slots | None
+  ) -> tuple[jax.Array, KVPages]:
+    """Every block over packed tokens: chunks first, then one token of each slot."""
+    split = 0 if chunks is None else chunks.tokens.shape[0]
+
+    def attend(q, k, v, layer, rows, chunks, slots):
+      layer = write(layer, k, v, rows.page, rows.offset)
+      parts = []
+      if chunks is not None:
+        parts.append(prefill_attention(q[:split], layer, chunks.tables, chunks.offsets, chunks.lengths))
+      if slots is not None:
+        parts.append(paged_attention(q[split:], layer, slots.tables, jnp.where(slots.alive, slots.lengths + 1, 0)))
+      return jnp.concatenate(parts), layer
+
+    heads, kv_heads, whole = PartitionSpec(None, MESH_AXES), PartitionSpec(None, 'kv'), PartitionSpec()
+    local = jax.shard_map(
+      attend,
+      mesh=self.mesh,
+      in_specs=(heads, kv_heads, kv_heads, LAYER_SPEC, whole, whole, whole),
+      out_specs=(heads, LAYER_SPEC),
+      check_vma=False,
+    )
+    x, layers = model(
+      tokens, rows.position, pages.layers, lambda q, k, v, layer: local(q, k, v, layer, rows, chunks, slots)
+    )
+    return x, KVPages(layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Where each of T packed tokens stands: in its sequence, and in the pool. Padding has a page past the pool."""
+
+  position: jax.Array  # [T] int32
+  page: jax.Array  # [T] int32
+  offset: jax.Array  # [T] int32
+
+
+def _chunk_rows(chunks: Chunks, pages: KVPages) -> Rows:
+  row = jnp.arange(chunks.tokens.shape[0])
+  sequence = jnp.searchsorted(chunks.offsets[1:-1], row, side='right')
+  live = row < chunks.offsets[-1]
+  position = jnp.where(live, chunks.lengths[sequence] - chunks.offsets[sequence + 1] + row, 0)
+  page = chunks.tables[sequence, position // pages.page_size]
+  return Rows(position, jnp.where(live, page, pages.num_pages), position % pages.page_size)
+
+
+def _decode_rows(slots: Slots, pages: KVPages) -> Rows:
+  page = jnp.take_along_axis(slots.tables, (slots.lengths // pages.page_size)[:, None], axis=1, mode='clip')[:, 0]
+  return Rows(slots.lengths, jnp.where(slots.alive, page, pages.num_pages), slots.lengths % pages.page_size)
+
+
+def _admit_chunks(slots: Slots, chunks: Chunks, first: jax.Array) -> Slots:
+  """Put sequences whose prompt is computed, and that stay, into their slots."""
+  one = jnp.ones_like(first)
+  rows = Slots(first, chunks.lengths, one, ~chunks.sampling.ended(first, one), chunks.tables, chunks.sampling)
+  return slots.put(chunks.slots, rows)

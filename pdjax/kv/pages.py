@@ -1,0 +1,69 @@
+"""The bytes of the KV cache: per-layer pools of pages, and the one place that knows their layout.
+
+A layer's pool is `[P, 2, K, G, D]`: page, key or value, key/value head, token in the page, head size. A page is one
+contiguous run that holds every head, which is what a copy wants.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pdjax.types.model import ModelSpec
+
+LAYER_SPEC = PartitionSpec(None, None, 'kv', None, None)  # of one layer's pool on a worker's mesh
+HEADS_AXIS = 2  # of one layer's pool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVPages:
+  """Every cached key and value on one worker."""
+
+  layers: tuple[jax.Array, ...]  # L × [P, 2, K, G, D]
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in the pool."""
+    return self.layers[0].shape[0]
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+    return self.layers[0].shape[3]
+
+  @classmethod
+  def shapes(cls, model: ModelSpec, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh) -> 'KVPages':
+    """The pool's shapes, dtypes and shardings, without its bytes."""
+    shape = (num_pages, 2, model.kv_heads, page_size, model.head_dim)
+    layer = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYER_SPEC))
+    return cls((layer,) * model.num_layers)  # type: ignore[arg-type]
+
+
+def page_bytes(model: ModelSpec, page_size: int, dtype: jnp.dtype) -> int:
+  """Bytes of one page over all layers and heads."""
+  return page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)
+
+
+def write(layer: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+  """Put new tokens' keys and values into one layer's pool.
+
+  Args:
+    layer: `[P, 2, K, G, D]`.
+    k: `[T, K, D]`.
+    v: `[T, K, D]`.
+    page: `[T]`; a page number past the pool drops the token.
+    offset: `[T]`, where in its page each token goes.
+  """
+  return layer.at[page, :, :, offset].set(jnp.stack([k, v], axis=1).astype(layer.dtype), mode='drop')
+
+
+def gather(pages: KVPages, ids: jax.Array) -> jax.Array:
+  """The pages `ids` `[n]` of every layer as one array `[n, L, 2, K, G, D]`."""
+  return jnp.stack([layer[ids] for layer in pages.layers], axis=1)
+
+
+def scatter(pages: KVPages, ids: jax.Array, values: jax.Array) -> KVPages:
+  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`."""
+  return KVPages(tuple(layer.at[ids].set(values[:, i]) for i, layer in enumerate(pages.layers)))

@@ -1,0 +1,15 @@
+"""What the event log says: timelines, reports and tables, computed from the log alone."""
+
+from pdjax.metrics.event_log import EventLog as EventLog
+from pdjax.metrics.event_log import read_events as read_events
+from pdjax.metrics.report import Account as Account
+from pdjax.metrics.report import Report as Report
+from pdjax.metrics.report import Stats as Stats
+from pdjax.metrics.report import Utilisation as Utilisation
+from pdjax.metrics.table import print_report as print_report
+from pdjax.metrics.table import render as render
+from pdjax.metrics.timeline import BusySpan as BusySpan
+from pdjax.metrics.timeline import HandOff as HandOff
+from pdjax.metrics.timeline import RequestTimeline as RequestTimeline
+from pdjax.metrics.timeline import Timeline as Timeline
+from pdjax.metrics.timeline import read_timeline as read_timeline

@@ -1,0 +1,155 @@
+"""The event log: every event of a run, in memory and, if wanted, as JSON lines in a file."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from pdjax.serving.messages import (
+  Admission,
+  Arrived,
+  ChunkOrder,
+  DecodeOrder,
+  Done,
+  EndOrder,
+  Event,
+  Order,
+  Result,
+  Started,
+  StepOrder,
+  TransferOrder,
+)
+from pdjax.types.request import Request
+
+_BUFFER_BYTES = 1 << 20  # one write a megabyte keeps the disk out of the serving loop
+
+
+class EventLog:
+  """Collects events in order; iterate over it to read them.
+
+  With a path, each event also goes to that file as one JSON line, see `read_events` for what it holds. Close the
+  log, or use it in a `with` statement, to have the last lines on disk.
+
+  Args:
+    path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
+  """
+
+  def __init__(self, path: str | os.PathLike | None = None):
+    self._events: list[Event] = []
+    self._file = None
+    if path is not None:
+      path = pathlib.Path(path)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = path.open('w', encoding='utf-8', buffering=_BUFFER_BYTES)
+
+  def append(self, event: Event) -> None:
+    """Add the event that happened next."""
+    self._events.append(event)
+    if self._file is not None:
+      self._file.write(_encode(event_to_json(event)) + '\n')
+
+  def close(self) -> None:
+    """Write what is still buffered; a log with a file takes no events after this."""
+    if self._file is not None:
+      self._file.close()
+
+  def __iter__(self) -> Iterator[Event]:
+    return iter(self._events)
+
+  def __len__(self) -> int:
+    return len(self._events)
+
+  def __enter__(self) -> 'EventLog':
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    self.close()
+
+
+def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+  """Read a file that `EventLog` wrote, one dict per event, in order.
+
+  Each has the fields of its event in `pdjax.serving.messages` and the name of its class under `event`:
+
+      {"event": "Turn", "now_s": 0.25}
+      {"event": "Arrived", "request": {"id": "r0", "prompt_len": 512, "sampling": {...}, "arrival_s": 0.2, ...}}
+      {"event": "Started", "now_s": 0.25, "order": {"order": "StepOrder", "id": 3, "worker": "prefill0", ...}}
+
+  A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
+  Orders keep their page numbers, slots and admissions. Tuples are lists.
+  """
+  with open(path, encoding='utf-8') as file:
+    for line in file:
+      yield json.loads(line)
+
+
+def event_to_json(event: Event) -> dict[str, Any]:
+  """The event as plain dicts, lists, strings and numbers; what one line of the file holds."""
+  kind = type(event).__name__
+  match event:
+    case Arrived(request):
+      return {'event': kind, 'request': _request(request)}
+    case Started(now_s, order):
+      return {'event': kind, 'now_s': now_s, 'order': _order(order)}
+    case Done():
+      return {'event': kind, **_fields(event), 'results': [_result(result) for result in event.results]}
+    case _:
+      return {'event': kind, **_fields(event)}
+
+
+def _request(request: Request) -> dict[str, Any]:
+  return {
+    'id': request.id,
+    'prompt_len': request.prompt_len,
+    'sampling': _fields(request.sampling),
+    'arrival_s': request.arrival_s,
+    'slo': request.slo and _fields(request.slo),
+    'session': request.session,
+  }
+
+
+def _order(order: Order) -> dict[str, Any]:
+  named = {'order': type(order).__name__, **_fields(order)}
+  match order:
+    case StepOrder():
+      return {**named, 'chunks': [_chunk(c) for c in order.chunks], 'decodes': [_decode(d) for d in order.decodes]}
+    case TransferOrder() | EndOrder():
+      return named
+
+
+def _chunk(chunk: ChunkOrder) -> dict[str, Any]:
+  return {**_fields(chunk), 'request': chunk.request.id}
+
+
+def _decode(decode: DecodeOrder) -> dict[str, Any]:
+  return {**_fields(decode), 'admission': decode.admission and _admission(decode.admission)}
+
+
+def _admission(admission: Admission) -> dict[str, Any]:
+  return {**_fields(admission), 'request': admission.request.id}
+
+
+def _result(result: Result) -> dict[str, Any]:
+  return _fields(result)
+
+
+_FIELD_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _fields(message: Any) -> dict[str, Any]:
+  """Like `dataclasses.asdict` but one level deep and without copies: half the cost of a line was there."""
+  names = _FIELD_NAMES.get(type(message))
+  if names is None:
+    names = _FIELD_NAMES[type(message)] = tuple(field.name for field in dataclasses.fields(message))
+  return {name: getattr(message, name) for name in names}
+
+
+def _plain_number(value: Any) -> Any:
+  if hasattr(value, 'item'):  # tokens and pages may be NumPy integers
+    return value.item()
+  raise TypeError(f'an event holds {value!r} of type {type(value).__name__}, expected plain data.')
+
+
+_encode = json.JSONEncoder(default=_plain_number, allow_nan=False).encode

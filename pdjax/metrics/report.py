@@ -1,0 +1,514 @@
+"""The report of one run: latencies, throughput, goodput, utilisation and where the time went, from the log alone."""
+
+import dataclasses
+import datetime
+import enum
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
+from pdjax.serving.messages import Event
+from pdjax.types.cluster import Role, WorkerSpec
+from pdjax.types.request import SLO
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+  """A latency over many requests, in milliseconds; None where there was nothing to measure."""
+
+  mean_ms: float | None = None
+  median_ms: float | None = None
+  std_ms: float | None = None
+  p50_ms: float | None = None
+  p90_ms: float | None = None
+  p99_ms: float | None = None
+
+  @classmethod
+  def of_seconds(cls, values_s: Sequence[float]) -> 'Stats':
+    """Statistics of these seconds; percentiles interpolate linearly."""
+    if not len(values_s):
+      return cls()
+    values_ms = np.asarray(values_s, np.float64) * 1e3
+    p50, p90, p99 = (float(p) for p in np.percentile(values_ms, (50, 90, 99)))
+    return cls(float(values_ms.mean()), p50, float(values_ms.std()), p50, p90, p99)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Account:
+  """Where the time to the first and to the second token went: means in milliseconds over completed requests.
+
+  TTFT = queue + prefill. Hand-off = wait + wire + admit + step, over requests with a second token; `HandOff` says
+  what each is. Every part comes from its own two stamps and none is a remainder, so that the sums can be checked.
+
+  Attributes:
+    ttft_closes_s: The most by which a request's parts miss its TTFT, in seconds.
+    handoff_closes_s: The same for the hand-off.
+  """
+
+  queue_ms: float | None = None
+  prefill_ms: float | None = None
+  wait_ms: float | None = None
+  wire_ms: float | None = None
+  admit_ms: float | None = None
+  step_ms: float | None = None
+  ttft_closes_s: float | None = None
+  handoff_closes_s: float | None = None
+
+  @classmethod
+  def of(cls, requests: Iterable[RequestTimeline]) -> 'Account':
+    """The account of these requests."""
+    ttfts: list[tuple[float, ...]] = []  # the parts, then the whole, in seconds
+    handoffs: list[tuple[float, ...]] = []
+    for request in requests:
+      if request.ttft_s is not None and request.queue_s is not None and request.prefill_s is not None:
+        ttfts.append((request.queue_s, request.prefill_s, request.ttft_s))
+      parts = request.handoff
+      if parts is not None and request.handoff_s is not None:
+        handoffs.append((parts.wait_s, parts.wire_s, parts.admit_s, parts.step_s, request.handoff_s))
+    queue, prefill, _, ttft_closes_s = _account(ttfts)
+    wait, wire, admit, step, _, handoff_closes_s = _account(handoffs, columns=5)
+    return cls(queue, prefill, wait, wire, admit, step, ttft_closes_s, handoff_closes_s)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Utilisation:
+  """How much of the run one worker was busy, as shares of the run's duration.
+
+  `busy` covers steps only; pages may travel meanwhile, so `transfer`, in or out, stands beside it. Orders that
+  failed leave no span and do not count. None where the run has no duration.
+  """
+
+  worker: str
+  role: Role
+  busy: float | None
+  prefill: float | None
+  decode: float | None
+  fused: float | None
+  transfer: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """One run in figures; make it with `from_events`.
+
+  Latencies and tokens are those of completed requests (finish reason `stop` or `length`); all others count as
+  failed, and `finish_reasons` tells them apart.
+
+  Attributes:
+    date: When the report was made.
+    backend: What ran it: the engine or the simulator.
+    model_id: The model.
+    tokenizer_id: Its tokenizer, if any.
+    num_prompts: Requests that arrived.
+    request_rate: Requests per second that the workload asked for; infinite if all came at once.
+    burstiness: Shape of the arrival gaps; 1 is a Poisson process.
+    max_concurrency: Most requests in flight that the workload allowed, if it did.
+    duration_s: From the first arrival to the last token or end of a request.
+    completed: Requests that got all that they asked for.
+    failed: The others.
+    total_input_tokens: Prompt tokens.
+    total_output_tokens: Tokens delivered.
+    request_throughput: Completed requests per second.
+    request_goodput: Completed requests per second that met every latency limit; None without limits.
+    goodput_share: Those requests as a share of all that arrived; None without limits.
+    output_throughput: Delivered tokens per second.
+    total_token_throughput: Prompt and delivered tokens per second.
+    max_output_tokens_per_s: Most tokens in one second, counted from the first arrival.
+    max_concurrent_requests: Most requests that were there during one such second.
+    ttft: Time to first token.
+    tpot: Time per output token after the first.
+    itl: Inter-token latency.
+    e2el: End-to-end latency.
+    handoff: From first to second token, what disaggregation costs.
+    account: What TTFT and hand-off are made of.
+    host_lag: From an order's end until the loop took notice.
+    utilisation: One entry per worker.
+    wire_bytes: Bytes that transfers put onto target devices.
+    num_transfers: Transfers that ended well.
+    wasted_tokens: Tokens computed and thrown away.
+    finish_reasons: How many requests ended how; `unfinished` if the log stops before.
+    slo: The run's latency limits, if any.
+    warmup_s: Seconds of loading and compiling before the clock ran, if known.
+    calibrated: Whether the times are measured, or predicted from measurements of this machine.
+    seed: What the run's random numbers came from, if known.
+    notes: What a reader should know before comparing, in sentences.
+    config: The run's configuration.
+    environment: Versions, devices and commit.
+    generated_texts: What each request got, as text, by its id.
+    timeline: The times of every request and worker.
+  """
+
+  date: str
+  backend: str
+  model_id: str
+  tokenizer_id: str | None
+  num_prompts: int
+  request_rate: float
+  burstiness: float
+  max_concurrency: int | None
+  duration_s: float
+  completed: int
+  failed: int
+  total_input_tokens: int
+  total_output_tokens: int
+  request_throughput: float | None
+  request_goodput: float | None
+  goodput_share: float | None
+  output_throughput: float | None
+  total_token_throughput: float | None
+  max_output_tokens_per_s: float
+  max_concurrent_requests: int
+  ttft: Stats
+  tpot: Stats
+  itl: Stats
+  e2el: Stats
+  handoff: Stats
+  account: Account
+  host_lag: Stats
+  utilisation: tuple[Utilisation, ...]
+  wire_bytes: int
+  num_transfers: int
+  wasted_tokens: int
+  finish_reasons: Mapping[str, int]
+  slo: SLO | None
+  warmup_s: float | None
+  calibrated: bool
+  seed: int | None
+  notes: tuple[str, ...]
+  config: Mapping[str, Any] = dataclasses.field(repr=False)
+  environment: Mapping[str, Any] = dataclasses.field(repr=False)
+  generated_texts: Mapping[str, str] = dataclasses.field(repr=False)
+  timeline: Timeline = dataclasses.field(repr=False)
+
+  @classmethod
+  def from_events(
+    cls,
+    events: Iterable[Event],
+    *,
+    workers: Sequence[WorkerSpec],
+    slo: SLO | None = None,
+    notes: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    request_rate: float = math.inf,
+    burstiness: float = 1.0,
+    max_concurrency: int | None = None,
+    model_id: str = '',
+    tokenizer_id: str | None = None,
+    backend: str = '',
+    warmup_s: float | None = None,
+    calibrated: bool = True,
+    generated_texts: Mapping[str, str] | None = None,
+    date: str | None = None,
+  ) -> 'Report':
+    """Make the report of a run out of its log.
+
+    Args:
+      events: The log.
+      workers: The cluster; each gets a line of utilisation.
+      slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
+      notes: Sentences for the reader. Shared devices, uncalibrated times and failed requests are noted anyway.
+      config: The run's configuration, kept as it is.
+      environment: Versions, devices and commit, kept as they are.
+      seed: What the run's random numbers came from.
+      request_rate: Requests per second that the workload asked for.
+      burstiness: Shape of its arrival gaps; 1 is a Poisson process.
+      max_concurrency: Most requests in flight that it allowed.
+      model_id: The model.
+      tokenizer_id: Its tokenizer.
+      backend: What ran it.
+      warmup_s: Seconds of loading and compiling before the clock ran.
+      calibrated: False if times were predicted from anything but measurements of this machine.
+      generated_texts: What each request got, as text, by its id.
+      date: When, by default now.
+    """
+    timeline = read_timeline(events)
+    done = [request for request in timeline.requests if request.completed]
+    failed = len(timeline.requests) - len(done)
+    duration_s = timeline.duration_s
+    input_tokens = sum(request.prompt_len for request in done)
+    output_tokens = sum(request.num_tokens for request in done)
+    good = _num_good(done, timeline.requests, slo)
+    max_tokens, max_requests = _peaks(done)
+    finish_reasons = _finish_reasons(timeline.requests)
+    return cls(
+      date=date or datetime.datetime.now().strftime('%Y%m%d-%H%M%S'),
+      backend=backend,
+      model_id=model_id,
+      tokenizer_id=tokenizer_id,
+      num_prompts=len(timeline.requests),
+      request_rate=request_rate,
+      burstiness=burstiness,
+      max_concurrency=max_concurrency,
+      duration_s=duration_s,
+      completed=len(done),
+      failed=failed,
+      total_input_tokens=input_tokens,
+      total_output_tokens=output_tokens,
+      request_throughput=_ratio(len(done), duration_s),
+      request_goodput=None if good is None else _ratio(good, duration_s),
+      goodput_share=None if good is None else _ratio(good, len(timeline.requests)),
+      output_throughput=_ratio(output_tokens, duration_s),
+      total_token_throughput=_ratio(input_tokens + output_tokens, duration_s),
+      max_output_tokens_per_s=max_tokens,
+      max_concurrent_requests=max_requests,
+      ttft=_stats(request.ttft_s for request in done),
+      tpot=_stats(request.tpot_s for request in done),
+      itl=_stats(itl for request in done for itl in request.itls_s),
+      e2el=_stats(request.e2el_s for request in done),
+      handoff=_stats(request.handoff_s for request in done),
+      account=Account.of(done),
+      host_lag=_stats(timeline.host_lags_s),
+      utilisation=tuple(_utilisation(worker, timeline) for worker in workers),
+      wire_bytes=sum(request.wire_bytes for request in timeline.requests),
+      num_transfers=sum(request.num_transfers for request in timeline.requests),
+      wasted_tokens=timeline.wasted_tokens,
+      finish_reasons=finish_reasons,
+      slo=slo,
+      warmup_s=warmup_s,
+      calibrated=calibrated,
+      seed=seed,
+      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons)))),
+      config=dict(config or {}),
+      environment=dict(environment or {}),
+      generated_texts=dict(generated_texts or {}),
+      timeline=timeline,
+    )
+
+  def ttft_account(self) -> str:
+    """What TTFT is made of, in a line."""
+    account = self.account
+    return f'TTFT {_ms(self.ttft.mean_ms)} = queue {_ms(account.queue_ms)} + prefill {_ms(account.prefill_ms)} ms'
+
+  def handoff_account(self) -> str:
+    """What the hand-off is made of, in a line."""
+    account = self.account
+    parts = (
+      ('wait', account.wait_ms),
+      ('wire', account.wire_ms),
+      ('admit', account.admit_ms),
+      ('step', account.step_ms),
+    )
+    line = ' + '.join(f'{name} {_ms(value)}' for name, value in parts)
+    moved = '' if self.num_transfers else ' (colocated: no pages move)'
+    return f'hand-off {_ms(self.handoff.mean_ms)} = {line} ms{moved}'
+
+  def to_json(self) -> dict[str, Any]:
+    """The report as plain dicts, lists and finite numbers.
+
+    Names, units and meaning are those of `vllm bench serve --save-result`, so that its tools read it; lists have
+    an entry per request in the order of arrival, and a failed request has 0 output tokens and, without a first
+    token, a TTFT of 0. Beyond them come the hand-off like any other latency, `account`, `utilisation` and what
+    else the attributes name. None stands for what there is no figure of, `'inf'` for an infinite rate.
+    """
+    requests = self.timeline.requests
+    figures: dict[str, Any] = {
+      'date': self.date,
+      'backend': self.backend,
+      'model_id': self.model_id,
+      'tokenizer_id': self.tokenizer_id,
+      'num_prompts': self.num_prompts,
+      'request_rate': self.request_rate,
+      'burstiness': self.burstiness,
+      'max_concurrency': self.max_concurrency,
+      'duration': self.duration_s,
+      'completed': self.completed,
+      'failed': self.failed,
+      'total_input_tokens': self.total_input_tokens,
+      'total_output_tokens': self.total_output_tokens,
+      'request_throughput': self.request_throughput,
+      'request_goodput': self.request_goodput,
+      'output_throughput': self.output_throughput,
+      'total_token_throughput': self.total_token_throughput,
+      'max_output_tokens_per_s': self.max_output_tokens_per_s,
+      'max_concurrent_requests': self.max_concurrent_requests,
+    }
+    for name in ('ttft', 'tpot', 'itl', 'e2el', 'handoff', 'host_lag'):
+      for field, value in dataclasses.asdict(getattr(self, name)).items():
+        figures[f'{field.removesuffix("_ms")}_{name}_ms'] = value
+    figures |= {
+      'account': {
+        **{part: getattr(self.account, f'{part}_ms') for part in ('queue', 'prefill', 'wait', 'wire', 'admit', 'step')},
+        'ttft_closes': self.account.ttft_closes_s,
+        'handoff_closes': self.account.handoff_closes_s,
+      },
+      'utilisation': {use.worker: _without(dataclasses.asdict(use), 'worker') for use in self.utilisation},
+      'wire_bytes': self.wire_bytes,
+      'num_transfers': self.num_transfers,
+      'wasted_tokens': self.wasted_tokens,
+      'goodput_share': self.goodput_share,
+      'finish_reasons': self.finish_reasons,
+      'slo': self.slo,
+      'warmup_s': self.warmup_s,
+      'calibrated': self.calibrated,
+      'seed': self.seed,
+      'notes': self.notes,
+      'environment': self.environment,
+      'config': self.config,
+      'input_lens': [request.prompt_len for request in requests],
+      'output_lens': [request.num_tokens if request.completed else 0 for request in requests],
+      'start_times': [request.arrival_s for request in requests],
+      'ttfts': [request.ttft_s or 0.0 for request in requests],
+      'itls': [request.itls_s for request in requests],
+      'generated_texts': [self.generated_texts.get(request.id, '') for request in requests],
+      'errors': [_error(request) for request in requests],
+    }
+    return _finite(figures)
+
+  def save(self, path: str | os.PathLike) -> pathlib.Path:
+    """Write `to_json()` to a file, one figure a line, and return its path.
+
+    Args:
+      path: A file that ends in `.json`, or a folder, which gets a `report.json`; missing folders are made.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != '.json':
+      path = path / 'report.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f'  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}' for name, value in self.to_json().items())
+    path.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+    return path
+
+  def __str__(self) -> str:
+    lines = [
+      f'{self.completed} of {self.num_prompts} requests completed in {self.duration_s:.2f} s'
+      + (f' ({self.backend})' if self.backend else ''),
+      f'throughput {_rate(self.request_throughput)} requests/s, {_rate(self.output_throughput)} output tokens/s'
+      + ('' if self.request_goodput is None else f'; goodput {_rate(self.request_goodput)} requests/s'),
+    ]
+    latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
+    lines.append('p50/p99 ms: ' + ', '.join(f'{name} {_ms(s.p50_ms)}/{_ms(s.p99_ms)}' for name, s in latencies))
+    lines += [self.ttft_account(), self.handoff_account()]
+    return '\n'.join([*lines, *(f'note: {note}' for note in self.notes)])
+
+
+def _stats(values_s: Iterable[float | None]) -> Stats:
+  return Stats.of_seconds([value for value in values_s if value is not None])
+
+
+def _account(rows: Sequence[tuple[float, ...]], columns: int = 3) -> tuple[float | None, ...]:
+  """Mean of each column in ms; then the largest amount by which the last is not the sum of the others, in s."""
+  if not rows:
+    return (None,) * (columns + 1)
+  table = np.asarray(rows, np.float64)
+  closes_s = np.abs(table[:, :-1].sum(axis=1) - table[:, -1]).max()
+  return (*(float(mean) * 1e3 for mean in table.mean(axis=0)), float(closes_s))
+
+
+def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimeline], slo: SLO | None) -> int | None:
+  if slo is None and all(request.slo is None for request in everyone):
+    return None
+  return sum(request.meets(request.slo or slo or SLO()) for request in done)
+
+
+def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
+  """Most tokens in one second and most requests present during one, in whole seconds from the first arrival."""
+  if not done:
+    return 0.0, 0
+  start_s = min(request.arrival_s for request in done)
+  arrivals = np.floor([request.arrival_s - start_s for request in done]).astype(np.int64)
+  ends = np.floor([request.token_times_s[-1] - start_s for request in done]).astype(np.int64)
+  tokens = np.floor([time_s - start_s for request in done for time_s in request.token_times_s]).astype(np.int64)
+  size = int(ends.max()) + 2
+  present = np.cumsum(np.bincount(arrivals, minlength=size) - np.bincount(ends + 1, minlength=size))
+  return float(np.bincount(tokens).max()), int(present.max())
+
+
+def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:
+  steps = [span for span in timeline.spans if span.worker == worker.name and span.kind != 'transfer']
+  transfers = [s for s in timeline.spans if s.kind == 'transfer' and worker.name in (s.worker, s.target)]
+
+  def share(spans: Iterable[BusySpan]) -> float | None:
+    return _ratio(_covered_s(spans, timeline.start_s, timeline.end_s), timeline.duration_s)
+
+  return Utilisation(
+    worker=worker.name,
+    role=worker.role,
+    busy=share(steps),
+    prefill=share(span for span in steps if span.kind == 'prefill'),
+    decode=share(span for span in steps if span.kind == 'decode'),
+    fused=share(span for span in steps if span.kind == 'fused'),
+    transfer=share(transfers),
+  )
+
+
+def _covered_s(spans: Iterable[BusySpan], start_s: float, end_s: float) -> float:
+  """Seconds between start and end that lie in at least one span."""
+  covered_s, reached_s = 0.0, start_s
+  for began_s, ended_s in sorted((span.began_s, min(span.ended_s, end_s)) for span in spans):
+    covered_s += max(0.0, ended_s - max(began_s, reached_s))
+    reached_s = max(reached_s, ended_s)
+  return covered_s
+
+
+def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:
+  counts: dict[str, int] = {}
+  for request in requests:
+    reason = request.finish_reason or 'unfinished'
+    counts[reason] = counts.get(reason, 0) + 1
+  return counts
+
+
+def _own_notes(workers: Sequence[WorkerSpec], calibrated: bool, finish_reasons: Mapping[str, int]) -> Iterable[str]:
+  sharers: dict[int, list[str]] = {}
+  for worker in workers:
+    for device in worker.devices or ():
+      sharers.setdefault(device, []).append(worker.name)
+  for names in sorted({tuple(names) for names in sharers.values() if len(names) > 1}):
+    yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'
+  if not calibrated:
+    yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
+  others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
+  if others:
+    yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
+
+
+def _error(request: RequestTimeline) -> str:
+  return '' if request.completed else request.error or request.finish_reason or 'unfinished'
+
+
+def _ratio(amount: float, whole: float) -> float | None:
+  return amount / whole if whole > 0 else None
+
+
+def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+  return {name: value for name, value in mapping.items() if name != key}
+
+
+def _ms(value: float | None) -> str:
+  return '-' if value is None else f'{value:.1f}'
+
+
+def _rate(value: float | None) -> str:
+  return '-' if value is None else f'{value:.2f}'
+
+
+def _finite(value: Any) -> Any:
+  """Plain JSON data: NaN becomes None, an infinite number the word 'inf' or '-inf'."""
+  match value:
+    case None | bool() | str() if not isinstance(value, enum.Enum):
+      return value
+    case enum.Enum():
+      return _finite(value.value)
+    case int():
+      return int(value)
+    case float():
+      return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
+    case Mapping():
+      return {str(name): _finite(item) for name, item in value.items()}
+    case list() | tuple() | set() | frozenset() | range():
+      return [_finite(item) for item in value]
+    case np.ndarray() | np.generic():
+      return _finite(value.tolist())
+    case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+      fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+      return {name: _finite(item) for name, item in fields}
+    case _:
+      return str(value)

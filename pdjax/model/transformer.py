@@ -1,0 +1,61 @@
+"""The transformer: tokens and pages in, logits and pages out. Outside this folder its weights are a plain pytree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pdjax.model.layers import Attend, Block, rms_norm, weight
+from pdjax.types.model import ModelSpec
+
+Weights = dict[str, Any]
+"""Nested by name: `weights['layers'][3]['q']` is the array that checkpoints call `layers.3.q`."""
+
+
+class Transformer(nnx.Module):
+  """A decoder-only model of the Llama family (Touvron et al. 2023) over packed tokens."""
+
+  def __init__(self, model: ModelSpec, dtype: jnp.dtype):
+    self.embed = weight((model.vocab_size, model.embed_dim), ('vocab', 'embed'), dtype)
+    self.layers = nnx.List([Block(model, dtype) for _ in range(model.num_layers)])
+    self.final_norm = weight((model.embed_dim,), ('embed',), dtype)
+    if not model.tied_embeddings:
+      self.unembed = weight((model.embed_dim, model.vocab_size), ('embed', 'vocab'), dtype)
+    self.model = model
+
+  def __call__(
+    self, tokens: jax.Array, positions: jax.Array, pages: Sequence[jax.Array], attend: Attend
+  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Run packed tokens `[T]` through every block; `[T, E]`, and the pages of every layer."""
+    x = self.embed[...][tokens]
+    new_pages = []
+    for block, layer in zip(self.layers, pages, strict=True):
+      x, layer = block(x, positions, layer, attend)
+      new_pages.append(layer)
+    return x, tuple(new_pages)
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Logits `[B, V]` in float32 of the rows `[B, E]`."""
+    x = rms_norm(x, self.final_norm[...], self.model.norm_eps)
+    if self.model.tied_embeddings:
+      return jnp.einsum('be,ve->bv', x, self.embed[...], preferred_element_type=jnp.float32)
+    return jnp.einsum('be,ev->bv', x, self.unembed[...], preferred_element_type=jnp.float32)
+
+
+def _abstract(model: ModelSpec, dtype: jnp.dtype) -> Transformer:
+  return nnx.eval_shape(lambda: Transformer(model, dtype))
+
+
+def bind(model: ModelSpec, weights: Weights) -> Transformer:
+  """The model with these weights, for use under `jit`."""
+  graph, state = nnx.split(_abstract(model, jax.tree.leaves(weights)[0].dtype))
+  nnx.replace_by_pure_dict(state, weights)
+  return nnx.merge(graph, state)
+
+
+def weight_axes(model: ModelSpec) -> dict[str, tuple[str | None, ...]]:
+  """The logical axes of every weight by its dotted name."""
+  state = nnx.state(_abstract(model, jnp.dtype(jnp.float32)))
+  return {'.'.join(map(str, path)): param.axes for path, param in nnx.to_flat_state(state)}

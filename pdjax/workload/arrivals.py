@@ -1,0 +1,229 @@
+"""Sources of requests that the loop asks every turn (`Arrivals`): a list, a closed loop, chats that go on."""
+
+import collections
+import dataclasses
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from pdjax.serving.messages import Arrived, Finished, Withdrawn
+from pdjax.types.request import SLO, Request, SamplingParams
+
+
+class _Scheduled:
+  """What the sources share: a heap of requests to come, and the true output lengths of all."""
+
+  def __init__(self, output_lens: Mapping[str, int] | None = None):
+    self._heap: list[tuple[float, int, Request]] = []  # the count keeps requests of equal arrival in order
+    self._num_scheduled = 0
+    self._output_lens = dict(output_lens or {})
+
+  def next_s(self) -> float:
+    return self._heap[0][0] if self._heap else math.inf
+
+  def due(self, now_s: float, finished: Sequence[Finished] = ()) -> list[Arrived | Withdrawn]:
+    for end in finished:
+      self._follow_up(end)
+    events: list[Arrived | Withdrawn] = []
+    while self._heap and self._heap[0][0] <= now_s:
+      events.append(Arrived(heapq.heappop(self._heap)[2]))
+    return events
+
+  def output_len(self, request_id: str) -> int | None:
+    return self._output_lens.get(request_id)
+
+  def _schedule(self, request: Request) -> None:
+    heapq.heappush(self._heap, (request.arrival_s, self._num_scheduled, request))
+    self._num_scheduled += 1
+
+  def _follow_up(self, end: Finished) -> None:
+    """Schedule what comes of a request's end."""
+
+
+class Listed(_Scheduled):
+  """Ready requests at the times they name, whatever becomes of them (an open loop).
+
+  Args:
+    requests: In any order; those of equal `arrival_s` keep theirs.
+    output_lens: True output length by request id, for those that have one.
+
+  Raises:
+    ValueError: if two requests have one id.
+  """
+
+  def __init__(self, requests: Iterable[Request], output_lens: Mapping[str, int] | None = None):
+    super().__init__(output_lens)
+    for request in _distinct(requests):
+      self._schedule(request)
+
+  @property
+  def closed(self) -> bool:
+    return not self._heap
+
+
+class ClosedLoop(_Scheduled):
+  """A fixed number of users: each sends a request, waits for its end, thinks, and sends the next.
+
+  Args:
+    requests: What is sent, in this order; their own arrival times do not count.
+    max_concurrency: Users, and so the most requests in flight.
+    think_s: Seconds from the end of a request to the next one of the same user.
+    output_lens: True output length by request id, for those that have one.
+
+  Raises:
+    ValueError: if two requests have one id, there is no user, or the think time is negative.
+  """
+
+  def __init__(
+    self,
+    requests: Iterable[Request],
+    max_concurrency: int,
+    think_s: float = 0.0,
+    output_lens: Mapping[str, int] | None = None,
+  ):
+    super().__init__(output_lens)
+    check_concurrency(max_concurrency)
+    check_think(think_s)
+    self._think_s = think_s
+    self._to_send = collections.deque(_distinct(requests))
+    self._in_flight: set[str] = set()
+    for _ in range(max_concurrency):
+      self._send_next(0.0)
+
+  @property
+  def closed(self) -> bool:
+    return not self._heap and not self._to_send
+
+  def _follow_up(self, end: Finished) -> None:
+    if end.request in self._in_flight:
+      self._in_flight.remove(end.request)
+      self._send_next(end.now_s + self._think_s)
+
+  def _send_next(self, arrival_s: float) -> None:
+    if self._to_send:
+      request = dataclasses.replace(self._to_send.popleft(), arrival_s=arrival_s)
+      self._in_flight.add(request.id)
+      self._schedule(request)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChatTurn:
+  """What a user adds to a chat, how the answer is sampled, and how long it really is (None: the model decides)."""
+
+  user: Sequence[int]
+  sampling: SamplingParams = SamplingParams()
+  output_len: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chat:
+  """The user's side of one conversation, which starts no earlier than `start_s`."""
+
+  id: str
+  turns: tuple[ChatTurn, ...]
+  start_s: float = 0.0
+  slo: SLO | None = None
+
+
+class Chats(_Scheduled):
+  """Conversations: each prompt is the whole of the last one, its answer, and what the user adds.
+
+  A turn arrives `think_s` after the one before has ended. A chat ends with its last turn, with a turn that did
+  not end well, or before a turn whose prompt and `max_tokens` together would exceed `max_context`. A request is
+  named after its chat and turn, `chat-3-turn-0`, and its `session` is the chat's id.
+
+  Args:
+    chats: The conversations, in any order.
+    max_context: Most tokens of a prompt and its answer together.
+    max_concurrency: Most chats at once; one that starts later waits for a place. None starts each at its time.
+    think_s: Seconds from an answer to the next turn.
+
+  Raises:
+    ValueError: if two chats have one id, one has no turn or a first turn that does not fit, there is no place,
+      or the think time is negative.
+  """
+
+  def __init__(
+    self,
+    chats: Iterable[Chat],
+    max_context: int,
+    max_concurrency: int | None = None,
+    think_s: float = 0.0,
+  ):
+    super().__init__()
+    if max_concurrency is not None:
+      check_concurrency(max_concurrency)
+    check_think(think_s)
+    self._max_context = max_context
+    self._think_s = think_s
+    self._to_start = collections.deque(sorted(_distinct(chats), key=lambda chat: chat.start_s))
+    for chat in self._to_start:
+      if not chat.turns:
+        raise ValueError(f'chat {chat.id!r} has no turns, expected at least one.')
+      if not self._fits(chat.turns[0].user, chat.turns[0]):
+        raise ValueError(
+          f'chat {chat.id!r} begins with {len(chat.turns[0].user)} tokens and asks for up to '
+          f'{chat.turns[0].sampling.max_tokens} more, expected at most {max_context} together; shorten either.'
+        )
+    self._asked: dict[str, tuple[Chat, int, Request]] = {}  # by request: its chat and turn
+    for _ in range(len(self._to_start) if max_concurrency is None else max_concurrency):
+      self._start_next(0.0)
+
+  @property
+  def closed(self) -> bool:
+    can_go_on = any(turn + 1 < len(chat.turns) for chat, turn, _ in self._asked.values())
+    return not self._heap and not self._to_start and not can_go_on
+
+  def _follow_up(self, end: Finished) -> None:
+    if end.request not in self._asked:
+      return
+    chat, turn, request = self._asked.pop(end.request)
+    if end.finish_reason in ('stop', 'length') and turn + 1 < len(chat.turns):
+      added = chat.turns[turn + 1]
+      prompt = (*request.prompt, *end.tokens, *added.user)
+      if self._fits(prompt, added):
+        self._ask(chat, turn + 1, prompt, end.now_s + self._think_s)
+        return
+    self._start_next(end.now_s)
+
+  def _start_next(self, free_s: float) -> None:
+    """Give a place that is free from `free_s` on to the next chat."""
+    if self._to_start:
+      chat = self._to_start.popleft()
+      self._ask(chat, 0, chat.turns[0].user, max(chat.start_s, free_s))
+
+  def _ask(self, chat: Chat, turn: int, prompt: Sequence[int], arrival_s: float) -> None:
+    asked = chat.turns[turn]
+    request = Request(f'{chat.id}-turn-{turn}', prompt, asked.sampling, arrival_s, chat.slo, session=chat.id)
+    self._asked[request.id] = chat, turn, request
+    if asked.output_len is not None:
+      self._output_lens[request.id] = asked.output_len
+    self._schedule(request)
+
+  def _fits(self, prompt: Sequence[int], turn: ChatTurn) -> bool:
+    return len(prompt) + turn.sampling.max_tokens <= self._max_context
+
+
+def check_concurrency(max_concurrency: int) -> None:
+  """Raise ValueError unless at least one can be in flight."""
+  if max_concurrency < 1:
+    raise ValueError(f'max_concurrency is {max_concurrency}, expected at least 1; with none, nothing would arrive.')
+
+
+def check_think(think_s: float) -> None:
+  """Raise ValueError unless this is a time to wait."""
+  if not (think_s >= 0 and math.isfinite(think_s)):
+    raise ValueError(f'think_s is {think_s}, expected 0 (no pause) or a positive number of seconds.')
+
+
+_Named = TypeVar('_Named', Request, Chat)
+
+
+def _distinct(named: Iterable[_Named]) -> list[_Named]:
+  """The requests or chats as a list, once no two have one id."""
+  items = list(named)
+  for name, count in collections.Counter(item.id for item in items).items():
+    if count > 1:
+      raise ValueError(f'{count} requests or chats have the id {name!r}, expected one; rename the others.')
+  return items

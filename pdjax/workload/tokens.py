@@ -1,0 +1,50 @@
+"""Random prompts that cost nothing until someone reads their tokens."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RandomTokens(Sequence[int]):
+  """`length` token ids drawn evenly from `0` to `vocab_size - 1`; the same fields always give the same tokens.
+
+  A simulation asks only for its length and never pays for the tokens. A slice is a plain tuple.
+
+  Raises:
+    ValueError: if the length or the seed is negative, or the vocabulary empty.
+  """
+
+  length: int
+  vocab_size: int
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.length < 0:
+      raise ValueError(f'a random prompt has length={self.length}, expected 0 or more tokens.')
+    if self.vocab_size < 1:
+      raise ValueError(f"a random prompt has vocab_size={self.vocab_size}, expected the model's number of tokens.")
+    if self.seed < 0:
+      raise ValueError(f'a random prompt has seed={self.seed}, expected 0 or more.')
+
+  def __len__(self) -> int:
+    return self.length
+
+  @overload
+  def __getitem__(self, index: int) -> int: ...
+  @overload
+  def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+  def __getitem__(self, index):
+    return _draw(self)[index]
+
+  def __iter__(self) -> Iterator[int]:
+    return iter(_draw(self))
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(tokens: RandomTokens) -> tuple[int, ...]:
+  rng = np.random.default_rng(tokens.seed)
+  return tuple(rng.integers(tokens.vocab_size, size=tokens.length).tolist())

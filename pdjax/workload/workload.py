@@ -1,0 +1,97 @@
+"""What a config says about its requests: the Workload protocol, what it is told of the model, and ready requests."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pdjax.serving.loop import Arrivals
+from pdjax.types.request import Request
+from pdjax.workload.arrivals import Listed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkloadContext:
+  """What a workload needs to know of the model that serves it.
+
+  Attributes:
+    vocab_size: Random prompts draw from tokens `0` to `vocab_size - 1`.
+    context_len: Most tokens of a prompt and its output together.
+    encode_chat: Turns what a user says into a prompt, chat template included; None where there is no tokenizer.
+  """
+
+  vocab_size: int
+  context_len: int
+  encode_chat: Callable[[str], Sequence[int]] | None = None
+
+  def encode(self, text: str) -> tuple[int, ...]:
+    """The prompt of a user who says `text`.
+
+    Raises:
+      ValueError: if there is no tokenizer.
+    """
+    if self.encode_chat is None:
+      raise ValueError(
+        f'the workload has the text prompt {_shortened(text)!r} but the run has no tokenizer; '
+        'give the model a checkpoint with one, or set prompts=None for random tokens.'
+      )
+    return tuple(self.encode_chat(text))
+
+
+class Workload(Protocol):
+  """All that a config says about the requests of a run; the figures go into the report."""
+
+  @property
+  def num_requests(self) -> int:
+    """Requests that come, at most."""
+
+  @property
+  def request_rate(self) -> float | None:
+    """Requests per second; infinite if they do not come at times of their own, None where it has no meaning."""
+
+  @property
+  def burstiness(self) -> float | None:
+    """Shape of the gamma distribution of the gaps between arrivals; None where it has no meaning."""
+
+  @property
+  def max_concurrency(self) -> int | None:
+    """Most requests in flight that the workload allows; None if it does not ask."""
+
+  def arrivals(self, context: WorkloadContext) -> Arrivals:
+    """A fresh source of these requests, the same every time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+  """Ready requests, at the times they name."""
+
+  requests: tuple[Request, ...]
+
+  def __post_init__(self):
+    object.__setattr__(self, 'requests', tuple(self.requests))
+
+  @property
+  def num_requests(self) -> int:
+    return len(self.requests)
+
+  @property
+  def request_rate(self) -> float:
+    """Requests per second between the first and the last; infinite if all come at once."""
+    times_s = [request.arrival_s for request in self.requests] or [0.0]
+    span_s = max(times_s) - min(times_s)
+    return (len(times_s) - 1) / span_s if span_s else math.inf
+
+  @property
+  def burstiness(self) -> None:
+    return None
+
+  @property
+  def max_concurrency(self) -> None:
+    return None
+
+  def arrivals(self, context: WorkloadContext) -> Listed:
+    return Listed(self.requests)
+
+
+def _shortened(text: str, width: int = 40) -> str:
+  return text if len(text) <= width else text[: width - 1] + '…'

@@ -1,0 +1,125 @@
+"""Logs written by hand, stamp by stamp."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.serving.messages import (
+  Admission,
+  Arrived,
+  ChunkOrder,
+  DecodeOrder,
+  Done,
+  Event,
+  Finished,
+  Result,
+  Started,
+  StepOrder,
+  TransferOrder,
+  Turn,
+)
+from pdjax.types.request import Request
+
+
+class Log:
+  """Events as the loop yields them, in the order of the calls."""
+
+  def __init__(self):
+    self.events: list[Event] = []
+    self.requests: dict[str, Request] = {}
+    self.tokens: dict[str, tuple[int, ...]] = {}
+    self.num_orders = 0
+    self.now_s = 0.0
+
+  def turn(self, now_s):
+    self.now_s = now_s
+    self.events.append(Turn(now_s))
+
+  def arrive(self, name, prompt_len=4, arrival_s=0.0, **fields):
+    self.requests[name] = Request(name, prompt=range(prompt_len), arrival_s=arrival_s, **fields)
+    self.tokens[name] = ()
+    self.events.append(Arrived(self.requests[name]))
+
+  def start(self, order):
+    self.events.append(Started(self.now_s, order))
+    return order.id
+
+  def step(self, worker, chunks=(), decodes=()):
+    """Start a step; chunks are (request, start, length)."""
+    self.num_orders += 1
+    chunks = tuple(ChunkOrder(self.requests[name], start, length, pages=(0, 1)) for name, start, length in chunks)
+    decodes = tuple(
+      DecodeOrder(name, slot, context=4, admission=Admission(self.requests[name], (7, 8), self.tokens[name]))
+      for slot, name in enumerate(decodes)
+    )
+    return self.start(StepOrder(self.num_orders, worker, chunks, decodes))
+
+  def transfer(self, name, source='p', target='d', pages=(0, 1)):
+    self.num_orders += 1
+    return self.start(TransferOrder(self.num_orders, name, source, target, pages, tuple(p + 7 for p in pages)))
+
+  def done(self, order, began_s, ended_s, brings=None, **fields):
+    """An order ended well; `brings` is how many tokens each request got."""
+    results = []
+    for name, count in (brings or {}).items():
+      tokens = tuple(100 + len(self.tokens[name]) + i for i in range(count))
+      self.tokens[name] += tokens
+      results.append(Result(name, tokens))
+    self.events.append(Done(order, began_s, ended_s, tuple(results), **fields))
+
+  def finish(self, name, reason='length', error=None):
+    self.events.append(Finished(self.now_s, name, reason, self.tokens[name], error))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamps:
+  """One request's way through a prefill worker `p` and a decode worker `d`; every figure is exact in binary."""
+
+  arrival: float = 0.25
+  prefill_began: float = 0.5
+  prefill_ended: float = 1.0
+  first_token: float = 1.0625
+  wire_began: float = 1.125
+  wire_ended: float = 1.25
+  decode_began: float = 1.5
+  decode_ended: float = 1.75
+  second_token: float = 1.8125
+  third_token: float = 2.0625
+
+
+def write_disaggregated(stamps: Stamps) -> list[Event]:
+  log = Log()
+  log.turn(stamps.arrival)
+  log.arrive('r', arrival_s=stamps.arrival)
+  prefill = log.step('p', chunks=[('r', 0, 4)])
+  log.turn(stamps.first_token)
+  log.done(prefill, stamps.prefill_began, stamps.prefill_ended, {'r': 1})
+  transfer = log.transfer('r')
+  log.turn(stamps.wire_ended)
+  log.done(transfer, stamps.wire_began, stamps.wire_ended, wire_bytes=4096)
+  decode = log.step('d', decodes=['r'])
+  log.turn(stamps.second_token)
+  log.done(decode, stamps.decode_began, stamps.decode_ended, {'r': 1})
+  decode = log.step('d', decodes=['r'])
+  log.turn(stamps.third_token)
+  log.done(decode, stamps.second_token, stamps.third_token, {'r': 1}, wasted_tokens=2)
+  log.finish('r')
+  return log.events
+
+
+@pytest.fixture
+def log():
+  """An empty log to write on."""
+  return Log()
+
+
+@pytest.fixture
+def stamps():
+  """Stamps of a request that passes through both workers."""
+  return Stamps()
+
+
+@pytest.fixture
+def disaggregated():
+  """Turns such stamps into a log."""
+  return write_disaggregated

@@ -1,0 +1,71 @@
+"""The log in memory and on disk."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+
+from pdjax.metrics.event_log import EventLog, event_to_json, read_events
+from pdjax.serving.messages import Arrived, Done, EndOrder, Failed, Result, Started, Withdrawn, WorkerLost
+from pdjax.types.request import SLO, Request, SamplingParams
+
+
+def _everything(disaggregated, stamps):
+  return [
+    *disaggregated(stamps),
+    Arrived(
+      Request('s', (1, 2), SamplingParams(temperature=0.5, stop_token_ids=(7,)), slo=SLO(ttft_ms=5), session='c')
+    ),
+    Withdrawn('s'),
+    Started(3.0, EndOrder(9, 's', 'cancelled', 'no longer wanted')),
+    Failed(10, 3.0, 'boom'),
+    WorkerLost('p', 3.0, 'boom'),
+  ]
+
+
+def test_the_file_holds_what_memory_holds(disaggregated, stamps, tmp_path):
+  events = _everything(disaggregated, stamps)
+  with EventLog(tmp_path / 'run' / 'events.jsonl') as log:
+    for event in events:
+      log.append(event)
+  assert list(log) == events and len(log) == len(events)
+  lines = list(read_events(tmp_path / 'run' / 'events.jsonl'))
+  assert [line['event'] for line in lines] == [type(event).__name__ for event in events]
+  assert lines == [_as_lists(event_to_json(event)) for event in events]
+
+
+def _as_lists(value):
+  if isinstance(value, dict):
+    return {key: _as_lists(item) for key, item in value.items()}
+  return [_as_lists(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp_path):
+  with EventLog(tmp_path / 'events.jsonl') as log:
+    for event in _everything(disaggregated, stamps):
+      log.append(event)
+  lines = list(read_events(tmp_path / 'events.jsonl'))
+  arrived = [line['request'] for line in lines if line['event'] == 'Arrived']
+  assert arrived[1]['prompt_len'] == 2 and 'prompt' not in arrived[1]
+  assert arrived[1]['sampling'] == dataclasses.asdict(SamplingParams(temperature=0.5)) | {'stop_token_ids': [7]}
+  assert arrived[1]['slo']['ttft_ms'] == 5 and arrived[1]['session'] == 'c'
+  prefill, transfer, decode, _, end = [line['order'] for line in lines if line['event'] == 'Started']
+  assert prefill['chunks'] == [{'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'slot': None}]
+  assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
+  assert decode['decodes'][0]['admission'] == {'request': 'r', 'pages': [7, 8], 'tokens': [100]}
+  assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
+  done = next(line for line in lines if line['event'] == 'Done')
+  assert done['results'] == [{'request': 'r', 'tokens': [100], 'finish_reason': None}]
+
+
+def test_numpy_integers_are_written_as_numbers(tmp_path):
+  with EventLog(tmp_path / 'events.jsonl') as log:
+    log.append(Done(1, 0.0, np.float32(1.0), (Result('r', (np.int32(5),)),)))
+  (line,) = read_events(tmp_path / 'events.jsonl')
+  assert line['results'][0]['tokens'] == [5] and line['ended_s'] == 1.0
+
+
+def test_metrics_import_no_jax():
+  code = "import sys, pdjax.metrics; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

@@ -1,0 +1,215 @@
+"""Reports of logs written by hand, figure by figure."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from pdjax.metrics import table
+from pdjax.metrics.report import Report, Stats
+from pdjax.types.cluster import Role, WorkerSpec
+from pdjax.types.request import SLO
+
+WORKERS = (WorkerSpec('p', Role.PREFILL), WorkerSpec('d', Role.DECODE))
+
+VLLM_KEYS = {
+  'date', 'backend', 'model_id', 'tokenizer_id', 'num_prompts', 'request_rate', 'burstiness', 'max_concurrency',
+  'duration', 'completed', 'failed', 'total_input_tokens', 'total_output_tokens', 'request_throughput',
+  'request_goodput', 'output_throughput', 'total_token_throughput', 'max_output_tokens_per_s',
+  'max_concurrent_requests', 'input_lens', 'output_lens', 'ttfts', 'itls', 'generated_texts', 'errors',
+} | {
+  f'{figure}_{latency}_ms'
+  for figure in ('mean', 'median', 'std', 'p50', 'p90', 'p99')
+  for latency in ('ttft', 'tpot', 'itl', 'e2el')
+}  # fmt: skip
+
+
+def _strict(text):
+  def refuse(word):
+    raise AssertionError(f'{word} is not JSON')
+
+  return json.loads(text, parse_constant=refuse)
+
+
+def _printed(report):
+  console = Console(width=100, record=True, file=io.StringIO())
+  table.print_report(report, console)
+  return console.export_text()
+
+
+def test_every_figure_of_one_request(disaggregated, stamps):
+  report = Report.from_events(disaggregated(stamps), workers=WORKERS, model_id='tiny', backend='simulator')
+  figures = report.to_json()
+  assert figures.keys() >= VLLM_KEYS
+  assert figures['duration'] == 1.8125
+  assert (figures['num_prompts'], figures['completed'], figures['failed']) == (1, 1, 0)
+  assert (figures['total_input_tokens'], figures['total_output_tokens']) == (4, 3)
+  assert figures['request_throughput'] == 1 / 1.8125
+  assert figures['output_throughput'] == 3 / 1.8125
+  assert figures['total_token_throughput'] == 7 / 1.8125
+  assert figures['mean_ttft_ms'] == figures['median_ttft_ms'] == figures['p99_ttft_ms'] == 812.5
+  assert (figures['mean_tpot_ms'], figures['mean_itl_ms'], figures['mean_e2el_ms']) == (500, 500, 1812.5)
+  assert figures['std_itl_ms'] == 250
+  assert figures['mean_handoff_ms'] == 750
+  assert figures['account'] == {
+    'queue': 250, 'prefill': 562.5, 'wait': 62.5, 'wire': 125, 'admit': 250, 'step': 312.5,
+    'ttft_closes': 0, 'handoff_closes': 0,
+  }  # fmt: skip
+  assert (figures['wire_bytes'], figures['num_transfers'], figures['wasted_tokens']) == (4096, 1, 2)
+  assert figures['mean_host_lag_ms'] == pytest.approx(1e3 * (0.0625 + 0 + 0.0625 + 0) / 4)
+  assert figures['finish_reasons'] == {'length': 1}
+  assert figures['request_goodput'] is None and figures['goodput_share'] is None
+  assert (figures['input_lens'], figures['output_lens'], figures['errors']) == ([4], [3], [''])
+  assert (figures['ttfts'], figures['itls'], figures['generated_texts']) == ([0.8125], [[0.75, 0.25]], [''])
+
+
+def test_utilisation_is_the_share_of_the_run_that_steps_cover(disaggregated, stamps):
+  prefill, decode = Report.from_events(disaggregated(stamps), workers=WORKERS).utilisation
+  assert (prefill.worker, prefill.role, prefill.busy, prefill.prefill) == (
+    'p',
+    Role.PREFILL,
+    0.5 / 1.8125,
+    0.5 / 1.8125,
+  )
+  assert (decode.busy, decode.decode, decode.prefill, decode.fused) == (0.5 / 1.8125, 0.5 / 1.8125, 0, 0)
+  assert prefill.transfer == decode.transfer == 0.125 / 1.8125
+
+
+def test_overlapping_and_overhanging_spans_count_once(log):
+  log.turn(0.0)
+  log.arrive('r')
+  first, second = log.step('w', chunks=[('r', 0, 4)]), log.step('w', decodes=['r'])
+  log.turn(2.0)
+  log.done(first, 0.0, 1.5, {'r': 1})
+  log.finish('r')
+  log.turn(9.0)
+  log.done(second, 1.0, 9.0)  # computed past the end of the run
+  (use,) = Report.from_events(log.events, workers=[WorkerSpec('w')]).utilisation
+  assert (use.busy, use.prefill, use.decode) == (1.0, 0.75, 0.5)
+
+
+def _two_requests(log, slo=None):
+  """`a` gets its tokens at 1 and 2 s, `b` only one, at 3 s; `c` is rejected and `d` never ends."""
+  log.turn(0.0)
+  log.arrive('a')
+  log.arrive('b', slo=slo)
+  log.arrive('c')
+  log.finish('c', 'rejected', 'too long')
+  log.arrive('d')
+  step = log.step('w', chunks=[('a', 0, 4)])
+  log.turn(1.0)
+  log.done(step, 0.0, 1.0, {'a': 1})
+  step = log.step('w', chunks=[('b', 0, 2)], decodes=['a'])
+  log.turn(2.0)
+  log.done(step, 1.0, 2.0, {'a': 1})
+  log.finish('a')
+  step = log.step('w', chunks=[('b', 2, 2)])
+  log.turn(4.0)
+  log.done(step, 2.0, 4.0, {'b': 1})
+  log.finish('b', 'stop')
+  return log.events
+
+
+def test_only_completed_requests_have_latencies(log):
+  report = Report.from_events(_two_requests(log), workers=[WorkerSpec('w')])
+  assert (report.num_prompts, report.completed, report.failed) == (4, 2, 2)
+  assert report.finish_reasons == {'length': 1, 'stop': 1, 'rejected': 1, 'unfinished': 1}
+  assert report.ttft == Stats.of_seconds([1.0, 4.0])
+  assert report.handoff == report.tpot == Stats.of_seconds([1.0])
+  assert report.account.queue_ms == 500 and report.account.prefill_ms == 2000
+  figures = report.to_json()
+  assert figures['errors'] == ['', '', 'too long', 'unfinished']
+  assert figures['ttfts'] == [1.0, 4.0, 0.0, 0.0] and figures['output_lens'] == [2, 1, 0, 0]
+  assert any('rejected 1, unfinished 1' in note for note in report.notes)
+
+
+def test_goodput_counts_requests_within_every_limit(log):
+  events = _two_requests(log)
+  workers = [WorkerSpec('w')]
+  report = Report.from_events(events, workers=workers, slo=SLO(ttft_ms=1000, tpot_ms=1000))
+  assert (report.request_goodput, report.goodput_share) == (1 / 4, 1 / 4)
+  report = Report.from_events(events, workers=workers, slo=SLO(ttft_ms=4000, tpot_ms=999))
+  assert report.request_goodput == 1 / 4  # b's only token leaves no TPOT to miss
+  report = Report.from_events(events, workers=workers, slo=SLO(e2el_ms=5000))
+  assert (report.request_goodput, report.goodput_share) == (2 / 4, 2 / 4)
+
+
+def test_a_requests_own_limits_replace_those_of_the_run(log):
+  events = _two_requests(log, slo=SLO(ttft_ms=5000))
+  workers = [WorkerSpec('w')]
+  assert Report.from_events(events, workers=workers, slo=SLO(ttft_ms=1)).request_goodput == 1 / 4
+  assert Report.from_events(events, workers=workers).request_goodput == 2 / 4  # a has no limits to miss
+
+
+def test_peaks_are_counted_in_whole_seconds(log):
+  report = Report.from_events(_two_requests(log), workers=[WorkerSpec('w')])
+  assert (report.max_output_tokens_per_s, report.max_concurrent_requests) == (1, 2)
+
+
+def test_accounts_close_over_many_requests(disaggregated, stamps):
+  shifted = [
+    type(stamps)(**{name: getattr(stamps, name) * (1 + i / 7) for name in stamps.__dataclass_fields__})
+    for i in range(5)
+  ]
+  for one in shifted:
+    report = Report.from_events(disaggregated(one), workers=WORKERS)
+    account = report.account
+    assert account.ttft_closes_s < 1e-12 and account.handoff_closes_s < 1e-12
+    assert account.queue_ms + account.prefill_ms == pytest.approx(report.ttft.mean_ms)
+    parts = account.wait_ms + account.wire_ms + account.admit_ms + account.step_ms
+    assert parts == pytest.approx(report.handoff.mean_ms)
+
+
+def test_an_empty_run_has_a_report():
+  report = Report.from_events([], workers=WORKERS, slo=SLO(ttft_ms=1))
+  figures = _strict(json.dumps(report.to_json(), allow_nan=False))
+  assert figures['num_prompts'] == figures['duration'] == 0
+  assert figures['request_throughput'] is figures['mean_ttft_ms'] is figures['account']['queue'] is None
+  assert figures['utilisation']['p']['busy'] is None
+  assert '0 of 0 requests' in str(report) and 'TTFT' in _printed(report)
+
+
+def test_the_file_is_finite_json(disaggregated, stamps, tmp_path):
+  report = Report.from_events(
+    disaggregated(stamps),
+    workers=WORKERS,
+    config={'limit': math.nan, 'rate': math.inf, 'role': Role.BOTH, 'slo': SLO(), 1: (1, 2)},
+    environment={'versions': {'numpy': '2'}},
+    generated_texts={'r': 'hello'},
+    seed=0,
+  )
+  assert report.save(tmp_path / 'run') == tmp_path / 'run' / 'report.json'
+  figures = _strict((tmp_path / 'run' / 'report.json').read_text())
+  assert figures == report.to_json()
+  assert figures['request_rate'] == 'inf'
+  assert figures['config']['limit'] is None and figures['config']['role'] == 'both' and figures['config']['1'] == [1, 2]
+  assert figures['generated_texts'] == ['hello'] and figures['seed'] == 0
+  assert report.save(tmp_path / 'other.json') == tmp_path / 'other.json'
+
+
+def test_notes_name_what_spoils_a_comparison(disaggregated, stamps):
+  workers = (WorkerSpec('p', 'prefill', devices=(0,)), WorkerSpec('d', 'decode', devices=(0,)))
+  report = Report.from_events(disaggregated(stamps), workers=workers, calibrated=False, notes=['Timed on battery.'])
+  assert report.notes[0] == 'Timed on battery.'
+  assert 'p and d share a device' in report.notes[1] and 'Uncalibrated' in report.notes[2]
+  assert Report.from_events(disaggregated(stamps), workers=WORKERS).notes == ()
+
+
+def test_the_table_fits_a_terminal_and_shows_the_account(disaggregated, stamps):
+  report = Report.from_events(
+    disaggregated(stamps), workers=WORKERS, slo=SLO(ttft_ms=1000), model_id='tiny', backend='engine', calibrated=False,
+    warmup_s=3.0,
+  )  # fmt: skip
+  text = _printed(report)
+  assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
+  assert 'TTFT 812.5 = queue 250.0 + prefill 562.5 ms' in text
+  assert 'hand-off 750.0 = wait 62.5 + wire 125.0 + admit 250.0 + step 312.5 ms' in text
+  assert '4.1 kB' in text and 'Uncalibrated' in text
+  assert report.ttft_account() in str(report)
+
+
+def test_a_colocated_run_says_so(log):
+  report = Report.from_events(_two_requests(log), workers=[WorkerSpec('w')])
+  assert report.handoff_account().endswith('(colocated: no pages move)')

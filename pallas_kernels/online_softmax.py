@@ -3,13 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-BLOCK_TOKENS = 512  # cached tokens a block: on CPU, fewer pay for the loop and more fall out of the cache
-
 _HIDDEN = -1e30  # finite, so that a row that sees nothing yet stays free of NaN
 
 
-def pages_per_block(page_size: int, table_width: int, block_tokens: int = BLOCK_TOKENS) -> int:
-  """Pages that one block reads."""
+def pages_per_block(page_size: int, table_width: int, block_tokens: int) -> int:
+  """Pages that one block of about `block_tokens` cached tokens reads."""
   return min(max(block_tokens // page_size, 1), table_width)
 
 

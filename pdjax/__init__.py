@@ -59,7 +59,7 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
   'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Completion', 'Constant',
   'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Reject',
   'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer', 'Uniform',

@@ -132,7 +132,9 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
   if name not in fields:
     close = difflib.get_close_matches(name, fields, 1)
     hint = f' (did you mean {close[0]!r}?)' if close else ''
-    raise ValueError(f'override {override!r}: {type(node).__name__} has no field {name!r}{hint}; it has {", ".join(fields)}.')
+    raise ValueError(
+      f'override {override!r}: {type(node).__name__} has no field {name!r}{hint}; it has {", ".join(fields)}.'
+    )
   if rest:
     value = _replace(getattr(node, name), rest, value, override)
   else:

@@ -176,7 +176,9 @@ def open_model(config: ServingConfig) -> tuple[ModelSpec, Any]:
   if checkpoint is not None:
     found = checkpoint.spec
     if model is not None and dataclasses.replace(found, name=model.name) != model:
-      raise ValueError(f'checkpoint {config.checkpoint!r} holds {found}, but the config asks for {model}; leave one out.')
+      raise ValueError(
+        f'checkpoint {config.checkpoint!r} holds {found}, but the config asks for {model}; leave one out.'
+      )
     model = model or found
   assert model is not None
   if config.max_context is not None:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.online_softmax import attend, pad_tables, pages_per_block
 
+BLOCK_TOKENS = 128  # cached tokens a block; on CPU, more are read in vain by short sequences
+
 
 def paged_attention(
   q: jax.Array, pages: jax.Array, tables: jax.Array, lengths: jax.Array, *, softmax_scale: float
@@ -12,7 +14,7 @@ def paged_attention(
   """See `pallas_kernels.paged_attention.paged_attention`."""
   _, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
-  block_pages = pages_per_block(page_size, tables.shape[1])
+  block_pages = pages_per_block(page_size, tables.shape[1], BLOCK_TOKENS)
   group = query_heads // kv_heads
   queries = (q.astype(jnp.float32) * softmax_scale).astype(pages.dtype)
 

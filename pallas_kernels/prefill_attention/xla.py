@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.online_softmax import attend, pad_tables, pages_per_block
 
 BLOCK_ROWS = 128  # query tokens a block
+BLOCK_TOKENS = 256  # cached tokens a block; on CPU, more are read in vain by short prompts, fewer slow long ones down
 
 
 def prefill_attention(
@@ -20,7 +21,7 @@ def prefill_attention(
   """See `pallas_kernels.prefill_attention.prefill_attention`."""
   tokens, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
-  block_pages = pages_per_block(page_size, tables.shape[1])
+  block_pages = pages_per_block(page_size, tables.shape[1], BLOCK_TOKENS)
   tables = pad_tables(tables, block_pages)
   group = query_heads // kv_heads
   block_rows = min(BLOCK_ROWS, tokens)

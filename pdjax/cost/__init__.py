@@ -4,4 +4,4 @@ from pdjax.cost.cost_model import CostModel
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
 
-__all__ = ["CostModel", "Roofline", "size_pools"]
+__all__ = ['CostModel', 'Roofline', 'size_pools']

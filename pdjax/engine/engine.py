@@ -106,9 +106,7 @@ class Engine:
     job = functools.partial(self._collect, worker, worker.incarnation, order, pending, dispatched_s)
     self._passes[order.worker].add(job)
 
-  def _collect(
-    self, worker: Worker, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float
-  ) -> None:
+  def _collect(self, worker: Worker, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float) -> None:
     """On the worker's waiting thread: block until a pass has ended and post its outcome."""
     name = worker.spec.name
     try:
@@ -142,9 +140,7 @@ class Engine:
     before = self._last_pass.get(order.source)
     parcel = self._transports[order.source, order.target].send(order.source_pages, order.target_pages)
     incarnations = (source.incarnation, target.incarnation)
-    self._transfers[order.source].add(
-      functools.partial(self._watch, order, before, parcel, dispatched_s, incarnations)
-    )
+    self._transfers[order.source].add(functools.partial(self._watch, order, before, parcel, dispatched_s, incarnations))
 
   def _watch(
     self,
@@ -181,9 +177,7 @@ class Engine:
       self._mailbox.post(lambda _: broken)
       return
     self._passes[order.target].add(functools.partial(self._note_written, order.target, written.block_until_ready))
-    self._mailbox.post(
-      lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=landed.parcel.wire_bytes)
-    )
+    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=landed.parcel.wire_bytes))
 
   def _note_written(self, target: str, block: Callable[[], object]) -> None:
     """On the target's waiting thread: the next pass begins no sooner than the pieces are written."""

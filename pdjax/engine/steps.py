@@ -38,9 +38,7 @@ class Passes:
   mesh: Mesh
   max_fused_steps: int
 
-  def prefill(
-    self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks
-  ) -> tuple[KVPages, Slots, jax.Array]:
+  def prefill(self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks) -> tuple[KVPages, Slots, jax.Array]:
     """Run prompt chunks; also returns each sequence's next token `[C]`, which counts if the chunk is its last."""
     model = bind(self.model, weights)
     rows = _chunk_rows(chunks, pages)
@@ -90,7 +88,13 @@ class Passes:
     return jax.lax.with_sharding_constraint(model.logits(x), replicated(self.mesh))
 
   def _run(
-    self, model: Transformer, pages: KVPages, tokens: jax.Array, rows: 'Rows', chunks: Chunks | None, slots: Slots | None
+    self,
+    model: Transformer,
+    pages: KVPages,
+    tokens: jax.Array,
+    rows: 'Rows',
+    chunks: Chunks | None,
+    slots: Slots | None,
   ) -> tuple[jax.Array, KVPages]:
     """Every block over packed tokens: chunks first, then one token of each slot."""
     split = 0 if chunks is None else chunks.tokens.shape[0]

@@ -123,7 +123,9 @@ class Worker:
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(2) as pool:
-      return {f'{self.spec.name}/{"x".join(map(str, key))}': s for key, s in zip(keys, pool.map(timed, keys), strict=True)}
+      return {
+        f'{self.spec.name}/{"x".join(map(str, key))}': s for key, s in zip(keys, pool.map(timed, keys), strict=True)
+      }
 
   def _lower(self, key: tuple) -> jax.stages.Lowered:
     passes = Passes(self.model, self.mesh, self.spec.max_fused_steps)
@@ -220,7 +222,9 @@ class Worker:
       rows.tables[row, : len(admission.pages)] = admission.pages
       self._track(admission.request, generated)
     rows = dataclasses.replace(rows, sampling=self._sampling([one.request for one in admissions], self._num_slots))
-    self.slots = self.program('admit')(self.slots, self._pack_ids([slot for slot, _ in admitted], self._num_slots), rows)
+    self.slots = self.program('admit')(
+      self.slots, self._pack_ids([slot for slot, _ in admitted], self._num_slots), rows
+    )
 
   def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
     limits = [self._limit_of(request) for request in requests]

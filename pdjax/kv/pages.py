@@ -65,5 +65,10 @@ def gather(pages: KVPages, ids: jax.Array) -> jax.Array:
 
 
 def scatter(pages: KVPages, ids: jax.Array, values: jax.Array) -> KVPages:
-  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`."""
-  return KVPages(tuple(layer.at[ids].set(values[:, i]) for i, layer in enumerate(pages.layers)))
+  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`, page by page: a loop compiles far faster than XLA's scatter."""
+
+  def put(i, layers):
+    page = values[i]  # [L, 2, K, G, D]
+    return tuple(jax.lax.dynamic_update_index_in_dim(layer, page[j], ids[i], 0) for j, layer in enumerate(layers))
+
+  return KVPages(jax.lax.fori_loop(0, ids.shape[0], put, pages.layers))

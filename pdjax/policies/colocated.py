@@ -22,7 +22,7 @@ class Colocated:
   """
 
   token_budget: int = 256
-  decode_steps: int = 4
+  decode_steps: int = 1
   placement: Placement = FewestQueuedTokens()
 
   def decide(self, state: ClusterState) -> list[Action]:

@@ -25,7 +25,7 @@ class Disaggregated:
   """
 
   max_prefill_tokens: int = 512
-  decode_steps: int = 4
+  decode_steps: int = 1
   place_prefill: Placement = FewestQueuedTokens()
   place_decode: Placement = FewestSequences()
 

@@ -254,7 +254,9 @@ class ClusterState:
       f'{name} ({entry.phase.value}, {self.pages_needed(name, decodes=True)} pages)'
       for name, entry in list(self.requests.items())[:8]
     )
-    free = ', '.join(f'{worker.name} {worker.allocator.num_free}/{worker.num_pages}' for worker in self.workers.values())
+    free = ', '.join(
+      f'{worker.name} {worker.allocator.num_free}/{worker.num_pages}' for worker in self.workers.values()
+    )
     raise StuckError(
       f'{len(self.requests)} requests wait and no order is under way, so nothing can change: {waits}. '
       f'Free pages: {free}. The policy must start, move, reject or cancel them.'
@@ -300,10 +302,14 @@ class ClusterState:
       )
     stops = len({*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else model.eos_token_ids)})
     if stops > MAX_STOP_TOKENS:
-      return f'{stops} stop tokens asked for, the model\'s own included, but at most {MAX_STOP_TOKENS} are kept; name fewer.'
+      return (
+        f"{stops} stop tokens asked for, the model's own included, but at most {MAX_STOP_TOKENS} are kept; name fewer."
+      )
     bad = first_outside(request.prompt, model.vocab_size)
     if bad is not None:
-      return f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
+      return (
+        f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
+      )
     for workers, decodes in ((self.prefill_workers, False), (self.decode_workers, True)):
       needed = self.pages_needed(request.id, decodes=decodes)
       largest = max(workers, key=lambda worker: worker.num_pages)
@@ -414,9 +420,7 @@ class ClusterState:
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
     for order in list(self._in_flight.values()):
-      if isinstance(order, StepOrder) and order.worker == worker:
-        self._fail(order.id, error, now_s)
-      elif isinstance(order, TransferOrder) and worker in (order.source, order.target):
+      if (isinstance(order, StepOrder) and order.worker == worker) or (isinstance(order, TransferOrder) and worker in (order.source, order.target)):
         self._fail(order.id, error, now_s)
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
       self._finish(entry, 'error', now_s, error)
@@ -465,7 +469,9 @@ class ClusterState:
     if entry.phase is Phase.ENDING:
       raise PolicyError(f'{action!r}: the request is being ended already.')
     if isinstance(action, Reject) and entry.phase is not Phase.WAITING:
-      raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a waiting one can be rejected, cancel it.')
+      raise PolicyError(
+        f'{action!r}: the request is {entry.phase.value}; only a waiting one can be rejected, cancel it.'
+      )
     self._unschedule(entry)
     entry.phase = Phase.ENDING
     return EndOrder(self._order_id(), action.request, reason, action.reason)
@@ -492,7 +498,9 @@ class ClusterState:
   def _check_step(self, step: Step, worker: WorkerState) -> list[RequestState]:
     """The sequences a step decodes; raise for what is wrong with the step as a whole."""
     if len(worker.orders) >= MAX_ORDERS:
-      raise PolicyError(f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.')
+      raise PolicyError(
+        f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
+      )
     most = 1 if step.chunks else worker.spec.max_fused_steps
     if not 1 <= step.steps <= most:
       raise PolicyError(
@@ -533,11 +541,15 @@ class ClusterState:
       )
     sent_to = None if entry.target == worker.name else entry.target
     if entry.started and chunk.send_to != sent_to:
-      raise PolicyError(f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.')
+      raise PolicyError(
+        f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.'
+      )
     if chunk.send_to is not None:
       target = self._find_worker(step, chunk.send_to)
       if not target.role.decodes or target is worker:
-        raise PolicyError(f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.')
+        raise PolicyError(
+          f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.'
+        )
 
   def _check_room(self, step: Step, worker: WorkerState) -> None:
     """Raise unless every worker has the pages and slots that the step's new requests need."""
@@ -644,4 +656,3 @@ def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
   if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
     return None
   return next((token for token in prompt if not 0 <= token < vocab_size), None)
-

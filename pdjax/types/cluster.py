@@ -73,7 +73,7 @@ class WorkerSpec:
   @property
   def batch_buckets(self) -> tuple[int, ...]:
     """Decoding sequences that a pass is padded to, ascending."""
-    return buckets(self.max_sequences, smallest=1, factor=2)
+    return buckets(self.max_sequences, smallest=2, factor=4)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,14 +81,17 @@ class TransferSpec:
   """How KV pages travel.
 
   Attributes:
-    max_pages_per_piece: Most pages gathered into one array; a power of two. Bounds the staging memory.
+    max_batch_pages: Most pages gathered into one array. Bounds the staging memory of one batch.
+
+  Raises:
+    ValueError: if that is not positive.
   """
 
-  max_pages_per_piece: int = 256
+  max_batch_pages: int = 256
 
   def __post_init__(self):
-    if self.max_pages_per_piece < 1 or self.max_pages_per_piece & (self.max_pages_per_piece - 1):
-      raise ValueError(f'max_pages_per_piece is {self.max_pages_per_piece}, expected a power of two.')
+    if self.max_batch_pages < 1:
+      raise ValueError(f'max_batch_pages is {self.max_batch_pages}, expected at least 1 page.')
 
 
 def buckets(largest: int, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ A `device_put` between unlike shardings waits for its source and goes through th
 pages asked for and cuts its heads into pieces of gcd(heads per source shard, heads per target shard); every piece goes
 from one device to one device, which returns at once; and each target device joins its pieces and writes them.
 
-Pages travel in batches whose sizes are powers of two, so that few programs serve every count and no page too many moves.
+Pages travel in batches whose sizes are powers of four, so that few programs serve every count and no page too many moves.
 Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
 """
 
@@ -12,6 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from pdjax.kv.pages import LAYER_SPEC, KVPages, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.sharding import replicated
-from pdjax.types.cluster import TransferSpec, buckets
+from pdjax.types.cluster import TransferSpec
 
 _HEADS_AXIS = 4  # of pieces, which are [copies, n, L, 2, heads, G, D]: one copy leaves, `group` arrive
 _PIECE_SPEC = PartitionSpec(None, None, None, None, 'kv')  # on the source
@@ -54,11 +55,13 @@ class Cut:
     return divmod(target_shard * self.target_pieces + piece, self.source_pieces)
 
 
-def batch_sizes(pages: int, largest: int) -> list[int]:
-  """Powers of two, at most `largest`, that add up to `pages`."""
-  sizes = [largest] * (pages // largest)
-  rest = pages % largest
-  return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+def batch_sizes(pages: int, sizes: Sequence[int]) -> list[int]:
+  """The fewest of the ascending `sizes`, powers of four, that add up to `pages`, largest first."""
+  batches = []
+  for size in reversed(sizes):
+    batches += [size] * (pages // size)
+    pages %= size
+  return batches
 
 
 class DevicePut:
@@ -76,8 +79,8 @@ class DevicePut:
     self._source = source
     self._target = target
     self.cut = Cut.between(ours[0].shape[2], source.mesh.shape['kv'], target.mesh.shape['kv'])
-    smaller = min(source.page_shapes.num_pages, target.page_shapes.num_pages)
-    self._largest = min(spec.max_pages_per_piece, 1 << (smaller.bit_length() - 1))
+    most = min(spec.max_batch_pages, ours[0].shape[0], theirs[0].shape[0])
+    self._sizes = tuple(4**power for power in range(most.bit_length()) if 4**power <= most)
     self._gathers: dict[int, jax.stages.Compiled] = {}
     self._scatters: dict[int, jax.stages.Compiled] = {}
     self._fillers: dict[int, list[jax.Array]] = {}
@@ -86,14 +89,16 @@ class DevicePut:
 
   def compile(self) -> dict[str, float]:
     """Compile the gather and scatter of every batch size; seconds by program."""
-    seconds = {}
-    for size in buckets(self._largest):
+
+    def timed(size: int) -> float:
       begin = time.perf_counter()
       self._gathers[size] = self._lower_gather(size).compile()
       self._scatters[size] = self._lower_scatter(size).compile()
       self._fillers[size] = self._make_fillers(size)
-      seconds[f'transfer/{size}'] = time.perf_counter() - begin
-    return seconds
+      return time.perf_counter() - begin
+
+    with ThreadPoolExecutor(2) as pool:
+      return {f'{size} pages': s for size, s in zip(self._sizes, pool.map(timed, self._sizes), strict=True)}
 
   def _lower_gather(self, size: int) -> jax.stages.Lowered:
     cut = self.cut
@@ -159,7 +164,7 @@ class DevicePut:
     batches = []
     wire_bytes = 0
     first = 0
-    for size in batch_sizes(len(source_pages), self._largest):
+    for size in batch_sizes(len(source_pages), self._sizes):
       ids = np.asarray(source_pages[first : first + size], np.int32)
       gathered = self._gathers[size](self._source.pages, ids)
       pieces, put_bytes = self._put(gathered, size)

@@ -12,6 +12,7 @@ python -m experiments.run --config=configs/llama3_8b_simulated.py:split=colocate
 from pdjax.config import ServingConfig
 from pdjax.cost import Roofline
 from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving import Policy
 from pdjax.types import SLO, ChipSpec, LinkSpec, ModelSpec, colocated_pool, decode_pool, parse_split, prefill_pool
 from pdjax.workload import Lognormal, Poisson
 
@@ -26,6 +27,7 @@ def get_config(split: str = '2P1D', tp: int = 4, requests_per_s: float = 4.0, nu
     num_requests: How many.
   """
   sizes = {'tp': tp, 'max_sequences': 64, 'max_step_tokens': 2048, 'max_chunks': 32}
+  policy: Policy
   if split == 'colocated':
     workers, policy = colocated_pool(3, **sizes), Colocated(token_budget=1024)
   else:

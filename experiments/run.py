@@ -18,8 +18,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import pdjax.run
 from experiments.load_config import load_config
+from pdjax import launch
 from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import print_report
 from pdjax.serving.messages import Done, Event, Finished
@@ -68,9 +68,9 @@ def _run(console: Console) -> None:
     config = dataclasses.replace(config, workload=Given((_prompt(config, _PROMPT.value),)))
   with Follow(console, config) as follow:
     if _BACKEND.value == 'engine':
-      result = pdjax.run.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow)
+      result = launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow)
     else:
-      result = pdjax.run.simulate(config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value)
+      result = launch.simulate(config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value)
   if rows and _WORKDIR.value is not None:
     by_id: dict[str, Completion | Refused] = {one.request.id: one for one in result.completions}
     path = pathlib.Path(_WORKDIR.value) / 'requests.jsonl'
@@ -99,7 +99,7 @@ def _config() -> ServingConfig:
 
 
 def _read(config: ServingConfig, path: str) -> list[Request | Refused]:
-  _, checkpoint = pdjax.run.open_model(config)
+  _, checkpoint = launch.open_model(config)
   tokenizer = checkpoint.tokenizer() if checkpoint else None
   if tokenizer is None:
     return read_requests(path)
@@ -107,8 +107,8 @@ def _read(config: ServingConfig, path: str) -> list[Request | Refused]:
 
 
 def _prompt(config: ServingConfig, text: str) -> Request:
-  _, checkpoint = pdjax.run.open_model(config)
-  ids = pdjax.run.encode_prompt(checkpoint.tokenizer() if checkpoint else None, text)
+  _, checkpoint = launch.open_model(config)
+  ids = launch.encode_prompt(checkpoint.tokenizer() if checkpoint else None, text)
   return Request('prompt', ids, SamplingParams(max_tokens=_MAX_TOKENS.value))
 
 

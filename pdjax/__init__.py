@@ -1,6 +1,6 @@
 """pdjax: prefill/decode disaggregation of language model serving in JAX, with one policy for engine and simulator.
 
-Names are looked up when they are first used, so that what only decides (types, policies, the simulator) never loads JAX.
+Names are looked up when they are first used, so that what only decides (types, policies, simulator) never loads JAX.
 """
 
 import importlib
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
   from pdjax.config import ServingConfig
   from pdjax.cost import Roofline
+  from pdjax.launch import RunResult, generate, run, simulate
   from pdjax.metrics import Report
   from pdjax.policies import Colocated, Disaggregated
-  from pdjax.run import RunResult, generate, run, simulate
   from pdjax.serving import ALL, Cancel, Chunk, Reject, Step, Transfer
   from pdjax.types import (
     SLO,
@@ -46,7 +46,7 @@ _HOMES = {
   'pdjax.cost': ['Roofline'],
   'pdjax.metrics': ['Report'],
   'pdjax.policies': ['Colocated', 'Disaggregated'],
-  'pdjax.run': ['RunResult', 'generate', 'run', 'simulate'],
+  'pdjax.launch': ['RunResult', 'generate', 'run', 'simulate'],
   'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'Reject', 'Step', 'Transfer'],
   'pdjax.types': [
     'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
@@ -61,8 +61,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
   'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Completion', 'Constant',
-  'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Reject',
-  'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer', 'Uniform',
+  'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson',
+  'Reject', 'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer', 'Uniform',
   'WorkerSpec', 'colocated_pool', 'decode_pool', 'generate', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 

@@ -50,7 +50,7 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
     RuntimeError: if JAX has already started with fewer CPU devices than are needed.
   """
   try:
-    jax.config.update('jax_num_cpu_devices', max(needed, 1))
+    jax.config.update('jax_num_cpu_devices', max(needed, jax.config.read('jax_num_cpu_devices')))
     if platform == 'cpu':
       jax.config.update('jax_platforms', 'cpu')
   except RuntimeError:
@@ -58,8 +58,8 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
   devices = jax.devices(platform) if platform else jax.devices()
   if devices[0].platform == 'cpu' and len(devices) < needed:
     raise RuntimeError(
-      f'the workers need {needed} CPU devices, but JAX has already started with {len(devices)}; make them before JAX is '
-      f"first used, with jax.config.update('jax_num_cpu_devices', {needed}), or start the run in a fresh process."
+      f'the workers need {needed} CPU devices, but JAX has already started with {len(devices)}; make them before JAX '
+      f"is first used, with jax.config.update('jax_num_cpu_devices', {needed}), or start the run in a fresh process."
     )
   return devices
 
@@ -97,8 +97,8 @@ def build_engine(
     ValueError: if the workers do not fit the devices, the model's heads or the memory.
     RuntimeError: if JAX has already started with too few CPU devices.
   """
-  for worker in config.workers:
-    mesh_shape(model, worker.tp)
+  for spec in config.workers:
+    mesh_shape(model, spec.tp)
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -1,6 +1,7 @@
 """What a decoding sequence needs on the device, one row a slot."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,14 @@ class Slots:
   @classmethod
   def empty(cls, rows: int, table_width: int) -> 'Slots':
     """NumPy rows of which none is alive."""
-    return cls(
-      tokens=np.zeros(rows, np.int32),
-      lengths=np.zeros(rows, np.int32),
-      generated=np.zeros(rows, np.int32),
-      alive=np.zeros(rows, bool),
-      tables=np.zeros((rows, table_width), np.int32),
-      sampling=Sampling.stack((), (), (), rows),
-    )  # type: ignore[arg-type]
+    new: dict[str, Any] = {
+      'tokens': np.zeros(rows, np.int32),
+      'lengths': np.zeros(rows, np.int32),
+      'generated': np.zeros(rows, np.int32),
+      'alive': np.zeros(rows, bool),
+      'tables': np.zeros((rows, table_width), np.int32),
+    }
+    return cls(**new, sampling=Sampling.stack((), (), (), rows))
 
   def take(self, ids: jax.Array) -> 'Slots':
     """The rows `ids` `[B]`."""

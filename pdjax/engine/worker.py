@@ -130,16 +130,19 @@ class Worker:
   def _lower(self, key: tuple) -> jax.stages.Lowered:
     passes = Passes(self.model, self.mesh, self.spec.max_fused_steps)
     state = (self.weights, self.pages, self.slots)
-    donated = {'donate_argnums': (1, 2)}
     match key:
       case ('prefill', tokens):
-        return jax.jit(passes.prefill, **donated).lower(*state, self._abstract(self._pack_chunks((), tokens)))
+        return jax.jit(passes.prefill, donate_argnums=(1, 2)).lower(
+          *state, self._abstract(self._pack_chunks((), tokens))
+        )
       case ('decode', batch):
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
-        return jax.jit(passes.decode, **donated).lower(*state, self._abstract(self._pack_ids((), batch)), steps)
+        return jax.jit(passes.decode, donate_argnums=(1, 2)).lower(
+          *state, self._abstract(self._pack_ids((), batch)), steps
+        )
       case ('fused', tokens, batch):
         chunks, ids = self._pack_chunks((), tokens), self._pack_ids((), batch)
-        return jax.jit(passes.fused, **donated).lower(*state, self._abstract(chunks), self._abstract(ids))
+        return jax.jit(passes.fused, donate_argnums=(1, 2)).lower(*state, self._abstract(chunks), self._abstract(ids))
       case ('admit',):
         rows = self._abstract(Slots.empty(self._num_slots, self._table_width))
         ids = self._abstract(self._pack_ids((), self._num_slots))
@@ -237,20 +240,21 @@ class Worker:
 
   def _pack_chunks(self, chunks: Sequence[ChunkOrder], size: int) -> Chunks:
     most = self.spec.max_chunks
-    tokens = np.zeros(size, np.int32)
-    offsets = np.zeros(most + 1, np.int32)
-    lengths = np.zeros(most, np.int32)
-    tables = np.zeros((most, self._table_width), np.int32)
-    slots = np.full(most, self._num_slots, np.int32)
+    new: dict[str, Any] = {
+      'tokens': np.zeros(size, np.int32),
+      'offsets': np.zeros(most + 1, np.int32),
+      'lengths': np.zeros(most, np.int32),
+      'tables': np.zeros((most, self._table_width), np.int32),
+      'slots': np.full(most, self._num_slots, np.int32),
+    }
     end = 0
     for row, chunk in enumerate(chunks):
       stop = chunk.start + chunk.length
-      tokens[end : end + chunk.length] = chunk.request.prompt[chunk.start : stop]
+      new['tokens'][end : end + chunk.length] = chunk.request.prompt[chunk.start : stop]
       end += chunk.length
-      offsets[row + 1 :] = end
-      lengths[row] = stop
-      tables[row, : len(chunk.pages)] = chunk.pages
+      new['offsets'][row + 1 :] = end
+      new['lengths'][row] = stop
+      new['tables'][row, : len(chunk.pages)] = chunk.pages
       if chunk.slot is not None:
-        slots[row] = chunk.slot
-    sampling = self._sampling([chunk.request for chunk in chunks], most)
-    return Chunks(tokens, offsets, lengths, tables, slots, sampling)  # type: ignore[arg-type]
+        new['slots'][row] = chunk.slot
+    return Chunks(**new, sampling=self._sampling([chunk.request for chunk in chunks], most))

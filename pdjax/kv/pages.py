@@ -5,6 +5,7 @@ contiguous run that holds every head, which is what a copy wants.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ class KVPages:
     """The pool's shapes, dtypes and shardings, without its bytes."""
     shape = (num_pages, 2, model.kv_heads, page_size, model.head_dim)
     layer = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYER_SPEC))
-    return cls((layer,) * model.num_layers)  # type: ignore[arg-type]
+    layers: Any = (layer,) * model.num_layers
+    return cls(layers)
 
 
 def page_bytes(model: ModelSpec, page_size: int, dtype: jnp.dtype) -> int:
@@ -65,7 +67,10 @@ def gather(pages: KVPages, ids: jax.Array) -> jax.Array:
 
 
 def scatter(pages: KVPages, ids: jax.Array, values: jax.Array) -> KVPages:
-  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`, page by page: a loop compiles far faster than XLA's scatter."""
+  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`.
+
+  Page by page, in a loop that compiles several times as fast as XLA's scatter.
+  """
 
   def put(i, layers):
     page = values[i]  # [L, 2, K, G, D]

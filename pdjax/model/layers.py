@@ -9,7 +9,7 @@ from flax import nnx
 from pdjax.types.model import ModelSpec
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""(q `[T, H, D]`, k `[T, K, D]`, v `[T, K, D]`, one layer's pages) to (attended `[T, H, D]`, the pages with k and v)."""
+"""q `[T, H, D]`, k `[T, K, D]`, v `[T, K, D]` and one layer's pages to attended `[T, H, D]` and the pages with k, v."""
 
 
 def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:

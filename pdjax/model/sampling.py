@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +30,21 @@ class Sampling:
     cls, params: Sequence[SamplingParams], limits: Sequence[int], eos_token_ids: Sequence[int], rows: int
   ) -> 'Sampling':
     """NumPy rows for these sequences, padded to `rows` of them."""
-    new = cls(
-      keys=np.zeros((rows, 2), np.uint32),
-      temperature=np.zeros(rows, np.float32),
-      top_k=np.zeros(rows, np.int32),
-      top_p=np.ones(rows, np.float32),
-      limits=np.zeros(rows, np.int32),
-      stops=np.full((rows, MAX_STOP_TOKENS), _NO_TOKEN, np.int32),
-    )  # type: ignore[arg-type]
+    new: dict[str, Any] = {
+      'keys': np.zeros((rows, 2), np.uint32),
+      'temperature': np.zeros(rows, np.float32),
+      'top_k': np.zeros(rows, np.int32),
+      'top_p': np.ones(rows, np.float32),
+      'limits': np.zeros(rows, np.int32),
+      'stops': np.full((rows, MAX_STOP_TOKENS), _NO_TOKEN, np.int32),
+    }
     for row, (one, limit) in enumerate(zip(params, limits, strict=True)):
-      new.keys[row] = one.seed >> 32, one.seed & 0xFFFFFFFF
-      new.temperature[row], new.top_k[row], new.top_p[row] = one.temperature, one.top_k, one.top_p
-      new.limits[row] = limit
+      new['keys'][row] = one.seed >> 32, one.seed & 0xFFFFFFFF
+      new['temperature'][row], new['top_k'][row], new['top_p'][row] = one.temperature, one.top_k, one.top_p
+      new['limits'][row] = limit
       stops = stop_tokens(one, eos_token_ids)
-      new.stops[row, : len(stops)] = stops
-    return new
+      new['stops'][row, : len(stops)] = stops
+    return cls(**new)
 
   def ended(self, tokens: jax.Array, generated: jax.Array) -> jax.Array:
     """`[B]`, whether a sequence ends with these tokens `[B]`, the last of `generated` `[B]`."""

@@ -39,13 +39,13 @@ def load_weights(
       raise ValueError(f'tensor {name!r} has shape {tensor.shape}, but {model.name} expects {shape}.')
     for key, mesh in meshes.items():
       sharding = NamedSharding(mesh, ShardingRules.for_model(model, mesh.size).spec(*axes[name]))
-      array = jax.make_array_from_callback(shape, sharding, lambda index, tensor=tensor: tensor[index])
-      _put(weights[key], name, array)
+      _put(weights[key], name, jax.make_array_from_callback(shape, sharding, tensor.__getitem__))
   return weights
 
 
-def _put(weights: Weights, name: str, array: jax.Array) -> None:
-  *folders, last = [int(part) if part.isdigit() else part for part in name.split('.')]
+def _put(weights: dict[Any, Any], name: str, array: jax.Array) -> None:
+  """Put an array into nested dictionaries by its dotted name; numbers are layers."""
+  *folders, last = (int(part) if part.isdigit() else part for part in name.split('.'))
   for folder in folders:
     weights = weights[folder]
   weights[last] = array

@@ -316,8 +316,8 @@ class ClusterState:
       if needed > largest.num_pages:
         return (
           f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones need {needed} pages of '
-          f'{self.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, {largest.name!r}, '
-          f'has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower max_tokens.'
+          f'{self.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
+          f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower max_tokens.'
         )
     return None
 
@@ -398,7 +398,8 @@ class ClusterState:
     name = entry.request.id
     self.waiting.pop(name, None)
     self.prefilled.pop(name, None)
-    if entry.worker is not None and self.workers[entry.worker].prefilling.pop(name, None):
+    if entry.worker is not None and name in self.workers[entry.worker].prefilling:
+      del self.workers[entry.worker].prefilling[name]
       self.workers[entry.worker].queued_tokens -= entry.prompt_left
     if entry.target is not None:
       self.workers[entry.target].decoding.pop(name, None)
@@ -420,7 +421,9 @@ class ClusterState:
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
     for order in list(self._in_flight.values()):
-      if (isinstance(order, StepOrder) and order.worker == worker) or (isinstance(order, TransferOrder) and worker in (order.source, order.target)):
+      if (isinstance(order, StepOrder) and order.worker == worker) or (
+        isinstance(order, TransferOrder) and worker in (order.source, order.target)
+      ):
         self._fail(order.id, error, now_s)
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
       self._finish(entry, 'error', now_s, error)
@@ -504,8 +507,8 @@ class ClusterState:
     most = 1 if step.chunks else worker.spec.max_fused_steps
     if not 1 <= step.steps <= most:
       raise PolicyError(
-        f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}{" beside chunks" if step.chunks else ""}; '
-        'lower it or raise max_fused_steps.'
+        f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}'
+        f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
       )
     if isinstance(step.decodes, All):
       decodes = [worker.decoding[name] for name in worker.decodable()]
@@ -537,7 +540,8 @@ class ClusterState:
       raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
     if chunk.start != entry.started or not 1 <= chunk.length <= entry.prompt_left:
       raise PolicyError(
-        f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} tokens.'
+        f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
+        'tokens.'
       )
     sent_to = None if entry.target == worker.name else entry.target
     if entry.started and chunk.send_to != sent_to:

@@ -166,8 +166,8 @@ def carve_devices(workers: Sequence[WorkerSpec], num_devices: int) -> dict[str, 
   if devices_needed(workers) > num_devices:
     wants = ', '.join(f'{worker.name} {worker.devices or worker.tp}' for worker in workers)
     raise ValueError(
-      f'the workers need {devices_needed(workers)} devices ({wants}), but there are {num_devices}; lower tp or the number '
-      'of workers, let workers share devices (WorkerSpec.devices), or on CPU ask for more virtual devices.'
+      f'the workers need {devices_needed(workers)} devices ({wants}), but there are {num_devices}; lower tp or the '
+      'number of workers, let workers share devices (WorkerSpec.devices), or on CPU ask for more virtual devices.'
     )
   carved = {}
   for worker in workers:

@@ -1,10 +1,11 @@
 """KV between two meshes of one process, as pieces that fit both cuts of the heads.
 
-A `device_put` between unlike shardings waits for its source and goes through the host. So each source device gathers the
-pages asked for and cuts its heads into pieces of gcd(heads per source shard, heads per target shard); every piece goes
-from one device to one device, which returns at once; and each target device joins its pieces and writes them.
+A `device_put` between unlike shardings waits for its source and goes through the host. So each source device gathers
+the pages asked for and cuts its heads into pieces of gcd(heads per source shard, heads per target shard); every piece
+goes from one device to one device, which returns at once; and each target device joins its pieces and writes them.
 
-Pages travel in batches whose sizes are powers of four, so that few programs serve every count and no page too many moves.
+Pages travel in batches whose sizes are powers of four, so that few programs serve every count and no page too many
+moves.
 Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
 """
 

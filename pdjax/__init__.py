@@ -62,8 +62,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
   'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Completion', 'Constant',
   'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson',
-  'Reject', 'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer', 'Uniform',
-  'WorkerSpec', 'colocated_pool', 'decode_pool', 'generate', 'prefill_pool', 'run', 'simulate',
+  'Reject', 'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer',
+  'Uniform', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'generate', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
     RuntimeError: if JAX has already started with fewer CPU devices than are needed.
   """
   try:
-    jax.config.update('jax_num_cpu_devices', max(needed, jax.config.read('jax_num_cpu_devices')))
+    asked_for = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    jax.config.update('jax_num_cpu_devices', max(needed, asked_for))
     if platform == 'cpu':
       jax.config.update('jax_platforms', 'cpu')
   except RuntimeError:

@@ -54,7 +54,7 @@ def _latencies(report: Report) -> RenderableType:
 
 def _totals(report: Report) -> RenderableType:
   table = Table.grid(padding=(0, 2))
-  for width, justify in ((20, 'left'), (22, 'right'), (20, 'left'), (22, 'right')):
+  for width, justify in ((19, 'left'), (17, 'right'), (19, 'left'), (15, 'right')):
     table.add_column(width=width, justify=justify, no_wrap=True)  # type: ignore[arg-type]
   cells = list(_figures(report))
   half = (len(cells) + 1) // 2
@@ -64,12 +64,12 @@ def _totals(report: Report) -> RenderableType:
 
 
 def _figures(report: Report) -> Iterator[tuple[str, str]]:
-  yield 'request throughput', f'{_number(report.request_throughput, 2)} requests/s'
+  yield 'request throughput', f'{_number(report.request_throughput, 2)} req/s'
   if report.request_goodput is not None:
-    yield 'request goodput', f'{_number(report.request_goodput, 2)} requests/s'
+    yield 'request goodput', f'{_number(report.request_goodput, 2)} req/s'
     yield 'within all limits', _percent(report.goodput_share)
-  yield 'output throughput', f'{_number(report.output_throughput)} tokens/s'
-  yield 'total throughput', f'{_number(report.total_token_throughput)} tokens/s'
+  yield 'output throughput', f'{_number(report.output_throughput)} tok/s'
+  yield 'total throughput', f'{_number(report.total_token_throughput)} tok/s'
   yield 'input tokens', f'{report.total_input_tokens:,}'
   yield 'output tokens', f'{report.total_output_tokens:,}'
   yield 'wasted tokens', f'{report.wasted_tokens:,}'

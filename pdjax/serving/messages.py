@@ -69,7 +69,7 @@ class Reject:
 
 Action = Step | Transfer | Cancel | Reject
 
-# ---------------------------------------------------------------------------- orders: actions with all numbers filled in
+# ---------------------------------------------------------------------------- orders: with all numbers filled in
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

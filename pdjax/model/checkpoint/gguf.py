@@ -202,7 +202,7 @@ def _spec(path: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapping[str,
         'so use another model.'
       )
   return ModelSpec(
-    name=metadata.get('general.name') or path.stem,
+    name=path.stem,
     num_layers=size('block_count'),
     embed_dim=embed_dim,
     query_heads=query_heads,

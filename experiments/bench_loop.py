@@ -1,0 +1,122 @@
+r"""What a turn of the host loop costs: the policy, the state and the log, with a backend that does nothing.
+
+python -m experiments.bench_loop
+python -m experiments.bench_loop --batch=128 --json=loop.json
+
+Every decode worker holds `--batch` sequences. A turn ends the oldest pass of every worker, applies its tokens, asks the
+policy, and hands the next pass over: what a device would wait for if it were infinitely fast.
+"""
+
+import json
+import statistics
+import time
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from pdjax.metrics import EventLog
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving import ClusterState, Policy, serve
+from pdjax.serving.messages import Done, EndOrder, Event, Order, Result, StepOrder, TransferOrder, Turn
+from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.workload import Listed, RandomTokens
+
+_BATCH = flags.DEFINE_integer('batch', 32, 'Sequences that decode at once on each worker.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 500, 'Tokens of each request, so about as many turns.', lower_bound=10)
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Runs of which the median counts.', lower_bound=1)
+_JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to this file.')
+
+_TOKEN = 7
+
+
+class NullBackend:
+  """Ends every order at once; a pass brings each of its sequences as many tokens as it was asked for."""
+
+  def __init__(self):
+    self._orders: list[Order] = []
+    self._now_s = 0.0
+
+  def submit(self, order: Order) -> None:
+    """Keep the order for the next turn."""
+    self._orders.append(order)
+
+  def wait(self, until_s: float) -> tuple[float, list[Event]]:
+    """End the oldest pass of every worker, and all else."""
+    began_s, self._now_s = self._now_s, self._now_s + 1e-3
+    events: list[Event] = []
+    later: list[Order] = []
+    busy = set()
+    for order in self._orders:
+      if isinstance(order, StepOrder) and order.worker in busy:
+        later.append(order)
+        continue
+      if isinstance(order, StepOrder):
+        busy.add(order.worker)
+      events.append(Done(order.id, began_s, self._now_s, self._results(order)))
+    self._orders = later
+    return self._now_s, events
+
+  def _results(self, order: Order) -> tuple[Result, ...]:
+    match order:
+      case StepOrder():
+        first = [Result(chunk.request.id, (_TOKEN,)) for chunk in order.chunks if chunk.is_last]
+        return (*first, *(Result(decode.request, (_TOKEN,) * order.steps) for decode in order.decodes))
+      case TransferOrder() | EndOrder():
+        return ()
+
+
+def turn_seconds(policy: Policy, workers: tuple[WorkerSpec, ...], batch: int, steps: int) -> list[float]:
+  """Seconds of every turn in which all sequences decode."""
+  model = ModelSpec.smollm2_135m()
+  decoders = sum(worker.role.decodes for worker in workers)
+  sampling = SamplingParams(max_tokens=16 * steps)
+  requests = [Request(f'r{i}', RandomTokens(64, 1000, i), sampling) for i in range(batch * decoders)]
+  state = ClusterState(model, workers, page_size=16)
+  seconds = []
+  log = EventLog()
+  turns = 0
+  begin = time.perf_counter()
+  for event in serve(Listed(requests), policy, NullBackend(), state):
+    log.append(event)
+    if isinstance(event, Turn):
+      now = time.perf_counter()
+      if all(len(worker.decoding) == batch for worker in state.decode_workers):
+        seconds.append(now - begin)
+        turns += 1
+      begin = now
+      if turns >= steps:
+        break
+  return seconds
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  batch = _BATCH.value
+  sizes = {'num_pages': 1_000_000, 'max_sequences': batch}
+  cases: dict[str, tuple[Policy, tuple[WorkerSpec, ...]]] = {
+    '1P1D': (Disaggregated(), prefill_pool(1, **sizes) + decode_pool(1, **sizes)),
+    '1P1D, 8 steps fused': (Disaggregated(decode_steps=8), prefill_pool(1, **sizes) + decode_pool(1, **sizes)),
+    '4P4D': (Disaggregated(), prefill_pool(4, **sizes) + decode_pool(4, **sizes)),
+    '1 colocated': (Colocated(), colocated_pool(1, **sizes)),
+  }
+  table = Table(title=f'a turn of the host loop, {batch} sequences on each decode worker')
+  for column in ('cluster', 'median ms', 'p99 ms', 'µs a sequence'):
+    table.add_column(column, justify='left' if column == 'cluster' else 'right')
+  rows = []
+  for name, (policy, workers) in cases.items():
+    runs = [turn_seconds(policy, workers, batch, _STEPS.value) for _ in range(_REPEATS.value)]
+    median_s = statistics.median(statistics.median(run) for run in runs)
+    p99_s = statistics.median(sorted(run)[int(0.99 * len(run))] for run in runs)
+    sequences = batch * sum(worker.role.decodes for worker in workers)
+    table.add_row(name, f'{median_s * 1e3:.3f}', f'{p99_s * 1e3:.3f}', f'{median_s / sequences * 1e6:.2f}')
+    rows.append({'name': f'turn, {name}, batch {batch}', 'value': median_s * 1e3, 'unit': 'ms'})
+  Console().print(table)
+  if _JSON.value is not None:
+    with open(_JSON.value, 'w', encoding='utf-8') as file:
+      json.dump(rows, file, indent=2)
+
+
+if __name__ == '__main__':
+  app.run(main)

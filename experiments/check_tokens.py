@@ -1,0 +1,123 @@
+r"""Checks that every way of serving SmolLM2 gives the tokens of an independent implementation, token for token.
+
+python -m experiments.check_tokens
+python -m experiments.check_tokens --ways=plain,2P2D --page_sizes=16
+
+The cases and where they come from are in tests/data. All prompts are in flight together. Prints a line a run; the exit
+status is 1 if any token differs.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from rich.console import Console
+
+from pdjax.config import ServingConfig
+from pdjax.engine.build import prepare_devices
+from pdjax.launch import run
+from pdjax.model.checkpoint import open_checkpoint
+from pdjax.model.plain import PlainLoop
+from pdjax.model.weights import load_weights
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving import Policy
+from pdjax.sharding import make_mesh
+from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.workload import Given
+
+GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'smollm2_greedy.json'
+
+POOL_TOKENS = 4096
+MAX_CONTEXT = 1024
+SIZES = {'max_step_tokens': 128}
+
+_Way = tuple[tuple[WorkerSpec, ...], Policy]
+
+_WAYS = flags.DEFINE_list('ways', None, 'Ways of serving to check; all by default.')
+_PAGE_SIZES = flags.DEFINE_list('page_sizes', ['1', '16', '64'], 'Tokens per page.')
+_CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
+
+
+def golden_cases() -> list[dict]:
+  """Prompts and what must follow them: `prompt_ids` and `greedy_ids`."""
+  return json.loads(GOLDEN.read_text(encoding='utf-8'))['cases']
+
+
+def ways(page_size: int) -> dict[str, _Way]:
+  """Every way of serving by name, with as many pages of that size as the cases need."""
+  sizes = SIZES | {'num_pages': POOL_TOKENS // page_size}
+  disaggregated = Disaggregated()
+  return {
+    'colocated': (colocated_pool(1, **sizes), Colocated(token_budget=128)),
+    'colocated tp3': (colocated_pool(1, tp=3, **sizes), Colocated(token_budget=128, decode_steps=4)),
+    '1P1D tp1→tp3': (prefill_pool(1, tp=1, **sizes) + decode_pool(1, tp=3, **sizes), disaggregated),
+    '1P1D tp3→tp1': (prefill_pool(1, tp=3, **sizes) + decode_pool(1, tp=1, **sizes), Disaggregated(decode_steps=4)),
+    '2P2D': (prefill_pool(2, **sizes) + decode_pool(2, **sizes), disaggregated),
+  }
+
+
+def serve_golden(name: str, page_size: int, cache: str | None = None) -> dict[int, tuple[int, ...]]:
+  """The cases, by number, whose tokens differ when all are served together: what came instead."""
+  workers, policy = ways(page_size)[name]
+  cases = golden_cases()
+  requests = tuple(
+    Request(str(i), tuple(case['prompt_ids']), SamplingParams(max_tokens=len(case['greedy_ids'])))
+    for i, case in enumerate(cases)
+  )
+  config = ServingConfig(
+    checkpoint='smollm2',
+    workers=workers,
+    policy=policy,
+    workload=Given(requests),
+    page_size=page_size,
+    max_context=MAX_CONTEXT,
+    platform='cpu',
+    compilation_cache=cache,
+  )
+  tokens = {int(one.request.id): one.token_ids for one in run(config).completions}
+  return {i: tokens[i] for i, case in enumerate(cases) if tokens[i] != tuple(case['greedy_ids'])}
+
+
+def plain_golden() -> dict[int, tuple[int, ...]]:
+  """The same by a plain loop, one case after another."""
+  checkpoint = open_checkpoint('smollm2')
+  (device, *_) = prepare_devices('cpu', 1)
+  mesh = make_mesh(checkpoint.spec, [device])
+  weights = load_weights(checkpoint, checkpoint.spec, {'plain': mesh}, jnp.dtype('float32'))['plain']
+  loop = PlainLoop(checkpoint.spec, weights, MAX_CONTEXT)
+  differing = {}
+  for i, case in enumerate(golden_cases()):
+    tokens = tuple(loop.generate(case['prompt_ids'], len(case['greedy_ids'])))
+    if tokens != tuple(case['greedy_ids']):
+      differing[i] = tokens
+  return differing
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  known = ['plain', *ways(16)]
+  wanted = _WAYS.value or known
+  if unknown := set(wanted) - set(known):
+    raise app.UsageError(f'unknown ways {sorted(unknown)}; there are {", ".join(known)}.')
+  prepare_devices('cpu', 4)
+  console = Console(highlight=False)
+  failed = 0
+  for name in wanted:
+    for page_size in [0] if name == 'plain' else map(int, _PAGE_SIZES.value):
+      begin = time.perf_counter()
+      differing = plain_golden() if name == 'plain' else serve_golden(name, page_size, _CACHE.value)
+      failed += bool(differing)
+      verdict = f'[red]{len(differing)} differ: {differing}[/]' if differing else '[green]all equal[/]'
+      pages = '' if name == 'plain' else f', page size {page_size}'
+      console.print(f'{name}{pages}: {len(golden_cases())} cases, {verdict}, {time.perf_counter() - begin:.0f} s')
+      jax.clear_caches()
+  sys.exit(1 if failed else 0)
+
+
+if __name__ == '__main__':
+  app.run(main)

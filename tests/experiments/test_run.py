@@ -1,0 +1,162 @@
+"""The command: files in and out, answers, and what a careless user types."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pdjax.model.checkpoint import RandomCheckpoint, tensor_shapes
+from tests.tiny import TINY, prompt
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+HF_NAMES = {
+  'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
+  'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj', 'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
+  'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
+  'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+  """A folder as Hugging Face writes it, with the tiny model's weights and no tokenizer."""
+  folder = tmp_path_factory.mktemp('checkpoint')
+  weights = RandomCheckpoint(TINY)
+  tensors = {}
+  for name in tensor_shapes(TINY):
+    head, _, kind = name.rpartition('.')
+    tensor = weights.tensor(name)
+    if kind in ('q', 'k', 'v'):
+      tensor = tensor.reshape(TINY.embed_dim, -1).T
+    elif kind == 'o':
+      tensor = tensor.reshape(-1, TINY.embed_dim).T
+    elif kind != 'embed' and tensor.ndim == 2:
+      tensor = tensor.T
+    tensors[f'{f"model.{head}." if head else ""}{HF_NAMES[kind]}.weight'] = np.ascontiguousarray(tensor)
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  config = {
+    'model_type': 'llama', 'hidden_size': TINY.embed_dim, 'num_hidden_layers': TINY.num_layers,
+    'num_attention_heads': TINY.query_heads, 'num_key_value_heads': TINY.kv_heads, 'head_dim': TINY.head_dim,
+    'intermediate_size': TINY.ffn_dim, 'vocab_size': TINY.vocab_size, 'max_position_embeddings': TINY.context_len,
+    'rms_norm_eps': TINY.norm_eps, 'rope_theta': TINY.rope_theta, 'eos_token_id': list(TINY.eos_token_ids),
+    'tie_word_embeddings': False,
+  }  # fmt: skip
+  (folder / 'config.json').write_text(json.dumps(config))
+  return folder
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.run', *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+  )
+
+
+def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_others(checkpoint, tmp_path):
+  rows = [
+    {'prompt_token_ids': prompt(9), 'max_tokens': 5, 'ignore_eos': True},
+    {'prompt_token_ids': []},
+    {'prompt_token_ids': prompt(70)},
+    {'prompt_token_ids': prompt(9), 'max_tokens': 5, 'ignore_eos': True, 'arrival_s': 0.2, 'id': 'late'},
+    {'prompt_token_ids': [5, TINY.vocab_size], 'max_tokens': 1},
+    {'prompt_token_ids': prompt(3), 'max_tokens': 0},
+    {'prompt_token_ids': prompt(33), 'max_tokens': 30},
+    {'prompt_token_ids': prompt(5), 'max_tokens': 6, 'temperature': 1.0, 'seed': 3, 'ignore_eos': True},
+  ]
+  file = tmp_path / 'in.jsonl'
+  file.write_text('\n'.join(json.dumps(row) for row in rows) + '\n')
+  done = command(
+    f'--config=configs/cpu.py:checkpoint={checkpoint},page_size=4', '--set=workers.prefill0.num_pages=16',
+    '--set=workers.decode0.num_pages=12', f'--requests={file}', f'--workdir={tmp_path / "out"}',
+    '--goodput', 'ttft:100000 tpot:100000',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  out = [json.loads(line) for line in (tmp_path / 'out' / 'requests.jsonl').read_text().splitlines()]
+  reasons = [row['finish_reason'] for row in out]
+  assert reasons == ['length', 'rejected', 'rejected', 'length', 'rejected', 'rejected', 'rejected', 'length']
+  assert [row['prompt_token_ids'] for row in out] == [list(row['prompt_token_ids']) for row in rows]
+  assert out[0]['output_token_ids'] == out[3]['output_token_ids']
+  assert len(out[0]['output_token_ids']) == 5
+  assert out[3]['id'] == 'late'
+  assert out[3]['arrival_s'] == 0.2
+  assert out[3]['ttft_s'] > 0
+  assert out[0]['text'] is None
+  for row, words in [
+    (1, 'empty prompt'),
+    (2, 'context'),
+    (4, str(TINY.vocab_size)),
+    (5, 'max_tokens'),
+    (6, 'num_pages'),
+  ]:
+    assert words in out[row]['error']
+    assert out[row]['output_token_ids'] == []
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['completed'] == 3
+  assert report['request_goodput'] > 0
+  keys = (
+    'request_throughput', 'output_throughput', 'total_token_throughput', 'mean_ttft_ms', 'median_ttft_ms',
+    'p99_tpot_ms', 'mean_itl_ms', 'p90_e2el_ms', 'mean_handoff_ms', 'duration', 'total_input_tokens',
+    'total_output_tokens',
+  )  # fmt: skip
+  assert all(isinstance(report[key], float | int) for key in keys)
+  events = [json.loads(line) for line in (tmp_path / 'out' / 'events.jsonl').read_text().splitlines()]
+  assert {event['event'] for event in events} >= {'Turn', 'Arrived', 'Started', 'Done', 'Finished'}
+  assert 'TTFT' in done.stdout
+  assert 'hand-off' in done.stdout
+
+
+def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrated(tmp_path):
+  done = command(
+    '--config=configs/llama3_8b_simulated.py:num_requests=20', '--backend=simulator', f'--workdir={tmp_path}'
+  )
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / 'report.json').read_text())
+  assert report['completed'] == 20
+  assert 'Uncalibrated estimate' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    ([], ['--config']),
+    (['--config=configs/smolm2_cpu.py'], ['smolm2_cpu.py', 'configs/smollm2_cpu.py']),
+    (['--config=configs/smollm2_cpu.py:splt=1P1D'], ['splt', 'split']),
+    (['--config=configs/smollm2_cpu.py:split=1P'], ['1P', '2P1D']),
+    (['--config=configs/smollm2_cpu.py:decode_tp=2'], ['tp=2', '9 query heads', '1, 3']),
+    (['--config=configs/smollm2_cpu.py:requests_per_s=-1'], ['-1', 'requests_per_s']),
+    (
+      ['--config=configs/smollm2_cpu.py', '--set=policy.max_prefil_tokens=1'],
+      ['max_prefil_tokens', 'max_prefill_tokens'],
+    ),
+    (['--config=configs/smollm2_cpu.py', '--set=page_size=big'], ['page_size', 'big', 'int']),
+    (['--config=configs/smollm2_cpu.py', '--goodput=latency:5'], ['latency', 'ttft']),
+    (['--config=configs/cpu.py:checkpoint=nowhere.gguf', '--prompt=Hi'], ['nowhere.gguf']),
+    (['--config=configs/smollm2_cpu.py', '--prompt=Hi', '--requests=x.jsonl'], ['--prompt', '--requests']),
+    (['--config=configs/smollm2_cpu.py', '--set=max_context=9000', '--prompt=Hi'], ['9000', '8192']),
+  ],
+)
+def test_bad_input_is_answered_in_one_clear_line(arguments, words):
+  done = command(*arguments)
+  assert done.returncode != 0
+  assert 'Traceback' not in done.stderr
+  assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_malformed_line_is_named_by_its_number(checkpoint, tmp_path):
+  file = tmp_path / 'in.jsonl'
+  file.write_text('{"prompt_token_ids": [3]}\n{"prompt_token_ids": [3], "max_token": 4}\n')
+  done = command(f'--config=configs/cpu.py:checkpoint={checkpoint}', f'--requests={file}')
+  assert done.returncode != 0
+  assert 'line 2' in done.stderr
+  assert 'max_tokens' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+def test_text_without_a_tokenizer_is_refused_with_a_way_out(checkpoint):
+  done = command(f'--config=configs/cpu.py:checkpoint={checkpoint}', '--prompt=Hello')
+  assert done.returncode != 0
+  assert 'token ids' in done.stderr

@@ -65,6 +65,8 @@ class Engine:
         case TransferOrder():
           self._send(order)
         case EndOrder():
+          for worker in self.workers.values():
+            worker.forget(order.request)
           now_s = self._mailbox.now_s()
           self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
     except Exception as error:  # whatever it is, the loop goes on and the requests learn of it

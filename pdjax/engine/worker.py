@@ -187,13 +187,13 @@ class Worker:
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a pass; each request's tokens, and how many were computed in vain."""
-    results = []
+    results: list[Result | None] = []
     wasted = 0
     if pending.first is not None:
       first = np.asarray(pending.first).tolist()
       for chunk, token in zip(order.chunks, first, strict=False):
         if chunk.is_last:
-          results.append(self._result(chunk.request.id, [token]))
+          results.append(self._result(chunk.request.id, [token], leaves=chunk.slot is None))
     if pending.tokens is not None:
       columns = np.asarray(pending.tokens)[: order.steps].T.tolist()
       for decode, column in zip(order.decodes, columns, strict=False):
@@ -201,12 +201,20 @@ class Worker:
         wasted += len(column) - len(tokens)
         if tokens:
           results.append(self._result(decode.request, tokens))
-    return tuple(results), wasted
+    return tuple(result for result in results if result is not None), wasted
 
-  def _result(self, request: str, tokens: list[int]) -> Result:
-    reason = self._progress[request].take(tokens)
-    if reason is not None:
-      del self._progress[request]
+  def forget(self, request: str) -> None:
+    """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
+    self._progress.pop(request, None)
+
+  def _result(self, request: str, tokens: list[int], *, leaves: bool = False) -> Result | None:
+    """The outcome for one request, or None if it was ended meanwhile; `leaves` says that it decodes elsewhere."""
+    progress = self._progress.get(request)
+    if progress is None:
+      return None
+    reason = progress.take(tokens)
+    if leaves or reason is not None:
+      self.forget(request)
     return Result(request, tuple(tokens), reason)
 
   def _track(self, request: Request, generated: int) -> None:

@@ -68,7 +68,7 @@ class WorkerSpec:
   @property
   def token_buckets(self) -> tuple[int, ...]:
     """Prompt tokens that a pass is padded to, ascending."""
-    return buckets(self.max_step_tokens, smallest=32, factor=4)
+    return buckets(self.max_step_tokens, smallest=32)
 
   @property
   def batch_buckets(self) -> tuple[int, ...]:

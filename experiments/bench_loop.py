@@ -7,7 +7,6 @@ Every decode worker holds `--batch` sequences. A turn ends the oldest pass of ev
 policy, and hands the next pass over: what a device would wait for if it were infinitely fast.
 """
 
-import json
 import statistics
 import time
 
@@ -15,6 +14,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.rows import row, save_rows
 from pdjax.metrics import EventLog
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
@@ -111,11 +111,9 @@ def main(argv: list[str]) -> None:
     p99_s = statistics.median(sorted(run)[int(0.99 * len(run))] for run in runs)
     sequences = batch * sum(worker.role.decodes for worker in workers)
     table.add_row(name, f'{median_s * 1e3:.3f}', f'{p99_s * 1e3:.3f}', f'{median_s / sequences * 1e6:.2f}')
-    rows.append({'name': f'turn, {name}, batch {batch}', 'value': median_s * 1e3, 'unit': 'ms'})
+    rows.append(row(f'turn, {name}, batch {batch}', median_s * 1e3, 'ms'))
   Console().print(table)
-  if _JSON.value is not None:
-    with open(_JSON.value, 'w', encoding='utf-8') as file:
-      json.dump(rows, file, indent=2)
+  save_rows(_JSON.value, rows)
 
 
 if __name__ == '__main__':

@@ -9,12 +9,18 @@ BLOCK_TOKENS = 128  # cached tokens a block; on CPU, more are read in vain by sh
 
 
 def paged_attention(
-  q: jax.Array, pages: jax.Array, tables: jax.Array, lengths: jax.Array, *, softmax_scale: float
+  q: jax.Array,
+  pages: jax.Array,
+  tables: jax.Array,
+  lengths: jax.Array,
+  *,
+  softmax_scale: float,
+  block_tokens: int = BLOCK_TOKENS,
 ) -> jax.Array:
-  """See `pallas_kernels.paged_attention.paged_attention`."""
+  """See `pallas_kernels.paged_attention.paged_attention`; `block_tokens` cached tokens make a block."""
   _, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
-  block_pages = pages_per_block(page_size, tables.shape[1], BLOCK_TOKENS)
+  block_pages = pages_per_block(page_size, tables.shape[1], block_tokens)
   group = query_heads // kv_heads
   queries = (q.astype(jnp.float32) * softmax_scale).astype(pages.dtype)
 

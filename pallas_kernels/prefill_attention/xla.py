@@ -17,11 +17,12 @@ def prefill_attention(
   lengths: jax.Array,
   *,
   softmax_scale: float,
+  block_tokens: int = BLOCK_TOKENS,
 ) -> jax.Array:
-  """See `pallas_kernels.prefill_attention.prefill_attention`."""
+  """See `pallas_kernels.prefill_attention.prefill_attention`; `block_tokens` cached tokens make a block."""
   tokens, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
-  block_pages = pages_per_block(page_size, tables.shape[1], BLOCK_TOKENS)
+  block_pages = pages_per_block(page_size, tables.shape[1], block_tokens)
   tables = pad_tables(tables, block_pages)
   group = query_heads // kv_heads
   block_rows = min(BLOCK_ROWS, tokens)

@@ -60,10 +60,13 @@ class WorkerSpec:
         raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
     if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
       raise ValueError(f"worker {self.name!r} has num_pages={self.num_pages!r}, expected a positive count or 'auto'.")
-    if self.devices is not None and (len(set(self.devices)) != self.tp or len(self.devices) != self.tp):
-      raise ValueError(
-        f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}.'
-      )
+    if self.devices is not None:
+      object.__setattr__(self, 'devices', tuple(self.devices))
+      if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:
+        raise ValueError(
+          f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
+          'counted from 0.'
+        )
 
   @property
   def token_buckets(self) -> tuple[int, ...]:

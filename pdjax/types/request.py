@@ -100,7 +100,7 @@ class Request:
     session: The chat it belongs to, if any.
 
   Raises:
-    ValueError: if the prompt is empty or the arrival time negative.
+    ValueError: if the prompt is empty or the arrival time negative or infinite.
   """
 
   id: str
@@ -113,7 +113,7 @@ class Request:
   def __post_init__(self):
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
-    if not self.arrival_s >= 0:
+    if not (self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
       raise ValueError(f'request {self.id!r} arrives at {self.arrival_s} s, expected 0 or later.')
 
   @property

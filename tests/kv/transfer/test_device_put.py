@@ -1,0 +1,181 @@
+"""Pages from one mesh to another: all of them, nothing else, every byte counted, and no waiting for the source."""
+
+import dataclasses
+import itertools
+import math
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pdjax.kv import KVPages, page_bytes
+from pdjax.kv.transfer import DevicePut
+from pdjax.kv.transfer.device_put import Cut, batch_sizes
+from pdjax.sharding import make_mesh
+from pdjax.types import ModelSpec, TransferSpec
+from tests.tiny import TINY, TINY_8_2, TINY_12_12
+
+PAGE_SIZE = 4
+FLOAT32 = jnp.dtype('float32')
+
+
+@dataclasses.dataclass
+class Pool:
+  """A worker, as far as a transfer sees it."""
+
+  mesh: jax.sharding.Mesh
+  pages: KVPages
+  page_shapes: KVPages
+
+  @classmethod
+  def random(cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32) -> 'Pool':
+    mesh = make_mesh(model, devices)
+    shapes = KVPages.shapes(model, num_pages, PAGE_SIZE, dtype, mesh)
+    rng = np.random.default_rng(seed)
+    fill = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(dtype), leaf.sharding)  # noqa: E731
+    return cls(mesh, jax.tree.map(fill, shapes), shapes)
+
+  def values(self) -> list[np.ndarray]:
+    return [np.array(layer) for layer in self.pages.layers]
+
+
+# ---------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 3, 4, 6, 8, 12])
+def test_every_piece_of_a_target_comes_from_where_its_heads_are(kv_heads):
+  cuts = [shards for shards in range(1, kv_heads + 1) if kv_heads % shards == 0]
+  for source_shards, target_shards in itertools.product(cuts, cuts):
+    cut = Cut.between(kv_heads, source_shards, target_shards)
+    per_source, per_target = kv_heads // source_shards, kv_heads // target_shards
+    for target_shard in range(target_shards):
+      received = []
+      for piece in range(cut.target_pieces):
+        source_shard, source_piece = cut.source_of(target_shard, piece)
+        assert 0 <= source_shard < source_shards and 0 <= source_piece < cut.source_pieces
+        first = source_shard * per_source + source_piece * cut.piece_heads
+        received += range(first, first + cut.piece_heads)
+      assert received == list(range(target_shard * per_target, (target_shard + 1) * per_target))
+    assert cut.piece_heads == math.gcd(per_source, per_target)
+
+
+@pytest.mark.parametrize('most', [0, 1, 2, 3, 4])
+def test_batches_add_up_to_the_pages_with_the_fewest_there_can_be(most):
+  sizes = [4**power for power in range(most + 1)]
+  for pages in range(300):
+    batches = batch_sizes(pages, sizes)
+    assert sum(batches) == pages and set(batches) <= set(sizes)
+    assert batches == sorted(batches, reverse=True)
+    assert all(batches.count(size) < 4 for size in sizes[:-1])  # four of a size would be one of the next
+
+
+# ---------------------------------------------------------------------------- moving
+
+WAYS = [
+  (TINY, 1, 1), (TINY, 1, 2), (TINY, 2, 1),
+  (TINY_8_2, 1, 4), (TINY_8_2, 4, 1), (TINY_8_2, 4, 4), (TINY_8_2, 2, 4), (TINY_8_2, 4, 2),
+  (TINY_12_12, 3, 1), (TINY_12_12, 1, 3), (TINY_12_12, 4, 2), (TINY_12_12, 2, 3), (TINY_12_12, 3, 4),
+  (TINY_12_12, 2, 6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('model, source_tp, target_tp', WAYS, ids=lambda x: getattr(x, 'name', None))
+def test_pages_arrive_alone_and_every_byte_is_counted(model, source_tp, target_tp, monkeypatch):
+  devices = jax.devices()
+  source = Pool.random(model, devices[:source_tp], 11, seed=1)
+  target = Pool.random(model, devices[-target_tp:], 17, seed=2)
+  transport = DevicePut(source, target, TransferSpec(max_batch_pages=4))
+  seconds = transport.compile()
+  assert set(seconds) == {'1 pages', '4 pages'}
+
+  put_bytes = []
+  device_put = jax.device_put
+
+  def counting(array, *args, **kwargs):
+    out = device_put(array, *args, **kwargs)
+    put_bytes.append(out.nbytes)
+    return out
+
+  ours, theirs = [7, 2, 10, 0, 5, 3], [16, 1, 4, 8, 0, 11]  # a batch of four and two of one
+  sent, expected = source.values(), target.values()
+  for mine, layer in zip(sent, expected, strict=True):
+    layer[theirs] = mine[ours]
+  monkeypatch.setattr(jax, 'device_put', counting)
+  parcel = transport.send(ours, theirs)
+  monkeypatch.undo()
+  parcel.wait()
+  transport.receive(parcel).block_until_ready()
+
+  assert parcel.wire_bytes == sum(put_bytes) == len(ours) * page_bytes(model, PAGE_SIZE, FLOAT32)
+  for layer, wanted in zip(target.pages.layers, expected, strict=True):
+    for shard in layer.addressable_shards:  # copies of a head included
+      np.testing.assert_array_equal(shard.data, wanted[shard.index])
+  for layer, wanted in zip(source.values(), sent, strict=True):
+    np.testing.assert_array_equal(layer, wanted)
+
+
+def test_pages_travel_within_one_mesh_and_in_bfloat16():
+  bfloat16 = jnp.dtype('bfloat16')
+  source, target = (Pool.random(TINY, jax.devices()[:1], 8, seed, bfloat16) for seed in (1, 2))
+  transport = DevicePut(source, target, TransferSpec())
+  transport.compile()
+  parcel = transport.send([1, 2, 3], [0, 1, 2])
+  transport.receive(parcel).block_until_ready()
+  assert parcel.wire_bytes == 3 * page_bytes(TINY, PAGE_SIZE, bfloat16)
+  np.testing.assert_array_equal(target.values()[1][:3], source.values()[1][1:4])
+
+
+def test_batches_are_no_larger_than_the_smaller_pool():
+  source, target = (Pool.random(TINY, jax.devices()[:1], pages, 0) for pages in (64, 15))
+  assert set(DevicePut(source, target, TransferSpec()).compile()) == {'1 pages', '4 pages'}
+
+
+def test_pools_of_unlike_pages_are_refused():
+  devices = jax.devices()
+  with pytest.raises(ValueError, match='pools of unlike pages'):
+    DevicePut(Pool.random(TINY, devices[:1], 4, 0), Pool.random(TINY_12_12, devices[1:2], 4, 0), TransferSpec())
+  with pytest.raises(ValueError, match='pools of unlike pages'):
+    bfloat16 = Pool.random(TINY, devices[1:2], 4, 0, jnp.dtype('bfloat16'))
+    DevicePut(Pool.random(TINY, devices[:1], 4, 0), bfloat16, TransferSpec())
+
+
+# ---------------------------------------------------------------------------- not waiting
+
+
+@pytest.mark.parametrize('model, target_tp', [(TINY, 1), (TINY, 2), (TINY_8_2, 4)], ids=lambda x: getattr(x, 'name', None))
+def test_send_returns_while_its_source_is_unfinished(model, target_tp):
+  devices = jax.devices()
+  source = Pool.random(model, devices[:1], 8, seed=1)
+  target = Pool.random(model, devices[4 : 4 + target_tp], 8, seed=2)
+  transport = DevicePut(source, target, TransferSpec())
+  transport.compile()
+  release = threading.Event()
+  expected = [layer * 2 for layer in source.values()]
+
+  def hold(x):
+    release.wait(60)
+    return np.asarray(x)
+
+  def double_when_released(busy, pages):
+    held = jax.pure_callback(hold, jax.ShapeDtypeStruct((), np.float32), busy[0, 0])
+    return jax.tree.map(lambda layer: layer * 2 + held * 0, pages)
+
+  # A program with a callback runs inside its own dispatch, unless its arguments are not ready yet.
+  heavy = jax.jit(lambda x: jax.lax.fori_loop(0, 60, lambda i, x: x @ x, x))
+  zeros = jax.device_put(np.zeros((800, 800), np.float32), devices[0])
+  heavy, held = heavy.lower(zeros).compile(), jax.jit(double_when_released).lower(zeros, source.pages).compile()
+  try:
+    source.pages = held(heavy(zeros), source.pages)
+    parcel = transport.send([5, 1, 6, 2, 7], [0, 1, 2, 3, 4])
+    moving = [piece for _, pieces in parcel.batches for piece in pieces]
+    assert not any(layer.is_ready() for layer in source.pages.layers)
+    assert not any(piece.is_ready() for piece in moving)
+    assert not release.is_set()
+  finally:
+    release.set()
+  parcel.wait()
+  transport.receive(parcel).block_until_ready()
+  for layer, wanted in zip(target.values(), expected, strict=True):
+    np.testing.assert_array_equal(layer[:5], wanted[[5, 1, 6, 2, 7]])

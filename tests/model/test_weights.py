@@ -1,0 +1,101 @@
+"""Checkpoints onto meshes: each tensor where the table says, with the values of the file."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pdjax.model.checkpoint import RandomCheckpoint
+from pdjax.model.checkpoint.base import tensor_shapes
+from pdjax.model.weights import load_weights
+from pdjax.sharding import MESH_AXES, make_mesh
+from tests.tiny import TINY, TINY_8_2
+
+BOTH = MESH_AXES
+SPECS = {
+  'embed': P(BOTH, None),
+  'attn_norm': P(None),
+  'q': P(None, BOTH, None),
+  'k': P(None, 'kv', None),
+  'v': P(None, 'kv', None),
+  'o': P(BOTH, None, None),
+  'mlp_norm': P(None),
+  'gate': P(None, BOTH),
+  'up': P(None, BOTH),
+  'down': P(BOTH, None),
+  'final_norm': P(None),
+  'unembed': P(None, BOTH),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(RandomCheckpoint):
+  """Counts how often each tensor is read."""
+
+  reads: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+  def tensor(self, name):
+    self.reads[name] += 1
+    return super().tensor(name)
+
+
+def find(weights, name):
+  for part in name.split('.'):
+    weights = weights[int(part) if part.isdigit() else part]
+  return weights
+
+
+@pytest.mark.parametrize('model, tps', [(TINY, (1, 2)), (TINY_8_2, (1, 2, 4))], ids=lambda x: getattr(x, 'name', ''))
+def test_every_weight_lies_as_the_table_says_and_holds_the_checkpoints_values(model, tps):
+  checkpoint = Counted(model)
+  meshes = {tp: make_mesh(model, jax.devices()[:tp]) for tp in tps}
+  weights = load_weights(checkpoint, model, meshes, jnp.dtype('float32'))
+  for tp, mesh in meshes.items():
+    for name in tensor_shapes(model):
+      array, expected = find(weights[tp], name), RandomCheckpoint(model).tensor(name)
+      wanted = jax.sharding.NamedSharding(mesh, SPECS[name.split('.')[-1]])
+      assert array.sharding.is_equivalent_to(wanted, array.ndim), (tp, name, array.sharding)
+      for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, expected[shard.index], err_msg=name)
+  assert set(checkpoint.reads.values()) == {1}  # once, however many meshes want it
+  assert set(checkpoint.reads) == set(tensor_shapes(model))
+
+
+def test_key_value_heads_are_copied_where_there_are_more_devices_than_heads():
+  weights = load_weights(
+    RandomCheckpoint(TINY_8_2), TINY_8_2, {'w': make_mesh(TINY_8_2, jax.devices()[:4])}, jnp.dtype('float32')
+  )['w']
+  layer = weights['layers'][0]
+  assert {shard.data.shape for shard in layer['k'].addressable_shards} == {(24, 1, 8)}  # 2 heads on 4 devices
+  assert {shard.data.shape for shard in layer['q'].addressable_shards} == {(24, 2, 8)}
+  heads = {shard.device.id: shard.index[1].start or 0 for shard in layer['k'].addressable_shards}
+  queries = {shard.device.id: shard.index[1].start or 0 for shard in layer['q'].addressable_shards}
+  assert all(query // 4 == heads[device] for device, query in queries.items())  # each beside the queries it serves
+
+
+def test_a_vocabulary_that_the_devices_do_not_divide_stays_whole():
+  model = dataclasses.replace(TINY, vocab_size=97)
+  weights = load_weights(
+    RandomCheckpoint(model), model, {'w': make_mesh(model, jax.devices()[:2])}, jnp.dtype('float32')
+  )['w']
+  assert weights['embed'].sharding.is_fully_replicated and weights['unembed'].sharding.is_fully_replicated
+  assert not weights['layers'][1]['gate'].sharding.is_fully_replicated
+
+
+def test_weights_are_converted_to_the_type_asked_for():
+  weights = load_weights(
+    RandomCheckpoint(TINY), TINY, {'w': make_mesh(TINY, jax.devices()[:1])}, jnp.dtype('bfloat16')
+  )['w']
+  assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype('bfloat16')}
+  expected = RandomCheckpoint(TINY).tensor('unembed').astype(jnp.bfloat16)
+  np.testing.assert_array_equal(weights['unembed'], expected)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name():
+  checkpoint = RandomCheckpoint(dataclasses.replace(TINY, ffn_dim=50))
+  with pytest.raises(ValueError, match=r"'layers\.0\.gate' has shape \(24, 50\), but tiny expects \(24, 48\)"):
+    load_weights(checkpoint, TINY, {'w': make_mesh(TINY, jax.devices()[:1])}, jnp.dtype('float32'))

@@ -1,0 +1,46 @@
+"""Attention as a textbook has it, in NumPy and double precision, and sequences laid out in scattered pages."""
+
+import dataclasses
+
+import numpy as np
+
+GARBAGE = 1e3  # in every place of a pool that no sequence uses: reading it shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+  """Sequences' keys and values `[S, K, D]`, and the same in a pool of pages."""
+
+  keys: list[np.ndarray]
+  values: list[np.ndarray]
+  pages: np.ndarray  # [P, 2, K, G, D]
+  tables: np.ndarray  # [B, N]
+
+  @classmethod
+  def random(cls, rng: np.random.Generator, lengths: list[int], kv_heads: int, head_dim: int, page_size: int) -> 'Paged':
+    """Sequences of these lengths, their pages in random order all over the pool."""
+    keys, values = (
+      [rng.standard_normal((length, kv_heads, head_dim), np.float32) for length in lengths] for _ in range(2)
+    )
+    counts = [-(-length // page_size) for length in lengths]
+    free = rng.permutation(sum(counts) + 3)
+    pages = np.full((len(free), 2, kv_heads, page_size, head_dim), GARBAGE, np.float32)
+    tables = np.zeros((len(lengths), max(counts)), np.int32)
+    for row, count in enumerate(counts):
+      tables[row, :count], free = free[:count], free[count:]
+      for position in range(lengths[row]):
+        page, offset = tables[row, position // page_size], position % page_size
+        pages[page, 0, :, offset] = keys[row][position]
+        pages[page, 1, :, offset] = values[row][position]
+    return cls(keys, values, pages, tables)
+
+
+def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+  """One query token `[H, D]` over keys and values `[S, K, D]`: `[H, D]`."""
+  group = query.shape[0] // keys.shape[1]
+  out = np.zeros(query.shape, np.float64)
+  for head in range(query.shape[0]):
+    scores = keys[:, head // group].astype(np.float64) @ query[head] * scale
+    weights = np.exp(scores - scores.max())
+    out[head] = weights / weights.sum() @ values[:, head // group]
+  return out

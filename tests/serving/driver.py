@@ -1,0 +1,87 @@
+"""A cluster whose every action and event a test makes by hand."""
+
+from collections.abc import Mapping
+
+from pdjax.serving import ClusterState, Phase
+from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
+from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, decode_pool, prefill_pool
+
+TINY = ModelSpec(
+  name='tiny', num_layers=2, embed_dim=24, query_heads=6, kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=96,
+  context_len=64, eos_token_ids=(1,),
+)  # fmt: skip
+SIZES = {'max_sequences': 4, 'max_step_tokens': 32, 'max_chunks': 4, 'num_pages': 16}
+ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
+
+
+class Driver:
+  """Starts actions and ends their orders; tokens are 7 unless a test says otherwise."""
+
+  def __init__(self, workers: tuple[WorkerSpec, ...] = ONE_OF_EACH, page_size: int = 4, model: ModelSpec = TINY):
+    self.state = ClusterState(model, workers, page_size)
+    self.now_s = 0.0
+    self.finished: list[Finished] = []
+
+  def arrive(self, name: str, prompt_len: int = 6, max_tokens: int = 4, prompt=None, **sampling) -> Request:
+    prompt = tuple(range(2, 2 + prompt_len)) if prompt is None else prompt
+    request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), arrival_s=self.now_s)
+    self.apply(Arrived(request))
+    return request
+
+  def apply(self, event: Event) -> None:
+    self.state.apply(event, self.now_s)
+    self.finished += self.state.take_finished()
+
+  def start(self, action: Action) -> tuple[Order, ...]:
+    return self.state.start(action)
+
+  def must(self) -> tuple[Order, ...]:
+    """Start whatever has to be done regardless of the policy."""
+    return tuple(order for action in self.state.must() for order in self.state.start(action))
+
+  def end(self, order: Order, brings: Mapping[str, int] | None = None, finish: Mapping[str, str] | None = None) -> None:
+    """An order ended well; a step brings so many tokens to each request, and may finish some."""
+    results = [Result(name, (7,) * count, (finish or {}).get(name)) for name, count in (brings or {}).items()]
+    self.now_s += 1.0
+    self.apply(Done(order.id, self.now_s - 1.0, self.now_s, tuple(results)))
+
+  def reject_unfit(self) -> Finished:
+    """End the one request that must be refused; how it finished."""
+    (order,) = self.must()
+    assert isinstance(order, EndOrder)
+    self.end(order)
+    return self.finished[-1]
+
+  def phase(self, name: str) -> Phase:
+    return self.state.requests[name].phase
+
+  def free_pages(self, worker: str) -> int:
+    return self.state.workers[worker].allocator.num_free
+
+  def assert_idle(self) -> None:
+    """Nothing is left: every page and every slot is free, and no order or request is known."""
+    for worker in self.state.workers.values():
+      assert worker.allocator.num_free == worker.num_pages, f'{worker.name} kept pages'
+      assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
+      assert not worker.orders and not worker.prefilling and not worker.decoding
+      assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
+    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled
+
+
+def snapshot(state: ClusterState) -> dict:
+  """Everything a state holds, to compare before and after."""
+  workers = {
+    name: (
+      tuple(worker.allocator._free),
+      tuple(worker.allocator._holders),
+      tuple(worker.free_slots),
+      tuple(worker.orders),
+      tuple(worker.prefilling),
+      tuple(worker.decoding),
+      worker.queued_tokens,
+    )
+    for name, worker in state.workers.items()
+  }
+  requests = {name: repr(entry) for name, entry in state.requests.items()}
+  queues = (tuple(state.waiting), tuple(state.prefilled), tuple(state._in_flight), state._next_order)
+  return {'workers': workers, 'requests': requests, 'queues': queues}

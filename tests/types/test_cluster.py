@@ -1,0 +1,130 @@
+"""Worker specs, splits, buckets and the carving of devices."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.types import Role, TransferSpec, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
+from pdjax.types.cluster import bucket_for, buckets, carve_devices, devices_needed
+
+
+@pytest.mark.parametrize('field', ['tp', 'max_sequences', 'max_step_tokens', 'max_chunks', 'max_fused_steps'])
+@pytest.mark.parametrize('size', [0, -3])
+def test_a_worker_refuses_sizes_below_one(field, size):
+  with pytest.raises(ValueError, match=f"worker 'w' has {field}={size}, expected at least 1"):
+    WorkerSpec('w', **{field: size})
+
+
+@pytest.mark.parametrize('num_pages', [0, -1, 'many', 1.5])
+def test_a_worker_refuses_pages_that_are_no_count(num_pages):
+  with pytest.raises(ValueError, match=f"num_pages={num_pages!r}, expected a positive count or 'auto'"):
+    WorkerSpec('w', num_pages=num_pages)
+
+
+@pytest.mark.parametrize('devices', [(), (0,), (0, 0), (0, 1, 2), (-1, 0)])
+def test_a_worker_refuses_devices_that_are_not_tp_distinct_ones(devices):
+  with pytest.raises(ValueError, match='expected 2 distinct ones because tp=2'):
+    WorkerSpec('w', tp=2, devices=devices)
+
+
+def test_devices_may_be_given_as_a_list():
+  worker = WorkerSpec('w', tp=2, devices=[3, 1])
+  assert worker.devices == (3, 1) and hash(worker)
+
+
+def test_a_role_may_be_given_as_text():
+  worker = WorkerSpec('w', 'decode')
+  assert worker.role is Role.DECODE and worker.role.decodes and not worker.role.prefills
+  with pytest.raises(ValueError, match='translate'):
+    WorkerSpec('w', 'translate')
+
+
+def test_both_roles_are_filled_by_a_colocated_worker_alone():
+  assert [(role.prefills, role.decodes) for role in Role] == [(True, False), (False, True), (True, True)]
+
+
+def test_pools_number_their_workers_after_the_role():
+  workers = prefill_pool(2, tp=3) + decode_pool(1, max_sequences=5) + colocated_pool(1)
+  assert [(worker.name, worker.role.value, worker.tp) for worker in workers] == [
+    ('prefill0', 'prefill', 3),
+    ('prefill1', 'prefill', 3),
+    ('decode0', 'decode', 1),
+    ('both0', 'both', 1),
+  ]
+  assert workers[2].max_sequences == 5
+  assert prefill_pool(0) == ()
+
+
+def test_a_transfer_refuses_batches_of_no_page():
+  with pytest.raises(ValueError, match='max_batch_pages is 0, expected at least 1'):
+    TransferSpec(max_batch_pages=0)
+
+
+@pytest.mark.parametrize('split, counts', [('2P1D', (2, 1)), (' 1p3d ', (1, 3)), ('10P20D', (10, 20)), ('02P1D', (2, 1))])
+def test_a_split_is_read_as_two_counts(split, counts):
+  assert parse_split(split) == counts
+
+
+@pytest.mark.parametrize('split', ['', '2P', '1D', '0P1D', '1P0D', '00P1D', '1D2P', '1P1D1C', 'P1D', '-1P1D'])
+def test_a_split_that_is_none_is_refused(split):
+  with pytest.raises(ValueError, match='2P1D'):
+    parse_split(split)
+
+
+@pytest.mark.parametrize(
+  'largest, smallest, factor, expected',
+  [(8, 1, 2, (1, 2, 4, 8)), (10, 2, 4, (2, 8, 10)), (5, 5, 2, (5,)), (3, 32, 4, (3,)), (1, 1, 2, (1,))],
+)
+def test_buckets_rise_up_to_the_largest(largest, smallest, factor, expected):
+  assert buckets(largest, smallest, factor) == expected
+
+
+def test_a_size_goes_into_the_smallest_bucket_that_holds_it():
+  assert [bucket_for(size, (2, 8, 10)) for size in (1, 2, 3, 8, 9, 10)] == [2, 2, 8, 8, 10, 10]
+  with pytest.raises(ValueError, match='11 does not fit the largest bucket, 10'):
+    bucket_for(11, (2, 8, 10))
+
+
+def test_the_largest_pass_of_a_worker_has_a_bucket():
+  worker = WorkerSpec('w', max_step_tokens=500, max_sequences=7)
+  for sizes, largest in ((worker.token_buckets, 500), (worker.batch_buckets, 7)):
+    assert sizes[-1] == largest and list(sizes) == sorted(set(sizes))
+
+
+def test_workers_get_devices_of_their_own_in_order():
+  workers = prefill_pool(2, tp=2) + decode_pool(1, tp=3)
+  assert carve_devices(workers, 8) == {'prefill0': (0, 1), 'prefill1': (2, 3), 'decode0': (4, 5, 6)}
+  assert devices_needed(workers) == 7
+
+
+def test_unnamed_workers_get_devices_that_nobody_names():
+  workers = (WorkerSpec('a', tp=2), WorkerSpec('b', devices=(1,)), WorkerSpec('c'))
+  assert carve_devices(workers, 4) == {'a': (0, 2), 'b': (1,), 'c': (3,)}
+
+
+def test_workers_that_name_the_same_devices_share_them():
+  workers = prefill_pool(1, devices=(0,)) + decode_pool(1, devices=(0,))
+  assert devices_needed(workers) == 1
+  assert carve_devices(workers, 1) == {'prefill0': (0,), 'decode0': (0,)}
+
+
+@pytest.mark.parametrize(
+  'workers, there_are, needed',
+  [
+    (prefill_pool(1, tp=4) + decode_pool(1, tp=5), 8, 9),
+    ((WorkerSpec('w', devices=(5,)),), 5, 6),
+    ((WorkerSpec('v', devices=(0,)), *decode_pool(2)), 2, 3),
+  ],
+)
+def test_too_few_devices_are_refused_with_both_counts_and_the_remedies(workers, there_are, needed):
+  with pytest.raises(ValueError, match=f'need {needed} devices .* there are {there_are}; lower tp') as error:
+    carve_devices(workers, there_are)
+  assert workers[0].name in str(error.value) and 'virtual devices' in str(error.value)
+  assert len(carve_devices(workers, needed)) == len(workers)
+
+
+def test_workers_are_values():
+  worker = WorkerSpec('w')
+  assert worker == WorkerSpec('w') and hash(worker) == hash(WorkerSpec('w'))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    worker.tp = 2

@@ -1,0 +1,99 @@
+"""What follows from a model's shape, against published figures."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.types import ModelSpec
+from pdjax.types.model import mesh_shape
+from tests.serving.driver import TINY
+
+
+@pytest.mark.parametrize(
+  'model, billions, kv_bytes',
+  [
+    (ModelSpec.smollm2_135m(), 0.135, 23_040),
+    (ModelSpec.llama3_8b(), 8.03, 131_072),
+    (ModelSpec.llama3_70b(), 70.6, 327_680),
+  ],
+  ids=lambda value: getattr(value, 'name', None),
+)
+def test_presets_have_the_published_size(model, billions, kv_bytes):
+  assert float(f'{model.num_params / 1e9:.3g}') == billions
+  assert model.kv_bytes_per_token(dtype_bytes=2) == kv_bytes
+  assert model.kv_bytes_per_token(dtype_bytes=4) == 2 * kv_bytes
+  assert model.weight_bytes(2) == 2 * model.num_params
+
+
+def test_parameters_of_a_tiny_model_counted_by_hand():
+  attention = 24 * 48 + 2 * 24 * 16 + 48 * 24  # q, k and v, out
+  layer = attention + 3 * 24 * 48 + 2 * 24
+  assert TINY.layer_params == layer
+  assert TINY.num_params == 2 * layer + 2 * 96 * 24 + 24
+  assert dataclasses.replace(TINY, tied_embeddings=True).num_params == 2 * layer + 96 * 24 + 24
+
+
+def test_attention_of_a_prompt_costs_the_same_in_one_chunk_or_in_several():
+  whole = TINY.attention_flops(new_tokens=10, cached_tokens=0)
+  assert whole == 4 * 2 * 6 * 8 * 55  # each token sees itself and those before: 55 pairs
+  assert sum(TINY.attention_flops(1, cached) for cached in range(10)) == whole
+  assert TINY.attention_flops(4, 0) + TINY.attention_flops(6, 4) == whole
+
+
+def test_logits_cost_a_row_of_the_output_projection():
+  assert TINY.unembed_flops() == 2 * 24 * 96
+
+
+@pytest.mark.parametrize('size', ['num_layers', 'embed_dim', 'kv_heads', 'head_dim', 'ffn_dim', 'context_len'])
+def test_a_model_refuses_sizes_below_one(size):
+  with pytest.raises(ValueError, match=f"model 'tiny' has {size}=0, expected at least 1"):
+    dataclasses.replace(TINY, **{size: 0})
+
+
+def test_a_model_refuses_key_value_heads_that_do_not_divide_the_query_heads():
+  with pytest.raises(ValueError, match='6 query heads and 4 key/value heads; the second must divide the first'):
+    dataclasses.replace(TINY, kv_heads=4)
+
+
+def _heads(query_heads: int, kv_heads: int, ffn_dim: int = 720) -> ModelSpec:
+  return dataclasses.replace(TINY, query_heads=query_heads, kv_heads=kv_heads, ffn_dim=ffn_dim)
+
+
+@pytest.mark.parametrize(
+  'heads, tp, shape',
+  [
+    ((9, 3), 1, (1, 1)),
+    ((9, 3), 3, (3, 1)),
+    ((9, 3), 9, (3, 3)),
+    ((12, 12), 2, (2, 1)),
+    ((12, 12), 4, (4, 1)),
+    ((12, 12), 12, (12, 1)),
+    ((8, 2), 2, (2, 1)),
+    ((8, 2), 4, (2, 2)),
+    ((8, 2), 8, (2, 4)),
+    ((8, 1), 4, (1, 4)),
+  ],
+)
+def test_key_value_heads_are_cut_as_far_as_they_go_and_then_copied(heads, tp, shape):
+  assert mesh_shape(_heads(*heads), tp) == shape
+
+
+@pytest.mark.parametrize(
+  'heads, tp, legal',
+  [
+    ((9, 3), 2, '1, 3, 9'),
+    ((9, 3), 27, '1, 3, 9'),
+    ((12, 12), 5, '1, 2, 3, 4, 6, 12'),
+    ((12, 4), 3, '1, 2, 4, 12'),  # 3 divides 12 query heads, but 4 key/value heads neither divide it nor are divided
+    ((8, 2), 3, '1, 2, 4, 8'),
+    ((8, 2), 0, '1, 2, 4, 8'),
+  ],
+)
+def test_an_illegal_tp_is_refused_with_the_legal_ones(heads, tp, legal):
+  with pytest.raises(ValueError, match=f'tp={tp} does not fit .*{heads[0]} query heads.* use one of {legal}[.]'):
+    mesh_shape(_heads(*heads), tp)
+
+
+def test_a_tp_that_does_not_divide_the_feed_forward_columns_is_refused():
+  with pytest.raises(ValueError, match='tp=9 .*1536 feed-forward columns.* use one of 1, 3[.]'):
+    mesh_shape(_heads(9, 3, ffn_dim=1536), 9)

@@ -1,0 +1,86 @@
+"""Bad requests are refused with the value, what was expected and what to change."""
+
+import dataclasses
+import math
+
+import pytest
+
+from pdjax.types import SLO, Request, SamplingParams
+
+
+@pytest.mark.parametrize(
+  'field, value, words',
+  [
+    ('max_tokens', 0, 'max_tokens is 0, expected at least 1; ask for one token or leave it out'),
+    ('max_tokens', -5, 'max_tokens is -5, expected at least 1'),
+    ('temperature', -0.5, 'temperature is -0.5, expected 0'),
+    ('temperature', math.inf, 'temperature is inf'),
+    ('temperature', math.nan, 'temperature is nan'),
+    ('top_k', -1, 'top_k is -1, expected 0'),
+    ('top_p', 0.0, 'top_p is 0.0, expected a number above 0 and at most 1'),
+    ('top_p', 1.5, 'top_p is 1.5'),
+    ('top_p', math.nan, 'top_p is nan'),
+    ('seed', -1, 'seed is -1, expected an integer from 0'),
+    ('seed', 2**63, f'seed is {2**63}'),
+  ],
+)
+def test_sampling_out_of_range_is_refused(field, value, words):
+  with pytest.raises(ValueError) as error:
+    SamplingParams(**{field: value})
+  assert words in str(error.value)
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+  SamplingParams(max_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=2**63 - 1)
+
+
+def test_an_empty_prompt_is_refused():
+  with pytest.raises(ValueError, match="request 'r' has an empty prompt, expected at least one token; give it some"):
+    Request('r', ())
+
+
+@pytest.mark.parametrize('arrival_s', [-0.1, math.nan, math.inf])
+def test_an_arrival_that_never_comes_is_refused(arrival_s):
+  with pytest.raises(ValueError, match=f"request 'r' arrives at {arrival_s} s, expected 0 or later"):
+    Request('r', (1,), arrival_s=arrival_s)
+
+
+def test_a_prompt_is_measured_without_being_read():
+  request = Request('r', range(10**12))
+  assert request.prompt_len == 10**12
+
+
+def test_a_request_is_a_value():
+  assert Request('r', (1, 2)) == Request('r', (1, 2)) != Request('r', (1, 3))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Request('r', (1,)).arrival_s = 2.0
+
+
+@pytest.mark.parametrize(
+  'text, slo',
+  [
+    ('ttft:500 tpot:50', SLO(500, 50)),
+    ('e2el:2.5', SLO(e2el_ms=2.5)),
+    ('ttft:500,tpot:50', SLO(500, 50)),
+    ('', SLO()),
+  ],
+)
+def test_limits_are_read_in_milliseconds(text, slo):
+  assert SLO.parse(text) == slo
+
+
+@pytest.mark.parametrize(
+  'text, words',
+  [
+    ('ttft=500', 'not of the form name:milliseconds'),
+    ('ttft:fast', "'ttft:fast' is not of the form name:milliseconds, e.g. ttft:500"),
+    ('itl:5', "'itl' is unknown; the names are ttft, tpot, e2el"),
+    ('ttft:0', 'ttft_ms is 0.0, expected a positive number'),
+    ('tpot:-1', 'tpot_ms is -1.0'),
+    ('tpot:nan', 'tpot_ms is nan'),
+  ],
+)
+def test_limits_that_make_no_sense_are_refused(text, words):
+  with pytest.raises(ValueError) as error:
+    SLO.parse(text)
+  assert words in str(error.value)

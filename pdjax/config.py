@@ -116,7 +116,7 @@ def parse_value(text: str, hint: Any, what: str) -> Any:
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval({'none': 'None', 'true': 'True', 'false': 'False'}.get(text, text))
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
     return text
 
 
@@ -124,8 +124,9 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
   name, *rest = path
   if isinstance(node, tuple):
     index = _index(node, name, override)
-    item = _replace(node[index], rest, value, override) if rest else value
-    return (*node[:index], item, *node[index + 1 :])
+    old = node[index]
+    new = _replace(old, rest, value, override) if rest else _fit(value, type(old), f'override {override!r}: {name}')
+    return (*node[:index], new, *node[index + 1 :])
   if not dataclasses.is_dataclass(node) or isinstance(node, type):
     raise ValueError(f'override {override!r}: {node!r} has no fields, so {name!r} cannot be set in it.')
   fields = [field.name for field in dataclasses.fields(node) if field.init]
@@ -166,7 +167,8 @@ def _fit(value: Any, hint: Any, what: str) -> Any:
     if origin is Role and value in list(Role):
       return Role(value)
     if origin is tuple and isinstance(value, list | tuple):
-      return tuple(value)
+      item_hint, *_ = typing.get_args(kind) or (Any,)
+      return tuple(_fit(item, item_hint, f'{what}[{index}]') for index, item in enumerate(value))
     if origin is str and type(value) in (int, float):
       return str(value)
     if isinstance(origin, type) and type(value) is origin:

@@ -137,15 +137,19 @@ class Replay(Simulator):
     super().__init__(model, workers, page_size, cost=_NoCost())
     self._turns_s = []
     self._outcomes: dict[int, Event] = {}
-    self._losses: dict[int, list[WorkerLost]] = {}
+    self._losses: dict[int, list[tuple[int, WorkerLost]]] = {}  # by turn, with their places among its ends
+    place = 0
     for event in events:
       match event:
         case Turn(now_s):
           self._turns_s.append(now_s)
+          place = 0
         case Done() | Failed():
           self._outcomes[event.order] = event
+          place += 1
         case WorkerLost():
-          self._losses.setdefault(len(self._turns_s) - 1, []).append(event)
+          self._losses.setdefault(len(self._turns_s) - 1, []).append((place, event))
+          place += 1
     self._turn = -1
 
   def submit(self, order: Order) -> None:
@@ -166,7 +170,10 @@ class Replay(Simulator):
     if self._turn >= len(self._turns_s):
       raise ValueError(f'the record ends after {len(self._turns_s)} turns, but the run goes on: it is another run.')
     self._now_s = self._turns_s[self._turn]
-    return self._now_s, [*self._ended(self._now_s), *self._losses.get(self._turn, ())]
+    events = self._ended(self._now_s)
+    for place, lost in self._losses.get(self._turn, ()):
+      events.insert(place, lost)
+    return self._now_s, events
 
 
 class _NoCost:

@@ -21,12 +21,22 @@ class _Landed:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Passed:
+  """A pass of one of a worker's lives has ended well."""
+
+  worker: str
+  incarnation: int
+  done: Done
+
+
+@dataclasses.dataclass(frozen=True)
 class _Broken:
   """A pass failed after it had taken the worker's pages."""
 
   worker: str
   incarnation: int
   error: str
+  ended_s: float
 
 
 class Engine:
@@ -77,10 +87,12 @@ class Engine:
     if not isinstance(order, StepOrder):
       failed()
     elif self.workers[order.worker].broken:
-      broken = _Broken(order.worker, self.workers[order.worker].incarnation, message)
-      self._mailbox.post(lambda _: broken)
+      self._post_broken(order.worker, self.workers[order.worker].incarnation, message)
     else:
       self._passes[order.worker].add(failed)  # after the passes before it
+
+  def _post_broken(self, worker: str, incarnation: int, message: str) -> None:
+    self._mailbox.post(lambda ended_s: _Broken(worker, incarnation, message, ended_s))
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Wait until an order ended or `until_s` has come; pieces that landed meanwhile are written on the way."""
@@ -91,8 +103,11 @@ class Engine:
         match item:
           case _Landed():
             self._receive(item)
+          case _Passed():
+            if item.incarnation == self.workers[item.worker].incarnation:
+              events.append(item.done)
           case _Broken():
-            events += self._rebuild(item, now_s)
+            events += self._rebuild(item)
           case _:
             events.append(item)
       if events or now_s >= until_s:
@@ -114,25 +129,24 @@ class Engine:
     try:
       results, wasted = worker.collect(order, pending)
     except Exception as error:
-      broken = _Broken(name, incarnation, describe(error))
-      self._mailbox.post(lambda _: broken)
+      self._post_broken(name, incarnation, describe(error))
       return
     began_s = max(dispatched_s, self._free_from_s[name])
 
-    def done(ended_s: float) -> Done:
+    def passed(ended_s: float) -> _Passed:
       self._free_from_s[name] = ended_s
-      return Done(order.id, began_s, ended_s, results, wasted)
+      return _Passed(name, incarnation, Done(order.id, began_s, ended_s, results, wasted))
 
-    self._mailbox.post(done)
+    self._mailbox.post(passed)
 
-  def _rebuild(self, broken: _Broken, now_s: float) -> list[Event]:
+  def _rebuild(self, broken: _Broken) -> list[Event]:
     """Give a worker whose pages are gone new ones; passes of its earlier life are not heard of again."""
     worker = self.workers[broken.worker]
     if worker.incarnation != broken.incarnation:
       return []
     worker.reset()
     self._last_pass.pop(broken.worker, None)
-    return [WorkerLost(broken.worker, now_s, broken.error)]
+    return [WorkerLost(broken.worker, broken.ended_s, broken.error)]
 
   # -------------------------------------------------------------------------- transfers
 
@@ -175,19 +189,18 @@ class Engine:
     try:
       written = self._transports[order.source, order.target].receive(landed.parcel)
     except Exception as error:
-      broken = _Broken(order.target, landed.incarnations[1], describe(error))
-      self._mailbox.post(lambda _: broken)
+      self._post_broken(order.target, landed.incarnations[1], describe(error))
       return
-    self._passes[order.target].add(functools.partial(self._note_written, order.target, written.block_until_ready))
+    job = functools.partial(self._note_written, order.target, landed.incarnations[1], written.block_until_ready)
+    self._passes[order.target].add(job)
     self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=landed.parcel.wire_bytes))
 
-  def _note_written(self, target: str, block: Callable[[], object]) -> None:
+  def _note_written(self, target: str, incarnation: int, block: Callable[[], object]) -> None:
     """On the target's waiting thread: the next pass begins no sooner than the pieces are written."""
     try:
       block()
     except Exception as error:
-      broken = _Broken(target, self.workers[target].incarnation, describe(error))
-      self._mailbox.post(lambda _: broken)
+      self._post_broken(target, incarnation, describe(error))
       return
     self._free_from_s[target] = self._mailbox.now_s()
 

@@ -66,7 +66,7 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
     for event in arrivals.due(now_s, finished):
       state.apply(event, now_s)
       yield event
-    while actions := [*state.must(), *policy.decide(state)]:
+    while actions := state.must() or policy.decide(state):
       for action in actions:
         for order in state.start(action):
           backend.submit(order)

@@ -209,8 +209,7 @@ class ClusterState:
     self.waiting: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self._in_flight: dict[int, Order] = {}
-    self._unfit: list[Reject] = []
-    self._withdrawn: dict[str, Cancel] = {}
+    self._must: dict[str, Action] = {}
     self._finished: list[Finished] = []
     self._next_order = 0
 
@@ -233,8 +232,7 @@ class ClusterState:
 
   def must(self) -> list[Action]:
     """What has to be done whatever the policy: refuse what can never run, end what was withdrawn."""
-    actions: list[Action] = [*self._unfit, *self._withdrawn.values()]
-    self._unfit, self._withdrawn = [], {}
+    actions, self._must = list(self._must.values()), {}
     return actions
 
   def take_finished(self) -> tuple[Finished, ...]:
@@ -279,7 +277,7 @@ class ClusterState:
         entry = self.requests.get(request)
         if entry is not None and entry.phase is not Phase.ENDING:
           self._unschedule(entry)
-          self._withdrawn[request] = Cancel(request)
+          self._must.setdefault(request, Cancel(request))
 
   def _arrive(self, request: Request, now_s: float) -> None:
     limit = min(request.sampling.max_tokens, self.model.context_len - request.prompt_len + 1)
@@ -288,7 +286,7 @@ class ClusterState:
     entry = self.requests[request.id] = RequestState(request, max(limit, 1))
     problem = self._unfit_for(entry)
     if problem:
-      self._unfit.append(Reject(request.id, problem))
+      self._must[request.id] = Reject(request.id, problem)
     else:
       self.waiting[request.id] = entry
 
@@ -384,6 +382,7 @@ class ClusterState:
   def _finish(self, entry: RequestState, reason: FinishReason, now_s: float, error: str | None = None) -> None:
     name = entry.request.id
     self._unschedule(entry)
+    self._must.pop(name, None)
     for place, pages in entry.pages.items():
       self.workers[place].allocator.drop(pages)
     if entry.slot is not None:
@@ -412,6 +411,8 @@ class ClusterState:
         names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
       case TransferOrder():
         self._transfer_ended(order)
+        names = [order.request]
+      case EndOrder():
         names = [order.request]
       case _:
         return

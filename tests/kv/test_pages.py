@@ -35,7 +35,7 @@ def test_write_puts_each_token_at_its_place_and_nothing_elsewhere():
 def test_write_drops_a_token_whose_page_is_past_the_pool():
   layer = np.asarray(random_pages().layers[0])
   k = np.ones((2, K, D), np.float32)
-  written = np.asarray(jax.jit(write)(layer, k, k, np.array([P, 1]), np.array([0, 2])))
+  written = np.array(jax.jit(write)(layer, k, k, np.array([P, 1]), np.array([0, 2])))
   assert (written[1, :, :, 2] == 1).all()
   written[1, :, :, 2] = layer[1, :, :, 2]
   np.testing.assert_array_equal(written, layer)

@@ -17,7 +17,9 @@ class Paged:
   tables: np.ndarray  # [B, N]
 
   @classmethod
-  def random(cls, rng: np.random.Generator, lengths: list[int], kv_heads: int, head_dim: int, page_size: int) -> 'Paged':
+  def random(
+    cls, rng: np.random.Generator, lengths: list[int], kv_heads: int, head_dim: int, page_size: int
+  ) -> 'Paged':
     """Sequences of these lengths, their pages in random order all over the pool."""
     keys, values = (
       [rng.standard_normal((length, kv_heads, head_dim), np.float32) for length in lengths] for _ in range(2)

@@ -1,4 +1,4 @@
-"""Attention of packed chunks over pages: the definition against dense attention, the fast way against the definition."""
+"""Attention of packed chunks over pages: the definition against dense attention, the fast way against that."""
 
 import functools
 
@@ -54,7 +54,7 @@ def run(implementation: str, *case: int) -> np.ndarray:
 
 @pytest.mark.parametrize('case', CASES)
 def test_reference_is_causal_dense_attention(case):
-  q, paged, offsets, lengths = inputs(*case)
+  q, paged, offsets, _ = inputs(*case)
   actual = run('reference', *case)
   for chunk, (cached, new) in enumerate(chunks_for(case[0])):
     for index in {0, 1, new // 2, new - 2, new - 1} & set(range(new)):

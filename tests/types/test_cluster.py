@@ -60,7 +60,9 @@ def test_a_transfer_refuses_batches_of_no_page():
     TransferSpec(max_batch_pages=0)
 
 
-@pytest.mark.parametrize('split, counts', [('2P1D', (2, 1)), (' 1p3d ', (1, 3)), ('10P20D', (10, 20)), ('02P1D', (2, 1))])
+@pytest.mark.parametrize(
+  'split, counts', [('2P1D', (2, 1)), (' 1p3d ', (1, 3)), ('10P20D', (10, 20)), ('02P1D', (2, 1))]
+)
 def test_a_split_is_read_as_two_counts(split, counts):
   assert parse_split(split) == counts
 

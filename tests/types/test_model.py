@@ -95,5 +95,5 @@ def test_an_illegal_tp_is_refused_with_the_legal_ones(heads, tp, legal):
 
 
 def test_a_tp_that_does_not_divide_the_feed_forward_columns_is_refused():
-  with pytest.raises(ValueError, match='tp=9 .*1536 feed-forward columns.* use one of 1, 3[.]'):
+  with pytest.raises(ValueError, match=r'tp=9 .*1536 feed-forward columns.* use one of 1, 3\.'):
     mesh_shape(_heads(9, 3, ffn_dim=1536), 9)

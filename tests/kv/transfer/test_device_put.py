@@ -144,7 +144,9 @@ def test_pools_of_unlike_pages_are_refused():
 # ---------------------------------------------------------------------------- not waiting
 
 
-@pytest.mark.parametrize('model, target_tp', [(TINY, 1), (TINY, 2), (TINY_8_2, 4)], ids=lambda x: getattr(x, 'name', None))
+@pytest.mark.parametrize(
+  'model, target_tp', [(TINY, 1), (TINY, 2), (TINY_8_2, 4)], ids=lambda x: getattr(x, 'name', None)
+)
 def test_send_returns_while_its_source_is_unfinished(model, target_tp):
   devices = jax.devices()
   source = Pool.random(model, devices[:1], 8, seed=1)

@@ -1,0 +1,88 @@
+"""Every config file loads, and its cluster serves in virtual time."""
+
+import dataclasses
+import inspect
+import pathlib
+
+import pytest
+
+from experiments.load_config import load_config
+from pdjax.config import ServingConfig
+from pdjax.launch import simulate
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.types import ModelSpec
+from pdjax.workload import Fixed, Poisson, Uniform
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted(path.name for path in (ROOT / 'configs').glob('[a-z]*.py'))
+REQUIRED = {'cpu.py': ':checkpoint=model.gguf'}
+SMALL = {'llama3_8b_simulated.py': ':num_requests=20'}
+
+
+def _load(name: str, arguments: str = '') -> ServingConfig:
+  return load_config(f'{ROOT / "configs" / name}{arguments or REQUIRED.get(name, "") or SMALL.get(name, "")}')
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_loads_and_says_how_to_launch_it(name):
+  assert isinstance(_load(name), ServingConfig)
+  text = (ROOT / 'configs' / name).read_text()
+  assert f'--config=configs/{name}' in text.split('"""')[1]
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_serves_its_requests_in_virtual_time(name):
+  config = _load(name)
+  if config.model is None:  # its checkpoint is not at hand, but the shape of the model is
+    workload = Poisson(requests_per_s=2.0, num_requests=12, prompt=Uniform(8, 24), output=Fixed(8))
+    config = dataclasses.replace(config, model=ModelSpec.smollm2_135m(), checkpoint=None, workload=workload)
+  report = simulate(config).report
+  assert report.completed == report.num_prompts == config.workload.num_requests
+  assert report.account.ttft_closes_s < 1e-6 and report.account.handoff_closes_s < 1e-6
+  assert (report.num_transfers > 0) == isinstance(config.policy, Disaggregated)
+  assert any('Uncalibrated' in note for note in report.notes)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_the_arguments_of_a_config_are_documented_and_have_types(name):
+  path = ROOT / 'configs' / name
+  module: dict = {}
+  exec(compile(path.read_text(), path, 'exec'), module)
+  get_config = module['get_config']
+  for argument in inspect.signature(get_config).parameters.values():
+    assert argument.annotation is not inspect.Parameter.empty
+    assert f'\n    {argument.name}: ' in get_config.__doc__, f'{argument.name} is not explained'
+
+
+@pytest.mark.parametrize(
+  'name, arguments, split, tps',
+  [
+    ('smollm2_cpu.py', ':split=2P1D,prefill_tp=1,decode_tp=3', '2P1D', [1, 1, 3]),
+    ('cpu.py', ':checkpoint=folder,split=1P2D,prefill_tp=2', '1P2D', [2, 1, 1]),
+    ('llama3_8b_simulated.py', ':split=1P2D,tp=8', '1P2D', [8, 8, 8]),
+    ('llama3_8b_simulated.py', ':split=colocated', '3C', [4, 4, 4]),
+    ('smollm2_colocated.py', ':workers=3', '3C', [1, 1, 1]),
+  ],
+)
+def test_arguments_shape_the_cluster(name, arguments, split, tps):
+  config = _load(name, arguments)
+  assert config.split == split and [worker.tp for worker in config.workers] == tps
+  assert isinstance(config.policy, Colocated if split.endswith('C') else Disaggregated)
+
+
+def test_the_baseline_differs_from_what_it_is_compared_with_only_in_workers_and_policy():
+  baseline, disaggregated = _load('smollm2_colocated.py'), _load('smollm2_cpu.py')
+  assert dataclasses.replace(baseline, workers=disaggregated.workers, policy=disaggregated.policy) == disaggregated
+  assert sum(worker.tp for worker in baseline.workers) == sum(worker.tp for worker in disaggregated.workers)
+
+
+def test_any_prompt_of_the_models_context_fits_the_pools_of_the_demo():
+  config = _load('smollm2_cpu.py')
+  for worker in config.workers:
+    assert worker.num_pages * config.page_size >= ModelSpec.smollm2_135m().context_len
+
+
+def test_one_device_holds_both_roles():
+  config = _load('one_device.py')
+  assert [worker.devices for worker in config.workers] == [(0,), (0,)] and config.split == '1P1D'
+  assert _load('one_device.py', ':num_pages=auto').workers[0].num_pages == 'auto'

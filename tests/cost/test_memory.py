@@ -1,0 +1,96 @@
+"""How many pages fit beside the weights."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.cost import size_pools
+from pdjax.types import ModelSpec, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types.cluster import carve_devices, devices_needed
+
+LLAMA = ModelSpec.llama3_8b()
+WEIGHTS = LLAMA.num_params * 2  # bf16: 16.06 GB
+PAGE = 16 * 131_072  # bytes of a page of 16 tokens
+
+
+def _size(workers, memory_bytes: float, model: ModelSpec = LLAMA, page_size: int = 16) -> tuple[WorkerSpec, ...]:
+  carved = carve_devices(workers, devices_needed(workers))
+  return size_pools(workers, carved, model, page_size, dtype_bytes=2, memory_bytes=memory_bytes)
+
+
+def test_an_automatic_pool_fills_what_the_weights_leave():
+  (worker,) = _size((WorkerSpec('w'),), WEIGHTS + 1000.5 * PAGE)
+  assert worker.num_pages == 1000
+
+
+def test_devices_of_a_mesh_divide_weights_and_pages():
+  (worker,) = _size((WorkerSpec('w', tp=4),), WEIGHTS / 4 + 1000.5 * PAGE / 4)
+  assert worker.num_pages == 1000
+
+
+def test_key_value_heads_that_are_copied_take_their_room_on_every_device():
+  model = dataclasses.replace(LLAMA, kv_heads=2)
+  (worker,) = _size((WorkerSpec('w', tp=8),), model.num_params * 2 / 8 + 1000.5 * PAGE / 4 / 2, model)
+  assert worker.num_pages == 1000
+
+
+def test_explicit_pools_stay_as_they_are():
+  workers = prefill_pool(1, num_pages=10) + decode_pool(1, num_pages=20)
+  assert _size(workers, WEIGHTS + 20 * PAGE) == workers
+
+
+def test_each_worker_is_sized_by_its_own_devices():
+  prefill, decode = _size(prefill_pool(1, num_pages=7) + decode_pool(1), WEIGHTS + 100.5 * PAGE)
+  assert (prefill.num_pages, decode.num_pages) == (7, 100)
+
+
+def test_workers_that_share_a_device_share_the_weights_and_divide_the_rest():
+  workers = prefill_pool(1, devices=(0,)) + decode_pool(1, devices=(0,))
+  assert [worker.num_pages for worker in _size(workers, WEIGHTS + 200.5 * PAGE)] == [100, 100]
+  workers = prefill_pool(1, devices=(0,), num_pages=50) + decode_pool(1, devices=(0,))
+  assert [worker.num_pages for worker in _size(workers, WEIGHTS + 200.5 * PAGE)] == [50, 150]
+
+
+def test_unlike_meshes_on_one_device_each_bring_their_weights():
+  workers = (WorkerSpec('a', devices=(0,)), WorkerSpec('b', tp=2, devices=(0, 1)))
+  with pytest.raises(ValueError, match=r'needs 24\.1 GB of weights on device 0'):
+    _size(workers, 1.2 * WEIGHTS)
+
+
+def test_a_pool_is_no_larger_than_its_sequences_can_use():
+  model = dataclasses.replace(LLAMA, context_len=1000)  # 63 pages of 16
+  (worker,) = _size((WorkerSpec('w', max_sequences=3, max_chunks=2),), WEIGHTS + 1000 * PAGE, model)
+  assert worker.num_pages == 3 * 63
+  (worker,) = _size((WorkerSpec('w', max_sequences=3, max_chunks=5),), WEIGHTS + 1000 * PAGE, model)
+  assert worker.num_pages == 5 * 63
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_figures_and_the_remedies():
+  with pytest.raises(ValueError) as error:
+    _size((WorkerSpec('w'),), 12e9)
+  for words in ('Llama-3.1-8B needs 16.1 GB of weights on device 0', 'but 12 GB may be filled', 'raise tp'):
+    assert words in str(error.value)
+
+
+def test_an_explicit_pool_that_does_not_fit_is_refused_with_the_figures():
+  with pytest.raises(ValueError) as error:
+    _size((WorkerSpec('w', num_pages=10_000),), 20e9)
+  assert 'weights (16.1 GB) and pages (21 GB) do not fit on device 0' in str(error.value)
+  assert "20 GB may be filled; lower num_pages or set it to 'auto'" in str(error.value)
+
+
+def test_explicit_pools_on_one_device_are_added_up():
+  workers = prefill_pool(1, devices=(0,), num_pages=60) + decode_pool(1, devices=(0,), num_pages=60)
+  assert len(_size(workers, WEIGHTS + 120.5 * PAGE)) == 2
+  with pytest.raises(ValueError, match='do not fit on device 0'):
+    _size(workers, WEIGHTS + 119.5 * PAGE)
+
+
+def test_room_for_less_than_one_page_is_refused():
+  with pytest.raises(ValueError, match=r"worker 'w' has .* left for pages .* one page of 16 tokens takes 0\.0021 GB"):
+    _size((WorkerSpec('w'),), WEIGHTS + 0.5 * PAGE)
+
+
+def test_a_tp_that_does_not_fit_the_model_is_refused():
+  with pytest.raises(ValueError, match='tp=3 does not fit'):
+    _size((WorkerSpec('w', tp=3),), 80e9)

@@ -1,0 +1,109 @@
+"""Predicted seconds against figures worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.cost import Roofline
+from pdjax.types import ChipSpec, LinkSpec, ModelSpec, WorkerSpec
+
+LLAMA = ModelSpec.llama3_8b()
+CHIP = ChipSpec('chip', 1e15, 1e12, 80e9, matmul_efficiency=0.5, memory_efficiency=0.8, step_overhead_s=0.002)
+ROOFLINE = Roofline(CHIP, LinkSpec(1e10, 0.001), dtype_bytes=2)
+WORKER = WorkerSpec('w')
+BLOCK_PARAMS = 32 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 14336 + 2 * 4096)
+
+
+def _step(chunks=(), contexts=(), steps=1, cost=ROOFLINE, worker=WORKER, model=LLAMA) -> float:
+  return cost.step_seconds(model, worker, list(chunks), list(contexts), steps)
+
+
+def test_a_long_prompt_takes_as_long_as_its_flops():
+  attention = 4 * 32 * 32 * 128 * (4096 * 4097 // 2)
+  flops = 4096 * 2 * BLOCK_PARAMS + attention + 2 * 4096 * 128_256
+  assert _step(chunks=[(0, 4096)]) == pytest.approx(flops / 0.5e15 + 0.002, rel=1e-12)
+  assert flops / 0.5e15 == pytest.approx(0.12, rel=0.1)  # seconds; the bytes alone would take 0.02
+
+
+def test_one_decoding_sequence_takes_as_long_as_its_bytes():
+  weights = 2 * (BLOCK_PARAMS + 4096 * 128_256 + 4096)  # the input embedding is read by the row
+  assert _step(contexts=[1000]) == pytest.approx((weights + 1000 * 131_072) / 0.8e12 + 0.002, rel=1e-12)
+
+
+def test_tied_embeddings_are_read_once_for_the_logits():
+  tied = dataclasses.replace(LLAMA, tied_embeddings=True)
+  assert tied.num_params < LLAMA.num_params
+  assert _step(contexts=[1000], model=tied) == _step(contexts=[1000])
+
+
+def test_batching_decodes_is_free_until_the_flops_or_the_caches_weigh():
+  one, many = _step(contexts=[10]), _step(contexts=[10] * 32)
+  assert many < 1.01 * one
+  assert _step(contexts=[10] * 2048) > 1.9 * one
+  assert _step(contexts=[100_000] * 32) > 10 * one
+
+
+@pytest.mark.parametrize('grow', ['new tokens', 'cached tokens', 'sequences', 'context', 'chunks', 'steps'])
+def test_more_work_never_takes_less_time(grow):
+  sizes = (1, 2, 8, 32, 128, 512, 2048, 8192)
+  seconds = [
+    {
+      'new tokens': lambda n: _step([(0, n)]),
+      'cached tokens': lambda n: _step([(n, 16)]),
+      'sequences': lambda n: _step(contexts=[100] * n),
+      'context': lambda n: _step(contexts=[n] * 4),
+      'chunks': lambda n: _step([(0, 4)] * n),
+      'steps': lambda n: _step(contexts=[5], steps=min(n, 256)),
+    }[grow](size)
+    for size in sizes
+  ]
+  assert seconds == sorted(seconds) and seconds[-1] > seconds[0]
+
+
+def test_a_prompt_in_chunks_takes_longer_than_in_one():
+  whole = _step([(0, 2048)])
+  chunks = sum(_step([(start, 128)]) for start in range(0, 2048, 128))
+  assert chunks > whole
+
+
+def test_fused_steps_are_single_steps_with_the_context_growing():
+  singles = sum(_step(contexts=[100 + step, 7 + step]) for step in range(5))
+  assert _step(contexts=[100, 7], steps=5) == pytest.approx(singles, rel=1e-12)
+
+
+def test_a_fused_pass_reads_the_weights_once():
+  assert _step([(0, 64)], [500] * 8) < _step([(0, 64)]) + _step(contexts=[500] * 8) - 0.015
+
+
+def test_devices_of_a_worker_share_the_work_but_virtual_ones_do_not():
+  four = WorkerSpec('w', tp=4)
+  assert _step([(0, 4096)], worker=four) - 0.002 == pytest.approx((_step([(0, 4096)]) - 0.002) / 4)
+  virtual = dataclasses.replace(ROOFLINE, shared_host=True)
+  assert _step([(0, 4096)], worker=four, cost=virtual) == _step([(0, 4096)])
+
+
+def test_a_transfer_takes_its_latency_and_its_bytes_over_the_links_side_by_side():
+  one, two, four = (WorkerSpec('w', tp=tp) for tp in (1, 2, 4))
+  assert ROOFLINE.transfer_seconds(LLAMA, one, four, 1000) == pytest.approx(0.001 + 1000 * 131_072 / 1e10)
+  assert ROOFLINE.transfer_seconds(LLAMA, four, two, 1000) == pytest.approx(0.001 + 1000 * 131_072 / 2e10)
+  assert ROOFLINE.transfer_seconds(LLAMA, four, two, 0) == 0.001
+  virtual = dataclasses.replace(ROOFLINE, shared_host=True)
+  assert virtual.transfer_seconds(LLAMA, four, two, 1000) == ROOFLINE.transfer_seconds(LLAMA, one, one, 1000)
+
+
+def test_smaller_elements_travel_and_stream_faster():
+  wide = dataclasses.replace(ROOFLINE, dtype_bytes=4)
+  assert _step(contexts=[1000], cost=wide) - 0.002 == pytest.approx(2 * (_step(contexts=[1000]) - 0.002))
+
+
+def test_a_roofline_is_as_calibrated_as_its_chip():
+  assert not ROOFLINE.calibrated and not Roofline().calibrated
+  assert Roofline(dataclasses.replace(CHIP, calibrated=True)).calibrated
+
+
+@pytest.mark.parametrize(
+  'chip', [ChipSpec.tpu_v5e(), ChipSpec.tpu_v5p(), ChipSpec.tpu_v6e(), ChipSpec.a100(), ChipSpec.h100()]
+)
+def test_published_chips_say_where_their_figures_come_from(chip):
+  assert chip.source and not chip.calibrated
+  assert 50 < chip.flops_per_s / chip.memory_bytes_per_s < 1000  # FLOPs per byte at the ridge

@@ -1,0 +1,141 @@
+"""A compiled cluster that serves one set of requests after another, and checks after each what holds for every run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+
+from pdjax.config import ServingConfig
+from pdjax.engine.build import build_engine
+from pdjax.engine.engine import Engine
+from pdjax.kv import page_bytes
+from pdjax.launch import complete
+from pdjax.metrics import Report
+from pdjax.serving.loop import Policy, serve
+from pdjax.serving.messages import Done, Event, Started, TransferOrder
+from pdjax.serving.state import ClusterState
+from pdjax.types import Completion, ModelSpec, Request
+from pdjax.workload.arrivals import Listed
+from tests.engine.plain import Cached
+
+DEADLINE_S = 60.0  # of a run that takes well under a second: past it, something hangs
+
+compiled: list[str] = []  # every program that XLA compiled in this process
+jax.monitoring.register_event_duration_secs_listener(
+  lambda event, seconds, **_: compiled.append(event) if 'backend_compile' in event else None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+  """What came of a run."""
+
+  events: tuple[Event, ...]
+  completions: tuple[Completion, ...]
+  report: Report
+  requests: tuple[Request, ...]
+  policy: Policy
+
+  @functools.cached_property
+  def by_id(self) -> dict[str, Completion]:
+    return {completion.request.id: completion for completion in self.completions}
+
+  def tokens(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (one.token_ids, one.finish_reason) for name, one in self.by_id.items()}
+
+  def transfers(self) -> list[tuple[TransferOrder, Done]]:
+    """Each transfer that ended well."""
+    orders = {event.order.id: event.order for event in self.events if isinstance(event, Started)}
+    pairs = [(orders[event.order], event) for event in self.events if isinstance(event, Done)]
+    return [(order, done) for order, done in pairs if isinstance(order, TransferOrder)]
+
+
+class Cluster:
+  """Workers of a config, built and compiled once."""
+
+  def __init__(self, config: ServingConfig):
+    assert config.model is not None
+    self.config = config
+    self.model: ModelSpec = config.model
+    engine, self.specs, self.warm_up = build_engine(config, self.model, Cached(self.model), self._limit_of)
+    engine.close()
+    self.workers = engine.workers
+    self.transports = engine._transports
+
+  def only(self, *names: str) -> 'Cluster':
+    """Some of the workers as a cluster of their own."""
+    part = object.__new__(Cluster)
+    part.__dict__ |= self.__dict__
+    part.specs = tuple(spec for spec in self.specs if spec.name in names)
+    part.workers = {name: self.workers[name] for name in names}
+    part.transports = {way: one for way, one in self.transports.items() if set(way) <= set(names)}
+    return part
+
+  def serve(
+    self,
+    requests: Iterable[Request],
+    policy: Policy | None = None,
+    prepare: Callable[[Engine], None] = lambda engine: None,
+  ) -> Served:
+    """Serve requests; `prepare` may tamper with the engine before its clock starts."""
+    requests = tuple(requests)
+    policy = policy or self.config.policy
+    state = ClusterState(self.model, self.specs, self.config.page_size)
+    engine = Engine(list(self.workers.values()), self.transports)
+    for worker in self.workers.values():
+      worker._progress.clear()
+    compiled_before = len(compiled)
+    try:
+      prepare(engine)
+      engine.start_clock()
+      events = tuple(serve(Listed(requests), policy, Impatient(engine), state))
+    finally:
+      engine.close()
+    assert compiled[compiled_before:] == [], 'something was compiled while the clock ran'
+    report = Report.from_events(events, workers=self.specs)
+    served = Served(events, complete(events, None), report, requests, policy)
+    assert_all_is_free(state)
+    if served.report.failed == 0:
+      assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'
+    self._check_bytes(served)
+    return served
+
+  def _limit_of(self, request: Request) -> int:
+    return min(request.sampling.max_tokens, self.model.context_len - request.prompt_len + 1)
+
+  def _check_bytes(self, served: Served) -> None:
+    one_page = page_bytes(self.model, self.config.page_size, self.config.dtype)
+    moved = [(len(order.source_pages) * one_page, done.wire_bytes) for order, done in served.transfers()]
+    assert all(expected == actual for expected, actual in moved), moved
+    assert served.report.wire_bytes == sum(actual for _, actual in moved)
+
+
+def assert_all_is_free(state: ClusterState) -> None:
+  """Every page and every slot is back, and nothing is left to do."""
+  for worker in state.workers.values():
+    assert worker.allocator.num_free == worker.num_pages, worker.name
+    assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences)), worker.name
+    assert not worker.orders and not worker.prefilling and not worker.decoding and worker.queued_tokens == 0
+  assert not state.unfinished and not state.waiting and not state.prefilled
+
+
+class Impatient:
+  """An engine that does not wait for ever."""
+
+  def __init__(self, engine: Engine):
+    self._engine = engine
+
+  def submit(self, order) -> None:
+    self._engine.submit(order)
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    now_s, events = self._engine.wait(min(until_s, DEADLINE_S))
+    if now_s >= DEADLINE_S:
+      raise TimeoutError(f'nothing ended within {DEADLINE_S} s.')
+    return now_s, events
+
+
+def live_pages(request: Request, page_size: int) -> int:
+  """Pages that hold a prompt's keys and values."""
+  return -(-request.prompt_len // page_size)

@@ -1,0 +1,38 @@
+"""Compiled clusters, built once for all tests of a session: compiling takes seconds, serving takes milliseconds."""
+
+import dataclasses
+
+import pytest
+
+from pdjax.types import TransferSpec
+from tests.engine.cluster import Cluster
+from tests.tiny import config
+
+
+def build(*args, **kwargs) -> Cluster:
+  """A tiny cluster with few sizes of transfer batches."""
+  return Cluster(dataclasses.replace(config(*args, **kwargs), transfer=TransferSpec(max_batch_pages=4)))
+
+
+@pytest.fixture(scope='session')
+def two_and_two() -> Cluster:
+  """Two prefill workers and two decode workers of one device each, pages of 4 tokens."""
+  return build('2P2D')
+
+
+@pytest.fixture(scope='session')
+def one_and_one(two_and_two: Cluster) -> Cluster:
+  """One of each."""
+  return two_and_two.only('prefill0', 'decode0')
+
+
+@pytest.fixture(scope='session')
+def colocated_pair() -> Cluster:
+  """Two workers that do both, pages of 16 tokens."""
+  return build('2C', page_size=16)
+
+
+@pytest.fixture(scope='session')
+def colocated(colocated_pair: Cluster) -> Cluster:
+  """One of them."""
+  return colocated_pair.only('both0')

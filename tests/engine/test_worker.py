@@ -1,0 +1,108 @@
+"""What the compiler says of a worker's programs: pools are updated in place, and nothing grows with them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pdjax.engine.worker import Worker
+from pdjax.kv import page_bytes
+from pdjax.kv.transfer import DevicePut
+from tests.engine.cluster import Cluster, compiled
+from tests.tiny import TINY
+
+LARGE = 1024  # pages, against 64
+
+
+def enlarged(cluster: Cluster, name: str) -> Worker:
+  """The same worker with a larger pool, not compiled yet."""
+  worker = cluster.workers[name]
+  return Worker(
+    dataclasses.replace(worker.spec, num_pages=LARGE), worker.model, worker.mesh, worker.weights, worker.page_size,
+    worker.dtype, lambda request: request.sampling.max_tokens,
+  )  # fmt: skip
+
+
+def pool_bytes(worker: Worker) -> int:
+  return worker.spec.num_pages * page_bytes(worker.model, worker.page_size, worker.dtype)
+
+
+@pytest.mark.parametrize(
+  'fixture, name, key',
+  [
+    ('two_and_two', 'prefill0', ('prefill', 32)),
+    ('two_and_two', 'decode0', ('decode', 4)),
+    ('colocated_pair', 'both0', ('fused', 32, 4)),
+  ],
+  ids=lambda x: x[0] if isinstance(x, tuple) else '',
+)
+def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_one(fixture, name, key, request):
+  cluster = request.getfixturevalue(fixture)
+  worker, larger = cluster.workers[name], enlarged(cluster, name)
+  small = worker.program(*key).memory_analysis()
+  with jax.default_matmul_precision('highest'):
+    large = larger._lower(key).compile().memory_analysis()
+  assert small.alias_size_in_bytes >= pool_bytes(worker)
+  assert large.alias_size_in_bytes >= pool_bytes(larger)
+  assert large.temp_size_in_bytes <= 1.1 * small.temp_size_in_bytes
+  assert large.temp_size_in_bytes < pool_bytes(larger) / 4
+
+
+def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_pool(two_and_two):
+  source, target = two_and_two.workers['prefill0'], two_and_two.workers['decode0']
+  larger_source, larger_target = enlarged(two_and_two, 'prefill0'), enlarged(two_and_two, 'decode0')
+  small = two_and_two.transports['prefill0', 'decode0']
+  large = DevicePut(larger_source, larger_target, two_and_two.config.transfer)
+  small_scatter, large_scatter = (
+    small._scatters[4].memory_analysis(),
+    large._lower_scatter(4).compile().memory_analysis(),
+  )
+  assert small_scatter.alias_size_in_bytes >= pool_bytes(target)
+  assert large_scatter.alias_size_in_bytes >= pool_bytes(larger_target)
+  assert large_scatter.temp_size_in_bytes <= 1.1 * small_scatter.temp_size_in_bytes
+  small_gather, large_gather = small._gathers[4].memory_analysis(), large._lower_gather(4).compile().memory_analysis()
+  assert large_gather.temp_size_in_bytes <= 1.1 * small_gather.temp_size_in_bytes
+  assert pool_bytes(source) < pool_bytes(larger_source)
+
+
+def test_passes_give_the_buffers_of_their_pool_back(one_and_one):
+  worker = one_and_one.workers['decode0']
+  before = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
+  old = worker.pages
+  ids = worker._pack_ids((), 2)
+  worker.pages, worker.slots, _ = worker.program('decode', 2)(
+    worker.weights, worker.pages, worker.slots, ids, jnp.int32(1)
+  )
+  after = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
+  assert after == before
+  assert all(layer.is_deleted() for layer in old.layers)
+
+
+def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair):
+  programs = {name for name in two_and_two.warm_up.program_s if '→' not in name}
+  expected = {f'prefill{i}/prefillx32' for i in range(2)}
+  expected |= {f'decode{i}/{program}' for i in range(2) for program in ('admit', 'decodex2', 'decodex4')}
+  assert programs == expected
+  assert {name for name in colocated_pair.warm_up.program_s if name.startswith('both0')} == {
+    'both0/admit', 'both0/fusedx32x4', 'both0/decodex2', 'both0/decodex4',
+  }  # fmt: skip
+  ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
+  assert ways == {f'prefill{i}→decode{j}/{size} pages' for i in range(2) for j in range(2) for size in (1, 4)}
+
+
+def test_a_reset_worker_is_a_new_incarnation_with_empty_pages(one_and_one):
+  worker = one_and_one.workers['decode0']
+  worker.pages.layers[0].delete()
+  assert worker.broken
+  incarnation = worker.incarnation
+  worker.reset()
+  assert not worker.broken and worker.incarnation == incarnation + 1
+  assert not any(bool(layer.any()) for layer in worker.pages.layers)
+  assert not bool(worker.slots.alive.any())
+
+
+def test_compilations_are_noticed():
+  before = len(compiled)
+  jax.jit(lambda x: x * TINY.vocab_size - 0.125).lower(jnp.zeros(17)).compile()
+  assert len(compiled) > before

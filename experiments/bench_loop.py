@@ -8,6 +8,7 @@ policy, and hands the next pass over: what a device would wait for if it were in
 """
 
 import statistics
+import tempfile
 import time
 
 from absl import app, flags
@@ -66,15 +67,17 @@ class NullBackend:
         return ()
 
 
-def turn_seconds(policy: Policy, workers: tuple[WorkerSpec, ...], batch: int, steps: int) -> list[float]:
-  """Seconds of every turn in which all sequences decode."""
+def turn_seconds(
+  policy: Policy, workers: tuple[WorkerSpec, ...], batch: int, steps: int, log_path: str | None = None
+) -> list[float]:
+  """Seconds of every turn in which all sequences decode; with a path the log is written to a file too."""
   model = ModelSpec.smollm2_135m()
   decoders = sum(worker.role.decodes for worker in workers)
   sampling = SamplingParams(max_tokens=16 * steps)
   requests = [Request(f'r{i}', RandomTokens(64, 1000, i), sampling) for i in range(batch * decoders)]
   state = ClusterState(model, workers, page_size=16)
   seconds = []
-  log = EventLog()
+  log = EventLog(log_path)
   turns = 0
   begin = time.perf_counter()
   for event in serve(Listed(requests), policy, NullBackend(), state):
@@ -87,6 +90,7 @@ def turn_seconds(policy: Policy, workers: tuple[WorkerSpec, ...], batch: int, st
       begin = now
       if turns >= steps:
         break
+  log.close()
   return seconds
 
 
@@ -94,10 +98,12 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   batch = _BATCH.value
-  sizes = {'num_pages': 1_000_000, 'max_sequences': batch}
+  sizes = {'num_pages': 512 * batch, 'max_sequences': batch}
+  one_and_one = prefill_pool(1, **sizes) + decode_pool(1, **sizes)
   cases: dict[str, tuple[Policy, tuple[WorkerSpec, ...]]] = {
-    '1P1D': (Disaggregated(), prefill_pool(1, **sizes) + decode_pool(1, **sizes)),
-    '1P1D, 8 steps fused': (Disaggregated(decode_steps=8), prefill_pool(1, **sizes) + decode_pool(1, **sizes)),
+    '1P1D': (Disaggregated(), one_and_one),
+    '1P1D, log in a file': (Disaggregated(), one_and_one),
+    '1P1D, 8 steps fused': (Disaggregated(decode_steps=8), one_and_one),
     '4P4D': (Disaggregated(), prefill_pool(4, **sizes) + decode_pool(4, **sizes)),
     '1 colocated': (Colocated(), colocated_pool(1, **sizes)),
   }
@@ -106,7 +112,9 @@ def main(argv: list[str]) -> None:
     table.add_column(column, justify='left' if column == 'cluster' else 'right')
   rows = []
   for name, (policy, workers) in cases.items():
-    runs = [turn_seconds(policy, workers, batch, _STEPS.value) for _ in range(_REPEATS.value)]
+    with tempfile.NamedTemporaryFile() as file:
+      path = file.name if 'file' in name else None
+      runs = [turn_seconds(policy, workers, batch, _STEPS.value, path) for _ in range(_REPEATS.value)]
     median_s = statistics.median(statistics.median(run) for run in runs)
     p99_s = statistics.median(sorted(run)[int(0.99 * len(run))] for run in runs)
     sequences = batch * sum(worker.role.decodes for worker in workers)

@@ -100,6 +100,8 @@ def plain_golden() -> dict[int, tuple[int, ...]]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  if not all(size.isdigit() and int(size) for size in _PAGE_SIZES.value):
+    raise app.UsageError(f'--page_sizes is {_PAGE_SIZES.value}, expected positive counts of tokens, e.g. 1,16,64.')
   known = ['plain', *ways(16)]
   wanted = _WAYS.value or known
   if unknown := set(wanted) - set(known):

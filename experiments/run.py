@@ -24,8 +24,10 @@ from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import print_report
 from pdjax.serving.messages import Done, Event, Finished
 from pdjax.serving.state import PolicyError, StuckError
-from pdjax.types.request import SLO, Completion, Request, SamplingParams
+from pdjax.types import SLO, Completion, DeviceError, Request, SamplingParams
 from pdjax.workload import Given, Refused, read_requests, write_completions
+
+FLAGS = flags.FLAGS
 
 _CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, each field.of.config=value.')
@@ -48,48 +50,64 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   try:
     _run(Console(highlight=False))
-  except (ValueError, FileNotFoundError, PolicyError, StuckError) as error:
-    sys.exit(f'error: {error}')
-  except RuntimeError as error:
-    if 'devices' not in str(error):
-      raise
+  except (ValueError, OSError, PolicyError, StuckError, DeviceError) as error:
     sys.exit(f'error: {error}')
 
 
 def _run(console: Console) -> None:
   config = _config()
-  if _PROMPT.value is not None and _REQUESTS.value is not None:
-    raise ValueError('--prompt and --requests are both given; give one of them.')
+  opened = launch.open_model(config)
   rows: list[Request | Refused] = []
   if _REQUESTS.value is not None:
-    rows = _read(config, _REQUESTS.value)
+    rows = _read(opened, _REQUESTS.value)
     config = dataclasses.replace(config, workload=Given(tuple(row for row in rows if isinstance(row, Request))))
   elif _PROMPT.value is not None:
-    config = dataclasses.replace(config, workload=Given((_prompt(config, _PROMPT.value),)))
-  with Follow(console, config) as follow:
-    if _BACKEND.value == 'engine':
-      result = launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow)
-    else:
-      result = launch.simulate(config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value)
-  if rows and _WORKDIR.value is not None:
-    by_id: dict[str, Completion | Refused] = {one.request.id: one for one in result.completions}
+    sampling = SamplingParams(max_tokens=_MAX_TOKENS.value)
+    prompt = Request('prompt', opened.encode_prompt(_PROMPT.value), sampling)
+    config = dataclasses.replace(config, workload=Given((prompt,)))
+  result = None
+  if not rows or any(isinstance(row, Request) for row in rows):
+    with Follow(console, config) as follow:
+      if _BACKEND.value == 'engine':
+        result = launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow, opened=opened)
+      else:
+        result = launch.simulate(
+          config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value, opened=opened
+        )
+  completions = () if result is None else result.completions
+  if _REQUESTS.value is not None and _WORKDIR.value is not None:
+    by_id = {one.request.id: one for one in completions}
     path = pathlib.Path(_WORKDIR.value) / 'requests.jsonl'
     write_completions(path, [by_id[row.id] if isinstance(row, Request) else row for row in rows])
-  _show_answers(console, result.completions, only_text=_PROMPT.value is not None)
+  _show_answers(console, completions, only_text=_PROMPT.value is not None)
   refused = [row for row in rows if isinstance(row, Refused)]
   for row in refused[:8]:
     console.print(f'{row.id} was refused: {row.error}', markup=False)
-  if _PROMPT.value is None:
+  if result is not None and _PROMPT.value is None:
     print_report(result.report, console)
   if _WORKDIR.value is not None:
-    console.print(
-      f'\nWritten to {_WORKDIR.value}: ' + ', '.join(sorted(p.name for p in pathlib.Path(_WORKDIR.value).iterdir()))
-    )
+    names = sorted(path.name for path in pathlib.Path(_WORKDIR.value).iterdir())
+    console.print(f'\nIn {_WORKDIR.value}: {", ".join(names)}', markup=False)
 
 
 def _config() -> ServingConfig:
+  """The run that the flags ask for.
+
+  Raises:
+    ValueError: if they contradict one another, or the config file, an override or a limit is wrong.
+  """
   if _CONFIG.value is None:
     raise ValueError('--config is missing; give a config file, e.g. --config=configs/smollm2_cpu.py.')
+  if _PROMPT.value is not None and _REQUESTS.value is not None:
+    raise ValueError('--prompt and --requests are both given; give one of them.')
+  if _PROMPT.value is not None and _BACKEND.value == 'simulator':
+    raise ValueError('--prompt wants an answer, and the simulator gives none; use --backend=engine.')
+  if _REQUESTS.value is not None and _WORKDIR.value is None:
+    raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
+  if _PROMPT.value is None and FLAGS['max_tokens'].present:
+    raise ValueError('--max_tokens goes with --prompt; requests and workloads say it themselves.')
+  if _CALIBRATE.value and _BACKEND.value == 'engine':
+    raise ValueError('--calibrate goes with --backend=simulator; the engine is measured anyway.')
   config = apply_overrides(load_config(_CONFIG.value), _SET.value)
   if _GOODPUT.value is not None:
     config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))
@@ -98,18 +116,13 @@ def _config() -> ServingConfig:
   return config
 
 
-def _read(config: ServingConfig, path: str) -> list[Request | Refused]:
-  _, checkpoint = launch.open_model(config)
-  tokenizer = checkpoint.tokenizer() if checkpoint else None
+def _read(opened: launch.OpenedModel, path: str) -> list[Request | Refused]:
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
+  tokenizer = opened.tokenizer
   if tokenizer is None:
     return read_requests(path)
   return read_requests(path, encode=tokenizer.encode, encode_chat=tokenizer.apply_chat_template)
-
-
-def _prompt(config: ServingConfig, text: str) -> Request:
-  _, checkpoint = launch.open_model(config)
-  ids = launch.encode_prompt(checkpoint.tokenizer() if checkpoint else None, text)
-  return Request('prompt', ids, SamplingParams(max_tokens=_MAX_TOKENS.value))
 
 
 def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool) -> None:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from pdjax.cost.cost_model import CostModel
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
@@ -52,7 +53,7 @@ class ServingConfig:
   dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
   max_context: int | None = None
   transfer: TransferSpec = TransferSpec()
-  cost: Roofline = Roofline()
+  cost: CostModel = Roofline()
   slo: SLO | None = None
   platform: str | None = None
   compilation_cache: str | None = None
@@ -64,6 +65,16 @@ class ServingConfig:
     if not names or repeated:
       found = f'the names {sorted(repeated)} more than once' if repeated else 'no worker'
       raise ValueError(f'the config has {found}, expected at least one worker, each with a name of its own.')
+    if not any(worker.role.prefills for worker in self.workers) or not any(one.role.decodes for one in self.workers):
+      roles = ', '.join(f'{worker.name} {worker.role.value}' for worker in self.workers)
+      raise ValueError(f'the workers are {roles}, expected one that prefills and one that decodes; add the other role.')
+    fused = min(worker.max_fused_steps for worker in self.workers if worker.role.decodes)
+    wanted = getattr(self.policy, 'decode_steps', 1)
+    if wanted > fused:
+      raise ValueError(
+        f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one pass; '
+        'lower it or raise max_fused_steps.'
+      )
     if self.page_size < 1:
       raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
     if self.dtype not in DTYPE_BYTES:
@@ -84,6 +95,11 @@ class ServingConfig:
     counts = [(role, sum(worker.role is role for worker in self.workers)) for role in Role]
     letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
     return ''.join(f'{count}{letters[role]}' for role, count in counts if count)
+
+  @property
+  def precision(self) -> str:
+    """Precision of matrix products, as `jax.default_matmul_precision` takes it."""
+    return 'highest' if self.dtype == 'float32' else 'default'
 
 
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
@@ -114,6 +130,8 @@ def parse_value(text: str, hint: Any, what: str) -> Any:
 
 
 def _literal(text: str) -> Any:
+  if text in ('inf', '-inf'):
+    return float(text)
   try:
     return ast.literal_eval({'none': 'None', 'true': 'True', 'false': 'False'}.get(text, text))
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import pathlib
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdjax.config import ServingConfig
-from pdjax.cost.memory import size_pools
+from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
+from pdjax.cost.roofline import Roofline
 from pdjax.metrics import EventLog, Report
 from pdjax.serving.loop import Arrivals, Backend, serve
 from pdjax.serving.messages import Arrived, Done, Event, Finished, Turn
@@ -20,6 +22,10 @@ from pdjax.types.cluster import WorkerSpec, carve_devices, devices_needed
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import Completion, Request, SamplingParams
 from pdjax.workload import Given, WorkloadContext
+
+if TYPE_CHECKING:
+  from pdjax.model.checkpoint import Checkpoint
+  from pdjax.model.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 Watch = Callable[[Event], None]
@@ -50,52 +56,54 @@ def run(
   workdir: str | pathlib.Path | None = None,
   say: Say = lambda line: None,
   watch: Watch = lambda event: None,
+  opened: 'OpenedModel | None' = None,
 ) -> RunResult:
   """Serve a config's workload on devices.
+
+  With `platform='cpu'` JAX is told, if it has not started, to look for no other devices in this process.
 
   Args:
     config: The run.
     workdir: Gets `events.jsonl` and `report.json`; None writes nothing.
     say: Told in a line what is being done before the clock runs.
     watch: Called with every event, for progress.
+    opened: What `open_model` answered, if it was asked before.
 
   Raises:
     ValueError: if the config does not fit the model, the devices or their memory, or has no workload.
-    RuntimeError: if JAX has already started with too few CPU devices.
+    DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   from pdjax.engine.build import build_engine  # JAX begins here
   from pdjax.model.checkpoint import RandomCheckpoint
 
-  model, checkpoint = open_model(config)
-  if checkpoint is None:
-    if config.checkpoint != 'random' or config.model is None:
-      raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
-    checkpoint = RandomCheckpoint(config.model)
-  tokenizer = checkpoint.tokenizer()
-  arrivals = _arrivals(config, model, tokenizer)
+  _make_workdir(workdir)
+  opened = opened or open_model(config)
+  model = opened.model
+  if opened.checkpoint is None and config.checkpoint != 'random':
+    raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
+  checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
+  arrivals = _arrivals(config, opened)
 
   def limit_of(request: Request) -> int:
-    limit = min(request.sampling.max_tokens, model.context_len - request.prompt_len + 1)
+    limit = request.token_limit(model.context_len)
     true_len = arrivals.output_len(request.id)
     return limit if true_len is None else min(limit, true_len)
 
-  engine, workers, warm_up = build_engine(config, model, checkpoint, limit_of, say)
-  state = ClusterState(model, workers, config.page_size)
+  built = build_engine(config, model, checkpoint, limit_of, say)
   try:
-    engine.start_clock()
-    events = _serve(arrivals, config, engine, state, workdir, watch)
+    state = ClusterState(model, built.workers, config.page_size)
+    built.engine.start_clock()
+    events = _serve(arrivals, config, built.engine, state, workdir, watch)
   finally:
-    engine.close()
-  completions = complete(events, tokenizer)
+    built.engine.close()
+  completions = complete(events, opened.tokenizer)
   report = _report(
-    config, model, workers, events, completions, workdir, 'engine',
-    warmup_s=warm_up.load_s + warm_up.compile_s,
+    config, opened, built.workers, events, completions, workdir, 'engine',
+    warmup_s=built.warm_up.load_s + built.warm_up.compile_s + built.warm_up.measure_s,
     calibrated=True,
-    measured={'chip': dataclasses.asdict(warm_up.chip), 'link': dataclasses.asdict(warm_up.link),
-              'compile_s': warm_up.program_s},
-    devices=_device_names(),
+    environment={'devices': built.devices, 'warm_up': dataclasses.asdict(built.warm_up)},
   )  # fmt: skip
-  return RunResult(report, completions, events, workers, model)
+  return RunResult(report, completions, events, built.workers, model)
 
 
 def simulate(
@@ -104,6 +112,7 @@ def simulate(
   workdir: str | pathlib.Path | None = None,
   watch: Watch = lambda event: None,
   calibrate: bool = False,
+  opened: 'OpenedModel | None' = None,
 ) -> RunResult:
   """Serve a config's workload in virtual time, with the same loop, policy and state as `run`.
 
@@ -112,28 +121,31 @@ def simulate(
     workdir: Gets `events.jsonl` and `report.json`; None writes nothing.
     watch: Called with every event, for progress.
     calibrate: Measure this machine first and use that for `config.cost` (loads JAX).
+    opened: What `open_model` answered, if it was asked before.
 
   Raises:
     ValueError: if the config does not fit the model or the memory, or has no workload.
   """
+  _make_workdir(workdir)
   if calibrate:
     config = calibrated(config)
-  model, checkpoint = open_model(config)
-  for worker in config.workers:
-    mesh_shape(model, worker.tp)
-  arrivals = _arrivals(config, model, checkpoint and checkpoint.tokenizer())
+  opened = opened or open_model(config)
+  model, cost = opened.model, config.cost
+  arrivals = _arrivals(config, opened)
   carved = carve_devices(config.workers, devices_needed(config.workers))
-  memory = config.cost.chip.memory_bytes * 0.9
+  chip = getattr(cost, 'chip', None)
+  memory = chip.memory_bytes * ACCELERATOR_SHARE if chip is not None else math.inf
   workers = size_pools(config.workers, carved, model, config.page_size, config.dtype_bytes, memory)
-  cost = dataclasses.replace(config.cost, dtype_bytes=config.dtype_bytes)
+  if isinstance(cost, Roofline):
+    cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   state = ClusterState(model, workers, config.page_size)
-  simulator = Simulator(model, workers, config.page_size, cost, arrivals.output_len)
+  simulator = Simulator(model, workers, config.page_size, cost, arrivals.output_len, config.dtype_bytes)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
   completions = complete(events, None)
   report = _report(
-    config, model, workers, events, completions, workdir, 'simulator',
-    calibrated=cost.calibrated,
-    measured={'chip': dataclasses.asdict(cost.chip), 'link': dataclasses.asdict(cost.link)},
+    config, opened, workers, events, completions, workdir, 'simulator',
+    calibrated=getattr(cost, 'calibrated', False),
+    environment={'devices': carved},
   )  # fmt: skip
   return RunResult(report, completions, events, workers, model)
 
@@ -148,25 +160,49 @@ def generate(
   Raises:
     ValueError: if a prompt cannot be served; the message says why.
   """
-  _, checkpoint = open_model(config)
-  tokenizer = checkpoint.tokenizer() if checkpoint else None
-  requests = []
-  for index, prompt in enumerate(prompts):
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
-    requests.append(Request(f'request-{index}', ids, sampling))
-  completions = run(dataclasses.replace(config, workload=Given(tuple(requests)))).completions
-  by_id = {completion.request.id: completion for completion in completions}
+  if isinstance(prompts, str):
+    raise ValueError(f'prompts is the text {prompts[:40]!r}, expected a list of prompts; write [{prompts[:40]!r}].')
+  opened = open_model(config)
+  requests = tuple(
+    Request(f'request-{i}', opened.encode_prompt(prompt) if isinstance(prompt, str) else tuple(prompt), sampling)
+    for i, prompt in enumerate(prompts)
+  )
+  completions = run(dataclasses.replace(config, workload=Given(requests)), opened=opened).completions
   for completion in completions:
     if completion.error:
       raise ValueError(f'prompt {completion.request.id.removeprefix("request-")}: {completion.error}')
+  by_id = {completion.request.id: completion for completion in completions}
   return [by_id[request.id] for request in requests]
 
 
-def open_model(config: ServingConfig) -> tuple[ModelSpec, Any]:
-  """The model as it is to be served, and its checkpoint if there is one.
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+  """A config's model as it is to be served, with its checkpoint and tokenizer where there are any."""
+
+  model: ModelSpec
+  checkpoint: 'Checkpoint | None' = None
+  tokenizer: 'Tokenizer | None' = None
+
+  def encode_prompt(self, text: str) -> tuple[int, ...]:
+    """A user's words as a prompt: through the chat template if there is one, else as they are.
+
+    Raises:
+      ValueError: if the text is empty or there is no tokenizer.
+    """
+    if not text:
+      raise ValueError('the prompt is empty, expected some text.')
+    if self.tokenizer is None:
+      raise ValueError('the checkpoint has no tokenizer, so prompts must be token ids; use prompt_token_ids.')
+    if self.tokenizer.chat_template is None:
+      return tuple(self.tokenizer.encode(text))
+    return tuple(self.tokenizer.apply_chat_template([{'role': 'user', 'content': text}]))
+
+
+def open_model(config: ServingConfig) -> OpenedModel:
+  """Open a config's checkpoint, if it has one, and see that the workers fit the model.
 
   Raises:
-    ValueError: if the checkpoint is damaged, or has another shape than `config.model`.
+    ValueError: if the checkpoint is damaged or has another shape than `config.model`, or a worker's `tp` does not fit.
     FileNotFoundError: if it is not there.
   """
   from pdjax.model.checkpoint import open_checkpoint
@@ -185,49 +221,46 @@ def open_model(config: ServingConfig) -> tuple[ModelSpec, Any]:
     if config.max_context > model.context_len:
       raise ValueError(f'max_context is {config.max_context}, but the context of {model.name} is {model.context_len}.')
     model = dataclasses.replace(model, context_len=config.max_context)
-  return model, checkpoint
-
-
-def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
-  """A user's words as a prompt: through the chat template if the tokenizer has one, else as they are.
-
-  Raises:
-    ValueError: if there is no tokenizer.
-  """
-  if tokenizer is None:
-    raise ValueError('the checkpoint has no tokenizer, so prompts must be token ids; use prompt_token_ids.')
-  if tokenizer.chat_template is None:
-    return tuple(tokenizer.encode(text))
-  return tuple(tokenizer.apply_chat_template([{'role': 'user', 'content': text}]))
+  for worker in config.workers:
+    mesh_shape(model, worker.tp)
+  return OpenedModel(model, checkpoint, None if checkpoint is None else checkpoint.tokenizer())
 
 
 def calibrated(config: ServingConfig) -> ServingConfig:
   """The config with a roofline measured on this machine's first device."""
-  import jax
   import jax.numpy as jnp
 
   from pdjax.engine.build import device_memory_bytes, prepare_devices
   from pdjax.engine.calibration import measure_chip, measure_link
 
-  needed = devices_needed(config.workers)
-  devices = prepare_devices(config.platform, needed)
-  precision = 'highest' if config.dtype == 'float32' else 'default'
-  chip = measure_chip(devices[0], jnp.dtype(config.dtype), precision)
-  chip = dataclasses.replace(chip, memory_bytes=device_memory_bytes(devices[0], needed) / 0.9)
+  devices = prepare_devices(config.platform, devices_needed(config.workers))
+  chip = measure_chip(devices[0], jnp.dtype(config.dtype), config.precision)
+  chip = dataclasses.replace(chip, memory_bytes=device_memory_bytes(devices[0]) / ACCELERATOR_SHARE)
   link = measure_link(devices[0], devices[min(1, len(devices) - 1)])
-  shared_host = jax.devices()[0].platform == 'cpu'
-  cost = dataclasses.replace(config.cost, chip=chip, link=link, shared_host=shared_host)
-  return dataclasses.replace(config, cost=cost)
+  return dataclasses.replace(config, cost=Roofline(chip, link, shared_host=devices[0].platform == 'cpu'))
 
 
 # ---------------------------------------------------------------------------- serving
 
 
-def _arrivals(config: ServingConfig, model: ModelSpec, tokenizer: Any) -> Arrivals:
+def _make_workdir(workdir: str | pathlib.Path | None) -> None:
+  """Make the folder for results before anything takes time.
+
+  Raises:
+    ValueError: if there cannot be one.
+  """
+  if workdir is not None:
+    try:
+      pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(f'workdir {str(workdir)!r} cannot be made ({error.strerror}); name another folder.') from error
+
+
+def _arrivals(config: ServingConfig, opened: OpenedModel) -> Arrivals:
   if config.workload is None:
     raise ValueError('the config has no workload; set one, e.g. workload=Poisson(requests_per_s=1, num_requests=16).')
-  encode = None if tokenizer is None else lambda text: encode_prompt(tokenizer, text)
-  return config.workload.arrivals(WorkloadContext(model.vocab_size, model.context_len, encode))
+  encode = None if opened.tokenizer is None else opened.encode_prompt
+  return config.workload.arrivals(WorkloadContext(opened.model.vocab_size, opened.model.context_len, encode))
 
 
 def _serve(
@@ -283,7 +316,7 @@ def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
 
 def _report(
   config: ServingConfig,
-  model: ModelSpec,
+  opened: OpenedModel,
   workers: tuple[WorkerSpec, ...],
   events: Sequence[Event],
   completions: Sequence[Completion],
@@ -291,9 +324,8 @@ def _report(
   backend: str,
   *,
   calibrated: bool,
-  measured: dict[str, Any],
+  environment: dict[str, Any],
   warmup_s: float | None = None,
-  devices: list[str] | None = None,
 ) -> Report:
   workload = config.workload
   assert workload is not None
@@ -301,26 +333,22 @@ def _report(
     events,
     workers=workers,
     slo=config.slo,
-    config=describe(config),
-    environment=_environment(devices) | {'measured': measured},
+    config=describe(dataclasses.replace(config, workers=workers)),
+    environment=_environment() | environment,
     seed=getattr(workload, 'seed', None),
-    request_rate=_or(workload.request_rate, float('inf')),
-    burstiness=_or(workload.burstiness, 1.0),
+    request_rate=math.inf if workload.request_rate is None else workload.request_rate,
+    burstiness=workload.burstiness,
     max_concurrency=workload.max_concurrency,
-    model_id=model.name,
-    tokenizer_id=config.checkpoint,
+    model_id=opened.model.name,
+    tokenizer_id=None if opened.tokenizer is None else config.checkpoint,
     backend=backend,
     warmup_s=warmup_s,
     calibrated=calibrated,
     generated_texts={one.request.id: one.text for one in completions if one.text is not None},
   )
   if workdir is not None:
-    report.save(pathlib.Path(workdir))
+    report.save(pathlib.Path(workdir) / 'report.json')
   return report
-
-
-def _or(value: float | None, default: float) -> float:
-  return default if value is None else value
 
 
 def describe(config: Any) -> Any:
@@ -335,12 +363,12 @@ def describe(config: Any) -> Any:
   return config if isinstance(config, str | int | float | bool | None) else repr(config)
 
 
-def _environment(devices: list[str] | None) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
   versions = {'python': platform.python_version()}
   for package in ('pdjax', 'jax', 'jaxlib', 'flax', 'numpy'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
-  return {'versions': versions, 'devices': devices, 'machine': platform.machine(), 'commit': _commit()}
+  return {'versions': versions, 'machine': platform.machine(), 'commit': _commit()}
 
 
 def _commit() -> str | None:
@@ -355,9 +383,3 @@ def _commit() -> str | None:
   except (OSError, subprocess.TimeoutExpired):
     return None
   return answer.stdout.strip() or None
-
-
-def _device_names() -> list[str]:
-  import jax
-
-  return [f'{device.platform}:{device.id} {device.device_kind}' for device in jax.devices()]

@@ -34,8 +34,8 @@ class ShardingRules:
 
   @classmethod
   def for_model(cls, model: ModelSpec, tp: int) -> 'ShardingRules':
-    """The table for a model: a vocabulary that `tp` does not divide stays whole."""
-    return cls() if model.vocab_size % tp == 0 else cls(vocab=None)
+    """The table for a model: feed-forward columns or a vocabulary that `tp` does not divide stay whole."""
+    return cls(ffn=None if model.ffn_dim % tp else _ALL, vocab=None if model.vocab_size % tp else _ALL)
 
 
 def make_mesh(model: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:

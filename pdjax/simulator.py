@@ -28,8 +28,9 @@ PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 class Simulator:
   """Carries orders out in virtual time.
 
-  A worker runs its passes one after another, and so does the way out of a worker its transfers. Simulated requests
-  generate placeholder tokens up to their true length if the workload knows it, else up to `max_tokens`.
+  A worker runs its passes one after another, and workers that name the same devices wait for one another; transfers
+  that leave one worker go one after another too. Simulated requests generate placeholder tokens up to their true length
+  if the workload knows it, else up to `max_tokens`.
   """
 
   def __init__(
@@ -39,16 +40,19 @@ class Simulator:
     page_size: int,
     cost: CostModel,
     output_len: Callable[[str], int | None] = lambda request: None,
+    dtype_bytes: int = 4,
   ):
+    """Simulate these workers, `num_pages` filled in; `dtype_bytes` is the size of a cached element."""
     self._model = model
     self._workers = {worker.name: worker for worker in workers}
     self._page_size = page_size
     self._cost = cost
     self._output_len = output_len
+    self._token_bytes = model.kv_bytes_per_token(dtype_bytes)
     self._now_s = 0.0
     self._heap: list[tuple[float, int, Callable[[], Event]]] = []
     self._sequence = itertools.count()
-    self._busy_until_s: dict[tuple[str, str], float] = {}
+    self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
     self._left: dict[str, int] = {}  # tokens each request will still generate
 
@@ -63,7 +67,7 @@ class Simulator:
           [decode.context for decode in order.decodes],
           order.steps,
         )
-        began_s = self._begin(('pass', order.worker), seconds, order.id)
+        began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
         self._push(order.id, lambda: self._step_done(order, began_s))
       case TransferOrder():
         tokens = len(order.source_pages) * self._page_size
@@ -71,8 +75,8 @@ class Simulator:
           self._model, self._workers[order.source], self._workers[order.target], tokens
         )
         ready_s = self._ends_s.get(order.after, 0.0) if order.after is not None else 0.0
-        began_s = self._begin(('link', order.source), seconds, order.id, ready_s)
-        wire_bytes = tokens * self._model.kv_bytes_per_token(getattr(self._cost, 'dtype_bytes', 4))
+        began_s = self._begin((('way out', order.source),), seconds, order.id, ready_s)
+        wire_bytes = tokens * self._token_bytes
         self._push(order.id, lambda: Done(order.id, began_s, self._ends_s.pop(order.id), wire_bytes=wire_bytes))
       case EndOrder():
         self._ends_s[order.id] = now_s = self._now_s
@@ -93,10 +97,11 @@ class Simulator:
       events.append(heapq.heappop(self._heap)[2]())
     return events
 
-  def _begin(self, lane: tuple[str, str], seconds: float, order: int, ready_s: float = 0.0) -> float:
-    """Queue behind what occupies the lane; say when it begins and note when it ends."""
-    began_s = max(self._now_s, ready_s, self._busy_until_s.get(lane, 0.0))
-    self._busy_until_s[lane] = self._ends_s[order] = began_s + seconds
+  def _begin(self, lanes: Sequence[object], seconds: float, order: int, ready_s: float = 0.0) -> float:
+    """Queue behind what occupies the lanes; say when it begins and note when it ends."""
+    began_s = max(self._now_s, ready_s, *(self._busy_until_s.get(lane, 0.0) for lane in lanes))
+    self._ends_s[order] = began_s + seconds
+    self._busy_until_s.update(dict.fromkeys(lanes, began_s + seconds))
     return began_s
 
   def _push(self, order: int, event: Callable[[], Event]) -> None:
@@ -107,7 +112,7 @@ class Simulator:
     wasted = 0
     for chunk in order.chunks:
       if chunk.is_last:
-        limit = min(chunk.request.sampling.max_tokens, self._model.context_len - chunk.request.prompt_len + 1)
+        limit = chunk.request.token_limit(self._model.context_len)
         true_len = self._output_len(chunk.request.id)
         self._left[chunk.request.id] = limit if true_len is None else min(limit, true_len)
         results.append(self._generate(chunk.request.id, 1))

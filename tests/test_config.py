@@ -9,7 +9,7 @@ import pytest
 from experiments.load_config import load_config
 from pdjax.config import ServingConfig, apply_overrides, parse_value
 from pdjax.policies import Disaggregated, MostFreePages
-from pdjax.types import SLO, Role, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import SLO, Role, WorkerSpec, decode_pool, prefill_pool
 from pdjax.workload import Fixed, Poisson, Uniform
 from tests.serving.driver import TINY
 
@@ -36,6 +36,15 @@ def _raises(words: str):
     ({'page_size': 0}, 'page_size is 0, expected at least 1 token'),
     ({'dtype': 'int8'}, "dtype is 'int8', expected one of float32, bfloat16, float16"),
     ({'max_context': 0}, 'max_context is 0, expected at least 1 token'),
+    (
+      {'workers': prefill_pool(2)},
+      'prefill0 prefill, prefill1 prefill, expected one that prefills and one that decodes',
+    ),
+    ({'workers': decode_pool(1)}, 'the workers are decode0 decode, expected one that prefills'),
+    (
+      {'policy': Disaggregated(decode_steps=17)},
+      'decode_steps=17, but a worker takes at most 16 in one pass; lower it or raise max_fused_steps',
+    ),
     ({'model': None}, 'neither a model nor a checkpoint'),
     ({'model': None, 'checkpoint': 'random'}, 'neither a model nor a checkpoint'),
   ],
@@ -43,13 +52,6 @@ def _raises(words: str):
 def test_a_config_that_cannot_run_is_refused(fields, words):
   with _raises(words):
     dataclasses.replace(CONFIG, **fields)
-
-
-def test_the_split_is_the_fields_shorthand():
-  workers = prefill_pool(3) + decode_pool(1)
-  assert dataclasses.replace(CONFIG, workers=workers).split == '3P1D'
-  assert dataclasses.replace(CONFIG, workers=colocated_pool(2)).split == '2C'
-  assert dataclasses.replace(CONFIG, workers=[*workers, *colocated_pool(1)]).split == '3P1D1C'
 
 
 def test_elements_have_the_bytes_of_their_dtype():
@@ -82,6 +84,7 @@ def test_elements_have_the_bytes_of_their_dtype():
     ('workload.sampling.ignore_eos=False', 'workload.sampling.ignore_eos', False),
     ('workload.sampling.stop_token_ids=(1,2)', 'workload.sampling.stop_token_ids', (1, 2)),
     ('workload.prompts.1=Why = so?', 'workload.prompts', ('Hi', 'Why = so?')),
+    ('workload.requests_per_s=inf', 'workload.requests_per_s', float('inf')),
     ('cost.chip.flops_per_s=1e12', 'cost.chip.flops_per_s', 1e12),
     ('dtype=bfloat16', 'dtype', 'bfloat16'),
     ('platform=cpu', 'platform', 'cpu'),
@@ -146,6 +149,9 @@ def test_no_override_is_the_same_config():
     ('page_size=0', "override 'page_size=0': page_size is 0, expected at least 1 token"),
     ('workers.0.tp=0', "override 'workers.0.tp=0': worker 'prefill0' has tp=0, expected at least 1"),
     ('workers.1.name=prefill0', "the names ['prefill0'] more than once"),
+    ('policy.decode_steps=0', 'Disaggregated has decode_steps=0, expected at least 1'),
+    ('policy.max_prefill_tokens=-8', 'Disaggregated has max_prefill_tokens=-8, expected at least 1'),
+    ('cost=Roofline', "cost is CostModel, but 'Roofline' is str"),
     ('workload.requests_per_s=-1', '-1'),
     ('workload.sampling.max_tokens=0', 'max_tokens is 0, expected at least 1'),
   ],
@@ -183,10 +189,10 @@ def test_a_value_of_another_type_is_named():
 def file(tmp_path):
   """Writes a config file and gives its path."""
 
-  def write(body: str) -> str:
+  def write(body: str, first_line: str = '') -> str:
     path = tmp_path / 'mine.py'
     path.write_text(
-      'from pdjax.config import ServingConfig\n'
+      f'{first_line}from pdjax.config import ServingConfig\n'
       'from pdjax.types import ModelSpec, colocated_pool\n\n'
       'def serving(**fields):\n'
       '  return ServingConfig(model=ModelSpec.smollm2_135m(), workers=colocated_pool(1), **fields)\n\n' + body
@@ -243,16 +249,29 @@ def test_a_file_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     load_config('configs')
 
 
+def test_a_file_that_is_no_python_is_refused(tmp_path):
+  path = tmp_path / 'run.json'
+  path.write_text('{}')
+  with _raises('is not a .py file; a config is a Python file with get_config()'):
+    load_config(str(path))
+
+
+def test_a_file_that_makes_something_else_is_refused(file):
+  with _raises('get_config() returned dict, expected a ServingConfig'):
+    load_config(file('def get_config(): return {}'))
+
+
 def test_a_file_without_a_config_says_what_is_wanted(file):
   with _raises('has no get_config(); a config file defines get_config(**arguments) -> ServingConfig'):
     load_config(file('get_confg = None'))
 
 
-def test_a_config_file_may_define_a_policy_of_its_own(file):
+@pytest.mark.parametrize('first_line', ['', 'from __future__ import annotations\n'])
+def test_a_config_file_may_define_a_policy_of_its_own(file, first_line):
   body = (
     'import dataclasses\nfrom pdjax.policies import Disaggregated\n\n'
     '@dataclasses.dataclass(frozen=True)\nclass Mine(Disaggregated):\n  patience: int = 3\n\n'
     'def get_config(): return serving(policy=Mine())'
   )
-  config = apply_overrides(load_config(file(body)), ['policy.patience=5', 'policy.decode_steps=2'])
+  config = apply_overrides(load_config(file(body, first_line)), ['policy.patience=5', 'policy.decode_steps=2'])
   assert (config.policy.patience, config.policy.decode_steps) == (5, 2)

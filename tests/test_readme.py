@@ -28,7 +28,9 @@ class Wordy(RandomCheckpoint):
 
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
   model = dataclasses.replace(TINY, context_len=256)
-  monkeypatch.setattr(launch, 'open_model', lambda config: (model, Wordy(model)))
+  checkpoint = Wordy(model)
+  opened = launch.OpenedModel(model, checkpoint, checkpoint.tokenizer())
+  monkeypatch.setattr(launch, 'open_model', lambda config: opened)
   blocks = re.findall(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
   assert len(blocks) == 2
   assert 8 <= len(blocks[0].strip().splitlines()) <= 14

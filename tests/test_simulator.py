@@ -27,7 +27,7 @@ from pdjax.serving.messages import (
   WorkerLost,
 )
 from pdjax.simulator import Replay, Simulator, started
-from pdjax.types import Request, SamplingParams, colocated_pool, decode_pool, parse_split, prefill_pool
+from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
 from pdjax.workload import Bursty, Listed, Uniform, WorkloadContext
 from tests.serving.driver import SIZES, TINY, Driver
 
@@ -112,6 +112,16 @@ def test_transfers_out_of_two_workers_do_not_wait_for_each_other():
   for name in 'ab':
     cluster.start(Transfer(name, 'decode0'))
   assert [(done.began_s, done.ended_s) for done in cluster.wait()] == [(4.0, 6.0), (4.0, 6.0)]
+
+
+def test_workers_on_the_same_devices_wait_for_one_another():
+  shared = prefill_pool(1, devices=(0,), **SIZES) + colocated_pool(1, devices=(0,), **SIZES)
+  cluster = ByHand((*shared, WorkerSpec('apart', **SIZES)))
+  for name, worker in (('a', 'prefill0'), ('b', 'both0'), ('c', 'apart')):
+    cluster.arrive(name, prompt_len=4, max_tokens=1)
+    cluster.start(Step(worker, (Chunk(name, 0, 4),)))
+  ends = [(done.order, done.began_s, done.ended_s) for _ in range(2) for done in cluster.wait()]
+  assert ends == [(0, 0.0, 4.0), (2, 0.0, 4.0), (1, 4.0, 8.0)]
 
 
 def test_an_order_handed_over_late_begins_then():

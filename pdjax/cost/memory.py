@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pdjax.types.cluster import WorkerSpec
 from pdjax.types.model import ModelSpec, mesh_shape
 
+ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the passes
+HOST_SHARE = 0.5  # of a CPU's free memory, which all its virtual devices have in common
+
 
 def size_pools(
   workers: Sequence[WorkerSpec],
@@ -14,6 +17,8 @@ def size_pools(
   page_size: int,
   dtype_bytes: int,
   memory_bytes: float,
+  *,
+  one_memory: bool = False,
 ) -> tuple[WorkerSpec, ...]:
   """Replace `num_pages='auto'` by what fits, and make sure that all the rest does.
 
@@ -26,43 +31,55 @@ def size_pools(
     model: The model.
     page_size: Tokens per page.
     dtype_bytes: Bytes of a weight and of a cached element.
-    memory_bytes: Bytes that weights and pages may fill on each device.
+    memory_bytes: Bytes that weights and pages may fill on each device, or on all together with `one_memory`; infinity
+      if unknown.
+    one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
 
   Raises:
     ValueError: if weights and pages do not fit; both figures are in the message.
   """
+
+  def memory_of(device: int) -> int:
+    return 0 if one_memory else device
+
   weights: dict[int, float] = {}
   pools: dict[int, float] = {}
   automatic: dict[int, int] = {}
   for mesh in set(devices.values()):
     for device in mesh:
-      weights[device] = weights.get(device, 0) + model.weight_bytes(dtype_bytes) / len(mesh)
+      memory = memory_of(device)
+      weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(dtype_bytes, len(mesh))
   page_bytes = {
     worker.name: page_size * model.kv_bytes_per_token(dtype_bytes) / mesh_shape(model, worker.tp)[0]
     for worker in workers
   }
   for worker in workers:
     for device in devices[worker.name]:
+      memory = memory_of(device)
       if isinstance(worker.num_pages, int):
-        pools[device] = pools.get(device, 0) + worker.num_pages * page_bytes[worker.name]
+        pools[memory] = pools.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
       else:
-        automatic[device] = automatic.get(device, 0) + 1
-  for device, used in weights.items():
+        automatic[memory] = automatic.get(memory, 0) + 1
+  for memory, used in weights.items():
+    where = 'in the memory of this host' if one_memory else f'on device {memory}'
     if used > memory_bytes:
       raise ValueError(
-        f'{model.name} needs {_gb(used)} of weights on device {device}, but {_gb(memory_bytes)} may be filled there; '
-        'raise tp, take a smaller dtype or model, or use a larger device.'
+        f'{model.name} needs {_gb(used)} of weights, but {_gb(memory_bytes)} may be filled {where}; use fewer workers '
+        'or more devices, a smaller dtype or model, or free memory.'
       )
-    if used + pools.get(device, 0) > memory_bytes:
+    if used + pools.get(memory, 0) > memory_bytes:
       raise ValueError(
-        f'weights ({_gb(used)}) and pages ({_gb(pools[device])}) do not fit on device {device}, where '
-        f"{_gb(memory_bytes)} may be filled; lower num_pages or set it to 'auto', or raise tp."
+        f'weights ({_gb(used)}) and pages ({_gb(pools[memory])}) do not fit {where}, where {_gb(memory_bytes)} may be '
+        "filled; lower num_pages or set it to 'auto', or use more devices."
       )
 
   def sized(worker: WorkerSpec) -> WorkerSpec:
     if worker.num_pages != 'auto':
       return worker
-    free = min((memory_bytes - weights[d] - pools.get(d, 0)) / automatic[d] for d in devices[worker.name])
+    if memory_bytes == float('inf'):
+      raise ValueError(f'the devices do not say how much memory they have; give worker {worker.name!r} a num_pages.')
+    memories = [memory_of(device) for device in devices[worker.name]]
+    free = min((memory_bytes - weights[one] - pools.get(one, 0)) / automatic[one] for one in memories)
     fits = int(free / page_bytes[worker.name])
     if fits < 1:
       raise ValueError(

@@ -89,7 +89,13 @@ class Engine:
     elif self.workers[order.worker].broken:
       self._post_broken(order.worker, self.workers[order.worker].incarnation, message)
     else:
-      self._passes[order.worker].add(failed)  # after the passes before it
+
+      def fail() -> None:  # after the passes before it, which may still end some of its requests well
+        for request in (*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)):
+          self.workers[order.worker].forget(request)
+        failed()
+
+      self._passes[order.worker].add(fail)
 
   def _post_broken(self, worker: str, incarnation: int, message: str) -> None:
     self._mailbox.post(lambda ended_s: _Broken(worker, incarnation, message, ended_s))

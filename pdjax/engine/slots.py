@@ -25,11 +25,6 @@ class Slots:
   tables: jax.Array  # [S, N] int32, its pages
   sampling: Sampling
 
-  @property
-  def num_slots(self) -> int:
-    """Rows."""
-    return self.tokens.shape[0]
-
   @classmethod
   def empty(cls, rows: int, table_width: int) -> 'Slots':
     """NumPy rows of which none is alive."""

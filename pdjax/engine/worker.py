@@ -88,6 +88,8 @@ class Worker:
   def reset(self) -> None:
     """Start over with empty pages and slots, as a new incarnation."""
     self.incarnation += 1
+    for layer in self.pages.layers if self.incarnation > 1 else ():
+      layer.delete()  # there may be no room for two pools
     self.pages: KVPages = self._make_pages()
     self.slots: Slots = jax.device_put(Slots.empty(self._num_slots, self._table_width), replicated(self.mesh))
     self._progress.clear()
@@ -123,9 +125,7 @@ class Worker:
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(2) as pool:
-      return {
-        f'{self.spec.name}/{"x".join(map(str, key))}': s for key, s in zip(keys, pool.map(timed, keys), strict=True)
-      }
+      return {'x'.join(map(str, key)): seconds for key, seconds in zip(keys, pool.map(timed, keys), strict=True)}
 
   def _lower(self, key: tuple) -> jax.stages.Lowered:
     passes = Passes(self.model, self.mesh, self.spec.max_fused_steps)

@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pdjax.types.model import ModelSpec
 
 LAYER_SPEC = PartitionSpec(None, None, 'kv', None, None)  # of one layer's pool on a worker's mesh
-HEADS_AXIS = 2  # of one layer's pool
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +32,16 @@ class KVPages:
   def page_size(self) -> int:
     """Tokens per page."""
     return self.layers[0].shape[3]
+
+  @property
+  def kv_heads(self) -> int:
+    """Key/value heads."""
+    return self.layers[0].shape[2]
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of every element."""
+    return self.layers[0].dtype
 
   @classmethod
   def shapes(cls, model: ModelSpec, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh) -> 'KVPages':
@@ -59,6 +68,16 @@ def write(layer: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset:
     offset: `[T]`, where in its page each token goes.
   """
   return layer.at[page, :, :, offset].set(jnp.stack([k, v], axis=1).astype(layer.dtype), mode='drop')
+
+
+GATHERED_HEADS_AXIS = 3  # of what `gather` returns
+GATHERED_SPEC = PartitionSpec(None, None, None, 'kv')
+
+
+def gathered_shape(pages: KVPages, count: int, kv_heads: int) -> tuple[int, ...]:
+  """The shape of `count` gathered pages cut down to `kv_heads` heads."""
+  _, both, _, page_size, head_dim = pages.layers[0].shape
+  return count, len(pages.layers), both, kv_heads, page_size, head_dim
 
 
 def gather(pages: KVPages, ids: jax.Array) -> jax.Array:

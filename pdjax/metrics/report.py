@@ -150,7 +150,7 @@ class Report:
   tokenizer_id: str | None
   num_prompts: int
   request_rate: float
-  burstiness: float
+  burstiness: float | None
   max_concurrency: int | None
   duration_s: float
   completed: int
@@ -198,7 +198,7 @@ class Report:
     environment: Mapping[str, Any] | None = None,
     seed: int | None = None,
     request_rate: float = math.inf,
-    burstiness: float = 1.0,
+    burstiness: float | None = None,
     max_concurrency: int | None = None,
     model_id: str = '',
     tokenizer_id: str | None = None,

@@ -10,6 +10,8 @@ import numpy as np
 
 from pdjax.types.request import MAX_STOP_TOKENS, SamplingParams
 
+LEAST_TEMPERATURE = 1e-5  # below it the likeliest token is taken; divided by less, logits overflow
+
 _NO_TOKEN = -1
 
 
@@ -72,15 +74,17 @@ def sample(logits: jax.Array, sampling: Sampling, generated: jax.Array) -> jax.A
   """
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+  sampled = sampling.temperature >= LEAST_TEMPERATURE
+
   def draw():
-    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+    scaled = logits / jnp.where(sampled, sampling.temperature, 1)[:, None]
     cut = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
     scaled = jax.lax.cond(cut, lambda: keep_likely(scaled, sampling.top_k, sampling.top_p), lambda: scaled)
     noise = jax.vmap(lambda key, count: _gumbel(key, count, logits.shape[1]))(sampling.keys, generated)
     drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(sampling.temperature > 0, drawn, greedy)
+    return jnp.where(sampled, drawn, greedy)
 
-  return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+  return jax.lax.cond(jnp.any(sampled), draw, lambda: greedy)
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -90,7 +94,9 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
   ordered = jnp.where((top_k[:, None] > 0) & (rank >= top_k[:, None]), -jnp.inf, ordered)
   probabilities = jax.nn.softmax(ordered, axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all likelier tokens
-  ordered = jnp.where((before < top_p[:, None]) | (rank == 0), ordered, jnp.inf)
+  # A top_p of 1 keeps all, although the sum may round to 1 before the last: the same whoever else is in the batch.
+  kept = (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
+  ordered = jnp.where(kept, ordered, jnp.inf)
   lowest_kept = jnp.min(jnp.where(jnp.isneginf(ordered), jnp.inf, ordered), axis=-1, keepdims=True)
   return jnp.where(logits >= lowest_kept, logits, -jnp.inf)
 

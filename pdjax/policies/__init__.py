@@ -2,6 +2,6 @@
 
 from pdjax.policies.colocated import Colocated
 from pdjax.policies.disaggregated import Disaggregated
-from pdjax.policies.placement import FewestQueuedTokens, FewestSequences, MostFreePages, Placement
+from pdjax.policies.placement import FewestQueuedTokens, MostFreePages, MostFreeSlots, Placement
 
-__all__ = ['Colocated', 'Disaggregated', 'FewestQueuedTokens', 'FewestSequences', 'MostFreePages', 'Placement']
+__all__ = ['Colocated', 'Disaggregated', 'FewestQueuedTokens', 'MostFreePages', 'MostFreeSlots', 'Placement']

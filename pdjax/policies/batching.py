@@ -63,14 +63,24 @@ def fill_prefills(
       batches.add(entry, worker, entry.target if entry.target != worker.name else None)
   for entry in waiting:
     request = entry.request.id
-    able = [worker for worker in batches.open() if room.fits(request, worker.name, decodes=worker.role.decodes)]
+    targets = {worker.name: target_of(entry, worker) for worker in batches.open()}
+    stays = {name: targets[name] is None and state.workers[name].role.decodes for name in targets}
+    able = [state.workers[name] for name in targets if room.fits(request, name, decodes=stays[name])]
     if not able:
       break
     worker = placement.choose(able, room)
-    send_to = target_of(entry, worker)
-    room.take(request, worker.name, decodes=worker.role.decodes and send_to is None)
+    send_to = targets[worker.name]
+    room.take(request, worker.name, decodes=stays[worker.name])
     if send_to is not None:
       room.take(request, send_to, decodes=True)
     batches.add(entry, worker, send_to)
     room.take_tokens(worker.name, entry.request.prompt_len)
   return batches.chunks
+
+
+def require_positive(policy: object, *fields: str) -> None:
+  """Raise ValueError unless these fields of a policy are at least 1."""
+  for field in fields:
+    value = getattr(policy, field)
+    if value < 1:
+      raise ValueError(f'{type(policy).__name__} has {field}={value}, expected at least 1.')

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import ClassVar
 
-from pdjax.policies.batching import fill_prefills
+from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.messages import ALL, Action, Step
-from pdjax.serving.state import ClusterState, RequestState
+from pdjax.serving.state import ClusterState, PolicyError, RequestState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +22,24 @@ class Colocated:
     placement: Chooses the worker of a new request.
   """
 
+  moves_kv: ClassVar[bool] = False
+
   token_budget: int = 256
   decode_steps: int = 1
   placement: Placement = FewestQueuedTokens()
 
+  def __post_init__(self):
+    require_positive(self, 'token_budget', 'decode_steps')
+
   def decide(self, state: ClusterState) -> list[Action]:
     room = state.room()
-    workers = [worker for worker in state.prefill_workers if room.orders(worker.name) > 0]
+    both = [worker for worker in state.prefill_workers if worker.role.decodes]
+    if not both:
+      raise PolicyError(
+        f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(state.workers)}; use '
+        'colocated_pool, or the policy Disaggregated.'
+      )
+    workers = [worker for worker in both if room.orders(worker.name) > 0]
     if not workers:
       return []
     decodes = {worker.name: len(worker.decodable()) for worker in workers}

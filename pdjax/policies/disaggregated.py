@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-from pdjax.policies.batching import fill_prefills
-from pdjax.policies.placement import FewestQueuedTokens, FewestSequences, Placement
+from pdjax.policies.batching import fill_prefills, require_positive
+from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.messages import ALL, Action, Step, Transfer
 from pdjax.serving.state import ClusterState, RequestState, Room, WorkerState
 
@@ -27,7 +27,10 @@ class Disaggregated:
   max_prefill_tokens: int = 512
   decode_steps: int = 1
   place_prefill: Placement = FewestQueuedTokens()
-  place_decode: Placement = FewestSequences()
+  place_decode: Placement = MostFreeSlots()
+
+  def __post_init__(self):
+    require_positive(self, 'max_prefill_tokens', 'decode_steps')
 
   def decide(self, state: ClusterState) -> list[Action]:
     room = state.room()

@@ -31,7 +31,7 @@ class MostFreePages:
 
 
 @dataclasses.dataclass(frozen=True)
-class FewestSequences:
+class MostFreeSlots:
   """The worker with the most free slots, so that batches stay even; the first of equals."""
 
   def choose(self, workers: Sequence[WorkerState], room: Room) -> WorkerState:

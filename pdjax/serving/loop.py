@@ -26,7 +26,11 @@ class Arrivals(Protocol):
 
 
 class Policy(Protocol):
-  """What to do next: a pure function of the state."""
+  """What to do next: a pure function of the state.
+
+  A policy that never sends KV anywhere may say so with a class attribute `moves_kv = False`; then no ways between workers
+  are prepared.
+  """
 
   def decide(self, state: ClusterState) -> Sequence[Action]:
     """What to do now, in order; it is asked again, with that done, until it answers with nothing."""

@@ -280,7 +280,7 @@ class ClusterState:
           self._must.setdefault(request, Cancel(request))
 
   def _arrive(self, request: Request, now_s: float) -> None:
-    limit = min(request.sampling.max_tokens, self.model.context_len - request.prompt_len + 1)
+    limit = request.token_limit(self.model.context_len)
     if request.id in self.requests:
       raise ValueError(f'request {request.id!r} is being served already; ids must be unique.')
     entry = self.requests[request.id] = RequestState(request, max(limit, 1))
@@ -308,7 +308,10 @@ class ClusterState:
       return (
         f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
       )
-    for workers, decodes in ((self.prefill_workers, False), (self.decode_workers, True)):
+    places = [(self.prefill_workers, False)]
+    if entry.limit > 1:
+      places.append((self.decode_workers, True))
+    for workers, decodes in places:
       needed = self.pages_needed(request.id, decodes=decodes)
       largest = max(workers, key=lambda worker: worker.num_pages)
       if needed > largest.num_pages:

@@ -1,11 +1,20 @@
 """Plain data that everything else speaks in."""
 
-from pdjax.types.cluster import Role, TransferSpec, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
+from pdjax.types.cluster import (
+  DeviceError,
+  Role,
+  TransferSpec,
+  WorkerSpec,
+  colocated_pool,
+  decode_pool,
+  parse_split,
+  prefill_pool,
+)
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import SLO, Completion, FinishReason, Request, SamplingParams
 
 __all__ = [
-  'SLO', 'ChipSpec', 'Completion', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request', 'Role', 'SamplingParams',
-  'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'parse_split', 'prefill_pool',
+  'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request', 'Role',
+  'SamplingParams', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'parse_split', 'prefill_pool',
 ]  # fmt: skip

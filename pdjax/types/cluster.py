@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 
+class DeviceError(RuntimeError):
+  """The devices that a run wants are not there."""
+
+
 class Role(enum.StrEnum):
   """Which phases a worker runs."""
 
@@ -146,7 +150,7 @@ def parse_split(split: str) -> tuple[int, int]:
     ValueError: if it is not of that form, or a side has no worker.
   """
   match = re.fullmatch(r'(\d+)[pP](\d+)[dD]', split.strip())
-  if not match or '0' in (match[1].lstrip('0') or '0', match[2].lstrip('0') or '0'):
+  if not match or int(match[1]) < 1 or int(match[2]) < 1:
     raise ValueError(f'split {split!r} is not of the form 2P1D with at least one worker on either side.')
   return int(match[1]), int(match[2])
 

@@ -67,6 +67,19 @@ class ModelSpec:
     """Bytes of all weights at this many bytes each."""
     return self.num_params * dtype_bytes
 
+  def weight_bytes_per_device(self, dtype_bytes: int, tp: int) -> int:
+    """Bytes of the weights on each of `tp` devices: what `tp` does not divide lies whole on all of them.
+
+    Raises:
+      ValueError: if `tp` does not fit the heads.
+    """
+    kv_shards, _ = mesh_shape(self, tp)
+    attention = 2 * self.embed_dim * self.head_dim * (self.query_heads // tp + self.kv_heads // kv_shards)
+    ffn = 3 * self.embed_dim * self.ffn_dim // (tp if self.ffn_dim % tp == 0 else 1)
+    vocab = self.embed_dim * self.vocab_size // (tp if self.vocab_size % tp == 0 else 1)
+    layers = self.num_layers * (attention + ffn + 2 * self.embed_dim)
+    return (layers + vocab * (1 if self.tied_embeddings else 2) + self.embed_dim) * dtype_bytes
+
   def kv_bytes_per_token(self, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token leaves in the cache, over all layers."""
     return 2 * self.num_layers * self.kv_heads * self.head_dim * dtype_bytes
@@ -113,19 +126,14 @@ def mesh_shape(model: ModelSpec, tp: int) -> tuple[int, int]:
   """The sizes of the axes (kv, group) of a worker with `tp` devices.
 
   Raises:
-    ValueError: unless `tp` divides the query heads and the feed-forward columns, and divides the key/value heads or
-      is a multiple of them.
+    ValueError: unless `tp` divides the query heads, and divides the key/value heads or is a multiple of them.
   """
   heads, kv_heads = model.query_heads, model.kv_heads
-  fits = [
-    size
-    for size in range(1, heads + 1)
-    if heads % size == 0 and model.ffn_dim % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-  ]
+  fits = [tp for tp in range(1, heads + 1) if heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)]
   if tp not in fits:
     raise ValueError(
-      f'tp={tp} does not fit {model.name!r} with {heads} query heads, {kv_heads} key/value heads and {model.ffn_dim} '
-      'feed-forward columns: tp must divide the query heads and the columns, and divide the key/value heads or be a '
-      f'multiple of them; use one of {", ".join(map(str, fits))}.'
+      f'tp={tp} does not fit {model.name!r} with {heads} query heads and {kv_heads} key/value heads: tp must divide '
+      'the query heads, and divide the key/value heads or be a multiple of them; use one of '
+      f'{", ".join(map(str, fits))}.'
     )
   return min(tp, kv_heads), max(tp // kv_heads, 1)

@@ -7,6 +7,8 @@ from typing import Literal
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
+_INT32 = 2**31  # what is kept on the device has 32 bits
+
 MAX_STOP_TOKENS = 8  # stop ids kept per sequence on the device, the model's end-of-sequence ids included
 
 
@@ -16,7 +18,7 @@ class SamplingParams:
 
   Attributes:
     max_tokens: Most tokens to generate, at least one.
-    temperature: 0 takes the likeliest token; above it, logits are divided by it and sampled.
+    temperature: 0, or less than 1e-5, takes the likeliest token; above it, logits are divided by it and sampled.
     top_k: Sample among the k likeliest tokens only; 0 means all.
     top_p: Sample among the fewest likeliest tokens whose probabilities reach this sum (nucleus sampling,
       Holtzman et al. 2020); 1 means all. Applied after `top_k`.
@@ -37,16 +39,21 @@ class SamplingParams:
   ignore_eos: bool = False
 
   def __post_init__(self):
+    if self.max_tokens >= _INT32:
+      raise ValueError(f'max_tokens is {self.max_tokens}, expected a count below 2**31; ask for fewer.')
     if self.max_tokens < 1:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected at least 1; ask for one token or leave it out.')
     if not (self.temperature >= 0 and math.isfinite(self.temperature)):
       raise ValueError(f'temperature is {self.temperature}, expected 0 (greedy) or a positive number.')
-    if self.top_k < 0:
-      raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count.')
+    if not 0 <= self.top_k < _INT32:
+      raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count below 2**31.')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p is {self.top_p}, expected a number above 0 and at most 1.')
     if not 0 <= self.seed < 2**63:
       raise ValueError(f'seed is {self.seed}, expected an integer from 0 to 2**63 - 1.')
+    for token in self.stop_token_ids:
+      if not 0 <= token < _INT32:
+        raise ValueError(f'stop_token_ids has {token}, expected token ids from 0 to 2**31 - 1.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +118,9 @@ class Request:
   session: str | None = None
 
   def __post_init__(self):
+    prompt: object = self.prompt
+    if isinstance(prompt, str):
+      raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
     if not (self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
@@ -120,6 +130,10 @@ class Request:
   def prompt_len(self) -> int:
     """Tokens in the prompt."""
     return len(self.prompt)
+
+  def token_limit(self, context_len: int) -> int:
+    """Most tokens it may generate: `max_tokens`, or what a context leaves; the last one needs no place in it."""
+    return min(self.sampling.max_tokens, context_len - self.prompt_len + 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from experiments.load_config import load_config
 from pdjax.config import ServingConfig
 from pdjax.launch import simulate
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.types import ModelSpec
+from pdjax.types import ModelSpec, Role
 from pdjax.workload import Fixed, Poisson, Uniform
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,6 +21,12 @@ SMALL = {'llama3_8b_simulated.py': ':num_requests=20'}
 
 def _load(name: str, arguments: str = '') -> ServingConfig:
   return load_config(f'{ROOT / "configs" / name}{arguments or REQUIRED.get(name, "") or SMALL.get(name, "")}')
+
+
+def _split(config: ServingConfig) -> str:
+  """The workers in the field's shorthand, C for one of both roles."""
+  letters = [{Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}[worker.role] for worker in config.workers]
+  return ''.join(f'{letters.count(letter)}{letter}' for letter in 'PDC' if letter in letters)
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -62,11 +68,12 @@ def test_the_arguments_of_a_config_are_documented_and_have_types(name):
     ('llama3_8b_simulated.py', ':split=1P2D,tp=8', '1P2D', [8, 8, 8]),
     ('llama3_8b_simulated.py', ':split=colocated', '3C', [4, 4, 4]),
     ('smollm2_colocated.py', ':workers=3', '3C', [1, 1, 1]),
+    ('smollm2_cpu.py', ':prefill_tp=9', '1P1D', [9, 1]),
   ],
 )
 def test_arguments_shape_the_cluster(name, arguments, split, tps):
   config = _load(name, arguments)
-  assert config.split == split and [worker.tp for worker in config.workers] == tps
+  assert _split(config) == split and [worker.tp for worker in config.workers] == tps
   assert isinstance(config.policy, Colocated if split.endswith('C') else Disaggregated)
 
 
@@ -84,5 +91,5 @@ def test_any_prompt_of_the_models_context_fits_the_pools_of_the_demo():
 
 def test_one_device_holds_both_roles():
   config = _load('one_device.py')
-  assert [worker.devices for worker in config.workers] == [(0,), (0,)] and config.split == '1P1D'
+  assert [worker.devices for worker in config.workers] == [(0,), (0,)] and _split(config) == '1P1D'
   assert _load('one_device.py', ':num_pages=auto').workers[0].num_pages == 'auto'

@@ -1,6 +1,7 @@
 """How many pages fit beside the weights."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -13,9 +14,9 @@ WEIGHTS = LLAMA.num_params * 2  # bf16: 16.06 GB
 PAGE = 16 * 131_072  # bytes of a page of 16 tokens
 
 
-def _size(workers, memory_bytes: float, model: ModelSpec = LLAMA, page_size: int = 16) -> tuple[WorkerSpec, ...]:
+def _size(workers, memory_bytes: float, model: ModelSpec = LLAMA, **fields) -> tuple[WorkerSpec, ...]:
   carved = carve_devices(workers, devices_needed(workers))
-  return size_pools(workers, carved, model, page_size, dtype_bytes=2, memory_bytes=memory_bytes)
+  return size_pools(workers, carved, model, 16, dtype_bytes=2, memory_bytes=memory_bytes, **fields)
 
 
 def test_an_automatic_pool_fills_what_the_weights_leave():
@@ -24,13 +25,13 @@ def test_an_automatic_pool_fills_what_the_weights_leave():
 
 
 def test_devices_of_a_mesh_divide_weights_and_pages():
-  (worker,) = _size((WorkerSpec('w', tp=4),), WEIGHTS / 4 + 1000.5 * PAGE / 4)
+  (worker,) = _size((WorkerSpec('w', tp=4),), LLAMA.weight_bytes_per_device(2, tp=4) + 1000.5 * PAGE / 4)
   assert worker.num_pages == 1000
 
 
 def test_key_value_heads_that_are_copied_take_their_room_on_every_device():
   model = dataclasses.replace(LLAMA, kv_heads=2)
-  (worker,) = _size((WorkerSpec('w', tp=8),), model.num_params * 2 / 8 + 1000.5 * PAGE / 4 / 2, model)
+  (worker,) = _size((WorkerSpec('w', tp=8),), model.weight_bytes_per_device(2, tp=8) + 1000.5 * PAGE / 4 / 2, model)
   assert worker.num_pages == 1000
 
 
@@ -53,7 +54,7 @@ def test_workers_that_share_a_device_share_the_weights_and_divide_the_rest():
 
 def test_unlike_meshes_on_one_device_each_bring_their_weights():
   workers = (WorkerSpec('a', devices=(0,)), WorkerSpec('b', tp=2, devices=(0, 1)))
-  with pytest.raises(ValueError, match=r'needs 24\.1 GB of weights on device 0'):
+  with pytest.raises(ValueError, match=r'needs 24\.1 GB of weights, but 19\.3 GB may be filled on device 0'):
     _size(workers, 1.2 * WEIGHTS)
 
 
@@ -68,7 +69,7 @@ def test_a_pool_is_no_larger_than_its_sequences_can_use():
 def test_weights_that_do_not_fit_are_refused_with_both_figures_and_the_remedies():
   with pytest.raises(ValueError) as error:
     _size((WorkerSpec('w'),), 12e9)
-  for words in ('Llama-3.1-8B needs 16.1 GB of weights on device 0', 'but 12 GB may be filled', 'raise tp'):
+  for words in ('Llama-3.1-8B needs 16.1 GB of weights', 'but 12 GB may be filled on device 0', 'smaller dtype'):
     assert words in str(error.value)
 
 
@@ -77,6 +78,20 @@ def test_an_explicit_pool_that_does_not_fit_is_refused_with_the_figures():
     _size((WorkerSpec('w', num_pages=10_000),), 20e9)
   assert 'weights (16.1 GB) and pages (21 GB) do not fit on device 0' in str(error.value)
   assert "20 GB may be filled; lower num_pages or set it to 'auto'" in str(error.value)
+
+
+def test_devices_with_one_memory_in_common_share_it():
+  workers = prefill_pool(1, num_pages=50) + decode_pool(1)
+  prefill, decode = _size(workers, 2 * WEIGHTS + 150.5 * PAGE, one_memory=True)
+  assert (prefill.num_pages, decode.num_pages) == (50, 100)
+  with pytest.raises(ValueError, match=r'needs 32\.1 GB of weights, but 20 GB .* in the memory of this host'):
+    _size(workers, 20e9, one_memory=True)
+
+
+def test_devices_that_hide_their_memory_want_an_explicit_pool():
+  with pytest.raises(ValueError, match="how much memory they have; give worker 'w' a num_pages"):
+    _size((WorkerSpec('w'),), math.inf)
+  assert _size((WorkerSpec('w', num_pages=5),), math.inf)[0].num_pages == 5
 
 
 def test_explicit_pools_on_one_device_are_added_up():

@@ -66,9 +66,11 @@ def test_a_prompt_in_chunks_takes_longer_than_in_one():
   assert chunks > whole
 
 
-def test_fused_steps_are_single_steps_with_the_context_growing():
-  singles = sum(_step(contexts=[100 + step, 7 + step]) for step in range(5))
-  assert _step(contexts=[100, 7], steps=5) == pytest.approx(singles, rel=1e-12)
+@pytest.mark.parametrize('memory_bytes_per_s', [1e12, 1e18], ids=['bound by bytes', 'bound by flops'])
+def test_fused_steps_are_single_steps_with_the_context_growing(memory_bytes_per_s):
+  cost = dataclasses.replace(ROOFLINE, chip=dataclasses.replace(CHIP, memory_bytes_per_s=memory_bytes_per_s))
+  singles = sum(_step(contexts=[100 + step, 7 + step], cost=cost) for step in range(5))
+  assert _step(contexts=[100, 7], steps=5, cost=cost) == pytest.approx(singles, rel=1e-12)
 
 
 def test_a_fused_pass_reads_the_weights_once():

@@ -58,10 +58,11 @@ class Cluster:
     assert config.model is not None
     self.config = config
     self.model: ModelSpec = config.model
-    engine, self.specs, self.warm_up = build_engine(config, self.model, Cached(self.model), self._limit_of)
-    engine.close()
-    self.workers = engine.workers
-    self.transports = engine._transports
+    built = build_engine(config, self.model, Cached(self.model), self._limit_of)
+    built.engine.close()
+    self.specs, self.warm_up = built.workers, built.warm_up
+    self.workers = built.engine.workers
+    self.transports = built.engine._transports
 
   def only(self, *names: str) -> 'Cluster':
     """Some of the workers as a cluster of their own."""

@@ -28,8 +28,8 @@ def one_and_one(two_and_two: Cluster) -> Cluster:
 
 @pytest.fixture(scope='session')
 def colocated_pair() -> Cluster:
-  """Two workers that do both, pages of 16 tokens."""
-  return build('2C', page_size=16)
+  """Two workers that do both, two sequences each, pages of 16 tokens."""
+  return build('2C', page_size=16, max_sequences=2)
 
 
 @pytest.fixture(scope='session')

@@ -12,6 +12,7 @@ from pdjax import launch
 from pdjax.engine import build
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.types import WorkerSpec
+from pdjax.types.cluster import DeviceError
 from pdjax.workload import Given
 from tests.engine.plain import generate
 from tests.tiny import SIZES, TINY, TINY_12_12, config, requests
@@ -31,7 +32,7 @@ def build_untouched(run):
 
 def test_too_few_cpu_devices_once_jax_has_started_is_a_clear_error():
   have = len(jax.devices())
-  with pytest.raises(RuntimeError, match=rf'need {have + 4} CPU devices, but JAX has already started with {have}; .*'
+  with pytest.raises(DeviceError, match=rf'need {have + 4} CPU devices, but JAX has already started with {have}; .*'
                                          rf"jax_num_cpu_devices', {have + 4}"):  # fmt: skip
     build_untouched(config('1P1D', 6, 6, model=TINY_12_12))
 
@@ -44,27 +45,29 @@ def test_a_mesh_larger_than_the_devices_is_refused(monkeypatch):
 
 @pytest.mark.parametrize('prefill_tp, decode_tp, wrong', [(5, 1, 5), (1, 3, 3), (1, 4, 4)])
 def test_heads_that_do_not_divide_are_refused(prefill_tp, decode_tp, wrong):
-  with pytest.raises(ValueError, match=f"tp={wrong} does not fit 'tiny' with 6 query heads, 2 key/value heads"):
+  with pytest.raises(
+    ValueError, match=f"tp={wrong} does not fit 'tiny' with 6 query heads and 2 key/value heads.*use one of 1, 2, 6"
+  ):
     build_untouched(config('1P1D', prefill_tp, decode_tp))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
-  monkeypatch.setattr(build, 'device_memory_bytes', lambda device, used: 50_000.0)
-  needed = re.escape(f'{TINY.weight_bytes(4) / 1e9:.3g} GB')
-  with pytest.raises(ValueError, match=rf'tiny needs {needed} of weights on device 0, but 5e-05 GB may be filled'):
+  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 50_000.0)
+  needed = re.escape(f'{2 * TINY.weight_bytes(4) / 1e9:.3g} GB')  # two workers, one memory
+  with pytest.raises(ValueError, match=rf'tiny needs {needed} of weights, but 5e-05 GB may be filled in the memory of'):
     build_untouched(config())
 
 
 def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(monkeypatch):
-  monkeypatch.setattr(build, 'device_memory_bytes', lambda device, used: TINY.weight_bytes(4) + 1000.0)
-  with pytest.raises(ValueError, match=r'weights \(.* GB\) and pages \(.* GB\) do not fit on device 0'):
+  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 2 * TINY.weight_bytes(4) + 1000.0)
+  with pytest.raises(ValueError, match=r'weights \(.* GB\) and pages \(.* GB\) do not fit'):
     build_untouched(config())
 
 
 def test_no_room_for_a_single_page_is_refused_before_anything_is_loaded(monkeypatch):
-  monkeypatch.setattr(build, 'device_memory_bytes', lambda device, used: TINY.weight_bytes(4) + 1000.0)
+  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 2 * TINY.weight_bytes(4) + 1000.0)
   with pytest.raises(
-    ValueError, match="worker 'prefill0' has 1e-06 GB left for pages beside the weights, but one page"
+    ValueError, match="worker 'prefill0' has 5e-07 GB left for pages beside the weights, but one page"
   ):
     build_untouched(config(num_pages='auto'))
 

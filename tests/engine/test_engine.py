@@ -98,6 +98,29 @@ def test_an_admission_that_cannot_be_dispatched_fails_its_requests_alone(one_and
   assert orders_with(served, WorkerLost) == []
 
 
+def test_a_request_that_ended_well_in_the_pass_before_is_not_failed(one_and_one, monkeypatch):
+  """The pass that cannot be dispatched was decided before anyone knew of the stop token."""
+  whole = Request('whole', prompt(9, seed=4), SamplingParams(max_tokens=6))
+  first, second, *_ = generate(one_and_one.model, whole)[0]
+  assert first != second
+  stopped = dataclasses.replace(whole, sampling=SamplingParams(max_tokens=6, stop_token_ids=(second,)))
+  passes = itertools.count()
+  collect = Worker.collect
+
+  def collect_late(worker, order, pending):
+    if order.decodes:
+      time.sleep(0.1)  # the next pass has been refused by now
+    return collect(worker, order, pending)
+
+  monkeypatch.setattr(Worker, 'collect', collect_late)
+  monkeypatch.setattr(
+    Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode' and next(passes) == 1)
+  )
+  served = one_and_one.serve([stopped])
+  assert len(orders_with(served, Failed)) == 1
+  assert_others_exact(one_and_one, served, set())
+
+
 @pytest.mark.parametrize('phase', ['chunks', 'decodes'])
 def test_a_pass_that_fails_on_the_device_loses_the_worker_and_those_with_pages_there(cluster, monkeypatch, phase):
   incarnations = {name: worker.incarnation for name, worker in cluster.workers.items()}

@@ -33,7 +33,7 @@ def pool_bytes(worker: Worker) -> int:
   [
     ('two_and_two', 'prefill0', ('prefill', 32)),
     ('two_and_two', 'decode0', ('decode', 4)),
-    ('colocated_pair', 'both0', ('fused', 32, 4)),
+    ('colocated_pair', 'both0', ('fused', 32, 2)),
   ],
   ids=lambda x: x[0] if isinstance(x, tuple) else '',
 )
@@ -85,7 +85,7 @@ def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair)
   expected |= {f'decode{i}/{program}' for i in range(2) for program in ('admit', 'decodex2', 'decodex4')}
   assert programs == expected
   assert {name for name in colocated_pair.warm_up.program_s if name.startswith('both0')} == {
-    'both0/admit', 'both0/fusedx32x4', 'both0/decodex2', 'both0/decodex4',
+    'both0/admit', 'both0/fusedx32x2', 'both0/decodex2',
   }  # fmt: skip
   ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
   assert ways == {f'prefill{i}→decode{j}/{size} pages' for i in range(2) for j in range(2) for size in (1, 4)}

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from pdjax.policies import Colocated
-from pdjax.serving import ALL, Chunk, Step
-from pdjax.types import colocated_pool
+from pdjax.serving import ALL, Chunk, PolicyError, Step
+from pdjax.types import colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver
 
 POLICY = Colocated(token_budget=8)
@@ -113,6 +115,18 @@ def test_the_workers_own_limits_bound_a_pass():
   cluster.arrive('a', prompt_len=2)
   cluster.arrive('b', prompt_len=2)
   assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('a', 0, 2),))]
+
+
+def test_workers_of_one_role_are_refused_with_the_remedy():
+  cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(1, **SIZES))
+  with pytest.raises(PolicyError, match=r'wants workers of role "both", .* prefill0, decode0; use colocated_pool'):
+    POLICY.decide(cluster.state)
+
+
+@pytest.mark.parametrize('field', ['token_budget', 'decode_steps'])
+def test_a_policy_that_can_do_nothing_is_refused(field):
+  with pytest.raises(ValueError, match=f'Colocated has {field}=0, expected at least 1'):
+    Colocated(**{field: 0})
 
 
 def test_nothing_is_ever_moved():

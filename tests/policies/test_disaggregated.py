@@ -204,6 +204,13 @@ def test_workers_of_both_roles_fuse_and_need_no_transfer():
   assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('b', 0, 5),), ALL)]
 
 
+def test_a_worker_of_both_roles_may_send_what_it_cannot_decode():
+  workers = colocated_pool(1, **SIZES | {'num_pages': 3}) + decode_pool(1, **SIZES)
+  cluster = Driver(workers)
+  cluster.arrive('a', prompt_len=12, max_tokens=9)  # 3 pages to prefill, 5 to decode
+  assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('a', 0, 12, 'decode0'),))]
+
+
 def test_waiting_prompts_can_be_served_in_another_order():
   class ShortestFirst(Disaggregated):
     def order(self, waiting):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdjax.policies import FewestQueuedTokens, FewestSequences, MostFreePages
+from pdjax.policies import FewestQueuedTokens, MostFreePages, MostFreeSlots
 from pdjax.serving import Chunk, Step
 from pdjax.types import colocated_pool
 from tests.serving.driver import SIZES, Driver
@@ -45,7 +45,7 @@ def test_most_free_pages_and_fewest_sequences_look_at_their_own_resource(cluster
   names = cluster.state.workers
   assert [room.pages(name) for name in names] == [11, 2, 15] and [room.slots(name) for name in names] == [3, 2, 3]
   assert _choose(cluster, MostFreePages()) == 'both2' and _choose(cluster, MostFreePages(), '01') == 'both0'
-  assert _choose(cluster, FewestSequences()) == 'both0' and _choose(cluster, FewestSequences(), '12') == 'both2'
+  assert _choose(cluster, MostFreeSlots()) == 'both0' and _choose(cluster, MostFreeSlots(), '12') == 'both2'
 
 
 def test_what_a_decision_took_counts():
@@ -53,12 +53,12 @@ def test_what_a_decision_took_counts():
   cluster.arrive('a')
   room = cluster.state.room()
   workers = list(cluster.state.workers.values())
-  assert FewestSequences().choose(workers, room).name == MostFreePages().choose(workers, room).name == 'both0'
+  assert MostFreeSlots().choose(workers, room).name == MostFreePages().choose(workers, room).name == 'both0'
   room.take('a', 'both0', decodes=True)
   room.take_tokens('both0', 6)
-  for placement in (FewestSequences(), MostFreePages(), FewestQueuedTokens()):
+  for placement in (MostFreeSlots(), MostFreePages(), FewestQueuedTokens()):
     assert placement.choose(workers, room).name == 'both1'
 
 
 def test_placements_are_values():
-  assert FewestSequences() == FewestSequences() and hash(MostFreePages()) == hash(MostFreePages())
+  assert MostFreeSlots() == MostFreeSlots() and hash(MostFreePages()) == hash(MostFreePages())

@@ -306,6 +306,7 @@ def test_what_can_never_run_is_rejected_and_the_others_are_served(fields, words)
   'fields',
   [
     {'prompt_len': 64, 'max_tokens': 1},
+    {'prompt_len': 64, 'max_tokens': 9},  # cut to one
     {'prompt': (0, 95)},
     {'stop_token_ids': tuple(range(2, 9))},
     {'stop_token_ids': (1, *range(2, 9))},  # the model's own counts once
@@ -323,6 +324,12 @@ def test_the_largest_worker_of_a_phase_decides_what_fits():
   large = dataclasses.replace(ONE_OF_EACH[0], name='large')
   cluster = Driver((*small, large, ONE_OF_EACH[1]))
   cluster.arrive('a', prompt_len=20)
+  assert list(cluster.state.waiting) == ['a']
+
+
+def test_a_request_for_one_token_needs_no_room_to_decode():
+  cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(1, **SIZES | {'num_pages': 2}))
+  cluster.arrive('a', prompt_len=20, max_tokens=1)
   assert list(cluster.state.waiting) == ['a']
 
 

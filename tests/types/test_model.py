@@ -94,6 +94,17 @@ def test_an_illegal_tp_is_refused_with_the_legal_ones(heads, tp, legal):
     mesh_shape(_heads(*heads), tp)
 
 
-def test_a_tp_that_does_not_divide_the_feed_forward_columns_is_refused():
-  with pytest.raises(ValueError, match=r'tp=9 .*1536 feed-forward columns.* use one of 1, 3\.'):
-    mesh_shape(_heads(9, 3, ffn_dim=1536), 9)
+def test_devices_divide_the_weights_but_for_what_they_copy():
+  assert TINY.weight_bytes_per_device(4, tp=1) == TINY.weight_bytes(4)
+  norms = 2 * 2 * 24 + 24
+  assert TINY.weight_bytes_per_device(4, tp=2) == (TINY.num_params - norms) * 4 // 2 + norms * 4
+  kv_copied = 2 * 2 * 24 * 8  # key and value projections of one of two heads a device, in two layers
+  others = TINY.num_params - norms - 2 * kv_copied
+  assert TINY.weight_bytes_per_device(4, tp=6) == (others // 6 + kv_copied + norms) * 4
+
+
+def test_columns_and_words_that_tp_does_not_divide_lie_whole_on_every_device():
+  model = ModelSpec.smollm2_135m()  # 1,536 columns and 49,152 words; three devices divide them, nine do not
+  layer = 2 * 576 * 64 * (9 // 9 + 3 // 3) + 3 * 576 * 1536 + 2 * 576
+  assert model.weight_bytes_per_device(1, tp=9) == 30 * layer + 576 * 49_152 + 576
+  assert model.weight_bytes_per_device(1, tp=3) < model.weight_bytes(1) / 2.9

@@ -20,6 +20,9 @@ from pdjax.types import SLO, Request, SamplingParams
     ('top_p', 0.0, 'top_p is 0.0, expected a number above 0 and at most 1'),
     ('top_p', 1.5, 'top_p is 1.5'),
     ('top_p', math.nan, 'top_p is nan'),
+    ('max_tokens', 2**31, 'max_tokens is 2147483648, expected a count below 2**31; ask for fewer'),
+    ('top_k', 2**31, 'top_k is 2147483648'),
+    ('stop_token_ids', (5, -1), 'stop_token_ids has -1, expected token ids from 0'),
     ('seed', -1, 'seed is -1, expected an integer from 0'),
     ('seed', 2**63, f'seed is {2**63}'),
   ],
@@ -37,6 +40,16 @@ def test_the_ends_of_the_ranges_are_allowed():
 def test_an_empty_prompt_is_refused():
   with pytest.raises(ValueError, match="request 'r' has an empty prompt, expected at least one token; give it some"):
     Request('r', ())
+
+
+def test_a_text_is_no_prompt():
+  with pytest.raises(ValueError, match="request 'r' has the text 'Hello' as its prompt; tokenize it first"):
+    Request('r', 'Hello')
+
+
+def test_the_last_token_needs_no_place_in_the_context():
+  request = Request('r', (1,) * 10, SamplingParams(max_tokens=5))
+  assert [request.token_limit(context_len) for context_len in (100, 14, 13, 10)] == [5, 5, 4, 1]
 
 
 @pytest.mark.parametrize('arrival_s', [-0.1, math.nan, math.inf])

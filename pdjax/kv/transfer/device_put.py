@@ -20,14 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pdjax.kv.pages import LAYER_SPEC, KVPages, gather, scatter
+from pdjax.kv.pages import (
+  GATHERED_HEADS_AXIS,
+  GATHERED_SPEC,
+  LAYER_SPEC,
+  KVPages,
+  gather,
+  gathered_shape,
+  scatter,
+)
 from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec
 
-_HEADS_AXIS = 4  # of pieces, which are [copies, n, L, 2, heads, G, D]: one copy leaves, `group` arrive
-_PIECE_SPEC = PartitionSpec(None, None, None, None, 'kv')  # on the source
-_LANDED_SPEC = PartitionSpec('group', None, None, None, 'kv')  # on the target
+# Pieces are gathered pages with an axis of copies before all others: one copy leaves, `group` arrive.
+_HEADS_AXIS = 1 + GATHERED_HEADS_AXIS
+_PIECE_SPEC = PartitionSpec(None, *GATHERED_SPEC)  # on the source
+_LANDED_SPEC = PartitionSpec('group', *GATHERED_SPEC)  # on the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +83,18 @@ class DevicePut:
     Raises:
       ValueError: if the pools differ in anything but the number of pages and the mesh.
     """
-    ours, theirs = source.page_shapes.layers, target.page_shapes.layers
-    if [(leaf.shape[1:], leaf.dtype) for leaf in ours] != [(leaf.shape[1:], leaf.dtype) for leaf in theirs]:
-      raise ValueError(f'pools of unlike pages: {ours[0]} × {len(ours)} and {theirs[0]} × {len(theirs)}.')
+    ours, theirs = source.page_shapes, target.page_shapes
+    if (gathered_shape(ours, 1, ours.kv_heads), ours.dtype) != (
+      gathered_shape(theirs, 1, theirs.kv_heads),
+      theirs.dtype,
+    ):
+      raise ValueError(
+        f'pools of unlike pages: {ours.layers[0]} and {theirs.layers[0]}; give both one page size and dtype.'
+      )
     self._source = source
     self._target = target
-    self.cut = Cut.between(ours[0].shape[2], source.mesh.shape['kv'], target.mesh.shape['kv'])
-    most = min(spec.max_batch_pages, ours[0].shape[0], theirs[0].shape[0])
+    self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
+    most = min(spec.max_batch_pages, ours.num_pages, theirs.num_pages)
     self._sizes = tuple(4**power for power in range(most.bit_length()) if 4**power <= most)
     self._gathers: dict[int, jax.stages.Compiled] = {}
     self._scatters: dict[int, jax.stages.Compiled] = {}
@@ -135,27 +149,21 @@ class DevicePut:
     landed = (self._landed(size),) * self.cut.target_pieces
     return jax.jit(local, donate_argnums=0).lower(self._target.page_shapes, self._ids(self._target, size), landed)
 
-  @property
-  def _dtype(self) -> jnp.dtype:
-    return self._source.page_shapes.layers[0].dtype
-
   def _ids(self, pool: PagePool, size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated(pool.mesh))
 
   def _landed_shape(self, size: int, copies: int, shards: int) -> tuple[int, ...]:
-    """The shape of so many pieces side by side: `[copies, n, L, 2, shards · piece heads, G, D]`."""
-    layers = self._source.page_shapes.layers
-    _, both, _, page_size, head_dim = layers[0].shape
-    return copies, size, len(layers), both, shards * self.cut.piece_heads, page_size, head_dim
+    """The shape of so many pieces side by side."""
+    return copies, *gathered_shape(self._source.page_shapes, size, shards * self.cut.piece_heads)
 
   def _landed(self, size: int) -> jax.ShapeDtypeStruct:
     mesh = self._target.mesh
     shape = self._landed_shape(size, mesh.shape['group'], mesh.shape['kv'])
-    return jax.ShapeDtypeStruct(shape, self._dtype, sharding=NamedSharding(mesh, _LANDED_SPEC))
+    return jax.ShapeDtypeStruct(shape, self._source.page_shapes.dtype, sharding=NamedSharding(mesh, _LANDED_SPEC))
 
   def _make_fillers(self, size: int) -> list[jax.Array]:
     """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
-    zeros = np.zeros(self._landed_shape(size, 1, 1), self._dtype)
+    zeros = np.zeros(self._landed_shape(size, 1, 1), self._source.page_shapes.dtype)
     return [jax.device_put(zeros, device) for device in self._target.mesh.devices[:, 1:].flat]
 
   # -------------------------------------------------------------------------- moving

@@ -16,7 +16,10 @@ class Checkpoint(Protocol):
   is always half-split: feature `i` of a head turns with feature `i + D/2`.
   """
 
-  spec: ModelSpec
+  @property
+  def spec(self) -> ModelSpec:
+    """The model's shape."""
+    ...
 
   @property
   def dtype(self) -> np.dtype:

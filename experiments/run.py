@@ -60,6 +60,8 @@ def _run(console: Console) -> None:
   rows: list[Request | Refused] = []
   if _REQUESTS.value is not None:
     rows = _read(opened, _REQUESTS.value)
+    if _WORKDIR.value is None:
+      raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
     config = dataclasses.replace(config, workload=Given(tuple(row for row in rows if isinstance(row, Request))))
   elif _PROMPT.value is not None:
     sampling = SamplingParams(max_tokens=_MAX_TOKENS.value)
@@ -102,8 +104,6 @@ def _config() -> ServingConfig:
     raise ValueError('--prompt and --requests are both given; give one of them.')
   if _PROMPT.value is not None and _BACKEND.value == 'simulator':
     raise ValueError('--prompt wants an answer, and the simulator gives none; use --backend=engine.')
-  if _REQUESTS.value is not None and _WORKDIR.value is None:
-    raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
   if _PROMPT.value is None and FLAGS['max_tokens'].present:
     raise ValueError('--max_tokens goes with --prompt; requests and workloads say it themselves.')
   if _CALIBRATE.value and _BACKEND.value == 'engine':

@@ -28,7 +28,7 @@ class Arrivals(Protocol):
 class Policy(Protocol):
   """What to do next: a pure function of the state.
 
-  A policy that never sends KV anywhere may say so with a class attribute `moves_kv = False`; then no ways between workers
+  A policy that never sends KV may say so with a class attribute `moves_kv = False`; then no ways between workers
   are prepared.
   """
 

@@ -137,6 +137,15 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
     (['--config=configs/cpu.py:checkpoint=nowhere.gguf', '--prompt=Hi'], ['nowhere.gguf']),
     (['--config=configs/smollm2_cpu.py', '--prompt=Hi', '--requests=x.jsonl'], ['--prompt', '--requests']),
     (['--config=configs/smollm2_cpu.py', '--set=max_context=9000', '--prompt=Hi'], ['9000', '8192']),
+    (['--config=configs/smollm2_cpu.py', '--requests=tests/tiny.jsonl'], ['tests/tiny.jsonl', 'not a file']),
+    (['--config=configs/smollm2_cpu.py', '--requests=x.jsonl', '--workdir=runs/none'], ['x.jsonl', 'not a file']),
+    (['--config=configs/smollm2_cpu.py', '--workdir=README.md'], ['README.md', 'folder']),
+    (['--config=configs/smollm2_cpu.py', '--prompt='], ['empty']),
+    (['--config=configs/smollm2_cpu.py:page_size=0'], ['page_size', '0']),
+    (['--config=configs/smollm2_cpu.py', '--set=policy.decode_steps=32'], ['decode_steps=32', '16']),
+    (['--config=configs/smollm2_cpu.py', '--set=policy.max_prefill_tokens=0'], ['max_prefill_tokens=0']),
+    (['--config=configs/smollm2_cpu.py', '--set=platform=gpu'], ["'gpu'", 'platform']),
+    (['--config=README.md'], ['README.md', '.py']),
   ],
 )
 def test_bad_input_is_answered_in_one_clear_line(arguments, words):

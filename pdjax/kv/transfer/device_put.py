@@ -89,7 +89,7 @@ class DevicePut:
       theirs.dtype,
     ):
       raise ValueError(
-        f'pools of unlike pages: {ours.layers[0]} and {theirs.layers[0]}; give both one page size and dtype.'
+        f'pools of unlike pages: {ours.layers[0]} and {theirs.layers[0]}; give both one model, page size and dtype.'
       )
     self._source = source
     self._target = target

@@ -34,6 +34,11 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _to_heads(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """`[T, E]` by `[E, heads, D]` to `[T, heads, D]`, as one product of matrices: XLA on CPU copies weights of three axes."""
+  return (x @ weight.reshape(x.shape[1], -1)).reshape(x.shape[0], *weight.shape[1:])
+
+
 class Block(nnx.Module):
   """One transformer block."""
 
@@ -67,11 +72,10 @@ class Block(nnx.Module):
       `[T, E]`, and the pages with the tokens' keys and values in them.
     """
     normed = rms_norm(x, self.attn_norm[...], self.model.norm_eps)
-    q = rotate(jnp.einsum('te,ehd->thd', normed, self.q[...]), positions, self.model.rope_theta)
-    k = rotate(jnp.einsum('te,ekd->tkd', normed, self.k[...]), positions, self.model.rope_theta)
-    v = jnp.einsum('te,ekd->tkd', normed, self.v[...])
-    attended, pages = attend(q, k, v, pages)
-    x = x + jnp.einsum('thd,hde->te', attended, self.o[...])
+    q = rotate(_to_heads(normed, self.q[...]), positions, self.model.rope_theta)
+    k = rotate(_to_heads(normed, self.k[...]), positions, self.model.rope_theta)
+    attended, pages = attend(q, k, _to_heads(normed, self.v[...]), pages)
+    x = x + attended.reshape(x.shape[0], -1) @ self.o[...].reshape(-1, x.shape[1])
     normed = rms_norm(x, self.mlp_norm[...], self.model.norm_eps)
     hidden = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
     return x + hidden @ self.down[...], pages

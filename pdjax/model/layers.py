@@ -35,7 +35,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 def _to_heads(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`[T, E]` by `[E, heads, D]` to `[T, heads, D]`, as a product of matrices: XLA on CPU copies weights of three axes."""
+  """`[T, E]` by `[E, heads, D]` to `[T, heads, D]`, as a product of matrices: XLA on CPU copies three-axis weights."""
   return (x @ weight.reshape(x.shape[1], -1)).reshape(x.shape[0], *weight.shape[1:])
 
 

@@ -5,48 +5,20 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import safetensors.numpy
 
-from pdjax.model.checkpoint import RandomCheckpoint, tensor_shapes
+from pdjax.model.checkpoint import RandomCheckpoint
+from tests.hf import write_folder
 from tests.tiny import TINY, prompt
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-HF_NAMES = {
-  'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
-  'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj', 'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
-  'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
-  'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
-}  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory) -> pathlib.Path:
   """A folder as Hugging Face writes it, with the tiny model's weights and no tokenizer."""
   folder = tmp_path_factory.mktemp('checkpoint')
-  weights = RandomCheckpoint(TINY)
-  tensors = {}
-  for name in tensor_shapes(TINY):
-    head, _, kind = name.rpartition('.')
-    tensor = weights.tensor(name)
-    if kind in ('q', 'k', 'v'):
-      tensor = tensor.reshape(TINY.embed_dim, -1).T
-    elif kind == 'o':
-      tensor = tensor.reshape(-1, TINY.embed_dim).T
-    elif kind != 'embed' and tensor.ndim == 2:
-      tensor = tensor.T
-    tensors[f'{f"model.{head}." if head else ""}{HF_NAMES[kind]}.weight'] = np.ascontiguousarray(tensor)
-  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
-  config = {
-    'model_type': 'llama', 'hidden_size': TINY.embed_dim, 'num_hidden_layers': TINY.num_layers,
-    'num_attention_heads': TINY.query_heads, 'num_key_value_heads': TINY.kv_heads, 'head_dim': TINY.head_dim,
-    'intermediate_size': TINY.ffn_dim, 'vocab_size': TINY.vocab_size, 'max_position_embeddings': TINY.context_len,
-    'rms_norm_eps': TINY.norm_eps, 'rope_theta': TINY.rope_theta, 'eos_token_id': list(TINY.eos_token_ids),
-    'tie_word_embeddings': False,
-  }  # fmt: skip
-  (folder / 'config.json').write_text(json.dumps(config))
+  write_folder(folder, RandomCheckpoint(TINY))
   return folder
 
 

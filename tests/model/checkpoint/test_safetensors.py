@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from pdjax.model.checkpoint import SafetensorsCheckpoint, open_checkpoint, tensor_shapes
 from pdjax.types import ModelSpec
+from tests.hf import hf_tensors
 
 CONFIG = {
   'model_type': 'llama',
@@ -27,13 +28,6 @@ CONFIG = {
   'eos_token_id': 2,
 }
 
-KINDS = {
-  'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
-  'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj', 'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
-  'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
-  'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
-}  # fmt: skip
-
 
 def spec_of(name: str, **changes) -> ModelSpec:
   spec = ModelSpec(
@@ -41,22 +35,6 @@ def spec_of(name: str, **changes) -> ModelSpec:
     context_len=64, rope_theta=50_000.0, norm_eps=1e-6, eos_token_ids=(2,),
   )  # fmt: skip
   return dataclasses.replace(spec, **changes)
-
-
-def hf_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Weights under Hugging Face's names, as [outputs, inputs]."""
-  tensors = {}
-  for name, weight in weights.items():
-    head, kind = name.rpartition('.')[::2]
-    if kind in ('q', 'k', 'v'):
-      weight = np.concatenate([weight[:, i].T for i in range(weight.shape[1])])
-    elif kind == 'o':
-      weight = np.concatenate(list(weight)).T
-    elif kind != 'embed' and weight.ndim == 2:
-      weight = weight.T
-    prefix = f'model.{head}.' if head else ''
-    tensors[f'{prefix}{KINDS[kind]}.weight'] = np.ascontiguousarray(weight)
-  return tensors
 
 
 def write(folder, dtype=np.float32, config=None, tied=False, shards=1, extra=None, without=()):

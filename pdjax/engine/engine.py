@@ -86,16 +86,23 @@ class Engine:
     failed = functools.partial(self._mailbox.post, lambda ended_s: Failed(order.id, ended_s, message))
     if not isinstance(order, StepOrder):
       failed()
-    elif self.workers[order.worker].broken:
-      self._post_broken(order.worker, self.workers[order.worker].incarnation, message)
-    else:
+      return
+    worker = self.workers[order.worker]
+    try:
+      if not worker.broken:
+        worker.clear_slots(order)  # a pass handed over next, before anyone knows, must not go on with what was there
+    except Exception as error:
+      message = describe(error)
+    if worker.broken:
+      self._post_broken(order.worker, worker.incarnation, message)
+      return
 
-      def fail() -> None:  # after the passes before it, which may still end some of its requests well
-        for request in (*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)):
-          self.workers[order.worker].forget(request)
-        failed()
+    def fail() -> None:  # after the passes before it, which may still end some of its requests well
+      for request in (*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)):
+        worker.forget(request)
+      failed()
 
-      self._passes[order.worker].add(fail)
+    self._passes[order.worker].add(fail)
 
   def _post_broken(self, worker: str, incarnation: int, message: str) -> None:
     self._mailbox.post(lambda ended_s: _Broken(worker, incarnation, message, ended_s))

@@ -237,6 +237,14 @@ class Worker:
       self.slots, self._pack_ids([slot for slot, _ in admitted], self._num_slots), rows
     )
 
+  def clear_slots(self, order: StepOrder) -> None:
+    """Leave nothing alive in the slots that a pass was to use or fill."""
+    slots = [decode.slot for decode in order.decodes]
+    slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
+    if slots:
+      nothing = Slots.empty(self._num_slots, self._table_width)
+      self.slots = self.program('admit')(self.slots, self._pack_ids(slots, self._num_slots), nothing)
+
   def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
     limits = [self._limit_of(request) for request in requests]
     return Sampling.stack([request.sampling for request in requests], limits, self.model.eos_token_ids, rows)

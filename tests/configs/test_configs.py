@@ -57,7 +57,7 @@ def test_the_arguments_of_a_config_are_documented_and_have_types(name):
   get_config = module['get_config']
   for argument in inspect.signature(get_config).parameters.values():
     assert argument.annotation is not inspect.Parameter.empty
-    assert f'\n    {argument.name}: ' in get_config.__doc__, f'{argument.name} is not explained'
+    assert f'\n  {argument.name}: ' in inspect.getdoc(get_config), f'{argument.name} is not explained'
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,15 @@ def simulate(
   carved = carve_devices(config.workers, devices_needed(config.workers))
   chip = getattr(cost, 'chip', None)
   memory = chip.memory_bytes * ACCELERATOR_SHARE if chip is not None else math.inf
-  workers = size_pools(config.workers, carved, model, config.page_size, config.dtype_bytes, memory)
+  workers = size_pools(
+    config.workers,
+    carved,
+    model,
+    config.page_size,
+    config.dtype_bytes,
+    memory,
+    one_memory=getattr(cost, 'shared_host', False),
+  )
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   state = ClusterState(model, workers, config.page_size)

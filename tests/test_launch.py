@@ -67,3 +67,12 @@ def test_an_engine_without_weights_or_work_is_refused_before_anything_is_built()
     pdjax.run(dataclasses.replace(config(), workload=None))
   with pytest.raises(ValueError, match='one that prefills and one that decodes'):
     pdjax.ServingConfig(workers=pdjax.prefill_pool(1), model=TINY)
+
+
+def test_a_simulation_that_measured_this_machine_first_says_so():
+  run = config()
+  assert not pdjax.simulate(run).report.calibrated
+  report = pdjax.simulate(run, calibrate=True).report
+  assert report.calibrated
+  assert not any('Uncalibrated' in note for note in report.notes)
+  assert report.completed == len(run.workload.requests)

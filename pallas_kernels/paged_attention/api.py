@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.arguments import check_heads, choose
 from pallas_kernels.paged_attention import reference, xla
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -37,14 +38,9 @@ def paged_attention(
   Raises:
     ValueError: if shapes do not fit together or the implementation is unknown.
   """
-  if q.ndim != 3 or pages.ndim != 5 or pages.shape[1] != 2 or pages.shape[4] != q.shape[2]:
-    raise ValueError(f'q {q.shape} and pages {pages.shape} are not [B, H, D] and [P, 2, K, G, D].')
-  if q.shape[1] % pages.shape[2]:
-    raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
+  check_heads(q, pages, rows='B')
   if tables.shape[:1] != q.shape[:1] or lengths.shape != q.shape[:1]:
     raise ValueError(f'tables {tables.shape} and lengths {lengths.shape} do not belong to {q.shape[0]} sequences.')
-  run = _IMPLEMENTATIONS.get(implementation or 'xla')
-  if run is None:
-    raise ValueError(f'implementation {implementation!r} is unknown; there are {", ".join(_IMPLEMENTATIONS)}.')
+  run = choose(_IMPLEMENTATIONS, implementation)
   scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
   return run(q, pages, tables, lengths, softmax_scale=scale)

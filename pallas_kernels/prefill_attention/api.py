@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.arguments import check_heads, choose
 from pallas_kernels.prefill_attention import reference, xla
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -39,15 +40,10 @@ def prefill_attention(
   Raises:
     ValueError: if shapes do not fit together or the implementation is unknown.
   """
-  if q.ndim != 3 or pages.ndim != 5 or pages.shape[1] != 2 or pages.shape[4] != q.shape[2]:
-    raise ValueError(f'q {q.shape} and pages {pages.shape} are not [T, H, D] and [P, 2, K, G, D].')
-  if q.shape[1] % pages.shape[2]:
-    raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
+  check_heads(q, pages, rows='T')
   sequences = tables.shape[0]
   if offsets.shape != (sequences + 1,) or lengths.shape != (sequences,):
     raise ValueError(f'offsets {offsets.shape} and lengths {lengths.shape} do not belong to {sequences} sequences.')
-  run = _IMPLEMENTATIONS.get(implementation or 'xla')
-  if run is None:
-    raise ValueError(f'implementation {implementation!r} is unknown; there are {", ".join(_IMPLEMENTATIONS)}.')
+  run = choose(_IMPLEMENTATIONS, implementation)
   scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
   return run(q, pages, tables, offsets, lengths, softmax_scale=scale)

@@ -233,17 +233,18 @@ class Worker:
       rows.tables[row, : len(admission.pages)] = admission.pages
       self._track(admission.request, generated)
     rows = dataclasses.replace(rows, sampling=self._sampling([one.request for one in admissions], self._num_slots))
-    self.slots = self.program('admit')(
-      self.slots, self._pack_ids([slot for slot, _ in admitted], self._num_slots), rows
-    )
+    self._put_slots([slot for slot, _ in admitted], rows)
 
   def clear_slots(self, order: StepOrder) -> None:
     """Leave nothing alive in the slots that a pass was to use or fill."""
     slots = [decode.slot for decode in order.decodes]
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
-      nothing = Slots.empty(self._num_slots, self._table_width)
-      self.slots = self.program('admit')(self.slots, self._pack_ids(slots, self._num_slots), nothing)
+      self._put_slots(slots, Slots.empty(self._num_slots, self._table_width))
+
+  def _put_slots(self, slots: Sequence[int], rows: Slots) -> None:
+    """Replace these slots by the first of so many rows."""
+    self.slots = self.program('admit')(self.slots, self._pack_ids(slots, self._num_slots), rows)
 
   def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
     limits = [self._limit_of(request) for request in requests]

@@ -17,11 +17,11 @@ class ChunkBatches:
 
   def open(self) -> list[WorkerState]:
     """Workers whose pass can take another chunk."""
-    return [
-      worker
-      for worker in self._workers
-      if self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
-    ]
+    return [worker for worker in self._workers if self.takes_more(worker)]
+
+  def takes_more(self, worker: WorkerState) -> bool:
+    """Whether the worker's pass can take another chunk."""
+    return self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
 
   def add(self, entry: RequestState, worker: WorkerState, send_to: str | None) -> None:
     """Add as much of a prompt as the budget allows."""
@@ -58,7 +58,7 @@ def fill_prefills(
   batches = ChunkBatches(workers, budgets)
   for worker in workers:
     for entry in worker.prefilling.values():
-      if worker not in batches.open():
+      if not batches.takes_more(worker):
         break
       batches.add(entry, worker, entry.target if entry.target != worker.name else None)
   for entry in waiting:

@@ -1,0 +1,29 @@
+"""What every attention kernel asks of its arguments, and how one of its implementations is chosen."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+
+
+def check_heads(q: jax.Array, pages: jax.Array, rows: str) -> None:
+  """See that queries `[rows, H, D]` can attend to pages `[P, 2, K, G, D]`.
+
+  Raises:
+    ValueError: if the shapes do not fit together.
+  """
+  if q.ndim != 3 or pages.ndim != 5 or pages.shape[1] != 2 or pages.shape[4] != q.shape[2]:
+    raise ValueError(f'q {q.shape} and pages {pages.shape} are not [{rows}, H, D] and [P, 2, K, G, D].')
+  if q.shape[1] % pages.shape[2]:
+    raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
+
+
+def choose(implementations: Mapping[str, Callable[..., jax.Array]], name: str | None) -> Callable[..., jax.Array]:
+  """The implementation of that name, or the fastest here.
+
+  Raises:
+    ValueError: if there is none of that name.
+  """
+  run = implementations.get(name or 'xla')
+  if run is None:
+    raise ValueError(f'implementation {name!r} is unknown; there are {", ".join(implementations)}.')
+  return run

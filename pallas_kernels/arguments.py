@@ -17,6 +17,16 @@ def check_heads(q: jax.Array, pages: jax.Array, rows: str) -> None:
     raise ValueError(f'{pages.shape[2]} key/value heads do not divide {q.shape[1]} query heads.')
 
 
+def check_window(sliding_window: int | None) -> None:
+  """See that a sliding window shows each token at least itself.
+
+  Raises:
+    ValueError: if it does not.
+  """
+  if sliding_window is not None and sliding_window < 1:
+    raise ValueError(f'sliding_window is {sliding_window}, expected at least 1 token, or None to see all.')
+
+
 def choose(implementations: Mapping[str, Callable[..., jax.Array]], name: str | None) -> Callable[..., jax.Array]:
   """The implementation of that name, or the fastest here.
 

@@ -23,6 +23,7 @@ def attend(
   table: jax.Array,
   length: jax.Array,
   block_pages: int,
+  sliding_window: int | None = None,
 ) -> jax.Array:
   """Attend from rows of queries to the first `length` cached tokens of one sequence.
 
@@ -33,6 +34,7 @@ def attend(
     table: `[N]`, the sequence's pages; N a multiple of `block_pages`.
     length: Cached tokens to walk over; blocks past it are never read.
     block_pages: Pages a block.
+    sliding_window: Cached tokens that each row sees up to its last; None is all. Blocks before it are never read.
 
   Returns:
     `[K, R, D]` in float32; zeros where nothing is visible.
@@ -46,7 +48,10 @@ def attend(
     cached = pages[jax.lax.dynamic_slice(table, (index * block_pages,), (block_pages,))]  # [n, 2, K, G, D]
     cached = jnp.moveaxis(cached, 0, 2).reshape(2, kv_heads, block_tokens, head_dim)
     scores = jnp.einsum('krd,ksd->krs', queries, cached[0], preferred_element_type=jnp.float32)
-    visible = index * block_tokens + jnp.arange(block_tokens) <= last_visible[:, None]  # [R, S]
+    position = index * block_tokens + jnp.arange(block_tokens)
+    visible = position <= last_visible[:, None]  # [R, S]
+    if sliding_window is not None:
+      visible &= position > last_visible[:, None] - sliding_window
     scores = jnp.where(visible, scores, _HIDDEN)
     new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - new_top), 0)
@@ -59,5 +64,8 @@ def attend(
     jnp.zeros((kv_heads, rows, 1), jnp.float32),
     jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
   )
-  _, total, out = jax.lax.fori_loop(0, -(-length // block_tokens), block, start)
+  first = 0
+  if sliding_window is not None:
+    first = jnp.maximum(last_visible.min() - sliding_window + 1, 0) // block_tokens
+  _, total, out = jax.lax.fori_loop(first, -(-length // block_tokens), block, start)
   return out / jnp.where(total > 0, total, 1)

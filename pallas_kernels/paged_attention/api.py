@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.arguments import check_heads, choose
+from pallas_kernels.arguments import check_heads, check_window, choose
 from pallas_kernels.paged_attention import reference, xla
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -20,6 +20,7 @@ def paged_attention(
   lengths: jax.Array,
   *,
   softmax_scale: float | None = None,
+  sliding_window: int | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Attend from one query token a sequence to all its cached tokens (PagedAttention, Kwon et al. 2023).
@@ -30,17 +31,19 @@ def paged_attention(
     tables: `[B, N]` int32; `tables[b, i]` is the page with tokens `i·G` and up of sequence b.
     lengths: `[B]` int32 cached tokens, the query's own among them; 0 marks a row that is not in use.
     softmax_scale: Multiplies the scores; `D ** -0.5` if None.
+    sliding_window: Cached tokens that a query sees, the last of them its own; None is all of them.
     implementation: 'xla', 'reference', or None for the fastest here.
 
   Returns:
     `[B, H, D]` in q's dtype; zeros in rows not in use.
 
   Raises:
-    ValueError: if shapes do not fit together or the implementation is unknown.
+    ValueError: if shapes do not fit together, the window is not positive or the implementation is unknown.
   """
   check_heads(q, pages, rows='B')
+  check_window(sliding_window)
   if tables.shape[:1] != q.shape[:1] or lengths.shape != q.shape[:1]:
     raise ValueError(f'tables {tables.shape} and lengths {lengths.shape} do not belong to {q.shape[0]} sequences.')
   run = choose(_IMPLEMENTATIONS, implementation)
   scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-  return run(q, pages, tables, lengths, softmax_scale=scale)
+  return run(q, pages, tables, lengths, softmax_scale=scale, sliding_window=sliding_window)

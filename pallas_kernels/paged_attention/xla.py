@@ -15,6 +15,7 @@ def paged_attention(
   lengths: jax.Array,
   *,
   softmax_scale: float,
+  sliding_window: int | None = None,
   block_tokens: int = BLOCK_TOKENS,
 ) -> jax.Array:
   """See `pallas_kernels.paged_attention.paged_attention`; `block_tokens` cached tokens make a block."""
@@ -27,7 +28,8 @@ def paged_attention(
   def one_sequence(row):
     queries, table, length = row
     last_visible = jnp.full((group,), length - 1)
-    return attend(queries.reshape(kv_heads, group, head_dim), last_visible, pages, table, length, block_pages)
+    queries = queries.reshape(kv_heads, group, head_dim)
+    return attend(queries, last_visible, pages, table, length, block_pages, sliding_window)
 
   out = jax.lax.map(one_sequence, (queries, pad_tables(tables, block_pages), lengths))
   return out.reshape(q.shape).astype(q.dtype)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.arguments import check_heads, choose
+from pallas_kernels.arguments import check_heads, check_window, choose
 from pallas_kernels.prefill_attention import reference, xla
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -21,6 +21,7 @@ def prefill_attention(
   lengths: jax.Array,
   *,
   softmax_scale: float | None = None,
+  sliding_window: int | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Attend causally from chunks of new tokens to the pages so far, which hold the chunks' own keys and values already.
@@ -32,18 +33,20 @@ def prefill_attention(
     offsets: `[B + 1]` int32, ascending; rows `offsets[b]` to `offsets[b + 1]` are the chunk of sequence b, maybe none.
     lengths: `[B]` int32 cached tokens with the chunk: its last token stands at position `lengths[b] - 1`.
     softmax_scale: Multiplies the scores; `D ** -0.5` if None.
+    sliding_window: Cached tokens that a query sees, the last of them its own; None is all of them.
     implementation: 'xla', 'reference', or None for the fastest here.
 
   Returns:
     `[T, H, D]` in q's dtype; zeros in padding rows.
 
   Raises:
-    ValueError: if shapes do not fit together or the implementation is unknown.
+    ValueError: if shapes do not fit together, the window is not positive or the implementation is unknown.
   """
   check_heads(q, pages, rows='T')
+  check_window(sliding_window)
   sequences = tables.shape[0]
   if offsets.shape != (sequences + 1,) or lengths.shape != (sequences,):
     raise ValueError(f'offsets {offsets.shape} and lengths {lengths.shape} do not belong to {sequences} sequences.')
   run = choose(_IMPLEMENTATIONS, implementation)
   scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-  return run(q, pages, tables, offsets, lengths, softmax_scale=scale)
+  return run(q, pages, tables, offsets, lengths, softmax_scale=scale, sliding_window=sliding_window)

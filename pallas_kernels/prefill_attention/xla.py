@@ -17,6 +17,7 @@ def prefill_attention(
   lengths: jax.Array,
   *,
   softmax_scale: float,
+  sliding_window: int | None = None,
   block_tokens: int = BLOCK_TOKENS,
 ) -> jax.Array:
   """See `pallas_kernels.prefill_attention.prefill_attention`; `block_tokens` cached tokens make a block."""
@@ -40,7 +41,8 @@ def prefill_attention(
       block = block.reshape(block_rows, kv_heads, group, head_dim)
       block = jnp.moveaxis(block, 0, 2).reshape(kv_heads, group * block_rows, head_dim)
       seen = jnp.minimum(length, position[-1] + 1)
-      attended = attend(block, jnp.tile(position, group), pages, tables[sequence], seen, block_pages)
+      last_visible = jnp.tile(position, group)
+      attended = attend(block, last_visible, pages, tables[sequence], seen, block_pages, sliding_window)
       attended = attended.reshape(kv_heads, group, block_rows, head_dim)
       attended = jnp.moveaxis(attended, 2, 0).reshape(block_rows, query_heads, head_dim)
       return jax.lax.dynamic_update_slice_in_dim(out, attended.astype(q.dtype), row, 0)

@@ -53,7 +53,9 @@ class Roofline:
       flops = tokens * model.token_flops() + (len(chunks) + len(contexts)) * model.unembed_flops()
       flops += sum(model.attention_flops(new, cached) for cached, new in chunks)
       flops += sum(model.attention_flops(1, context + step) for context in contexts)
-      read = weights + kv_bytes * (sum(a + b for a, b in chunks) + sum(contexts) + step * len(contexts))
+      cached = sum(cached + new for cached, new in chunks)
+      cached += sum(model.attended_tokens(context + step) for context in contexts)
+      read = weights + kv_bytes * cached
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 

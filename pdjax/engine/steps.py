@@ -1,6 +1,7 @@
 """The compiled passes of a worker: prefill, decode and both fused, as pure functions of pages and slots."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -99,26 +100,31 @@ class Passes:
     """Every block over packed tokens: chunks first, then one token of each slot."""
     split = 0 if chunks is None else chunks.tokens.shape[0]
 
-    def attend(q, k, v, layer, rows, chunks, slots):
+    def attend(window, q, k, v, layer, rows, chunks, slots):
       layer = write(layer, k, v, rows.page, rows.offset)
       parts = []
       if chunks is not None:
-        parts.append(prefill_attention(q[:split], layer, chunks.tables, chunks.offsets, chunks.lengths))
+        parts.append(
+          prefill_attention(q[:split], layer, chunks.tables, chunks.offsets, chunks.lengths, sliding_window=window)
+        )
       if slots is not None:
-        parts.append(paged_attention(q[split:], layer, slots.tables, jnp.where(slots.alive, slots.lengths + 1, 0)))
+        lengths = jnp.where(slots.alive, slots.lengths + 1, 0)
+        parts.append(paged_attention(q[split:], layer, slots.tables, lengths, sliding_window=window))
       return jnp.concatenate(parts), layer
 
     heads, kv_heads, whole = PartitionSpec(None, MESH_AXES), PartitionSpec(None, 'kv'), PartitionSpec()
-    local = jax.shard_map(
-      attend,
-      mesh=self.mesh,
-      in_specs=(heads, kv_heads, kv_heads, LAYER_SPEC, whole, whole, whole),
-      out_specs=(heads, LAYER_SPEC),
-      check_vma=False,
-    )
-    x, layers = model(
-      tokens, rows.position, pages.layers, lambda q, k, v, layer: local(q, k, v, layer, rows, chunks, slots)
-    )
+
+    def attend_everywhere(q, k, v, layer, window):
+      local = jax.shard_map(
+        functools.partial(attend, window),
+        mesh=self.mesh,
+        in_specs=(heads, kv_heads, kv_heads, LAYER_SPEC, whole, whole, whole),
+        out_specs=(heads, LAYER_SPEC),
+        check_vma=False,
+      )
+      return local(q, k, v, layer, rows, chunks, slots)
+
+    x, layers = model(tokens, rows.position, pages.layers, attend_everywhere)
     return x, KVPages(layers)
 
 

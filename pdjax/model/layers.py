@@ -4,12 +4,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pdjax.types.model import ModelSpec
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""q `[T, H, D]`, k `[T, K, D]`, v `[T, K, D]` and one layer's pages to attended `[T, H, D]` and the pages with k, v."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], tuple[jax.Array, jax.Array]]
+"""q `[T, H, D]`, k `[T, K, D]`, v `[T, K, D]`, one layer's pages and its sliding window, if it has one, to attended
+`[T, H, D]` and the pages with k, v."""
+
+Turn = tuple[jax.Array, jax.Array]
+"""Cosines and sines `[T, 1, D/2]` of the angles by which each token's features turn."""
 
 
 def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
@@ -24,12 +29,31 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return wide.astype(x.dtype) * scale
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding (Su et al. 2021) of `[T, heads, D]`; the two halves of a head are the pairs."""
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[:, None, None].astype(jnp.float32) * frequencies  # [T, 1, D/2]
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
+def rope_frequencies(model: ModelSpec) -> np.ndarray:
+  """Radians a token `[D/2]` by which each pair of features turns (Su et al. 2021), stretched as the model says."""
+  half = model.head_dim // 2
+  frequencies = model.rope_theta ** (-np.arange(half) / half)
+  scaling = model.rope_scaling
+  if scaling is None:
+    return frequencies.astype(np.float32)
+  slowed = frequencies / scaling.factor
+  if scaling.kind == 'llama3':
+    turns = scaling.original_context_len * frequencies / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    slowed = kept * frequencies + (1 - kept) * slowed
+  return slowed.astype(np.float32)
+
+
+def turn(positions: jax.Array, model: ModelSpec) -> Turn:
+  """How tokens at these positions `[T]` turn."""
+  angles = positions[:, None, None].astype(jnp.float32) * rope_frequencies(model)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, turn: Turn) -> jax.Array:
+  """Rotary position embedding of `[T, heads, D]`; the two halves of a head are the pairs."""
+  cos, sin = turn
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -42,7 +66,7 @@ def _to_heads(x: jax.Array, weight: jax.Array) -> jax.Array:
 class Block(nnx.Module):
   """One transformer block."""
 
-  def __init__(self, model: ModelSpec, dtype: jnp.dtype):
+  def __init__(self, model: ModelSpec, layer: int, dtype: jnp.dtype):
     embed, heads, kv_heads, head, ffn = (
       model.embed_dim, model.query_heads, model.kv_heads, model.head_dim, model.ffn_dim,
     )  # fmt: skip
@@ -50,21 +74,27 @@ class Block(nnx.Module):
     self.q = weight((embed, heads, head), ('embed', 'query_heads', 'head'), dtype)
     self.k = weight((embed, kv_heads, head), ('embed', 'kv_heads', 'head'), dtype)
     self.v = weight((embed, kv_heads, head), ('embed', 'kv_heads', 'head'), dtype)
+    if model.qkv_bias:
+      self.q_bias = weight((heads, head), ('query_heads', 'head'), dtype)
+      self.k_bias = weight((kv_heads, head), ('kv_heads', 'head'), dtype)
+      self.v_bias = weight((kv_heads, head), ('kv_heads', 'head'), dtype)
+    if model.qk_norm:
+      self.q_norm = weight((head,), ('head',), dtype)
+      self.k_norm = weight((head,), ('head',), dtype)
     self.o = weight((heads, head, embed), ('query_heads', 'head', 'embed'), dtype)
     self.mlp_norm = weight((embed,), ('embed',), dtype)
     self.gate = weight((embed, ffn), ('embed', 'ffn'), dtype)
     self.up = weight((embed, ffn), ('embed', 'ffn'), dtype)
     self.down = weight((ffn, embed), ('ffn', 'embed'), dtype)
     self.model = model
+    self.layer = layer
 
-  def __call__(
-    self, x: jax.Array, positions: jax.Array, pages: jax.Array, attend: Attend
-  ) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, x: jax.Array, turn: Turn, pages: jax.Array, attend: Attend) -> tuple[jax.Array, jax.Array]:
     """Run packed tokens through the block.
 
     Args:
       x: `[T, E]`.
-      positions: `[T]`, each token's place in its sequence.
+      turn: How each token's queries and keys turn.
       pages: This layer's pages, whatever `attend` takes.
       attend: Writes keys and values and attends.
 
@@ -72,10 +102,19 @@ class Block(nnx.Module):
       `[T, E]`, and the pages with the tokens' keys and values in them.
     """
     normed = rms_norm(x, self.attn_norm[...], self.model.norm_eps)
-    q = rotate(_to_heads(normed, self.q[...]), positions, self.model.rope_theta)
-    k = rotate(_to_heads(normed, self.k[...]), positions, self.model.rope_theta)
-    attended, pages = attend(q, k, _to_heads(normed, self.v[...]), pages)
+    q, k, v = self._project(normed)
+    attended, pages = attend(rotate(q, turn), rotate(k, turn), v, pages, self.model.window(self.layer))
     x = x + attended.reshape(x.shape[0], -1) @ self.o[...].reshape(-1, x.shape[1])
     normed = rms_norm(x, self.mlp_norm[...], self.model.norm_eps)
     hidden = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
     return x + hidden @ self.down[...], pages
+
+  def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[T, H, D]`, keys and values `[T, K, D]` of `[T, E]`."""
+    q, k, v = (_to_heads(x, weight[...]) for weight in (self.q, self.k, self.v))
+    if self.model.qkv_bias:
+      q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+    if self.model.qk_norm:
+      q = rms_norm(q, self.q_norm[...], self.model.norm_eps)
+      k = rms_norm(k, self.k_norm[...], self.model.norm_eps)
+    return q, k, v

@@ -49,13 +49,16 @@ def _run(model: ModelSpec, weights: Weights, caches, tokens: jax.Array, start: j
   transformer = bind(model, weights)
   positions = start + jnp.arange(tokens.shape[0])
 
-  def attend(q, k, v, cache):
+  def attend(q, k, v, cache, window):
     keys, values = (
       jax.lax.dynamic_update_slice_in_dim(old, new, start, 0) for old, new in zip(cache, (k, v), strict=True)
     )
     queries = q.reshape(q.shape[0], model.kv_heads, -1, model.head_dim)
     scores = jnp.einsum('tkrd,skd->tkrs', queries, keys) * model.head_dim**-0.5
-    visible = jnp.arange(keys.shape[0]) <= positions[:, None]
+    position = jnp.arange(keys.shape[0])
+    visible = position <= positions[:, None]
+    if window is not None:
+      visible &= position > positions[:, None] - window
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
     return jnp.einsum('tkrs,skd->tkrd', weights, values).reshape(q.shape), (keys, values)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pdjax.model.layers import Attend, Block, rms_norm, weight
+from pdjax.model.layers import Attend, Block, rms_norm, turn, weight
 from pdjax.types.model import ModelSpec
 
 Weights = dict[str, Any]
@@ -19,7 +19,7 @@ class Transformer(nnx.Module):
 
   def __init__(self, model: ModelSpec, dtype: jnp.dtype):
     self.embed = weight((model.vocab_size, model.embed_dim), ('vocab', 'embed'), dtype)
-    self.layers = nnx.List([Block(model, dtype) for _ in range(model.num_layers)])
+    self.layers = nnx.List([Block(model, layer, dtype) for layer in range(model.num_layers)])
     self.final_norm = weight((model.embed_dim,), ('embed',), dtype)
     if not model.tied_embeddings:
       self.unembed = weight((model.embed_dim, model.vocab_size), ('embed', 'vocab'), dtype)
@@ -30,9 +30,10 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Run packed tokens `[T]` through every block; `[T, E]`, and the pages of every layer."""
     x = self.embed[...][tokens]
+    turned = turn(positions, self.model)
     new_pages = []
     for block, layer in zip(self.layers, pages, strict=True):
-      x, layer = block(x, positions, layer, attend)
+      x, layer = block(x, turned, layer, attend)
       new_pages.append(layer)
     return x, tuple(new_pages)
 

@@ -11,10 +11,11 @@ from pdjax.types.cluster import (
   prefill_pool,
 )
 from pdjax.types.hardware import ChipSpec, LinkSpec
-from pdjax.types.model import ModelSpec
+from pdjax.types.model import ModelSpec, RopeScaling
 from pdjax.types.request import SLO, Completion, FinishReason, Request, SamplingParams
 
 __all__ = [
   'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request', 'Role',
-  'SamplingParams', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'parse_split', 'prefill_pool',
+  'RopeScaling', 'SamplingParams', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'parse_split',
+  'prefill_pool',
 ]  # fmt: skip

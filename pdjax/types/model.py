@@ -1,11 +1,48 @@
 """The shape of a language model, and what follows from it: parameters, bytes, FLOPs."""
 
 import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RopeScaling:
+  """How the rotary embedding is stretched to longer contexts than it was trained for.
+
+  Attributes:
+    kind: 'linear' divides every frequency by `factor` (Chen et al. 2023); 'llama3' divides those that turn less than
+      `low_freq_factor` times within `original_context_len`, keeps those that turn more than `high_freq_factor` times,
+      and blends between (Grattafiori et al. 2024).
+    factor: By how much.
+    low_freq_factor: Turns; for 'llama3'.
+    high_freq_factor: Turns; for 'llama3'.
+    original_context_len: Tokens; for 'llama3'.
+
+  Raises:
+    ValueError: if a number is not positive, or the two frequency factors are not ascending.
+  """
+
+  kind: Literal['linear', 'llama3']
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_context_len: int = 8192
+
+  def __post_init__(self):
+    if self.kind not in ('linear', 'llama3'):
+      raise ValueError(f"rope scaling is of kind {self.kind!r}, expected 'linear' or 'llama3'.")
+    for field in ('factor', 'low_freq_factor', 'high_freq_factor', 'original_context_len'):
+      if not getattr(self, field) > 0:
+        raise ValueError(f'rope scaling has {field}={getattr(self, field)}, expected a positive number.')
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise ValueError(
+        f'rope scaling has low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}; '
+        'the first must be the smaller.'
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
-  """A decoder-only transformer of the Llama family.
+  """A decoder-only transformer of the Llama family: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 differ in fields alone.
 
   Attributes:
     name: For reports.
@@ -21,6 +58,11 @@ class ModelSpec:
     norm_eps: Epsilon of the RMS norms.
     tied_embeddings: The output projection is the transposed input embedding.
     eos_token_ids: Tokens that end a sequence.
+    rope_scaling: How the rotary embedding is stretched, if it is.
+    sliding_window: Tokens that a token sees, itself among them (Mistral, Jiang et al. 2023); None is all before it.
+    windowed_layers: The layers with that window; None is every layer.
+    qkv_bias: Queries, keys and values have a bias (Qwen2).
+    qk_norm: Each head of the queries and keys passes an RMS norm before it is turned (Qwen3).
 
   Raises:
     ValueError: if a size is not positive or the key/value heads do not divide the query heads.
@@ -39,6 +81,11 @@ class ModelSpec:
   norm_eps: float = 1e-5
   tied_embeddings: bool = False
   eos_token_ids: tuple[int, ...] = ()
+  rope_scaling: RopeScaling | None = None
+  sliding_window: int | None = None
+  windowed_layers: tuple[int, ...] | None = None
+  qkv_bias: bool = False
+  qk_norm: bool = False
 
   def __post_init__(self):
     sizes = ('num_layers', 'embed_dim', 'query_heads', 'kv_heads', 'head_dim', 'ffn_dim', 'vocab_size', 'context_len')
@@ -50,12 +97,26 @@ class ModelSpec:
         f'model {self.name!r} has {self.query_heads} query heads and {self.kv_heads} key/value heads; '
         'the second must divide the first.'
       )
+    if self.sliding_window is not None and self.sliding_window < 1:
+      raise ValueError(f'model {self.name!r} has sliding_window={self.sliding_window}, expected at least 1 token.')
+    outside = [layer for layer in self.windowed_layers or () if not 0 <= layer < self.num_layers]
+    if outside:
+      raise ValueError(f'model {self.name!r} has windowed_layers {outside}, but {self.num_layers} layers.')
+
+  def window(self, layer: int) -> int | None:
+    """Tokens that a token sees in this layer, itself among them; None is all before it."""
+    return self.sliding_window if self.windowed_layers is None or layer in self.windowed_layers else None
 
   @property
   def layer_params(self) -> int:
-    """Parameters of one block, its two norms included."""
+    """Parameters of one block, its norms and biases included."""
     attention = self.embed_dim * self.head_dim * 2 * (self.query_heads + self.kv_heads)
-    return attention + 3 * self.embed_dim * self.ffn_dim + 2 * self.embed_dim
+    biases = self.head_dim * (self.query_heads + 2 * self.kv_heads) if self.qkv_bias else 0
+    return attention + biases + 3 * self.embed_dim * self.ffn_dim + self._norm_params
+
+  @property
+  def _norm_params(self) -> int:
+    return 2 * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
 
   @property
   def num_params(self) -> int:
@@ -74,10 +135,13 @@ class ModelSpec:
       ValueError: if `tp` does not fit the heads.
     """
     kv_shards, _ = mesh_shape(self, tp)
-    attention = 2 * self.embed_dim * self.head_dim * (self.query_heads // tp + self.kv_heads // kv_shards)
+    query_heads, kv_heads = self.query_heads // tp, self.kv_heads // kv_shards
+    attention = 2 * self.embed_dim * self.head_dim * (query_heads + kv_heads)
+    if self.qkv_bias:
+      attention += self.head_dim * (query_heads + 2 * kv_heads)
     ffn = 3 * self.embed_dim * self.ffn_dim // (tp if self.ffn_dim % tp == 0 else 1)
     vocab = self.embed_dim * self.vocab_size // (tp if self.vocab_size % tp == 0 else 1)
-    layers = self.num_layers * (attention + ffn + 2 * self.embed_dim)
+    layers = self.num_layers * (attention + ffn + self._norm_params)
     return (layers + vocab * (1 if self.tied_embeddings else 2) + self.embed_dim) * dtype_bytes
 
   def kv_bytes_per_token(self, dtype_bytes: int) -> int:
@@ -91,7 +155,28 @@ class ModelSpec:
   def attention_flops(self, new_tokens: int, cached_tokens: int) -> int:
     """FLOPs of causal attention for `new_tokens` tokens that follow `cached_tokens` in one sequence."""
     pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
-    return 4 * self.num_layers * self.query_heads * self.head_dim * pairs
+    windowed = self._num_windowed_layers
+    total = (self.num_layers - windowed) * pairs
+    if windowed and self.sliding_window is not None:
+      # Tokens at position `sliding_window` and up miss what lies before their window.
+      first = max(cached_tokens + 1 - self.sliding_window, 1)
+      last = cached_tokens + new_tokens - self.sliding_window
+      hidden = max(last - first + 1, 0) * (first + last) // 2
+      total += windowed * (pairs - hidden)
+    return 4 * self.query_heads * self.head_dim * total
+
+  def attended_tokens(self, context: int) -> float:
+    """Cached tokens that one token reads, the mean over the layers: fewer than `context` past a sliding window."""
+    if self.sliding_window is None or context <= self.sliding_window:
+      return context
+    share = self._num_windowed_layers / self.num_layers
+    return share * self.sliding_window + (1 - share) * context
+
+  @property
+  def _num_windowed_layers(self) -> int:
+    if self.sliding_window is None or self.windowed_layers is None:
+      return 0 if self.sliding_window is None else self.num_layers
+    return len(self.windowed_layers)
 
   def unembed_flops(self) -> int:
     """FLOPs of one row of logits."""

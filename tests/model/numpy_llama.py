@@ -1,4 +1,4 @@
-"""Llama in plain NumPy, written from the papers: no cache, no pages, no batch. What everything else must equal."""
+"""The Llama family in plain NumPy, from the papers: no cache, no pages, no batch. What everything else must equal."""
 
 import dataclasses
 
@@ -25,7 +25,11 @@ class NumpyLlama:
     for i in range(model.num_layers):
       normed = self._norm(x, weight(f'layers.{i}.attn_norm'))
       q, k, v = (np.tensordot(normed, weight(f'layers.{i}.{name}'), 1) for name in 'qkv')  # [T, heads, D]
-      attended = self._attend(self._rotate(q), self._rotate(k), v)
+      if model.qkv_bias:
+        q, k, v = (x + weight(f'layers.{i}.{name}_bias') for x, name in ((q, 'q'), (k, 'k'), (v, 'v')))
+      if model.qk_norm:
+        q, k = self._norm(q, weight(f'layers.{i}.q_norm')), self._norm(k, weight(f'layers.{i}.k_norm'))
+      attended = self._attend(self._rotate(q), self._rotate(k), v, model.window(i))
       x = x + np.tensordot(attended, weight(f'layers.{i}.o'), 2)
       normed = self._norm(x, weight(f'layers.{i}.mlp_norm'))
       gate = normed @ weight(f'layers.{i}.gate')
@@ -39,14 +43,33 @@ class NumpyLlama:
   def _rotate(self, x: np.ndarray) -> np.ndarray:
     """Features i and i + D/2 of a head are one complex number, turned by the position times its frequency."""
     half = x.shape[-1] // 2
-    angles = np.arange(len(x))[:, None] * self.model.rope_theta ** (-np.arange(half) / half)
+    frequencies = [self._stretched(self.model.rope_theta ** (-i / half)) for i in range(half)]
+    angles = np.arange(len(x))[:, None] * np.array(frequencies)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
     return np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32)
 
-  def _attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+  def _stretched(self, frequency: float) -> float:
+    """One frequency after the scaling of the rotary embedding, by its wavelength in tokens."""
+    scaling = self.model.rope_scaling
+    if scaling is None:
+      return frequency
+    wavelength = 2 * np.pi / frequency
+    longest_kept = scaling.original_context_len / scaling.high_freq_factor
+    shortest_slowed = scaling.original_context_len / scaling.low_freq_factor
+    if scaling.kind == 'linear' or wavelength > shortest_slowed:
+      return frequency / scaling.factor
+    if wavelength < longest_kept:
+      return frequency
+    blend = scaling.original_context_len / wavelength - scaling.low_freq_factor
+    blend /= scaling.high_freq_factor - scaling.low_freq_factor
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+  def _attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
     group = self.model.query_heads // self.model.kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
     scores = np.einsum('thd,shd->hts', q, k) / np.sqrt(np.float32(self.model.head_dim))
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    if window is not None:
+      scores[:, np.tril(np.ones(scores.shape[1:], bool), -window)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum('hts,shd->thd', weights / weights.sum(-1, keepdims=True), v)

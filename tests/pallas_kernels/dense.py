@@ -37,8 +37,9 @@ class Paged:
     return cls(keys, values, pages, tables)
 
 
-def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-  """One query token `[H, D]` over keys and values `[S, K, D]`: `[H, D]`."""
+def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, window: int = 10**9) -> np.ndarray:
+  """One query token `[H, D]` over the last `window` of keys and values `[S, K, D]`: `[H, D]`."""
+  keys, values = keys[-window:], values[-window:]
   group = query.shape[0] // keys.shape[1]
   out = np.zeros(query.shape, np.float64)
   for head in range(query.shape[0]):

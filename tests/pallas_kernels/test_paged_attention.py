@@ -52,6 +52,22 @@ def test_xla_matches_reference(page_size, query_heads, kv_heads):
   assert not actual[0].any()
 
 
+@pytest.mark.parametrize('window', [1, 5, 128, 200, 1000])
+def test_a_sliding_window_hides_what_lies_before_it(window):
+  q, paged, lengths = inputs(*CASES[1])
+  reference = run('reference', q, paged, lengths, sliding_window=window)
+  np.testing.assert_allclose(run('xla', q, paged, lengths, sliding_window=window), reference, rtol=1e-5, atol=1e-5)
+  for row in range(1, len(lengths)):
+    expected = attend(q[row], paged.keys[row], paged.values[row], HEAD_DIM**-0.5, window)
+    np.testing.assert_allclose(reference[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_that_hides_all_is_refused():
+  q, paged, lengths = inputs(*CASES[1])
+  with pytest.raises(ValueError, match='sliding_window is 0'):
+    run(None, q, paged, lengths, sliding_window=0)
+
+
 def test_the_fastest_here_is_xla():
   q, paged, lengths = inputs(*CASES[1])
   np.testing.assert_array_equal(run(None, q, paged, lengths), run('xla', q, paged, lengths))

@@ -45,9 +45,9 @@ def inputs(page_size: int, query_heads: int, kv_heads: int) -> tuple[np.ndarray,
 
 
 @functools.lru_cache
-def run(implementation: str, *case: int) -> np.ndarray:
+def run(implementation: str, *case: int, window: int | None = None) -> np.ndarray:
   q, paged, offsets, lengths = inputs(*case)
-  call = jax.jit(functools.partial(prefill_attention, implementation=implementation))
+  call = jax.jit(functools.partial(prefill_attention, implementation=implementation, sliding_window=window))
   with jax.default_matmul_precision('highest'):
     return np.asarray(call(q, paged.pages, paged.tables, offsets, lengths))
 
@@ -70,6 +70,19 @@ def test_xla_matches_reference(case):
   actual = run('xla', *case)
   np.testing.assert_allclose(actual, run('reference', *case), rtol=1e-5, atol=1e-5)
   assert not actual[-PADDING:].any()
+
+
+@pytest.mark.parametrize('window', [1, 6, 150])
+def test_a_sliding_window_hides_what_lies_before_it(window):
+  case = CASES[1]
+  q, paged, offsets, _ = inputs(*case)
+  actual = run('reference', *case, window=window)
+  for chunk, (cached, new) in enumerate(chunks_for(case[0])):
+    for index in {0, new // 2, new - 1} & set(range(new)):
+      row, seen = offsets[chunk] + index, cached + index + 1
+      expected = attend(q[row], paged.keys[chunk][:seen], paged.values[chunk][:seen], HEAD_DIM**-0.5, window)
+      np.testing.assert_allclose(actual[row], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(run('xla', *case, window=window), actual, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_in_two_chunks_is_the_prompt_in_one():

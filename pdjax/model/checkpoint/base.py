@@ -51,9 +51,10 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   Returns:
     `embed` [V, E]; for each layer i, `layers.{i}.attn_norm` [E], `.q` [E, H, D], `.k` and `.v` [E, K, D],
     `.o` [H, D, E], `.mlp_norm` [E], `.gate` and `.up` [E, F], `.down` [F, E]; `final_norm` [E]; and `unembed` [E, V]
-    unless the embeddings are tied.
+    unless the embeddings are tied. With `qkv_bias` also `.q_bias` [H, D], `.k_bias` and `.v_bias` [K, D], and with
+    `qk_norm` `.q_norm` and `.k_norm` [D].
   """
-  layer = {
+  layer: dict[str, tuple[int, ...]] = {
     'attn_norm': (spec.embed_dim,),
     'q': (spec.embed_dim, spec.query_heads, spec.head_dim),
     'k': (spec.embed_dim, spec.kv_heads, spec.head_dim),
@@ -64,6 +65,11 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     'up': (spec.embed_dim, spec.ffn_dim),
     'down': (spec.ffn_dim, spec.embed_dim),
   }
+  if spec.qkv_bias:
+    layer |= {'q_bias': (spec.query_heads, spec.head_dim)}
+    layer |= dict.fromkeys(('k_bias', 'v_bias'), (spec.kv_heads, spec.head_dim))
+  if spec.qk_norm:
+    layer |= dict.fromkeys(('q_norm', 'k_norm'), (spec.head_dim,))
   shapes: dict[str, tuple[int, ...]] = {'embed': (spec.vocab_size, spec.embed_dim)}
   for i in range(spec.num_layers):
     shapes |= {f'layers.{i}.{name}': shape for name, shape in layer.items()}
@@ -79,6 +85,8 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   for name, shape in tensor_shapes(spec).items():
     if name == 'embed' or len(shape) == 1:
       stored[name] = shape
+    elif name.endswith('bias'):
+      stored[name] = (math.prod(shape),)
     else:
       num_inputs = 2 if name.endswith('.o') else 1  # axes: the output projection reads heads and their features
       stored[name] = (math.prod(shape[num_inputs:]), math.prod(shape[:num_inputs]))
@@ -87,6 +95,8 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def from_stored(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Bring a weight kept as [outputs, inputs] into our shape."""
-  if name == 'embed' or stored.ndim == 1:
+  if name == 'embed':
     return stored
+  if stored.ndim == 1:
+    return stored.reshape(shape)
   return stored.T.reshape(shape)

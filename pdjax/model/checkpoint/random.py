@@ -28,6 +28,8 @@ class RandomCheckpoint:
     if name.endswith('norm'):
       return np.ones(shape, np.float32)
     rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+    if name.endswith('bias'):
+      return rng.standard_normal(shape, np.float32) * np.float32(0.1)
     fan_in = {'embed': 1, 'o': shape[0] * (shape[1] if len(shape) > 1 else 1)}.get(name.split('.')[-1], shape[0])
     return (rng.standard_normal(shape, np.float32) / np.sqrt(fan_in)).astype(np.float32)
 

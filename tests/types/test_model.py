@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pdjax.types import ModelSpec
+from pdjax.types import ModelSpec, RopeScaling
 from pdjax.types.model import mesh_shape
 from tests.serving.driver import TINY
 
@@ -38,6 +38,57 @@ def test_attention_of_a_prompt_costs_the_same_in_one_chunk_or_in_several():
   assert whole == 4 * 2 * 6 * 8 * 55  # each token sees itself and those before: 55 pairs
   assert sum(TINY.attention_flops(1, cached) for cached in range(10)) == whole
   assert TINY.attention_flops(4, 0) + TINY.attention_flops(6, 4) == whole
+
+
+@pytest.mark.parametrize('new, cached', [(1, 0), (3, 0), (9, 0), (1, 3), (2, 3), (4, 2), (5, 20)])
+def test_attention_within_a_sliding_window_costs_no_more_than_it_sees(new, cached):
+  windowed = dataclasses.replace(TINY, sliding_window=4)
+  half = dataclasses.replace(TINY, sliding_window=4, windowed_layers=(1,))
+  pairs = sum(min(position + 1, 4) for position in range(cached, cached + new))
+  assert windowed.attention_flops(new, cached) == 4 * 2 * 6 * 8 * pairs
+  assert (
+    half.attention_flops(new, cached) == (windowed.attention_flops(new, cached) + TINY.attention_flops(new, cached)) / 2
+  )
+
+
+def test_a_token_reads_no_further_back_than_the_window():
+  half = dataclasses.replace(TINY, sliding_window=4, windowed_layers=(1,))
+  assert [half.attended_tokens(context) for context in (3, 4, 10)] == [3, 4, 7]
+  assert TINY.attended_tokens(10) == 10
+  assert [half.window(layer) for layer in range(2)] == [None, 4]
+
+
+def test_biases_and_head_norms_count():
+  model = dataclasses.replace(TINY, qkv_bias=True, qk_norm=True)
+  more = 2 * (8 * (6 + 2 * 2) + 2 * 8)
+  assert model.num_params == TINY.num_params + more
+  assert model.weight_bytes_per_device(4, tp=1) == model.weight_bytes(4)
+  assert model.weight_bytes_per_device(4, tp=2) - TINY.weight_bytes_per_device(4, tp=2) == 4 * 2 * (8 * 5 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'sliding_window': 0}, 'sliding_window=0, expected at least 1 token'),
+    ({'sliding_window': 4, 'windowed_layers': (0, 2)}, r'windowed_layers \[2\], but 2 layers'),
+  ],
+)
+def test_a_model_refuses_windows_that_make_no_sense(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'kind': 'yarn', 'factor': 2.0}, "kind 'yarn', expected 'linear' or 'llama3'"),
+    ({'kind': 'linear', 'factor': 0.0}, 'factor=0.0, expected a positive number'),
+    ({'kind': 'llama3', 'factor': 8.0, 'low_freq_factor': 4.0}, 'the first must be the smaller'),
+  ],
+)
+def test_rope_scaling_refuses_what_it_cannot_do(fields, message):
+  with pytest.raises(ValueError, match=message):
+    RopeScaling(**fields)
 
 
 def test_logits_cost_a_row_of_the_output_projection():

@@ -64,7 +64,7 @@ def attend(
     jnp.zeros((kv_heads, rows, 1), jnp.float32),
     jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
   )
-  first = 0
+  first: int | jax.Array = 0
   if sliding_window is not None:
     first = jnp.maximum(last_visible.min() - sliding_window + 1, 0) // block_tokens
   _, total, out = jax.lax.fori_loop(first, -(-length // block_tokens), block, start)

@@ -12,6 +12,7 @@ from pdjax.model.checkpoint import Checkpoint, tensor_shapes
 KINDS = {
   'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
   'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj', 'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
+  'q_norm': 'self_attn.q_norm', 'k_norm': 'self_attn.k_norm',
   'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
   'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
 }  # fmt: skip
@@ -22,14 +23,18 @@ def hf_tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   tensors = {}
   for name, weight in weights.items():
     head, kind = name.rpartition('.')[::2]
-    if kind in ('q', 'k', 'v'):
+    part = 'bias' if kind.endswith('_bias') else 'weight'
+    kind = kind.removesuffix('_bias')
+    if part == 'bias':
+      weight = weight.reshape(-1)
+    elif kind in ('q', 'k', 'v'):
       weight = np.concatenate([weight[:, i].T for i in range(weight.shape[1])])
     elif kind == 'o':
       weight = np.concatenate(list(weight)).T
     elif kind != 'embed' and weight.ndim == 2:
       weight = weight.T
     prefix = f'model.{head}.' if head else ''
-    tensors[f'{prefix}{KINDS[kind]}.weight'] = np.ascontiguousarray(weight)
+    tensors[f'{prefix}{KINDS[kind]}.{part}'] = np.ascontiguousarray(weight)
   return tensors
 
 

@@ -53,9 +53,9 @@ class Roofline:
       flops = tokens * model.token_flops() + (len(chunks) + len(contexts)) * model.unembed_flops()
       flops += sum(model.attention_flops(new, cached) for cached, new in chunks)
       flops += sum(model.attention_flops(1, context + step) for context in contexts)
-      cached = sum(cached + new for cached, new in chunks)
-      cached += sum(model.attended_tokens(context + step) for context in contexts)
-      read = weights + kv_bytes * cached
+      cached_tokens = sum(cached + new for cached, new in chunks)
+      attended = sum(model.attended_tokens(context + step) for context in contexts)
+      read = weights + kv_bytes * (cached_tokens + attended)
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 

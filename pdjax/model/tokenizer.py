@@ -83,9 +83,9 @@ class Tokenizer:
         documents=None,
         **self.special_tokens,
       )
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program of someone else: it may raise anything
       raise ValueError(
-        f'the chat template of {self.source} refuses these messages ({error}); '
+        f'the chat template of {self.source} refuses these messages ({type(error).__name__}: {error}); '
         'check their roles, order and contents against what the model expects.'
       ) from error
     return self.backend.encode(text, add_special_tokens=False).ids  # the template writes its own beginning token
@@ -123,6 +123,15 @@ class Tokenizer:
       source=source,
     )
 
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Write the files that `from_folder` reads."""
+    folder = pathlib.Path(folder)
+    self.backend.save(str(folder / 'tokenizer.json'))
+    config = json.dumps(dict(self.special_tokens), ensure_ascii=False, indent=2)
+    (folder / 'tokenizer_config.json').write_text(config, encoding='utf-8')
+    if self.chat_template is not None:
+      (folder / 'chat_template.jinja').write_text(self.chat_template, encoding='utf-8')
+
   @classmethod
   def from_folder(cls, folder: str | os.PathLike[str], eos_token_ids: Sequence[int] = ()) -> 'Tokenizer':
     """Read tokenizer.json, and tokenizer_config.json and chat_template.jinja where they exist.
@@ -149,7 +158,18 @@ class Tokenizer:
     special_tokens = {}
     for name, value in config.items():
       if name.endswith('_token') and value is not None and not isinstance(value, bool):
-        special_tokens[name] = value['content'] if isinstance(value, dict) else str(value)
+        special_tokens[name] = str(value.get('content')) if isinstance(value, dict) else str(value)
+    for name in ('bos_token', 'eos_token'):  # chat templates write these
+      if name in special_tokens and backend.token_to_id(special_tokens[name]) is None:
+        raise ValueError(
+          f'{path} lacks token {special_tokens[name]!r}, expected it because tokenizer_config.json names it as {name}; '
+          'the two do not belong together: download both again.'
+        )
+    if unknown := [token for token in eos_token_ids if backend.id_to_token(token) is None]:
+      raise ValueError(
+        f'{path} lacks a token of id {unknown[0]}, expected it because the configuration of the model names it as the '
+        'end of a sequence; the two do not belong together: download both again.'
+      )
     eos_id = backend.token_to_id(special_tokens.get('eos_token', ''))
     if not eos_token_ids and eos_id is not None:
       eos_token_ids = (eos_id,)
@@ -205,13 +225,25 @@ _LLAMA3_WORDS = (
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r'\p{N}{1,3}', r'\p{N}')
+_TEKKEN_WORDS = (
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
+  r'|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
+  r'|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
+_BYTE_TOKENS = tuple(f'<0x{byte:02X}>' for byte in range(256))
+
 # how tokenizer.ggml.pre cuts text into words, before words become bytes
 _WORDS: dict[str, tuple[str, ...]] = {
   'gpt-2': (_GPT2_WORDS,),
   'smollm': (r'\p{N}', _GPT2_WORDS),
   'llama-bpe': (_LLAMA3_WORDS,),
+  'qwen2': (_QWEN2_WORDS,),
+  'tekken': (_TEKKEN_WORDS,),
   'default': (r'[\p{P}$+<=>^~|]+', _GPT2_WORDS, r'\p{N}+', '[0-9][0-9][0-9]'),
 }
+_WHOLE_WORDS = ('llama-bpe', 'tekken')  # a word that is a token needs no merges, and raw text begins with a token
 _ALIASES = {'llama3': 'llama-bpe', 'llama-v3': 'llama-bpe'}
 
 
@@ -254,14 +286,15 @@ def _byte_level_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
       'words gives other tokens, so use the model as safetensors with its tokenizer.json.'
     )
   merges = [tuple(merge.split(' ')) for merge in described.array('merges')]
-  is_llama3 = pre == 'llama-bpe'
-  backend = _bpe(described, merges, ignore_merges=is_llama3)
+  backend = _bpe(described, merges, ignore_merges=pre in _WHOLE_WORDS)
+  if pre == 'qwen2':
+    backend.normalizer = normalizers.NFC()
   words = [pre_tokenizers.Split(Regex(pattern), behavior='isolated') for pattern in _WORDS[pre]]
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
   )
   backend.decoder = decoders.ByteLevel()
-  _add_ends(backend, described, begins=is_llama3)
+  _add_ends(backend, described, begins=pre in _WHOLE_WORDS)
   return backend
 
 
@@ -281,7 +314,14 @@ def _sentencepiece_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
       if left in ids and right in ids:
         ranked.append((-scores[i], ids[left], ids[right]))
   merges = [(tokens[left], tokens[right]) for _, left, right in sorted(ranked)]
-  backend = _bpe(described, merges, unk_token=described.token('unknown_token_id'), fuse_unk=True, byte_fallback=True)
+  lost = next((token for token in _BYTE_TOKENS if token not in ids), None)
+  unknown = described.token('unknown_token_id')
+  if lost is not None and unknown is None:
+    raise ValueError(
+      f'{described.source} lacks token {lost!r} and names no unknown token, expected one of them for characters that '
+      'have no token of their own; convert the model again.'
+    )
+  backend = _bpe(described, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
   spaces: list[normalizers.Normalizer] = [normalizers.Replace(' ', '▁')]
   strip = []
   if described.get('add_space_prefix', True):

@@ -196,6 +196,7 @@ class ModelSpec:
     return cls(
       name='Llama-3.1-8B', num_layers=32, embed_dim=4096, query_heads=32, kv_heads=8, head_dim=128,
       ffn_dim=14_336, vocab_size=128_256, context_len=131_072, rope_theta=500_000.0, eos_token_ids=(128_009,),
+      rope_scaling=RopeScaling('llama3', 8.0),
     )  # fmt: skip
 
   @classmethod
@@ -204,6 +205,42 @@ class ModelSpec:
     return cls(
       name='Llama-3.1-70B', num_layers=80, embed_dim=8192, query_heads=64, kv_heads=8, head_dim=128,
       ffn_dim=28_672, vocab_size=128_256, context_len=131_072, rope_theta=500_000.0, eos_token_ids=(128_009,),
+      rope_scaling=RopeScaling('llama3', 8.0),
+    )  # fmt: skip
+
+  @classmethod
+  def mistral_7b(cls) -> 'ModelSpec':
+    """Mistral 7B v0.1 (Jiang et al. 2023), for simulation."""
+    return cls(
+      name='Mistral-7B-v0.1', num_layers=32, embed_dim=4096, query_heads=32, kv_heads=8, head_dim=128,
+      ffn_dim=14_336, vocab_size=32_000, context_len=32_768, eos_token_ids=(2,), sliding_window=4096,
+    )  # fmt: skip
+
+  @classmethod
+  def qwen2_5_7b(cls) -> 'ModelSpec':
+    """Qwen2.5-7B-Instruct (Yang et al. 2024), for simulation."""
+    return cls(
+      name='Qwen2.5-7B-Instruct', num_layers=28, embed_dim=3584, query_heads=28, kv_heads=4, head_dim=128,
+      ffn_dim=18_944, vocab_size=152_064, context_len=32_768, rope_theta=1_000_000.0, norm_eps=1e-6,
+      eos_token_ids=(151_645, 151_643), qkv_bias=True,
+    )  # fmt: skip
+
+  @classmethod
+  def qwen3_8b(cls) -> 'ModelSpec':
+    """Qwen3-8B (Yang et al. 2025), for simulation."""
+    return cls(
+      name='Qwen3-8B', num_layers=36, embed_dim=4096, query_heads=32, kv_heads=8, head_dim=128,
+      ffn_dim=12_288, vocab_size=151_936, context_len=40_960, rope_theta=1_000_000.0, norm_eps=1e-6,
+      eos_token_ids=(151_645, 151_643), qk_norm=True,
+    )  # fmt: skip
+
+  @classmethod
+  def qwen3_32b(cls) -> 'ModelSpec':
+    """Qwen3-32B (Yang et al. 2025), for simulation."""
+    return cls(
+      name='Qwen3-32B', num_layers=64, embed_dim=5120, query_heads=64, kv_heads=8, head_dim=128,
+      ffn_dim=25_600, vocab_size=151_936, context_len=40_960, rope_theta=1_000_000.0, norm_eps=1e-6,
+      eos_token_ids=(151_645, 151_643), qk_norm=True,
     )  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """What every checkpoint offers, whatever its file format: a spec, tensors under our names and shapes, a tokenizer."""
 
 import math
-from typing import Protocol
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
+
+if TYPE_CHECKING:
+  import jax
 
 
 class Checkpoint(Protocol):
@@ -43,6 +48,40 @@ class Checkpoint(Protocol):
   def tokenizer(self) -> Tokenizer | None:
     """The checkpoint's tokenizer, or None if it carries none."""
     ...
+
+
+@runtime_checkable
+class ShardedCheckpoint(Checkpoint, Protocol):
+  """A checkpoint that gives every device its part of a tensor, so that no whole tensor need lie on the host."""
+
+  def restore(
+    self, shardings: 'Mapping[str, jax.sharding.Sharding]', dtype: 'jax.typing.DTypeLike'
+  ) -> 'dict[str, jax.Array]':
+    """Read weights straight into shardings.
+
+    Args:
+      shardings: Where each lies, by keys of `tensor_shapes(spec)`.
+      dtype: What they are converted to.
+
+    Raises:
+      ValueError: if one is missing, damaged or of another shape.
+    """
+    ...
+
+
+def checked_spec(source: pathlib.Path, **fields: Any) -> ModelSpec:
+  """The model with these fields of `ModelSpec`.
+
+  Raises:
+    ValueError: if there is no such model; the message names the file that describes it.
+  """
+  try:
+    return ModelSpec(**fields)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f'{source} describes a model that cannot be ({error}), expected one whose numbers fit together; '
+      'download or convert it again.'
+    ) from error
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

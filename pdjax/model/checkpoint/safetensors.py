@@ -1,6 +1,5 @@
 """Reads Hugging Face checkpoint folders: config.json beside one or more safetensors files."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import numpy as np
 import safetensors
 
 from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes
+from pdjax.model.checkpoint.hf_config import declared_dtype, read_json, spec_from_config
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
 
@@ -23,26 +23,32 @@ _STORED_DTYPES = {'BF16': 'bfloat16', 'F16': 'float16', 'F32': 'float32'}
 
 _TOP_NAMES = {'embed': 'model.embed_tokens.weight', 'final_norm': 'model.norm.weight', 'unembed': 'lm_head.weight'}
 _LAYER_NAMES = {
-  'attn_norm': 'input_layernorm',
-  'q': 'self_attn.q_proj',
-  'k': 'self_attn.k_proj',
-  'v': 'self_attn.v_proj',
-  'o': 'self_attn.o_proj',
-  'mlp_norm': 'post_attention_layernorm',
-  'gate': 'mlp.gate_proj',
-  'up': 'mlp.up_proj',
-  'down': 'mlp.down_proj',
+  'attn_norm': 'input_layernorm.weight',
+  'q': 'self_attn.q_proj.weight',
+  'k': 'self_attn.k_proj.weight',
+  'v': 'self_attn.v_proj.weight',
+  'q_bias': 'self_attn.q_proj.bias',
+  'k_bias': 'self_attn.k_proj.bias',
+  'v_bias': 'self_attn.v_proj.bias',
+  'q_norm': 'self_attn.q_norm.weight',
+  'k_norm': 'self_attn.k_norm.weight',
+  'o': 'self_attn.o_proj.weight',
+  'mlp_norm': 'post_attention_layernorm.weight',
+  'gate': 'mlp.gate_proj.weight',
+  'up': 'mlp.up_proj.weight',
+  'down': 'mlp.down_proj.weight',
 }
 
 
 class SafetensorsCheckpoint:
-  """A model of the Llama family in a folder as Hugging Face lays it out.
+  """A Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model in a folder as Hugging Face lays it out.
 
   The weights are `model.safetensors`, or the files that `model.safetensors.index.json` lists. Opening reads the
   configuration and the headers of the files; `tensor` maps what it is asked for.
 
   Args:
     folder: The folder.
+    name: What to call the model; None is the folder's name.
 
   Raises:
     FileNotFoundError: if the folder, its config.json or one of its weight files is missing.
@@ -51,7 +57,7 @@ class SafetensorsCheckpoint:
 
   spec: ModelSpec
 
-  def __init__(self, folder: str | os.PathLike[str]):
+  def __init__(self, folder: str | os.PathLike[str], name: str | None = None):
     self.folder = pathlib.Path(folder)
     if not self.folder.is_dir():
       raise FileNotFoundError(
@@ -59,14 +65,14 @@ class SafetensorsCheckpoint:
         'check the path or download the model.'
       )
     config_path = self.folder / 'config.json'
-    config = _read_json(config_path)
-    _refuse_unsupported(config_path, config)
-    self.spec = _spec(config_path, config, _eos_token_ids(self.folder, config))
+    config = read_json(config_path)
+    name = self.folder.resolve().name if name is None else name
+    self.spec = spec_from_config(config, config_path, name, _eos_token_ids(self.folder, config))
     self._shapes = tensor_shapes(self.spec)
     self._files = _open_shards(self.folder)  # tensor name -> open file
     self._check_tensors()
     self._dtype = _DTYPES[self._stored_dtype('embed')]
-    if (declared := config.get('dtype', config.get('torch_dtype'))) in _DTYPES:
+    if (declared := declared_dtype(config)) in _DTYPES:
       self._dtype = _DTYPES[declared]
     self._tokenizer: Tokenizer | None = None
 
@@ -119,8 +125,8 @@ class SafetensorsCheckpoint:
     known = {*expected, _TOP_NAMES['unembed']}
     if unknown := [name for name in self._files if name not in known and not name.endswith('rotary_emb.inv_freq')]:
       raise ValueError(
-        f'{self.folder} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights of a plain '
-        'Llama model; leaving it out would give wrong tokens. Use a model without biases, adapters or extra layers.'
+        f'{self.folder} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights that its '
+        'config.json calls for; leaving it out would give wrong tokens. Use a model without adapters or extra layers.'
       )
     for stored_name, name in expected.items():
       self._stored_dtype(name)
@@ -143,7 +149,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Any]:
       f'{folder} has neither {whole.name} nor {index_path.name}, expected one of them; '
       'save the model as safetensors or download its weights.'
     )
-  weight_map = _read_json(index_path).get('weight_map')
+  weight_map = read_json(index_path).get('weight_map')
   if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
     raise ValueError(f'{index_path} has no weight_map from tensor to file name, expected one; download it again.')
   shards = {}
@@ -173,22 +179,10 @@ def _open(path: pathlib.Path) -> Any:
     ) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise FileNotFoundError(f'{path.parent} has no {path.name}, expected one; download it or check the path.')
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not valid JSON ({error}); download it again.') from error
-  if not isinstance(content, dict):
-    raise ValueError(f'{path} holds a {type(content).__name__}, expected a JSON object; download it again.')
-  return content
-
-
 def _eos_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
   """End-of-sequence ids; generation_config.json, if it has any, knows better than config.json."""
   generation_path = folder / 'generation_config.json'
-  generation = _read_json(generation_path) if generation_path.is_file() else {}
+  generation = read_json(generation_path) if generation_path.is_file() else {}
   ids = generation.get('eos_token_id')
   if ids is None:
     ids = config.get('eos_token_id')
@@ -200,66 +194,8 @@ def _eos_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int
   return tuple(dict.fromkeys(ids))
 
 
-def _refuse_unsupported(path: pathlib.Path, config: Mapping[str, Any]):
-  if (model_type := config.get('model_type')) != 'llama':
-    raise ValueError(
-      f"{path} has model_type {model_type!r}, expected 'llama'; pdjax reads no other type from safetensors yet, "
-      'so use a model of the Llama family.'
-    )
-  rope = _rope(config)
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind != 'default':
-    raise ValueError(
-      f'{path} scales its rotary embedding ({kind!r}), which pdjax does not support yet and which would give wrong '
-      'tokens; use a model without rope scaling.'
-    )
-  allowed: dict[str, tuple[Any, ...]] = {
-    'attention_bias': (False,),
-    'mlp_bias': (False,),
-    'hidden_act': ('silu', 'swish'),
-    'partial_rotary_factor': (1, 1.0),
-    'quantization_config': (),
-  }
-  for key, values in allowed.items():
-    value = config.get(key, rope.get(key))
-    if value is not None and value not in values:
-      expected = ' or '.join(repr(v) for v in values) or 'none'
-      raise ValueError(f'{path} has {key}={value!r}, expected {expected}; pdjax does not compute such a model yet.')
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The rotary settings, from the newer `rope_parameters` or the older `rope_scaling`."""
-  return {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
-
-
-def _spec(path: pathlib.Path, config: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -> ModelSpec:
-  def size(key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(f'{path} has {key}={value!r}, expected a positive integer; download it again or correct it.')
-    return value
-
-  embed_dim, query_heads = size('hidden_size'), size('num_attention_heads')
-  return ModelSpec(
-    name=path.parent.resolve().name,
-    num_layers=size('num_hidden_layers'),
-    embed_dim=embed_dim,
-    query_heads=query_heads,
-    kv_heads=size('num_key_value_heads', query_heads),
-    head_dim=size('head_dim', embed_dim // query_heads),
-    ffn_dim=size('intermediate_size'),
-    vocab_size=size('vocab_size'),
-    context_len=size('max_position_embeddings', 2048),
-    rope_theta=float(_rope(config).get('rope_theta', config.get('rope_theta', 10_000.0))),
-    norm_eps=float(config.get('rms_norm_eps', 1e-6)),
-    tied_embeddings=bool(config.get('tie_word_embeddings', False)),
-    eos_token_ids=eos_token_ids,
-  )
-
-
 def _stored_name(name: str) -> str:
   if name in _TOP_NAMES:
     return _TOP_NAMES[name]
   _, layer, kind = name.split('.')
-  return f'model.layers.{layer}.{_LAYER_NAMES[kind]}.weight'
+  return f'model.layers.{layer}.{_LAYER_NAMES[kind]}'

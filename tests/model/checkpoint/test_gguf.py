@@ -1,5 +1,6 @@
 """GGUF files give the weights that were written into them, in our names, shapes and row order."""
 
+import dataclasses
 import importlib.util
 
 import gguf
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from pdjax.model.checkpoint import GGUFCheckpoint, open_checkpoint, tensor_shapes
-from pdjax.types import ModelSpec
+from pdjax.model.checkpoint.rope_factors import scaling_from_factors
+from pdjax.types import ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
   name='tiny', num_layers=2, embed_dim=32, query_heads=4, kv_heads=2, head_dim=8, ffn_dim=64, vocab_size=40,
@@ -16,7 +18,7 @@ SPEC = ModelSpec(
 
 GGUF_KINDS = {
   'attn_norm': 'attn_norm', 'q': 'attn_q', 'k': 'attn_k', 'v': 'attn_v', 'o': 'attn_output', 'mlp_norm': 'ffn_norm',
-  'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down',
+  'gate': 'ffn_gate', 'up': 'ffn_up', 'down': 'ffn_down', 'q_norm': 'attn_q_norm', 'k_norm': 'attn_k_norm',
   'embed': 'token_embd', 'final_norm': 'output_norm', 'unembed': 'output',
 }  # fmt: skip
 
@@ -37,19 +39,31 @@ def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
   return out
 
 
-def stored(name: str, weight: np.ndarray) -> np.ndarray:
+def stored(name: str, weight: np.ndarray, arch: str = 'llama') -> np.ndarray:
   """A weight as llama.cpp's converter stores it: [outputs, inputs]."""
   kind = name.rsplit('.', 1)[-1]
+  if kind.endswith('_bias'):
+    rows = np.concatenate(list(weight))
+    return rows if kind == 'v_bias' or arch != 'llama' else neighbours(rows, weight.shape[0])
   if kind in ('q', 'k', 'v'):
     rows = np.concatenate([weight[:, head].T for head in range(weight.shape[1])])
-    return rows if kind == 'v' else neighbours(rows, weight.shape[1])
+    return rows if kind == 'v' or arch != 'llama' else neighbours(rows, weight.shape[1])
   if kind == 'o':
     return np.concatenate(list(weight)).T
   return weight if kind == 'embed' or weight.ndim == 1 else weight.T
 
 
-def write(path, spec=SPEC, quantization=None, metadata=None, extra=None, without=(), arch='llama'):
-  """Write a tiny checkpoint; returns its weights. `metadata` replaces (or, with None, removes) keys."""
+def name_in_file(name: str) -> str:
+  head, kind = name.rpartition('.')[::2]
+  prefix = f'{head.replace("layers", "blk")}.' if head else ''
+  return f'{prefix}{GGUF_KINDS[kind.removesuffix("_bias")]}.{"bias" if kind.endswith("_bias") else "weight"}'
+
+
+def write(path, spec=SPEC, quantization=None, metadata=None, extra=None, raw=None, without=(), arch='llama'):
+  """Write a tiny checkpoint; returns its weights. `metadata` replaces (or, with None, removes) keys.
+
+  `extra` adds tensors, `raw` adds tensors that are quantised already, with their types.
+  """
   weights = random_weights(spec)
   keys = {
     f'{arch}.block_count': spec.num_layers,
@@ -70,18 +84,22 @@ def write(path, spec=SPEC, quantization=None, metadata=None, extra=None, without
   for key, value in keys.items():
     if value is None:
       continue
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {
+      bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+      list: writer.add_array,
+    }  # fmt: skip
     add[type(value)](key, value)
   for name, weight in weights.items():
     if name in without:
       continue
-    head, kind = name.rpartition('.')[::2]
-    gguf_name = f'{head.replace("layers", "blk")}.{GGUF_KINDS[kind]}.weight' if head else f'{GGUF_KINDS[kind]}.weight'
-    array = np.ascontiguousarray(stored(name, weight))
+    array = np.ascontiguousarray(stored(name, weight, arch))
+    gguf_name = name_in_file(name)
     if quantization is None or array.ndim == 1:
       writer.add_tensor(gguf_name, array)
     else:
       writer.add_tensor(gguf_name, gguf.quants.quantize(array, quantization), raw_dtype=quantization)
+  for name, (array, raw_dtype) in (raw or {}).items():
+    writer.add_tensor(name, array, raw_dtype=raw_dtype)
   for name, array in (extra or {}).items():
     writer.add_tensor(name, array)
   writer.write_header_to_file()
@@ -105,22 +123,108 @@ def test_weights_come_back_with_the_row_permutation_undone(tmp_path):
     np.testing.assert_array_equal(found, weight, err_msg=name)
 
 
+LINEAR = RopeScaling('linear', 4.0)
+WIDE = dataclasses.replace(SPEC, embed_dim=256, head_dim=64)  # K types come in blocks of 256
+TYPES = ('F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K')
+# Bytes of a block that hold float16 scales; the gguf package cannot quantise to K types, so their blocks are made here.
+SCALES = {'Q4_K': (0, 4), 'Q5_K': (0, 4), 'Q6_K': (208, 210)}
+
+
+def random_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> np.ndarray:
+  """Rows of random blocks of a K type, with finite scales."""
+  rng = np.random.default_rng(1)
+  block_size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+  blocks = rng.integers(0, 256, (shape[0], shape[1] // block_size, num_bytes), np.uint8)
+  start, end = SCALES[kind.name]
+  scales = rng.uniform(0.01, 0.1, (*blocks.shape[:2], (end - start) // 2)).astype(np.float16)
+  blocks[..., start:end] = scales.view(np.uint8)
+  return blocks.reshape(shape[0], -1)
+
+
+@pytest.mark.parametrize('name', ['layers.1.q', 'layers.0.up', 'unembed'])
+@pytest.mark.parametrize('kind', TYPES)
+def test_each_type_expands_as_the_gguf_package_does(tmp_path, kind, name):
+  kind = gguf.GGMLQuantizationType[kind]
+  shape = tensor_shapes(WIDE)[name]
+  rows = (int(np.prod(shape[1:])), WIDE.embed_dim)
+  if kind.name in SCALES:
+    blocks = random_blocks(kind, rows)
+  else:
+    blocks = gguf.quants.quantize(stored(name, random_weights(WIDE)[name]), kind)
+  write(tmp_path / 'tiny.gguf', WIDE, without=(name,), raw={name_in_file(name): (blocks, kind)})
+  found = GGUFCheckpoint(tmp_path / 'tiny.gguf').tensor(name)
+  expected = gguf.quants.dequantize(blocks, kind).astype(np.float32)
+  assert found.dtype == np.float32 and found.shape == shape
+  np.testing.assert_array_equal(stored(name, found), expected)
+  assert expected.std() > 0.01
+
+
 @pytest.mark.parametrize(
-  ('quantization', 'tolerance'),
+  ('arch', 'changes', 'metadata'),
   [
-    (gguf.GGMLQuantizationType.F16, 2e-3),
-    (gguf.GGMLQuantizationType.BF16, 2e-2),
-    (gguf.GGMLQuantizationType.Q8_0, 3e-2),
-    (gguf.GGMLQuantizationType.Q4_1, 0.3),
+    ('llama', {'qkv_bias': True}, {}),
+    ('llama', {'sliding_window': 16}, {'attention.sliding_window': 16}),
+    ('llama', {}, {'attention.sliding_window': 128}),  # as long as the context
+    ('llama', {'rope_scaling': LINEAR}, {'rope.scaling.factor': 4.0, 'rope.scaling.type': 'linear'}),
+    ('llama', {'rope_scaling': LINEAR}, {'rope.scale_linear': 4.0}),
+    ('llama', {}, {'rope.scaling.factor': 4.0, 'rope.scaling.type': 'none'}),
+    ('qwen2', {'qkv_bias': True, 'tied_embeddings': True}, {}),
+    ('qwen3', {'qk_norm': True}, {}),
+    ('qwen3', {'qk_norm': True, 'sliding_window': 16, 'windowed_layers': (1,)},
+      {'attention.sliding_window': 16, 'attention.sliding_window_pattern': [False, True]}),
+  ],
+)  # fmt: skip
+def test_architectures_keep_their_own_fields_and_row_order(tmp_path, arch, changes, metadata):
+  spec = dataclasses.replace(SPEC, **changes)
+  keys = {f'{arch}.{key}': value for key, value in metadata.items()}
+  weights = write(tmp_path / 'tiny.gguf', spec, arch=arch, metadata=keys)
+  checkpoint = GGUFCheckpoint(tmp_path / 'tiny.gguf')
+  assert checkpoint.spec == spec
+  for name, weight in weights.items():
+    np.testing.assert_array_equal(checkpoint.tensor(name), weight, err_msg=name)
+
+
+def factors_of_converters(theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
+  """What converters write into rope_freqs.weight: in float32, by wavelengths."""
+  frequencies = 1.0 / (np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
+  out = []
+  for frequency in frequencies:
+    wavelength = np.float32(2 * np.pi) / frequency
+    if wavelength < scaling.original_context_len / scaling.high_freq_factor:
+      out.append(1.0)
+    elif wavelength > scaling.original_context_len / scaling.low_freq_factor:
+      out.append(scaling.factor)
+    else:
+      smooth = scaling.original_context_len / wavelength - scaling.low_freq_factor
+      smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+      out.append(1 / ((1 - smooth) / scaling.factor + smooth))
+  return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize(
+  ('theta', 'head_dim', 'scaling'),
+  [
+    (500_000.0, 128, RopeScaling('llama3', 8.0, 1.0, 4.0, 8192)),  # Llama 3.1
+    (500_000.0, 64, RopeScaling('llama3', 32.0, 1.0, 4.0, 8192)),  # Llama 3.2 1B
+    (500_000.0, 128, RopeScaling('llama3', 16.0, 1.0, 2.0, 8192)),
+    (10_000.0, 128, RopeScaling('llama3', 8.0, 1.0, 4.0, 64)),
+    (1_000_000.0, 64, RopeScaling('llama3', 8.0, 1.0, 8.0, 4096)),
   ],
 )
-def test_quantised_weights_expand_to_float32(tmp_path, quantization, tolerance):
-  weights = write(tmp_path / 'tiny.gguf', quantization=quantization)
-  checkpoint = GGUFCheckpoint(tmp_path / 'tiny.gguf')
-  for name in ('embed', 'layers.1.q', 'layers.0.o', 'layers.1.down', 'unembed'):
-    found = checkpoint.tensor(name)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, weights[name], atol=tolerance, err_msg=name)
+def test_the_rule_behind_rope_factors_is_found(theta, head_dim, scaling):
+  assert scaling_from_factors(factors_of_converters(theta, head_dim, scaling), theta) == scaling
+
+
+def test_rope_factors_in_a_file_become_its_scaling(tmp_path):
+  scaling = RopeScaling('llama3', 8.0)
+  spec = dataclasses.replace(SPEC, head_dim=64, rope_theta=500_000.0)
+  for factors, expected in (
+    (factors_of_converters(500_000.0, 64, scaling), scaling),
+    (np.ones(32, np.float32), None),
+    (np.full(32, 2, np.float32), RopeScaling('linear', 2.0)),
+  ):
+    write(tmp_path / 'tiny.gguf', spec, extra={'rope_freqs.weight': factors})
+    assert GGUFCheckpoint(tmp_path / 'tiny.gguf').spec == dataclasses.replace(spec, rope_scaling=expected)
 
 
 def test_embeddings_are_tied_when_there_is_no_output_matrix(tmp_path):
@@ -146,16 +250,48 @@ def test_a_file_without_vocabulary_has_no_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'arch': 'qwen2'}, "general.architecture 'qwen2', expected 'llama'"),
-    ({'extra': {'rope_freqs.weight': np.ones(4, np.float32)}}, "rotary embedding .*'rope_freqs.weight'"),
+    ({'arch': 'phi3'}, "general.architecture 'phi3', expected one of llama, qwen2, qwen3"),
+    (
+      {'extra': {'rope_freqs.weight': np.array([1, 3, 2, 5], np.float32)}},
+      "'rope_freqs.weight' with factors from 1 to",
+    ),
+    (
+      {'extra': {'rope_freqs.weight': np.ones(3, np.float32)}},
+      r"'rope_freqs.weight' .* has shape \(3,\), expected \(4",
+    ),
+    (
+      {'metadata': {'llama.rope.scaling.factor': 4.0}, 'extra': {'rope_freqs.weight': np.ones(4, np.float32)}},
+      'rope.scaling.factor=4.0 .* beside tensor',
+    ),
+    ({'extra': {'rope_factors_long.weight': np.ones(4, np.float32)}}, "holds tensor 'rope_factors_long.weight'"),
     ({'metadata': {'llama.rope.scaling.type': 'yarn'}}, "rope.scaling.type='yarn'"),
-    ({'metadata': {'llama.rope.scaling.factor': 4.0}}, 'rope.scaling.factor=4.0'),
-    ({'metadata': {'llama.rope.dimension_count': 4}}, 'llama.rope.dimension_count=4 and heads of 8'),
+    ({'metadata': {'llama.rope.scaling.factor': -1.0}}, 'rope.scaling.factor=-1.0 .* expected a positive number'),
+    ({'metadata': {'llama.rope.scaling.attn_factor': 0.5}}, 'rope.scaling.attn_factor=0.5'),
+    ({'metadata': {'llama.rope.dimension_count': 4}}, 'llama.rope.dimension_count=4 in its metadata, expected 8'),
+    ({'metadata': {'llama.rope.freq_base': 0.0}}, 'rope.freq_base=0.0 .* expected a positive number'),
+    ({'metadata': {'llama.attention.causal': False}}, 'attention.causal=False'),
+    ({'metadata': {'llama.expert_count': 8}}, 'expert_count=8'),
+    (
+      {'metadata': {'llama.attention.sliding_window': 16, 'llama.attention.sliding_window_pattern': 2}},
+      'sliding_window_pattern=2 .* expected 2 truth values',
+    ),
+    (
+      {
+        'arch': 'qwen2',
+        'spec': dataclasses.replace(SPEC, qkv_bias=True),
+        'metadata': {'qwen2.attention.sliding_window': 16},
+      },
+      'sliding_window_pattern=None',
+    ),
+    ({'arch': 'qwen2'}, "lacks 6 of the 27 tensors .* 'blk.0.attn_q.bias'"),
+    ({'arch': 'qwen3'}, "lacks 4 of the 25 tensors .* 'blk.0.attn_q_norm.weight'"),
+    ({'metadata': {'llama.attention.head_count_kv': 3}}, '4 query heads and 3 key/value heads'),
     ({'metadata': {'llama.block_count': None}}, 'llama.block_count=None'),
     ({'metadata': {'llama.attention.head_count_kv': [2, 1]}}, r'head_count_kv=\[2, 1\]'),
     ({'metadata': {'split.count': 3}}, 'one of 3 parts'),
     ({'metadata': {'llama.feed_forward_length': 32}}, r'ffn_gate.weight.* has shape \(64, 32\), expected \(32, 32\)'),
-    ({'extra': {'blk.0.attn_q.bias': np.ones(32, np.float32)}}, "holds tensor 'blk.0.attn_q.bias'"),
+    ({'extra': {'blk.0.attn_output.bias': np.ones(32, np.float32)}}, "holds tensor 'blk.0.attn_output.bias'"),
+    ({'extra': {'blk.0.attn_q.bias': np.ones(32, np.float32)}}, "lacks 5 of the 27 tensors .* 'blk.0.attn_k.bias'"),
     ({'without': ('layers.1.up',)}, "lacks 1 of the 21 tensors .* 'blk.1.ffn_up.weight'"),
     ({'without': ('embed',)}, "lacks tensor 'token_embd.weight'"),
   ],
@@ -177,6 +313,53 @@ def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path):
     with pytest.raises(ValueError, match=r'download it again|download or copy it again') as caught:
       GGUFCheckpoint(path)
     assert str(path) in str(caught.value)
+
+
+def rewrite(path, old: bytes, new: bytes) -> None:
+  content = path.read_bytes()
+  assert content.count(old) == 1 and len(old) == len(new)
+  path.write_bytes(content.replace(old, new))
+
+
+def header(name: str, shape: tuple[int, ...], kind: int) -> bytes:
+  """A tensor's entry in the header, without where it lies."""
+  entry = len(name).to_bytes(8, 'little') + name.encode() + len(shape).to_bytes(4, 'little')
+  return entry + b''.join(size.to_bytes(8, 'little') for size in reversed(shape)) + kind.to_bytes(4, 'little')
+
+
+@pytest.mark.parametrize(
+  ('shape', 'kind', 'message'),
+  [
+    ((64, 32), 31, "'blk.1.ffn_up.weight': .*31.* is not a valid"),  # a type that was taken out of the format
+    ((32, 63), 8, "'blk.1.ffn_up.weight': .*row size .63. is not a multiple of Q8_0 block size"),
+    ((64, 2**40), 0, "'blk.1.ffn_up.weight'"),
+  ],
+)
+def test_a_tensor_that_cannot_be_read_is_named(tmp_path, shape, kind, message):
+  path = tmp_path / 'tiny.gguf'
+  write(path)
+  name = 'blk.1.ffn_up.weight'
+  rewrite(path, header(name, (64, 32), 0), header(name, shape, kind))
+  with pytest.raises(ValueError, match=message) as caught:
+    GGUFCheckpoint(path)
+  assert str(path) in str(caught.value)
+
+
+def test_a_tensor_that_is_there_twice_is_named(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write(path)
+  rewrite(path, header('blk.1.ffn_up.weight', (64, 32), 0), header('blk.0.ffn_up.weight', (64, 32), 0))
+  with pytest.raises(ValueError, match=r"'blk\.0\.ffn_up\.weight' is there twice"):
+    GGUFCheckpoint(path)
+
+
+def test_a_type_that_cannot_be_expanded_is_named(tmp_path):
+  path = tmp_path / 'tiny.gguf'
+  write(path)
+  rewrite(path, header('blk.1.ffn_up.weight', (64, 32), 0), header('blk.1.ffn_up.weight', (64, 32), 26))
+  with pytest.raises(ValueError, match=r"tensor 'blk\.1\.ffn_up\.weight' .* stored as I32") as caught:
+    GGUFCheckpoint(path).tensor('layers.1.up')
+  assert str(path) in str(caught.value)
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 
 from pdjax.model.checkpoint import SafetensorsCheckpoint, open_checkpoint, tensor_shapes
-from pdjax.types import ModelSpec
+from pdjax.types import ModelSpec, RopeScaling
 from tests.hf import hf_tensors
+
+ABSENT = object()
 
 CONFIG = {
   'model_type': 'llama',
@@ -37,14 +39,14 @@ def spec_of(name: str, **changes) -> ModelSpec:
   return dataclasses.replace(spec, **changes)
 
 
-def write(folder, dtype=np.float32, config=None, tied=False, shards=1, extra=None, without=()):
-  """Write a tiny checkpoint; returns its weights. `config` replaces (or, with None, removes) keys."""
+def write(folder, dtype=np.float32, config=None, tied=False, shards=1, extra=None, without=(), **spec):
+  """Write a tiny checkpoint; returns its weights. `config` replaces (or, with ABSENT, removes) keys."""
   rng = np.random.default_rng(0)
-  shapes = tensor_shapes(spec_of('tiny', tied_embeddings=tied))
+  shapes = tensor_shapes(spec_of('tiny', tied_embeddings=tied, **spec))
   weights = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
   tensors = {k: v for k, v in hf_tensors(weights).items() if k not in without} | (extra or {})
   merged = CONFIG | {'tie_word_embeddings': tied} | (config or {})
-  (folder / 'config.json').write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
+  (folder / 'config.json').write_text(json.dumps({k: v for k, v in merged.items() if v is not ABSENT}))
   if shards == 1:
     safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
     return weights
@@ -69,31 +71,83 @@ def test_weights_come_back_in_our_shapes_and_their_own_type(tmp_path, dtype, sha
     np.testing.assert_array_equal(found, weight, err_msg=name)
 
 
+LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
+NEWER = {'rope_theta': ABSENT, 'torch_dtype': ABSENT, 'dtype': 'bfloat16'}
+
+
 @pytest.mark.parametrize(
-  'newer',
+  ('older', 'newer', 'scaling'),
   [
-    {},
-    {
-      'rope_theta': None,
-      'torch_dtype': None,
-      'dtype': 'bfloat16',
-      'rope_parameters': {'rope_type': 'default', 'rope_theta': 50_000.0},
-    },
-    {'rope_scaling': {'type': 'default'}, 'torch_dtype': None},
+    ({}, {}, None),
+    ({'rope_scaling': None}, {'rope_type': None}, None),
+    ({'rope_scaling': {'type': 'default'}}, {'rope_type': 'default'}, None),
+    (
+      {'rope_scaling': {'type': 'linear', 'factor': 2}},
+      {'rope_type': 'linear', 'factor': 2.0},
+      RopeScaling('linear', 2.0),
+    ),
+    (
+      {'rope_scaling': {'rope_type': 'llama3', **LLAMA3}},
+      {'rope_type': 'llama3', **LLAMA3},
+      RopeScaling('llama3', 8.0, 1.0, 4.0, 16),
+    ),
   ],
 )
-def test_older_and_newer_configs_give_the_same_spec(tmp_path, newer):
-  write(tmp_path, config=newer)
+def test_older_and_newer_configs_give_the_same_spec(tmp_path, older, newer, scaling):
+  write(tmp_path, config=older)
   checkpoint = open_checkpoint(tmp_path)
-  assert checkpoint.spec == spec_of(tmp_path.name)
-  assert checkpoint.dtype == (ml_dtypes.bfloat16 if 'dtype' in newer else np.float32)
+  assert (checkpoint.spec, checkpoint.dtype) == (spec_of(tmp_path.name, rope_scaling=scaling), np.float32)
+  write(tmp_path, config={**NEWER, 'rope_parameters': {'rope_theta': 50_000.0, **newer}})
+  checkpoint = open_checkpoint(tmp_path)
+  assert (checkpoint.spec, checkpoint.dtype) == (spec_of(tmp_path.name, rope_scaling=scaling), ml_dtypes.bfloat16)
 
 
-def test_missing_settings_take_the_defaults_of_the_format(tmp_path):
+def test_the_original_context_of_llama3_scaling_is_found_wherever_it_stands(tmp_path):
+  scaling = {'rope_type': 'llama3', **LLAMA3}
+  write(tmp_path, config={'rope_scaling': scaling, 'original_max_position_embeddings': 32})
+  assert SafetensorsCheckpoint(tmp_path).spec.rope_scaling.original_context_len == 32
+  scaling.pop('original_max_position_embeddings')
+  write(tmp_path, config={'rope_scaling': scaling})
+  assert SafetensorsCheckpoint(tmp_path).spec.rope_scaling.original_context_len == 64  # all there is
+
+
+@pytest.mark.parametrize('gone', [ABSENT, None])
+def test_missing_settings_take_the_defaults_of_the_format(tmp_path, gone):
   keys = ('rope_theta', 'rms_norm_eps', 'max_position_embeddings', 'eos_token_id')
-  write(tmp_path, config=dict.fromkeys(keys))
+  write(tmp_path, config=dict.fromkeys(keys, gone))
   expected = spec_of(tmp_path.name, rope_theta=10_000.0, norm_eps=1e-6, context_len=2048, eos_token_ids=())
   assert SafetensorsCheckpoint(tmp_path).spec == expected
+
+
+@pytest.mark.parametrize(
+  ('config', 'spec'),
+  [
+    ({'model_type': 'llama', 'num_key_value_heads': ABSENT, 'head_dim': ABSENT}, {'kv_heads': 4, 'head_dim': 3}),
+    ({'model_type': 'llama', 'num_key_value_heads': None, 'head_dim': None}, {'kv_heads': 4, 'head_dim': 3}),
+    ({'model_type': 'llama', 'sliding_window': 5}, {}),  # which that family does not have
+    ({'model_type': 'mistral', 'num_attention_heads': 8, 'num_key_value_heads': ABSENT}, {'sliding_window': 4096,
+      'query_heads': 8, 'kv_heads': 8}),
+    ({'model_type': 'mistral', 'sliding_window': None}, {}),
+    ({'model_type': 'mistral', 'sliding_window': 5, 'max_window_layers': 1}, {'sliding_window': 5}),
+    ({'model_type': 'mistral', 'max_position_embeddings': ABSENT, 'sliding_window': None}, {'context_len': 131_072}),
+    ({'model_type': 'qwen2', 'sliding_window': 5}, {'qkv_bias': True}),  # not in use
+    ({'model_type': 'qwen2', 'attention_bias': True, 'max_position_embeddings': None},
+      {'qkv_bias': True, 'context_len': 32_768}),
+    ({'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': 5, 'max_window_layers': 1},
+      {'qkv_bias': True, 'sliding_window': 5, 'windowed_layers': (1,)}),
+    ({'model_type': 'qwen2', 'use_sliding_window': True, 'max_window_layers': 0},
+      {'qkv_bias': True, 'sliding_window': 4096}),
+    ({'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': 5}, {'qkv_bias': True}),  # from layer 28 on
+    ({'model_type': 'qwen2', 'use_sliding_window': True, 'sliding_window': None}, {'qkv_bias': True}),
+    ({'model_type': 'qwen3', 'head_dim': ABSENT}, {'qk_norm': True, 'head_dim': 128}),
+    ({'model_type': 'qwen3', 'use_sliding_window': True, 'sliding_window': 5,
+      'layer_types': ['sliding_attention', 'full_attention']},
+      {'qk_norm': True, 'sliding_window': 5, 'windowed_layers': (0,)}),
+  ],
+)  # fmt: skip
+def test_each_family_has_its_own_defaults(tmp_path, config, spec):
+  write(tmp_path, config=config, **spec)
+  assert SafetensorsCheckpoint(tmp_path).spec == spec_of(tmp_path.name, **spec)
 
 
 @pytest.mark.parametrize(('generation', 'expected'), [(5, (5,)), ([5, 7, 5], (5, 7)), (None, (2,))])
@@ -118,13 +172,30 @@ def test_a_folder_without_tokenizer_json_has_no_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'config': {'model_type': 'mixtral'}}, "model_type 'mixtral', expected 'llama'"),
-    ({'config': {'rope_scaling': {'type': 'linear', 'factor': 2.0}}}, "rotary embedding .'linear'"),
-    ({'config': {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}}, "rotary embedding .'llama3'"),
+    ({'config': {'model_type': 'mixtral'}}, "model_type 'mixtral', expected one of llama, mistral, qwen2, qwen3"),
+    ({'config': {'model_type': ABSENT}}, 'model_type None, expected one of'),
+    ({'config': {'architectures': ['LlamaForSequenceClassification']}}, 'architectures .* expected LlamaForCausalLM'),
+    ({'config': {'rope_scaling': {'type': 'yarn', 'factor': 2.0}}}, "rotary embedding by 'yarn'"),
+    ({'config': {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}}}, "rotary embedding by 'dynamic'"),
+    ({'config': {'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 5e5}}}, "rotary embedding by 'longrope'"),
+    ({'config': {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}}, 'factor=None in its rotary settings'),
+    ({'config': {'rope_scaling': {'type': 'linear', 'factor': 0}}}, 'factor=0 in its rotary settings'),
+    ({'config': {'rope_scaling': {'rope_type': 'llama3', **LLAMA3, 'low_freq_factor': 4.0}}}, 'must be the smaller'),
+    ({'config': {'rope_parameters': {'full_attention': {'rope_type': 'default'}}}}, 'one set of them for all layers'),
+    ({'config': {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    ({'config': {'rope_parameters': {'partial_rotary_factor': 0.5}}}, 'partial_rotary_factor=0.5'),
     ({'config': {'attention_bias': True}}, 'attention_bias=True, expected False'),
     ({'config': {'mlp_bias': True}}, 'mlp_bias=True, expected False'),
     ({'config': {'hidden_act': 'gelu'}}, "hidden_act='gelu', expected 'silu'"),
     ({'config': {'quantization_config': {'quant_method': 'awq'}}}, 'quantization_config=.*expected none'),
+    ({'config': {'model_type': 'mistral', 'sliding_window': 0}}, 'sliding_window=0, expected a positive integer'),
+    ({'config': {'model_type': 'mistral', 'layer_types': ['full_attention'] * 2}}, 'layer_types=.*sliding_attention'),
+    ({'config': {'model_type': 'qwen3', 'layer_types': ['sliding_attention'] * 2}}, 'layer_types=.*full_attention'),
+    ({'config': {'model_type': 'qwen3', 'layer_types': ['full_attention']}}, 'layer_types=.*2 times full_attention'),
+    ({'config': {'model_type': 'qwen2'}}, "lacks 6 of the 27 tensors .* 'model.layers.0.self_attn.q_proj.bias'"),
+    ({'config': {'model_type': 'qwen3'}}, "lacks 4 of the 25 tensors .* 'model.layers.0.self_attn.q_norm.weight'"),
+    ({'config': {'num_key_value_heads': 3}}, '4 query heads and 3 key/value heads'),
+    ({'config': {'vocab_size': True}}, 'vocab_size=True, expected a positive integer'),
     ({'config': {'hidden_size': None}}, 'hidden_size=None, expected a positive integer'),
     ({'config': {'intermediate_size': 16}}, r'gate_proj.weight.* has shape \(20, 12\), expected \(16, 12\)'),
     ({'without': ('model.norm.weight',)}, "lacks 1 of the 21 tensors .* 'model.norm.weight'"),
@@ -150,6 +221,14 @@ def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path, shards):
     with pytest.raises(ValueError, match=r'is cut short or damaged .*download or copy it again') as caught:
       SafetensorsCheckpoint(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+  write(tmp_path)
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(b'PK\x03\x04' + bytes(1000))  # as PyTorch's own files begin
+  with pytest.raises(ValueError, match=r'model\.safetensors .* is cut short or damaged'):
+    SafetensorsCheckpoint(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):

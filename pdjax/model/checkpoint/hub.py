@@ -1,0 +1,99 @@
+"""Downloads checkpoints from the Hugging Face hub: only the files that are needed, once."""
+
+import pathlib
+import re
+from typing import Any
+
+# Names of a checkpoint's files; what else a repository holds (other formats, pictures) stays there.
+_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model.safetensors',
+  'model.safetensors.index.json',
+  'model-*-of-*.safetensors',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'chat_template.jinja',
+)
+_HUB_ID = re.compile(r'(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^:\\]+\.gguf))?')
+_FILE_SUFFIXES = ('.gguf', '.safetensors', '.json', '.bin', '.pt', '.pth')
+
+
+def is_hub_id(name: str) -> bool:
+  """Whether this can only be meant for the hub: `owner/name` or `owner/name:file.gguf`, and no typing error of a path.
+
+  What ends like a file, begins like a path, or begins with a folder that is here is a path.
+  """
+  match = _HUB_ID.fullmatch(name)
+  if match is None or match['repository'].lower().endswith(_FILE_SUFFIXES):
+    return False
+  return not pathlib.Path(name.split('/')[0]).exists()
+
+
+def download(hub_id: str) -> pathlib.Path:
+  """Bring a checkpoint into the hub's cache on this machine, unless it is there.
+
+  Args:
+    hub_id: `owner/name` of a repository with safetensors or one `.gguf` file, or `owner/name:file.gguf`.
+
+  Returns:
+    A folder with config.json and safetensors files, or a `.gguf` file.
+
+  Raises:
+    FileNotFoundError: if the package huggingface_hub is not installed, or there is no such repository or file.
+    ConnectionError: if the hub cannot be reached and the files are not in the cache.
+    ValueError: if the repository holds no checkpoint, or several.
+  """
+  match = _HUB_ID.fullmatch(hub_id)
+  assert match is not None
+  repository, file = match['repository'], match['file']
+  try:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+  except ImportError:
+    raise FileNotFoundError(
+      f'found nothing at {hub_id}, and to download it from the hub takes the package huggingface_hub, which is not '
+      "installed; run `pip install 'pdjax[hub]'` or correct the path."
+    ) from None
+  user: dict[str, Any] = {'library_name': 'pdjax'}
+  try:
+    if file is None:
+      folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **user))
+      if (folder / 'config.json').is_file() and any(folder.glob('model*.safetensors')):
+        return folder
+      file = _only_gguf(hub_id, huggingface_hub.HfApi(**user).list_repo_files(repository))
+    return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, **user))
+  except errors.GatedRepoError as error:
+    raise FileNotFoundError(
+      f'the hub at {constants.ENDPOINT} asks for its terms to be accepted before it gives {repository}; accept them '
+      'there and log in with `hf auth login`.'
+    ) from error
+  except errors.RepositoryNotFoundError as error:
+    raise FileNotFoundError(
+      f'found nothing at {hub_id} here, and the hub at {constants.ENDPOINT} has no repository {repository!r} for you; '
+      'check the path or the name, or log in with `hf auth login` if it is private.'
+    ) from error
+  except errors.LocalEntryNotFoundError as error:
+    raise ConnectionError(
+      f'{hub_id} is not on this machine, and the hub at {constants.ENDPOINT} cannot be reached; check the path or the '
+      'connection, or download it elsewhere and give its folder.'
+    ) from error
+  except errors.EntryNotFoundError as error:
+    raise FileNotFoundError(
+      f'the repository {repository} at {constants.ENDPOINT} has no file {file!r}; check its name there.'
+    ) from error
+  except (errors.HfHubHTTPError, OSError) as error:
+    raise ConnectionError(
+      f'{hub_id} could not be downloaded from the hub at {constants.ENDPOINT} ({error}); try again.'
+    ) from error
+
+
+def _only_gguf(hub_id: str, files: list[str]) -> str:
+  found = sorted(file for file in files if file.lower().endswith('.gguf'))
+  if len(found) != 1:
+    listed = f'; name one, as in {hub_id}:{found[0]}' if found else '; use another repository'
+    raise ValueError(
+      f'the repository {hub_id} holds {", ".join(found) or "no checkpoint"}, expected config.json with safetensors '
+      f'files or exactly one .gguf file{listed}.'
+    )
+  return found[0]

@@ -1,0 +1,212 @@
+"""Converted checkpoints come back equal on any mesh, each device reading its own part, and damage is named."""
+
+import asyncio
+import dataclasses
+import gc
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pdjax.model.checkpoint import (
+  OrbaxCheckpoint,
+  RandomCheckpoint,
+  SafetensorsCheckpoint,
+  ShardedCheckpoint,
+  open_checkpoint,
+  orbax,
+  save_orbax,
+  tensor_shapes,
+)
+from pdjax.model.weights import load_weights
+from pdjax.sharding import make_mesh
+from pdjax.types import RopeScaling
+from tests.model.test_tokenizer import write_folder as write_tokenizer
+from tests.tiny import TINY
+
+SPEC = dataclasses.replace(
+  TINY, name='converted', query_heads=6, kv_heads=3, rope_scaling=RopeScaling('llama3', 8.0), sliding_window=5,
+  windowed_layers=(1,), qkv_bias=True, qk_norm=True,
+)  # fmt: skip
+FAMILIES = pathlib.Path(__file__).parents[2] / 'data' / 'families'
+
+
+@pytest.fixture(scope='module')
+def original() -> RandomCheckpoint:
+  return RandomCheckpoint(SPEC, seed=7)
+
+
+@pytest.fixture(scope='module')
+def saved(original, tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp('orbax') / 'converted'
+  save_orbax(original, folder)
+  return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> pathlib.Path:
+  """A copy to be damaged."""
+  return shutil.copytree(saved, tmp_path / 'copy')
+
+
+def test_a_converted_checkpoint_keeps_its_model_and_weights(original, saved):
+  checkpoint = open_checkpoint(saved)
+  assert isinstance(checkpoint, OrbaxCheckpoint)
+  assert (checkpoint.spec, checkpoint.dtype, checkpoint.tokenizer()) == (SPEC, np.float32, None)
+  for name in ('embed', 'layers.1.q', 'layers.0.k_bias', 'layers.1.q_norm', 'unembed'):
+    np.testing.assert_array_equal(checkpoint.tensor(name), original.tensor(name), err_msg=name)
+  with pytest.raises(KeyError, match='no weight'):
+    checkpoint.tensor('layers.2.q')
+
+
+def test_weights_are_restored_straight_into_other_meshes(original, saved, monkeypatch):
+  checkpoint = open_checkpoint(saved)
+  meshes = {tp: make_mesh(SPEC, jax.devices()[tp : 2 * tp]) for tp in (1, 3)}
+  assert isinstance(checkpoint, ShardedCheckpoint)
+  expected = load_weights(original, SPEC, meshes, jnp.dtype('float32'))
+  monkeypatch.setattr(OrbaxCheckpoint, 'tensor', lambda self, name: pytest.fail(f'all of {name} is asked for'))
+  restored = load_weights(checkpoint, SPEC, meshes, jnp.dtype('float32'))
+  assert jax.tree.structure(restored) == jax.tree.structure(expected)
+  for (path, one), other in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(expected), strict=True):
+    assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+    np.testing.assert_array_equal(one, other, err_msg=str(path))
+
+
+def test_weights_are_converted_to_the_type_asked_for(original, saved):
+  weights = load_weights(
+    open_checkpoint(saved), SPEC, {'w': make_mesh(SPEC, jax.devices()[:3])}, jnp.dtype('bfloat16')
+  )['w']
+  assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype('bfloat16')}
+  np.testing.assert_array_equal(weights['unembed'], original.tensor('unembed').astype(jnp.bfloat16))
+
+
+def test_weights_are_restored_inside_a_notebook(original, saved):
+  async def cell():  # notebooks run theirs in an event loop
+    return open_checkpoint(saved).tensor('embed')
+
+  np.testing.assert_array_equal(asyncio.run(cell()), original.tensor('embed'))
+
+
+def bytes_read() -> int:
+  metrics = tensorstore.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
+  return sum(value['value'] for metric in metrics for value in metric['values'])
+
+
+def test_a_device_reads_little_more_than_its_own_part(tmp_path, monkeypatch):
+  monkeypatch.setattr(orbax, '_CHUNK_BYTES', 2**16)
+  spec = dataclasses.replace(TINY, vocab_size=4096, embed_dim=96)
+  checkpoint = save_orbax(RandomCheckpoint(spec), tmp_path / 'wide')
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), 'x')
+  checkpoint.tensor('final_norm')  # what is read once
+  before = bytes_read()
+  array = checkpoint.restore({'embed': NamedSharding(mesh, PartitionSpec('x'))}, np.float32)['embed']
+  assert {shard.data.shape for shard in array.addressable_shards} == {(1024, 96)}
+  assert 0.5 * array.nbytes < bytes_read() - before < 1.5 * array.nbytes  # four times that, were all read by each
+
+
+@pytest.mark.parametrize('dtype', [None, 'bfloat16', 'float32'])
+def test_any_format_converts_with_its_tokenizer(tmp_path, dtype):
+  source = shutil.copytree(FAMILIES / 'qwen2', tmp_path / 'source')
+  write_tokenizer(source, {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': '<turn>{{ messages[0].content }}'})
+  checkpoint = SafetensorsCheckpoint(source)
+  converted = save_orbax(checkpoint, tmp_path / 'converted', dtype)
+  assert converted.spec == checkpoint.spec
+  expected = {None: np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}.get(dtype, np.dtype(np.float32))
+  assert converted.dtype == converted.tensor('layers.0.up').dtype == expected
+  np.testing.assert_array_equal(converted.tensor('layers.0.up'), checkpoint.tensor('layers.0.up').astype(expected))
+  ours, theirs = converted.tokenizer(), checkpoint.tokenizer()
+  assert ours.encode('ab <turn>é') == theirs.encode('ab <turn>é')
+  messages = [{'role': 'user', 'content': 'ab'}]
+  assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
+  assert (ours.special_tokens, ours.eos_token_ids) == (theirs.special_tokens, theirs.eos_token_ids)
+
+
+def test_a_conversion_overwrites_nothing(original, saved, tmp_path):
+  with pytest.raises(FileExistsError, match='not empty; give another folder'):
+    save_orbax(original, saved)
+  with pytest.raises(ValueError, match="dtype is 'int8', expected one of"):
+    save_orbax(original, tmp_path / 'new', 'int8')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_an_unfinished_conversion_is_no_checkpoint(folder):
+  (folder / 'pdjax.json').unlink()
+  with pytest.raises(ValueError, match='holds neither, expected'):
+    open_checkpoint(folder)
+  with pytest.raises(FileNotFoundError, match=r'has no pdjax\.json'):
+    OrbaxCheckpoint(folder)
+
+
+def change(path: pathlib.Path, **changes) -> None:
+  content = json.loads(path.read_text())
+  spec = changes.pop('spec', {})
+  if isinstance(spec, dict) and isinstance(content.get('spec'), dict):
+    content['spec'] |= spec
+  else:
+    content['spec'] = spec
+  path.write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'version': 2}, 'version 2, expected 1'),
+    ({'dtype': 'int4'}, "dtype 'int4', expected one of"),
+    ({'spec': None}, 'the model None, expected the fields'),
+    ({'spec': {'color': 'blue'}}, 'a model that cannot be .*color'),
+    ({'spec': {'kv_heads': 5}}, '6 query heads and 5 key/value heads'),
+    ({'spec': {'rope_scaling': {'kind': 'yarn', 'factor': 2.0}}}, "rope_scaling .*kind 'yarn'"),
+    ({'spec': {'num_layers': 3}}, "lacks 14 of the 45 weights .* 'layers.2.attn_norm'"),
+    ({'spec': {'tied_embeddings': True}}, "holds weight 'unembed'"),
+  ],
+)
+def test_a_damaged_description_is_refused(folder, changes, message):
+  change(folder / 'pdjax.json', **changes)
+  with pytest.raises(ValueError, match=message) as caught:
+    OrbaxCheckpoint(folder)
+  assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize('content', ['', '{"tree_metadata"', '[]', '{"tree_metadata": {"a": 1}}'])
+def test_a_damaged_list_of_weights_is_refused(folder, content):
+  (folder / 'weights' / '_METADATA').write_text(content)
+  with pytest.raises(ValueError, match='_METADATA'):
+    OrbaxCheckpoint(folder)
+  (folder / 'weights' / '_METADATA').unlink()
+  with pytest.raises(FileNotFoundError, match='has no _METADATA'):
+    OrbaxCheckpoint(folder)
+
+
+def test_a_weight_of_another_shape_is_named(folder):
+  change(folder / 'pdjax.json', spec={'ffn_dim': 50})
+  checkpoint = OrbaxCheckpoint(folder)
+  with pytest.raises(ValueError, match=r"weight 'layers\.0\.gate' of .* has shape \(24, 48\), expected \(24, 50\)"):
+    load_weights(checkpoint, checkpoint.spec, {'w': make_mesh(SPEC, jax.devices()[:1])}, jnp.dtype('float32'))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('damage', ['cut', 'gone', 'garbled'])
+def test_damaged_weights_are_refused_by_name(folder, damage):
+  path = max((folder / 'weights').rglob('d/*'), key=lambda file: file.stat().st_size)
+  content = path.read_bytes()
+  if damage == 'gone':
+    path.unlink()
+  else:
+    path.write_bytes(content[: len(content) // 2] if damage == 'cut' else content[::-1])
+  checkpoint = OrbaxCheckpoint(folder)
+  with pytest.raises(ValueError, match=r"weight '[\w.]+' of .*/copy cannot be read .* convert or copy it again"):
+    load_weights(checkpoint, SPEC, {'w': make_mesh(SPEC, jax.devices()[:1])}, jnp.dtype('float32'))
+  gc.collect()  # Orbax leaves the reads of a layer's other weights unfinished behind
+
+
+def test_no_file_is_a_pickle(saved):
+  assert not [path for path in saved.rglob('*') if path.is_file() and path.read_bytes()[:1] == b'\x80']
+  assert ocp.PyTreeCheckpointer().metadata(saved / 'weights').item_metadata.tree.keys() == tensor_shapes(SPEC).keys()

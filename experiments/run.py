@@ -5,34 +5,44 @@ python -m experiments.run --config=configs/smollm2_cpu.py --set=policy.decode_st
 python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the capital of France?"
 python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
+python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --workdir=out \
+    --compare --rates=8,16,24,32 --splits=2P1D,1P2D
+
+With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
+`report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, and the page
+and `compare.json` say who wins where; `pdjax/comparison.py` says how.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.load_config import load_config
-from pdjax import launch
+from pdjax import comparison, launch
 from pdjax.config import ServingConfig, apply_overrides
-from pdjax.metrics import print_report
+from pdjax.metrics import charts, print_report
 from pdjax.serving.messages import Done, Event, Finished
 from pdjax.serving.state import PolicyError, StuckError
 from pdjax.types import SLO, Completion, DeviceError, Request, SamplingParams
 from pdjax.workload import Given, Refused, read_requests, write_completions
 
 FLAGS = flags.FLAGS
+T = TypeVar('T')
 
 _CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, each field.of.config=value.')
 _BACKEND = flags.DEFINE_enum('backend', 'engine', ['engine', 'simulator'], 'What carries the orders out.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for events.jsonl and report.json.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for report.html, report.json, trace.json, events.jsonl.')
 _PROMPT = flags.DEFINE_string('prompt', None, 'Serve this prompt instead of the workload, and print the answer.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 128, 'Most tokens of the answer to --prompt.')
 _REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests instead of the workload.')
@@ -42,6 +52,11 @@ _GOODPUT = flags.DEFINE_string(
 _CALIBRATE = flags.DEFINE_bool(
   'calibrate', False, 'Measure this machine before simulating, instead of trusting the config.'
 )
+_COMPARE = flags.DEFINE_bool('compare', False, 'Also run the colocated baseline on the same devices and workload.')
+_RATES = flags.DEFINE_list('rates', None, 'With --compare: requests per second to try, "1,2,4".')
+_SPLITS = flags.DEFINE_list('splits', None, 'With --compare: splits to try instead of the config\'s, "2P1D,1P2D".')
+_BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: tokens of a colocated pass to try, "256,512".')
+_FIGURE = flags.DEFINE_string('figure', None, 'Also draw the run as one picture: a file that ends in .svg or .png.')
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
@@ -57,6 +72,9 @@ def main(argv: list[str]) -> None:
 def _run(console: Console) -> None:
   config = _config()
   opened = launch.open_model(config)
+  if _COMPARE.value:
+    _compare(config, opened, console)
+    return
   rows: list[Request | Refused] = []
   if _REQUESTS.value is not None:
     rows = _read(opened, _REQUESTS.value)
@@ -80,13 +98,45 @@ def _run(console: Console) -> None:
   if _REQUESTS.value is not None and _WORKDIR.value is not None:
     by_id = {one.request.id: one for one in completions}
     path = pathlib.Path(_WORKDIR.value) / 'requests.jsonl'
-    write_completions(path, [by_id[row.id] if isinstance(row, Request) else row for row in rows])
+    answers = ([by_id[one.id] for one in row.samples()] if isinstance(row, Request) else [row] for row in rows)
+    write_completions(path, itertools.chain.from_iterable(answers))
   _show_answers(console, completions, only_text=_PROMPT.value is not None)
   refused = [row for row in rows if isinstance(row, Refused)]
   for row in refused[:8]:
     console.print(f'{row.id} was refused: {row.error}', markup=False)
   if result is not None and _PROMPT.value is None:
     print_report(result.report, console)
+  if result is not None and _FIGURE.value is not None:
+    console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
+  _show_workdir(console)
+
+
+def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> None:
+  """Run the config and the colocated baseline, and say who wins where."""
+  compared = comparison.compare(
+    config,
+    backend='engine' if _BACKEND.value == 'engine' else 'simulator',
+    rates=None if _RATES.value is None else _numbers('rates', _RATES.value, float),
+    splits=_SPLITS.value,
+    budgets=None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int),
+    workdir=_WORKDIR.value,
+    say=lambda line: console.print(line, markup=False),
+    calibrate=_CALIBRATE.value,
+    opened=opened,
+  )
+  console.print()
+  comparison.print_comparison(compared, console)
+  _show_workdir(console)
+
+
+def _numbers(flag: str, texts: list[str], kind: Callable[[str], T]) -> list[T]:
+  try:
+    return [kind(text) for text in texts]
+  except ValueError:
+    raise ValueError(f'--{flag}={",".join(texts)} is not a list of numbers; write e.g. --{flag}=1,2,4.') from None
+
+
+def _show_workdir(console: Console) -> None:
   if _WORKDIR.value is not None:
     names = sorted(path.name for path in pathlib.Path(_WORKDIR.value).iterdir())
     console.print(f'\nIn {_WORKDIR.value}: {", ".join(names)}', markup=False)
@@ -108,6 +158,13 @@ def _config() -> ServingConfig:
     raise ValueError('--max_tokens goes with --prompt; requests and workloads say it themselves.')
   if _CALIBRATE.value and _BACKEND.value == 'engine':
     raise ValueError('--calibrate goes with --backend=simulator; the engine is measured anyway.')
+  if _COMPARE.value and (_PROMPT.value is not None or _REQUESTS.value is not None):
+    raise ValueError("--compare serves the config's workload; leave --prompt and --requests out.")
+  for flag in ('rates', 'splits', 'budgets'):
+    if FLAGS[flag].value is not None and not _COMPARE.value:
+      raise ValueError(f'--{flag} goes with --compare; a single run takes it from the config.')
+  if _FIGURE.value is not None and (_COMPARE.value or pathlib.Path(_FIGURE.value).suffix not in ('.svg', '.png')):
+    raise ValueError(f'--figure={_FIGURE.value} wants a single run, and a name that ends in .svg or .png.')
   config = apply_overrides(load_config(_CONFIG.value), _SET.value)
   if _GOODPUT.value is not None:
     config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))

@@ -1,7 +1,12 @@
 """What the event log says: timelines, reports and tables, computed from the log alone."""
 
+from pdjax.metrics.drawing import draw as draw
 from pdjax.metrics.event_log import EventLog as EventLog
 from pdjax.metrics.event_log import read_events as read_events
+from pdjax.metrics.page import Beside as Beside
+from pdjax.metrics.page import OverRate as OverRate
+from pdjax.metrics.page import save_html as save_html
+from pdjax.metrics.perfetto import save_trace as save_trace
 from pdjax.metrics.report import Account as Account
 from pdjax.metrics.report import Report as Report
 from pdjax.metrics.report import Stats as Stats

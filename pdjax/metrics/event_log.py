@@ -15,6 +15,7 @@ from pdjax.serving.messages import (
   Done,
   EndOrder,
   Event,
+  Occupancy,
   Order,
   Result,
   Started,
@@ -34,9 +35,11 @@ class EventLog:
 
   Args:
     path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
+    keep: Keep the events in memory; without, the log cannot be read here.
   """
 
-  def __init__(self, path: str | os.PathLike | None = None):
+  def __init__(self, path: str | os.PathLike | None = None, keep: bool = True):
+    self._keep = keep
     self._events: list[Event] = []
     self._file = None
     if path is not None:
@@ -46,7 +49,8 @@ class EventLog:
 
   def append(self, event: Event) -> None:
     """Add the event that happened next."""
-    self._events.append(event)
+    if self._keep:
+      self._events.append(event)
     if self._file is not None:
       self._file.write(_encode(event_to_json(event)) + '\n')
 
@@ -78,7 +82,10 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
       {"event": "Started", "now_s": 0.25, "order": {"order": "StepOrder", "id": 3, "worker": "prefill0", ...}}
 
   A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
-  Orders keep their page numbers, slots and admissions. Tuples are lists.
+  Orders keep their page numbers, slots and admissions. Tuples are lists. `Occupancy` comes at the end of a turn that
+  changed how full the cluster is and names only the workers whose figures changed:
+
+      {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
   """
   with open(path, encoding='utf-8') as file:
     for line in file:
@@ -95,6 +102,8 @@ def event_to_json(event: Event) -> dict[str, Any]:
       return {'event': kind, 'now_s': now_s, 'order': _order(order)}
     case Done():
       return {'event': kind, **_fields(event), 'results': [_result(result) for result in event.results]}
+    case Occupancy():
+      return {'event': kind, **_fields(event), 'workers': [_fields(use) for use in event.workers]}
     case _:
       return {'event': kind, **_fields(event)}
 
@@ -132,7 +141,7 @@ def _admission(admission: Admission) -> dict[str, Any]:
 
 
 def _result(result: Result) -> dict[str, Any]:
-  return _fields(result)
+  return {**_fields(result), 'logprobs': [_fields(logprob) for logprob in result.logprobs]}
 
 
 _FIELD_NAMES: dict[type, tuple[str, ...]] = {}

@@ -14,7 +14,7 @@ import numpy as np
 
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.serving.messages import Event
-from pdjax.types.cluster import Role, WorkerSpec
+from pdjax.types.cluster import Role, WorkerSpec, split_name
 from pdjax.types.request import SLO
 
 
@@ -105,14 +105,14 @@ class Report:
     backend: What ran it: the engine or the simulator.
     model_id: The model.
     tokenizer_id: Its tokenizer, if any.
-    num_prompts: Requests that arrived.
+    num_prompts: Requests that arrived, each sample of one counted.
     request_rate: Requests per second that the workload asked for; infinite if all came at once.
     burstiness: Shape of the arrival gaps; 1 is a Poisson process.
     max_concurrency: Most requests in flight that the workload allowed, if it did.
     duration_s: From the first arrival to the last token or end of a request.
     completed: Requests that got all that they asked for.
     failed: The others.
-    total_input_tokens: Prompt tokens.
+    total_input_tokens: Prompt tokens, those of several samples counted once.
     total_output_tokens: Tokens delivered.
     request_throughput: Completed requests per second.
     request_goodput: Completed requests per second that met every latency limit; None without limits.
@@ -142,6 +142,7 @@ class Report:
     environment: Versions, devices and commit.
     generated_texts: What each request got, as text, by its id.
     timeline: The times of every request and worker.
+    workers: The cluster.
   """
 
   date: str
@@ -185,6 +186,7 @@ class Report:
   environment: Mapping[str, Any] = dataclasses.field(repr=False)
   generated_texts: Mapping[str, str] = dataclasses.field(repr=False)
   timeline: Timeline = dataclasses.field(repr=False)
+  workers: tuple[WorkerSpec, ...] = dataclasses.field(repr=False)
 
   @classmethod
   def from_events(
@@ -233,7 +235,7 @@ class Report:
     done = [request for request in timeline.requests if request.completed]
     failed = len(timeline.requests) - len(done)
     duration_s = timeline.duration_s
-    input_tokens = sum(request.prompt_len for request in done)
+    input_tokens = sum(request.prompt_len for request in done if request.sample_of is None)  # computed once
     output_tokens = sum(request.num_tokens for request in done)
     good = _num_good(done, timeline.requests, slo)
     max_tokens, max_requests = _peaks(done)
@@ -280,7 +282,13 @@ class Report:
       environment=dict(environment or {}),
       generated_texts=dict(generated_texts or {}),
       timeline=timeline,
+      workers=tuple(workers),
     )
+
+  @property
+  def split(self) -> str:
+    """The cluster in shorthand, such as '2P1D'."""
+    return split_name(self.workers)
 
   def ttft_account(self) -> str:
     """What TTFT is made of, in a line."""

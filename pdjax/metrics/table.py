@@ -1,13 +1,12 @@
 """A report as tables for a terminal."""
 
-from collections.abc import Iterator
-
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from pdjax.metrics.report import Report
+from pdjax.metrics.wording import number, percent, totals
 
 _WIDTH = 100
 
@@ -48,7 +47,7 @@ def _latencies(report: Report) -> RenderableType:
     ('E2E', report.e2el),
   )
   for name, stats in rows:
-    table.add_row(name, *(_number(value) for value in (stats.mean_ms, stats.p50_ms, stats.p90_ms, stats.p99_ms)))
+    table.add_row(name, *(number(value) for value in (stats.mean_ms, stats.p50_ms, stats.p90_ms, stats.p99_ms)))
   return table
 
 
@@ -56,35 +55,18 @@ def _totals(report: Report) -> RenderableType:
   table = Table.grid(padding=(0, 2))
   for width, justify in ((19, 'left'), (17, 'right'), (19, 'left'), (15, 'right')):
     table.add_column(width=width, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-  cells = list(_figures(report))
+  cells = list(totals(report))
   half = (len(cells) + 1) // 2
   for left, right in zip(cells[:half], [*cells[half:], ('', '')], strict=False):
     table.add_row(Text(left[0], style='dim'), left[1], Text(right[0], style='dim'), right[1])
   return Padding(table, (1, 0, 0, 1), expand=False)
 
 
-def _figures(report: Report) -> Iterator[tuple[str, str]]:
-  yield 'request throughput', f'{_number(report.request_throughput, 2)} req/s'
-  if report.request_goodput is not None:
-    yield 'request goodput', f'{_number(report.request_goodput, 2)} req/s'
-    yield 'within all limits', _percent(report.goodput_share)
-  yield 'output throughput', f'{_number(report.output_throughput)} tok/s'
-  yield 'total throughput', f'{_number(report.total_token_throughput)} tok/s'
-  yield 'input tokens', f'{report.total_input_tokens:,}'
-  yield 'output tokens', f'{report.total_output_tokens:,}'
-  yield 'wasted tokens', f'{report.wasted_tokens:,}'
-  yield 'KV moved', _bytes(report.wire_bytes)
-  yield 'transfers', f'{report.num_transfers:,}'
-  yield 'host lag mean / p99', f'{_number(report.host_lag.mean_ms, 2)} / {_number(report.host_lag.p99_ms, 2)} ms'
-  if report.warmup_s is not None:
-    yield 'warm-up', f'{report.warmup_s:.1f} s'
-
-
 def _utilisation(report: Report) -> RenderableType:
   table = _table('utilisation', 'busy', 'prefill', 'decode', 'fused', 'transfer', width=9)
   for use in report.utilisation:
     shares = (use.busy, use.prefill, use.decode, use.fused, use.transfer)
-    table.add_row(use.worker, *(_percent(share) for share in shares))
+    table.add_row(use.worker, *(percent(share) for share in shares))
   return table
 
 
@@ -94,19 +76,3 @@ def _table(first: str, *columns: str, width: int) -> Table:
   for column in columns:
     table.add_column(column, width=width, justify='right', no_wrap=True)
   return table
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-  return '-' if value is None else f'{value:,.{digits}f}'
-
-
-def _percent(share: float | None) -> str:
-  return '-' if share is None else f'{share:.1%}'
-
-
-def _bytes(count: float) -> str:
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 1000:
-      return f'{count:.0f} B' if unit == 'B' else f'{count:.1f} {unit}'
-    count /= 1000
-  return f'{count:,.1f} TB'

@@ -11,6 +11,7 @@ from pdjax.serving.messages import (
   Event,
   Failed,
   Finished,
+  Occupancy,
   Order,
   Started,
   StepOrder,
@@ -51,7 +52,10 @@ class HandOff:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestTimeline:
-  """What the log tells of one request; all times in seconds after the start of the run.
+  """What the log tells of one request, or one sample of it; all times in seconds after the start of the run.
+
+  Samples of one prompt share its arrival and its prefill, so the TTFT of a further one holds the hand-off too: its
+  first token comes of the decode worker. The prompt's transfers are those of the sample that carried it.
 
   A token is delivered at the time of the turn in which the loop learnt of it, so host delays count. Figures that
   a request never reached are None.
@@ -73,6 +77,7 @@ class RequestTimeline:
     error: What went wrong, if anything.
     prefill_worker: Where the first token was made.
     decode_worker: Where the second was.
+    sample_of: The request that it is a further sample of, if it is one.
   """
 
   id: str
@@ -91,6 +96,7 @@ class RequestTimeline:
   error: str | None = None
   prefill_worker: str | None = None
   decode_worker: str | None = None
+  sample_of: str | None = None
 
   @property
   def completed(self) -> bool:
@@ -171,7 +177,8 @@ class BusySpan:
     began_s: When the worker or link turned to it.
     ended_s: When its outcome was on the host.
     order: The order's id.
-    requests: Everyone in it.
+    requests: Everyone in it, those with prompt tokens first.
+    num_prompts: How many those are.
     prompt_tokens: Prompt tokens a step computed.
     output_tokens: Tokens a step brought.
     target: Where a transfer goes.
@@ -184,6 +191,7 @@ class BusySpan:
   ended_s: float
   order: int
   requests: tuple[str, ...]
+  num_prompts: int = 0
   prompt_tokens: int = 0
   output_tokens: int = 0
   target: str | None = None
@@ -197,12 +205,14 @@ class Timeline:
   Attributes:
     requests: Every request, in the order of arrival.
     spans: Every order that ended well, in the order in which the loop learnt of it.
+    occupancy: How full the cluster was, whenever that changed.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
   spans: tuple[BusySpan, ...] = ()
+  occupancy: tuple[Occupancy, ...] = ()
   host_lags_s: tuple[float, ...] = ()
   wasted_tokens: int = 0
 
@@ -230,8 +240,10 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   Tokens that come for a request after its end were not delivered; they count as wasted.
   """
   requests: dict[str, _Draft] = {}
+  samples: dict[str, list[_Draft]] = {}
   orders: dict[int, Order] = {}
   spans: list[BusySpan] = []
+  occupancy: list[Occupancy] = []
   host_lags_s: list[float] = []
   wasted_tokens = 0
   now_s = 0.0
@@ -249,7 +261,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         if isinstance(order, StepOrder):
           spans.append(_step_span(order, event))
           for chunk in order.chunks:
-            requests[chunk.request.id].chunk(event)
+            for draft in samples[chunk.request.id]:
+              draft.chunk(event)
           for result in event.results:
             wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)
         elif isinstance(order, TransferOrder):
@@ -259,13 +272,17 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         host_lags_s.append(now_s - event.ended_s)
         orders.pop(event.order, None)
       case Arrived():
-        requests[event.request.id] = _Draft(event.request)
+        drafts = samples[event.request.id] = [_Draft(sample) for sample in event.request.samples()]
+        requests |= {draft.request.id: draft for draft in drafts}
+      case Occupancy():
+        occupancy.append(event)
       case Finished():
         wasted_tokens += requests[event.request].finish(event)
 
   return Timeline(
     requests=tuple(draft.timeline() for draft in requests.values()),
     spans=tuple(spans),
+    occupancy=tuple(occupancy),
     host_lags_s=tuple(host_lags_s),
     wasted_tokens=wasted_tokens,
   )
@@ -280,6 +297,7 @@ def _step_span(order: StepOrder, done: Done) -> BusySpan:
     ended_s=done.ended_s,
     order=order.id,
     requests=(*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)),
+    num_prompts=len(order.chunks),
     prompt_tokens=sum(chunk.length for chunk in order.chunks),
     output_tokens=sum(len(result.tokens) for result in done.results),
   )
@@ -363,4 +381,5 @@ class _Draft:
       error=finished.error if finished else None,
       prefill_worker=self.prefill_worker,
       decode_worker=self.decode_worker,
+      sample_of=self.request.sample_of,
     )

@@ -12,6 +12,7 @@ from tests.hf import write_folder
 from tests.tiny import TINY, prompt
 
 ROOT = pathlib.Path(__file__).parents[2]
+SIMULATED = ('--config=configs/llama3_8b_simulated.py:num_requests=4', '--backend=simulator')
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +82,19 @@ def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_ot
   assert 'hand-off' in done.stdout
 
 
+def test_a_comparison_from_the_command_line_says_who_wins_and_leaves_a_page(tmp_path):
+  done = command(
+    '--config=configs/llama3_8b_simulated.py:num_requests=12,requests_per_s=20', '--backend=simulator', '--compare',
+    '--rates=20,40', '--splits=2P1D,1P2D', '--budgets=512', f'--workdir={tmp_path}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert 'At 20 req/s, on the same 12 devices,' in ' '.join(done.stdout.split())
+  assert '12C tp1 cannot be' in done.stdout
+  data = json.loads((tmp_path / 'compare.json').read_text())
+  assert {case['system'] for case in data['cases']} >= {'2P1D', '1P2D', '3C tp4, 512 tokens'}
+  assert (tmp_path / 'report.html').stat().st_size < 5e6
+
+
 def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrated(tmp_path):
   done = command(
     '--config=configs/llama3_8b_simulated.py:num_requests=20', '--backend=simulator', f'--workdir={tmp_path}'
@@ -118,6 +132,11 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
     (['--config=configs/smollm2_cpu.py', '--set=policy.max_prefill_tokens=0'], ['max_prefill_tokens=0']),
     (['--config=configs/smollm2_cpu.py', '--set=platform=gpu'], ["'gpu'", 'platform']),
     (['--config=README.md'], ['README.md', '.py']),
+    ([*SIMULATED, '--compare', '--splits=2P'], ["'2P'", '2P1D']),
+    ([*SIMULATED, '--compare', '--rates=1,0'], ['rate 0', '--rates=1,2,4']),
+    ([*SIMULATED, '--compare', '--rates=1,fast'], ['--rates=1,fast', 'numbers']),
+    ([*SIMULATED, '--rates=1,2'], ['--rates', '--compare']),
+    (['--config=configs/smollm2_cpu.py', '--compare', '--prompt=Hi'], ['--compare', '--prompt']),
   ],
 )
 def test_bad_input_is_answered_in_one_clear_line(arguments, words):

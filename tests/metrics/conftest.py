@@ -1,9 +1,11 @@
-"""Logs written by hand, stamp by stamp."""
+"""Logs written by hand, stamp by stamp, and reports of simulated runs."""
 
 import dataclasses
 
 import pytest
 
+import pdjax
+from pdjax.metrics import Report
 from pdjax.serving.messages import (
   Admission,
   Arrived,
@@ -19,6 +21,7 @@ from pdjax.serving.messages import (
   Turn,
 )
 from pdjax.types.request import Request
+from tests import tiny
 
 
 class Log:
@@ -123,3 +126,35 @@ def stamps():
 def disaggregated():
   """Turns such stamps into a log."""
   return write_disaggregated
+
+
+@pytest.fixture(scope='session')
+def many_requests() -> Report:
+  """Ten thousand simulated requests on two prefill workers and one decode worker, more passes than a chart has bars."""
+  sizes = {'tp': 4, 'max_sequences': 128, 'max_step_tokens': 2048, 'max_chunks': 32}
+  workload = pdjax.Poisson(
+    requests_per_s=60, num_requests=10_000, prompt=pdjax.Uniform(20, 400), output=pdjax.Uniform(1, 4)
+  )
+  config = pdjax.ServingConfig(
+    model=pdjax.ModelSpec.llama3_8b(),
+    workers=pdjax.prefill_pool(2, **sizes) + pdjax.decode_pool(1, **sizes),
+    policy=pdjax.Disaggregated(max_prefill_tokens=2048),
+    workload=workload,
+    page_size=64,
+    dtype='bfloat16',
+    cost=pdjax.Roofline(pdjax.ChipSpec.tpu_v5e(), pdjax.LinkSpec(45e9)),
+    slo=pdjax.SLO(ttft_ms=40),
+  )
+  return pdjax.simulate(config).report
+
+
+@pytest.fixture(scope='session')
+def few_requests() -> Report:
+  """Six requests on one worker of either role; every pass is a bar."""
+  return pdjax.simulate(tiny.config(max_sequences=2)).report
+
+
+@pytest.fixture(scope='session')
+def colocated() -> Report:
+  """The same six on two colocated workers."""
+  return pdjax.simulate(tiny.config('2C')).report

@@ -7,8 +7,19 @@ import sys
 import numpy as np
 
 from pdjax.metrics.event_log import EventLog, event_to_json, read_events
-from pdjax.serving.messages import Arrived, Done, EndOrder, Failed, Result, Started, Withdrawn, WorkerLost
-from pdjax.types.request import SLO, Request, SamplingParams
+from pdjax.serving.messages import (
+  Arrived,
+  Done,
+  EndOrder,
+  Failed,
+  Occupancy,
+  Result,
+  Started,
+  Withdrawn,
+  WorkerLost,
+  WorkerUse,
+)
+from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
 
 
 def _everything(disaggregated, stamps):
@@ -21,6 +32,7 @@ def _everything(disaggregated, stamps):
     Started(3.0, EndOrder(9, 's', 'cancelled', 'no longer wanted')),
     Failed(10, 3.0, 'boom'),
     WorkerLost('p', 3.0, 'boom'),
+    Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
   ]
 
 
@@ -48,15 +60,19 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   lines = list(read_events(tmp_path / 'events.jsonl'))
   arrived = [line['request'] for line in lines if line['event'] == 'Arrived']
   assert arrived[1]['prompt_len'] == 2 and 'prompt' not in arrived[1]
-  assert arrived[1]['sampling'] == dataclasses.asdict(SamplingParams(temperature=0.5)) | {'stop_token_ids': [7]}
+  assert arrived[1]['sampling'] == dataclasses.asdict(SamplingParams(temperature=0.5)) | {
+    'stop_token_ids': [7], 'stop': [],
+  }  # fmt: skip
   assert arrived[1]['slo']['ttft_ms'] == 5 and arrived[1]['session'] == 'c'
   prefill, transfer, decode, _, end = [line['order'] for line in lines if line['event'] == 'Started']
   assert prefill['chunks'] == [{'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'slot': None}]
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
-  assert decode['decodes'][0]['admission'] == {'request': 'r', 'pages': [7, 8], 'tokens': [100]}
+  assert decode['decodes'][0]['admission'] == {
+    'request': 'r', 'pages': [7, 8], 'tokens': [100], 'copy': None,
+  }  # fmt: skip
   assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
   done = next(line for line in lines if line['event'] == 'Done')
-  assert done['results'] == [{'request': 'r', 'tokens': [100], 'finish_reason': None}]
+  assert done['results'] == [{'request': 'r', 'tokens': [100], 'finish_reason': None, 'text': '', 'logprobs': []}]
 
 
 def test_numpy_integers_are_written_as_numbers(tmp_path):
@@ -64,6 +80,15 @@ def test_numpy_integers_are_written_as_numbers(tmp_path):
     log.append(Done(1, 0.0, np.float32(1.0), (Result('r', (np.int32(5),)),)))
   (line,) = read_events(tmp_path / 'events.jsonl')
   assert line['results'][0]['tokens'] == [5] and line['ended_s'] == 1.0
+
+
+def test_text_and_log_probabilities_are_written(tmp_path):
+  told = (TokenLogprob(-0.5, ((5, -0.5), (3, -2.0))),)
+  with EventLog(tmp_path / 'events.jsonl') as log:
+    log.append(Done(1, 0.0, 1.0, (Result('r', (5,), 'stop', 'Bees', told),)))
+  (line,) = read_events(tmp_path / 'events.jsonl')
+  (result,) = line['results']
+  assert result['text'] == 'Bees' and result['logprobs'] == [{'logprob': -0.5, 'top': [[5, -0.5], [3, -2.0]]}]
 
 
 def test_metrics_import_no_jax():

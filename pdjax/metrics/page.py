@@ -1,0 +1,284 @@
+"""The report as one page: a file of its own that opens offline, in light and dark, on a phone and on a desk."""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.resources
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pdjax.metrics import charts
+from pdjax.metrics.colours import DARK, FONT, LIGHT, PARTS, PHASES, SYSTEMS, vega_config
+from pdjax.metrics.report import Report, Stats
+from pdjax.metrics.wording import headline, number, percent, sentences, short, totals
+
+_LATENCIES = (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('ITL', 'itl'), ('E2E', 'e2el'), ('hand-off', 'handoff'))
+
+
+@dataclasses.dataclass(frozen=True)
+class OverRate:
+  """One figure of several systems over the rate of requests: a chart of the page; see `charts.over_rate`."""
+
+  title: str
+  unit: str
+  curves: Mapping[str, Sequence[tuple[float, float | None]]]
+  log: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+  """What a comparison adds to the page of a run.
+
+  Attributes:
+    baseline: The run to stand beside it, in every chart.
+    detail: What the baseline is, as short as it goes.
+    name: What it is called.
+    verdict: Who wins where, in sentences.
+    over_rate: Figures over the rate of requests.
+    baseline_curve: Which of their curves is the baseline.
+    head: Head of the table of all systems that were tried.
+    rows: Its rows.
+    best: Which of its rows are of the runs shown.
+  """
+
+  baseline: Report
+  detail: str = ''
+  name: str = 'colocated'
+  verdict: Sequence[str] = ()
+  over_rate: Sequence[OverRate] = ()
+  baseline_curve: str | None = None
+  head: Sequence[str] = ()
+  rows: Sequence[Sequence[str]] = ()
+  best: frozenset[int] = frozenset()
+
+
+def save_html(report: Report, path: str | os.PathLike, beside: Beside | None = None) -> pathlib.Path:
+  """Write the report as a page that needs no other file, and return its path.
+
+  Args:
+    report: The run.
+    path: A file that ends in `.html`, or a folder, which gets a `report.html`; missing folders are made.
+    beside: What to compare it with.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != '.html':
+    path = path / 'report.html'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(render_html(report, beside), encoding='utf-8')
+  return path
+
+
+def render_html(report: Report, beside: Beside | None = None) -> str:
+  """The page as text."""
+  import jinja2
+
+  source = importlib.resources.files('pdjax.metrics')
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+  template = environment.from_string((source / 'page.html').read_text(encoding='utf-8'))
+  css = jinja2.Environment().from_string((source / 'page.css').read_text(encoding='utf-8'))
+  notes = dict.fromkeys((*report.notes, *(beside.baseline.notes if beside else ())))
+  return template.render(
+    title=headline(report),
+    kicker=' · '.join(filter(None, (report.backend, _date(report.date)))),
+    headline=headline(report),
+    sentences=list(sentences(report)),
+    verdict=list(beside.verdict) if beside else [],
+    notes=list(notes),
+    cards=list(_cards(report, beside)),
+    sections=list(_sections(report, beside)),
+    folds=list(_folds(report, beside)),
+    footer='Drawn with Vega-Lite.',
+    themes=_json({'light': vega_config(LIGHT), 'dark': vega_config(DARK)}),
+    bundle=_bundle(),
+    js=(source / 'page.js').read_text(encoding='utf-8'),
+    css=css.render(light=LIGHT, dark=DARK, font=FONT, accent=SYSTEMS[0]),
+  )
+
+
+@functools.cache
+def _bundle() -> str:
+  """Vega, Vega-Lite and Vega-Embed in one script."""
+  import vl_convert
+
+  return (
+    vl_convert.javascript_bundle('window.vegaEmbed = vegaEmbed;')
+    .replace('</script', '<\\/script')
+    .replace('<!--', '<\\!--')
+  )
+
+
+def _date(text: str) -> str:
+  """A report's date as people write it."""
+  with contextlib.suppress(ValueError):
+    return datetime.datetime.strptime(text, '%Y%m%d-%H%M%S').strftime('%-d %B %Y, %H:%M')
+  return text
+
+
+def _json(data: Any) -> str:
+  return _in_script(json.dumps(data, separators=(',', ':')))
+
+
+def _in_script(text: str) -> str:
+  """JSON that cannot end the script element it stands in."""
+  return text.replace('<', '\\u003c')
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def _cards(report: Report, beside: Beside | None) -> Iterator[dict[str, str]]:
+  other = beside.baseline if beside else None
+
+  def card(name: str, value: str, unit: str, more: str, beside_it: str | None) -> dict[str, str]:
+    return {
+      'name': name, 'value': value, 'unit': unit, 'more': more,
+      'beside': f'{beside.name if beside else ""}: {beside_it}' if beside_it is not None else '',
+    }  # fmt: skip
+
+  if report.request_goodput is not None:
+    within = f'{percent(report.goodput_share)} within limits'
+    than = None if other is None else f'{number(other.request_goodput, 2)} · {percent(other.goodput_share)}'
+    yield card('Goodput', number(report.request_goodput, 2), 'req/s', within, than)
+  tokens = f'{number(report.request_throughput, 2)} requests/s'
+  than = None if other is None else short(other.output_throughput)
+  yield card('Output', short(report.output_throughput), 'tok/s', tokens, than)
+  for name, field in (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('Hand-off', 'handoff'), ('E2E', 'e2el')):
+    median = f'{name} p50'
+    stats: Stats = getattr(report, field)
+    than = None
+    if other is not None:
+      theirs: Stats = getattr(other, field)
+      than = f'{short(theirs.p50_ms)} · p99 {short(theirs.p99_ms)}'
+    yield card(median, short(stats.p50_ms), 'ms', f'p99 {short(stats.p99_ms)} ms', than)
+
+
+def _latency_table(report: Report, beside: Beside | None) -> dict[str, Any]:
+  rows = []
+  for name, field in _LATENCIES:
+    for run, label in ((report, name), (beside and beside.baseline, beside and beside.name)):
+      if run:
+        stats: Stats = getattr(run, field)
+        figures = (stats.mean_ms, stats.p50_ms, stats.p90_ms, stats.p99_ms)
+        rows.append({'cells': [label, *map(short, figures)], 'beside': run is not report})
+  return {'head': ['ms', 'mean', 'p50', 'p90', 'p99'], 'rows': rows}
+
+
+def _totals_table(report: Report, beside: Beside | None) -> dict[str, Any]:
+  others = dict(totals(beside.baseline)) if beside else {}
+  head = ['over the whole run', report.split] + ([beside.name] if beside else [])
+  rows = [{'cells': [name, text, *([others.get(name, '-')] if beside else [])]} for name, text in totals(report)]
+  return {'head': head, 'rows': rows}
+
+
+def _utilisation_table(report: Report, title: str) -> dict[str, Any]:
+  kinds = [kind for kind in PHASES if any(getattr(use, kind) for use in report.utilisation)]
+  rows = [
+    {'cells': [use.worker, percent(use.busy), *(percent(getattr(use, kind)) for kind in kinds)]}
+    for use in report.utilisation
+  ]
+  return {
+    'head': ['share of the run', 'busy', *kinds],
+    'rows': rows,
+    'fold': f'How busy each worker was{title and f", {title}"}',
+  }
+
+
+# ---------------------------------------------------------------------------- sections
+
+
+def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]:
+  runs = [(report, report.split)] + ([(beside.baseline, beside.name)] if beside else [])
+  reports = [run for run, _ in runs]
+  systems = charts.system_colours([name for _, name in runs], beside.name if beside else None)
+  if beside and beside.over_rate:
+    names = list(beside.over_rate[0].curves)
+    yield {
+      'id': 'rates', 'title': 'Over the rate of requests', 'in_grid': True, 'wide': True,
+      'text': ['The colocated curve takes the best of all its divisions and budgets at each rate.'],
+      'legend': charts.system_colours(names, beside.baseline_curve),
+      'charts': [
+        _chart(
+          charts.over_rate(one.curves, one.title, one.unit, baseline=beside.baseline_curve, log=one.log), one.title
+        )
+        for one in beside.over_rate
+      ],
+    }  # fmt: skip
+  yield {
+    'id': 'figures', 'title': 'Figures', 'text': [], 'charts': [], 'side_by_side': True,
+    'tables': [_latency_table(report, beside), _totals_table(report, beside)],
+  }  # fmt: skip
+  yield {
+    'id': 'account', 'title': 'Where the time went',
+    'text': [
+      f'{f"{name}: " if beside else ""}{run.ttft_account()}; {run.handoff_account()}.' for run, name in runs
+    ],
+    'legend': [('queue, wait', PARTS['queue']), *(pair for pair in PARTS.items() if pair[0] not in ('queue', 'wait'))],
+    'charts': [_chart(charts.account(*reports, names=[name for _, name in runs]))],
+  }  # fmt: skip
+  kinds = {span.kind for run in reports for span in run.timeline.spans}
+  titles = [(run, '') for run in reports]
+  if beside:
+    titles = [(report, report.split), (beside.baseline, f'{beside.name}: {beside.detail}'.removesuffix(': '))]
+  yield {
+    'id': 'workers', 'title': 'What each worker did', 'over_time': True,
+    'text': _about_gantt(reports),
+    'legend': [(kind, colour) for kind, colour in PHASES.items() if kind in kinds],
+    'charts': [_chart(charts.gantt(run), title) for run, title in titles],
+    'tables': [_utilisation_table(run, title) for run, title in titles],
+  }  # fmt: skip
+  yield {
+    'id': 'pages', 'title': 'Pages in use', 'over_time': True,
+    'text': ['Pages of the KV cache that are not free. The rows of a run share one scale; labels name each peak.'],
+    'charts': [_chart(charts.pages(run), title) for run, title in titles],
+  }  # fmt: skip
+  yield {
+    'id': 'latencies', 'title': 'Latencies', 'in_grid': True,
+    'text': [
+      'The share of requests (for ITL, of tokens) that took at most so long. Dots are p50, p90 and p99, where the axis '
+      'ends; a dotted line is a limit.'
+    ],
+    'legend': systems if beside else [],
+    'charts': [
+      _chart(charts.latency(*reports, metric=metric, names=[name for _, name in runs]), title)
+      for metric, (title, _) in charts.METRICS.items()
+    ],
+  }  # fmt: skip
+  if beside and beside.rows:
+    rows = [{'cells': list(row), 'best': number in beside.best} for number, row in enumerate(beside.rows)]
+    yield {
+      'id': 'systems', 'title': 'All that was tried', 'charts': [],
+      'text': [f'{len(rows)} runs; those shown above are in bold.'],
+      'tables': [{'head': list(beside.head), 'rows': rows, 'fold': 'Every system at every rate'}],
+    }  # fmt: skip
+
+
+def _chart(chart: Any, title: str = '', text: str = '') -> dict[str, str]:
+  return {'title': title, 'spec': _in_script(charts.page_spec(chart)), 'text': text}
+
+
+def _about_gantt(reports: Sequence[Report]) -> list[str]:
+  lines = ['Thick bars are passes; the thin line below them is KV leaving or reaching the worker.']
+  slots_s = [slot_s for slot_s in map(charts.slot_seconds, reports) if slot_s is not None]
+  if slots_s:
+    passes = max(len(report.timeline.spans) for report in reports)
+    lines.append(
+      f'There were {passes:,} passes and transfers, too many to draw one by one: neighbours are merged into slots of '
+      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every pass is in '
+      'trace.json, which ui.perfetto.dev opens.'
+    )
+  return lines
+
+
+def _folds(report: Report, beside: Beside | None) -> Iterator[tuple[str, str]]:
+  yield 'Config', _pretty(report.config)
+  if beside:
+    yield f'Config of {beside.name}', _pretty(beside.baseline.config)
+  yield 'Environment', _pretty(report.environment)
+
+
+def _pretty(data: Any) -> str:
+  return json.dumps(data, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,143 @@
+"""A run as a trace for ui.perfetto.dev and chrome://tracing: a track per worker and link, arrows along a request's way.
+
+The format is the Trace Event Format (JSON): https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pdjax.metrics.report import Report
+from pdjax.metrics.timeline import BusySpan
+
+_REQUESTS = 0  # the process of what belongs to no worker
+_PASSES = 1  # the thread of a worker that runs its passes; links come after it
+_CATEGORY = 'pdjax'
+
+
+def trace_events(report: Report) -> list[dict[str, Any]]:
+  """The run as trace events, times in microseconds and ascending, names of tracks first.
+
+  Each worker is a process with a thread `passes` and one for each worker that it sends KV to, or several where
+  transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. For
+  every transfer an arrow (a flow) leads from the pass that computed the pages over the transfer to the first pass that
+  decodes the request.
+  """
+  processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
+  names = [_name('process_name', _REQUESTS, 0, 'requests')]
+  for worker in report.workers:
+    label = f'{worker.name} ({worker.role.value}, tp={worker.tp})'
+    names.append(_name('process_name', processes[worker.name], 0, label))
+    names.append(_name('thread_name', processes[worker.name], _PASSES, 'passes'))
+  tracks = {span.order: (processes[span.worker], _PASSES) for span in report.timeline.spans if span.kind != 'transfer'}
+  for (source, target), lanes in _links(report.timeline.spans).items():
+    for number, lane in enumerate(lanes):
+      thread = 1 + sum(1 for name in names if name['pid'] == processes[source] and name['name'] == 'thread_name')
+      label = f'KV to {target}' + (f' ({number + 1})' if number else '')
+      names.append(_name('thread_name', processes[source], thread, label))
+      tracks |= {span.order: (processes[source], thread) for span in lane}
+  events = [_slice(span, *tracks[span.order]) for span in report.timeline.spans]
+  events += _counters(report, processes)
+  slices = {event['args']['order']: event for event in events if event['ph'] == 'X'}
+  events += _flows(report.timeline.spans, slices)
+  return names + sorted(events, key=lambda event: event['ts'])
+
+
+def save_trace(report: Report, path: str | os.PathLike) -> pathlib.Path:
+  """Write the run as a file that ui.perfetto.dev opens, and return its path.
+
+  Args:
+    report: The run.
+    path: A file that ends in `.json`, or a folder, which gets a `trace.json`; missing folders are made.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != '.json':
+    path = path / 'trace.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = ',\n'.join(json.dumps(event, separators=(',', ':'), allow_nan=False) for event in trace_events(report))
+  path.write_text(f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n', encoding='utf-8')
+  return path
+
+
+def _name(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+  return {'ph': 'M', 'name': what, 'pid': process, 'tid': thread, 'ts': 0, 'args': {'name': name}}
+
+
+def _links(spans: Sequence[BusySpan]) -> dict[tuple[str, str], list[list[BusySpan]]]:
+  """The transfers of each (source, target), dealt out to lanes in which none overlaps another."""
+  links: dict[tuple[str, str], list[list[BusySpan]]] = {}
+  for span in sorted(spans, key=lambda span: span.began_s):
+    if span.kind != 'transfer':
+      continue
+    assert span.target is not None
+    lanes = links.setdefault((span.worker, span.target), [])
+    free = next((lane for lane in lanes if lane[-1].ended_s <= span.began_s), None)
+    if free is None:
+      lanes.append([span])
+    else:
+      free.append(span)
+  return links
+
+
+def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
+  args: dict[str, Any] = {'order': span.order}
+  if span.kind == 'transfer':
+    args |= {'request': span.requests[0], 'target': span.target, 'wire_bytes': span.wire_bytes}
+  else:
+    if span.num_prompts:
+      args |= {'prompts': ' '.join(span.requests[: span.num_prompts]), 'prompt_tokens': span.prompt_tokens}
+    if decodes := span.requests[span.num_prompts :]:
+      args |= {'batch': len(decodes), 'decodes': ' '.join(decodes)}
+    args |= {'output_tokens': span.output_tokens}
+  began = _microseconds(span.began_s)
+  duration = round(max(_microseconds(span.ended_s) - began, 0.0), 3)
+  return {
+    'ph': 'X', 'name': span.kind, 'cat': _CATEGORY, 'pid': process, 'tid': thread, 'ts': began, 'dur': duration,
+    'args': args,
+  }  # fmt: skip
+
+
+def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, Any]]:
+  for now in report.timeline.occupancy:
+    ts = _microseconds(now.now_s)
+    yield _counter('prompts waiting', _REQUESTS, ts, {'prompts': now.waiting})
+    for use in now.workers:
+      yield _counter('pages in use', processes[use.worker], ts, {'pages': use.pages})
+      yield _counter('sequences decoding', processes[use.worker], ts, {'sequences': use.decoding})
+
+
+def _counter(name: str, process: int, ts: float, values: dict[str, int]) -> dict[str, Any]:
+  return {'ph': 'C', 'name': name, 'pid': process, 'ts': ts, 'args': values}
+
+
+def _flows(spans: Sequence[BusySpan], slices: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+  """For every transfer three points on one arrow; an order's id grows with the time of its decision."""
+  prefills: dict[str, list[int]] = {}  # orders with prompt tokens, by request
+  decodes: dict[tuple[str, str], int] = {}  # the first order that decodes a request on a worker
+  for span in spans:
+    if span.kind == 'transfer':
+      continue
+    for request in span.requests[: span.num_prompts]:
+      prefills.setdefault(request, []).append(span.order)
+    for request in span.requests[span.num_prompts :]:
+      decodes[request, span.worker] = min(span.order, decodes.get((request, span.worker), span.order))
+  for span in spans:
+    if span.kind != 'transfer':
+      continue
+    request, target = span.requests[0], span.target
+    before = max((order for order in prefills.get(request, ()) if order < span.order), default=None)
+    after = decodes.get((request, target or ''))
+    if before is None or after is None:  # the request ended on the way
+      continue
+    for phase, order in (('s', before), ('t', span.order), ('f', after)):
+      at = slices[order]
+      yield {
+        'ph': phase, 'name': 'KV', 'cat': _CATEGORY, 'id': span.order, 'pid': at['pid'], 'tid': at['tid'],
+        'ts': at['ts'], **({'bp': 'e'} if phase == 'f' else {}),
+      }  # fmt: skip
+
+
+def _microseconds(seconds: float) -> float:
+  return round(seconds * 1e6, 3)

@@ -1,0 +1,83 @@
+"""Figures as people read them: numbers with their units, and a run in a few sentences."""
+
+from collections.abc import Iterator
+
+from pdjax.metrics.report import Report
+from pdjax.types.request import SLO
+
+
+def number(value: float | None, digits: int = 1) -> str:
+  """A number with thousands apart, `-` if there is none."""
+  return '-' if value is None else f'{value:,.{digits}f}'
+
+
+def short(value: float | None) -> str:
+  """A number with about three digits: 7.28, 44.8, 1,431."""
+  return number(value, 0 if (value or 0) >= 999.95 else 1 if (value or 0) >= 9.995 else 2)
+
+
+def percent(share: float | None) -> str:
+  """A share in percent."""
+  return '-' if share is None else f'{share:.1%}'
+
+
+def byte_count(count: float) -> str:
+  """Bytes in the largest unit that leaves a digit."""
+  for unit in ('B', 'kB', 'MB', 'GB'):
+    if count < 1000:
+      return f'{count:.0f} B' if unit == 'B' else f'{count:.1f} {unit}'
+    count /= 1000
+  return f'{count:,.1f} TB'
+
+
+def limits(slo: SLO | None) -> str:
+  """Latency limits in words, empty without any."""
+  if slo is None:
+    return ''
+  pairs = (('TTFT', slo.ttft_ms), ('TPOT', slo.tpot_ms), ('E2E', slo.e2el_ms))
+  return ', '.join(f'{name} ≤ {limit:,g} ms' for name, limit in pairs if limit is not None)
+
+
+def totals(report: Report) -> Iterator[tuple[str, str]]:
+  """Every figure of a run that is no latency, with its name."""
+  yield 'request throughput', f'{number(report.request_throughput, 2)} req/s'
+  if report.request_goodput is not None:
+    yield 'request goodput', f'{number(report.request_goodput, 2)} req/s'
+    yield 'within all limits', percent(report.goodput_share)
+  yield 'output throughput', f'{number(report.output_throughput)} tok/s'
+  yield 'total throughput', f'{number(report.total_token_throughput)} tok/s'
+  yield 'input tokens', f'{report.total_input_tokens:,}'
+  yield 'output tokens', f'{report.total_output_tokens:,}'
+  yield 'wasted tokens', f'{report.wasted_tokens:,}'
+  yield 'KV moved', byte_count(report.wire_bytes)
+  yield 'transfers', f'{report.num_transfers:,}'
+  yield 'host lag mean / p99', f'{number(report.host_lag.mean_ms, 2)} / {number(report.host_lag.p99_ms, 2)} ms'
+  if report.warmup_s is not None:
+    yield 'warm-up', f'{report.warmup_s:.1f} s'
+
+
+def headline(report: Report) -> str:
+  """What ran and what came of it, in a sentence."""
+  all_of = 'all ' if report.completed == report.num_prompts > 1 else f'{report.completed:,} of '
+  return (
+    f'{report.model_id or "The model"} on {report.split} answered {all_of}{report.num_prompts:,} '
+    f'request{"" if report.num_prompts == 1 else "s"} in {short(report.duration_s)} s'
+  )
+
+
+def sentences(report: Report) -> Iterator[str]:
+  """What a user of the run would have noticed, and what the hand-off cost."""
+  if report.ttft.p50_ms is None:
+    return
+  yield (
+    f'Half of the first tokens came within {short(report.ttft.p50_ms)} ms, one in a hundred took more than '
+    f'{short(report.ttft.p99_ms)} ms; a token more took {short(report.tpot.p50_ms)} ms in the median.'
+  )
+  if report.num_transfers and report.handoff.mean_ms is not None:
+    yield (
+      f'Handing a request over from prefill to decode took {short(report.handoff.mean_ms)} ms on average, '
+      f'{short(report.account.wire_ms)} ms of it on the wire.'
+    )
+  if report.goodput_share is not None:
+    words = limits(report.slo)
+    yield f'{percent(report.goodput_share)} of the requests were within their limits{f" ({words})" if words else ""}.'

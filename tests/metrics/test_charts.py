@@ -1,0 +1,147 @@
+"""What charts show, against the report they are made of."""
+
+import csv
+import dataclasses
+import io
+import itertools
+
+import numpy as np
+import pytest
+
+from pdjax.metrics import Report, charts, colours
+from pdjax.metrics.timeline import Timeline
+
+
+def _rows(chart, layer=0):
+  """The rows that a layer of a chart draws."""
+  spec = chart.to_dict()
+  data = spec['layer'][layer].get('data') or spec['data']
+  numbers = data['format'].get('parse') or {}
+  rows = csv.DictReader(io.StringIO(spec['datasets'][data['name']]))
+  return [{name: float(v) if name in numbers and v else v for name, v in row.items()} for row in rows]
+
+
+def _seconds(report, kind):
+  return sum(span.ended_s - span.began_s for span in report.timeline.spans if span.kind == kind)
+
+
+@pytest.mark.parametrize('run', ['few_requests', 'colocated'])
+def test_every_pass_of_a_short_run_is_a_bar(run, request):
+  report = request.getfixturevalue(run)
+  assert charts.slot_seconds(report) is None
+  bars = _rows(charts.gantt(report))
+  for kind in ('prefill', 'decode', 'fused'):
+    mine = [bar for bar in bars if bar['kind'] == kind]
+    assert len(mine) == sum(span.kind == kind for span in report.timeline.spans)
+    assert sum(bar['b'] - bar['a'] for bar in mine) == pytest.approx(_seconds(report, kind), abs=1e-4)
+  rows = {worker.name: row for row, worker in enumerate(report.workers)}
+  assert all(rows[bar['worker']] < bar['lo'] < bar['hi'] < rows[bar['worker']] + 1 for bar in bars)
+  assert all(bar['b'] <= report.duration_s + 1e-6 for bar in bars)
+
+
+def test_a_transfer_is_seen_at_both_its_ends(few_requests):
+  lines = _rows(charts.gantt(few_requests), layer=1)
+  transfers = [span for span in few_requests.timeline.spans if span.kind == 'transfer']
+  assert len(lines) == 2 * len(transfers) > 0
+  assert {int(line['lo']) for line in lines} == {0, 1}
+  assert {line['requests'] for line in lines} == {span.requests[0] for span in transfers}
+
+
+def test_slots_of_a_long_run_hold_the_time_that_its_passes_took(many_requests):
+  slot_s = charts.slot_seconds(many_requests)
+  bars = _rows(charts.gantt(many_requests))
+  assert len(many_requests.timeline.spans) > charts.MAX_BARS >= len(bars)
+  for kind in ('prefill', 'decode'):
+    mine = [bar for bar in bars if bar['kind'] == kind]
+    assert sum(bar['share'] * slot_s for bar in mine) == pytest.approx(_seconds(many_requests, kind), rel=1e-3)
+    assert sum(bar['passes'] for bar in mine) == sum(span.kind == kind for span in many_requests.timeline.spans)
+    assert all(bar['hi'] - bar['lo'] == pytest.approx(0.62 * bar['share'], abs=2e-4) for bar in mine)
+
+
+def test_pages_in_use_are_those_of_the_log(few_requests):
+  bars = [bar for bar in _rows(charts.pages(few_requests)) if bar['worker'] == 'decode0']
+  pages = [use.pages for now in few_requests.timeline.occupancy for use in now.workers if use.worker == 'decode0']
+  assert max(bar['count'] for bar in bars) == max(pages) > 0
+  assert all(one['b'] <= after['a'] for one, after in itertools.pairwise(bars))
+  assert bars[0]['share'] == pytest.approx(bars[0]['count'] / few_requests.workers[1].num_pages, abs=1e-4)
+
+
+def test_of_many_levels_every_slot_shows_its_peak():
+  rng = np.random.default_rng(0)
+  times_s = np.cumsum(rng.exponential(1.0, 1000))
+  levels = [
+    charts._Level(a, b, int(count), 1)
+    for a, b, count in zip(times_s, times_s[1:], rng.integers(1, 50, 999), strict=False)
+  ]
+  slots = charts._highest(levels, 40)
+  assert len(slots) <= 41
+  for slot in slots:
+    inside = [level.count for level in levels if level.at_s < slot.until_s - 1e-6 and level.until_s > slot.at_s + 1e-6]
+    assert slot.count == max(inside)
+  assert charts._highest(levels, 1000) is levels
+
+
+def test_dots_of_latencies_are_the_percentiles_of_the_report(few_requests, colocated):
+  for metric in charts.METRICS:
+    dots = _rows(charts.latency(few_requests, colocated, metric=metric), layer=1)
+    for report in (few_requests, colocated):
+      stats = getattr(report, metric)
+      mine = {dot['percentile']: dot['ms'] for dot in dots if dot['system'] == report.split}
+      expected = {'p50': stats.p50_ms, 'p90': stats.p90_ms, 'p99': stats.p99_ms}
+      assert mine == pytest.approx(expected, abs=2e-3)
+  with pytest.raises(ValueError, match="'tfft' is unknown; choose one of ttft"):
+    charts.latency(few_requests, metric='tfft')
+
+
+def test_bars_of_the_account_end_where_the_means_are(few_requests, colocated):
+  totals = _rows(charts.account(few_requests, colocated), layer=1)
+  ends = {total['bar']: total['to'] for total in totals}
+  assert ends == pytest.approx(
+    {
+      'TTFT · 1P1D': few_requests.ttft.mean_ms, 'TTFT · 2C': colocated.ttft.mean_ms,
+      'hand-off · 1P1D': few_requests.handoff.mean_ms, 'hand-off · 2C': colocated.handoff.mean_ms,
+    },
+    abs=2e-3,
+  )  # fmt: skip
+
+
+def test_two_runs_on_like_clusters_stay_two_curves(few_requests):
+  curves = _rows(charts.latency(few_requests, few_requests))
+  assert {row['system'] for row in curves} == {'1P1D', '1P1D (2)'}
+
+
+def test_figures_that_are_missing_or_zero_are_left_out_of_a_logarithmic_axis():
+  curves = {'1P1D': [(1.0, 5.0), (2.0, None), (4.0, 0.0)], 'colocated': [(1.0, 7.0), (2.0, 8.0), (4.0, 9.0)]}
+  assert len(_rows(charts.over_rate(curves, 'tail', 'ms', log=True))) == 4
+  assert len(_rows(charts.over_rate(curves, 'goodput', 'requests/s'))) == 5
+
+
+def test_a_run_of_nothing_can_be_drawn(few_requests):
+  nothing = dataclasses.replace(
+    Report.from_events([], workers=few_requests.workers), timeline=Timeline(), utilisation=()
+  )
+  for chart in (charts.gantt(nothing), charts.pages(nothing), charts.account(nothing), charts.latency(nothing)):
+    assert chart.to_dict()['layer']
+
+
+def test_a_picture_follows_the_theme_of_its_reader(few_requests, tmp_path):
+  svg = charts.save(charts.overview(few_requests), tmp_path / 'run.svg').read_text()
+  assert 'prefers-color-scheme: dark' in svg
+  assert f'fill="{colours.LIGHT["ink"]}"' in svg and f'fill:{colours.DARK["ink"]}' in svg
+  assert all(svg.count(f'"{colours.PHASES[kind]}"') for kind in ('prefill', 'decode', 'transfer'))
+  assert charts.save(charts.account(few_requests), tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
+  with pytest.raises(ValueError, match=r'end the name in \.svg or \.png'):
+    charts.save(charts.account(few_requests), tmp_path / 'a.pdf')
+
+
+def _luminance(colour: str) -> float:
+  parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+  linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+  return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+@pytest.mark.parametrize('paper', [colours.LIGHT['paper'], colours.DARK['paper']])
+def test_every_data_colour_stands_out_on_both_papers(paper):
+  for colour in {*colours.PHASES.values(), *colours.PARTS.values(), *colours.SYSTEMS, colours.BASELINE}:
+    dark, light = sorted((_luminance(colour), _luminance(paper)))
+    assert (light + 0.05) / (dark + 0.05) >= 3, colour

@@ -87,7 +87,7 @@ class ClosedLoop(_Scheduled):
     check_think(think_s)
     self._think_s = think_s
     self._to_send = collections.deque(_distinct(requests))
-    self._in_flight: set[str] = set()
+    self._in_flight: dict[str, set[str]] = {}  # by the id of each sample: those of its request that have not ended
     for _ in range(max_concurrency):
       self._send_next(0.0)
 
@@ -97,13 +97,16 @@ class ClosedLoop(_Scheduled):
 
   def _follow_up(self, end: Finished) -> None:
     if end.request in self._in_flight:
-      self._in_flight.remove(end.request)
-      self._send_next(end.now_s + self._think_s)
+      left = self._in_flight.pop(end.request)
+      left.remove(end.request)
+      if not left:
+        self._send_next(end.now_s + self._think_s)
 
   def _send_next(self, arrival_s: float) -> None:
     if self._to_send:
       request = dataclasses.replace(self._to_send.popleft(), arrival_s=arrival_s)
-      self._in_flight.add(request.id)
+      names = {sample.id for sample in request.samples()}
+      self._in_flight |= dict.fromkeys(names, names)
       self._schedule(request)
 
 
@@ -223,7 +226,8 @@ _Named = TypeVar('_Named', Request, Chat)
 def _distinct(named: Iterable[_Named]) -> list[_Named]:
   """The requests or chats as a list, once no two have one id."""
   items = list(named)
-  for name, count in collections.Counter(item.id for item in items).items():
+  names = (one.id for item in items for one in (item.samples() if isinstance(item, Request) else (item,)))
+  for name, count in collections.Counter(names).items():
     if count > 1:
       raise ValueError(f'{count} requests or chats have the id {name!r}, expected one; rename the others.')
   return items

@@ -17,9 +17,16 @@ and all of these may be left out:
 | `temperature`    | 0 takes the likeliest token | 0 |
 | `top_k`          | sample among the k likeliest; 0 means all | 0 |
 | `top_p`          | sample among the likeliest that reach this probability | 1 |
+| `min_p`          | sample among those at least this share as probable as the likeliest | 0 |
+| `repetition_penalty` | divides the logits of tokens in prompt and output; 1 changes nothing | 1 |
+| `presence_penalty` | taken off the logits of tokens in the output | 0 |
+| `frequency_penalty` | taken off them once for each time they are there | 0 |
 | `seed`           | fixes the request's random numbers | 0 |
+| `stop`           | text, or list of texts, that end it and are not part of its text | `[]` |
 | `stop_token_ids` | list of token ids that end it besides the model's own | `[]` |
 | `ignore_eos`     | go on past the model's end-of-sequence tokens | `false` |
+| `logprobs`       | tell each token's log probability, and those of so many likeliest tokens; 0 to 20 | `null` |
+| `n`              | samples of the prompt | 1 |
 | `arrival_s`      | seconds after the start of the run | 0 |
 
     {"prompt": "The capital of France is", "max_tokens": 8}
@@ -28,20 +35,24 @@ and all of these may be left out:
 A malformed line stops the reading with its number. A well-formed line that asks for what cannot be (an empty
 prompt, `max_tokens` of 0, a negative temperature) becomes a `Refused`, and the others are served.
 
-**Out**, one JSON object for every request, refused ones included:
+**Out**, one JSON object for every request, refused ones included. One with `n` samples has `n` lines, the first with
+its own id and the others with `id#1`, `id#2` and so on:
 
 | key                | value |
 |--------------------|-------|
 | `id`               | as above |
 | `prompt_token_ids` | the prompt as it was served |
-| `output_token_ids` | the generated tokens, a stop token included |
-| `text`             | the same as text without special tokens; null where there is no tokenizer |
+| `output_token_ids` | the generated tokens, a stop token or what completed a stop string included |
+| `text`             | the same as text without special tokens, up to a stop string; null where there is no tokenizer |
 | `finish_reason`    | `stop`, `length`, `cancelled`, `rejected` or `error` |
 | `error`            | what went wrong, or null |
 | `arrival_s`        | seconds after the start of the run; null for a line that was refused |
 | `ttft_s`           | from arrival to the first token; null if there was none |
 | `e2el_s`           | from arrival to the last token; null unless it ended with `stop` or `length` |
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
+| `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
+
+Log probabilities are those of the model's own distribution, before penalties, temperature and cuts.
 """
 
 import dataclasses
@@ -56,7 +67,7 @@ from typing import Any
 from pdjax.types.request import Completion, Request, SamplingParams
 
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
-_SAMPLING_KEYS = ('max_tokens', 'temperature', 'top_k', 'top_p', 'seed', 'stop_token_ids', 'ignore_eos')
+_SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'arrival_s', 'id')
 
 Encode = Callable[[str], Sequence[int]]
@@ -101,10 +112,12 @@ def read_requests(
       try:
         fields = _parse(line)
         row_id = fields.get('id', f'request-{len(rows)}')
-        if row_id in line_of_id:
-          raise _Malformed(f'the id {row_id!r} is that of line {line_of_id[row_id]} too, expected one of its own.')
-        line_of_id[row_id] = number
-        rows.append(_row(row_id, fields, encode, encode_chat, vocab_size))
+        row = _row(row_id, fields, encode, encode_chat, vocab_size)
+        for name in (sample.id for sample in row.samples()) if isinstance(row, Request) else (row_id,):
+          if name in line_of_id:
+            raise _Malformed(f'the id {name!r} is that of line {line_of_id[name]} too, expected one of its own.')
+          line_of_id[name] = number
+        rows.append(row)
       except _Malformed as error:
         raise ValueError(f'{os.fspath(path)}, line {number}: {error}') from None
   return rows
@@ -127,6 +140,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     ttft_s=times_s[0] - request.arrival_s if times_s else None,
     e2el_s=times_s[-1] - request.arrival_s if ended_well else None,
     token_times_s=list(times_s),
+    logprobs=None if request.sampling.logprobs is None else list(map(dataclasses.asdict, outcome.logprobs)),
   )
 
 
@@ -186,8 +200,11 @@ def _row(
         last = 'up' if vocab_size is None else f'to {vocab_size - 1}'
         raise ValueError(f'the prompt has token id {token}, expected ids from 0 {last}.')
     sampling = {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
-    if 'stop_token_ids' in sampling:
-      sampling['stop_token_ids'] = tuple(sampling['stop_token_ids'])
+    if isinstance(sampling.get('stop'), str):
+      sampling['stop'] = (sampling['stop'],)
+    for key in ('stop', 'stop_token_ids'):
+      if key in sampling:
+        sampling[key] = tuple(sampling[key])
     arrival_s = fields.get('arrival_s', 0.0)
     if math.isinf(arrival_s):
       raise ValueError(f'arrival_s is {arrival_s}, expected a time that comes.')
@@ -220,6 +237,7 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
     'ttft_s': None,
     'e2el_s': None,
     'token_times_s': [],
+    'logprobs': None,
   }
   return row | known
 
@@ -248,6 +266,14 @@ def _are_ints(value: Any) -> bool:
   return isinstance(value, list) and all(map(_is_int, value))
 
 
+def _are_texts(value: Any) -> bool:
+  return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
+
+
+def _is_int_or_null(value: Any) -> bool:
+  return value is None or _is_int(value)
+
+
 def _are_messages(value: Any) -> bool:
   return isinstance(value, list) and all(
     isinstance(message, dict) and message.keys() == {'role', 'content'} and all(map(_is_text, message.values()))
@@ -263,9 +289,16 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'temperature': (_is_number, 'a number'),
   'top_k': (_is_int, 'an integer'),
   'top_p': (_is_number, 'a number'),
+  'min_p': (_is_number, 'a number'),
+  'repetition_penalty': (_is_number, 'a number'),
+  'presence_penalty': (_is_number, 'a number'),
+  'frequency_penalty': (_is_number, 'a number'),
   'seed': (_is_int, 'an integer'),
+  'stop': (_are_texts, 'text in quotes or a list of texts'),
   'stop_token_ids': (_are_ints, 'a list of integers'),
   'ignore_eos': (_is_bool, 'true or false'),
+  'logprobs': (_is_int_or_null, 'an integer or null'),
+  'n': (_is_int, 'an integer'),
   'arrival_s': (_is_number, 'a number of seconds'),
   'id': (_is_name, 'text in quotes, not empty'),
 }

@@ -50,6 +50,11 @@ def test_listed_tells_true_output_lengths_where_known():
   assert arrivals.output_len('r1') is None
 
 
+def test_the_ids_of_samples_are_taken():
+  with pytest.raises(ValueError, match="'a#1'"):
+    Listed([Request('a', (1,), SamplingParams(n=2)), Request('a#1', (2,))])
+
+
 def test_two_requests_of_one_id_are_refused():
   with pytest.raises(ValueError, match="'same'"):
     Listed([Request('same', (1,)), Request('same', (2,))])
@@ -76,6 +81,14 @@ def test_a_closed_loop_sends_the_next_when_one_has_finished_and_the_user_has_tho
   (request,) = due(arrivals, 2.6)
   assert (request.id, request.arrival_s) == ('r2', 2.5)
   assert arrivals.closed
+
+
+def test_a_user_of_a_closed_loop_waits_for_every_sample():
+  requests = [Request(name, (1,), SamplingParams(n=2)) for name in 'ab']
+  arrivals = ClosedLoop(requests, max_concurrency=1)
+  assert ids(due(arrivals, 0.0)) == ['a']
+  assert due(arrivals, 1.0, finished('a', 1.0)) == []
+  assert ids(due(arrivals, 2.0, finished('a#1', 2.0))) == ['b']
 
 
 def test_a_closed_loop_goes_on_after_a_rejected_request_and_ignores_strangers():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pdjax.types.request import Completion, Request, SamplingParams
+from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import Refused, completion_row, read_requests, write_completions
 
 
@@ -43,10 +43,14 @@ def test_every_key_reaches_the_request(read):
   (request,) = read(
     {
       'id': 'x', 'prompt_token_ids': [5], 'max_tokens': 3, 'temperature': 1, 'top_k': 4, 'top_p': 0.5, 'seed': 6,
-      'stop_token_ids': [7, 8], 'ignore_eos': True, 'arrival_s': 2,
+      'stop_token_ids': [7, 8], 'ignore_eos': True, 'arrival_s': 2, 'min_p': 0.1, 'repetition_penalty': 1.2,
+      'presence_penalty': 0.3, 'frequency_penalty': -0.4, 'stop': ['a', 'b'], 'logprobs': 5, 'n': 2,
     }
   )  # fmt: skip
-  sampling = SamplingParams(3, 1, top_k=4, top_p=0.5, seed=6, stop_token_ids=(7, 8), ignore_eos=True)
+  sampling = SamplingParams(
+    3, 1, top_k=4, top_p=0.5, seed=6, stop_token_ids=(7, 8), ignore_eos=True, min_p=0.1, repetition_penalty=1.2,
+    presence_penalty=0.3, frequency_penalty=-0.4, stop=('a', 'b'), logprobs=5, n=2,
+  )  # fmt: skip
   assert request == Request('x', (5,), sampling, 2.0)
 
 
@@ -132,6 +136,8 @@ def test_a_prompt_that_the_tokenizer_refuses_is_refused(read):
     ({'prompt': 'a', 'id': 3}, 'id is 3'),
     ({'prompt': 'a', 'id': ''}, 'id is ""'),
     ({'prompt': 'a', 'id': 'request-0'}, "the id 'request-0' is that of line 1 too"),
+    ({'prompt': 'a', 'stop': [5]}, r'stop is \[5\], expected text in quotes or a list of texts'),
+    ({'prompt': 'a', 'logprobs': True}, 'logprobs is true, expected an integer or null'),
   ],
 )
 def test_a_malformed_line_stops_the_reading_with_its_number(read, line, wrong):
@@ -153,8 +159,20 @@ def test_a_completion_is_written_with_its_times():
   request = Request('x', (1, 2), arrival_s=1.0)
   assert completion_row(Completion(request, (7, 8), 'stop', text='hi', token_times_s=(1.5, 1.75))) == {
     'id': 'x', 'prompt_token_ids': [1, 2], 'output_token_ids': [7, 8], 'text': 'hi', 'finish_reason': 'stop',
-    'error': None, 'arrival_s': 1.0, 'ttft_s': 0.5, 'e2el_s': 0.75, 'token_times_s': [1.5, 1.75],
+    'error': None, 'arrival_s': 1.0, 'ttft_s': 0.5, 'e2el_s': 0.75, 'token_times_s': [1.5, 1.75], 'logprobs': None,
   }  # fmt: skip
+
+
+def test_a_completion_is_written_with_its_log_probabilities():
+  sample = Request('x', (1, 2), SamplingParams(n=2, logprobs=1)).samples()[1]
+  row = completion_row(Completion(sample, (7,), 'length', logprobs=(TokenLogprob(-0.5, ((7, -0.5),)),)))
+  assert row['id'] == 'x#1' and json.loads(json.dumps(row))['logprobs'] == [{'logprob': -0.5, 'top': [[7, -0.5]]}]
+  assert completion_row(Completion(sample, (), 'cancelled'))['logprobs'] == []
+
+
+def test_one_stop_string_needs_no_list(read):
+  (request,) = read({'prompt_token_ids': [5], 'stop': 'END'})
+  assert request.sampling.stop == ('END',)
 
 
 def test_a_cancelled_request_has_a_first_token_but_no_end():

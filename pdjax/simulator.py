@@ -21,6 +21,7 @@ from pdjax.serving.messages import (
 )
 from pdjax.types.cluster import WorkerSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.request import Request
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 
@@ -112,16 +113,24 @@ class Simulator:
     wasted = 0
     for chunk in order.chunks:
       if chunk.is_last:
-        limit = chunk.request.token_limit(self._model.context_len)
-        true_len = self._output_len(chunk.request.id)
-        self._left[chunk.request.id] = limit if true_len is None else min(limit, true_len)
+        self._left[chunk.request.id] = self._limit(chunk.request)
         results.append(self._generate(chunk.request.id, 1))
     for decode in order.decodes:
+      if decode.admission is not None and not decode.admission.tokens:
+        self._left[decode.request] = self._limit(decode.admission.request)
       tokens = min(order.steps, self._left.get(decode.request, 0))
       wasted += order.steps - tokens
       if tokens:
         results.append(self._generate(decode.request, tokens))
     return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
+
+  def _limit(self, request: Request) -> int:
+    """Tokens that a request generates; a sample of unknown length is as long as the request is known to be."""
+    limit = request.token_limit(self._model.context_len)
+    true_len = self._output_len(request.id)
+    if true_len is None and request.sample_of is not None:
+      true_len = self._output_len(request.sample_of)
+    return limit if true_len is None else min(limit, true_len)
 
   def _generate(self, request: str, tokens: int) -> Result:
     self._left[request] -= tokens

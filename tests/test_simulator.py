@@ -219,13 +219,15 @@ class Case:
   def simulator(self, arrivals) -> Simulator:
     return Simulator(TINY, self.workers, self.page_size, HandCost(), arrivals.output_len)
 
+  def recorded(self, events: list[Event]) -> Replay:
+    return Replay(TINY, self.workers, self.page_size, events)
+
   def run(self) -> list[Event]:
     arrivals = self.arrivals()
     return list(serve(arrivals, self.policy, self.simulator(arrivals), self.state()))
 
   def replay(self, events: list[Event], policy=None) -> list[Event]:
-    backend = Replay(TINY, self.workers, self.page_size, events)
-    return list(serve(self.arrivals(), policy or self.policy, backend, self.state()))
+    return list(serve(self.arrivals(), policy or self.policy, self.recorded(events), self.state()))
 
 
 CASES = [

@@ -1,8 +1,13 @@
 """Tiny models and clusters that tests share; random weights, a few seconds to compile."""
 
 import dataclasses
+import functools
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from pdjax.config import ServingConfig
+from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.types import ModelSpec, Request, SamplingParams, colocated_pool, decode_pool, parse_split, prefill_pool
 from pdjax.workload import Given
@@ -56,3 +61,19 @@ def config(
     page_size=page_size,
     platform='cpu',
   )
+
+
+@functools.cache
+def byte_tokenizer() -> Tokenizer:
+  """One token a byte, for tests about text: ids 0 to 2 are special, 3 to 97 are ASCII from the space on."""
+  signs = [*range(32, 127)]
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # these stand for themselves in a byte-level BPE
+  others = (chr(256 + index) for index in range(256))
+  letters = {byte: chr(byte) if byte in printable else next(others) for byte in range(256)}
+  order = [*signs, *sorted(letters.keys() - signs)]
+  vocabulary = {'<s>': 0, '</s>': 1, '<turn>': 2} | {letters[byte]: 3 + i for i, byte in enumerate(order)}
+  backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(['<s>', '</s>', '<turn>'])
+  return Tokenizer(backend, eos_token_ids=(1,))

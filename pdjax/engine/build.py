@@ -18,6 +18,7 @@ from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.transfer import DevicePut, Transport
 from pdjax.model.checkpoint import Checkpoint
+from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, devices_needed
@@ -98,6 +99,7 @@ def build_engine(
   checkpoint: Checkpoint,
   limit_of: LimitOf,
   say: Callable[[str], None] = lambda line: None,
+  tokenizer: Tokenizer | None = None,
 ) -> Built:
   """Load and compile everything a config needs.
 
@@ -107,6 +109,7 @@ def build_engine(
     checkpoint: Its weights.
     limit_of: How many tokens a request generates at most.
     say: Told in a line what is being done.
+    tokenizer: Turns tokens into text and finds stop strings; None leaves both out.
 
   Raises:
     ValueError: if the workers do not fit the devices, the model's heads or the memory.
@@ -135,7 +138,7 @@ def build_engine(
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], config.page_size, dtype, limit_of))
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], config.page_size, dtype, limit_of, tokenizer))
     pages = f'{spec.num_pages} pages of {config.page_size} tokens'
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
   loaded = time.perf_counter()

@@ -39,6 +39,18 @@ class _Broken:
   ended_s: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Crashed:
+  """A waiting thread raised what none of its jobs may raise."""
+
+  error: BaseException
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interrupt:
+  """Ends a wait; what it is about was noted elsewhere."""
+
+
 class Engine:
   """Carries orders out on devices.
 
@@ -52,14 +64,27 @@ class Engine:
     self.workers = {worker.spec.name: worker for worker in workers}
     self._transports = transports
     self._mailbox = Mailbox()
-    self._passes = {name: Waiter(f'{name}-passes') for name in self.workers}
-    self._transfers = {name: Waiter(f'{name}-transfers') for name in self.workers}
+    self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
+    self._transfers = {name: Waiter(f'{name}-transfers', self._post_crash) for name in self.workers}
     self._last_pass: dict[str, Pending] = {}
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def start_clock(self) -> None:
-    """Let the run begin now, at 0 s."""
+    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
     self._mailbox.start_clock()
+    self._free_from_s = dict.fromkeys(self.workers, 0.0)
+
+  def interrupt(self, note: Callable[[float], None]) -> None:
+    """From any thread: call `note` with the time now and end the wait under way, or else the next.
+
+    A turn at time t comes after all that was noted up to t, and before all that is noted later.
+    """
+
+    def make(stamp_s: float) -> object:
+      note(stamp_s)
+      return _Interrupt()
+
+    self._mailbox.post(make)
 
   def close(self) -> None:
     """Wait for what is under way and end the threads."""
@@ -104,14 +129,18 @@ class Engine:
 
     self._passes[order.worker].add(fail)
 
+  def _post_crash(self, error: BaseException) -> None:
+    self._mailbox.post(lambda _: _Crashed(error))
+
   def _post_broken(self, worker: str, incarnation: int, message: str) -> None:
     self._mailbox.post(lambda ended_s: _Broken(worker, incarnation, message, ended_s))
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
-    """Wait until an order ended or `until_s` has come; pieces that landed meanwhile are written on the way."""
+    """Wait until an order ended, an interrupt or `until_s` has come; pieces that landed are written on the way."""
     while True:
       now_s, items = self._mailbox.collect(until_s)
       events: list[Event] = []
+      interrupted = False
       for item in items:
         match item:
           case _Landed():
@@ -121,9 +150,13 @@ class Engine:
               events.append(item.done)
           case _Broken():
             events += self._rebuild(item)
+          case _Crashed():
+            raise item.error
+          case _Interrupt():
+            interrupted = True
           case _:
             events.append(item)
-      if events or now_s >= until_s:
+      if events or interrupted or now_s >= until_s:
         return now_s, events
 
   # -------------------------------------------------------------------------- passes

@@ -50,15 +50,21 @@ class Mailbox:
 
 
 class Waiter:
-  """A thread that runs jobs in order; each blocks until something is ready and posts it."""
+  """A thread that runs jobs in order; each blocks until something is ready and posts it.
 
-  def __init__(self, name: str):
+  Args:
+    name: Of the thread.
+    crashed: Told what a job raised; those after it run all the same.
+  """
+
+  def __init__(self, name: str, crashed: Callable[[BaseException], None]):
+    self._crashed = crashed
     self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     self._thread = threading.Thread(target=self._run, name=f'pdjax-{name}', daemon=True)
     self._thread.start()
 
   def add(self, job: Callable[[], None]) -> None:
-    """Run this after all that was added before; it must not raise."""
+    """Run this after all that was added before."""
     self._jobs.put(job)
 
   def close(self) -> None:
@@ -68,4 +74,7 @@ class Waiter:
 
   def _run(self) -> None:
     while (job := self._jobs.get()) is not None:
-      job()
+      try:
+        job()
+      except BaseException as error:  # a thread that died would leave the loop waiting for ever
+        self._crashed(error)

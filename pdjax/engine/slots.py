@@ -1,4 +1,4 @@
-"""What a decoding sequence needs on the device, one row a slot."""
+"""What decoding sequences need on the device: a row for each slot, and what penalties ask of the past."""
 
 import dataclasses
 from typing import Any
@@ -7,26 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.model.sampling import Sampling
+from pdjax.model.sampling import Sampling, count
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slots:
-  """The state of S sequences between two decode steps.
+class Sequences:
+  """The state of B sequences between two decode steps."""
 
-  A row past the last reads as zeros, so not alive, and writing it does nothing: that is what batches are padded with.
-  """
-
-  tokens: jax.Array  # [S] int32, the last token, not in the pages yet
-  lengths: jax.Array  # [S] int32, cached tokens
-  generated: jax.Array  # [S] int32
-  alive: jax.Array  # [S] bool
-  tables: jax.Array  # [S, N] int32, its pages
+  tokens: jax.Array  # [B] int32, the last token, not in the pages yet
+  lengths: jax.Array  # [B] int32, cached tokens
+  generated: jax.Array  # [B] int32
+  alive: jax.Array  # [B] bool
+  tables: jax.Array  # [B, N] int32, its pages
   sampling: Sampling
 
   @classmethod
-  def empty(cls, rows: int, table_width: int) -> 'Slots':
+  def empty(cls, rows: int, table_width: int) -> 'Sequences':
     """NumPy rows of which none is alive."""
     new: dict[str, Any] = {
       'tokens': np.zeros(rows, np.int32),
@@ -37,15 +34,7 @@ class Slots:
     }
     return cls(**new, sampling=Sampling.stack((), (), (), rows))
 
-  def take(self, ids: jax.Array) -> 'Slots':
-    """The rows `ids` `[B]`."""
-    return jax.tree.map(lambda a: a.at[ids].get(mode='fill', fill_value=0), self)
-
-  def put(self, ids: jax.Array, rows: 'Slots') -> 'Slots':
-    """All rows, with `ids` `[B]` replaced by `rows`."""
-    return jax.tree.map(lambda a, new: a.at[ids].set(new, mode='drop'), self, rows)
-
-  def advance(self, tokens: jax.Array) -> 'Slots':
+  def advance(self, tokens: jax.Array) -> 'Sequences':
     """The rows one token later; those not alive stay as they are."""
     alive = self.alive
     generated = self.generated + alive
@@ -56,3 +45,42 @@ class Slots:
       generated=generated,
       alive=alive & ~self.sampling.ended(tokens, generated),
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """The S sequences of a worker, and what penalties ask of the past.
+
+  A row past the last reads as zeros, so not alive, and writing it does nothing: that is what batches are padded with.
+  The history is as wide as the vocabulary, so it is read only where a penalty asks for it and never moves with its
+  sequence; its rows are kept for those with penalties only. The C rows after the slots' are for chunks, whose
+  sequences may have no slot here.
+  """
+
+  rows: Sequences  # [S]
+  history: jax.Array  # [S + C, V] uint16, see `past`
+
+  @property
+  def size(self) -> int:
+    """Sequences that have a place."""
+    return self.rows.alive.shape[0]
+
+  def take(self, ids: jax.Array) -> Sequences:
+    """The rows `ids` `[B]`."""
+    return jax.tree.map(lambda a: a.at[ids].get(mode='fill', fill_value=0), self.rows)
+
+  def put(self, ids: jax.Array, rows: Sequences) -> 'Slots':
+    """All slots, with the rows `ids` `[B]` replaced."""
+    new = jax.tree.map(lambda a, new: a.at[ids].set(new, mode='drop'), self.rows, rows)
+    return dataclasses.replace(self, rows=new)
+
+  def remember(self, row: jax.Array, past: jax.Array) -> 'Slots':
+    """All slots, with one row of the history replaced by `past` `[V]`."""
+    return dataclasses.replace(self, history=self.history.at[row].set(past))
+
+  def count(self, ids: jax.Array, sequences: Sequences, tokens: jax.Array) -> 'Slots':
+    """All slots, with tokens `[B]` noted for those of the sequences in slots `ids` `[B]` that ask for penalties."""
+    wanted = sequences.alive & sequences.sampling.penalised & (ids < self.size)
+    rows = jnp.where(wanted, ids, self.history.shape[0])
+    return dataclasses.replace(self, history=count(self.history, rows, tokens))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import paged_attention, prefill_attention
-from pdjax.engine.slots import Slots
+from pdjax.engine.slots import Sequences, Slots
 from pdjax.kv.pages import LAYER_SPEC, KVPages, write
-from pdjax.model.sampling import Sampling, sample
+from pdjax.model.sampling import Chosen, Sampling, sample
 from pdjax.model.transformer import Transformer, Weights, bind
 from pdjax.sharding import MESH_AXES, replicated
 from pdjax.types.model import ModelSpec
@@ -39,33 +39,34 @@ class Passes:
   mesh: Mesh
   max_fused_steps: int
 
-  def prefill(self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks) -> tuple[KVPages, Slots, jax.Array]:
+  def prefill(self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks) -> tuple[KVPages, Slots, Chosen]:
     """Run prompt chunks; also returns each sequence's next token `[C]`, which counts if the chunk is its last."""
     model = bind(self.model, weights)
     rows = _chunk_rows(chunks, pages)
     x, pages = self._run(model, pages, chunks.tokens, rows, chunks, None)
-    first = self._first_tokens(model, x, chunks)
-    return pages, _admit_chunks(slots, chunks, first), first
+    first = self._first_tokens(model, x, chunks, slots)
+    return pages, _admit_chunks(slots, chunks, first.tokens), first
 
   def decode(
     self, weights: Weights, pages: KVPages, slots: Slots, ids: jax.Array, steps: jax.Array
-  ) -> tuple[KVPages, Slots, jax.Array]:
+  ) -> tuple[KVPages, Slots, Chosen]:
     """Run `steps` decode steps of the slots `ids` `[B]`; also returns `[max_fused_steps, B]` tokens."""
     model = bind(self.model, weights)
 
     def one_step(step, carry):
-      pages, rows, out = carry
+      pages, slots, rows, out = carry
       x, pages = self._run(model, pages, rows.tokens, _decode_rows(rows, pages), None, rows)
-      tokens, rows = self._next_tokens(model, x, rows)
-      return pages, rows, out.at[step].set(tokens)
+      chosen, slots, rows = self._next_tokens(model, x, slots, ids, rows)
+      return pages, slots, rows, jax.tree.map(lambda all, new: all.at[step].set(new), out, chosen)
 
-    out = jnp.full((self.max_fused_steps, ids.shape[0]), NO_TOKEN, jnp.int32)
-    pages, rows, out = jax.lax.fori_loop(0, steps, one_step, (pages, slots.take(ids), out))
+    tokens = jnp.full((self.max_fused_steps, ids.shape[0]), NO_TOKEN, jnp.int32)
+    out = Chosen.of(tokens, self.model.vocab_size)
+    pages, slots, rows, out = jax.lax.fori_loop(0, steps, one_step, (pages, slots, slots.take(ids), out))
     return pages, slots.put(ids, rows), out
 
   def fused(
     self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks, ids: jax.Array
-  ) -> tuple[KVPages, Slots, jax.Array, jax.Array]:
+  ) -> tuple[KVPages, Slots, Chosen, Chosen]:
     """Run prompt chunks and one decode step in one pass; also returns `[C]` and `[1, B]` tokens."""
     model = bind(self.model, weights)
     sequences = slots.take(ids)
@@ -73,17 +74,22 @@ class Passes:
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chunk_rows, decode_rows)
     packed = jnp.concatenate([chunks.tokens, sequences.tokens])
     x, pages = self._run(model, pages, packed, rows, chunks, sequences)
-    first = self._first_tokens(model, x, chunks)
-    tokens, sequences = self._next_tokens(model, x[chunks.tokens.shape[0] :], sequences)
-    return pages, _admit_chunks(slots.put(ids, sequences), chunks, first), first, tokens[None]
+    first = self._first_tokens(model, x, chunks, slots)
+    chosen, slots, sequences = self._next_tokens(model, x[chunks.tokens.shape[0] :], slots, ids, sequences)
+    slots = _admit_chunks(slots.put(ids, sequences), chunks, first.tokens)
+    return pages, slots, first, jax.tree.map(lambda one: one[None], chosen)
 
-  def _first_tokens(self, model: Transformer, x: jax.Array, chunks: Chunks) -> jax.Array:
+  def _first_tokens(self, model: Transformer, x: jax.Array, chunks: Chunks, slots: Slots) -> Chosen:
     logits = self._logits(model, x[jnp.maximum(chunks.offsets[1:] - 1, 0)])
-    return sample(logits, chunks.sampling, jnp.zeros_like(chunks.lengths))
+    return sample(logits, chunks.sampling, jnp.zeros_like(chunks.lengths), lambda: slots.history[slots.size :])
 
-  def _next_tokens(self, model: Transformer, x: jax.Array, rows: Slots) -> tuple[jax.Array, Slots]:
-    tokens = sample(self._logits(model, x), rows.sampling, rows.generated)
-    return jnp.where(rows.alive, tokens, NO_TOKEN), rows.advance(tokens)
+  def _next_tokens(
+    self, model: Transformer, x: jax.Array, slots: Slots, ids: jax.Array, rows: Sequences
+  ) -> tuple[Chosen, Slots, Sequences]:
+    chosen = sample(self._logits(model, x), rows.sampling, rows.generated, lambda: slots.history[ids])
+    slots = slots.count(ids, rows, chosen.tokens)
+    tokens = jnp.where(rows.alive, chosen.tokens, NO_TOKEN)
+    return dataclasses.replace(chosen, tokens=tokens), slots, rows.advance(chosen.tokens)
 
   def _logits(self, model: Transformer, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(model.logits(x), replicated(self.mesh))
@@ -95,7 +101,7 @@ class Passes:
     tokens: jax.Array,
     rows: 'Rows',
     chunks: Chunks | None,
-    slots: Slots | None,
+    slots: Sequences | None,
   ) -> tuple[jax.Array, KVPages]:
     """Every block over packed tokens: chunks first, then one token of each slot."""
     split = 0 if chunks is None else chunks.tokens.shape[0]
@@ -147,7 +153,7 @@ def _chunk_rows(chunks: Chunks, pages: KVPages) -> Rows:
   return Rows(position, jnp.where(live, page, pages.num_pages), position % pages.page_size)
 
 
-def _decode_rows(slots: Slots, pages: KVPages) -> Rows:
+def _decode_rows(slots: Sequences, pages: KVPages) -> Rows:
   page = jnp.take_along_axis(slots.tables, (slots.lengths // pages.page_size)[:, None], axis=1, mode='clip')[:, 0]
   return Rows(slots.lengths, jnp.where(slots.alive, page, pages.num_pages), slots.lengths % pages.page_size)
 
@@ -155,5 +161,5 @@ def _decode_rows(slots: Slots, pages: KVPages) -> Rows:
 def _admit_chunks(slots: Slots, chunks: Chunks, first: jax.Array) -> Slots:
   """Put sequences whose prompt is computed, and that stay, into their slots."""
   one = jnp.ones_like(first)
-  rows = Slots(first, chunks.lengths, one, ~chunks.sampling.ended(first, one), chunks.tables, chunks.sampling)
-  return slots.put(chunks.slots, rows)
+  rows = Sequences(first, chunks.lengths, one, ~chunks.sampling.ended(first, one), chunks.tables, chunks.sampling)
+  return slots.put(chunks.slots, rows).count(chunks.slots, rows, first)

@@ -12,44 +12,60 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pdjax.engine.slots import Slots
+from pdjax.engine.detokenize import Detokenizer, TextStream
+from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import NO_TOKEN, Chunks, Passes
-from pdjax.kv.pages import KVPages
-from pdjax.model.sampling import Sampling, stop_tokens
+from pdjax.kv.pages import KVPages, copy
+from pdjax.model.sampling import Chosen, Sampling, past, stop_tokens
+from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.messages import Admission, ChunkOrder, FinishReason, Result, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Request
+from pdjax.types.request import Request, TokenLogprob
 
 LimitOf = Callable[[Request], int]
 
 
 @dataclasses.dataclass(slots=True)
 class _Progress:
-  """What tells that a sequence has ended, on the host: the device decides by the same rule."""
+  """What tells on the host that a sequence has ended, and what its text is.
+
+  The device decides about stop tokens and the last token by the same rule; stop strings are found here alone.
+  """
 
   left: int
   stops: frozenset[int]
+  text: TextStream | None
+  logprobs: int | None
 
-  def take(self, tokens: Sequence[int]) -> FinishReason | None:
-    """Count tokens; why the sequence ends with the last of them, or None."""
-    self.left -= len(tokens)
-    if tokens[-1] in self.stops:
-      return 'stop'
-    return 'length' if self.left <= 0 else None
+  def take(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None, str]:
+    """Count tokens; how many of them are the sequence's, why it ends with the last of those or None, the text."""
+    kept, text = len(tokens), ''
+    if self.text is not None:
+      text, completes_stop = self.text.take(tokens)
+      if completes_stop is not None:
+        return completes_stop, 'stop', text
+    self.left -= kept
+    if tokens[-1] not in self.stops and self.left > 0:
+      return kept, None, text
+    reason: FinishReason = 'stop' if tokens[-1] in self.stops else 'length'
+    if self.text is not None:
+      rest, completed = self.text.end()
+      text, reason = text + rest, 'stop' if completed else reason
+    return kept, reason, text
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
   """The tokens of a dispatched pass, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes."""
 
-  first: jax.Array | None
-  tokens: jax.Array | None
+  first: Chosen | None
+  tokens: Chosen | None
 
   def arrays(self) -> list[jax.Array]:
-    return [array for array in (self.first, self.tokens) if array is not None]
+    return [chosen.tokens for chosen in (self.first, self.tokens) if chosen is not None]
 
 
 class Worker:
@@ -64,8 +80,20 @@ class Worker:
     page_size: int,
     dtype: jnp.dtype,
     limit_of: LimitOf,
+    tokenizer: Tokenizer | None = None,
   ):
-    """Make an empty worker; `spec.num_pages` must be a count, `limit_of` says how many tokens a request generates."""
+    """Make an empty worker.
+
+    Args:
+      spec: What it is; `num_pages` must be a count.
+      model: The model it serves.
+      mesh: Its devices.
+      weights: The model's weights on that mesh.
+      page_size: Tokens per page.
+      dtype: Of keys and values.
+      limit_of: How many tokens a request generates at most.
+      tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
+    """
     assert isinstance(spec.num_pages, int)
     self.spec = spec
     self.model = model
@@ -75,6 +103,7 @@ class Worker:
     self.dtype = dtype
     self.incarnation = 0
     self._limit_of = limit_of
+    self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
     self._programs: dict[tuple, Any] = {}
@@ -91,7 +120,8 @@ class Worker:
     for layer in self.pages.layers if self.incarnation > 1 else ():
       layer.delete()  # there may be no room for two pools
     self.pages: KVPages = self._make_pages()
-    self.slots: Slots = jax.device_put(Slots.empty(self._num_slots, self._table_width), replicated(self.mesh))
+    history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
+    self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
     self._progress.clear()
 
   @property
@@ -111,7 +141,7 @@ class Worker:
       Seconds by program; programs compile side by side, so the sum exceeds the time it took.
     """
     role = self.spec.role
-    keys: list[tuple] = [('admit',)] if role.decodes else []
+    keys: list[tuple] = [('remember',), *([('admit',), ('copy',)] if role.decodes else [])]
     if role.prefills:
       kind, *batch = ('fused', self.spec.max_sequences) if role.decodes else ('prefill',)
       keys += [(kind, tokens, *batch) for tokens in self.spec.token_buckets]
@@ -144,9 +174,14 @@ class Worker:
         chunks, ids = self._pack_chunks((), tokens), self._pack_ids((), batch)
         return jax.jit(passes.fused, donate_argnums=(1, 2)).lower(*state, self._abstract(chunks), self._abstract(ids))
       case ('admit',):
-        rows = self._abstract(Slots.empty(self._num_slots, self._table_width))
         ids = self._abstract(self._pack_ids((), self._num_slots))
-        return jax.jit(Slots.put, donate_argnums=0).lower(self.slots, ids, rows)
+        return jax.jit(Slots.put, donate_argnums=0).lower(self.slots, ids, self._abstract(self._empty_rows()))
+      case ('remember',):
+        row = jax.ShapeDtypeStruct((self.model.vocab_size,), np.uint16, sharding=replicated(self.mesh))
+        return jax.jit(Slots.remember, donate_argnums=0).lower(self.slots, self._abstract(np.int32(0)), row)
+      case ('copy',):
+        page = self._abstract(np.int32(0))
+        return jax.jit(copy, donate_argnums=0).lower(self.pages, page, page)
     raise AssertionError(key)
 
   def _abstract(self, tree: Any) -> Any:
@@ -164,9 +199,12 @@ class Worker:
     admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
     if admitted:
       self._admit(admitted)
-    for chunk in order.chunks:
+    for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
-        self._track(chunk.request, 0)
+        self._track(chunk.request, ())
+        self._remember(chunk.request, (), self._num_slots + row)
+        if chunk.slot is not None:
+          self._remember(chunk.request, (), chunk.slot)
     ids = [decode.slot for decode in order.decodes]
     state = (self.weights, self.pages, self.slots)
     first = tokens = None
@@ -188,51 +226,80 @@ class Worker:
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a pass; each request's tokens, and how many were computed in vain."""
     results: list[Result | None] = []
-    wasted = 0
+    computed = 0
     if pending.first is not None:
-      first = np.asarray(pending.first).tolist()
-      for chunk, token in zip(order.chunks, first, strict=False):
+      first = np.asarray(pending.first.tokens).tolist()
+      for row, (chunk, token) in enumerate(zip(order.chunks, first, strict=False)):
         if chunk.is_last:
-          results.append(self._result(chunk.request.id, [token], leaves=chunk.slot is None))
+          computed += 1
+          told = functools.partial(_told, pending.first, row)
+          results.append(self._result(chunk.request.id, [token], told, leaves=chunk.slot is None))
     if pending.tokens is not None:
-      columns = np.asarray(pending.tokens)[: order.steps].T.tolist()
-      for decode, column in zip(order.decodes, columns, strict=False):
+      columns = np.asarray(pending.tokens.tokens)[: order.steps].T.tolist()
+      for row, (decode, column) in enumerate(zip(order.decodes, columns, strict=False)):
+        computed += len(column)
         tokens = [token for token in column if token != NO_TOKEN]
-        wasted += len(column) - len(tokens)
         if tokens:
-          results.append(self._result(decode.request, tokens))
-    return tuple(result for result in results if result is not None), wasted
+          told = functools.partial(_told, pending.tokens, np.s_[: len(tokens), row])
+          results.append(self._result(decode.request, tokens, told))
+    delivered = tuple(result for result in results if result is not None)
+    return delivered, computed - sum(len(result.tokens) for result in delivered)
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
     self._progress.pop(request, None)
 
-  def _result(self, request: str, tokens: list[int], *, leaves: bool = False) -> Result | None:
-    """The outcome for one request, or None if it was ended meanwhile; `leaves` says that it decodes elsewhere."""
+  def _result(
+    self, request: str, tokens: list[int], told: Callable[[int], tuple[TokenLogprob, ...]], *, leaves: bool = False
+  ) -> Result | None:
+    """The outcome for one request, or None if it has ended before.
+
+    Args:
+      request: Its id.
+      tokens: What the pass brought it.
+      told: Gives their log probabilities, with so many of the likeliest.
+      leaves: Whether it decodes elsewhere.
+    """
     progress = self._progress.get(request)
     if progress is None:
       return None
-    reason = progress.take(tokens)
+    kept, reason, text = progress.take(tokens)
     if leaves or reason is not None:
       self.forget(request)
-    return Result(request, tuple(tokens), reason)
+    logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
+    return Result(request, tuple(tokens[:kept]), reason, text, logprobs)
 
-  def _track(self, request: Request, generated: int) -> None:
+  def _track(self, request: Request, tokens: Sequence[int]) -> None:
+    """Follow a sequence from here on, these tokens being delivered already."""
     stops = stop_tokens(request.sampling, self.model.eos_token_ids)
-    self._progress[request.id] = _Progress(self._limit_of(request) - generated, frozenset(stops))
+    text = None
+    if self._detokenizer is not None:
+      text = TextStream(self._detokenizer, request.sampling.stop)
+      text.take(tokens)
+    left = self._limit_of(request) - len(tokens)
+    self._progress[request.id] = _Progress(left, frozenset(stops), text, request.sampling.logprobs)
+
+  def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
+    """Note a sequence's past in a row of the history, if its penalties ask for it."""
+    if request.sampling.penalises:
+      row_of = past(request.prompt, tokens, self.model.vocab_size)
+      self.slots = self.program('remember')(self.slots, np.int32(row), row_of)
 
   def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
-    rows = Slots.empty(self._num_slots, self._table_width)
-    admissions = [admission for _, admission in admitted]
-    for row, admission in enumerate(admissions):
-      generated = len(admission.tokens)
-      rows.tokens[row] = admission.tokens[-1]
-      rows.lengths[row] = admission.request.prompt_len + generated - 1
-      rows.generated[row] = generated
+    rows = self._empty_rows()
+    for row, (slot, admission) in enumerate(admitted):
+      request, tokens = admission.request, admission.tokens
+      if admission.copy is not None:
+        self.pages = self.program('copy')(self.pages, *map(np.int32, admission.copy))
+      rows.tokens[row] = tokens[-1] if tokens else request.prompt[-1]
+      rows.lengths[row] = request.prompt_len + len(tokens) - 1
+      rows.generated[row] = len(tokens)
       rows.alive[row] = True
       rows.tables[row, : len(admission.pages)] = admission.pages
-      self._track(admission.request, generated)
-    rows = dataclasses.replace(rows, sampling=self._sampling([one.request for one in admissions], self._num_slots))
+      self._track(request, tokens)
+      self._remember(request, tokens, slot)
+    requests = [admission.request for _, admission in admitted]
+    rows = dataclasses.replace(rows, sampling=self._sampling(requests, self._num_slots))
     self._put_slots([slot for slot, _ in admitted], rows)
 
   def clear_slots(self, order: StepOrder) -> None:
@@ -240,9 +307,12 @@ class Worker:
     slots = [decode.slot for decode in order.decodes]
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
-      self._put_slots(slots, Slots.empty(self._num_slots, self._table_width))
+      self._put_slots(slots, self._empty_rows())
 
-  def _put_slots(self, slots: Sequence[int], rows: Slots) -> None:
+  def _empty_rows(self) -> Sequences:
+    return Sequences.empty(self._num_slots, self._table_width)
+
+  def _put_slots(self, slots: Sequence[int], rows: Sequences) -> None:
     """Replace these slots by the first of so many rows."""
     self.slots = self.program('admit')(self.slots, self._pack_ids(slots, self._num_slots), rows)
 
@@ -275,3 +345,13 @@ class Worker:
       if chunk.slot is not None:
         new['slots'][row] = chunk.slot
     return Chunks(**new, sampling=self._sampling([chunk.request for chunk in chunks], most))
+
+
+def _told(chosen: Chosen, place: Any, most: int) -> tuple[TokenLogprob, ...]:
+  """What is told of the tokens at a place, each with so many of the likeliest."""
+  own, tops, likely = (np.asarray(array)[place] for array in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
+  tops, likely = np.atleast_2d(tops)[:, :most].tolist(), np.atleast_2d(likely)[:, :most].tolist()
+  return tuple(
+    TokenLogprob(one, tuple(zip(tokens, logprobs, strict=True)))
+    for one, tokens, logprobs in zip(np.atleast_1d(own).tolist(), tops, likely, strict=True)
+  )

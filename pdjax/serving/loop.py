@@ -19,7 +19,10 @@ class Arrivals(Protocol):
     """When the next known request comes; infinity if none is known."""
 
   def due(self, now_s: float, finished: Sequence[Finished]) -> Sequence[Arrived | Withdrawn]:
-    """What came up to `now_s`, given the requests that ended this turn."""
+    """What came up to `now_s`, given the requests that ended this turn.
+
+    It is asked again after each answer of the policy: a request withdrawn meanwhile may be named at once.
+    """
 
   def output_len(self, request_id: str) -> int | None:
     """How many tokens a request really generates, where a trace says so: for backends, never for policies."""
@@ -75,3 +78,8 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
         for order in state.start(action):
           backend.submit(order)
           yield Started(now_s, order)
+      for event in arrivals.due(now_s, ()):  # whoever is withdrawn by now is not served on
+        state.apply(event, now_s)
+        yield event
+    if occupancy := state.take_occupancy(now_s):
+      yield occupancy

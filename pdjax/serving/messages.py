@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 
-from pdjax.types.request import FinishReason, Request
+from pdjax.types.request import FinishReason, Request, TokenLogprob
 
 
 class All(enum.Enum):
@@ -53,7 +53,7 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cancel:
-  """End a request; what it holds is released."""
+  """End a request with all its samples, or one further sample of a request; what it holds is released."""
 
   request: str
   reason: str = 'cancelled'
@@ -93,11 +93,16 @@ class ChunkOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Admission:
-  """A sequence that arrives in a slot: its pages here and the tokens generated so far."""
+  """A sequence that arrives in a slot: its pages here and the tokens generated so far.
+
+  A further sample of a prompt has no tokens yet: it begins with the prompt's last token, in a page of its own. `copy`
+  says which page to copy into which of its own before that; None if all its pages are filled already.
+  """
 
   request: Request
   pages: tuple[int, ...]
   tokens: tuple[int, ...]
+  copy: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,14 +163,14 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived:
-  """A request came in; `request.arrival_s` says when."""
+  """A request came in; `request.arrival_s` says when. It stands for all its samples, `request.samples()`."""
 
   request: Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Withdrawn:
-  """The user no longer wants a request."""
+  """The user no longer wants a request with all its samples, or one further sample of a request."""
 
   request: str
 
@@ -180,11 +185,23 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-  """What one pass brought one request."""
+  """What one pass brought one request.
+
+  Attributes:
+    request: Its id.
+    tokens: The tokens, up to one that ended it.
+    finish_reason: Why it ended with them, or None.
+    text: The text that is sure now, and was not before: some of it is held back while a character is unfinished or a
+      stop string may have begun, so the text and the tokens of one result need not belong together. Empty where there
+      is no tokenizer.
+    logprobs: How likely each token was, if the request asks for it.
+  """
 
   request: str
   tokens: tuple[int, ...]
   finish_reason: FinishReason | None = None
+  text: str = ''
+  logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -237,4 +254,28 @@ class Finished:
   error: str | None = None
 
 
-Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | Finished
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerUse:
+  """How full a worker is: pages that are not free, and sequences in its decode slots."""
+
+  worker: str
+  pages: int
+  decoding: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Occupancy:
+  """How full the cluster is at the end of a turn that changed it; before the first of these everything is empty.
+
+  Attributes:
+    now_s: The time of the turn.
+    waiting: Prompts that nothing was started of.
+    workers: Those whose figures are not what they were.
+  """
+
+  now_s: float
+  waiting: int
+  workers: tuple[WorkerUse, ...]
+
+
+Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | Finished | Occupancy

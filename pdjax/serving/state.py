@@ -19,6 +19,7 @@ from pdjax.serving.messages import (
   Event,
   Failed,
   Finished,
+  Occupancy,
   Order,
   Reject,
   Step,
@@ -27,6 +28,7 @@ from pdjax.serving.messages import (
   TransferOrder,
   Withdrawn,
   WorkerLost,
+  WorkerUse,
 )
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.types.cluster import WorkerSpec
@@ -52,6 +54,7 @@ class Phase(enum.Enum):
   PREFILLED = 'prefilled'  # first token delivered, its KV on a worker where it will not decode
   MOVING = 'moving'  # its KV on the way, the prompt all computed
   DECODING = 'decoding'  # in a slot
+  FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
   ENDING = 'ending'  # cancelled or rejected, to be confirmed
   FINISHED = 'finished'
 
@@ -72,6 +75,7 @@ class RequestState:
     transfers: Transfers of its pages under way.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
+    samples: The samples of its prompt, if there are several.
   """
 
   request: Request
@@ -86,7 +90,10 @@ class RequestState:
   pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   slot: int | None = None
   pages_sent: int = 0
+  computed: bool = False
   admitted: bool = False
+  copy: tuple[int, int] | None = None
+  samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
 
   @property
   def prompt_left(self) -> int:
@@ -97,6 +104,28 @@ class RequestState:
   def tokens_left(self) -> int:
     """Tokens that may still be asked for, those under way not counted."""
     return self.limit - len(self.tokens) - self.steps_in_flight
+
+
+@dataclasses.dataclass(slots=True)
+class Samples:
+  """The samples of one prompt.
+
+  One of them carries the prompt: its phase and its pages are the prompt's, and policies see it as a request like any
+  other. The others follow: they hold nothing until the carrier has a place to decode, where pages and slots of all are
+  reserved at once, and begin once the whole prompt is there. They share the carrier's full pages, and begin by copying
+  its page with the prompt's last token. A carrier that ends before that hands the prompt on to a follower.
+
+  Attributes:
+    ids: All of them; the first is the request's own and stands for all where one is withdrawn or cancelled.
+    living: Those that have not ended, by id.
+    carrier: The one that carries the prompt, or did.
+    following: Those that have not begun, by id.
+  """
+
+  ids: tuple[str, ...]
+  living: dict[str, RequestState]
+  carrier: RequestState
+  following: dict[str, RequestState]
 
 
 class WorkerState:
@@ -158,15 +187,15 @@ class Room:
     return self._state.workers[worker].queued_tokens + self._tokens.get(worker, 0)
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
-    """Whether the worker has pages (and a slot, if it decodes there) for the request now."""
+    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
     needed = self._state.pages_needed(request, decodes=decodes)
-    return needed <= self.pages(worker) and (not decodes or self.slots(worker) > 0)
+    return needed <= self.pages(worker) and (not decodes or self._state.slots_needed(request) <= self.slots(worker))
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
-    """Count the request's pages, and its slot if it decodes there, as taken."""
+    """Count the request's pages, and its slots if it decodes there, as taken."""
     self._pages[worker] = self._pages.get(worker, 0) + self._state.pages_needed(request, decodes=decodes)
     if decodes:
-      self._slots[worker] = self._slots.get(worker, 0) + 1
+      self._slots[worker] = self._slots.get(worker, 0) + self._state.slots_needed(request)
 
   def take_tokens(self, worker: str, tokens: int) -> None:
     """Count prompt tokens as given to the worker."""
@@ -185,14 +214,21 @@ class ClusterState:
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
   """
 
-  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int):
+  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int, *, finds_stops: bool = True):
     """Start with every page free.
+
+    Args:
+      model: The model served.
+      workers: The cluster, `num_pages` filled in.
+      page_size: Tokens per page.
+      finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, or a phase has no worker.
     """
     self.model = model
     self.page_size = page_size
+    self._finds_stops = finds_stops
     self.workers: dict[str, WorkerState] = {}
     for spec in workers:
       if spec.name in self.workers:
@@ -206,12 +242,15 @@ class ClusterState:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
     self.requests: dict[str, RequestState] = {}
+    self._samples: dict[str, Samples] = {}  # by the id of each, ended or not
     self.waiting: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self._in_flight: dict[int, Order] = {}
     self._must: dict[str, Action] = {}
     self._finished: list[Finished] = []
     self._next_order = 0
+    self._uses = dict.fromkeys(self.workers, (0, 0))
+    self._num_waiting = 0
 
   # -------------------------------------------------------------------------- what policies ask
 
@@ -225,10 +264,26 @@ class ClusterState:
     return Room(self)
 
   def pages_needed(self, request: str, *, decodes: bool) -> int:
-    """Pages for the prompt, and with `decodes` for all the tokens it may generate but the last."""
+    """Pages for the prompt, and with `decodes` for all the tokens it may generate but the last.
+
+    With further samples that follow it, theirs too: all but those of the prompt's full pages.
+    """
     entry = self.requests[request]
+    whole = self._whole_pages(entry, decodes=decodes)
+    return whole + (self.slots_needed(request) - 1) * (whole - self._shared_pages(entry)) if decodes else whole
+
+  def slots_needed(self, request: str) -> int:
+    """Slots where it decodes: one, and one for each further sample that follows it."""
+    samples = self.requests[request].samples
+    return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
+
+  def _whole_pages(self, entry: RequestState, *, decodes: bool) -> int:
     tokens = entry.request.prompt_len + (entry.limit - 1 if decodes else 0)
     return -(-tokens // self.page_size)
+
+  def _shared_pages(self, entry: RequestState) -> int:
+    """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
+    return (entry.request.prompt_len - 1) // self.page_size
 
   def must(self) -> list[Action]:
     """What has to be done whatever the policy: refuse what can never run, end what was withdrawn."""
@@ -239,6 +294,19 @@ class ClusterState:
     """The requests that ended since the last call."""
     finished, self._finished = tuple(self._finished), []
     return finished
+
+  def take_occupancy(self, now_s: float) -> Occupancy | None:
+    """How full the cluster is, if that changed since the last call."""
+    changed = []
+    for name, worker in self.workers.items():
+      use = worker.num_pages - worker.allocator.num_free, len(worker.decoding)
+      if use != self._uses[name]:
+        self._uses[name] = use
+        changed.append(WorkerUse(name, *use))
+    if not changed and len(self.waiting) == self._num_waiting:
+      return None
+    self._num_waiting = len(self.waiting)
+    return Occupancy(now_s, self._num_waiting, tuple(changed))
 
   def check_progress(self) -> None:
     """Raise if requests are left although nothing is under way, so that nothing can ever change.
@@ -274,16 +342,24 @@ class ClusterState:
       case WorkerLost(worker, _, error):
         self._lose(worker, error, now_s)
       case Withdrawn(request):
-        entry = self.requests.get(request)
-        if entry is not None and entry.phase is not Phase.ENDING:
-          self._unschedule(entry)
-          self._must.setdefault(request, Cancel(request))
+        self._withdraw(request)
 
   def _arrive(self, request: Request, now_s: float) -> None:
-    limit = request.token_limit(self.model.context_len)
-    if request.id in self.requests:
-      raise ValueError(f'request {request.id!r} is being served already; ids must be unique.')
-    entry = self.requests[request.id] = RequestState(request, max(limit, 1))
+    limit = max(request.token_limit(self.model.context_len), 1)
+    entries = {sample.id: RequestState(sample, limit) for sample in request.samples()}
+    for name in entries:
+      if name in self.requests or name in self._samples:
+        raise ValueError(f'request {name!r} is being served already; ids must be unique.')
+    self.requests |= entries
+    entry = entries[request.id]
+    if len(entries) > 1:
+      following = {name: one for name, one in entries.items() if one is not entry}
+      samples = Samples(tuple(entries), entries, entry, following)
+      self._samples |= dict.fromkeys(entries, samples)
+      for one in entries.values():
+        one.samples = samples
+      for one in samples.following.values():
+        one.phase = Phase.FOLLOWING
     problem = self._unfit_for(entry)
     if problem:
       self._must[request.id] = Reject(request.id, problem)
@@ -303,22 +379,36 @@ class ClusterState:
       return (
         f"{stops} stop tokens asked for, the model's own included, but at most {MAX_STOP_TOKENS} are kept; name fewer."
       )
+    if request.sampling.stop and not self._finds_stops:
+      return (
+        f'stop strings {", ".join(map(repr, request.sampling.stop))} asked for, but there is no tokenizer to find them '
+        'with; serve a checkpoint that has one, or use stop_token_ids.'
+      )
     bad = first_outside(request.prompt, model.vocab_size)
     if bad is not None:
       return (
         f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
       )
+    slots = self.slots_needed(request.id)
     places = [(self.prefill_workers, False)]
-    if entry.limit > 1:
+    if entry.limit > 1 or slots > 1:
       places.append((self.decode_workers, True))
     for workers, decodes in places:
       needed = self.pages_needed(request.id, decodes=decodes)
       largest = max(workers, key=lambda worker: worker.num_pages)
       if needed > largest.num_pages:
         return (
-          f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones need {needed} pages of '
+          f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones'
+          f'{f" of each of {slots} samples" if slots > 1 else ""} need {needed} pages of '
           f'{self.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
-          f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower max_tokens.'
+          f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
+          f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
+        )
+      if decodes and not any(w.spec.max_sequences >= slots and w.num_pages >= needed for w in workers):
+        found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
+        return (
+          f'{slots} samples need {slots} sequences and {needed} pages on one worker that decodes, but these have '
+          f'{found}; raise max_sequences or lower n.'
         )
     return None
 
@@ -331,8 +421,7 @@ class ClusterState:
           self._got(result.request, result.tokens, result.finish_reason, now_s)
       case TransferOrder():
         self._transfer_ended(order)
-        entry = self.requests.get(order.request)
-        if entry is not None:
+        if entry := self._carrier(order.request):
           self._settle(entry)
       case EndOrder():
         if entry := self.requests.get(order.request):
@@ -353,14 +442,20 @@ class ClusterState:
   def _transfer_ended(self, order: TransferOrder) -> None:
     self.workers[order.source].allocator.drop(order.source_pages)
     self.workers[order.target].allocator.drop(order.target_pages)
-    if entry := self.requests.get(order.request):
+    if entry := self._carrier(order.request):
       entry.transfers -= 1
+
+  def _carrier(self, name: str) -> RequestState | None:
+    """The request that carries a prompt which was under way in the name of this one; None if it has ended."""
+    samples = self._samples.get(name)
+    return self.requests.get(name) if samples is None else samples.carrier
 
   def _got(self, request: str, tokens: Sequence[int], reason: FinishReason | None, now_s: float) -> None:
     entry = self.requests.get(request)
     if entry is None or entry.phase is Phase.ENDING:
       return
     entry.tokens.extend(tokens)
+    entry.computed = True
     if reason is not None:
       self._finish(entry, reason, now_s)
     else:
@@ -368,7 +463,10 @@ class ClusterState:
 
   def _settle(self, entry: RequestState) -> None:
     """Put a request whose prompt is computed where it belongs now."""
-    if not entry.tokens or entry.phase in (Phase.DECODING, Phase.ENDING):
+    followed = entry.samples is not None and entry.samples.carrier is entry and bool(entry.samples.following)
+    if entry.phase is Phase.DECODING and not followed:
+      return
+    if not entry.computed or entry.phase in (Phase.ENDING, Phase.FINISHED):
       return
     name = entry.request.id
     if entry.target is None:
@@ -377,27 +475,69 @@ class ClusterState:
     elif entry.transfers:
       entry.phase = Phase.MOVING
     else:
-      assert entry.worker is not None
+      self._begin_decoding(entry)
+      if entry.samples is not None and followed:
+        for other in entry.samples.following.values():
+          self._begin_decoding(other)
+        entry.samples.following.clear()
+
+  def _begin_decoding(self, entry: RequestState) -> None:
+    assert entry.target is not None
+    if entry.phase is not Phase.DECODING:
       entry.phase = Phase.DECODING
-      self.workers[entry.target].decoding[name] = entry
+      self.workers[entry.target].decoding[entry.request.id] = entry
+    if entry.worker is not None and entry.worker != entry.target and entry.worker in entry.pages:
       self.workers[entry.worker].allocator.drop(entry.pages.pop(entry.worker))
 
   def _finish(self, entry: RequestState, reason: FinishReason, now_s: float, error: str | None = None) -> None:
     name = entry.request.id
     self._unschedule(entry)
-    self._must.pop(name, None)
+    if entry.samples is None or name != entry.samples.ids[0]:
+      self._must.pop(name, None)
     for place, pages in entry.pages.items():
       self.workers[place].allocator.drop(pages)
+    self._release_copied(entry)
     if entry.slot is not None:
       assert entry.target is not None
       self.workers[entry.target].free_slots.append(entry.slot)
     entry.pages, entry.slot, entry.phase = {}, None, Phase.FINISHED
     del self.requests[name]
+    if entry.samples is not None:
+      self._sample_ended(name, entry.samples)
     self._finished.append(Finished(now_s, name, reason, tuple(entry.tokens), error))
 
+  def _sample_ended(self, name: str, samples: Samples) -> None:
+    del samples.living[name]
+    if not samples.living:
+      for one in samples.ids:
+        del self._samples[one]
+      self._must.pop(samples.ids[0], None)
+
+  def _meant_by(self, name: str) -> list[RequestState]:
+    """The request of this id, or all its samples, that have not ended."""
+    samples = self._samples.get(name)
+    if samples is not None and name == samples.ids[0]:
+      return list(samples.living.values())
+    return [self.requests[name]] if name in self.requests else []
+
+  def _withdraw(self, request: str) -> None:
+    samples = self._samples.get(request)
+    entries = [entry for entry in self._meant_by(request) if entry.phase is not Phase.ENDING]
+    if not entries or (request if samples is None else samples.ids[0]) in self._must:
+      return
+    for entry in reversed(entries):  # the carrier last, so that nobody is left to hand the prompt on to
+      self._unschedule(entry)
+      self._must.pop(entry.request.id, None)
+    self._must[request] = Cancel(request)
+
   def _unschedule(self, entry: RequestState) -> None:
-    """Take a request out of every queue a policy looks at."""
+    """Take a request out of every queue a policy looks at; a prompt that others wait for is handed on to one."""
     name = entry.request.id
+    samples = entry.samples
+    if samples is not None:
+      samples.following.pop(name, None)
+      if samples.carrier is entry and samples.following and entry.computed:
+        self._hand_on(entry, samples)
     self.waiting.pop(name, None)
     self.prefilled.pop(name, None)
     if entry.worker is not None and name in self.workers[entry.worker].prefilling:
@@ -405,6 +545,24 @@ class ClusterState:
       self.workers[entry.worker].queued_tokens -= entry.prompt_left
     if entry.target is not None:
       self.workers[entry.target].decoding.pop(name, None)
+
+  def _hand_on(self, entry: RequestState, samples: Samples) -> None:
+    """Let the first follower carry the computed prompt in place of one that ends."""
+    heir = next(iter(samples.following.values()))
+    del samples.following[heir.request.id]
+    samples.carrier = heir
+    heir.worker, heir.started, heir.pages_sent = entry.worker, entry.started, entry.pages_sent
+    heir.computed, heir.transfers = True, entry.transfers
+    if entry.worker is not None and entry.worker != entry.target:
+      heir.pages[entry.worker] = entry.pages.pop(entry.worker)
+    self._settle(heir)
+
+  def _finish_all(self, entry: RequestState, error: str, now_s: float) -> None:
+    """End a request with an error, and those with it that wait for its prompt."""
+    if entry.samples is not None and entry.samples.carrier is entry:
+      for other in reversed(list(entry.samples.following.values())):
+        self._finish(other, 'error', now_s, error)
+    self._finish(entry, 'error', now_s, error)
 
   def _fail(self, order_id: int, error: str, now_s: float) -> None:
     order = self._in_flight.pop(order_id, None)
@@ -414,14 +572,15 @@ class ClusterState:
         names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
       case TransferOrder():
         self._transfer_ended(order)
-        names = [order.request]
+        carrier = self._carrier(order.request)
+        names = [] if carrier is None else [carrier.request.id]
       case EndOrder():
         names = [order.request]
       case _:
         return
     for name in names:
       if entry := self.requests.get(name):
-        self._finish(entry, 'error', now_s, error)
+        self._finish_all(entry, error, now_s)
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
     for order in list(self._in_flight.values()):
@@ -430,7 +589,8 @@ class ClusterState:
       ):
         self._fail(order.id, error, now_s)
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
-      self._finish(entry, 'error', now_s, error)
+      if entry.phase is not Phase.FINISHED:
+        self._finish_all(entry, error, now_s)
 
   # -------------------------------------------------------------------------- actions
 
@@ -446,9 +606,9 @@ class ClusterState:
       case Transfer():
         orders = (self._start_transfer(action),)
       case Cancel():
-        orders = (self._start_end(action, 'cancelled'),)
+        orders = self._start_end(action, 'cancelled')
       case Reject():
-        orders = (self._start_end(action, 'rejected'),)
+        orders = self._start_end(action, 'rejected')
       case _:
         raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel or Reject.')
     for order in orders:
@@ -471,17 +631,19 @@ class ClusterState:
       raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(self.workers)}.')
     return worker
 
-  def _start_end(self, action: Cancel | Reject, reason: FinishReason) -> EndOrder:
-    entry = self._find(action, action.request)
-    if entry.phase is Phase.ENDING:
+  def _start_end(self, action: Cancel | Reject, reason: FinishReason) -> tuple[EndOrder, ...]:
+    entries = self._meant_by(action.request) or [self._find(action, action.request)]
+    entries = [entry for entry in entries if entry.phase is not Phase.ENDING]
+    if not entries:
       raise PolicyError(f'{action!r}: the request is being ended already.')
-    if isinstance(action, Reject) and entry.phase is not Phase.WAITING:
+    if isinstance(action, Reject) and entries[0].phase is not Phase.WAITING:
       raise PolicyError(
-        f'{action!r}: the request is {entry.phase.value}; only a waiting one can be rejected, cancel it.'
+        f'{action!r}: the request is {entries[0].phase.value}; only a waiting one can be rejected, cancel it.'
       )
-    self._unschedule(entry)
-    entry.phase = Phase.ENDING
-    return EndOrder(self._order_id(), action.request, reason, action.reason)
+    for entry in reversed(entries):  # the carrier last, so that nobody is left to hand the prompt on to
+      self._unschedule(entry)
+      entry.phase = Phase.ENDING
+    return tuple(EndOrder(self._order_id(), entry.request.id, reason, action.reason) for entry in entries)
 
   def _start_step(self, step: Step) -> tuple[Order, ...]:
     worker = self._find_worker(step, step.worker)
@@ -569,19 +731,38 @@ class ClusterState:
       places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
       for place, decodes in places:
         if not room.fits(chunk.request, place, decodes=decodes):
-          needed = self.pages_needed(chunk.request, decodes=decodes)
+          needs = self._needs(chunk.request, decodes=decodes)
           raise PolicyError(
-            f'{step!r}: request {chunk.request!r} needs {needed} pages{" and a slot" if decodes else ""} on {place!r}, '
-            f'which has {room.pages(place)} pages and {room.slots(place)} slots left.'
+            f'{step!r}: request {chunk.request!r} needs {needs} on {place!r}, which has {room.pages(place)} pages and '
+            f'{room.slots(place)} slots left.'
           )
         room.take(chunk.request, place, decodes=decodes)
 
   def _reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
-    name = entry.request.id
-    entry.pages[worker.name] = worker.allocator.take(self.pages_needed(name, decodes=decodes))
-    if decodes:
-      entry.target = worker.name
-      entry.slot = worker.free_slots.popleft()
+    allocator, whole = worker.allocator, self._whole_pages(entry, decodes=decodes)
+    pages = entry.pages[worker.name] = allocator.take(whole)
+    if not decodes:
+      return
+    entry.target, entry.slot = worker.name, worker.free_slots.popleft()
+    if entry.samples is None or entry.samples.carrier is not entry:
+      return
+    shared, last = pages[: self._shared_pages(entry)], pages[self._shared_pages(entry)]
+    for other in entry.samples.following.values():
+      own = allocator.take(whole - len(shared))
+      allocator.hold((*shared, last))  # the last until it is copied, whatever becomes of its holder
+      other.pages[worker.name], other.copy = (*shared, *own), (last, own[0])
+      other.target, other.slot = worker.name, worker.free_slots.popleft()
+
+  def _release_copied(self, entry: RequestState) -> None:
+    """Let go of the page that a sample begins by copying."""
+    if entry.copy is not None:
+      assert entry.target is not None
+      self.workers[entry.target].allocator.drop(entry.copy[:1])
+      entry.copy = None
+
+  def _needs(self, request: str, *, decodes: bool) -> str:
+    pages, slots = self.pages_needed(request, decodes=decodes), self.slots_needed(request)
+    return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
   def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
     entry = self.requests[chunk.request]
@@ -635,7 +816,7 @@ class ClusterState:
     room = self.room()
     if not room.fits(action.request, target.name, decodes=True):
       raise PolicyError(
-        f'{action!r}: it needs {self.pages_needed(action.request, decodes=True)} pages and a slot on {target.name!r}, '
+        f'{action!r}: it needs {self._needs(action.request, decodes=True)} on {target.name!r}, '
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
     assert entry.worker is not None
@@ -652,7 +833,8 @@ class ClusterState:
       admission = None
       if not entry.admitted:
         entry.admitted = True
-        admission = Admission(entry.request, entry.pages[entry.target], tuple(entry.tokens))
+        admission = Admission(entry.request, entry.pages[entry.target], tuple(entry.tokens), entry.copy)
+        self._release_copied(entry)  # whatever is written there from now on is written after the copy
       context = entry.request.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
       orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
       entry.steps_in_flight += steps

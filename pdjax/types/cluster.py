@@ -155,6 +155,13 @@ def parse_split(split: str) -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
+def split_name(workers: Sequence[WorkerSpec]) -> str:
+  """A cluster in the field's shorthand, such as '2P1D'; workers of both roles count as C (colocated)."""
+  counts = [(role, sum(worker.role is role for worker in workers)) for role in Role]
+  letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
+  return ''.join(f'{count}{letters[role]}' for role, count in counts if count)
+
+
 def devices_needed(workers: Sequence[WorkerSpec]) -> int:
   """How many devices the workers take, shared ones counted once."""
   named = {device for worker in workers for device in worker.devices or ()}

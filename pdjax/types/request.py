@@ -8,13 +8,19 @@ from typing import Literal
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
 _INT32 = 2**31  # what is kept on the device has 32 bits
+_MASK64 = 2**64 - 1
+_LEAST_REPETITION = 1e-3  # a penalty beyond it, or beyond its inverse, may overflow a logit
 
 MAX_STOP_TOKENS = 8  # stop ids kept per sequence on the device, the model's end-of-sequence ids included
+MAX_SAMPLES = 1024  # of one prompt; all decode on one worker at once
+MAX_LOGPROBS = 20  # likeliest tokens that can be told with each generated one
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
   """How the tokens of one request are chosen, and when it ends.
+
+  Logits go through the penalties, then `temperature`, `top_k`, `top_p` and `min_p`, in this order.
 
   Attributes:
     max_tokens: Most tokens to generate, at least one.
@@ -22,9 +28,19 @@ class SamplingParams:
     top_k: Sample among the k likeliest tokens only; 0 means all.
     top_p: Sample among the fewest likeliest tokens whose probabilities reach this sum (nucleus sampling,
       Holtzman et al. 2020); 1 means all. Applied after `top_k`.
+    min_p: Sample among the tokens at least this share as probable as the likeliest (Nguyen et al. 2024); 0 means all.
+    repetition_penalty: Divides the positive logits of tokens in the prompt or the output by this, and multiplies the
+      negative ones (Keskar et al. 2019); 1 changes nothing, more discourages repetition.
+    presence_penalty: Taken off the logits of tokens in the output.
+    frequency_penalty: Taken off the logits of tokens in the output, once for each time they are there.
     seed: Fixes the request's random numbers, whatever else is in its batch.
+    stop: Texts that end the request: the first of them to be complete, and what follows it, is not part of the text,
+      while the tokens run up to the one that completed it.
     stop_token_ids: Tokens that end the request, besides the model's own end-of-sequence tokens.
-    ignore_eos: Go on past the model's end-of-sequence tokens (`stop_token_ids` still count).
+    ignore_eos: Go on past the model's end-of-sequence tokens (`stop` and `stop_token_ids` still count).
+    logprobs: Tell with each token its log probability and those of so many likeliest tokens, at most 20: of the
+      model's own distribution, before penalties, temperature and cuts. None tells nothing.
+    n: Samples of the prompt, which is computed once, see `Request.samples`.
 
   Raises:
     ValueError: if a value is out of range.
@@ -37,8 +53,20 @@ class SamplingParams:
   seed: int = 0
   stop_token_ids: tuple[int, ...] = ()
   ignore_eos: bool = False
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  stop: tuple[str, ...] = ()
+  logprobs: int | None = None
+  n: int = 1
 
   def __post_init__(self):
+    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'seed', 'n')}
+    counts['logprobs'] = self.logprobs or 0
+    for name, count in counts.items():  # found later, it would break the pass of others
+      if not hasattr(count, '__index__'):
+        raise ValueError(f'{name} is {count!r}, expected an integer.')
     if self.max_tokens >= _INT32:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected a count below 2**31; ask for fewer.')
     if self.max_tokens < 1:
@@ -49,11 +77,39 @@ class SamplingParams:
       raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count below 2**31.')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p is {self.top_p}, expected a number above 0 and at most 1.')
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f'min_p is {self.min_p}, expected a number from 0 (all tokens) to 1.')
+    if not _LEAST_REPETITION <= self.repetition_penalty <= 1 / _LEAST_REPETITION:
+      raise ValueError(
+        f'repetition_penalty is {self.repetition_penalty}, expected a number from {_LEAST_REPETITION} to '
+        f'{1 / _LEAST_REPETITION:g}; 1 changes nothing.'
+      )
+    for name in ('presence_penalty', 'frequency_penalty'):
+      if not -2 <= getattr(self, name) <= 2:
+        raise ValueError(f'{name} is {getattr(self, name)}, expected a number from -2 to 2; 0 changes nothing.')
     if not 0 <= self.seed < 2**63:
       raise ValueError(f'seed is {self.seed}, expected an integer from 0 to 2**63 - 1.')
+    stop: object = self.stop
+    if isinstance(stop, str):
+      raise ValueError(f'stop is the text {stop!r}, expected a tuple of texts; write ({stop!r},).')
+    if not all(isinstance(text, str) for text in self.stop):
+      raise ValueError(f'stop is {self.stop!r}, expected a tuple of texts; for token ids use stop_token_ids.')
+    if '' in self.stop:
+      raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
     for token in self.stop_token_ids:
-      if not 0 <= token < _INT32:
+      if not hasattr(token, '__index__') or not 0 <= token < _INT32:
         raise ValueError(f'stop_token_ids has {token}, expected token ids from 0 to 2**31 - 1.')
+    if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+      raise ValueError(
+        f"logprobs is {self.logprobs}, expected 0 (the token's own) to {MAX_LOGPROBS} likeliest tokens, or None."
+      )
+    if not 1 <= self.n <= MAX_SAMPLES:
+      raise ValueError(f'n is {self.n}, expected 1 to {MAX_SAMPLES} samples; split a request that wants more.')
+
+  @property
+  def penalises(self) -> bool:
+    """Whether tokens seen before count."""
+    return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +161,7 @@ class Request:
     arrival_s: Seconds after the start of the run at which it arrives.
     slo: Latency limits of its own, if any.
     session: The chat it belongs to, if any.
+    sample_of: The request that it is a further sample of, if it is one.
 
   Raises:
     ValueError: if the prompt is empty or the arrival time negative or infinite.
@@ -116,6 +173,7 @@ class Request:
   arrival_s: float = 0.0
   slo: SLO | None = None
   session: str | None = None
+  sample_of: str | None = None
 
   def __post_init__(self):
     prompt: object = self.prompt
@@ -135,18 +193,68 @@ class Request:
     """Most tokens it may generate: `max_tokens`, or what a context leaves; the last one needs no place in it."""
     return min(self.sampling.max_tokens, context_len - self.prompt_len + 1)
 
+  def samples(self) -> tuple['Request', ...]:
+    """The request as `sampling.n` requests of one sample each.
+
+    The first keeps id and seed; the others are named `id#1`, `id#2` and so on, and each has a seed of its own.
+    """
+    if self.sampling.n == 1:
+      return (self,)
+    first = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, n=1))
+    others = (
+      dataclasses.replace(
+        first,
+        id=f'{self.id}#{index}',
+        sampling=dataclasses.replace(first.sampling, seed=_mixed(self.sampling.seed, index)),
+        sample_of=self.id,
+      )
+      for index in range(1, self.sampling.n)
+    )
+    return (first, *others)
+
+
+def _mixed(seed: int, index: int) -> int:
+  """A seed from a seed: the `index`-th number of SplitMix64 (Steele et al. 2014), begun at the seed mixed once.
+
+  Were it begun at the seed itself, the samples of one request could be those of another with a neighbouring seed.
+  """
+
+  def mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK64
+    return x ^ (x >> 31)
+
+  golden = 0x9E3779B97F4A7C15
+  start = mix((seed + golden) & _MASK64)
+  return mix((start + index * golden) & _MASK64) >> 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+  """How likely a generated token was in the model's own distribution, before penalties, temperature and cuts.
+
+  Attributes:
+    logprob: Natural logarithm of its probability.
+    top: The likeliest tokens with theirs, likeliest first, as many as were asked for.
+  """
+
+  logprob: float
+  top: tuple[tuple[int, float], ...] = ()
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-  """What became of one request.
+  """What became of one request, or of one of its samples.
 
   Attributes:
-    request: The request.
-    token_ids: The generated tokens, a stop token included.
+    request: The request; with several samples, the one of this sample alone.
+    token_ids: The generated tokens, a stop token or what completed a stop string included.
     finish_reason: Why it ended; `rejected` and `error` come with a message in `error`.
     error: What went wrong, or None.
-    text: The tokens as text without special tokens; None where there is no tokenizer.
+    text: The tokens as text without special tokens, up to a stop string; None where there is no tokenizer. Of a
+      request that was cancelled or failed, as much as was sure.
     token_times_s: When each token was delivered, seconds after the start of the run.
+    logprobs: How likely each token was, if it was asked for.
   """
 
   request: Request
@@ -155,3 +263,4 @@ class Completion:
   error: str | None = None
   text: str | None = None
   token_times_s: tuple[float, ...] = ()
+  logprobs: tuple[TokenLogprob, ...] = ()

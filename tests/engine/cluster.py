@@ -12,12 +12,13 @@ from pdjax.engine.engine import Engine
 from pdjax.kv import page_bytes
 from pdjax.launch import complete
 from pdjax.metrics import Report
-from pdjax.serving.loop import Policy, serve
+from pdjax.serving.loop import Arrivals, Policy, serve
 from pdjax.serving.messages import Done, Event, Started, TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
 from pdjax.workload.arrivals import Listed
 from tests.engine.plain import Cached
+from tests.tiny import byte_tokenizer
 
 DEADLINE_S = 60.0  # of a run that takes well under a second: past it, something hangs
 
@@ -58,7 +59,7 @@ class Cluster:
     assert config.model is not None
     self.config = config
     self.model: ModelSpec = config.model
-    built = build_engine(config, self.model, Cached(self.model), self._limit_of)
+    built = build_engine(config, self.model, Cached(self.model), self._limit_of, tokenizer=byte_tokenizer())
     built.engine.close()
     self.specs, self.warm_up = built.workers, built.warm_up
     self.workers = built.engine.workers
@@ -78,8 +79,9 @@ class Cluster:
     requests: Iterable[Request],
     policy: Policy | None = None,
     prepare: Callable[[Engine], None] = lambda engine: None,
+    arrivals: Arrivals | None = None,
   ) -> Served:
-    """Serve requests; `prepare` may tamper with the engine before its clock starts."""
+    """Serve requests; `prepare` may tamper with the engine before its clock starts, `arrivals` withdraw some."""
     requests = tuple(requests)
     policy = policy or self.config.policy
     state = ClusterState(self.model, self.specs, self.config.page_size)
@@ -90,12 +92,12 @@ class Cluster:
     try:
       prepare(engine)
       engine.start_clock()
-      events = tuple(serve(Listed(requests), policy, Impatient(engine), state))
+      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine), state))
     finally:
       engine.close()
     assert compiled[compiled_before:] == [], 'something was compiled while the clock ran'
     report = Report.from_events(events, workers=self.specs)
-    served = Served(events, complete(events, None), report, requests, policy)
+    served = Served(events, complete(events, byte_tokenizer()), report, requests, policy)
     assert_all_is_free(state)
     if served.report.failed == 0:
       assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'

@@ -1,6 +1,7 @@
 """Compiled clusters, built once for all tests of a session: compiling takes seconds, serving takes milliseconds."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -14,10 +15,16 @@ def build(*args, **kwargs) -> Cluster:
   return Cluster(dataclasses.replace(config(*args, **kwargs), transfer=TransferSpec(max_batch_pages=4)))
 
 
+@functools.cache
+def shared(split: str) -> Cluster:
+  """The same, once for all tests of a process."""
+  return build(split)
+
+
 @pytest.fixture(scope='session')
 def two_and_two() -> Cluster:
   """Two prefill workers and two decode workers of one device each, pages of 4 tokens."""
-  return build('2P2D')
+  return shared('2P2D')
 
 
 @pytest.fixture(scope='session')

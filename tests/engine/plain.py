@@ -1,5 +1,6 @@
 """The plain loop: the whole sequence through NumPy again for every token. What every way of serving must equal."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,10 @@ import numpy as np
 
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.sampling import Sampling, sample, stop_tokens
-from pdjax.types import ModelSpec, Request
+from pdjax.types import ModelSpec, Request, SamplingParams
 from tests.model.numpy_llama import NumpyLlama
+from tests.model.test_sampling import penalised
+from tests.tiny import byte_tokenizer
 
 sample = jax.jit(sample)
 
@@ -21,19 +24,42 @@ class Cached(RandomCheckpoint):
     return super().tensor(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a request gets: tokens, why they end, their text, and the log probabilities `[V]` at each of them."""
+
+  tokens: tuple[int, ...]
+  reason: str
+  text: str
+  logprobs: np.ndarray
+
+
 @functools.cache
-def generate(model: ModelSpec, request: Request) -> tuple[tuple[int, ...], str]:
-  """The tokens of a request served alone, and why it ends."""
+def answer(model: ModelSpec, request: Request) -> Answer:
+  """A request of one sample served alone, with nothing but NumPy between the weights and the logits to draw from."""
   llama = NumpyLlama(Cached(model))
   params = request.sampling
   limit = min(params.max_tokens, model.context_len - request.prompt_len + 1)
   stops = stop_tokens(params, model.eos_token_ids)
-  sampling = Sampling.stack([params], [limit], model.eos_token_ids, 1)
+  draws = SamplingParams(
+    temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=params.seed
+  )
+  sampling = Sampling.stack([draws], [limit], (), 1)
   tokens: list[int] = []
+  logprobs = []
   while True:
-    logits = llama.logits((*request.prompt, *tokens))[-1:].astype(np.float32)
-    tokens.append(int(sample(logits, sampling, np.array([len(tokens)], np.int32))[0]))
-    if tokens[-1] in stops:
-      return tuple(tokens), 'stop'
-    if len(tokens) == limit:
-      return tuple(tokens), 'length'
+    logits = llama.logits((*request.prompt, *tokens))[-1].astype(np.float32)
+    logprobs.append(logits - np.log(np.exp(logits.astype(np.float64)).sum()))
+    wanted = penalised(logits, request.prompt, tokens, params)
+    tokens.append(int(sample(wanted[None], sampling, np.array([len(tokens)], np.int32)).tokens[0]))
+    text = byte_tokenizer().decode(tokens)
+    begins = [text.index(one) for one in params.stop if one in text]
+    if begins or tokens[-1] in stops or len(tokens) == limit:
+      reason = 'stop' if begins or tokens[-1] in stops else 'length'
+      return Answer(tuple(tokens), reason, text[: min(begins, default=len(text))], np.stack(logprobs))
+
+
+def generate(model: ModelSpec, request: Request) -> tuple[tuple[int, ...], str]:
+  """The tokens of a request served alone, and why it ends."""
+  alone = answer(model, request)
+  return alone.tokens, alone.reason

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pdjax.engine.engine import Engine
 from pdjax.engine.mailbox import Mailbox, Waiter
 
 
@@ -89,7 +90,7 @@ def test_the_clock_starts_at_zero():
 
 
 def test_jobs_run_in_order_on_a_thread_of_their_own():
-  waiter = Waiter('test')
+  waiter = Waiter('test', crashed=print)
   ran = []
   gate = threading.Event()
   waiter.add(lambda: gate.wait(60))
@@ -104,8 +105,29 @@ def test_jobs_run_in_order_on_a_thread_of_their_own():
 
 @pytest.mark.parametrize('jobs', [0, 3])
 def test_a_closed_waiter_has_no_thread(jobs):
-  waiter = Waiter('closing')
+  waiter = Waiter('closing', crashed=print)
   for _ in range(jobs):
     waiter.add(lambda: None)
   waiter.close()
   assert 'pdjax-closing' not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_a_job_raises_is_told_and_the_jobs_after_it_run():
+  told, ran = [], []
+  waiter = Waiter('failing', crashed=told.append)
+  waiter.add(lambda: 1 // 0)
+  waiter.add(lambda: ran.append('after'))
+  waiter.close()
+  assert [type(error) for error in told] == [ZeroDivisionError] and ran == ['after']
+
+
+def test_an_interrupt_ends_a_wait_and_what_it_notes_is_of_the_turn(one_and_one):
+  engine = Engine(list(one_and_one.workers.values()), one_and_one.transports)
+  engine.start_clock()
+  noted = []
+  waker = threading.Timer(0.02, lambda: engine.interrupt(noted.append))
+  waker.start()
+  now_s, events = engine.wait(math.inf)
+  waker.join()
+  engine.close()
+  assert events == [] and len(noted) == 1 and noted[0] < now_s

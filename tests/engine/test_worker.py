@@ -66,6 +66,15 @@ def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_po
   assert pool_bytes(source) < pool_bytes(larger_source)
 
 
+def test_a_page_is_copied_and_a_past_remembered_in_place(two_and_two):
+  worker = two_and_two.workers['decode0']
+  copied, remembered = (worker.program(name).memory_analysis() for name in ('copy', 'remember'))
+  assert copied.alias_size_in_bytes >= pool_bytes(worker)
+  assert copied.temp_size_in_bytes <= 2 * page_bytes(worker.model, worker.page_size, worker.dtype)
+  assert remembered.alias_size_in_bytes >= worker.slots.history.nbytes
+  assert remembered.temp_size_in_bytes < worker.slots.history.nbytes / 4
+
+
 def test_passes_give_the_buffers_of_their_pool_back(one_and_one):
   worker = one_and_one.workers['decode0']
   before = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
@@ -81,11 +90,13 @@ def test_passes_give_the_buffers_of_their_pool_back(one_and_one):
 
 def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair):
   programs = {name for name in two_and_two.warm_up.program_s if '→' not in name}
-  expected = {f'prefill{i}/prefillx32' for i in range(2)}
-  expected |= {f'decode{i}/{program}' for i in range(2) for program in ('admit', 'decodex2', 'decodex4')}
+  expected = {f'prefill{i}/{program}' for i in range(2) for program in ('remember', 'prefillx32')}
+  expected |= {
+    f'decode{i}/{program}' for i in range(2) for program in ('remember', 'admit', 'copy', 'decodex2', 'decodex4')
+  }
   assert programs == expected
   assert {name for name in colocated_pair.warm_up.program_s if name.startswith('both0')} == {
-    'both0/admit', 'both0/fusedx32x2', 'both0/decodex2',
+    'both0/remember', 'both0/admit', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex2',
   }  # fmt: skip
   ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
   assert ways == {f'prefill{i}→decode{j}/{size} pages' for i in range(2) for j in range(2) for size in (1, 4)}
@@ -99,7 +110,7 @@ def test_a_reset_worker_is_a_new_incarnation_with_empty_pages(one_and_one):
   worker.reset()
   assert not worker.broken and worker.incarnation == incarnation + 1
   assert not any(bool(layer.any()) for layer in worker.pages.layers)
-  assert not bool(worker.slots.alive.any())
+  assert not bool(worker.slots.rows.alive.any())
 
 
 def test_compilations_are_noticed():

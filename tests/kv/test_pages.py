@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdjax.kv import KVPages, page_bytes
-from pdjax.kv.pages import gather, scatter, write
+from pdjax.kv.pages import copy, gather, scatter, write
 from pdjax.sharding import make_mesh
 from tests.tiny import TINY, TINY_8_2
 
@@ -63,6 +63,15 @@ def test_scatter_undoes_gather_and_leaves_other_pages_alone():
   for before, after, origin in zip(target.layers, moved.layers, source.layers, strict=True):
     np.testing.assert_array_equal(after[np.array([1, 5, 3])], origin[np.array([4, 0, 2])])
     np.testing.assert_array_equal(after[np.array([0, 2, 4])], before[np.array([0, 2, 4])])
+
+
+def test_copy_fills_one_page_of_every_layer_with_another():
+  pages = random_pages()
+  copied = jax.jit(copy)(pages, np.int32(4), np.int32(1))
+  for before, after in zip(pages.layers, copied.layers, strict=True):
+    np.testing.assert_array_equal(after[1], before[4])
+    others = np.array([0, 2, 3, 4, 5])
+    np.testing.assert_array_equal(after[others], before[others])
 
 
 def test_a_pool_says_its_size():

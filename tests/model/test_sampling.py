@@ -1,32 +1,40 @@
 """Drawing tokens: the cuts against NumPy, the shares of 20,000 draws, and what a draw may depend on."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdjax.model.sampling import Sampling, keep_likely, sample, stop_tokens
+from pdjax.model.sampling import Sampling, count, keep_likely, past, penalise, sample, stop_tokens, tell
 from pdjax.types import SamplingParams
 
 DRAWS = 20_000
 LOGITS = np.log(np.array([0.30, 0.02, 0.22, 0.05, 0.15, 0.10, 0.12, 0.04], np.float32))
 CHI_SQUARED_999 = {1: 10.828, 2: 13.816, 3: 16.266, 4: 18.467, 5: 20.515, 6: 22.458, 7: 24.322}  # by freedom
 
-sample = jax.jit(sample)
+sample = jax.jit(sample, static_argnames='history')
 keep_likely = jax.jit(keep_likely)
 
 
-def kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-  """Which tokens of `[V]` may be drawn: `top_k` of them, then the fewest whose shares of those reach `top_p`."""
+def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray:
+  """Which tokens of `[V]` may be drawn.
+
+  `top_k` of them, of those the fewest whose shares reach `top_p`, of those the ones `min_p` times as likely as the
+  best.
+  """
   order = np.argsort(-logits)[: top_k or None]
   shares = np.exp(logits[order].astype(np.float64) - logits.max())
   reached = np.cumsum(shares / shares.sum())
-  return np.sort(order[: np.searchsorted(reached, top_p) + 1])
+  order = order[: np.searchsorted(reached, top_p) + 1]
+  return np.sort(order[shares[: len(order)] >= min_p])
 
 
 def draw(params: list[SamplingParams], logits: np.ndarray, generated=0) -> np.ndarray:
   sampling = Sampling.stack(params, [100] * len(params), (), len(params))
   generated = np.broadcast_to(np.asarray(generated, np.int32), len(params))
-  return np.asarray(sample(np.broadcast_to(logits, (len(params), logits.shape[-1])), sampling, generated))
+  return np.asarray(sample(np.broadcast_to(logits, (len(params), logits.shape[-1])), sampling, generated).tokens)
 
 
 # ---------------------------------------------------------------------------- cuts
@@ -68,6 +76,10 @@ def test_each_row_is_cut_by_its_own_rule():
     {'temperature': 1.0, 'top_k': 3},
     {'temperature': 1.0, 'top_p': 0.75},
     {'temperature': 1.5, 'top_k': 6, 'top_p': 0.8},
+    {'temperature': 1.0, 'min_p': 0.3},
+    {'temperature': 2.0, 'min_p': 0.5},
+    {'temperature': 1.2, 'top_k': 5, 'min_p': 0.35},
+    {'temperature': 0.9, 'top_k': 7, 'top_p': 0.95, 'min_p': 0.2},
   ],
   ids=str,
 )
@@ -77,7 +89,7 @@ def test_tokens_are_drawn_by_their_shares(options, over):
   tokens = draw([SamplingParams(seed=int(seed), **options) for seed in seeds], LOGITS, positions)
   counts = np.bincount(tokens, minlength=len(LOGITS))
   scaled = LOGITS / options['temperature']
-  may = kept(scaled, options.get('top_k', 0), options.get('top_p', 1.0))
+  may = kept(scaled, options.get('top_k', 0), options.get('top_p', 1.0), options.get('min_p', 0.0))
   assert counts.sum() == counts[may].sum() == DRAWS  # none that was cut off
   shares = np.exp(scaled[may].astype(np.float64))
   expected = shares / shares.sum() * DRAWS
@@ -90,6 +102,94 @@ def test_the_test_of_shares_would_notice_another_temperature():
   expected = np.exp(LOGITS.astype(np.float64)) * DRAWS
   statistic = ((np.bincount(tokens, minlength=8) - expected) ** 2 / expected).sum()
   assert statistic > CHI_SQUARED_999[7]
+
+
+# ---------------------------------------------------------------------------- penalties
+
+
+def penalised(logits: np.ndarray, prompt, tokens, params: SamplingParams) -> np.ndarray:
+  """Logits `[V]` after the penalties, written plainly."""
+  logits = logits.copy()
+  for token in {*prompt, *tokens}:
+    logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+  for token in set(tokens):
+    logits[token] -= params.presence_penalty + params.frequency_penalty * tokens.count(token)
+  return logits
+
+
+PENALTIES = ({}, {'repetition_penalty': 1.7}, {'presence_penalty': 0.9}, {'frequency_penalty': -0.8},
+             {'repetition_penalty': 0.6, 'presence_penalty': -0.4, 'frequency_penalty': 0.5})  # fmt: skip
+
+
+def test_penalties_are_those_of_a_plain_loop():
+  rng = np.random.default_rng(0)
+  params = [SamplingParams(**options) for options in PENALTIES]
+  pasts = [(rng.integers(0, 30, 12).tolist(), rng.integers(20, 50, 15).tolist()) for _ in params]
+  logits = 3 * rng.standard_normal((len(params), 50)).astype(np.float32)
+  history = np.stack([past(*one, 50) for one in pasts])
+  sampling = Sampling.stack(params, [9] * len(params), (), len(params))
+  actual = np.asarray(penalise(logits, history, sampling))
+  expected = [penalised(row, *one, each) for row, one, each in zip(logits, pasts, params, strict=True)]
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+  np.testing.assert_array_equal(actual[0], logits[0])  # who asks for nothing is not touched
+
+
+def test_tokens_counted_one_by_one_are_the_past():
+  rng = np.random.default_rng(1)
+  prompts, outputs = rng.integers(0, 20, (3, 7)), rng.integers(0, 20, (3, 30))
+  history = np.stack([past(prompt, (), 20) for prompt in prompts])
+  before = history.copy()
+  for tokens in outputs.T:
+    history = count(jnp.asarray(history), np.array([0, 3, 2]), tokens)  # the second counts nowhere: row 3 is not there
+  expected = [past(prompts[0], outputs[0], 20), before[1], past(prompts[2], outputs[2], 20)]
+  np.testing.assert_array_equal(history, expected)
+
+
+def test_a_count_that_is_full_stays_so():
+  history = jnp.asarray(past([0], [0] * 40_000, 2)[None])
+  for _ in range(3):
+    history = count(history, np.array([0]), np.array([0]))
+  assert history.tolist() == [[65535, 0]]
+
+
+def test_penalties_come_before_temperature_and_cuts():
+  """With token 0 pushed below the cut, only the others are drawn, by their shares among themselves."""
+  options = {'temperature': 1.0, 'top_k': 3, 'presence_penalty': 1.0}
+  params = [SamplingParams(seed=seed, **options) for seed in range(DRAWS)]
+  history = np.broadcast_to(past((), [0], 8), (DRAWS, 8))
+  sampling = Sampling.stack(params, [9] * DRAWS, (), DRAWS)
+  logits = np.broadcast_to(LOGITS, (DRAWS, 8))
+  tokens = np.asarray(jax.jit(lambda *args: sample(*args, history=lambda: history))(
+    logits, sampling, np.zeros(DRAWS, np.int32)
+  ).tokens)  # fmt: skip
+  wanted = penalised(LOGITS, (), [0], params[0])
+  may = kept(wanted, 3, 1.0)
+  counts = np.bincount(tokens, minlength=8)
+  assert may.tolist() == [2, 4, 6] and counts[may].sum() == DRAWS
+  shares = np.exp(wanted[may].astype(np.float64))
+  expected = shares / shares.sum() * DRAWS
+  assert ((counts[may] - expected) ** 2 / expected).sum() < CHI_SQUARED_999[2]
+
+
+# ---------------------------------------------------------------------------- log probabilities
+
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+  logits = 4 * np.random.default_rng(5).standard_normal((6, 50)).astype(np.float32)
+  tokens = np.arange(6, dtype=np.int32) * 7
+  told = tell(logits, tokens)
+  expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+  order = np.argsort(-logits, axis=1, kind='stable')[:, :20]
+  np.testing.assert_allclose(told.logprobs, expected[np.arange(6), tokens], atol=1e-5)
+  np.testing.assert_array_equal(told.top_tokens, order)
+  np.testing.assert_allclose(told.top_logprobs, np.take_along_axis(expected, order, axis=1), atol=1e-5)
+
+
+def test_asking_for_log_probabilities_changes_no_token():
+  logits = np.random.default_rng(6).standard_normal((20, 50)).astype(np.float32)
+  params = [SamplingParams(seed=i, temperature=float(i % 2)) for i in range(20)]
+  telling = [dataclasses.replace(one, logprobs=i % 4) for i, one in enumerate(params)]
+  np.testing.assert_array_equal(draw(params, logits), draw(telling, logits))
 
 
 # ---------------------------------------------------------------------------- what a draw depends on
@@ -116,7 +216,9 @@ def test_a_draw_is_the_same_in_any_row_of_any_batch():
   alone = [int(draw([mine], logits, position)[0]) for position in range(12)]
   assert len(set(alone)) > 3
   for rows, row in ((4, 3), (9, 0), (9, 5)):
-    others = [SamplingParams(seed=int(rng.integers(1000)), temperature=float(i % 3)) for i in range(rows)]
+    others = [
+      SamplingParams(seed=int(rng.integers(1000)), temperature=float(i % 3), min_p=0.1 * (i % 2)) for i in range(rows)
+    ]
     others[row] = mine
     batch = rng.standard_normal((rows, 50)).astype(np.float32)
     batch[row] = logits

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from pdjax.cost import Roofline
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, Step, StuckError, serve
 from pdjax.serving.messages import (
@@ -12,12 +13,14 @@ from pdjax.serving.messages import (
   EndOrder,
   Event,
   Finished,
+  Occupancy,
   Order,
   Result,
   Started,
   StepOrder,
   Turn,
   Withdrawn,
+  WorkerUse,
 )
 from pdjax.simulator import Simulator
 from pdjax.types import Request, SamplingParams, colocated_pool
@@ -98,6 +101,7 @@ def test_a_turn_yields_its_clock_then_what_happened_then_what_was_decided():
     Arrived(a),
     Started(0.0, orders[0]),
     Started(0.0, orders[1]),
+    Occupancy(0.0, 0, (WorkerUse('both0', 1, 1),)),
     Turn(2.5),
     chunk_done,
     decode_done,
@@ -107,6 +111,7 @@ def test_a_turn_yields_its_clock_then_what_happened_then_what_was_decided():
     Turn(4.0),
     Done(2, 2.5, 4.0, (Result('b', (9,), 'stop'),)),
     Finished(4.0, 'b', 'stop', (9,)),
+    Occupancy(4.0, 0, (WorkerUse('both0', 0, 0),)),
   ]
   assert [order.id for order in orders] == [0, 1, 2]
 
@@ -116,10 +121,26 @@ def test_the_clock_is_read_once_a_turn_and_no_longer_than_to_the_next_arrival():
   policy = ScriptedPolicy([Step('both0', (Chunk('a', 0, 3),))])
   arrivals = Withdrawing([_request('a'), _request('b', 1.5)], 'b', at_s=1.5)
   events = serve(arrivals, policy, backend, ClusterState(TINY, WORKERS, 4))
-  seen = [next(events) for _ in range(8)]
+  seen = [next(events) for _ in range(9)]
   assert backend.until_s == [0.0, 1.5, math.inf]
   assert [event.now_s for event in seen if isinstance(event, Turn)] == [0.0, 1.5, 2.0]
   assert [event.now_s for event in seen if isinstance(event, Started)] == [0.0, 1.5]
+
+
+def test_who_is_withdrawn_while_a_turn_goes_on_is_not_served_on():
+  """The policy answers with one chunk at a time; after the first, nobody wants the rest."""
+
+  class Hasty(Listed):
+    def due(self, now_s, finished=()):
+      events = super().due(now_s, finished)
+      return events or [Withdrawn('a')] * (len(backend.orders) == 1)
+
+  backend = ScriptedBackend((0.0, []))
+  policy = ScriptedPolicy([Step('both0', (Chunk('a', 0, 1),))], [Step('both0', (Chunk('a', 1, 1),))])
+  events = serve(Hasty([_request('a')]), policy, backend, ClusterState(TINY, WORKERS, 4))
+  seen = [next(events) for _ in range(5)]
+  assert [type(event) for event in seen] == [Turn, Arrived, Started, Withdrawn, Started]
+  assert isinstance(seen[-1].order, EndOrder) and policy.asked == 1
 
 
 def test_the_policy_is_asked_until_it_wants_nothing():
@@ -130,8 +151,7 @@ def test_the_policy_is_asked_until_it_wants_nothing():
   for event in events:
     if isinstance(event, Started) and event.order.id == 1:
       break
-  with pytest.raises(IndexError):
-    next(events)  # the turn is over once the policy was asked a third time
+  assert isinstance(next(events), Occupancy)  # the turn is over once the policy was asked a third time
   assert policy.asked == 3
 
 
@@ -237,3 +257,22 @@ def test_the_driver_of_these_tests_agrees_with_the_loop():
   events = list(serve(Listed([_request('a')]), Colocated(), _simulator(Listed([])), ClusterState(TINY, WORKERS, 4)))
   assert [event.order for event in events if isinstance(event, Started)] == by_hand
   assert all(isinstance(order, StepOrder) for order in by_hand)
+
+
+def test_the_log_says_how_full_the_cluster_is_whenever_that_changes():
+  arrivals = [_request('a'), _request('b', arrival_s=0.5, max_tokens=9), _request('c', arrival_s=0.5)]
+  workers = colocated_pool(2, **{**SIZES, 'max_sequences': 1})
+  state = ClusterState(TINY, workers, 4)
+  simulator = Simulator(TINY, workers, 4, Roofline())
+  said = {worker.name: (0, 0) for worker in workers}
+  num_waiting, changes = 0, 0
+  for event in serve(Listed(arrivals), Colocated(), simulator, state):
+    if isinstance(event, Occupancy):
+      assert event.waiting != num_waiting or event.workers
+      assert all(said[use.worker] != (use.pages, use.decoding) for use in event.workers)
+      said |= {use.worker: (use.pages, use.decoding) for use in event.workers}
+      num_waiting, changes = event.waiting, changes + 1
+      for name, worker in state.workers.items():
+        assert said[name] == (worker.num_pages - worker.allocator.num_free, len(worker.decoding))
+      assert event.waiting == len(state.waiting)
+  assert changes > 3 and set(said.values()) == {(0, 0)} and num_waiting == 0

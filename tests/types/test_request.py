@@ -25,6 +25,21 @@ from pdjax.types import SLO, Request, SamplingParams
     ('stop_token_ids', (5, -1), 'stop_token_ids has -1, expected token ids from 0'),
     ('seed', -1, 'seed is -1, expected an integer from 0'),
     ('seed', 2**63, f'seed is {2**63}'),
+    ('min_p', -0.1, 'min_p is -0.1, expected a number from 0 (all tokens) to 1'),
+    ('min_p', math.nan, 'min_p is nan'),
+    ('repetition_penalty', 0.0, 'repetition_penalty is 0.0, expected a number from 0.001 to 1000; 1 changes nothing'),
+    ('repetition_penalty', math.nan, 'repetition_penalty is nan'),
+    ('presence_penalty', 2.5, 'presence_penalty is 2.5, expected a number from -2 to 2; 0 changes nothing'),
+    ('frequency_penalty', -math.inf, 'frequency_penalty is -inf'),
+    ('stop', 'END', "stop is the text 'END', expected a tuple of texts; write ('END',)"),
+    ('stop', ('a', ''), 'stop has an empty text'),
+    ('logprobs', 21, "logprobs is 21, expected 0 (the token's own) to 20 likeliest tokens, or None"),
+    ('n', 0, 'n is 0, expected 1 to 1024 samples'),
+    ('max_tokens', 2.5, 'max_tokens is 2.5, expected an integer'),
+    ('seed', 'lucky', "seed is 'lucky', expected an integer"),
+    ('logprobs', 2.5, 'logprobs is 2.5, expected an integer'),
+    ('stop_token_ids', (5.0,), 'stop_token_ids has 5.0, expected token ids from 0'),
+    ('stop', (5,), 'stop is (5,), expected a tuple of texts; for token ids use stop_token_ids'),
   ],
 )
 def test_sampling_out_of_range_is_refused(field, value, words):
@@ -34,7 +49,7 @@ def test_sampling_out_of_range_is_refused(field, value, words):
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-  SamplingParams(max_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=2**63 - 1)
+  SamplingParams(max_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=2**63 - 1, min_p=1.0, logprobs=0, n=1024)
 
 
 def test_an_empty_prompt_is_refused():

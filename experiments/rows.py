@@ -5,9 +5,33 @@ import pathlib
 from typing import Any
 
 
-def row(name: str, value: float, unit: str) -> dict[str, Any]:
-  """One figure."""
-  return {'name': name, 'value': value, 'unit': unit}
+def row(
+  name: str,
+  value: float,
+  unit: str,
+  *,
+  peer: str | None = None,
+  peer_value: float | None = None,
+  floor_share: float | None = None,
+) -> dict[str, Any]:
+  """One figure, of which more is better where there is a peer.
+
+  Args:
+    name: What was measured.
+    value: The figure.
+    unit: Its unit.
+    peer: What else was measured beside it, under the same conditions.
+    peer_value: The peer's figure in the same unit.
+    floor_share: The least time that it could take as a share of the time that it took, from 0 to 1.
+
+  Returns:
+    These by name, None where there is none, and `ratio`, the figure divided by the peer's.
+  """
+  ratio = None if peer_value is None else value / peer_value
+  return {
+    'name': name, 'value': value, 'unit': unit, 'peer': peer, 'peer_value': peer_value, 'ratio': ratio,
+    'floor_share': floor_share,
+  }  # fmt: skip
 
 
 def save_rows(path: str | None, rows: list[dict[str, Any]]) -> None:

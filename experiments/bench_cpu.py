@@ -1,0 +1,317 @@
+r"""How fast pdjax serves on a CPU: beside transformers on torch, and beside the least time that it could take.
+
+python -m experiments.bench_cpu
+python -m experiments.bench_cpu --rounds=7 --json=cpu.json
+
+Both hold SmolLM2-135M's weights in float32 and have two threads each, and take turns within every round, in processes
+of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
+policy and the engine's paged passes, one decode step a pass, one prefill and one decode worker on one device.
+transformers runs a batch of equal prompts, with its own cache and without gradients, and never waits for a request: its
+best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared.
+
+The floor is what the same matrices times rows take by themselves, as XLA multiplies them, and one pass over the keys
+and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster. Figures are medians of
+the rounds. Without torch and transformers the comparison is left out.
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.rows import row, save_rows
+from experiments.transformers_peer import TransformersPeer, missing
+from pdjax.config import ServingConfig
+from pdjax.launch import Deployment, deploy, open_model
+from pdjax.policies import Disaggregated
+from pdjax.serving import Backend, ClusterState, serve
+from pdjax.serving.messages import Action, Done, Event, Finished, Order, Started, StepOrder
+from pdjax.types import ModelSpec, Request, SamplingParams, decode_pool, prefill_pool
+from pdjax.workload import Listed, RandomTokens
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2', 'Model to serve, as a config takes it; of the Llama family.')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds, in each of which every case is measured once.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 32, 'Decode steps of a case in a round.', lower_bound=4)
+_THREADS = flags.DEFINE_integer('threads', 2, 'Cores that pdjax has, and threads that torch has.', lower_bound=1)
+_ATTENTION = flags.DEFINE_enum('attention', 'sdpa', ['sdpa', 'eager'], 'How transformers computes attention.')
+_QUICK = flags.DEFINE_bool('quick', False, 'One round of small cases: shows that the command works, measures nothing.')
+_JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
+
+PAUSE_S = 0.2  # between two measurements: torch's threads spin for a moment after their work
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is measured: prompts of `prompt_len` tokens, and `steps` decode steps after them; none is a prefill."""
+
+  name: str
+  batch: int
+  prompt_len: int
+  steps: int = 0
+
+  @classmethod
+  def decode(cls, batch: int, context: int, steps: int) -> 'Case':
+    """Decode steps around a context length."""
+    return cls(f'decode batch {batch} context {context}', batch, max(context - steps // 2, 1), steps)
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of one pass."""
+    return self.batch if self.steps else self.prompt_len
+
+  @property
+  def context(self) -> int:
+    """Cached tokens of each sequence, the mean over the steps."""
+    return self.prompt_len + self.steps // 2
+
+  def prompts(self, model: ModelSpec) -> list[tuple[int, ...]]:
+    """As many prompts."""
+    return [tuple(RandomTokens(self.prompt_len, model.vocab_size, i)) for i in range(self.batch)]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeBatch(Disaggregated):
+  """Begins to decode once a decode worker holds `batch` sequences, so that every decode pass is a whole batch."""
+
+  batch: int = 1
+
+  def decide(self, state: ClusterState) -> list[Action]:
+    actions = super().decide(state)
+    if any(len(worker.decodable()) == self.batch for worker in state.decode_workers):
+      return actions
+    return [action for action in actions if not getattr(action, 'decodes', ())]
+
+
+class Timed:
+  """A backend that notes how long the loop is away from it: what the host spends on a turn."""
+
+  def __init__(self, backend: Backend):
+    self._backend = backend
+    self._left_s: float | None = None
+    self.turn_s: list[float] = []
+
+  def submit(self, order: Order) -> None:
+    self._backend.submit(order)
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    if self._left_s is not None:
+      self.turn_s.append(time.perf_counter() - self._left_s)
+    answer = self._backend.wait(until_s)
+    self._left_s = time.perf_counter()
+    return answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Seconds of a pass, the host's share of them, and the tokens that came, by prompt."""
+
+  pass_s: float
+  host_share: float
+  tokens: list[tuple[int, ...]]
+
+
+def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measured:
+  """Serve a case's prompts through the loop; a prefill counts from its arrival to its token."""
+  sampling = SamplingParams(max_tokens=case.steps + 1, ignore_eos=True)
+  requests = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+  engine = deployment.built.engine
+  backend = Timed(engine)
+  state = deployment.empty_state()
+  engine.start_clock()
+  tokens: dict[str, tuple[int, ...]] = {}
+  passes: set[int] = set()
+  ends_s: list[float] = []
+  for event in serve(Listed(requests), WholeBatch(batch=case.batch), backend, state):
+    match event:
+      case Started(order=StepOrder(id=order, decodes=decodes)) if len(decodes) == case.batch or not case.steps:
+        passes.add(order)
+      case Done(order=order, ended_s=ended_s) if order in passes:
+        ends_s.append(ended_s)
+      case Finished(request=request, tokens=all_tokens):
+        tokens[request] = all_tokens
+  if not case.steps:
+    return Measured(ends_s[-1], 0.0, [tokens[request.id] for request in requests])
+  step_s = (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
+  host_s = statistics.median(backend.turn_s[-case.steps :])
+  return Measured(step_s, host_s / step_s, [tokens[request.id] for request in requests])
+
+
+# ---------------------------------------------------------------------------- the floor
+
+
+def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
+  """How fast memory is copied, by as many threads at once."""
+  source = np.ones(megabytes << 18, np.float32)
+  target = np.empty_like(source)
+  parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
+  with ThreadPoolExecutor(threads) as pool:
+    return source.nbytes / _median_s(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+
+
+def products(model: ModelSpec, rows: int, unembedded: int) -> Callable[[], Any]:
+  """Every product of a pass over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one."""
+  heads = model.head_dim * (model.query_heads + 2 * model.kv_heads)
+  wide, embed = model.ffn_dim, model.embed_dim
+  shapes = [(embed, heads), (model.query_heads * model.head_dim, embed), (embed, wide), (embed, wide), (wide, embed)]
+  rng = np.random.default_rng(0)
+
+  def random(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+  inputs = {size: random(rows, size) for size in {inner for inner, _ in shapes}}
+  layers = [[random(*shape) for shape in shapes] for _ in range(model.num_layers)]
+  last, unembed = random(unembedded, embed), random(embed, model.vocab_size)
+
+  @jax.jit
+  def run(inputs, layers, last, unembed):
+    return [[inputs[matrix.shape[0]] @ matrix for matrix in layer] for layer in layers], last @ unembed
+
+  with jax.default_matmul_precision('highest'):
+    return functools.partial(run.lower(inputs, layers, last, unembed).compile(), inputs, layers, last, unembed)
+
+
+def floor_s(model: ModelSpec, case: Case, copy_speed: float, repeats: int) -> float:
+  """The least seconds of a pass: its products, and its keys and values read once."""
+  run = products(model, case.tokens, case.batch)
+  products_s = _median_s(lambda: jax.block_until_ready(run()), repeats)
+  return products_s + case.batch * case.context * model.kv_bytes_per_token(4) / copy_speed
+
+
+def _median_s(call: Callable[[], Any], repeats: int = 7) -> float:
+  call()
+  seconds = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - begin)
+  return statistics.median(seconds)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def cases(quick: bool, steps: int) -> list[Case]:
+  """What is measured."""
+  if quick:
+    return [Case('prefill 32', 1, 32), Case.decode(2, 16, 8)]
+  return [
+    Case('prefill 512', 1, 512),
+    Case.decode(1, 64, steps),
+    Case.decode(32, 64, steps),
+    Case.decode(32, 512, steps),
+  ]
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  console = Console(highlight=False)
+  _keep_cores(_THREADS.value)
+  measured = cases(_QUICK.value, _STEPS.value)
+  rounds = 1 if _QUICK.value else _ROUNDS.value
+  deployment = _deploy(measured)
+  model = deployment.opened.model
+  peer = None
+  if packages := missing():
+    console.print(f'{" and ".join(packages)} not installed: nothing to compare with (pip install torch transformers).')
+  else:
+    peer = TransformersPeer(_CHECKPOINT.value, _THREADS.value, _ATTENTION.value)
+  ours: dict[str, list[Measured]] = {case.name: [] for case in measured}
+  theirs: dict[str, list[float]] = {case.name: [] for case in measured}
+  floors: dict[str, list[float]] = {case.name: [] for case in measured}
+  agreeing = compared = 0
+  for index in range(rounds):
+    for case in measured:
+      prompts = case.prompts(model)
+      ours[case.name].append(measure(deployment, case, prompts))
+      floors[case.name].append(floor_s(model, case, copy_bytes_per_s(_THREADS.value), 3 if _QUICK.value else 7))
+      if peer is None:
+        continue
+      time.sleep(PAUSE_S)
+      answer = peer.generate(prompts, case.steps)
+      theirs[case.name].append(answer.step_s if case.steps else answer.prefill_s)
+      time.sleep(PAUSE_S)
+      if index == 0:
+        pairs = zip(ours[case.name][0].tokens, answer.tokens, strict=True)
+        agreeing += sum(mine == tuple(other) for mine, other in pairs)
+        compared += case.batch
+  if peer is not None:
+    peer.close()
+  deployment.built.engine.close()
+
+  rows = []
+  for case in measured:
+    pass_s = statistics.median(one.pass_s for one in ours[case.name])
+    peer_value = case.tokens / statistics.median(theirs[case.name]) if peer else None
+    rows.append(
+      row(
+        case.name, case.tokens / pass_s, 'tokens/s',
+        peer='transformers', peer_value=peer_value,
+        floor_share=statistics.median(floors[case.name]) / pass_s,
+      )
+    )  # fmt: skip
+  largest = max((case for case in measured if case.steps), key=lambda case: (case.batch, -case.context))
+  share = statistics.median(one.host_share for one in ours[largest.name])
+  rows.append(row(f'host loop, share of {largest.name}', 100 * share, '%'))
+  _print(console, rows, peer, f'{agreeing} of {compared}')
+  save_rows(_JSON.value, rows)
+
+
+def _keep_cores(threads: int) -> None:
+  """Run on as many cores; XLA, which has not started yet, makes as many threads."""
+  if not hasattr(os, 'sched_setaffinity'):
+    raise app.UsageError(
+      'this system cannot keep a process on some cores, which is how XLA gets its threads; use Linux.'
+    )
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < threads:
+    raise app.UsageError(f'--threads is {threads}, but this process has {len(cores)} cores; lower it.')
+  os.sched_setaffinity(0, cores[:threads])
+
+
+def _deploy(measured: Sequence[Case]) -> Deployment:
+  """One prefill and one decode worker on one device, with room for every case."""
+  batch = max(case.batch for case in measured)
+  pages = sum(-(-(case.prompt_len + case.steps + 1) // 16) for case in measured) * batch
+  place: dict[str, Any] = {'num_pages': pages, 'devices': (0,)}
+  config = ServingConfig(
+    checkpoint=_CHECKPOINT.value,
+    workers=prefill_pool(1, **place) + decode_pool(1, max_sequences=batch, **place),
+    platform='cpu',
+  )
+  return deploy(config, open_model(config))
+
+
+def _print(console: Console, rows: Sequence[dict[str, Any]], peer: TransformersPeer | None, agreement: str) -> None:
+  versions = f'jax {jax.__version__}' + (f', {peer.version}' if peer else '')
+  table = Table(title=f'{_CHECKPOINT.value} in float32 on {_THREADS.value} cores: {versions}')
+  for column in ('case', 'pdjax', '', 'transformers', 'ratio', 'share of floor'):
+    table.add_column(column, justify='left' if column in ('case', '') else 'right')
+  for one in rows:
+    ratio, other, share = one['ratio'], one['peer_value'], one['floor_share']
+    table.add_row(
+      one['name'],
+      f'{one["value"]:,.1f}',
+      one['unit'],
+      '' if other is None else f'{other:,.1f}',
+      '' if ratio is None else f'{ratio:.2f}',
+      '' if share is None else f'{share:.2f}',
+    )
+  console.print(table)
+  if peer:
+    console.print(f'greedy tokens equal in {agreement} sequences')
+
+
+if __name__ == '__main__':
+  app.run(main)

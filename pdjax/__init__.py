@@ -7,12 +7,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  from pdjax.comparison import Comparison, compare
   from pdjax.config import ServingConfig
   from pdjax.cost import Roofline
   from pdjax.launch import RunResult, generate, run, simulate
   from pdjax.metrics import Report
+  from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
   from pdjax.serving import ALL, Cancel, Chunk, Reject, Step, Transfer
+  from pdjax.session import Piece, RequestError, Session, SessionError, Stream
   from pdjax.types import (
     SLO,
     ChipSpec,
@@ -42,12 +45,15 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 _HOMES = {
+  'pdjax.comparison': ['Comparison', 'compare'],
   'pdjax.config': ['ServingConfig'],
   'pdjax.cost': ['Roofline'],
   'pdjax.metrics': ['Report'],
+  'pdjax.model.checkpoint': ['load'],
   'pdjax.policies': ['Colocated', 'Disaggregated'],
   'pdjax.launch': ['RunResult', 'generate', 'run', 'simulate'],
   'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'Reject', 'Step', 'Transfer'],
+  'pdjax.session': ['Piece', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
     'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
     'colocated_pool', 'decode_pool', 'prefill_pool',
@@ -60,10 +66,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Completion', 'Constant',
-  'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson',
-  'Reject', 'Report', 'Request', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Step', 'Transfer',
-  'Uniform', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'generate', 'prefill_pool', 'run', 'simulate',
+  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Comparison', 'Completion',
+  'Constant', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn',
+  'Piece', 'Poisson', 'Reject', 'Report', 'Request', 'RequestError', 'Roofline', 'RunResult', 'SamplingParams',
+  'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'Transfer', 'Uniform', 'WorkerSpec', 'colocated_pool',
+  'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """ServingConfig: one whole run as a frozen tree, and overrides of its fields by dotted names."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -12,7 +13,7 @@ from pdjax.cost.cost_model import CostModel
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
-from pdjax.types.cluster import Role, TransferSpec, WorkerSpec
+from pdjax.types.cluster import Role, TransferSpec, WorkerSpec, split_name
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
@@ -92,9 +93,7 @@ class ServingConfig:
   @property
   def split(self) -> str:
     """The cluster in the field's shorthand, such as '2P1D'; workers of both roles count as C (colocated)."""
-    counts = [(role, sum(worker.role is role for worker in self.workers)) for role in Role]
-    letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
-    return ''.join(f'{count}{letters[role]}' for role, count in counts if count)
+    return split_name(self.workers)
 
   @property
   def precision(self) -> str:
@@ -150,18 +149,29 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
   fields = [field.name for field in dataclasses.fields(node) if field.init]
   if name not in fields:
     close = difflib.get_close_matches(name, fields, 1)
-    hint = f' (did you mean {close[0]!r}?)' if close else ''
+    meant = f' (did you mean {close[0]!r}?)' if close else ''
     raise ValueError(
-      f'override {override!r}: {type(node).__name__} has no field {name!r}{hint}; it has {", ".join(fields)}.'
+      f'override {override!r}: {type(node).__name__} has no field {name!r}{meant}; it has {", ".join(fields)}.'
     )
+  hint = typing.get_type_hints(type(node))[name]
   if rest:
-    value = _replace(getattr(node, name), rest, value, override)
+    child = getattr(node, name)
+    value = _replace(_empty(hint) if child is None else child, rest, value, override)
   else:
-    value = _fit(value, typing.get_type_hints(type(node))[name], f'override {override!r}: {name}')
+    value = _fit(value, hint, f'override {override!r}: {name}')
   try:
     return dataclasses.replace(node, **{name: value})
   except ValueError as error:
     raise ValueError(f'override {override!r}: {error}') from error
+
+
+def _empty(hint: Any) -> Any:
+  """What a field that may be None begins as when something is set in it, such as limits of which there were none."""
+  for kind in typing.get_args(hint):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+      with contextlib.suppress(TypeError):  # a field has no default
+        return kind()
+  return None
 
 
 def _index(items: tuple, name: str, override: str) -> int:

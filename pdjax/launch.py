@@ -1,32 +1,36 @@
-"""Run a config on the engine or the simulator: build a backend, serve, report."""
+"""Run a config on the engine or the simulator: build a backend, serve, report. `generate` answers a list of prompts."""
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import math
+import operator
 import pathlib
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdjax.config import ServingConfig
 from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
-from pdjax.metrics import EventLog, Report
+from pdjax.metrics import EventLog, Report, draw
 from pdjax.serving.loop import Arrivals, Backend, serve
-from pdjax.serving.messages import Arrived, Done, Event, Finished, Turn
+from pdjax.serving.messages import Arrived, Done, Event, Finished, Result, Turn
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
-from pdjax.types.cluster import WorkerSpec, carve_devices, devices_needed
+from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import Completion, Request, SamplingParams
 from pdjax.workload import Given, WorkloadContext
 
 if TYPE_CHECKING:
+  from pdjax.engine.build import Built
   from pdjax.model.checkpoint import Checkpoint
   from pdjax.model.tokenizer import Tokenizer
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or the messages of a chat
 Say = Callable[[str], None]
 Watch = Callable[[Event], None]
 
@@ -73,37 +77,19 @@ def run(
     ValueError: if the config does not fit the model, the devices or their memory, or has no workload.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  from pdjax.engine.build import build_engine  # JAX begins here
-  from pdjax.model.checkpoint import RandomCheckpoint
-
-  _make_workdir(workdir)
+  make_workdir(workdir)
   opened = opened or open_model(config)
-  model = opened.model
-  if opened.checkpoint is None and config.checkpoint != 'random':
-    raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
-  checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
   arrivals = _arrivals(config, opened)
-
-  def limit_of(request: Request) -> int:
-    limit = request.token_limit(model.context_len)
-    true_len = arrivals.output_len(request.id)
-    return limit if true_len is None else min(limit, true_len)
-
-  built = build_engine(config, model, checkpoint, limit_of, say)
+  deployment = deploy(config, opened, arrivals.output_len, say)
+  engine = deployment.built.engine
   try:
-    state = ClusterState(model, built.workers, config.page_size)
-    built.engine.start_clock()
-    events = _serve(arrivals, config, built.engine, state, workdir, watch)
+    engine.start_clock()
+    events = _serve(arrivals, config, engine, deployment.empty_state(), workdir, watch)
   finally:
-    built.engine.close()
+    engine.close()
   completions = complete(events, opened.tokenizer)
-  report = _report(
-    config, opened, built.workers, events, completions, workdir, 'engine',
-    warmup_s=built.warm_up.load_s + built.warm_up.compile_s + built.warm_up.measure_s,
-    calibrated=True,
-    environment={'devices': built.devices, 'warm_up': dataclasses.asdict(built.warm_up)},
-  )  # fmt: skip
-  return RunResult(report, completions, events, built.workers, model)
+  report = deployment.report(events, completions, workdir)
+  return RunResult(report, completions, events, deployment.built.workers, opened.model)
 
 
 def simulate(
@@ -126,7 +112,7 @@ def simulate(
   Raises:
     ValueError: if the config does not fit the model or the memory, or has no workload.
   """
-  _make_workdir(workdir)
+  make_workdir(workdir)
   if calibrate:
     config = calibrated(config)
   opened = opened or open_model(config)
@@ -159,28 +145,149 @@ def simulate(
 
 
 def generate(
-  prompts: Sequence[str | Sequence[int]],
-  config: ServingConfig,
-  sampling: SamplingParams = SamplingParams(),
+  prompts: Sequence[Prompt],
+  config: ServingConfig | None = None,
+  sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+  *,
+  checkpoint: str | None = None,
 ) -> list[Completion]:
-  """Continue prompts: texts go through the chat template if there is one, token ids are taken as they are.
+  """Answer prompts: texts and chats go through the chat template, token ids are taken as they are.
+
+      for answer in pdjax.generate(['What do bees make?', 'Who wrote Hamlet?']):
+        print(answer.text)
+
+  Args:
+    prompts: Each a text, the messages of a chat, or token ids.
+    config: What serves them; None takes `default_config(checkpoint)`.
+    sampling: For all prompts, or one for each.
+    checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
+
+  Returns:
+    A completion for each prompt, in their order; with `SamplingParams.n` above 1, that many in a row.
 
   Raises:
-    ValueError: if a prompt cannot be served; the message says why.
+    ValueError: if a prompt cannot be served; the message says which and why.
+    FileNotFoundError: if the model is not there; the message says what to install.
   """
   if isinstance(prompts, str):
     raise ValueError(f'prompts is the text {prompts[:40]!r}, expected a list of prompts; write [{prompts[:40]!r}].')
+  each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+  if len(each) != len(prompts):
+    raise ValueError(
+      f'there are {len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each.'
+    )
+  config = choose_config(config, checkpoint)
   opened = open_model(config)
-  requests = tuple(
-    Request(f'request-{i}', opened.encode_prompt(prompt) if isinstance(prompt, str) else tuple(prompt), sampling)
-    for i, prompt in enumerate(prompts)
-  )
-  completions = run(dataclasses.replace(config, workload=Given(requests)), opened=opened).completions
-  for completion in completions:
-    if completion.error:
-      raise ValueError(f'prompt {completion.request.id.removeprefix("request-")}: {completion.error}')
+  requests = []
+  for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+    try:
+      requests.append(Request(f'request-{index}', opened.encode_prompt(prompt), params))
+    except ValueError as error:
+      raise ValueError(f'prompt {index}: {error}') from error
+  completions = run(dataclasses.replace(config, workload=Given(tuple(requests))), opened=opened).completions
   by_id = {completion.request.id: completion for completion in completions}
-  return [by_id[request.id] for request in requests]
+  answers = []
+  for index, request in enumerate(requests):
+    for sample in request.samples():
+      answer = by_id[sample.id]
+      if answer.error:
+        raise ValueError(f'prompt {index}: {answer.error}')
+      answers.append(answer)
+  return answers
+
+
+# ---------------------------------------------------------------------------- what serves
+
+
+def choose_config(config: ServingConfig | None, checkpoint: str | None) -> ServingConfig:
+  """The config, or else the default one for a checkpoint.
+
+  Raises:
+    ValueError: if both are given.
+  """
+  if config is not None and checkpoint is not None:
+    raise ValueError(
+      f'a config and the checkpoint {checkpoint!r} are both given; set the checkpoint in the config '
+      '(dataclasses.replace(config, checkpoint=...)) or leave the config out.'
+    )
+  return default_config(checkpoint or 'smollm2') if config is None else config
+
+
+def default_config(checkpoint: str = 'smollm2') -> ServingConfig:
+  """One prefill worker and one decode worker, in float32: a device for each, or the one device there is for both.
+
+  On CPU two virtual devices are made, unless JAX has started with one. Each worker has pages for 16,384 tokens.
+  """
+  from pdjax.engine.build import prepare_devices
+
+  try:
+    devices = prepare_devices(None, 2)
+  except DeviceError:
+    devices = prepare_devices(None, 1)
+  place = {'num_pages': 1024, 'devices': (0,) if len(devices) == 1 else None}
+  return ServingConfig(checkpoint=checkpoint, workers=prefill_pool(1, **place) + decode_pool(1, **place))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+  """A config's cluster on devices, loaded and compiled, and what a report says of it. Close its engine in the end."""
+
+  config: ServingConfig
+  opened: 'OpenedModel'
+  built: 'Built'
+
+  def empty_state(self) -> ClusterState:
+    """The state of the cluster before anything arrives."""
+    finds_stops = self.opened.tokenizer is not None
+    return ClusterState(self.opened.model, self.built.workers, self.config.page_size, finds_stops=finds_stops)
+
+  def report(
+    self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None
+  ) -> Report:
+    """The report of what was served here; `workdir` gets it as `report.json`."""
+    warm_up = self.built.warm_up
+    return _report(
+      self.config, self.opened, self.built.workers, events, completions, workdir, 'engine',
+      warmup_s=warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
+      calibrated=True,
+      environment={'devices': self.built.devices, 'warm_up': dataclasses.asdict(warm_up)},
+    )  # fmt: skip
+
+
+def deploy(
+  config: ServingConfig,
+  opened: 'OpenedModel',
+  output_len: Callable[[str], int | None] = lambda request_id: None,
+  say: Say = lambda line: None,
+) -> Deployment:
+  """Load and compile all that a config needs to serve a model on devices.
+
+  Args:
+    config: The run.
+    opened: What `open_model` answered.
+    output_len: How many tokens a request really generates, where that is known, by its id.
+    say: Told in a line what is being done.
+
+  Raises:
+    ValueError: if there are no weights, or the config does not fit the devices or their memory.
+    DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
+  """
+  from pdjax.engine.build import build_engine  # JAX begins here
+  from pdjax.model.checkpoint import RandomCheckpoint
+
+  model = opened.model
+  if opened.checkpoint is None and config.checkpoint != 'random':
+    raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
+  checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
+
+  def limit_of(request: Request) -> int:
+    limit = request.token_limit(model.context_len)
+    true_len = output_len(request.id)
+    if true_len is None and request.sample_of is not None:
+      true_len = output_len(request.sample_of)
+    return limit if true_len is None else min(limit, true_len)
+
+  return Deployment(config, opened, build_engine(config, model, checkpoint, limit_of, say, opened.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,19 +298,26 @@ class OpenedModel:
   checkpoint: 'Checkpoint | None' = None
   tokenizer: 'Tokenizer | None' = None
 
-  def encode_prompt(self, text: str) -> tuple[int, ...]:
-    """A user's words as a prompt: through the chat template if there is one, else as they are.
+  def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+    """A prompt as token ids: a text goes through the chat template if there is one, and so do the messages of a chat.
 
     Raises:
-      ValueError: if the text is empty or there is no tokenizer.
+      ValueError: if the prompt is empty, none of these, or words although there is no tokenizer.
     """
-    if not text:
-      raise ValueError('the prompt is empty, expected some text.')
+    if len(prompt) == 0:
+      raise ValueError('the prompt is empty, expected some text, messages or token ids.')
+    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+      try:
+        return tuple(map(operator.index, prompt))  # type: ignore[arg-type]
+      except TypeError:
+        raise ValueError(f'the prompt is {prompt!r:.80}, expected a text, messages or token ids.') from None
     if self.tokenizer is None:
       raise ValueError('the checkpoint has no tokenizer, so prompts must be token ids; use prompt_token_ids.')
+    if not isinstance(prompt, str):
+      return tuple(self.tokenizer.apply_chat_template(prompt))  # type: ignore[arg-type]
     if self.tokenizer.chat_template is None:
-      return tuple(self.tokenizer.encode(text))
-    return tuple(self.tokenizer.apply_chat_template([{'role': 'user', 'content': text}]))
+      return tuple(self.tokenizer.encode(prompt))
+    return tuple(self.tokenizer.apply_chat_template([{'role': 'user', 'content': prompt}]))
 
 
 def open_model(config: ServingConfig) -> OpenedModel:
@@ -251,7 +365,7 @@ def calibrated(config: ServingConfig) -> ServingConfig:
 # ---------------------------------------------------------------------------- serving
 
 
-def _make_workdir(workdir: str | pathlib.Path | None) -> None:
+def make_workdir(workdir: str | pathlib.Path | None) -> None:
   """Make the folder for results before anything takes time.
 
   Raises:
@@ -288,8 +402,9 @@ def _serve(
 
 
 def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
-  """What each request of a log got, in the order of arrival, as text too if there is a tokenizer."""
+  """What each sample of each request of a log got, in the order of arrival; as text too if there is a tokenizer."""
   requests: dict[str, Request] = {}
+  results: dict[str, list[Result]] = {}
   times_s: dict[str, list[float]] = {}
   ends: dict[str, Finished] = {}
   now_s = 0.0
@@ -298,11 +413,14 @@ def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
       case Turn(turn_s):
         now_s = turn_s
       case Arrived(request):
-        requests[request.id] = request
-        times_s[request.id] = []
+        for sample in request.samples():
+          requests[sample.id] = sample
+          results[sample.id], times_s[sample.id] = [], []
       case Done():
         for result in event.results:
-          times_s[result.request] += [now_s] * len(result.tokens)
+          if result.request not in ends:
+            results[result.request].append(result)
+            times_s[result.request] += [now_s] * len(result.tokens)
       case Finished(_, name):
         ends[name] = event
   return tuple(
@@ -311,8 +429,9 @@ def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
       ends[name].tokens,
       ends[name].finish_reason,
       ends[name].error,
-      tokenizer.decode(ends[name].tokens) if tokenizer is not None else None,
+      None if tokenizer is None else ''.join(result.text for result in results[name]),
       tuple(times_s[name][: len(ends[name].tokens)]),
+      tuple(logprob for result in results[name] for logprob in result.logprobs)[: len(ends[name].tokens)],
     )
     for name, request in requests.items()
     if name in ends
@@ -356,6 +475,7 @@ def _report(
   )
   if workdir is not None:
     report.save(pathlib.Path(workdir) / 'report.json')
+    draw(report, workdir)
   return report
 
 
@@ -379,6 +499,7 @@ def _environment() -> dict[str, Any]:
   return {'versions': versions, 'machine': platform.machine(), 'commit': _commit()}
 
 
+@functools.cache
 def _commit() -> str | None:
   """The commit of the source tree that runs, if it is one."""
   root = pathlib.Path(__file__).parents[1]

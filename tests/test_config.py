@@ -109,6 +109,11 @@ def _get(config, path: str):
   return config
 
 
+def test_a_limit_can_be_set_where_there_was_none():
+  assert CONFIG.slo is None
+  assert apply_overrides(CONFIG, ['slo.ttft_ms=500', 'slo.tpot_ms=50']).slo == SLO(ttft_ms=500, tpot_ms=50)
+
+
 def test_overrides_apply_in_turn_and_the_config_given_stays():
   config = apply_overrides(CONFIG, ['page_size=8', 'policy.decode_steps=2', 'page_size=32'])
   assert (config.page_size, config.policy.decode_steps, CONFIG.page_size) == (32, 2, 16)
@@ -130,7 +135,8 @@ def test_no_override_is_the_same_config():
     ('workers.2.tp=1', "there is no item '2'; there are prefill0, decode0"),
     ('workers.tp=1', "there is no item 'tp'; there are prefill0, decode0"),
     ('page_size.bytes=1', "16 has no fields, so 'bytes' cannot be set in it"),
-    ('slo.ttft_ms=1', "None has no fields, so 'ttft_ms' cannot be set in it"),
+    ('max_context.tokens=1', "None has no fields, so 'tokens' cannot be set in it"),
+    ('slo.ttft=1', "SLO has no field 'ttft' (did you mean 'ttft_ms'?); it has ttft_ms, tpot_ms, e2el_ms"),
     ('page_size=big', "page_size is int, but 'big' is str"),
     ('page_size=64.0', 'page_size is int, but 64.0 is float'),
     ('page_size=True', 'page_size is int, but True is bool'),

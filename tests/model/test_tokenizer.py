@@ -100,6 +100,14 @@ def words(ids: list[int]) -> list[str]:
     ('gpt-2', ' !!', ['Ġ', '!!']),
     ('default', 'ab1231!!', ['ab', '123', '1', '!!']),
     (None, 'ab1231!!', ['ab', '123', '1', '!!']),
+    ('qwen2', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('qwen2', 'whole', ['w', 'h', 'o', 'l', 'e']),
+    ('qwen2', 'e\u0301', ['Ã', '©']),  # composed to é before it is cut
+    ('smollm', 'e\u0301', ['e', 'Ì', 'ģ']),
+    ('tekken', 'ab123', ['<s>', 'ab', '1', '2', '3']),
+    ('tekken', 'whole', ['<s>', 'whole']),
+    ('tekken', 'Whole', ['<s>', 'W', 'h', 'o', 'l', 'e']),
+    ('tekken', 'zAab', ['<s>', 'z', 'A', 'ab']),
   ],
 )
 def test_pre_tokenizer_cuts_words(pre, text, expected):
@@ -194,6 +202,14 @@ def test_sentencepiece_takes_the_pair_with_the_best_score_first(ba_score, expect
   assert [metadata['tokenizer.ggml.tokens'][i] for i in ids] == expected
 
 
+def test_sentencepiece_that_can_say_nothing_of_a_character_is_refused():
+  metadata = sentencepiece(unknown_token_id=None)
+  assert Tokenizer.from_gguf_metadata(metadata).encode('é')  # by its bytes
+  metadata['tokenizer.ggml.tokens'][3 + 0xE9] = 'no byte'
+  with pytest.raises(ValueError, match="lacks token '<0xE9>' and names no unknown token"):
+    Tokenizer.from_gguf_metadata(metadata)
+
+
 def test_sentencepiece_without_a_space_prefix_keeps_leading_spaces():
   tokenizer = Tokenizer.from_gguf_metadata(sentencepiece(add_space_prefix=False))
   assert tokenizer.decode(tokenizer.encode(' bab')) == ' bab'
@@ -227,6 +243,26 @@ def test_folder_follows_its_own_rules_without_cutting_prompts(tmp_path):
 def test_folder_takes_the_ends_of_the_model_before_its_own(tmp_path):
   write_folder(tmp_path, {'eos_token': '</s>'})
   assert Tokenizer.from_folder(tmp_path, eos_token_ids=[2, 1]).eos_token_ids == (2, 1)
+
+
+def test_a_folder_whose_tokenizer_lacks_a_token_is_refused(tmp_path):
+  write_folder(tmp_path, {'bos_token': '<s>', 'eos_token': '<|end|>'})
+  with pytest.raises(ValueError, match=r"tokenizer\.json lacks token '<\|end\|>', .* names it as eos_token"):
+    Tokenizer.from_folder(tmp_path)
+  write_folder(tmp_path, {'eos_token': '</s>', 'pad_token': '<pad>'})  # no template writes that
+  assert Tokenizer.from_folder(tmp_path).special_tokens['pad_token'] == '<pad>'
+  with pytest.raises(ValueError, match=r'tokenizer\.json lacks a token of id 9999, .* end of a sequence'):
+    Tokenizer.from_folder(tmp_path, eos_token_ids=[1, 9999])
+
+
+@pytest.mark.parametrize('template', [None, '{{ bos_token }}<turn>{{ messages[0].content }}'])
+def test_a_saved_tokenizer_comes_back(tmp_path, template):
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(chat_template=template, add_bos_token=True))
+  tokenizer.save(tmp_path)
+  again = Tokenizer.from_folder(tmp_path, tokenizer.eos_token_ids)
+  assert (again.chat_template, again.special_tokens) == (template, tokenizer.special_tokens)
+  assert again.encode('ab<tool> é</s>') == tokenizer.encode('ab<tool> é</s>')
+  assert again.decode([4, 0, 3]) == tokenizer.decode([4, 0, 3])
 
 
 @pytest.mark.parametrize('place', ['config', 'named', 'file'])
@@ -263,9 +299,23 @@ def test_chat_without_a_template_is_refused():
     with_template(None).apply_chat_template(user('ab'))
 
 
-def test_a_template_can_refuse_messages():
-  with pytest.raises(ValueError, match='only two turns'):
-    with_template("{{ raise_exception('only two turns') }}").apply_chat_template(user('ab'))
+@pytest.mark.parametrize(
+  ('template', 'message'),
+  [
+    ("{{ raise_exception('only two turns') }}", 'TemplateError: only two turns'),
+    ('{% if %}', 'TemplateSyntaxError'),
+    ('{{ 1 / 0 }}', 'ZeroDivisionError'),
+    ('{{ messages[0].content + 1 }}', 'TypeError'),
+    ('{{ messages[7].content }}', 'UndefinedError'),
+    ('{{ "".join(5) }}', 'TypeError'),
+    ('{{ strftime_now(messages) }}', 'TypeError'),
+    ('{{ "%d" | format("x") }}', 'TypeError'),
+    ('{{ range(10000000) }}', 'OverflowError'),
+  ],
+)
+def test_a_template_that_raises_is_told_with_its_file(template, message):
+  with pytest.raises(ValueError, match=f'the chat template of the GGUF metadata refuses these messages .{message}'):
+    with_template(template).apply_chat_template(user('ab'))
 
 
 @pytest.mark.parametrize('messages', ['ab', ['ab'], [{'content': 'ab'}]])

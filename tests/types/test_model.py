@@ -15,6 +15,10 @@ from tests.serving.driver import TINY
     (ModelSpec.smollm2_135m(), 0.135, 23_040),
     (ModelSpec.llama3_8b(), 8.03, 131_072),
     (ModelSpec.llama3_70b(), 70.6, 327_680),
+    (ModelSpec.mistral_7b(), 7.24, 131_072),
+    (ModelSpec.qwen2_5_7b(), 7.62, 57_344),
+    (ModelSpec.qwen3_8b(), 8.19, 147_456),
+    (ModelSpec.qwen3_32b(), 32.8, 262_144),
   ],
   ids=lambda value: getattr(value, 'name', None),
 )

@@ -1,4 +1,4 @@
-"""Hub ids are downloaded: what is needed of what can only be meant for the hub; a stand-in on this machine serves it."""
+"""Hub ids are downloaded: only what is needed, and only what can be no path; a stand-in on this machine serves it."""
 
 import pathlib
 import sys
@@ -85,11 +85,16 @@ def test_what_is_not_there_is_named(requested, hub_id, kind, message):
     open_checkpoint(hub_id)
 
 
-@pytest.mark.parametrize('hub_id', ['tests/Tiny-1.5', 'tests/one-GGUF:tiny-F32.gguf'])
-def test_a_hub_out_of_reach_is_said_so(requested, monkeypatch, hub_id):
-  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
-  template = 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
-  monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+@pytest.mark.parametrize(
+  ('hub_id', 'setting', 'value'),
+  [
+    ('tests/Tiny-1.5', 'ENDPOINT', 'http://127.0.0.1:9'),
+    ('tests/Tiny-1.5', 'HF_HUB_OFFLINE', True),
+    ('tests/one-GGUF:tiny-F32.gguf', 'HF_HUB_OFFLINE', True),
+  ],
+)
+def test_a_hub_out_of_reach_is_said_so(requested, monkeypatch, hub_id, setting, value):
+  monkeypatch.setattr(constants, setting, value)
   with pytest.raises(ConnectionError, match=f'{hub_id} is not on this machine, and the hub .* cannot be reached'):
     open_checkpoint(hub_id)
   assert not requested

@@ -33,7 +33,7 @@ GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'smoll
 
 POOL_TOKENS = 4096
 MAX_CONTEXT = 1024
-SIZES = {'max_step_tokens': 64}
+SIZES = {'max_step_tokens': 32}
 
 _Way = tuple[tuple[WorkerSpec, ...], Policy]
 

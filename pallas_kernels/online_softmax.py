@@ -1,71 +1,52 @@
-"""Attention over one sequence's pages, block by block with an online softmax (Milakov and Gimelshein 2018), in XLA."""
+"""What walking over paged keys and values in blocks has in common: an online softmax (Milakov and Gimelshein 2018)."""
 
 import jax
 import jax.numpy as jnp
 
-_HIDDEN = -1e30  # finite, so that a row that sees nothing yet stays free of NaN
+NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
+_HIDDEN = 2 * NOTHING  # so far below any top that its exponential is 0
 
 
-def pages_per_block(page_size: int, table_width: int, block_tokens: int) -> int:
-  """Pages that one block of about `block_tokens` cached tokens reads."""
-  return min(max(block_tokens // page_size, 1), table_width)
+def table_blocks(tables: jax.Array, page_size: int, block_tokens: int) -> jax.Array:
+  """Page tables `[B, N]` cut into blocks `[B, M, n]` of about `block_tokens` cached tokens, the last padded."""
+  width = tables.shape[1]
+  block_pages = min(max(block_tokens // page_size, 1), width)
+  return jnp.pad(tables, ((0, 0), (0, -width % block_pages))).reshape(tables.shape[0], -1, block_pages)
 
 
-def pad_tables(tables: jax.Array, block_pages: int) -> jax.Array:
-  """Widen `[B, N]` page tables to whole blocks; a slice past the end would be moved back silently."""
-  return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % block_pages)))
+def read(pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values `[W, K, S, D]` of `pages` `[P, 2, K, G, D]` for W blocks of pages `ids` `[W, n]`; S is n·G.
+
+  A head's tokens in a page are one run of memory, so heads are gathered apart: no transpose follows.
+  """
+  _, _, kv_heads, page_size, head_dim = pages.shape
+  runs = pages.reshape(-1, page_size * head_dim)
+  keys = (ids[:, None, :] * (2 * kv_heads) + jnp.arange(kv_heads)[:, None]).reshape(-1)
+  shape = (ids.shape[0], kv_heads, ids.shape[1] * page_size, head_dim)
+  return tuple(runs.at[at].get(mode='clip').reshape(shape) for at in (keys, keys + kv_heads))  # type: ignore[return-value]
 
 
-def attend(
-  queries: jax.Array,
-  last_visible: jax.Array,
-  pages: jax.Array,
-  table: jax.Array,
-  length: jax.Array,
-  block_pages: int,
-  sliding_window: int | None = None,
-) -> jax.Array:
-  """Attend from rows of queries to the first `length` cached tokens of one sequence.
+def weigh(
+  queries: jax.Array, keys: jax.Array, visible: jax.Array, top: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Softmax weights over a block, not divided by their sum yet.
 
   Args:
-    queries: `[K, R, D]`, scaled already; R rows for each key/value head.
-    last_visible: `[R]`, the position of the last cached token that each row sees.
-    pages: `[P, 2, K, G, D]`.
-    table: `[N]`, the sequence's pages; N a multiple of `block_pages`.
-    length: Cached tokens to walk over; blocks past it are never read.
-    block_pages: Pages a block.
-    sliding_window: Cached tokens that each row sees up to its last; None is all. Blocks before it are never read.
+    queries: `[..., R, D]`, scaled already.
+    keys: `[..., S, D]`.
+    visible: `[..., R, S]` or what broadcasts to it, whether a row sees a token.
+    top: `[..., R, 1]`, the highest score before this block.
 
   Returns:
-    `[K, R, D]` in float32; zeros where nothing is visible.
+    The weights `[..., R, S]` in float32 relative to the highest score so far, and that score `[..., R, 1]`.
   """
-  kv_heads, rows, head_dim = queries.shape
-  page_size = pages.shape[3]
-  block_tokens = block_pages * page_size
+  scores = jnp.einsum('...rd,...sd->...rs', queries, keys, preferred_element_type=jnp.float32)
+  scores = jnp.where(visible, scores, _HIDDEN)
+  top = jnp.maximum(NOTHING if top is None else top, scores.max(-1, keepdims=True))
+  return jnp.exp(scores - top), top
 
-  def block(index, carry):
-    top, total, out = carry
-    cached = pages[jax.lax.dynamic_slice(table, (index * block_pages,), (block_pages,))]  # [n, 2, K, G, D]
-    cached = jnp.moveaxis(cached, 0, 2).reshape(2, kv_heads, block_tokens, head_dim)
-    scores = jnp.einsum('krd,ksd->krs', queries, cached[0], preferred_element_type=jnp.float32)
-    position = index * block_tokens + jnp.arange(block_tokens)
-    visible = position <= last_visible[:, None]  # [R, S]
-    if sliding_window is not None:
-      visible &= position > last_visible[:, None] - sliding_window
-    scores = jnp.where(visible, scores, _HIDDEN)
-    new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-    weights = jnp.where(visible, jnp.exp(scores - new_top), 0)
-    shrink = jnp.exp(top - new_top)
-    values = jnp.einsum('krs,ksd->krd', weights.astype(pages.dtype), cached[1], preferred_element_type=jnp.float32)
-    return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + values
 
-  start = (
-    jnp.full((kv_heads, rows, 1), _HIDDEN, jnp.float32),
-    jnp.zeros((kv_heads, rows, 1), jnp.float32),
-    jnp.zeros((kv_heads, rows, head_dim), jnp.float32),
-  )
-  first: int | jax.Array = 0
-  if sliding_window is not None:
-    first = jnp.maximum(last_visible.min() - sliding_window + 1, 0) // block_tokens
-  _, total, out = jax.lax.fori_loop(first, -(-length // block_tokens), block, start)
-  return out / jnp.where(total > 0, total, 1)
+def gather_values(weights: jax.Array, values: jax.Array) -> jax.Array:
+  """Values `[..., S, D]` summed by weights `[..., R, S]`, in float32."""
+  weights = weights.astype(values.dtype)
+  return jnp.einsum('...rs,...sd->...rd', weights, values, preferred_element_type=jnp.float32)

@@ -1,12 +1,16 @@
-"""Packed prefill attention in plain XLA: blocks of query rows, each over the blocks of pages that it can see."""
+"""Packed prefill attention in plain XLA: blocks of rows, whosever they are, over the blocks of pages that they see.
+
+A block of rows may hold the chunks of several sequences. It walks over the cached blocks of each of them in turn; rows
+of the others see nothing of it.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.online_softmax import attend, pad_tables, pages_per_block
+from pallas_kernels.online_softmax import NOTHING, gather_values, read, table_blocks, weigh
 
-BLOCK_ROWS = 128  # query tokens a block
-BLOCK_TOKENS = 256  # cached tokens a block; on CPU, more are read in vain by short prompts, fewer slow long ones down
+BLOCK_ROWS = 256  # query tokens a block; on CPU, products of fewer rows run on one core
+BLOCK_TOKENS = 128  # cached tokens a block; on CPU, more are read in vain by short prompts, fewer slow long ones down
 
 
 def prefill_attention(
@@ -23,32 +27,49 @@ def prefill_attention(
   """See `pallas_kernels.prefill_attention.prefill_attention`; `block_tokens` cached tokens make a block."""
   tokens, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
-  block_pages = pages_per_block(page_size, tables.shape[1], block_tokens)
-  tables = pad_tables(tables, block_pages)
   group = query_heads // kv_heads
+  blocks = table_blocks(tables, page_size, block_tokens)  # [B, M, n]
+  block_tokens = blocks.shape[2] * page_size
   block_rows = min(BLOCK_ROWS, tokens)
-  # A sequence's last block may reach into the next sequence's rows, or past the end: those rows are written again by
-  # the next sequence, or cut off below.
-  queries = jnp.pad((q.astype(jnp.float32) * softmax_scale).astype(pages.dtype), ((0, block_rows), (0, 0), (0, 0)))
+  padding = -tokens % block_rows
+  queries = jnp.pad((q.astype(jnp.float32) * softmax_scale).astype(pages.dtype), ((0, padding), (0, 0), (0, 0)))
+  queries = queries.reshape(-1, block_rows, kv_heads, group, head_dim)
+  queries = jnp.moveaxis(queries, 1, 3).reshape(-1, kv_heads, group * block_rows, head_dim)  # [blocks, K, R, D]
+  starts, stops = offsets[:-1], offsets[1:]
+  before = lengths - stops  # a row's position less its number
 
-  def one_sequence(sequence, out):
-    first, end, length = offsets[sequence], offsets[sequence + 1], lengths[sequence]
+  def attend(index):
+    row = index * block_rows + jnp.arange(block_rows)
+    own = jnp.searchsorted(stops, row, side='right')  # whose row it is; past the last for padding
+    low, high = jnp.maximum(starts, row[0]), jnp.minimum(stops, row[-1] + 1)
+    first_seen = jnp.zeros_like(low) if sliding_window is None else jnp.maximum(before + low - sliding_window + 1, 0)
+    first_block = first_seen // block_tokens
+    count = jnp.where(high > low, -(-(before + high) // block_tokens) - first_block, 0)
+    ends = jnp.cumsum(count)  # of each sequence's blocks in the list of all
 
-    def one_block(index, out):
-      row = first + index * block_rows
-      position = length - end + row + jnp.arange(block_rows)
-      block = jax.lax.dynamic_slice_in_dim(queries, row, block_rows)  # [R, H, D]
-      block = block.reshape(block_rows, kv_heads, group, head_dim)
-      block = jnp.moveaxis(block, 0, 2).reshape(kv_heads, group * block_rows, head_dim)
-      seen = jnp.minimum(length, position[-1] + 1)
-      last_visible = jnp.tile(position, group)
-      attended = attend(block, last_visible, pages, tables[sequence], seen, block_pages, sliding_window)
-      attended = attended.reshape(kv_heads, group, block_rows, head_dim)
-      attended = jnp.moveaxis(attended, 2, 0).reshape(block_rows, query_heads, head_dim)
-      return jax.lax.dynamic_update_slice_in_dim(out, attended.astype(q.dtype), row, 0)
+    def step(place, carry):
+      top, total, out = carry
+      sequence = jnp.searchsorted(ends, place, side='right')
+      block = first_block[sequence] + place - (ends - count)[sequence]
+      keys, values = read(pages, blocks[sequence, block][None])
+      cached = block * block_tokens + jnp.arange(block_tokens)
+      position = jnp.where(own == sequence, row + before[sequence], -1)[:, None]
+      visible = cached <= position  # [rows, S]
+      if sliding_window is not None:
+        visible &= cached > position - sliding_window
+      weights, new_top = weigh(queries[index], keys[0], jnp.tile(visible, (group, 1)), top)
+      shrink = jnp.exp(top - new_top)
+      total = total * shrink + weights.sum(-1, keepdims=True)
+      return new_top, total, out * shrink + gather_values(weights, values[0])
 
-    return jax.lax.fori_loop(0, -(-(end - first) // block_rows), one_block, out)
+    rows = queries.shape[1:3]
+    start = (
+      jnp.full((*rows, 1), NOTHING, jnp.float32),
+      jnp.zeros((*rows, 1), jnp.float32),
+      jnp.zeros((*rows, head_dim), jnp.float32),
+    )
+    _, total, out = jax.lax.fori_loop(0, ends[-1], step, start)
+    return (out / jnp.where(total > 0, total, 1)).astype(q.dtype)
 
-  out = jnp.zeros((tokens + block_rows, query_heads, head_dim), q.dtype)
-  out = jax.lax.fori_loop(0, lengths.shape[0], one_sequence, out)[:tokens]
-  return jnp.where((jnp.arange(tokens) < offsets[-1])[:, None, None], out, 0)
+  out = jax.lax.map(attend, jnp.arange(queries.shape[0])).reshape(-1, kv_heads, group, block_rows, head_dim)
+  return jnp.moveaxis(out, 3, 1).reshape(-1, query_heads, head_dim)[:tokens]

@@ -14,11 +14,12 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], tupl
 `[T, H, D]` and the pages with k, v."""
 
 Turn = tuple[jax.Array, jax.Array]
-"""Cosines and sines `[T, 1, D/2]` of the angles by which each token's features turn."""
+"""Cosines `[T, 1, 1, D/2]` of the angles by which each token's features turn, and sines `[T, 1, 2, D/2]`, those of the
+first half negative."""
 
 
 def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
-  """A weight that names its logical axes; zeros until a checkpoint's array takes its place."""
+  """A weight that names its logical axes, a matrix outputs first; zeros until a checkpoint's array takes its place."""
   return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
 
 
@@ -47,20 +48,44 @@ def rope_frequencies(model: ModelSpec) -> np.ndarray:
 
 def turn(positions: jax.Array, model: ModelSpec) -> Turn:
   """How tokens at these positions `[T]` turn."""
-  angles = positions[:, None, None].astype(jnp.float32) * rope_frequencies(model)
-  return jnp.cos(angles), jnp.sin(angles)
+  angles = positions[:, None, None, None].astype(jnp.float32) * rope_frequencies(model)
+  sin = jnp.sin(angles)
+  turned = jnp.cos(angles), jnp.concatenate([-sin, sin], axis=2)
+  return jax.lax.optimization_barrier(turned)  # else XLA computes them again in every layer
 
 
 def rotate(x: jax.Array, turn: Turn) -> jax.Array:
   """Rotary position embedding of `[T, heads, D]`; the two halves of a head are the pairs."""
   cos, sin = turn
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  halves = x.astype(jnp.float32).reshape(*x.shape[:2], 2, -1)
+  return (halves * cos + jnp.flip(halves, axis=2) * sin).reshape(x.shape).astype(x.dtype)
+
+
+_FEW_ROWS = 128  # up to so many, a CPU spends more on rearranging a matrix for a product than on multiplying
+
+
+def project(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+  """Rows `[T, inputs]` by a matrix `[outputs, inputs]` to `[T, outputs]`, of another type if one is given.
+
+  On a CPU a few rows are multiplied as columns, from the right: XLA's library reads its left operand as it lies, but
+  packs the right one anew each time, which for a whole matrix takes longer than a small batch's arithmetic.
+  """
+
+  def rows_first(x, weight):
+    return jnp.einsum('ti,oi->to', x, weight, preferred_element_type=dtype)
+
+  def matrix_first(x, weight):
+    columns = jax.lax.optimization_barrier(x.T)  # else XLA turns the product round again
+    return jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=dtype)).T
+
+  if not 1 < x.shape[0] <= _FEW_ROWS:
+    return rows_first(x, weight)
+  return jax.lax.platform_dependent(x, weight, cpu=matrix_first, default=rows_first)
 
 
 def _to_heads(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`[T, E]` by `[E, heads, D]` to `[T, heads, D]`, as a product of matrices: XLA on CPU copies three-axis weights."""
-  return (x @ weight.reshape(x.shape[1], -1)).reshape(x.shape[0], *weight.shape[1:])
+  """`[T, E]` by `[heads, D, E]` to `[T, heads, D]`, as a product of matrices: XLA on CPU copies three-axis weights."""
+  return project(x, weight.reshape(-1, x.shape[1])).reshape(x.shape[0], *weight.shape[:2])
 
 
 class Block(nnx.Module):
@@ -71,9 +96,9 @@ class Block(nnx.Module):
       model.embed_dim, model.query_heads, model.kv_heads, model.head_dim, model.ffn_dim,
     )  # fmt: skip
     self.attn_norm = weight((embed,), ('embed',), dtype)
-    self.q = weight((embed, heads, head), ('embed', 'query_heads', 'head'), dtype)
-    self.k = weight((embed, kv_heads, head), ('embed', 'kv_heads', 'head'), dtype)
-    self.v = weight((embed, kv_heads, head), ('embed', 'kv_heads', 'head'), dtype)
+    self.q = weight((heads, head, embed), ('query_heads', 'head', 'embed'), dtype)
+    self.k = weight((kv_heads, head, embed), ('kv_heads', 'head', 'embed'), dtype)
+    self.v = weight((kv_heads, head, embed), ('kv_heads', 'head', 'embed'), dtype)
     if model.qkv_bias:
       self.q_bias = weight((heads, head), ('query_heads', 'head'), dtype)
       self.k_bias = weight((kv_heads, head), ('kv_heads', 'head'), dtype)
@@ -81,11 +106,11 @@ class Block(nnx.Module):
     if model.qk_norm:
       self.q_norm = weight((head,), ('head',), dtype)
       self.k_norm = weight((head,), ('head',), dtype)
-    self.o = weight((heads, head, embed), ('query_heads', 'head', 'embed'), dtype)
+    self.o = weight((embed, heads, head), ('embed', 'query_heads', 'head'), dtype)
     self.mlp_norm = weight((embed,), ('embed',), dtype)
-    self.gate = weight((embed, ffn), ('embed', 'ffn'), dtype)
-    self.up = weight((embed, ffn), ('embed', 'ffn'), dtype)
-    self.down = weight((ffn, embed), ('ffn', 'embed'), dtype)
+    self.gate = weight((ffn, embed), ('ffn', 'embed'), dtype)
+    self.up = weight((ffn, embed), ('ffn', 'embed'), dtype)
+    self.down = weight((embed, ffn), ('embed', 'ffn'), dtype)
     self.model = model
     self.layer = layer
 
@@ -104,10 +129,10 @@ class Block(nnx.Module):
     normed = rms_norm(x, self.attn_norm[...], self.model.norm_eps)
     q, k, v = self._project(normed)
     attended, pages = attend(rotate(q, turn), rotate(k, turn), v, pages, self.model.window(self.layer))
-    x = x + attended.reshape(x.shape[0], -1) @ self.o[...].reshape(-1, x.shape[1])
+    x = x + project(attended.reshape(x.shape[0], -1), self.o[...].reshape(x.shape[1], -1))
     normed = rms_norm(x, self.mlp_norm[...], self.model.norm_eps)
-    hidden = jax.nn.silu(normed @ self.gate[...]) * (normed @ self.up[...])
-    return x + hidden @ self.down[...], pages
+    hidden = jax.nn.silu(project(normed, self.gate[...])) * project(normed, self.up[...])
+    return x + project(hidden, self.down[...]), pages
 
   def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[T, H, D]`, keys and values `[T, K, D]` of `[T, E]`."""

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pdjax.model.layers import Attend, Block, rms_norm, turn, weight
+from pdjax.model.layers import Attend, Block, project, rms_norm, turn, weight
 from pdjax.types.model import ModelSpec
 
 Weights = dict[str, Any]
-"""Nested by name: `weights['layers'][3]['q']` is the array that checkpoints call `layers.3.q`."""
+"""Nested by name: `weights['layers'][3]['q']` is what checkpoints call `layers.3.q`, as `[outputs, inputs]`."""
 
 
 class Transformer(nnx.Module):
@@ -22,7 +22,7 @@ class Transformer(nnx.Module):
     self.layers = nnx.List([Block(model, layer, dtype) for layer in range(model.num_layers)])
     self.final_norm = weight((model.embed_dim,), ('embed',), dtype)
     if not model.tied_embeddings:
-      self.unembed = weight((model.embed_dim, model.vocab_size), ('embed', 'vocab'), dtype)
+      self.unembed = weight((model.vocab_size, model.embed_dim), ('vocab', 'embed'), dtype)
     self.model = model
 
   def __call__(
@@ -40,9 +40,8 @@ class Transformer(nnx.Module):
   def logits(self, x: jax.Array) -> jax.Array:
     """Logits `[B, V]` in float32 of the rows `[B, E]`."""
     x = rms_norm(x, self.final_norm[...], self.model.norm_eps)
-    if self.model.tied_embeddings:
-      return jnp.einsum('be,ve->bv', x, self.embed[...], preferred_element_type=jnp.float32)
-    return jnp.einsum('be,ev->bv', x, self.unembed[...], preferred_element_type=jnp.float32)
+    matrix = self.embed if self.model.tied_embeddings else self.unembed
+    return project(x, matrix[...], jnp.dtype(jnp.float32))
 
 
 def _abstract(model: ModelSpec, dtype: jnp.dtype) -> Transformer:

@@ -79,8 +79,9 @@ def test_passes_give_the_buffers_of_their_pool_back(one_and_one):
   worker = one_and_one.workers['decode0']
   before = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
   old = worker.pages
-  ids = worker._pack_ids((), 2)
-  worker.pages, worker.slots, _ = worker.program('decode', 2)(
+  batch = worker.spec.batch_buckets[0]
+  ids = worker._pack_ids((), batch)
+  worker.pages, worker.slots, _ = worker.program('decode', batch)(
     worker.weights, worker.pages, worker.slots, ids, jnp.int32(1)
   )
   after = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
@@ -92,11 +93,11 @@ def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair)
   programs = {name for name in two_and_two.warm_up.program_s if '→' not in name}
   expected = {f'prefill{i}/{program}' for i in range(2) for program in ('remember', 'prefillx32')}
   expected |= {
-    f'decode{i}/{program}' for i in range(2) for program in ('remember', 'admit', 'copy', 'decodex2', 'decodex4')
+    f'decode{i}/{program}' for i in range(2) for program in ('remember', 'admit', 'copy', 'decodex1', 'decodex4')
   }
   assert programs == expected
   assert {name for name in colocated_pair.warm_up.program_s if name.startswith('both0')} == {
-    'both0/remember', 'both0/admit', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex2',
+    'both0/remember', 'both0/admit', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex1', 'both0/decodex2',
   }  # fmt: skip
   ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
   assert ways == {f'prefill{i}→decode{j}/{size} pages' for i in range(2) for j in range(2) for size in (1, 4)}

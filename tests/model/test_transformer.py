@@ -73,7 +73,7 @@ def test_logits_are_those_of_llama(model):
 
 def test_tied_embeddings_have_no_second_matrix():
   assert 'unembed' not in weight_axes(TIED)
-  assert weight_axes(TINY)['unembed'] == ('embed', 'vocab')
+  assert weight_axes(TINY)['unembed'] == ('vocab', 'embed')
 
 
 def test_every_weight_names_an_axis_for_each_of_its_dimensions():

@@ -19,16 +19,16 @@ BOTH = MESH_AXES
 SPECS = {
   'embed': P(BOTH, None),
   'attn_norm': P(None),
-  'q': P(None, BOTH, None),
-  'k': P(None, 'kv', None),
-  'v': P(None, 'kv', None),
-  'o': P(BOTH, None, None),
+  'q': P(BOTH, None, None),
+  'k': P('kv', None, None),
+  'v': P('kv', None, None),
+  'o': P(None, BOTH, None),
   'mlp_norm': P(None),
-  'gate': P(None, BOTH),
-  'up': P(None, BOTH),
-  'down': P(BOTH, None),
+  'gate': P(BOTH, None),
+  'up': P(BOTH, None),
+  'down': P(None, BOTH),
   'final_norm': P(None),
-  'unembed': P(None, BOTH),
+  'unembed': P(BOTH, None),
 }
 
 
@@ -41,6 +41,14 @@ class Counted(RandomCheckpoint):
   def tensor(self, name):
     self.reads[name] += 1
     return super().tensor(name)
+
+
+def outputs_first(name, tensor):
+  """A checkpoint's tensor as the model keeps it."""
+  kind = name.split('.')[-1]
+  if kind in ('q', 'k', 'v', 'o', 'gate', 'up', 'down', 'unembed'):
+    return np.moveaxis(tensor, -1, 0) if kind == 'o' else np.moveaxis(tensor, 0, -1)
+  return tensor
 
 
 def find(weights, name):
@@ -56,7 +64,7 @@ def test_every_weight_lies_as_the_table_says_and_holds_the_checkpoints_values(mo
   weights = load_weights(checkpoint, model, meshes, jnp.dtype('float32'))
   for tp, mesh in meshes.items():
     for name in tensor_shapes(model):
-      array, expected = find(weights[tp], name), RandomCheckpoint(model).tensor(name)
+      array, expected = find(weights[tp], name), outputs_first(name, RandomCheckpoint(model).tensor(name))
       wanted = jax.sharding.NamedSharding(mesh, SPECS[name.split('.')[-1]])
       assert array.sharding.is_equivalent_to(wanted, array.ndim), (tp, name, array.sharding)
       for shard in array.addressable_shards:
@@ -70,10 +78,10 @@ def test_key_value_heads_are_copied_where_there_are_more_devices_than_heads():
     RandomCheckpoint(TINY_8_2), TINY_8_2, {'w': make_mesh(TINY_8_2, jax.devices()[:4])}, jnp.dtype('float32')
   )['w']
   layer = weights['layers'][0]
-  assert {shard.data.shape for shard in layer['k'].addressable_shards} == {(24, 1, 8)}  # 2 heads on 4 devices
-  assert {shard.data.shape for shard in layer['q'].addressable_shards} == {(24, 2, 8)}
-  heads = {shard.device.id: shard.index[1].start or 0 for shard in layer['k'].addressable_shards}
-  queries = {shard.device.id: shard.index[1].start or 0 for shard in layer['q'].addressable_shards}
+  assert {shard.data.shape for shard in layer['k'].addressable_shards} == {(1, 8, 24)}  # 2 heads on 4 devices
+  assert {shard.data.shape for shard in layer['q'].addressable_shards} == {(2, 8, 24)}
+  heads = {shard.device.id: shard.index[0].start or 0 for shard in layer['k'].addressable_shards}
+  queries = {shard.device.id: shard.index[0].start or 0 for shard in layer['q'].addressable_shards}
   assert all(query // 4 == heads[device] for device, query in queries.items())  # each beside the queries it serves
 
 
@@ -91,7 +99,7 @@ def test_weights_are_converted_to_the_type_asked_for():
     RandomCheckpoint(TINY), TINY, {'w': make_mesh(TINY, jax.devices()[:1])}, jnp.dtype('bfloat16')
   )['w']
   assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype('bfloat16')}
-  expected = RandomCheckpoint(TINY).tensor('unembed').astype(jnp.bfloat16)
+  expected = RandomCheckpoint(TINY).tensor('unembed').T.astype(jnp.bfloat16)
   np.testing.assert_array_equal(weights['unembed'], expected)
 
 

@@ -11,7 +11,7 @@ best case. A decode of context 64 runs over the contexts around 64. Tokens are g
 
 The floor is what the same matrices times rows take by themselves, as XLA multiplies them, and one pass over the keys
 and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster. Figures are medians of
-the rounds. Without torch and transformers the comparison is left out.
+the rounds. Without torch and transformers, or with --peer=none, the comparison is left out.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds, in each of which every case
 _STEPS = flags.DEFINE_integer('steps', 32, 'Decode steps of a case in a round.', lower_bound=4)
 _THREADS = flags.DEFINE_integer('threads', 2, 'Cores that pdjax has, and threads that torch has.', lower_bound=1)
 _ATTENTION = flags.DEFINE_enum('attention', 'sdpa', ['sdpa', 'eager'], 'How transformers computes attention.')
+_PEER = flags.DEFINE_enum('peer', 'transformers', ['transformers', 'none'], 'What is measured beside pdjax.')
 _QUICK = flags.DEFINE_bool('quick', False, 'One round of small cases: shows that the command works, measures nothing.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
 
@@ -223,8 +224,11 @@ def main(argv: list[str]) -> None:
   deployment = _deploy(measured)
   model = deployment.opened.model
   peer = None
-  if packages := missing():
-    console.print(f'{" and ".join(packages)} not installed: nothing to compare with (pip install torch transformers).')
+  if _PEER.value == 'none':
+    pass
+  elif packages := missing():
+    text = f'{" and ".join(packages)} not installed: nothing to compare with (pip install "pdjax[peers]").'
+    console.print(text, markup=False)
   else:
     peer = TransformersPeer(_CHECKPOINT.value, _THREADS.value, _ATTENTION.value)
   ours: dict[str, list[Measured]] = {case.name: [] for case in measured}
@@ -283,11 +287,12 @@ def _keep_cores(threads: int) -> None:
 def _deploy(measured: Sequence[Case]) -> Deployment:
   """One prefill and one decode worker on one device, with room for every case."""
   batch = max(case.batch for case in measured)
+  longest = max(case.prompt_len for case in measured)
   pages = sum(-(-(case.prompt_len + case.steps + 1) // 16) for case in measured) * batch
   place: dict[str, Any] = {'num_pages': pages, 'devices': (0,)}
   config = ServingConfig(
     checkpoint=_CHECKPOINT.value,
-    workers=prefill_pool(1, **place) + decode_pool(1, max_sequences=batch, **place),
+    workers=prefill_pool(1, max_step_tokens=longest, **place) + decode_pool(1, max_sequences=batch, **place),
     platform='cpu',
   )
   return deploy(config, open_model(config))

@@ -1,0 +1,52 @@
+"""The benchmark of serving on a CPU: it works, says what it leaves out, and its rows can be read by a program."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+HIDE_TORCH = "import sys; sys.modules['torch'] = None; "
+"""Makes torch look as if it were not installed."""
+
+
+def benchmark(*arguments: str, before: str = '') -> subprocess.CompletedProcess[str]:
+  call = f"{before}import runpy; runpy.run_module('experiments.bench_cpu', run_name='__main__', alter_sys=True)"
+  return subprocess.run(
+    [sys.executable, '-c', call, '--checkpoint=tests/data/families/smollm2', '--quick', *arguments],
+    cwd=ROOT, env=os.environ | {'COLUMNS': '120'}, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
+  figures = tmp_path / 'cpu.json'
+  done = benchmark('--threads=1', f'--json={figures}', before=HIDE_TORCH)
+  assert done.returncode == 0, done.stderr
+  assert 'torch' in done.stdout and 'not installed' in done.stdout and 'pdjax[peers]' in done.stdout
+  rows = {row['name']: row for row in json.loads(figures.read_text())}
+  assert list(rows) == [
+    'prefill 32', 'decode batch 2 context 16', 'host loop, share of decode batch 2 context 16',
+  ]  # fmt: skip
+  for row in rows.values():
+    assert list(row) == ['name', 'value', 'unit', 'peer', 'peer_value', 'ratio', 'floor_share']
+    assert row['value'] > 0 and row['peer_value'] is None and row['ratio'] is None
+  for name in ('prefill 32', 'decode batch 2 context 16'):
+    assert rows[name]['unit'] == 'tokens/s' and rows[name]['floor_share'] > 0
+    assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'words'),
+  [
+    (('--threads=4096',), ('--threads is 4096', 'lower it')),
+    (('--peer=vllm',), ('--peer', 'transformers')),
+    (('surplus',), ("['surplus']",)),
+  ],
+)
+def test_bad_arguments_are_answered_by_name(arguments, words):
+  done = benchmark(*arguments)
+  assert done.returncode != 0
+  assert all(word in done.stdout + done.stderr for word in words), done.stderr

@@ -120,9 +120,6 @@ def sample(
   vocab_size = logits.shape[1]
   sampled = sampling.temperature >= LEAST_TEMPERATURE
 
-  def likeliest(logits):
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
   def draw(logits, greedy):
     scaled = logits / jnp.where(sampled, sampling.temperature, 1)[:, None]
     ranked = sampled & ((sampling.top_k > 0) | (sampling.top_p < 1))
@@ -150,6 +147,24 @@ def sample(
   return jax.lax.switch(way, ways)
 
 
+def likeliest(logits: jax.Array) -> jax.Array:
+  """The first of the highest of each row of `[B, V]`, as argmax; on a CPU in a tenth of its time."""
+  blocks = _blocks(logits, -jnp.inf)
+  block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  within = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+  return (block * blocks.shape[-1] + within).astype(jnp.int32)
+
+
+def _blocks(rows: jax.Array, padding: float) -> jax.Array:
+  """Rows `[B, V]` as `[B, V/128, 128]`: XLA on a CPU goes through a long row one by one, and through blocks abreast."""
+  return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 128)), constant_values=padding).reshape(rows.shape[0], -1, 128)
+
+
+def _sum(rows: jax.Array) -> jax.Array:
+  """The sum of each row of `[B, V]` as `[B, 1]`."""
+  return jnp.sum(jnp.sum(_blocks(rows, 0), axis=1), axis=-1, keepdims=True)
+
+
 def tell(logits: jax.Array, tokens: jax.Array) -> Chosen:
   """The tokens `[B]` with their log probabilities and the likeliest ones', by logits `[B, V]`."""
   total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -159,17 +174,53 @@ def tell(logits: jax.Array, tokens: jax.Array) -> Chosen:
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-  """Logits `[B, V]` with all but the `top_k` likeliest tokens, and of those the `top_p` nucleus, at minus infinity."""
-  ordered = -jnp.sort(-logits, axis=-1)
-  rank = jnp.arange(logits.shape[1])
-  ordered = jnp.where((top_k[:, None] > 0) & (rank >= top_k[:, None]), -jnp.inf, ordered)
-  probabilities = jax.nn.softmax(ordered, axis=-1)
-  before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all likelier tokens
-  # A top_p of 1 keeps all, although the sum may round to 1 before the last: the same whoever else is in the batch.
-  kept = (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
-  ordered = jnp.where(kept, ordered, jnp.inf)
-  lowest_kept = jnp.min(jnp.where(jnp.isneginf(ordered), jnp.inf, ordered), axis=-1, keepdims=True)
-  return jnp.where(logits >= lowest_kept, logits, -jnp.inf)
+  """Logits `[B, V]` with all but the `top_k` likeliest tokens, and of those the `top_p` nucleus, at minus infinity.
+
+  Tokens as likely as the last that is kept are kept too. The least kept logit is found by bisection over the 32 bits of
+  a float, which takes a CPU a twentieth of the time of a sort.
+  """
+  ranks = _ranks(logits)
+  all_ranks = jnp.full((logits.shape[0], 1), _LOWEST_RANK)
+
+  def least_of_top_k():
+    found = _highest_rank(lambda rank: _sum((ranks >= rank).astype(jnp.int32)) >= top_k[:, None], all_ranks)
+    return jnp.where(top_k[:, None] > 0, found, all_ranks)
+
+  least = jax.lax.cond(jnp.any(top_k > 0), least_of_top_k, lambda: all_ranks)
+  weights = jnp.where(ranks >= least, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0)
+
+  def least_of_nucleus():
+    wanted = top_p[:, None] * _sum(weights)
+    found = _highest_rank(lambda rank: _sum(jnp.where(ranks >= rank, weights, 0)) >= wanted, all_ranks)
+    # A top_p of 1 keeps all, although the sum may round to less: the same whoever else is in the batch.
+    return jnp.where(top_p[:, None] < 1, jnp.maximum(found, least), least)
+
+  least = jax.lax.cond(jnp.any(top_p < 1), least_of_nucleus, lambda: least)
+  least = jnp.minimum(least, jnp.max(ranks, axis=-1, keepdims=True))  # the best stays, however small top_p is
+  return jnp.where(ranks >= least, logits, -jnp.inf)
+
+
+_LOWEST_RANK = np.int32(np.iinfo(np.int32).min)
+
+
+def _ranks(logits: jax.Array) -> jax.Array:
+  """Integers in the order of the floats: what is negative has its other bits turned."""
+  bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is no less than 0
+  return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
+
+
+def _highest_rank(reaches: Callable[[jax.Array], jax.Array], lowest: jax.Array) -> jax.Array:
+  """The highest rank `[B, 1]` that reaches what is wanted; the `lowest` there is if none does.
+
+  `reaches` is true up to some rank and false from there on.
+  """
+  found = jnp.where(reaches(jnp.zeros_like(lowest)), 0, lowest)
+
+  def next_bit(index, found):
+    higher = found + (jnp.int32(1) << (30 - index))
+    return jnp.where(reaches(higher), higher, found)
+
+  return jax.lax.fori_loop(0, 31, next_bit, found)
 
 
 def keep_near_best(logits: jax.Array, min_p: jax.Array) -> jax.Array:

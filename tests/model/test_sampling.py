@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdjax.model.sampling import Sampling, count, keep_likely, past, penalise, sample, stop_tokens, tell
+from pdjax.model.sampling import Sampling, count, keep_likely, likeliest, past, penalise, sample, stop_tokens, tell
 from pdjax.types import SamplingParams
 
 DRAWS = 20_000
@@ -56,6 +56,28 @@ def test_no_cut_keeps_all():
   logits = np.random.default_rng(1).standard_normal((3, 50)).astype(np.float32)
   cut = keep_likely(logits, np.zeros(3, np.int32), np.ones(3, np.float32))
   np.testing.assert_array_equal(cut, logits)
+
+
+@pytest.mark.parametrize('vocab_size', [1, 127, 128, 129, 1000])
+def test_cuts_and_the_likeliest_do_not_depend_on_the_size_of_the_vocabulary(vocab_size):
+  rng = np.random.default_rng(vocab_size)
+  logits = 4 * rng.standard_normal((4, vocab_size)).astype(np.float32)
+  cut = np.asarray(keep_likely(logits, np.array([0, 7, 0, 90], np.int32), np.array([0.8, 1, 1e-45, 0.6], np.float32)))
+  for row, (top_k, top_p) in enumerate([(0, 0.8), (7, 1.0), (1, 1.0), (90, 0.6)]):
+    np.testing.assert_array_equal(np.flatnonzero(np.isfinite(cut[row])), kept(logits[row], top_k, top_p))
+  np.testing.assert_array_equal(jax.jit(likeliest)(logits), logits.argmax(axis=1))
+
+
+def test_equals_of_the_last_that_is_kept_are_kept_and_the_first_of_equals_is_the_likeliest():
+  logits = np.array([[1, 0.0, 3, -0.0, 3, 0.0, -2], [-np.inf, 5, -np.inf, 5, -np.inf, 4, 4]], np.float32)
+  cut = keep_likely(logits, np.array([4, 3], np.int32), np.ones(2, np.float32))
+  assert np.isfinite(cut).tolist() == [[True] * 6 + [False], [False, True, False, True, False, True, True]]
+  nucleus = keep_likely(logits, np.zeros(2, np.int32), np.full(2, 0.5, np.float32))
+  assert np.isfinite(nucleus).tolist() == [
+    [False, False, True, False, True, False, False],
+    [False, True] * 2 + [False] * 3,
+  ]
+  assert likeliest(jnp.asarray(logits)).tolist() == [2, 1]
 
 
 def test_each_row_is_cut_by_its_own_rule():

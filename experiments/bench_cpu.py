@@ -300,20 +300,22 @@ def _deploy(measured: Sequence[Case]) -> Deployment:
 
 def _print(console: Console, rows: Sequence[dict[str, Any]], peer: TransformersPeer | None, agreement: str) -> None:
   versions = f'jax {jax.__version__}' + (f', {peer.version}' if peer else '')
-  table = Table(title=f'{_CHECKPOINT.value} in float32 on {_THREADS.value} cores: {versions}')
-  for column in ('case', 'pdjax', '', 'transformers', 'ratio', 'share of floor'):
-    table.add_column(column, justify='left' if column in ('case', '') else 'right')
-  for one in rows:
-    ratio, other, share = one['ratio'], one['peer_value'], one['floor_share']
+  table = Table(title=f'{_CHECKPOINT.value} in float32 on {_THREADS.value} cores, tokens/s: {versions}')
+  table.add_column('case', no_wrap=True)
+  for column in ('pdjax', 'transformers', 'ratio', 'floor share'):
+    table.add_column(column, justify='right')
+  *speeds, host = rows
+  for one in speeds:
+    ratio, other = one['ratio'], one['peer_value']
     table.add_row(
       one['name'],
       f'{one["value"]:,.1f}',
-      one['unit'],
       '' if other is None else f'{other:,.1f}',
       '' if ratio is None else f'{ratio:.2f}',
-      '' if share is None else f'{share:.2f}',
+      f'{one["floor_share"]:.2f}',
     )
   console.print(table)
+  console.print(f'{host["name"]}: {host["value"]:.1f} {host["unit"]}')
   if peer:
     console.print(f'greedy tokens equal in {agreement} sequences')
 

@@ -11,6 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,32 +24,52 @@ from experiments.rows import row, save_rows
 from pallas_kernels.paged_attention import xla as paged_xla
 from pallas_kernels.prefill_attention import xla as prefill_xla
 
-_BLOCKS = flags.DEFINE_list('blocks', ['64', '128', '256', '512', '1024'], 'Cached tokens a block.')
+_DECODE = flags.DEFINE_list('decode', ['32', '64', '128', '256'], 'Decode: cached tokens a block.')
+_PREFILL = flags.DEFINE_list(
+  'prefill', ['64x64', '64x128', '128x128', '256x128', '256x256'], 'Prefill: query tokens x cached tokens a block.'
+)
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Calls of which the median counts.', lower_bound=1)
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to this file.')
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES, TABLE_WIDTH, BATCH = 9, 3, 64, 16, 1024, 512, 8
+SCALE = HEAD_DIM**-0.5
 
 
-def cases(block_tokens: int) -> dict[str, Callable[[], jax.Array]]:
-  """What is timed, by name."""
+def decodes(block_tokens: int) -> dict[str, Callable[[], jax.Array]]:
+  """Decode steps to time, by name."""
+  queries, pages, tables = _arrays()
+  call = jax.jit(functools.partial(paged_xla.paged_attention, softmax_scale=SCALE, block_tokens=block_tokens))
+
+  def case(*contexts: int) -> Callable[[], jax.Array]:
+    lengths = jnp.resize(jnp.array(contexts, jnp.int32), (BATCH,))
+    return functools.partial(call, queries[:BATCH], pages, tables, lengths)
+
+  return {f'{BATCH} at {context}': case(context) for context in (60, 300, 1000, 4000)} | {
+    f'{BATCH}, half at 60, half at 4000': case(60, 4000)
+  }
+
+
+def prefills(block_rows: int, block_tokens: int) -> dict[str, Callable[[], jax.Array]]:
+  """Prefill passes to time, by name."""
+  queries, pages, tables = _arrays()
+  blocks = block_rows, block_tokens
+  call = jax.jit(functools.partial(prefill_xla.prefill_attention, softmax_scale=SCALE, blocks=blocks))
+
+  def case(prompts: int, new: int, context: int) -> Callable[[], jax.Array]:
+    offsets, lengths = jnp.arange(prompts + 1, dtype=jnp.int32) * new, jnp.full(prompts, context, jnp.int32)
+    return functools.partial(call, queries[: prompts * new], pages, tables[:prompts], offsets, lengths)
+
+  alone = {f'512 new of {context}': case(1, 512, context) for context in (512, 2048, 8192)}
+  return alone | {
+    f'{prompts} prompts of {512 // prompts}': case(prompts, 512 // prompts, 512 // prompts) for prompts in (2, 8, 16)
+  }
+
+
+def _arrays() -> tuple[jax.Array, jax.Array, jax.Array]:
   rng = np.random.default_rng(0)
   pages = jnp.asarray(rng.normal(size=(NUM_PAGES, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)), jnp.float32)
-  tables = jnp.asarray(rng.integers(0, NUM_PAGES, (BATCH, TABLE_WIDTH)), jnp.int32)
-  queries = jnp.asarray(rng.normal(size=(512, QUERY_HEADS, HEAD_DIM)), jnp.float32)
-  fixed = {'softmax_scale': HEAD_DIM**-0.5, 'block_tokens': block_tokens}
-  decode = jax.jit(functools.partial(paged_xla.paged_attention, **fixed))
-  prefill = jax.jit(functools.partial(prefill_xla.prefill_attention, **fixed))
-  out: dict[str, Callable[[], jax.Array]] = {}
-  for context in (60, 300, 1000, 4000):
-    lengths = jnp.full(BATCH, context, jnp.int32)
-    out[f'decode 8 at {context}'] = functools.partial(decode, queries[:BATCH], pages, tables, lengths)
-  for context in (512, 2048, 8192):
-    ends = jnp.array([0, 512], jnp.int32), jnp.array([context], jnp.int32)
-    out[f'512 new of {context}'] = functools.partial(prefill, queries, pages, tables[:1], *ends)
-  packed = jnp.arange(BATCH + 1, dtype=jnp.int32) * 64, jnp.full(BATCH, 64, jnp.int32)
-  out['8 prompts of 64'] = functools.partial(prefill, queries, pages, tables, *packed)
-  return out
+  tables = jnp.asarray(rng.integers(0, NUM_PAGES, (2 * BATCH, TABLE_WIDTH)), jnp.int32)
+  return jnp.asarray(rng.normal(size=(512, QUERY_HEADS, HEAD_DIM)), jnp.float32), pages, tables
 
 
 def median_ms(call: Callable[[], jax.Array], repeats: int) -> float:
@@ -65,19 +86,21 @@ def median_ms(call: Callable[[], jax.Array], repeats: int) -> float:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
-  blocks = [int(block) for block in _BLOCKS.value]
-  figures = {block: {n: median_ms(call, _REPEATS.value) for n, call in cases(block).items()} for block in blocks}
-  table = Table(title=f'attention in XLA on {jax.devices()[0].device_kind}: ms by tokens a block')
-  table.add_column('case')
-  for block in blocks:
-    table.add_column(str(block), justify='right')
-  for name in figures[blocks[0]]:
-    table.add_row(name, *(f'{figures[block][name]:.2f}' for block in blocks))
-  Console().print(table)
-  save_rows(
-    _JSON.value,
-    [row(f'{name}, block {block}', ms, 'ms') for block, column in figures.items() for name, ms in column.items()],
-  )
+  rows: list[dict[str, Any]] = []
+  for phase, make, sizes in (('decode', decodes, _DECODE.value), ('prefill', prefills, _PREFILL.value)):
+    figures = {
+      size: {name: median_ms(call, _REPEATS.value) for name, call in make(*map(int, size.split('x'))).items()}
+      for size in sizes
+    }
+    table = Table(title=f'{phase} attention in XLA on {jax.devices()[0].device_kind}: ms by block')
+    table.add_column('case')
+    for size in sizes:
+      table.add_column(size, justify='right')
+    for name in figures[sizes[0]]:
+      table.add_row(name, *(f'{figures[size][name]:.2f}' for size in sizes))
+    Console().print(table)
+    rows += [row(f'{phase} {name}, block {size}', ms, 'ms') for size in sizes for name, ms in figures[size].items()]
+  save_rows(_JSON.value, rows)
 
 
 if __name__ == '__main__':

@@ -30,6 +30,11 @@ def missing() -> list[str]:
   return [name for name in ('torch', 'transformers') if importlib.util.find_spec(name) is None]
 
 
+def plain_llama(model: ModelSpec) -> bool:
+  """Whether `LlamaForCausalLM` with the settings that the peer gives it computes this model."""
+  return not (model.rope_scaling or model.sliding_window or model.qkv_bias or model.qk_norm)
+
+
 class Generated(NamedTuple):
   """What a batch of prompts brought: seconds to the first tokens, mean seconds a step after them, every token."""
 
@@ -71,7 +76,14 @@ class TransformersPeer:
     self._process.join()
 
   def _answer(self) -> Any:
-    answer = self._pipe.recv()
+    try:
+      answer = self._pipe.recv()
+    except EOFError:
+      self._process.join()
+      raise RuntimeError(
+        f'the process of transformers ended with exit code {self._process.exitcode}; '
+        'a negative one is a signal, and -9 often means too little memory.'
+      ) from None
     if isinstance(answer, str) and answer.startswith('Traceback'):
       raise RuntimeError(f'transformers failed: {answer}')
     return answer

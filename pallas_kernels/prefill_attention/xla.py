@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.online_softmax import NOTHING, gather_values, read, table_blocks, weigh
 
-BLOCK_ROWS = 256  # query tokens a block; on CPU, products of fewer rows run on one core
-BLOCK_TOKENS = 128  # cached tokens a block; on CPU, more are read in vain by short prompts, fewer slow long ones down
+BLOCKS = (64, 64)  # query tokens and cached tokens a block; on CPU, larger ones do more in vain for short prompts
+LARGE_BLOCKS = (256, 128)  # of one long chunk by itself, for which small ones are slower by a third
 
 
 def prefill_attention(
@@ -22,15 +22,28 @@ def prefill_attention(
   *,
   softmax_scale: float,
   sliding_window: int | None = None,
-  block_tokens: int = BLOCK_TOKENS,
+  blocks: tuple[int, int] | None = None,
 ) -> jax.Array:
-  """See `pallas_kernels.prefill_attention.prefill_attention`; `block_tokens` cached tokens make a block."""
+  """See `pallas_kernels.prefill_attention.prefill_attention`; `blocks` are query tokens and cached tokens a block."""
+
+  def attend(blocks):
+    return _attend(q, pages, tables, offsets, lengths, softmax_scale, sliding_window, *blocks)
+
+  if blocks is not None:
+    return attend(blocks)
+  if q.shape[0] <= LARGE_BLOCKS[0]:
+    return attend(BLOCKS)
+  alone = jnp.sum(offsets[1:] > offsets[:-1]) == 1
+  return jax.lax.cond(alone, lambda: attend(LARGE_BLOCKS), lambda: attend(BLOCKS))
+
+
+def _attend(q, pages, tables, offsets, lengths, softmax_scale, sliding_window, block_rows, block_tokens):
   tokens, query_heads, head_dim = q.shape
   kv_heads, page_size = pages.shape[2:4]
   group = query_heads // kv_heads
   blocks = table_blocks(tables, page_size, block_tokens)  # [B, M, n]
   block_tokens = blocks.shape[2] * page_size
-  block_rows = min(BLOCK_ROWS, tokens)
+  block_rows = min(block_rows, tokens)
   padding = -tokens % block_rows
   queries = jnp.pad((q.astype(jnp.float32) * softmax_scale).astype(pages.dtype), ((0, padding), (0, 0), (0, 0)))
   queries = queries.reshape(-1, block_rows, kv_heads, group, head_dim)

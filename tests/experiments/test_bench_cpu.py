@@ -44,6 +44,7 @@ def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
     (('--threads=4096',), ('--threads is 4096', 'lower it')),
     (('--peer=vllm',), ('--peer', 'transformers')),
     (('surplus',), ("['surplus']",)),
+    (('--threads=1', '--checkpoint=tests/data/families/qwen3'), ('qwen3 is no plain Llama', '--peer=none')),
   ],
 )
 def test_bad_arguments_are_answered_by_name(arguments, words):

@@ -18,7 +18,7 @@ CASES = [(1, 6, 2), (4, 4, 4), (16, 8, 1), (64, 6, 2)]  # page size, query heads
 
 def chunks_for(page_size: int) -> list[tuple[int, int]]:
   """(cached before, new) tokens of each chunk."""
-  rows, tokens = xla.BLOCK_ROWS, xla.BLOCK_TOKENS
+  rows, tokens = xla.LARGE_BLOCKS
   return [
     (0, 0),  # empty, at the beginning
     (0, 1),  # one token
@@ -70,6 +70,30 @@ def test_xla_matches_reference(case):
   actual = run('xla', *case)
   np.testing.assert_allclose(actual, run('reference', *case), rtol=1e-5, atol=1e-5)
   assert not actual[-PADDING:].any()
+
+
+@pytest.mark.parametrize('blocks', [xla.BLOCKS, xla.LARGE_BLOCKS, (16, 512)])
+def test_blocks_of_any_size_give_the_same(blocks):
+  case = CASES[2]
+  q, paged, offsets, lengths = inputs(*case)
+  call = jax.jit(functools.partial(xla.prefill_attention, softmax_scale=HEAD_DIM**-0.5, blocks=blocks))
+  with jax.default_matmul_precision('highest'):
+    actual = call(q, paged.pages, paged.tables, offsets, lengths)
+  np.testing.assert_allclose(actual, run('reference', *case), rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_chunk_by_itself_takes_large_blocks_and_matches_the_reference():
+  q, paged, offsets, lengths = inputs(*CASES[2])
+  own = q[offsets[7] : offsets[8]]
+  offsets, lengths = np.array([0, 0, len(own), len(own)], np.int32), np.array([0, lengths[7], 0], np.int32)
+  assert len(own) > xla.LARGE_BLOCKS[0]
+  actual, expected = (
+    jax.jit(functools.partial(prefill_attention, implementation=name))(
+      own, paged.pages, paged.tables[6:9], offsets, lengths
+    )
+    for name in ('xla', 'reference')
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('window', [1, 6, 150])

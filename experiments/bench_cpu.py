@@ -229,8 +229,9 @@ def main(argv: list[str]) -> None:
   _keep_cores(_THREADS.value)
   measured = cases(_QUICK.value, _STEPS.value)
   rounds = 1 if _QUICK.value else _ROUNDS.value
-  deployment = _deploy(measured)
-  model = deployment.opened.model
+  config = _config(measured)
+  opened = open_model(config)
+  model = opened.model
   peer = None
   if _PEER.value == 'transformers':
     if not plain_llama(model):
@@ -242,6 +243,7 @@ def main(argv: list[str]) -> None:
       console.print(text, markup=False)
     else:
       peer = TransformersPeer(_CHECKPOINT.value, _THREADS.value, _ATTENTION.value)
+  deployment = deploy(config, opened)
   ours: dict[str, list[Measured]] = {case.name: [] for case in measured}
   theirs: dict[str, list[float]] = {case.name: [] for case in measured}
   floors: dict[str, list[float]] = {case.name: [] for case in measured}
@@ -295,18 +297,17 @@ def _keep_cores(threads: int) -> None:
   os.sched_setaffinity(0, cores[:threads])
 
 
-def _deploy(measured: Sequence[Case]) -> Deployment:
+def _config(measured: Sequence[Case]) -> ServingConfig:
   """One prefill and one decode worker on one device, with room for every case."""
   batch = max(case.batch for case in measured)
   longest = max(case.prompt_len for case in measured)
   pages = sum(-(-(case.prompt_len + case.steps + 1) // 16) for case in measured) * batch
   place: dict[str, Any] = {'num_pages': pages, 'devices': (0,)}
-  config = ServingConfig(
+  return ServingConfig(
     checkpoint=_CHECKPOINT.value,
     workers=prefill_pool(1, max_step_tokens=longest, **place) + decode_pool(1, max_sequences=batch, **place),
     platform='cpu',
   )
-  return deploy(config, open_model(config))
 
 
 def _print(console: Console, rows: Sequence[dict[str, Any]], peer: TransformersPeer | None, agreement: str) -> None:

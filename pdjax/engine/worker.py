@@ -132,13 +132,15 @@ class Worker:
   # -------------------------------------------------------------------------- compiling
 
   def compile(self, precision: str) -> dict[str, float]:
-    """Compile every bucket of every pass of the worker's role.
+    """Compile every bucket of every pass of the worker's role, and run each once for one token in page 0.
+
+    A program's first run is slow, on CPU by a fifth of a second: XLA prepares its products then.
 
     Args:
       precision: Of matrix products, as `jax.default_matmul_precision` takes it.
 
     Returns:
-      Seconds by program; programs compile side by side, so the sum exceeds the time it took.
+      Seconds of compiling by program; programs compile side by side, so the sum exceeds the time it took.
     """
     role = self.spec.role
     keys: list[tuple] = [('remember',), *([('admit',), ('copy',)] if role.decodes else [])]
@@ -155,42 +157,69 @@ class Worker:
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(2) as pool:
-      return {'x'.join(map(str, key)): seconds for key, seconds in zip(keys, pool.map(timed, keys), strict=True)}
+      seconds = {'x'.join(map(str, key)): took for key, took in zip(keys, pool.map(timed, keys), strict=True)}
+    for key in keys:
+      if key[0] in ('decode', 'fused'):
+        self._run(('admit',), *self._one_token('admit'))
+      self._run(key, *self._one_token(*key))
+    jax.block_until_ready((self.pages, self.slots))
+    return seconds
 
   def _lower(self, key: tuple) -> jax.stages.Lowered:
     passes = Passes(self.model, self.mesh, self.spec.max_fused_steps)
-    state = (self.weights, self.pages, self.slots)
+    call: Callable
+    state: tuple = (self.weights, self.pages, self.slots)
+    donated: tuple[int, ...] = (1, 2)
+    match key[0]:
+      case 'copy':
+        call, state, donated = copy, (self.pages,), (0,)
+      case 'admit' | 'remember' as name:
+        call, state, donated = Slots.put if name == 'admit' else Slots.remember, (self.slots,), (0,)
+      case name:
+        call = getattr(passes, name)
+    sharding = replicated(self.mesh)
+    arguments = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self._one_token(*key)
+    )
+    return jax.jit(call, donate_argnums=donated).lower(*state, *arguments)
+
+  def _one_token(self, *key: Any) -> tuple[Any, ...]:
+    """What a program is given beside the worker's state: for one token, in slot 0, that its sequence ends with."""
     match key:
       case ('prefill', tokens):
-        return jax.jit(passes.prefill, donate_argnums=(1, 2)).lower(
-          *state, self._abstract(self._pack_chunks((), tokens))
-        )
+        chunks = self._pack_chunks((), tokens)
+        chunks.offsets[1:], chunks.lengths[:1] = 1, 1
+        return (chunks,)
       case ('decode', batch):
-        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
-        return jax.jit(passes.decode, donate_argnums=(1, 2)).lower(
-          *state, self._abstract(self._pack_ids((), batch)), steps
-        )
+        return self._pack_ids((0,), batch), np.int32(1)
       case ('fused', tokens, batch):
-        chunks, ids = self._pack_chunks((), tokens), self._pack_ids((), batch)
-        return jax.jit(passes.fused, donate_argnums=(1, 2)).lower(*state, self._abstract(chunks), self._abstract(ids))
+        return *self._one_token('prefill', tokens), self._pack_ids((0,), batch)
       case ('admit',):
-        ids = self._abstract(self._pack_ids((), self._num_slots))
-        return jax.jit(Slots.put, donate_argnums=0).lower(self.slots, ids, self._abstract(self._empty_rows()))
+        rows = self._empty_rows()
+        rows.alive[0] = True
+        return self._pack_ids((0,), self._num_slots), rows
       case ('remember',):
-        row = jax.ShapeDtypeStruct((self.model.vocab_size,), np.uint16, sharding=replicated(self.mesh))
-        return jax.jit(Slots.remember, donate_argnums=0).lower(self.slots, self._abstract(np.int32(0)), row)
+        return np.int32(0), np.zeros(self.model.vocab_size, np.uint16)
       case ('copy',):
-        page = self._abstract(np.int32(0))
-        return jax.jit(copy, donate_argnums=0).lower(self.pages, page, page)
+        return np.int32(0), np.int32(0)
     raise AssertionError(key)
-
-  def _abstract(self, tree: Any) -> Any:
-    sharding = replicated(self.mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
   def program(self, *key: Any) -> jax.stages.Compiled:
     """A compiled pass: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`."""
     return self._programs[key]
+
+  def _run(self, key: tuple, *arguments: Any) -> list[Any]:
+    """Hand a program to the devices; what it gives beside the worker's new state."""
+    program = self.program(*key)
+    match key[0]:
+      case 'copy':
+        self.pages = program(self.pages, *arguments)
+        return []
+      case 'admit' | 'remember':
+        self.slots = program(self.slots, *arguments)
+        return []
+    self.pages, self.slots, *out = program(self.weights, self.pages, self.slots, *arguments)
+    return out
 
   # -------------------------------------------------------------------------- running
 
@@ -206,21 +235,18 @@ class Worker:
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
     ids = [decode.slot for decode in order.decodes]
-    state = (self.weights, self.pages, self.slots)
     first = tokens = None
     if not order.chunks:
       batch = bucket_for(len(ids), self.spec.batch_buckets)
-      program = self.program('decode', batch)
-      self.pages, self.slots, tokens = program(*state, self._pack_ids(ids, batch), np.int32(order.steps))
+      (tokens,) = self._run(('decode', batch), self._pack_ids(ids, batch), np.int32(order.steps))
     else:
       size = bucket_for(sum(chunk.length for chunk in order.chunks), self.spec.token_buckets)
       chunks = self._pack_chunks(order.chunks, size)
       if self.spec.role.decodes:
-        program = self.program('fused', size, self.spec.max_sequences)
-        batch_ids = self._pack_ids(ids, self.spec.max_sequences)
-        self.pages, self.slots, first, tokens = program(*state, chunks, batch_ids)
+        batch = self.spec.max_sequences
+        first, tokens = self._run(('fused', size, batch), chunks, self._pack_ids(ids, batch))
       else:
-        self.pages, self.slots, first = self.program('prefill', size)(*state, chunks)
+        (first,) = self._run(('prefill', size), chunks)
     return Pending(first, tokens)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
@@ -283,14 +309,14 @@ class Worker:
     """Note a sequence's past in a row of the history, if its penalties ask for it."""
     if request.sampling.penalises:
       row_of = past(request.prompt, tokens, self.model.vocab_size)
-      self.slots = self.program('remember')(self.slots, np.int32(row), row_of)
+      self._run(('remember',), np.int32(row), row_of)
 
   def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
     rows = self._empty_rows()
     for row, (slot, admission) in enumerate(admitted):
       request, tokens = admission.request, admission.tokens
       if admission.copy is not None:
-        self.pages = self.program('copy')(self.pages, *map(np.int32, admission.copy))
+        self._run(('copy',), *map(np.int32, admission.copy))
       rows.tokens[row] = tokens[-1] if tokens else request.prompt[-1]
       rows.lengths[row] = request.prompt_len + len(tokens) - 1
       rows.generated[row] = len(tokens)
@@ -314,7 +340,7 @@ class Worker:
 
   def _put_slots(self, slots: Sequence[int], rows: Sequences) -> None:
     """Replace these slots by the first of so many rows."""
-    self.slots = self.program('admit')(self.slots, self._pack_ids(slots, self._num_slots), rows)
+    self._run(('admit',), self._pack_ids(slots, self._num_slots), rows)
 
   def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
     limits = [self._limit_of(request) for request in requests]

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pdjax.engine.worker import Worker
@@ -47,6 +48,26 @@ def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_
   assert large.alias_size_in_bytes >= pool_bytes(larger)
   assert large.temp_size_in_bytes <= 1.1 * small.temp_size_in_bytes
   assert large.temp_size_in_bytes < pool_bytes(larger) / 4
+
+
+@pytest.mark.parametrize(
+  'fixture, name', [('two_and_two', 'prefill0'), ('two_and_two', 'decode0'), ('colocated_pair', 'both0')]
+)
+def test_every_program_has_run_once_before_the_first_request_and_nothing_is_alive_then(
+  fixture, name, request, monkeypatch
+):
+  model = request.getfixturevalue(fixture).workers[name]
+  worker = Worker(
+    model.spec, model.model, model.mesh, model.weights, model.page_size, model.dtype, lambda request: 1
+  )  # fmt: skip
+  ran = []
+  program = Worker.program
+  monkeypatch.setattr(Worker, 'program', lambda worker, *key: [ran.append(key), program(worker, *key)][1])
+  seconds = worker.compile('highest')
+  assert {'x'.join(map(str, key)) for key in ran} == set(seconds)
+  assert not np.asarray(worker.slots.rows.alive).any()
+  assert not np.asarray(worker.slots.history).any()
+  assert not any(np.asarray(layer[1:]).any() for layer in worker.pages.layers)
 
 
 def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_pool(two_and_two):

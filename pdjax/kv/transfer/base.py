@@ -39,7 +39,7 @@ class Transport(Protocol):
   """The way from one pool to another."""
 
   def compile(self) -> dict[str, float]:
-    """Compile every size of batch; seconds by program."""
+    """Compile every size of batch and run each once between pools that are empty still; seconds by program."""
 
   def send(self, source_pages: Sequence[int], target_pages: Sequence[int]) -> Parcel:
     """Put pages on their way and return at once, even if passes that compute them are still under way."""

@@ -7,7 +7,8 @@ Both hold SmolLM2-135M's weights in float32 and have two threads each, and take 
 of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
 policy and the engine's paged passes, one decode step a pass, one prefill and one decode worker on one device.
 transformers runs a batch of equal prompts, with its own cache and without gradients, and never waits for a request: its
-best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared.
+best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more case draws
+them.
 
 The floor is what the same matrices times rows take by themselves, multiplied by XLA in the better of two ways, and one
 pass over the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.
@@ -55,17 +56,27 @@ PAUSE_S = 0.2  # between two measurements: torch's threads spin for a moment aft
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured: prompts of `prompt_len` tokens, and `steps` decode steps after them; none is a prefill."""
+  """What is measured: prompts of `prompt_len` tokens, and `steps` decode steps after them; none is a prefill.
+
+  Tokens are greedy, or drawn from a nucleus of `top_p` at temperature 1; then there is no peer.
+  """
 
   name: str
   batch: int
   prompt_len: int
   steps: int = 0
+  top_p: float | None = None
 
   @classmethod
-  def decode(cls, batch: int, context: int, steps: int) -> 'Case':
+  def decode(cls, batch: int, context: int, steps: int, top_p: float | None = None) -> 'Case':
     """Decode steps around a context length."""
-    return cls(f'decode batch {batch} context {context}', batch, max(context - steps // 2, 1), steps)
+    name = f'decode batch {batch} context {context}' + (f' top-p {top_p}' if top_p else '')
+    return cls(name, batch, max(context - steps // 2, 1), steps, top_p)
+
+  def sampling(self) -> SamplingParams:
+    """How every request chooses its tokens."""
+    greedy = SamplingParams(max_tokens=self.steps + 1, ignore_eos=True)
+    return greedy if self.top_p is None else dataclasses.replace(greedy, temperature=1.0, top_p=self.top_p)
 
   @property
   def tokens(self) -> int:
@@ -125,8 +136,7 @@ class Measured:
 
 def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measured:
   """Serve a case's prompts through the loop; a prefill counts from its arrival to its token."""
-  sampling = SamplingParams(max_tokens=case.steps + 1, ignore_eos=True)
-  requests = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+  requests = [Request(str(i), prompt, case.sampling()) for i, prompt in enumerate(prompts)]
   engine = deployment.built.engine
   backend = Timed(engine)
   state = deployment.empty_state()
@@ -213,12 +223,13 @@ def _median_s(call: Callable[[], Any], repeats: int = 7) -> float:
 def cases(quick: bool, steps: int) -> list[Case]:
   """What is measured."""
   if quick:
-    return [Case('prefill 32', 1, 32), Case.decode(2, 16, 8)]
+    return [Case('prefill 32', 1, 32), Case.decode(2, 16, 8), Case.decode(2, 16, 8, top_p=0.9)]
   return [
     Case('prefill 512', 1, 512),
     Case.decode(1, 64, steps),
     Case.decode(32, 64, steps),
     Case.decode(32, 512, steps),
+    Case.decode(32, 64, steps, top_p=0.9),
   ]
 
 
@@ -253,7 +264,7 @@ def main(argv: list[str]) -> None:
       prompts = case.prompts(model)
       ours[case.name].append(measure(deployment, case, prompts))
       floors[case.name].append(floor_s(model, case, copy_bytes_per_s(_THREADS.value), 3 if _QUICK.value else 7))
-      if peer is None:
+      if peer is None or case.top_p is not None:
         continue
       time.sleep(PAUSE_S)
       answer = peer.generate(prompts, case.steps)
@@ -270,15 +281,17 @@ def main(argv: list[str]) -> None:
   rows = []
   for case in measured:
     pass_s = statistics.median(one.pass_s for one in ours[case.name])
-    peer_value = case.tokens / statistics.median(theirs[case.name]) if peer else None
+    other = theirs[case.name]
     rows.append(
       row(
         case.name, case.tokens / pass_s, 'tokens/s',
-        peer='transformers', peer_value=peer_value,
+        peer='transformers' if other else None, peer_value=case.tokens / statistics.median(other) if other else None,
         floor_share=statistics.median(floors[case.name]) / pass_s,
       )
     )  # fmt: skip
-  largest = max((case for case in measured if case.steps), key=lambda case: (case.batch, -case.context))
+  largest = max(
+    (case for case in measured if case.steps and not case.top_p), key=lambda case: (case.batch, -case.context)
+  )
   share = statistics.median(one.host_share for one in ours[largest.name])
   rows.append(row(f'host loop, share of {largest.name}', 100 * share, '%'))
   _print(console, rows, peer, f'{agreeing} of {compared}')

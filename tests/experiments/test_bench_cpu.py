@@ -28,11 +28,12 @@ def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
   assert 'torch' in done.stdout and 'not installed' in done.stdout and 'pdjax[peers]' in done.stdout
   rows = {row['name']: row for row in json.loads(figures.read_text())}
   assert list(rows) == [
-    'prefill 32', 'decode batch 2 context 16', 'host loop, share of decode batch 2 context 16',
+    'prefill 32', 'decode batch 2 context 16', 'decode batch 2 context 16 top-p 0.9',
+    'host loop, share of decode batch 2 context 16',
   ]  # fmt: skip
   for row in rows.values():
     assert list(row) == ['name', 'value', 'unit', 'peer', 'peer_value', 'ratio', 'floor_share']
-    assert row['value'] > 0 and row['peer_value'] is None and row['ratio'] is None
+    assert row['value'] > 0 and row['peer'] is row['peer_value'] is row['ratio'] is None
   for name in ('prefill 32', 'decode batch 2 context 16'):
     assert rows[name]['unit'] == 'tokens/s' and rows[name]['floor_share'] > 0
     assert name in done.stdout

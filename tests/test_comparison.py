@@ -412,7 +412,7 @@ def test_a_division_that_does_not_fit_is_left_out_and_a_mistake_in_serving_is_no
     return simulate(run, **options)
 
   monkeypatch.setattr(launch, 'simulate', broken)
-  with pytest.raises(ValueError, match='a mistake'):
+  with pytest.raises(ValueError, match=r'^a mistake$'):
     pdjax.compare(run, budgets=(8,))
 
 

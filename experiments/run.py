@@ -6,11 +6,11 @@ python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the 
 python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --workdir=out \
-    --compare --rates=8,16,24,32 --splits=2P1D,1P2D
+    --compare --rates=8,16,24,32 --splits=2P1D,1P2D --budgets=128,256,512
 
 With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
-`report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, and the page
-and `compare.json` say who wins where; `pdjax/comparison.py` says how.
+`report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, either side
+with several sizes of a pass, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats.
@@ -55,7 +55,7 @@ _CALIBRATE = flags.DEFINE_bool(
 _COMPARE = flags.DEFINE_bool('compare', False, 'Also run the colocated baseline on the same devices and workload.')
 _RATES = flags.DEFINE_list('rates', None, 'With --compare: requests per second to try, "1,2,4".')
 _SPLITS = flags.DEFINE_list('splits', None, 'With --compare: splits to try instead of the config\'s, "2P1D,1P2D".')
-_BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: tokens of a colocated pass to try, "256,512".')
+_BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: most tokens of a pass to try, "256,512".')
 _FIGURE = flags.DEFINE_string('figure', None, 'Also draw the run as one picture: a file that ends in .svg or .png.')
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
@@ -120,7 +120,7 @@ def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console
     splits=_SPLITS.value,
     budgets=None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int),
     workdir=_WORKDIR.value,
-    say=lambda line: console.print(line, markup=False),
+    say=lambda line: console.print(line, markup=False, soft_wrap=True),
     calibrate=_CALIBRATE.value,
     opened=opened,
   )

@@ -118,18 +118,7 @@ def simulate(
   opened = opened or open_model(config)
   model, cost = opened.model, config.cost
   arrivals = _arrivals(config, opened)
-  carved = carve_devices(config.workers, devices_needed(config.workers))
-  chip = getattr(cost, 'chip', None)
-  memory = chip.memory_bytes * ACCELERATOR_SHARE if chip is not None else math.inf
-  workers = size_pools(
-    config.workers,
-    carved,
-    model,
-    config.page_size,
-    config.dtype_bytes,
-    memory,
-    one_memory=getattr(cost, 'shared_host', False),
-  )
+  workers, carved = size_simulated(config, model)
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   state = ClusterState(model, workers, config.page_size)
@@ -142,6 +131,29 @@ def simulate(
     environment={'devices': carved},
   )  # fmt: skip
   return RunResult(report, completions, events, workers, model)
+
+
+def size_simulated(
+  config: ServingConfig, model: ModelSpec
+) -> tuple[tuple[WorkerSpec, ...], dict[str, tuple[int, ...]]]:
+  """The workers that `simulate` would run, `num_pages` filled in, and the devices of each by its name.
+
+  Raises:
+    ValueError: if the memory that `config.cost` knows of does not hold them.
+  """
+  carved = carve_devices(config.workers, devices_needed(config.workers))
+  chip = getattr(config.cost, 'chip', None)
+  memory = chip.memory_bytes * ACCELERATOR_SHARE if chip is not None else math.inf
+  workers = size_pools(
+    config.workers,
+    carved,
+    model,
+    config.page_size,
+    config.dtype_bytes,
+    memory,
+    one_memory=getattr(config.cost, 'shared_host', False),
+  )
+  return workers, carved
 
 
 def generate(

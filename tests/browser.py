@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pathlib
+import select
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 
+_PATIENCE_S = 60
+
 
 def find() -> str | None:
   """The browser's command, if there is one here."""
@@ -35,7 +38,8 @@ class Browser:
     self._reader, from_browser = os.pipe()
     arguments = [
       command, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--hide-scrollbars',
-      '--no-first-run', '--disable-extensions', '--disable-background-networking', '--remote-debugging-pipe',
+      '--no-first-run', '--disable-extensions', '--disable-background-networking', '--disable-component-update',
+      '--disable-sync', '--disable-quic', '--remote-debugging-pipe',
       f'--user-data-dir={self._folder.name}', 'about:blank',
     ]  # fmt: skip
     self._process = subprocess.Popen(
@@ -101,6 +105,7 @@ class Browser:
 
   def _receive(self) -> dict[str, Any]:
     while b'\0' not in self._rest:
+      assert select.select([self._reader], [], [], _PATIENCE_S)[0], f'the browser was silent for {_PATIENCE_S} s'
       data = os.read(self._reader, 1 << 20)
       assert data, 'the browser has ended'
       self._rest += data

@@ -1,15 +1,28 @@
 """Disaggregated against colocated: fair baselines, honest winners, sentences that follow the figures."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import pdjax
-from pdjax import comparison as compared
 from pdjax import launch
-from pdjax.comparison import Case, Comparison, Outcomes, at_rate, colocated_systems, contests, with_split
+from pdjax.comparison import (
+  Case,
+  Comparison,
+  Outcomes,
+  System,
+  at_rate,
+  colocated_systems,
+  contests,
+  disaggregated_systems,
+  print_comparison,
+  running,
+  with_split,
+)
 from pdjax.types.model import mesh_shape
 from tests.tiny import TINY, config
 
@@ -29,15 +42,21 @@ def over_rates(tmp_path_factory):
   return pdjax.compare(run, rates=(80, 40), splits=('2P1D', '1p2d'), budgets=(8, 16), workdir=folder), folder
 
 
-def _case(report, seconds, *, colocated=False, rate=1.0, good=None) -> Case:
-  """A case in which every latency is `seconds`, so that only they decide."""
+def _case(report, seconds, *, division='1P1D', tokens=8, devices=2, rate=1.0, good=None, tpot_s=None) -> Case:
+  """A case in which every latency is `seconds`, so that only they decide; NaN is a request that did not complete."""
   seconds = np.asarray(seconds, np.float64)
-  outcomes = Outcomes(seconds, seconds / 10, seconds * 2, np.ones(len(seconds)) if good is None else good)
-  return Case('colocated' if colocated else '1P1D', colocated, 2, rate, report, outcomes)
+  tpot_s = seconds / 10 if tpot_s is None else np.asarray(tpot_s, np.float64)
+  good = np.isfinite(seconds).astype(np.float64) if good is None else good
+  system = System(division, tokens, config(division), division.endswith('C'), devices)
+  return Case(system, rate, report, Outcomes(seconds, tpot_s, seconds * 2, good))
+
+
+def _compared(*cases, backend='simulator', shown_rate=1.0) -> Comparison:
+  return Comparison(backend, cases, shown_rate, {})
 
 
 def _pair(report, ours, theirs) -> Comparison:
-  return Comparison('simulator', (_case(report, ours), _case(report, theirs, colocated=True)), 1.0, {})
+  return _compared(_case(report, ours), _case(report, theirs, division='2C'))
 
 
 # ---------------------------------------------------------------------------- a fair baseline
@@ -45,7 +64,7 @@ def _pair(report, ours, theirs) -> Comparison:
 
 def test_the_baseline_is_every_equal_division_that_the_model_allows():
   run = config('2P1D', prefill_tp=2, decode_tp=2)
-  systems, missing = colocated_systems(run, TINY, budgets=(8, 32))
+  systems, missing = colocated_systems([run], TINY, budgets=(8, 32))
   assert [(system.name, system.devices) for system in systems] == [
     (f'{name}, {budget} tokens', 6) for name in ('1C tp6', '3C tp2', '6C tp1') for budget in (8, 32)
   ]
@@ -59,7 +78,7 @@ def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():
   def kv_bytes(workers):  # each of the devices that share a key/value head holds a copy of it
     return sum(worker.num_pages * worker.tp / mesh_shape(TINY, worker.tp)[0] for worker in workers)
 
-  for system in colocated_systems(run, TINY)[0]:
+  for system in colocated_systems([run], TINY)[0]:
     workers = system.config.workers
     assert kv_bytes(run.workers) - len(workers) * 3 <= kv_bytes(workers) <= kv_bytes(run.workers)
     assert sum(worker.max_sequences for worker in workers) >= 10
@@ -67,15 +86,45 @@ def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():
 
 
 def test_budgets_are_parts_of_the_largest_pass_unless_they_are_given():
-  systems, _ = colocated_systems(config(), TINY)
-  assert sorted({system.config.policy.token_budget for system in systems}) == [4, 8, 16, 32]
-  with pytest.raises(ValueError, match='token budget 0'):
-    colocated_systems(config(), TINY, budgets=(0,))
+  systems, _ = colocated_systems([config()], TINY)
+  assert sorted({system.config.policy.token_budget for system in systems}) == [2, 4, 8, 16, 32]
+  with pytest.raises(ValueError, match='0 tokens of one pass'):
+    colocated_systems([config()], TINY, budgets=(0,))
+
+
+@pytest.mark.parametrize(('budgets', 'sizes'), [(None, [2, 4, 8, 11, 16, 32]), ((24, 8), [8, 24])])
+def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
+  run = dataclasses.replace(config('2P1D'), policy=pdjax.Disaggregated(max_prefill_tokens=11))
+  ours, theirs = disaggregated_systems(run, budgets), colocated_systems([run], TINY, budgets)[0]
+  assert [system.config.policy.max_prefill_tokens for system in ours] == sizes
+  assert [system.config.policy.token_budget for system in theirs if system.division == '3C tp1'] == sizes
+  assert {system.config.workers for system in ours} == {run.workers}  # so nothing more is compiled
+
+
+def test_a_policy_without_a_size_of_its_passes_is_tried_as_it_is():
+  @dataclasses.dataclass(frozen=True)
+  class Plain:
+    def decide(self, state):
+      return []
+
+  run = dataclasses.replace(config(), policy=Plain())
+  assert [(one.name, one.config) for one in disaggregated_systems(run)] == [('1P1D', run)]
+
+
+def test_the_baseline_is_the_same_whatever_the_order_of_the_splits():
+  few = with_split(config(decode_tp=2, num_pages=32), '2P1D')
+  many = with_split(config(decode_tp=2, num_pages=48), '2P1D')
+  wide = with_split(config(prefill_tp=1, decode_tp=1), '1P3D')
+  for runs in ((few, many, wide), (wide, many, few)):
+    systems, _ = colocated_systems(runs, TINY, budgets=(8,))
+    workers = next(system.config.workers for system in systems if system.division == '4C tp1')
+    assert sum(worker.max_sequences for worker in workers) >= 12
+    assert sum(worker.num_pages for worker in workers) == 4 * 64
 
 
 def test_workers_that_share_a_device_share_it_with_the_baseline_too():
   workers = pdjax.prefill_pool(1, devices=(0,), num_pages=64) + pdjax.decode_pool(1, devices=(0,), num_pages=64)
-  systems, _ = colocated_systems(dataclasses.replace(config(), workers=workers), TINY, budgets=(16,))
+  systems, _ = colocated_systems([dataclasses.replace(config(), workers=workers)], TINY, budgets=(16,))
   assert [system.config.workers[0].devices for system in systems] == [(0,)]
   assert [worker.num_pages for worker in systems[0].config.workers] == [128]
 
@@ -111,8 +160,8 @@ def test_the_faster_side_wins_and_the_sentence_follows_both_ways_round(report):
   slow = rng.uniform(0.9, 1.1, 100)
   fast = slow * 0.8
   ours, theirs = _pair(report, fast, slow), _pair(report, slow, fast)
-  assert {one.winner for one in ours.contests[1.0] if one.unit} == {'1P1D'}
-  assert {one.winner for one in theirs.contests[1.0] if one.unit} == {'colocated'}
+  assert {one.winner for one in ours.contests[1.0]['1P1D'] if one.unit} == {'1P1D'}
+  assert {one.winner for one in theirs.contests[1.0]['1P1D'] if one.unit} == {'2C'}
   assert 'the best colocated system wins on nothing' in ours.verdict()[0]
   assert '1P1D wins on nothing' in theirs.verdict()[0]
   p50_ms = [float(np.percentile(side, 50)) * 1e3 for side in (fast, slow)]
@@ -123,14 +172,14 @@ def test_the_faster_side_wins_and_the_sentence_follows_both_ways_round(report):
 def test_equal_runs_and_differences_within_chance_have_no_winner(report):
   rng = np.random.default_rng(2)
   once = rng.exponential(1.0, 100)
-  assert all(one.winner is None for one in _pair(report, once, once).contests[1.0])
+  assert all(one.winner is None for one in _pair(report, once, once).contests[1.0]['1P1D'])
   assert 'are alike' in _pair(report, once, once).verdict()[0]
   other = rng.permutation(once) * 1.02  # 2 % worse, far less than the requests differ
-  assert all(one.winner is None for one in _pair(report, other, once).contests[1.0])
+  assert all(one.winner is None for one in _pair(report, other, once).contests[1.0]['1P1D'])
 
 
 def test_a_sure_difference_of_less_than_a_hundredth_is_none(report):
-  seconds = np.linspace(1, 2, 50)
+  seconds = np.linspace(1, 2, 120)
   assert all(one.winner is None for one in contests(_case(report, seconds), _case(report, seconds * 1.005)))
   assert all(one.winner for one in contests(_case(report, seconds), _case(report, seconds * 1.02)) if one.unit)
 
@@ -138,28 +187,153 @@ def test_a_sure_difference_of_less_than_a_hundredth_is_none(report):
 def test_more_requests_within_their_limits_win(report):
   good = np.ones(60)
   few = good.copy()
-  few[:30] = 0
-  ours, theirs = _case(report, good, good=good), _case(report, good, good=few, colocated=True)
+  few[::2] = 0
+  ours, theirs = _case(report, good, good=good), _case(report, good, good=few, division='2C')
   assert contests(ours, theirs)[0].winner == '1P1D'
   assert contests(dataclasses.replace(ours, outcomes=theirs.outcomes), theirs)[0].winner is None
   assert ours.merit > theirs.merit
 
 
 def test_among_equals_in_goodput_the_lowest_mean_latency_is_best(report):
-  cases = (_case(report, [1, 1, 1]), _case(report, [1, 1, 0.7]), _case(report, [1, 1, 0.9], colocated=True))
-  assert Comparison('simulator', cases, 1.0, {}).pair(1.0) == (cases[1], cases[2])
+  ours = _case(report, [1, 1, 1]), _case(report, [1, 1, 0.7], tokens=16)
+  theirs = _case(report, [1, 1, 0.9], division='2C')
+  assert _compared(*ours, theirs).pair(1.0) == (ours[1], theirs)
 
 
 def test_rates_are_told_by_side(report):
-  fast, slow = np.linspace(0.5, 1, 40), np.linspace(1, 2, 40)
-  cases = [_case(report, fast, rate=1.0), _case(report, slow, rate=1.0, colocated=True)]
-  cases += [_case(report, slow, rate=8.0), _case(report, fast, rate=8.0, colocated=True)]
-  cases += [_case(report, fast, rate=2.0), _case(report, fast, rate=2.0, colocated=True)]
-  lines = Comparison('engine', tuple(cases), 1.0, {}).verdict()
-  told = 'disaggregation is ahead at 1; colocation is ahead at 8; no clear difference at 2 req/s.'
+  fast, slow = np.linspace(0.5, 1, 120), np.linspace(1, 2, 120)
+  cases = [_case(report, fast, rate=1.0), _case(report, slow, rate=1.0, division='2C')]
+  cases += [_case(report, slow, rate=8.0), _case(report, fast, rate=8.0, division='2C')]
+  cases += [_case(report, fast, rate=2.0), _case(report, fast, rate=2.0, division='2C')]
+  result = _compared(*cases, backend='engine')
+  lines = result.verdict()
+  told = '1P1D is ahead at 1 req/s; colocated is ahead of 1P1D at 8 req/s.'
   assert f'TTFT p99: {told}' in lines and f'Mean E2E: {told}' in lines
-  assert 'No clear difference at any rate in share completed.' in lines
-  assert 'each system ran once' in lines[-1]
+  assert 'At other rates no difference is clear, and at no rate in share completed.' in lines
+  assert 'Each system ran once' in lines[-1]
+  assert result.standings()[0] == ['req/s', '1', '2', '8']
+  assert ['TTFT p99', '1P1D', '–', 'colocated'] in result.standings()
+  assert list(result.curves) == ['1P1D', 'colocated']
+  assert result.beside().standings == result.standings() and told not in ' '.join(result.beside().verdict)
+
+
+def test_every_split_is_held_against_the_baseline_and_named(report):
+  even, fast, slow = (np.linspace(1, 2, 120) * factor for factor in (1.0, 0.5, 2.0))
+  cases = []
+  for rate in (1.0, 2.0):
+    cases.append(_case(report, fast, rate=rate, tpot_s=slow))  # wins TTFT
+    cases.append(_case(report, slow, rate=rate, division='1P2D', tpot_s=fast))  # wins TPOT
+    cases.append(_case(report, even, rate=rate, division='2C', tpot_s=even))
+  result = _compared(*cases)
+  assert 'TTFT p99: 1P1D is ahead at every rate; colocated is ahead of 1P2D at every rate.' in result.verdict()
+  assert 'TPOT p50: colocated is ahead of 1P1D at every rate; 1P2D is ahead at every rate.' in result.verdict()
+  assert not [line for line in result.verdict() if 'colocation is ahead' in line]
+  assert list(_compared(*cases[2::-1]).curves) == ['1P1D', '1P2D', 'colocated']  # the shown one first
+  rows = {row[0]: row[1:] for row in result.standings()}
+  assert rows['TTFT p99'] == ['1P1D', '1P1D'] and rows['TPOT p99'] == ['1P2D', '1P2D']
+  winners = {split: results[2]['winner'] for split, results in result.to_json()['contests']['1'].items()}
+  assert winners == {'1P1D': '1P1D', '1P2D': '2C'}
+
+
+def test_colocated_is_ahead_in_the_table_only_where_it_beats_every_split(report):
+  even, slow = np.linspace(1, 2, 120), np.linspace(2, 4, 120)
+  cases = [
+    _case(report, seconds, rate=rate, division=division)
+    for rate in (1.0, 2.0)
+    for division, seconds in (('1P1D', even if rate == 1 else slow), ('1P2D', slow), ('2C', even))
+  ]
+  assert {tuple(row[1:]) for row in _compared(*cases).standings()[2:]} == {('–', 'colocated')}
+
+
+def test_each_split_meets_the_baseline_on_as_many_devices(report):
+  even, fast, faster = (np.linspace(1, 2, 120) * factor for factor in (1.0, 0.5, 0.2))
+  cases = [_case(report, even), _case(report, fast, division='2C'), _case(report, fast, division='2C', tokens=16)]
+  cases += [_case(report, fast, division='3P3D', devices=6), _case(report, faster, division='6C', devices=6)]
+  lines = _compared(*cases).verdict()
+  assert lines[0].startswith('At 1 req/s, on the same 6 devices, the best colocated system wins on TTFT p50 (300')
+  assert lines[1].startswith('At 1 req/s, on the same 2 devices, the best colocated system wins on TTFT p50 (750')
+  assert '; colocated as 6C with passes of up to 8 tokens.' in lines[2]
+  assert '; colocated, 2 devices as 2C with passes of up to 8 tokens (of 2 tried);' in lines[2]
+
+
+def test_the_best_at_an_end_of_what_was_tried_says_so(report):
+  fast, slow = np.linspace(0.5, 1, 20), np.linspace(1, 2, 20)
+
+  def verdict(smallest, middle, largest):
+    sizes = zip((4, 8, 16), (smallest, middle, largest), strict=True)
+    baseline = [_case(report, seconds, division='2C', tokens=tokens) for tokens, seconds in sizes]
+    return ' '.join(_compared(_case(report, slow), *baseline).verdict())
+
+  assert 'The smallest size of a pass that was tried is the best for colocated at 1 req/s' in verdict(fast, slow, slow)
+  assert 'The largest size of a pass that was tried is the best for colocated at 1 req/s' in verdict(slow, slow, fast)
+  assert 'size of a pass that was tried' not in verdict(slow, fast, slow)
+  assert 'size of a pass that was tried' not in verdict(slow, slow, slow)  # it makes no difference
+
+
+def _sojourns(rng, arrivals_s):
+  """Seconds that requests spend at a server of 80 % load that is busy with each for a random time."""
+  waited_s, found = 0.0, []
+  for gap_s, service_s in zip(np.diff(arrivals_s, prepend=0.0), rng.exponential(0.8, len(arrivals_s)), strict=True):
+    waited_s = max(waited_s - gap_s, 0.0) + service_s
+    found.append(waited_s)
+  return found
+
+
+def test_equal_queues_seldom_have_a_winner(report):
+  rng = np.random.default_rng(3)
+  won = 0
+  for _ in range(25):
+    arrivals_s = np.cumsum(rng.exponential(1.0, 600))
+    ours, theirs = (_case(report, _sojourns(rng, arrivals_s), division=name) for name in ('1P1D', '2C'))
+    won += sum(one.winner is not None for one in contests(ours, theirs) if one.figure in ('TTFT p50', 'mean E2E'))
+  assert won <= 15  # of 50; drawing single requests announces 36
+
+
+def test_p99_of_few_requests_is_not_judged(report):
+  few, many = (_pair(report, np.linspace(1, 2, count), np.linspace(2, 4, count)) for count in (99, 100))
+  judged = [[one.figure for one in result.contests[1.0]['1P1D'] if one.judged] for result in (few, many)]
+  assert sorted({*judged[1]} - {*judged[0]}) == ['TPOT p99', 'TTFT p99']
+  assert 'p99 (' not in few.verdict()[0] and 'TTFT p99 (' in many.verdict()[0]
+  assert 'p99 is not judged below 100 requests' in ' '.join(few.verdict())
+  assert 'not judged' not in ' '.join(many.verdict()) and 'drawn in blocks of 10 neighbours' in ' '.join(many.verdict())
+  alone = _pair(report, np.linspace(1, 2, 6), np.linspace(2, 4, 6))
+  assert '6 requests are too few to tell 1P1D and the best colocated system apart' in alone.verdict()[0]
+
+
+def test_a_side_that_completed_nothing_has_unknown_latencies(report):
+  nothing, seconds = np.full(30, np.nan), np.linspace(1, 2, 30)
+  one_sided = _pair(report, nothing, seconds).verdict()[0]
+  assert '1P1D completed no request, so its latencies are unknown' in one_sided
+  assert 'wins on share completed (100.0% against 0.0%)' in one_sided and 'No clear difference' not in one_sided
+  neither = _pair(report, nothing, nothing).verdict()[0]
+  assert neither == 'At 1 req/s, on the same 2 devices, neither 1P1D nor the best colocated system completed a request.'
+
+
+def test_latencies_are_compared_over_what_both_completed(report):
+  all_of_them = np.repeat([1.0, 9.0], 60)
+  easy_half = np.where(all_of_them < 5, all_of_them * 1.2, np.nan)
+  line = _pair(report, easy_half, all_of_them).verdict()[0]
+  assert 'mean E2E (2,000 against 2,400 ms)' in line
+  assert 'Latencies are those of the 60 requests that both completed.' in line
+
+
+def test_high_rates_are_written_out(report):
+  seconds, rates = np.linspace(1, 2, 120), (5.0, 1234.5, 250_000.0)
+  cases = [_case(report, seconds * (1 if rate == 5 else 2), rate=rate) for rate in rates]
+  cases += [_case(report, seconds, rate=rate, division='2C') for rate in rates]
+  result = _compared(*cases, shown_rate=1234.5)
+  assert result.verdict()[0].startswith('At 1,234.5 req/s') and result.standings()[0][1:] == ['5', '1,234.5', '250,000']
+  assert 'colocated is ahead of 1P1D at 1,234.5 and 250,000 req/s.' in result.verdict()[1]
+  assert result.beside().rows[2][1] == '250,000'
+
+
+def test_the_printed_comparison_is_not_wrapped_and_says_what_its_rows_are(report):
+  console = Console(file=io.StringIO(), width=80)
+  result = _pair(report, np.linspace(1, 2, 120), np.linspace(2, 4, 120))
+  print_comparison(result, console)
+  text = console.file.getvalue()
+  assert all(f'• {line}\n' in text for line in result.verdict())
+  assert 'The best of each split and of the colocated systems at each rate' in text
 
 
 # ---------------------------------------------------------------------------- whole comparisons
@@ -167,24 +341,27 @@ def test_rates_are_told_by_side(report):
 
 def test_a_comparison_tries_every_system_at_every_rate(over_rates):
   result, _ = over_rates
-  names = {case.system for case in result.cases}
-  assert names == {'2P1D', '1P2D', '3C tp1, 8 tokens', '3C tp1, 16 tokens'}
+  names = {case.system.name for case in result.cases}
+  assert names == {f'{division}, {tokens} tokens' for division in ('2P1D', '1P2D', '3C tp1') for tokens in (8, 16)}
   assert list(result.missing) == ['1C tp3']
   assert len(result.cases) == len(names) * 2 and result.rates == (40, 80) and result.shown_rate == 40
-  assert all(case.devices == 3 for case in result.cases)
+  assert all(case.system.devices == 3 for case in result.cases)
   for rate in result.rates:
     ours, theirs = result.pair(rate)
-    assert ours.merit == max(case.merit for case in result.cases if case.rate == rate and not case.colocated)
-    assert theirs.merit == max(case.merit for case in result.cases if case.rate == rate and case.colocated)
+    assert ours.merit == max(case.merit for case in result.cases if case.rate == rate and not case.system.colocated)
+    assert theirs.merit == max(case.merit for case in result.cases if case.rate == rate and case.system.colocated)
 
 
 def test_a_comparison_leaves_a_page_and_figures_for_both(over_rates):
   result, folder = over_rates
   data = json.loads((folder / 'compare.json').read_text())
-  assert data['verdict'] == result.verdict() and data['best']['40'] == [case.system for case in result.pair(40)]
-  assert len(data['cases']) == 8 and data['cases'][0]['p99_ttft_ms'] == result.cases[0].report.ttft.p99_ms
+  assert data['verdict'] == result.verdict() and data['best']['40'] == [case.system.name for case in result.pair(40)]
+  assert len(data['cases']) == 12 and data['cases'][0]['p99_ttft_ms'] == result.cases[0].report.ttft.p99_ms
   text = (folder / 'report.html').read_text()
-  assert all(words in text for words in ('Over the rate of requests', 'All that was tried', 'colocated: 3C tp1'))
+  assert all(
+    words in text
+    for words in ('Over the rate of requests', 'All that was tried', 'colocated: 3C tp1', 'Not possible: 1C tp3;')
+  )
   for place, side in ((folder, 0), (folder / 'colocated', 1)):
     shown = result.pair(40)[side].report
     assert json.loads((place / 'report.json').read_text())['ttfts'] == [r.ttft_s for r in shown.timeline.requests]
@@ -200,19 +377,43 @@ def test_the_engine_compiles_each_cluster_once(monkeypatch):
     deployed.append(run.split)
     return deploy(run, *arguments)
 
-  monkeypatch.setattr(compared.launch, 'deploy', counted)
+  monkeypatch.setattr(running.launch, 'deploy', counted)
   workload = dataclasses.replace(WORKLOAD, num_requests=6, requests_per_s=100.0)
   small = dataclasses.replace(TINY, num_layers=1)
   run = config(model=small, workload=workload, max_sequences=1, max_step_tokens=16, max_chunks=1, max_fused_steps=1)
   run = dataclasses.replace(run, workers=tuple(dataclasses.replace(one, devices=(0,)) for one in run.workers))
   result = pdjax.compare(run, backend='engine', rates=(100, 200), budgets=(8, 16))
   assert deployed == ['1P1D', '1C']
-  assert len(result.cases) == 6 and all(case.report.completed == 6 for case in result.cases)
+  assert len(result.cases) == 8 and all(case.report.completed == 6 for case in result.cases)
   assert all(case.report.backend == 'engine' for case in result.cases)
   first, second = (case.report for case in result.cases[:2])
   assert first.total_output_tokens == second.total_output_tokens
   assert max(second.account.ttft_closes_s, first.account.handoff_closes_s) < 1e-6
   assert 'ran once' in result.verdict()[-1]
+
+
+def test_a_division_that_does_not_fit_is_left_out_and_a_mistake_in_serving_is_not(monkeypatch):
+  run = config('2P1D', workload=WORKLOAD, num_pages='auto')
+  size, simulate = launch.size_simulated, launch.simulate
+
+  def full(run, model):
+    if run.split == '3C':
+      raise ValueError('memory is full')
+    return size(run, model)
+
+  monkeypatch.setattr(launch, 'size_simulated', full)
+  with pytest.raises(ValueError, match=r'no equal division of 3 devices .* 3C tp1: memory is full'):
+    pdjax.compare(run, budgets=(8,))
+  monkeypatch.undo()
+
+  def broken(run, **options):
+    if run.split == '3C':
+      raise ValueError('a mistake')
+    return simulate(run, **options)
+
+  monkeypatch.setattr(launch, 'simulate', broken)
+  with pytest.raises(ValueError, match=r'^a mistake$'):
+    pdjax.compare(run, budgets=(8,))
 
 
 def test_what_cannot_be_compared_says_why():

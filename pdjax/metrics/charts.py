@@ -51,17 +51,18 @@ _MAX_POINTS = 200  # of one curve
 # ---------------------------------------------------------------------------- over time
 
 
-def gantt(report: Report, *, zoom: bool = True) -> 'alt.LayerChart':
+def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
   """What every worker did when: its passes, and below them in a thin line the KV that left or reached it.
 
   Drag to move, pinch or scroll with ctrl to zoom, double-click to see all, unless `zoom` is False. Where a run has more
-  passes than `MAX_BARS`, bars are slots of time and their heights the share of it that was spent.
+  passes than `MAX_BARS`, bars are slots of time and their heights the share of it that was spent. Runs that stand
+  `beside` it share its seconds: the axis ends with the longest.
   """
   import altair as alt
 
   passes, transfers = _bars(report)
   workers = [worker.name for worker in report.workers]
-  time = _time_axis(report)
+  time = _time_axis([report, *beside])
   lanes = _lanes(len(workers), [[name] for name in workers])
   kinds = [kind for kind in PHASES if any(bar['kind'] == kind for bar in itertools.chain(passes, transfers))]
   scale = alt.Scale(domain=kinds, range=[PHASES[kind] for kind in kinds])
@@ -97,22 +98,22 @@ def gantt(report: Report, *, zoom: bool = True) -> 'alt.LayerChart':
   return _finish(alt.layer(steps.add_params(*_zoom(zoom)), moves), 'What each worker did', rows=len(workers))
 
 
-def pages(report: Report, *, zoom: bool = True) -> 'alt.LayerChart':
+def pages(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
   """How many KV pages every worker had in use; a row is as high as the fullest pool ever was. Zooms like `gantt`.
 
   The last row, if any prompt ever had to wait, shows how many waited to be begun. Of a long run every slot of time
-  shows its peak.
+  shows its peak. Runs that stand `beside` it share its seconds and heights.
   """
   import altair as alt
 
-  bars, labels = _page_bars(report)
+  bars, labels = _page_bars(report, beside)
   colours = {worker.name: _ROLES[worker.role] for worker in report.workers} | {_WAITING: WAITING}
   scale = alt.Scale(domain=list(colours), range=list(colours.values()))
   chart = (
     alt.Chart(_table(bars))
     .mark_rect(clip=True, opacity=1, strokeWidth=0.5)
     .encode(
-      x=_time_axis(report), x2='b', y=_lanes(len(labels), labels), y2='hi',
+      x=_time_axis([report, *beside]), x2='b', y=_lanes(len(labels), labels), y2='hi',
       color=alt.Color('worker:N', scale=scale, legend=None), stroke=alt.Stroke('worker:N', scale=scale, legend=None),
       tooltip=[
         alt.Tooltip('worker:N'), alt.Tooltip('a:Q', title='from (s)', format=',.3f'),
@@ -242,7 +243,7 @@ class _Level:
   decoding: int | None
 
 
-def _page_bars(report: Report) -> tuple[list[dict[str, Any]], list[list[str]]]:
+def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str, Any]], list[list[str]]]:
   """The rectangles of pages in use, and each row's label in lines."""
   start_s, end_s = report.timeline.start_s, report.timeline.end_s
   changes: dict[str, list[tuple[float, int, int | None]]] = {worker.name: [] for worker in report.workers}
@@ -250,16 +251,19 @@ def _page_bars(report: Report) -> tuple[list[dict[str, Any]], list[list[str]]]:
   for now in report.timeline.occupancy:
     for use in now.workers:
       changes[use.worker].append((now.now_s, use.pages, use.decoding))
-  peaks = {name: max((count for _, count, _ in seen), default=0) for name, seen in changes.items()}
+  peaks = _peaks(report)
   if not peaks[_WAITING]:
     del changes[_WAITING]
-  sizes = {worker.name: worker.num_pages for worker in report.workers if isinstance(worker.num_pages, int)}
-  fullest = max((peaks[name] / size for name, size in sizes.items()), default=0.0) or 1.0
+  sizes = _pool_sizes(report)
+  together = [report, *beside]
+  shares = (_peaks(run)[name] / size for run in together for name, size in _pool_sizes(run).items())
+  fullest = max(shares, default=0.0) or 1.0
+  most_waiting = max(_peaks(run)[_WAITING] for run in together)
   bars, labels = [], []
   for row, (name, seen) in enumerate(changes.items()):
     size = sizes.get(name)
-    highest = size * fullest if size is not None else peaks[name]
-    labels.append([name, f'≤ {peaks[name]:,}' + (f' / {size:,}' if size is not None else '')])
+    highest = size * fullest if size is not None else most_waiting if name == _WAITING else peaks[name]
+    labels.append([name, f'peak {peaks[name]:,}' + (f' of {size:,}' if size is not None else '')])
     for level in _highest(_levels(seen, end_s), MAX_BARS // len(changes)):
       bar = {
         'worker': name, 'a': _round(level.at_s - start_s), 'b': _round(level.until_s - start_s), 'count': level.count,
@@ -267,6 +271,20 @@ def _page_bars(report: Report) -> tuple[list[dict[str, Any]], list[list[str]]]:
       }  # fmt: skip
       bars.append(bar if size is None else bar | {'share': round(level.count / size, 4)})
   return bars, labels
+
+
+def _peaks(report: Report) -> dict[str, int]:
+  """The most pages that each worker ever had in use, and the most prompts that ever waited."""
+  peaks = dict.fromkeys([*(worker.name for worker in report.workers), _WAITING], 0)
+  for now in report.timeline.occupancy:
+    peaks[_WAITING] = max(peaks[_WAITING], now.waiting)
+    for use in now.workers:
+      peaks[use.worker] = max(peaks[use.worker], use.pages)
+  return peaks
+
+
+def _pool_sizes(report: Report) -> dict[str, int]:
+  return {worker.name: worker.num_pages for worker in report.workers if isinstance(worker.num_pages, int)}
 
 
 def _levels(changes: Sequence[tuple[float, int, int | None]], end_s: float) -> list[_Level]:
@@ -313,12 +331,11 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
 
   if metric not in METRICS:
     raise ValueError(f'metric {metric!r} is unknown; choose one of {", ".join(METRICS)}.')
-  title, of = METRICS[metric]
-  curves, dots, longest = [], [], 0.0
+  title, _ = METRICS[metric]
+  curves, dots = [], []
   systems = _named(reports, names)
   for name, report in systems.items():
-    done = [request for request in report.timeline.requests if request.completed]
-    values_ms = np.sort([value * 1e3 for request in done for value in of(request) if value is not None])
+    values_ms = _values_ms(report, metric)
     if not len(values_ms):
       continue
     shares = np.linspace(0, 1, max(min(len(values_ms), _MAX_POINTS), 2))
@@ -327,8 +344,8 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
     for percent in (50, 90, 99):
       value = float(np.percentile(values_ms, percent))
       dots.append({'system': name, 'ms': round(value, 3), 'share': percent / 100, 'percentile': f'p{percent}'})
-    longest = max(longest, float(np.percentile(values_ms, 99)) * 1.08)
-  x = alt.X('ms:Q', title='ms', scale=alt.Scale(domain=[0, longest or 1.0], nice=False), axis=alt.Axis(tickCount=5))
+  longest = _longest_ms(reports, metric)
+  x = alt.X('ms:Q', title='ms', scale=alt.Scale(domain=[0, longest], nice=False), axis=alt.Axis(tickCount=5))
   y = alt.Y(
     'share:Q',
     title=None,
@@ -350,11 +367,29 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
     )
   )  # fmt: skip
   layers = [lines, points_]
-  limit = next((getattr(r.slo, f'{metric}_ms', None) for r in reports if r.slo is not None), None)
-  if limit is not None and limit <= longest:
+  limit, drawn = limit_ms(*reports, metric=metric)
+  if drawn:
     rule = alt.Chart(_table([{'ms': limit, 'what': f'limit {limit:g} ms'}]))
     layers.append(rule.mark_rule(strokeDash=[3, 3]).encode(x='ms:Q', tooltip=alt.Tooltip('what:N', title='limit')))
   return _finish(alt.layer(*layers), title, height=170)
+
+
+def limit_ms(*reports: Report, metric: str) -> tuple[float | None, bool]:
+  """The runs' limit on a metric, if they have one, and whether `latency` has room to draw it."""
+  limit = next((getattr(r.slo, f'{metric}_ms', None) for r in reports if r.slo is not None), None)
+  return limit, limit is not None and limit <= _longest_ms(reports, metric)
+
+
+def _longest_ms(reports: Iterable[Report], metric: str) -> float:
+  """Where the axis of a latency ends: a little beyond the longest p99."""
+  every = [values_ms for report in reports if len(values_ms := _values_ms(report, metric))]
+  return max((float(np.percentile(values_ms, 99)) * 1.08 for values_ms in every), default=0.0) or 1.0
+
+
+def _values_ms(report: Report, metric: str) -> np.ndarray:
+  done = [request for request in report.timeline.requests if request.completed]
+  _, of = METRICS[metric]
+  return np.sort([value * 1e3 for request in done for value in of(request) if value is not None])
 
 
 def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
@@ -373,7 +408,7 @@ def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
   for what, parts in (('TTFT', ('queue', 'prefill')), ('hand-off', ('wait', 'wire', 'admit', 'step'))):
     for name, report in systems.items():
       label = f'{what} · {name}' if several else what
-      reached = 0.0
+      reached, known = 0.0, False
       for part in parts:
         length = getattr(report.account, f'{part}_ms')
         if length is None:
@@ -382,8 +417,8 @@ def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
           {'bar': label, 'part': part, 'of': what, 'system': name, 'from': round(reached, 4),
            'to': round(reached + length, 4), 'ms': round(length, 3)}
         )  # fmt: skip
-        reached += length
-      totals.append({'bar': label, 'to': round(reached, 4), 'ms': f'{reached:,.1f}'})
+        reached, known = reached + length, True
+      totals.append({'bar': label, 'to': round(reached, 4), 'ms': f'{reached:,.1f}' if known else '-'})
   rows = [total['bar'] for total in totals]
   parts_seen = [part for part in PARTS if any(bar['part'] == part for bar in bars)]
   y = alt.Y('bar:N', sort=rows, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=150))
@@ -417,6 +452,7 @@ def over_rate(
   *,
   baseline: str | None = None,
   log: bool = False,
+  ideal: bool = False,
 ) -> 'alt.LayerChart':
   """A figure over the rate of requests, a curve for each system; the baseline's is grey and dashed.
 
@@ -426,6 +462,7 @@ def over_rate(
     unit: In what.
     baseline: Which system is the baseline, if one is.
     log: Whether the figure's axis is logarithmic; then figures of 0 are left out.
+    ideal: Whether a thin line shows the rate itself, which no figure can exceed.
   """
   import altair as alt
 
@@ -457,7 +494,11 @@ def over_rate(
   base = alt.Chart(_table(rows)).encode(x=x, y=y, color=colour)
   lines = base.mark_line(strokeWidth=2).encode(strokeDash=dash)
   points = base.mark_point(filled=True, size=60, opacity=1, strokeWidth=1).encode(tooltip=tooltip)
-  return _finish(alt.layer(lines, points), title, height=200)
+  layers = [lines, points]
+  if ideal:
+    ends = alt.Chart(_table([{'rate': rate, 'value': rate} for rate in (rates[0], rates[-1])]))
+    layers.insert(0, ends.mark_line(strokeWidth=1, strokeDash=[2, 2], color=BASELINE).encode(x=x, y=y))
+  return _finish(alt.layer(*layers), title, height=200)
 
 
 # ---------------------------------------------------------------------------- together, and in files
@@ -552,10 +593,10 @@ def _system_scales(names: Sequence[str], baseline: str | None = None) -> tuple[A
   )
 
 
-def _time_axis(report: Report) -> 'alt.X':
+def _time_axis(reports: Sequence[Report]) -> 'alt.X':
   import altair as alt
 
-  scale = alt.Scale(domain=[0, max(report.duration_s, 1e-3)], nice=False)
+  scale = alt.Scale(domain=[0, max(1e-3, *(report.duration_s for report in reports))], nice=False)
   return alt.X('a:Q', title='seconds after the first arrival', scale=scale, axis=alt.Axis(grid=True, tickCount=8))
 
 

@@ -52,7 +52,10 @@
     });
   }
 
-  const drawAll = () => Promise.all(charts.map(draw)).then(() => { document.body.dataset.drawn = charts.length; });
+  const drawAll = () => Promise.all(charts.map(draw)).then(
+    () => { document.body.dataset.drawn = charts.length; },
+    (error) => { document.body.dataset.failed = error; console.error(error); },
+  );
   dark.addEventListener('change', drawAll);
   drawAll();
 })();

@@ -1,11 +1,11 @@
 """The report as one page: a file of its own that opens offline, in light and dark, on a phone and on a desk."""
 
-import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.resources
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from pdjax.metrics import charts
 from pdjax.metrics.colours import DARK, FONT, LIGHT, PARTS, PHASES, SYSTEMS, vega_config
 from pdjax.metrics.report import Report, Stats
-from pdjax.metrics.wording import headline, number, percent, sentences, short, totals
+from pdjax.metrics.wording import headline, listed, number, per_second, percent, plain, sentences, short, totals
 
 _LATENCIES = (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('ITL', 'itl'), ('E2E', 'e2el'), ('hand-off', 'handoff'))
 
@@ -27,6 +27,7 @@ class OverRate:
   unit: str
   curves: Mapping[str, Sequence[tuple[float, float | None]]]
   log: bool = False
+  ideal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +39,28 @@ class Beside:
     detail: What the baseline is, as short as it goes.
     name: What it is called.
     verdict: Who wins where, in sentences.
+    standings: The same over several rates as a table, its first row the head.
+    method: What was compared with what and when a side is ahead, in sentences.
     over_rate: Figures over the rate of requests.
     baseline_curve: Which of their curves is the baseline.
     head: Head of the table of all systems that were tried.
     rows: Its rows.
     best: Which of its rows are of the runs shown.
+    missing: What could not be tried.
   """
 
   baseline: Report
   detail: str = ''
   name: str = 'colocated'
   verdict: Sequence[str] = ()
+  standings: Sequence[Sequence[str]] = ()
+  method: Sequence[str] = ()
   over_rate: Sequence[OverRate] = ()
   baseline_curve: str | None = None
   head: Sequence[str] = ()
   rows: Sequence[Sequence[str]] = ()
   best: frozenset[int] = frozenset()
+  missing: Sequence[str] = ()
 
 
 def save_html(report: Report, path: str | os.PathLike, beside: Beside | None = None) -> pathlib.Path:
@@ -81,12 +88,15 @@ def render_html(report: Report, beside: Beside | None = None) -> str:
   template = environment.from_string((source / 'page.html').read_text(encoding='utf-8'))
   css = jinja2.Environment().from_string((source / 'page.css').read_text(encoding='utf-8'))
   notes = dict.fromkeys((*report.notes, *(beside.baseline.notes if beside else ())))
+  rate = per_second(report.request_rate) if math.isfinite(report.request_rate) else ''
   return template.render(
     title=headline(report),
-    kicker=' · '.join(filter(None, (report.backend, _date(report.date)))),
+    kicker=' · '.join(filter(None, ('pdjax report', report.backend, rate, _date(report.date)))),
     headline=headline(report),
     sentences=list(sentences(report)),
     verdict=list(beside.verdict) if beside else [],
+    standings=list(beside.standings) if beside else [],
+    method=list(beside.method) if beside else [],
     notes=list(notes),
     cards=list(_cards(report, beside)),
     sections=list(_sections(report, beside)),
@@ -113,9 +123,11 @@ def _bundle() -> str:
 
 def _date(text: str) -> str:
   """A report's date as people write it."""
-  with contextlib.suppress(ValueError):
-    return datetime.datetime.strptime(text, '%Y%m%d-%H%M%S').strftime('%-d %B %Y, %H:%M')
-  return text
+  try:
+    when = datetime.datetime.strptime(text, '%Y%m%d-%H%M%S')
+  except ValueError:
+    return text
+  return f'{when.day} {when:%B %Y, %H:%M}'
 
 
 def _json(data: Any) -> str:
@@ -130,29 +142,27 @@ def _in_script(text: str) -> str:
 # ---------------------------------------------------------------------------- figures
 
 
-def _cards(report: Report, beside: Beside | None) -> Iterator[dict[str, str]]:
+def _cards(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]:
   other = beside.baseline if beside else None
 
-  def card(name: str, value: str, unit: str, more: str, beside_it: str | None) -> dict[str, str]:
-    return {
-      'name': name, 'value': value, 'unit': unit, 'more': more,
-      'beside': f'{beside.name if beside else ""}: {beside_it}' if beside_it is not None else '',
-    }  # fmt: skip
+  def card(name: str, value: str, unit: str, more: str, beside_it: Sequence[str]) -> dict[str, Any]:
+    lines = [f'{beside.name if beside else ""}: {beside_it[0]}', *beside_it[1:]] if beside_it else []
+    return {'name': name, 'value': value, 'unit': unit, 'more': more, 'beside': lines}
 
   if report.request_goodput is not None:
     within = f'{percent(report.goodput_share)} within limits'
-    than = None if other is None else f'{number(other.request_goodput, 2)} · {percent(other.goodput_share)}'
+    than = [] if other is None else [number(other.request_goodput, 2), f'{percent(other.goodput_share)} within limits']
     yield card('Goodput', number(report.request_goodput, 2), 'req/s', within, than)
   tokens = f'{number(report.request_throughput, 2)} requests/s'
-  than = None if other is None else short(other.output_throughput)
+  than = [] if other is None else [short(other.output_throughput)]
   yield card('Output', short(report.output_throughput), 'tok/s', tokens, than)
   for name, field in (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('Hand-off', 'handoff'), ('E2E', 'e2el')):
     median = f'{name} p50'
     stats: Stats = getattr(report, field)
-    than = None
+    than = []
     if other is not None:
       theirs: Stats = getattr(other, field)
-      than = f'{short(theirs.p50_ms)} · p99 {short(theirs.p99_ms)}'
+      than = [short(theirs.p50_ms), f'p99 {short(theirs.p99_ms)} ms']
     yield card(median, short(stats.p50_ms), 'ms', f'p99 {short(stats.p99_ms)} ms', than)
 
 
@@ -198,11 +208,14 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
     names = list(beside.over_rate[0].curves)
     yield {
       'id': 'rates', 'title': 'Over the rate of requests', 'in_grid': True, 'wide': True,
-      'text': ['The colocated curve takes the best of all its divisions and budgets at each rate.'],
+      'text': _about_rates(beside.over_rate),
       'legend': charts.system_colours(names, beside.baseline_curve),
       'charts': [
         _chart(
-          charts.over_rate(one.curves, one.title, one.unit, baseline=beside.baseline_curve, log=one.log), one.title
+          charts.over_rate(
+            one.curves, one.title, one.unit, baseline=beside.baseline_curve, log=one.log, ideal=one.ideal
+          ),
+          one.title,
         )
         for one in beside.over_rate
       ],
@@ -211,53 +224,75 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
     'id': 'figures', 'title': 'Figures', 'text': [], 'charts': [], 'side_by_side': True,
     'tables': [_latency_table(report, beside), _totals_table(report, beside)],
   }  # fmt: skip
-  yield {
-    'id': 'account', 'title': 'Where the time went',
-    'text': [
-      f'{f"{name}: " if beside else ""}{run.ttft_account()}; {run.handoff_account()}.' for run, name in runs
-    ],
-    'legend': [('queue, wait', PARTS['queue']), *(pair for pair in PARTS.items() if pair[0] not in ('queue', 'wait'))],
-    'charts': [_chart(charts.account(*reports, names=[name for _, name in runs]))],
-  }  # fmt: skip
-  kinds = {span.kind for run in reports for span in run.timeline.spans}
+  served = any(run.completed for run in reports)
+  if served:
+    parts = [('queue, wait', PARTS['queue']), *(pair for pair in PARTS.items() if pair[0] not in ('queue', 'wait'))]
+    yield {
+      'id': 'account', 'title': 'Where the time went',
+      'text': [f'{f"{name}: " if beside else ""}{run.ttft_account()}; {run.handoff_account()}.' for run, name in runs],
+      'legend': parts, 'charts': [_chart(charts.account(*reports, names=[name for _, name in runs]))],
+    }  # fmt: skip
   titles = [(run, '') for run in reports]
   if beside:
     titles = [(report, report.split), (beside.baseline, f'{beside.name}: {beside.detail}'.removesuffix(': '))]
-  yield {
-    'id': 'workers', 'title': 'What each worker did', 'over_time': True,
-    'text': _about_gantt(reports),
-    'legend': [(kind, colour) for kind, colour in PHASES.items() if kind in kinds],
-    'charts': [_chart(charts.gantt(run), title) for run, title in titles],
-    'tables': [_utilisation_table(run, title) for run, title in titles],
-  }  # fmt: skip
-  yield {
-    'id': 'pages', 'title': 'Pages in use', 'over_time': True,
-    'text': ['Pages of the KV cache that are not free. The rows of a run share one scale; labels name each peak.'],
-    'charts': [_chart(charts.pages(run), title) for run, title in titles],
-  }  # fmt: skip
-  yield {
-    'id': 'latencies', 'title': 'Latencies', 'in_grid': True,
-    'text': [
-      'The share of requests (for ITL, of tokens) that took at most so long. Dots are p50, p90 and p99, where the axis '
-      'ends; a dotted line is a limit.'
-    ],
-    'legend': systems if beside else [],
-    'charts': [
-      _chart(charts.latency(*reports, metric=metric, names=[name for _, name in runs]), title)
-      for metric, (title, _) in charts.METRICS.items()
-    ],
-  }  # fmt: skip
+  kinds = {span.kind for run in reports for span in run.timeline.spans}
+  if kinds:
+    yield {
+      'id': 'workers', 'title': 'What each worker did', 'over_time': True,
+      'text': _about_gantt(reports),
+      'legend': [(kind, colour) for kind, colour in PHASES.items() if kind in kinds],
+      'charts': [_chart(charts.gantt(run, beside=reports), title) for run, title in titles],
+      'tables': [_utilisation_table(run, title) for run, title in titles],
+    }  # fmt: skip
+    yield {
+      'id': 'pages', 'title': 'Pages in use', 'over_time': True,
+      'text': ['Pages of the KV cache that are not free. All pools share one scale; labels name each peak.'],
+      'charts': [_chart(charts.pages(run, beside=reports), title) for run, title in titles],
+    }  # fmt: skip
+  if served:
+    yield {
+      'id': 'latencies', 'title': 'Latencies', 'in_grid': True,
+      'text': [_about_latencies(reports)],
+      'legend': systems if beside else [],
+      'charts': [
+        _chart(charts.latency(*reports, metric=metric, names=[name for _, name in runs]), title)
+        for metric, (title, _) in charts.METRICS.items()
+      ],
+    }  # fmt: skip
   if beside and beside.rows:
+    missing = [f'Not possible: {", ".join(beside.missing)}; compare.json says why.'] if beside.missing else []
     rows = [{'cells': list(row), 'best': number in beside.best} for number, row in enumerate(beside.rows)]
     yield {
       'id': 'systems', 'title': 'All that was tried', 'charts': [],
-      'text': [f'{len(rows)} runs; those shown above are in bold.'],
+      'text': [f'{len(rows)} runs, latencies in ms; those shown above are in bold.', *missing],
       'tables': [{'head': list(beside.head), 'rows': rows, 'fold': 'Every system at every rate'}],
     }  # fmt: skip
 
 
 def _chart(chart: Any, title: str = '', text: str = '') -> dict[str, str]:
   return {'title': title, 'spec': _in_script(charts.page_spec(chart)), 'text': text}
+
+
+def _about_rates(over_rate: Sequence[OverRate]) -> list[str]:
+  lines = ['Every curve takes the best of its sizes of a pass at each rate, the colocated one of its divisions too.']
+  if any(one.ideal for one in over_rate):
+    lines.append('The thin line is all that was offered.')
+  return [' '.join(lines)]
+
+
+def _about_latencies(reports: Sequence[Report]) -> str:
+  text = 'The share of requests (for ITL, of tokens) that took at most so long. Dots are p50, p90 and p99'
+  limits = {metric: charts.limit_ms(*reports, metric=metric) for metric in charts.METRICS}
+  if any(drawn for _, drawn in limits.values()):
+    text += '; a dotted line is a limit'
+  names = {field: name for name, field in _LATENCIES}
+  beyond = [
+    f'{plain(ms)} ms on {names[metric]}' for metric, (ms, drawn) in limits.items() if ms is not None and not drawn
+  ]
+  if beyond:
+    lie = 'the limits of {} lie' if len(beyond) > 1 else 'the limit of {} lies'
+    text += f'; {lie.format(listed(beyond))} beyond the axis'
+  return f'{text}.'
 
 
 def _about_gantt(reports: Sequence[Report]) -> list[str]:

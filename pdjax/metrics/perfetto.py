@@ -12,7 +12,7 @@ from typing import Any
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
 
-_REQUESTS = 0  # the process of what belongs to no worker
+_REQUESTS = 1  # the process of what belongs to no worker; to viewers 0 is the idle task
 _PASSES = 1  # the thread of a worker that runs its passes; links come after it
 _CATEGORY = 'pdjax'
 
@@ -32,9 +32,11 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
     names.append(_name('process_name', processes[worker.name], 0, label))
     names.append(_name('thread_name', processes[worker.name], _PASSES, 'passes'))
   tracks = {span.order: (processes[span.worker], _PASSES) for span in report.timeline.spans if span.kind != 'transfer'}
+  threads = dict.fromkeys(processes, _PASSES)  # of each worker the last
   for (source, target), lanes in _links(report.timeline.spans).items():
     for number, lane in enumerate(lanes):
-      thread = 1 + sum(1 for name in names if name['pid'] == processes[source] and name['name'] == 'thread_name')
+      threads[source] += 1
+      thread = threads[source]
       label = f'KV to {target}' + (f' ({number + 1})' if number else '')
       names.append(_name('thread_name', processes[source], thread, label))
       tracks |= {span.order: (processes[source], thread) for span in lane}
@@ -100,12 +102,17 @@ def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
 
 
 def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, Any]]:
+  """How full the cluster was, whenever that changed."""
+  before: dict[tuple[str, int], dict[str, int]] = {}
   for now in report.timeline.occupancy:
-    ts = _microseconds(now.now_s)
-    yield _counter('prompts waiting', _REQUESTS, ts, {'prompts': now.waiting})
+    counts = [('prompts waiting', _REQUESTS, {'prompts': now.waiting})]
     for use in now.workers:
-      yield _counter('pages in use', processes[use.worker], ts, {'pages': use.pages})
-      yield _counter('sequences decoding', processes[use.worker], ts, {'sequences': use.decoding})
+      counts.append(('pages in use', processes[use.worker], {'pages': use.pages}))
+      counts.append(('sequences decoding', processes[use.worker], {'sequences': use.decoding}))
+    for name, process, values in counts:
+      if before.get((name, process)) != values:
+        before[name, process] = values
+        yield _counter(name, process, _microseconds(now.now_s), values)
 
 
 def _counter(name: str, process: int, ts: float, values: dict[str, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import enum
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,9 @@ from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_tim
 from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role, WorkerSpec, split_name
 from pdjax.types.request import SLO
+
+_MOST_ERRORS = 3  # that a report's notes tell
+_LONGEST_ERROR = 240  # characters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -277,7 +281,7 @@ class Report:
       warmup_s=warmup_s,
       calibrated=calibrated,
       seed=seed,
-      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons)))),
+      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons, timeline.requests)))),
       config=dict(config or {}),
       environment=dict(environment or {}),
       generated_texts=dict(generated_texts or {}),
@@ -305,7 +309,7 @@ class Report:
       ('step', account.step_ms),
     )
     line = ' + '.join(f'{name} {_ms(value)}' for name, value in parts)
-    moved = '' if self.num_transfers else ' (colocated: no pages move)'
+    moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
     return f'hand-off {_ms(self.handoff.mean_ms)} = {line} ms{moved}'
 
   def to_json(self) -> dict[str, Any]:
@@ -464,7 +468,12 @@ def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:
   return counts
 
 
-def _own_notes(workers: Sequence[WorkerSpec], calibrated: bool, finish_reasons: Mapping[str, int]) -> Iterable[str]:
+def _own_notes(
+  workers: Sequence[WorkerSpec],
+  calibrated: bool,
+  finish_reasons: Mapping[str, int],
+  requests: Sequence[RequestTimeline],
+) -> Iterable[str]:
   sharers: dict[int, list[str]] = {}
   for worker in workers:
     for device in worker.devices or ():
@@ -475,7 +484,15 @@ def _own_notes(workers: Sequence[WorkerSpec], calibrated: bool, finish_reasons: 
     yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
   if others:
-    yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
+    if any(request.completed for request in requests):
+      yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
+    else:
+      yield f'No request completed ({others}).'
+    errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
+    for error in itertools.islice(errors, _MOST_ERRORS):
+      yield f'Error: {error[:_LONGEST_ERROR]}{"..." if len(error) > _LONGEST_ERROR else ""}'
+    if len(errors) > _MOST_ERRORS:
+      yield f'There were {len(errors) - _MOST_ERRORS:,} other errors; report.json has them all.'
 
 
 def _error(request: RequestTimeline) -> str:

@@ -1,6 +1,6 @@
 """Figures as people read them: numbers with their units, and a run in a few sentences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pdjax.metrics.report import Report
 from pdjax.types.request import SLO
@@ -19,6 +19,21 @@ def short(value: float | None) -> str:
 def percent(share: float | None) -> str:
   """A share in percent."""
   return '-' if share is None else f'{share:.1%}'
+
+
+def plain(value: float) -> str:
+  """A number as it was given, without an exponent: 0.5, 4, 12,000."""
+  return f'{value:,.0f}' if abs(value) >= 1e5 else f'{value:,.6g}'
+
+
+def per_second(rate: float) -> str:
+  """Requests per second."""
+  return f'{plain(rate)} req/s'
+
+
+def listed(items: Sequence[str]) -> str:
+  """Words in a row: 'a, b and c'."""
+  return ' and '.join(filter(None, (', '.join(items[:-1]), items[-1])))
 
 
 def byte_count(count: float) -> str:
@@ -68,11 +83,17 @@ def headline(report: Report) -> str:
 def sentences(report: Report) -> Iterator[str]:
   """What a user of the run would have noticed, and what the hand-off cost."""
   if report.ttft.p50_ms is None:
+    yield 'Nothing was served.'
     return
-  yield (
-    f'Half of the first tokens came within {short(report.ttft.p50_ms)} ms, one in a hundred took more than '
-    f'{short(report.ttft.p99_ms)} ms; a token more took {short(report.tpot.p50_ms)} ms in the median.'
+  if report.completed >= 100:
+    slow = f'one in a hundred took more than {short(report.ttft.p99_ms)} ms'
+  else:
+    first_s = [request.ttft_s for request in report.timeline.requests if request.completed]
+    slow = f'the slowest took {short(max(seconds for seconds in first_s if seconds is not None) * 1e3)} ms'
+  further = (
+    '' if report.tpot.p50_ms is None else f'; each further token took {short(report.tpot.p50_ms)} ms in the median'
   )
+  yield f'Half of the first tokens came within {short(report.ttft.p50_ms)} ms, {slow}{further}.'
   if report.num_transfers and report.handoff.mean_ms is not None:
     yield (
       f'Handing a request over from prefill to decode took {short(report.handoff.mean_ms)} ms on average, '

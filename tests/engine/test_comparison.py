@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from pdjax import comparison, launch
-from pdjax.comparison import System
+from pdjax import launch
+from pdjax.comparison import System, running
 from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
 from pdjax.policies import Colocated, Disaggregated
@@ -29,11 +29,14 @@ def test_a_cluster_is_deployed_once_and_every_run_starts_afresh(cluster, policie
     deployed.append(engine)
     return launch.Deployment(config, opened, Built(engine, cluster.specs, {}, cluster.warm_up))
 
-  monkeypatch.setattr(comparison.launch, 'deploy', deploy)
-  systems = [System(f'{policy}', dataclasses.replace(cluster.config, policy=policy), False, 2) for policy in policies]
+  monkeypatch.setattr(running.launch, 'deploy', deploy)
+  systems = [
+    System('2', tokens, dataclasses.replace(cluster.config, policy=policy), False, 2)
+    for tokens, policy in enumerate(policies)
+  ]
   workloads = [Given(requests((3, 9, 17))), Given(requests((5, 30), max_tokens=3))]
   opened = launch.OpenedModel(cluster.model)
-  runs = list(comparison._run_on_devices(systems, workloads, opened, lambda line: None))
+  runs = list(running._run_on_devices(systems, workloads, opened, lambda line: None))
   assert len(deployed) == 1
   assert [(system.name, workload) for system, workload, _, _ in runs] == [
     (system.name, workload) for workload in workloads for system in systems

@@ -10,6 +10,7 @@ import pytest
 
 from pdjax.metrics import Report, charts, colours
 from pdjax.metrics.timeline import Timeline
+from pdjax.types.request import SLO
 
 
 def _rows(chart, layer=0):
@@ -66,6 +67,24 @@ def test_pages_in_use_are_those_of_the_log(few_requests):
   assert bars[0]['share'] == pytest.approx(bars[0]['count'] / few_requests.workers[1].num_pages, abs=1e-4)
 
 
+def test_runs_beside_one_another_share_seconds_and_heights(few_requests, many_requests):
+  for chart in (charts.gantt, charts.pages):
+    alone = [chart(run).to_dict() for run in (few_requests, many_requests)]
+    together = [chart(run, beside=(few_requests, many_requests)).to_dict() for run in (few_requests, many_requests)]
+    ends_s = [
+      [spec['layer'][0]['encoding']['x']['scale']['domain'][1] for spec in specs] for specs in (alone, together)
+    ]
+    assert ends_s[0] == [few_requests.duration_s, many_requests.duration_s]
+    assert ends_s[1] == [max(ends_s[0])] * 2
+  few, many = (
+    [bar for bar in _rows(charts.pages(run, beside=(few_requests, many_requests))) if bar['worker'] != 'waiting']
+    for run in (few_requests, many_requests)
+  )
+  heights = [(bar['hi'] - bar['lo']) / bar['share'] for bar in (*few, *many) if bar['share'] > 0.05]
+  assert max(heights) - min(heights) < 0.02 * max(heights)
+  assert _rows(charts.pages(few_requests))[0]['lo'] != few[0]['lo'] or _rows(charts.pages(many_requests)) != many
+
+
 def test_of_many_levels_every_slot_shows_its_peak():
   rng = np.random.default_rng(0)
   times_s = np.cumsum(rng.exponential(1.0, 1000))
@@ -105,6 +124,19 @@ def test_bars_of_the_account_end_where_the_means_are(few_requests, colocated):
   )  # fmt: skip
 
 
+def test_an_account_of_nothing_has_no_figures(few_requests):
+  nothing = Report.from_events([], workers=few_requests.workers)
+  assert [total['ms'] for total in _rows(charts.account(nothing), layer=1)] == ['-', '-']
+
+
+def test_a_limit_is_drawn_where_the_axis_reaches_it(few_requests):
+  for factor, drawn in ((0.5, True), (3.0, False)):
+    limit = few_requests.ttft.p99_ms * factor
+    limited = dataclasses.replace(few_requests, slo=SLO(ttft_ms=limit))
+    assert charts.limit_ms(limited, metric='ttft') == (limit, drawn)
+    assert len(charts.latency(limited).to_dict()['layer']) == (3 if drawn else 2)
+
+
 def test_two_runs_on_like_clusters_stay_two_curves(few_requests):
   curves = _rows(charts.latency(few_requests, few_requests))
   assert {row['system'] for row in curves} == {'1P1D', '1P1D (2)'}
@@ -114,6 +146,14 @@ def test_figures_that_are_missing_or_zero_are_left_out_of_a_logarithmic_axis():
   curves = {'1P1D': [(1.0, 5.0), (2.0, None), (4.0, 0.0)], 'colocated': [(1.0, 7.0), (2.0, 8.0), (4.0, 9.0)]}
   assert len(_rows(charts.over_rate(curves, 'tail', 'ms', log=True))) == 4
   assert len(_rows(charts.over_rate(curves, 'goodput', 'requests/s'))) == 5
+
+
+def test_what_was_offered_is_a_thin_line():
+  curves = {'1P1D': [(1.0, 0.5), (4.0, 2.0)]}
+  assert [(row['rate'], row['value']) for row in _rows(charts.over_rate(curves, 'good', 'req/s', ideal=True))] == [
+    (1, 1),
+    (4, 4),
+  ]
 
 
 def test_a_run_of_nothing_can_be_drawn(few_requests):

@@ -6,13 +6,21 @@ import re
 
 import pytest
 
-from pdjax.metrics import Beside, OverRate, draw, page, save_html
+from pdjax.metrics import Beside, OverRate, Report, draw, page, save_html, wording
+from pdjax.types.request import SLO
 from tests import browser
 
-DRAWN = """new Promise(resolve => {
-  const look = () => document.body.dataset.drawn ? resolve(Number(document.body.dataset.drawn)) : setTimeout(look, 20);
+DRAWN = """new Promise((resolve, reject) => {
+  const since = Date.now();
+  const look = () => {
+    const {drawn, failed} = document.body.dataset;
+    if (drawn) resolve(Number(drawn));
+    else if (failed || Date.now() - since > 30000) reject(new Error(failed || 'nothing was drawn in 30 s'));
+    else setTimeout(look, 20);
+  };
   look();
 })"""
+SHOWN = '[...document.querySelectorAll("[data-over-time]")].map(e => e.view.scale("x").domain())'
 
 
 @pytest.fixture(scope='module')
@@ -53,15 +61,43 @@ def test_ten_thousand_requests_open_in_a_browser_without_a_complaint(window, lon
 def test_charts_over_time_move_together(window, long_page):
   window.open(long_page, dark=False, width=1280)
   window.evaluate(DRAWN)
-  shown = '[...document.querySelectorAll("[data-over-time]")].map(e => e.view.scale("x").domain())'
-  before = window.evaluate(shown)
+  before = window.evaluate(SHOWN)
   assert len(before) == 4 and all(domain == before[0] for domain in before)
   window.evaluate('document.querySelector("[data-zoom]").click()')
   window.evaluate('new Promise(resolve => setTimeout(resolve, 200))')
-  after = window.evaluate(shown)
+  after = window.evaluate(SHOWN)
   assert all(domain == after[0] for domain in after)
   assert after[0][1] - after[0][0] == pytest.approx((before[0][1] - before[0][0]) / 2)
   assert window.complaints == []
+
+
+@pytest.mark.parametrize('longer_first', [True, False])
+def test_the_whole_run_is_that_of_the_longest(window, few_requests, colocated, tmp_path, longer_first):
+  late = colocated.timeline.requests[-1].finished_s + 7.0
+  requests = (*colocated.timeline.requests[:-1], dataclasses.replace(colocated.timeline.requests[-1], finished_s=late))
+  timeline = dataclasses.replace(colocated.timeline, requests=requests)
+  longer = dataclasses.replace(colocated, timeline=timeline, duration_s=timeline.duration_s)
+  runs = (longer, few_requests) if longer_first else (few_requests, longer)
+  window.open(save_html(runs[0], tmp_path, Beside(runs[1])), dark=False, width=1280)
+  window.evaluate(DRAWN)
+  whole = [[0, pytest.approx(longer.duration_s)]] * 4
+  assert window.evaluate(SHOWN) == whole
+  window.evaluate('document.querySelector("[data-zoom]").click()')
+  window.evaluate('new Promise(resolve => setTimeout(resolve, 200))')
+  assert window.evaluate(SHOWN) != whole
+  window.evaluate('document.querySelector("[data-all]").click()')
+  window.evaluate('new Promise(resolve => setTimeout(resolve, 200))')
+  assert window.evaluate(SHOWN) == whole
+
+
+def test_a_page_whose_chart_breaks_says_so(window, few_requests, tmp_path):
+  path = tmp_path / 'broken.html'
+  path.write_text(re.sub(r'"layer":\[', '"layer":[null,', page.render_html(few_requests), count=1))
+  window.complaints.clear()
+  window.open(path, dark=False, width=1280)
+  with pytest.raises(AssertionError, match='null'):
+    window.evaluate(DRAWN)
+  assert window.complaints
 
 
 def test_ten_thousand_requests_and_their_baseline_stay_below_five_megabytes(long_page, many_requests):
@@ -87,6 +123,46 @@ def test_the_page_has_the_figures_of_the_report(few_requests, colocated):
   assert 'Uncalibrated estimate' in text and 'Nobody wins.' in text
   assert few_requests.handoff_account() in text
   assert '&#34;page_size&#34;: 4' in text
+
+
+def test_a_run_that_served_nothing_says_so_and_draws_nothing(log, few_requests):
+  log.turn(0.0)
+  log.arrive('a')
+  log.finish('a', 'error', 'request a needs 400 pages')
+  for events in (log.events, []):
+    text = page.render_html(Report.from_events(events, workers=few_requests.workers))
+    assert 'Nothing was served.' in text and 'class="chart"' not in text
+    assert ('Error: request a needs 400 pages' in text) is bool(events)
+  beside = page.render_html(few_requests, Beside(Report.from_events([], workers=few_requests.workers), 'nothing'))
+  assert beside.count('class="chart"') == 1 + 2 + 2 + 5
+
+
+def test_the_verdict_over_rates_is_a_table(few_requests, colocated):
+  beside = Beside(colocated, '2C', verdict=('1P1D wins.',), standings=[['req/s', '4'], ['TTFT p99', '1P1D']],
+                  method=('Drawn anew.',), head=('system',), rows=(('2C',),), missing=('1C tp2', '4C tp1'))  # fmt: skip
+  text = page.render_html(few_requests, beside)
+  assert '<th scope="row">TTFT p99</th><td class="ours">1P1D</td>' in text
+  assert text.index('1P1D wins.') < text.index('TTFT p99</th>') < text.index('Drawn anew.')
+  assert 'Not possible: 1C tp2, 4C tp1' in text
+
+
+def test_words_about_latencies_follow_the_run(few_requests, many_requests):
+  slowest_ms = max(request.ttft_s for request in few_requests.timeline.requests) * 1e3
+  few, many = (list(wording.sentences(report)) for report in (few_requests, many_requests))
+  assert f'the slowest took {wording.short(slowest_ms)} ms; each further token' in few[0]
+  assert f'one in a hundred took more than {wording.short(many_requests.ttft.p99_ms)} ms' in many[0]
+  assert 'limit' not in page._about_latencies([few_requests])
+  within = dataclasses.replace(few_requests, slo=SLO(ttft_ms=few_requests.ttft.p50_ms))
+  assert 'p99; a dotted line is a limit.' in page._about_latencies([within])
+  beyond = dataclasses.replace(few_requests, slo=SLO(ttft_ms=1e6))
+  assert 'dotted' not in page._about_latencies([beyond])
+  assert 'the limit of 1,000,000 ms on TTFT lies beyond the axis' in page._about_latencies([beyond])
+
+
+def test_the_kicker_has_the_rate_and_a_date_as_people_write_it(few_requests):
+  report = dataclasses.replace(few_requests, request_rate=4.0, date='20261103-090507')
+  assert 'pdjax report · simulator · 4 req/s · 3 November 2026, 09:05' in page.render_html(report)
+  assert 'pdjax report · simulator · today' in page.render_html(dataclasses.replace(few_requests, date='today'))
 
 
 def test_every_chart_on_the_page_is_json_that_its_script_can_read(few_requests):

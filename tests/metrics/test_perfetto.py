@@ -101,14 +101,25 @@ def test_transfers_that_overlap_get_tracks_of_their_own(log):
   assert len({(event['pid'], event['tid']) for event in slices}) == 2
 
 
-def test_counters_follow_the_log(few_requests):
+def test_counters_follow_the_log_and_stand_only_where_they_change(few_requests):
   events = perfetto.trace_events(few_requests)
-  counted = collections.Counter(event['name'] for event in _of(events, 'C'))
-  uses = [use for now in few_requests.timeline.occupancy for use in now.workers]
-  assert counted['pages in use'] == counted['sequences decoding'] == len(uses) > 0
-  assert counted['prompts waiting'] == len(few_requests.timeline.occupancy)
-  last = [event for event in _of(events, 'C') if event['name'] == 'pages in use'][-1]
-  assert last['args'] == {'pages': 0}
+  processes = {event['pid']: event['args']['name'].partition(' ')[0] for event in _of(events, 'M') if event['tid'] == 0}
+  seen = collections.defaultdict(list)
+  for event in _of(events, 'C'):
+    (value,) = event['args'].values()
+    seen[event['name'], processes[event['pid']]].append(value)
+  levels = collections.defaultdict(list)
+  for now in few_requests.timeline.occupancy:
+    levels['prompts waiting', 'requests'].append(now.waiting)
+    for use in now.workers:
+      levels['pages in use', use.worker].append(use.pages)
+      levels['sequences decoding', use.worker].append(use.decoding)
+  assert seen == {name: [value for value, _ in itertools.groupby(values)] for name, values in levels.items()}
+  assert seen['pages in use', 'decode0'][-1] == 0 < max(seen['pages in use', 'decode0'])
+
+
+def test_no_process_is_what_viewers_take_for_the_idle_task(few_requests):
+  assert 0 not in {event['pid'] for event in perfetto.trace_events(few_requests)}
 
 
 def test_the_file_is_json_that_a_viewer_takes(few_requests, tmp_path):

@@ -213,3 +213,20 @@ def test_the_table_fits_a_terminal_and_shows_the_account(disaggregated, stamps):
 def test_a_colocated_run_says_so(log):
   report = Report.from_events(_two_requests(log), workers=[WorkerSpec('w')])
   assert report.handoff_account().endswith('(colocated: no pages move)')
+
+
+def test_a_disaggregated_run_whose_requests_all_failed_is_not_called_colocated(log):
+  log.turn(0.0)
+  for name in 'abcde':
+    log.arrive(name)
+    log.finish(name, 'error', f'request {name} needs 400 pages {"." * 300}' if name < 'e' else 'request d needs none')
+  report = Report.from_events(log.events, workers=WORKERS)
+  assert 'colocated' not in report.handoff_account()
+  assert report.notes[0] == 'No request completed (error 5).'
+  assert [note[:17] for note in report.notes[1:]] == [
+    'Error: request a ',
+    'Error: request b ',
+    'Error: request c ',
+    'There were 2 othe',
+  ]
+  assert all(len(note) < 260 for note in report.notes)

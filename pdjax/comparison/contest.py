@@ -1,0 +1,146 @@
+"""Who is better in what, of two systems that served the same requests, and whether chance could have decided it."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from pdjax.comparison.systems import System
+from pdjax.metrics import Report
+from pdjax.metrics.wording import percent, short
+from pdjax.types.request import SLO
+
+RESAMPLES = 1000  # of the requests, to tell a difference from chance
+BLOCKS = 10  # of neighbours, that a resampled set is made of
+CONFIDENCE = 0.99
+NEGLIGIBLE = 0.01  # of the larger figure: less than that is no difference, however sure
+FEWEST = BLOCKS  # requests from which a figure is judged
+FEWEST_FOR_P99 = 100  # of fewer, the last percentile is the luck of one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+  """What each request of a run got, in the order of arrival: seconds `[R]`, NaN where there were none."""
+
+  ttft_s: np.ndarray
+  tpot_s: np.ndarray
+  e2el_s: np.ndarray
+  good: np.ndarray  # within all limits; without limits, completed
+
+  @classmethod
+  def of(cls, report: Report) -> 'Outcomes':
+    done = [request if request.completed else None for request in report.timeline.requests]
+
+    def seconds(field: str) -> np.ndarray:
+      values = [None if request is None else getattr(request, field) for request in done]
+      return np.array([math.nan if value is None else value for value in values], np.float64)
+
+    good = [request is not None and request.meets(request.slo or report.slo or SLO()) for request in done]
+    return cls(seconds('ttft_s'), seconds('tpot_s'), seconds('e2el_s'), np.array(good, np.float64))
+
+  @property
+  def completed(self) -> np.ndarray:
+    """Which requests completed, `[R]`."""
+    return np.isfinite(self.e2el_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One system at one rate.
+
+  Attributes:
+    system: What ran.
+    rate: Requests per second.
+    report: Every figure; with times of single requests only for the cases that a page shows.
+    outcomes: What each request got.
+  """
+
+  system: System
+  rate: float
+  report: Report = dataclasses.field(repr=False)
+  outcomes: Outcomes = dataclasses.field(repr=False)
+
+  @property
+  def merit(self) -> tuple[float, float]:
+    """What the best is chosen by: most requests within their limits, then the lowest mean end-to-end latency."""
+    completed = self.outcomes.completed
+    mean_s = self.outcomes.e2el_s[completed].mean() if completed.any() else math.inf
+    return float(self.outcomes.good.sum()), -float(mean_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+  """One figure of two systems, over the requests that both completed.
+
+  The requests are drawn anew, the same for both, in blocks that arrived one after another, because those that meet in
+  a queue are slow together (a circular block bootstrap; Politis and Romano 1992). A system wins if at least 99 % of
+  1,000 draws say so and the figures differ by more than 1 %.
+
+  Attributes:
+    figure: What is compared.
+    unit: In what; empty for a share.
+    ours: The figure of the first, None if there is none.
+    theirs: That of the second.
+    winner: The division of the better one, None where chance could have decided.
+    judged: Whether there were requests enough to look for a winner.
+  """
+
+  figure: str
+  unit: str
+  ours: float | None
+  theirs: float | None
+  winner: str | None
+  judged: bool
+
+  def __str__(self) -> str:
+    better_first = sorted((self.ours or 0.0, self.theirs or 0.0), reverse=not self.unit)
+    values = map(short if self.unit else percent, better_first)
+    return f'{self.figure} ({" against ".join(values)}{self.unit and f" {self.unit}"})'
+
+
+def contests(ours: Case, theirs: Case) -> tuple[Contest, ...]:
+  """Who is better in what, among two systems that served the same requests."""
+  share = 'share completed' if ours.report.request_goodput is None else 'share within limits'
+  return (
+    *_contests(ours, theirs, 'good', {share: None}),
+    *_contests(ours, theirs, 'ttft_s', {'TTFT p50': 50, 'TTFT p99': 99}),
+    *_contests(ours, theirs, 'tpot_s', {'TPOT p50': 50, 'TPOT p99': 99}),
+    *_contests(ours, theirs, 'e2el_s', {'mean E2E': None}),
+  )
+
+
+def _contests(ours: Case, theirs: Case, field: str, figures: Mapping[str, int | None]) -> Iterator[Contest]:
+  """Contests over a field of the outcomes: its percentiles, or its mean for None. Of seconds less is better."""
+  pair = np.stack([getattr(ours.outcomes, field), getattr(theirs.outcomes, field)])
+  pair = pair[:, np.isfinite(pair).all(axis=0)]  # [2, R]
+  count = pair.shape[1]
+  unit, scale = ('', 1.0) if field == 'good' else ('ms', 1e3)
+  if not count:
+    yield from (Contest(figure, unit, None, None, None, False) for figure in figures)
+    return
+  drawn = pair[:, _draws(count)]  # [2, draws, R]
+  for figure, percentile in figures.items():
+    a, b = (float(_measure(values, percentile)) for values in pair)
+    gains = _measure(drawn[0], percentile) - _measure(drawn[1], percentile)
+    judged = count >= (FEWEST_FOR_P99 if percentile == 99 else FEWEST)
+    sure = np.mean(gains > 0 if a > b else gains < 0) >= CONFIDENCE
+    better = ours if (a < b if unit else a > b) else theirs
+    wins = judged and sure and abs(a - b) > NEGLIGIBLE * max(abs(a), abs(b))
+    yield Contest(figure, unit, a * scale, b * scale, better.system.division if wins else None, judged)
+
+
+def _measure(values: np.ndarray, percentile: int | None) -> np.ndarray:
+  return values.mean(axis=-1) if percentile is None else np.percentile(values, percentile, axis=-1)
+
+
+def block_length(count: int) -> int:
+  """How many neighbours are drawn together out of so many requests."""
+  return -(-count // BLOCKS)
+
+
+def _draws(count: int) -> np.ndarray:
+  """Requests drawn anew, `[draws, R]`."""
+  length = block_length(count)
+  firsts = np.random.default_rng(0).integers(0, count, (RESAMPLES, -(-count // length), 1))
+  return ((firsts + np.arange(length)) % count).reshape(RESAMPLES, -1)[:, :count]

@@ -1,0 +1,199 @@
+"""Runs every system of a comparison at every rate, on the engine or in simulation."""
+
+import dataclasses
+import gc
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from pdjax import launch
+from pdjax.comparison.contest import Case, Outcomes
+from pdjax.comparison.systems import System, at_rate, baselines, by_cluster, disaggregated_systems, with_split
+from pdjax.comparison.verdict import BackendName, Comparison, places
+from pdjax.config import ServingConfig
+from pdjax.metrics import Report, Timeline
+from pdjax.metrics.event_log import EventLog
+from pdjax.metrics.wording import number, per_second, short
+from pdjax.serving.loop import Arrivals, serve
+from pdjax.serving.messages import Event
+from pdjax.types.cluster import Role
+from pdjax.workload import Workload, WorkloadContext
+
+Run = tuple[System, Workload, Report, tuple[Event, ...]]
+
+
+class DoesNotFit(ValueError):
+  """A system that cannot be started here: the devices or their memory do not hold it."""
+
+
+def compare(
+  config: ServingConfig,
+  *,
+  backend: BackendName = 'simulator',
+  rates: Iterable[float] | None = None,
+  splits: Iterable[str] | None = None,
+  budgets: Sequence[int] | None = None,
+  workdir: str | os.PathLike | None = None,
+  say: launch.Say = lambda line: None,
+  calibrate: bool = False,
+  opened: launch.OpenedModel | None = None,
+) -> Comparison:
+  """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
+
+      comparison = pdjax.compare(config, rates=(1, 2, 4), splits=('2P1D', '1P2D'))
+      print(comparison.verdict()[0])
+
+  Both sides are tried with the same sizes of a pass, and each shows its best. On the engine, each cluster is loaded and
+  compiled once and serves every rate and size in turn.
+
+  Args:
+    config: The run; its workers say how large a worker of either role is.
+    backend: What carries the orders out.
+    rates: Requests per second to try; None takes the workload as it is.
+    splits: Splits to try instead of the config's own, see `with_split`. Each is compared with the baseline on as many
+      devices as it takes.
+    budgets: Tokens of one pass to try, on both sides; see `colocated_systems`.
+    workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows.
+    say: Told in a line what is being done.
+    calibrate: Measure this machine first and simulate with that (loads JAX).
+    opened: What `open_model` answered, if it was asked before.
+
+  Raises:
+    ValueError: if a rate or split is not one, the workload has no rate, the config is colocated and there are no
+      splits, no division of the devices fits, or as `run` and `simulate` raise.
+  """
+  if config.workload is None:
+    raise ValueError('the config has no workload; set one, e.g. workload=Poisson(requests_per_s=1, num_requests=16).')
+  if rates is not None and not (rates := sorted(set(rates))):
+    raise ValueError('rates is empty; give at least one rate, or leave it out to take the workload as it is.')
+  whole = config.workload
+  workloads = [whole] if rates is None else [at_rate(whole, rate) for rate in rates]
+  if calibrate and backend == 'simulator':
+    config = launch.calibrated(config)
+  opened = opened or launch.open_model(config)
+  ours = _disaggregated(config, splits, budgets)
+  theirs, missing = baselines(ours, opened.model, budgets)
+  own = _rate(whole)
+  shown = min(workloads, key=lambda workload: _distance(_rate(workload), own))
+  cases: list[Case] = []
+  full: dict[tuple[bool, int], tuple[int, Case, tuple[Event, ...]]] = {}  # the best of a side and number of devices
+  for cluster in by_cluster([*ours, *theirs]):
+    try:
+      for system, workload, report, events in _run_cluster(cluster, workloads, backend, opened, say):
+        case = Case(system, _rate(workload), report, Outcomes.of(report))
+        say(f'{system.name}{_at(case.rate)}: {_line(case)}')
+        side = system.colocated, system.devices
+        if workload is shown and (side not in full or case.merit > full[side][1].merit):
+          full[side] = len(cases), case, events
+        cases.append(dataclasses.replace(case, report=dataclasses.replace(report, timeline=Timeline())))
+    except DoesNotFit as error:
+      division = cluster[0].division
+      if not cluster[0].colocated:
+        raise
+      missing[division] = str(error)
+      say(f'{division} cannot be: {error}')
+  _check_baselines(cases, missing)
+  for index, case, _ in full.values():
+    cases[index] = case
+  comparison = Comparison(backend, tuple(cases), _rate(shown), missing)
+  if workdir is not None:
+    comparison.save(workdir)
+    for case, place in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
+      with EventLog(place / 'events.jsonl') as log:
+        for event in full[case.system.colocated, case.system.devices][2]:
+          log.append(event)
+  return comparison
+
+
+def _disaggregated(config: ServingConfig, splits: Iterable[str] | None, budgets: Sequence[int] | None) -> list[System]:
+  """The systems to hold against the baseline."""
+  if splits is None:
+    if all(worker.role is Role.BOTH for worker in config.workers):
+      raise ValueError(
+        f'the config is the colocated baseline itself ({config.split}); give splits to compare it with, e.g. 1P1D.'
+      )
+    configs = [config]
+  else:
+    configs = [with_split(config, split) for split in dict.fromkeys(split.strip().upper() for split in splits)]
+  if not configs:
+    raise ValueError("splits is empty; give at least one, such as '2P1D', or leave it out.")
+  return [system for one in configs for system in disaggregated_systems(one, budgets)]
+
+
+def _check_baselines(cases: Sequence[Case], missing: dict[str, str]) -> None:
+  systems = [case.system for case in cases]
+  for devices in {system.devices for system in systems if not system.colocated}:
+    if not any(system.colocated and system.devices == devices for system in systems):
+      reasons = '; '.join(f'{name}: {reason}' for name, reason in missing.items())
+      raise ValueError(
+        f'no equal division of {devices} devices makes a colocated baseline ({reasons}); change the number of devices '
+        'or the memory of the workers.'
+      )
+
+
+def _run_cluster(
+  cluster: Sequence[System],
+  workloads: Sequence[Workload],
+  backend: BackendName,
+  opened: launch.OpenedModel,
+  say: launch.Say,
+) -> Iterator[Run]:
+  """Serve every workload with every policy of a cluster."""
+  if backend == 'engine':
+    yield from _run_on_devices(cluster, workloads, opened, say)
+    return
+  try:
+    launch.size_simulated(cluster[0].config, opened.model)
+  except ValueError as error:
+    raise DoesNotFit(str(error)) from error
+  for workload in workloads:
+    for system in cluster:
+      result = launch.simulate(dataclasses.replace(system.config, workload=workload), opened=opened)
+      yield system, workload, result.report, result.events
+
+
+def _run_on_devices(
+  cluster: Sequence[System], workloads: Sequence[Workload], opened: launch.OpenedModel, say: launch.Say
+) -> Iterator[Run]:
+  """The same on devices, loaded and compiled once."""
+  served: list[Arrivals] = []  # the one being served last: it knows how many tokens its requests generate
+  try:
+    deployment = launch.deploy(cluster[0].config, opened, lambda request: served[-1].output_len(request), say)
+  except ValueError as error:
+    raise DoesNotFit(str(error)) from error
+  encode = None if opened.tokenizer is None else opened.encode_prompt
+  context = WorkloadContext(opened.model.vocab_size, opened.model.context_len, encode)
+  engine = deployment.built.engine
+  try:
+    for workload in workloads:
+      for system in cluster:
+        served.append(workload.arrivals(context))
+        engine.start_clock()
+        events = tuple(serve(served[-1], system.config.policy, engine, deployment.empty_state()))
+        config = dataclasses.replace(system.config, workload=workload)
+        report = dataclasses.replace(deployment, config=config).report(events, (), None)
+        yield system, workload, report, events
+  finally:
+    engine.close()
+    del deployment, engine
+    gc.collect()  # the next cluster wants the memory, and an engine stands in a ring of references
+
+
+def _rate(workload: Workload) -> float:
+  return math.inf if workload.request_rate is None else workload.request_rate
+
+
+def _distance(rate: float, own: float) -> float:
+  """How far two rates lie apart, in factors."""
+  return 0.0 if rate == own else math.inf if math.isinf(own) or math.isinf(rate) else abs(math.log(rate / own))
+
+
+def _at(rate: float) -> str:
+  return '' if math.isinf(rate) else f' at {per_second(rate)}'
+
+
+def _line(case: Case) -> str:
+  report = case.report
+  goodput = '' if report.request_goodput is None else f'goodput {number(report.request_goodput, 2)} req/s, '
+  tails = f'TTFT p99 {short(report.ttft.p99_ms)} ms, TPOT p99 {short(report.tpot.p99_ms)} ms'
+  return f'{goodput}{tails}'

@@ -1,0 +1,245 @@
+"""What is compared: disaggregated splits and equal colocated divisions of the devices, with several sizes of a pass."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pdjax.config import ServingConfig
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.types.cluster import (
+  WorkerSpec,
+  carve_devices,
+  colocated_pool,
+  decode_pool,
+  devices_needed,
+  parse_split,
+  prefill_pool,
+)
+from pdjax.types.model import ModelSpec, mesh_shape
+from pdjax.workload import Workload
+
+_PARTS = (16, 8, 4, 2, 1)  # of the largest pass, to try
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """One way to use the devices.
+
+  Attributes:
+    division: How they are divided, such as '2P1D' or '3C tp4'.
+    pass_tokens: Most tokens of one pass, which is what was tried out; None where the policy has no such field.
+    config: The run.
+    colocated: Whether it is one of the baseline's.
+    devices: How many devices it takes.
+  """
+
+  division: str
+  pass_tokens: int | None
+  config: ServingConfig = dataclasses.field(repr=False)
+  colocated: bool
+  devices: int
+
+  @property
+  def name(self) -> str:
+    """What it is called in tables."""
+    return self.division if self.pass_tokens is None else f'{self.division}, {self.pass_tokens} tokens'
+
+
+def with_split(config: ServingConfig, split: str) -> ServingConfig:
+  """The config with another number of workers of either role, such as '2P1D'.
+
+  Every prefill worker is like the config's first that prefills, every decode worker like its first that decodes, so the
+  split takes as many devices as their meshes add up to. Of workers with devices of their own choosing only those that
+  all share the same ones can be multiplied.
+
+  Raises:
+    ValueError: if the split is malformed, or the workers name different devices.
+  """
+  num_prefill, num_decode = parse_split(split)
+  places = {worker.devices for worker in config.workers}
+  if len(places) > 1:
+    raise ValueError(
+      f'split {split!r} cannot be made of workers that name different devices; leave `devices` out of the workers.'
+    )
+  pools = []
+  for make, count, has in ((prefill_pool, num_prefill, 'prefills'), (decode_pool, num_decode, 'decodes')):
+    like = next(worker for worker in config.workers if getattr(worker.role, has))
+    pools.append(make(count, **_sizes(like)))
+  policy = Disaggregated() if isinstance(config.policy, Colocated) else config.policy
+  return dataclasses.replace(config, workers=pools[0] + pools[1], policy=policy)
+
+
+def at_rate(workload: Workload, rate: float) -> Workload:
+  """The same requests at another rate.
+
+  Raises:
+    ValueError: if the rate is not positive, or the workload has none.
+  """
+  if not (rate > 0 and math.isfinite(rate)):
+    raise ValueError(f'rate {rate:g} is not a positive number of requests per second; give e.g. --rates=1,2,4.')
+  plain: Any = workload
+  if not dataclasses.is_dataclass(plain) or not any(one.name == 'requests_per_s' for one in dataclasses.fields(plain)):
+    raise ValueError(
+      f'the requests of a {type(workload).__name__} workload come at times of their own, so no rate can be set; leave '
+      'the rates out, or use Poisson, Bursty or Constant arrivals.'
+    )
+  again: Any = dataclasses.replace(plain, requests_per_s=float(rate))  # type: ignore[type-var]
+  return again
+
+
+def disaggregated_systems(config: ServingConfig, budgets: Sequence[int] | None = None) -> list[System]:
+  """A disaggregated config with each size of a prefill pass, `max_prefill_tokens` of its policy.
+
+  A policy without that field stays as it is.
+
+  Args:
+    config: The run.
+    budgets: Tokens of one pass to try; see `colocated_systems`.
+
+  Raises:
+    ValueError: if a budget is not positive.
+  """
+  devices = len(_devices(config))
+  policy: Any = config.policy
+  if _own_size(config) is None:
+    return [System(config.split, None, config, False, devices)]
+  systems = []
+  for size in _budgets([config], budgets):
+    here = dataclasses.replace(config, policy=dataclasses.replace(policy, max_prefill_tokens=size))
+    systems.append(System(config.split, size, here, False, devices))
+  return systems
+
+
+def colocated_systems(
+  configs: Sequence[ServingConfig], model: ModelSpec, budgets: Sequence[int] | None = None
+) -> tuple[list[System], dict[str, str]]:
+  """The colocated baseline on the devices of some runs: every equal division of them, with each chunk budget.
+
+  A division has `n / tp` workers of `tp` devices for every `tp` that divides the `n` devices and is legal for the
+  model. The KV memory of the richest run is divided among them ('auto' stays 'auto'). Each takes passes as large as
+  any worker of the runs does, and at least its share of the most decode slots, so that the baseline lacks nothing.
+
+  Args:
+    configs: Disaggregated runs on equally many devices, of one workload.
+    model: The model as it is served.
+    budgets: Tokens of one pass to try; None tries the largest pass, a half, a quarter, an eighth and a sixteenth of
+      it, and what the policies of the runs have for `max_prefill_tokens`.
+
+  Returns:
+    The systems, and why each division that is missing cannot be.
+
+  Raises:
+    ValueError: if a budget is not positive.
+  """
+  config = configs[0]
+  used = sorted(_devices(config))
+  workers = [worker for one in configs for worker in one.workers]
+  prefills = [worker for worker in workers if worker.role.prefills]
+  decodes = [worker for worker in workers if worker.role.decodes]
+  slots = max(sum(worker.max_sequences for worker in one.workers if worker.role.decodes) for one in configs)
+  fused = min(worker.max_fused_steps for worker in decodes)
+  decode_steps = min(getattr(config.policy, 'decode_steps', 1), fused)
+  sizes = _budgets(configs, budgets)
+  systems, missing = [], {}
+  for count in range(1, len(used) + 1):
+    if len(used) % count:
+      continue
+    tp = len(used) // count
+    division = f'{count}C tp{tp}'
+    try:
+      mesh_shape(model, tp)
+      num_pages = _equal_pages(configs, model, count, tp)
+    except ValueError as error:
+      missing[division] = str(error)
+      continue
+    pool = colocated_pool(
+      count, tp=tp, num_pages=num_pages,
+      max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
+      max_step_tokens=_largest_pass(configs), max_chunks=max(worker.max_chunks for worker in prefills),
+      max_fused_steps=fused,
+    )  # fmt: skip
+    if any(worker.devices is not None for worker in workers):
+      pool = tuple(
+        dataclasses.replace(worker, devices=tuple(used[i * tp : (i + 1) * tp])) for i, worker in enumerate(pool)
+      )
+    for size in sizes:
+      policy = Colocated(token_budget=size, decode_steps=decode_steps)
+      here = dataclasses.replace(config, workers=pool, policy=policy)
+      systems.append(System(division, size, here, True, len(used)))
+  return systems, missing
+
+
+def baselines(
+  ours: Sequence[System], model: ModelSpec, budgets: Sequence[int] | None
+) -> tuple[list[System], dict[str, str]]:
+  """The baseline for every number of devices that a disaggregated system takes."""
+  systems: list[System] = []
+  missing: dict[str, str] = {}
+  for devices in dict.fromkeys(system.devices for system in ours):
+    found, lacking = colocated_systems([one.config for one in ours if one.devices == devices], model, budgets)
+    systems += found
+    missing |= lacking
+  return systems, missing
+
+
+def by_cluster(systems: Iterable[System]) -> list[list[System]]:
+  """Systems whose workers are the same together: they differ in the policy alone and need no other programs."""
+  clusters: dict[tuple[WorkerSpec, ...], list[System]] = {}
+  for system in systems:
+    clusters.setdefault(system.config.workers, []).append(system)
+  return list(clusters.values())
+
+
+def _devices(config: ServingConfig) -> set[int]:
+  """The devices that the workers take, by index."""
+  carved = carve_devices(config.workers, devices_needed(config.workers))
+  return {device for mesh in carved.values() for device in mesh}
+
+
+def _sizes(worker: WorkerSpec) -> dict[str, Any]:
+  return {field.name: getattr(worker, field.name) for field in dataclasses.fields(worker) if field.name not in _WHO}
+
+
+_WHO = ('name', 'role')
+
+
+def _largest_pass(configs: Sequence[ServingConfig]) -> int:
+  return max(worker.max_step_tokens for config in configs for worker in config.workers if worker.role.prefills)
+
+
+def _own_size(config: ServingConfig) -> int | None:
+  """Tokens of a prefill pass that a policy which can be told so asks for."""
+  policy: Any = config.policy
+  if not dataclasses.is_dataclass(policy):
+    return None
+  return next(
+    (getattr(policy, one.name) for one in dataclasses.fields(policy) if one.name == 'max_prefill_tokens'), None
+  )
+
+
+def _budgets(configs: Sequence[ServingConfig], budgets: Sequence[int] | None) -> list[int]:
+  """Tokens of one pass to try, for either side alike."""
+  if budgets is None:
+    largest = _largest_pass(configs)
+    own = {size for size in map(_own_size, configs) if size is not None and size < largest}
+    return sorted(own | {max(largest // part, 1) for part in _PARTS})
+  for budget in budgets:
+    if budget < 1:
+      raise ValueError(f'{budget} tokens of one pass are not positive; give budgets of at least 1.')
+  return sorted(set(budgets))
+
+
+def _equal_pages(configs: Sequence[ServingConfig], model: ModelSpec, count: int, tp: int) -> int | Literal['auto']:
+  """Pages of each of `count` workers, so that together they have the bytes of the richest run's pools."""
+  if any(worker.num_pages == 'auto' for config in configs for worker in config.workers):
+    return 'auto'
+
+  def copies(tp: int) -> float:  # devices over which a page lies, each with its share of the heads
+    return tp / mesh_shape(model, tp)[0]
+
+  whole = max(sum(int(worker.num_pages) * copies(worker.tp) for worker in config.workers) for config in configs)
+  each = int(whole / (count * copies(tp)))
+  if each < 1:
+    raise ValueError(f'the {whole:g} pages of the config leave none for each of {count} workers.')
+  return each

@@ -71,6 +71,7 @@ def test_weights_come_back_in_our_shapes_and_their_own_type(tmp_path, dtype, sha
     np.testing.assert_array_equal(found, weight, err_msg=name)
 
 
+WIDER = {'hidden_size': 16}
 LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
 NEWER = {'rope_theta': ABSENT, 'torch_dtype': ABSENT, 'dtype': 'bfloat16'}
 
@@ -122,8 +123,10 @@ def test_missing_settings_take_the_defaults_of_the_format(tmp_path, gone):
 @pytest.mark.parametrize(
   ('config', 'spec'),
   [
-    ({'model_type': 'llama', 'num_key_value_heads': ABSENT, 'head_dim': ABSENT}, {'kv_heads': 4, 'head_dim': 3}),
-    ({'model_type': 'llama', 'num_key_value_heads': None, 'head_dim': None}, {'kv_heads': 4, 'head_dim': 3}),
+    ({'model_type': 'llama', 'num_key_value_heads': ABSENT, 'head_dim': ABSENT, **WIDER},
+      {'kv_heads': 4, 'head_dim': 4, 'embed_dim': 16}),
+    ({'model_type': 'llama', 'num_key_value_heads': None, 'head_dim': None, **WIDER},
+      {'kv_heads': 4, 'head_dim': 4, 'embed_dim': 16}),
     ({'model_type': 'llama', 'sliding_window': 5}, {}),  # which that family does not have
     ({'model_type': 'mistral', 'num_attention_heads': 8, 'num_key_value_heads': ABSENT}, {'sliding_window': 4096,
       'query_heads': 8, 'kv_heads': 8}),

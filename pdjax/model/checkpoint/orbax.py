@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
-from pdjax.model.checkpoint.hf_config import read_json
+from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling
 

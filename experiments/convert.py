@@ -3,8 +3,8 @@ r"""Converts a checkpoint of any format into one that restores straight into any
 python -m experiments.convert --checkpoint=smollm2 --out=smollm2-orbax --dtype=bfloat16
 python -m experiments.run --config=configs/cpu.py:checkpoint=smollm2-orbax --requests=FILE.jsonl --workdir=out
 
-The folder holds the weights as Orbax writes them, the model's shape in pdjax.json, and the tokenizer. This machine's
-memory must hold all weights once.
+The folder holds the weights as Orbax writes them, the model's shape and a checksum of each weight in pdjax.json, and
+the tokenizer. This machine's memory must hold all weights once.
 """
 
 import sys

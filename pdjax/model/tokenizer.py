@@ -15,6 +15,8 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from pdjax.model.text_files import read_json, read_text
+
 # token types of GGUF
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
@@ -102,7 +104,7 @@ class Tokenizer:
       ValueError: if it is of a kind that is not known here, or incomplete.
     """
     described = _GGUFVocabulary(metadata, source)
-    kind = described.get('model')
+    kind = described.get('model', str)
     if kind == 'gpt2':
       backend = _byte_level_bpe(described)
     elif kind == 'llama':
@@ -114,12 +116,11 @@ class Tokenizer:
       )
     _add_tokens(backend, described)
     names = {f'{name}_token': described.token(f'{key}_token_id') for name, key in _GGUF_SPECIAL_TOKENS.items()}
-    eos_ids = (described.get(f'{key}_token_id') for key in ('eos', 'eot', 'eom'))
     return cls(
       backend=backend,
-      chat_template=metadata.get('tokenizer.chat_template'),
+      chat_template=described.checked('tokenizer.chat_template', str, None),
       special_tokens={name: token for name, token in names.items() if token is not None},
-      eos_token_ids=tuple(dict.fromkeys(token for token in eos_ids if token is not None)),
+      eos_token_ids=described.end_ids(),
       source=source,
     )
 
@@ -154,7 +155,8 @@ class Tokenizer:
       raise ValueError(f'{path} is damaged or of an unknown kind ({error}); download it again.') from error
     backend.no_truncation()
     backend.no_padding()
-    config = _read_config(folder / 'tokenizer_config.json')
+    config_path = folder / 'tokenizer_config.json'
+    config = read_json(config_path) if config_path.is_file() else {}
     special_tokens = {}
     for name, value in config.items():
       if name.endswith('_token') and value is not None and not isinstance(value, bool):
@@ -165,7 +167,7 @@ class Tokenizer:
           f'{path} lacks token {special_tokens[name]!r}, expected it because tokenizer_config.json names it as {name}; '
           'the two do not belong together: download both again.'
         )
-    if unknown := [token for token in eos_token_ids if backend.id_to_token(token) is None]:
+    if unknown := [token for token in eos_token_ids if not 0 <= token < 2**32 or backend.id_to_token(token) is None]:
       raise ValueError(
         f'{path} lacks a token of id {unknown[0]}, expected it because the configuration of the model names it as the '
         'end of a sequence; the two do not belong together: download both again.'
@@ -175,7 +177,7 @@ class Tokenizer:
       eos_token_ids = (eos_id,)
     return cls(
       backend=backend,
-      chat_template=_folder_template(folder, config),
+      chat_template=_folder_template(folder, config_path, config),
       special_tokens=special_tokens,
       eos_token_ids=tuple(eos_token_ids),
       source=str(folder),
@@ -201,10 +203,14 @@ def _compile(source: str) -> jinja2.Template:
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
   )
-  environment.filters['tojson'] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+  environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise_exception
   environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
   return environment.from_string(source)
+
+
+def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _are_messages(messages: Any) -> bool:
@@ -216,6 +222,16 @@ def _raise_exception(message: str):
 
 
 # GGUF
+
+
+def gguf_end_ids(metadata: Mapping[str, Any], source: str) -> tuple[int, ...]:
+  """Tokens that end a sequence, by the `tokenizer.*` keys of a GGUF file.
+
+  Raises:
+    ValueError: if what the keys hold cannot be.
+  """
+  return _GGUFVocabulary(metadata, source).end_ids()
+
 
 _GGUF_SPECIAL_TOKENS = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
 
@@ -244,6 +260,14 @@ _WORDS: dict[str, tuple[str, ...]] = {
   'default': (r'[\p{P}$+<=>^~|]+', _GPT2_WORDS, r'\p{N}+', '[0-9][0-9][0-9]'),
 }
 _WHOLE_WORDS = ('llama-bpe', 'tekken')  # a word that is a token needs no merges, and raw text begins with a token
+# By the same key: what ends the turns of a chat model, and what else ends its answers. Its generation_config.json lists
+# all of them, a GGUF file names the first only. (Base models end with another token, and go on past turns; SmolLM2, of
+# 'smollm', goes on past its <|endoftext|>.)
+_CHAT_ENDS = {
+  'qwen2': ('<|im_end|>', ('<|endoftext|>',)),
+  'llama-bpe': ('<|eot_id|>', ('<|end_of_text|>', '<|eom_id|>')),
+}
+_KINDS = {str: 'text', int: 'whole number', float: 'number', bool: 'truth value', list: 'list'}
 _ALIASES = {'llama3': 'llama-bpe', 'llama-v3': 'llama-bpe'}
 
 
@@ -254,32 +278,79 @@ class _GGUFVocabulary:
   metadata: Mapping[str, Any]
   source: str
 
-  def get(self, key: str, default: Any = None) -> Any:
-    return self.metadata.get(f'tokenizer.ggml.{key}', default)
+  def get(self, key: str, kind: type, default: Any = None) -> Any:
+    return self.checked(f'tokenizer.ggml.{key}', kind, default)
 
-  def array(self, key: str) -> list:
-    values = self.get(key)
+  def checked(self, key: str, kind: type, default: Any) -> Any:
+    value = self.metadata.get(key, default)
+    if value is not default and type(value) is not kind:
+      raise self._error(key, repr(value), f'a {_KINDS[kind]}')
+    return value
+
+  def array(self, key: str, kind: type = str) -> list:
+    values = self.get(key, list)
     if not values:
       raise ValueError(
-        f'{self.source} has no tokenizer.ggml.{key}, expected it for a {self.get("model")!r} tokenizer; '
+        f'{self.source} has no tokenizer.ggml.{key}, expected it for a {self.get("model", str)!r} tokenizer; '
         'convert the model again.'
+      )
+    if odd := [value for value in values if type(value) is not kind]:
+      raise self._error(f'tokenizer.ggml.{key}', f'a list with {odd[0]!r}', f'a {_KINDS[kind]} in each place')
+    return values
+
+  @property
+  def pre(self) -> str:
+    """How text is cut into words: a key of `_WORDS`, if it is a way known here."""
+    pre = self.get('pre', str, 'default')
+    return _ALIASES.get(pre, pre)
+
+  @functools.cached_property
+  def tokens(self) -> list[str]:
+    return self.array('tokens')
+
+  def one_each(self, key: str, kind: type) -> list:
+    """An array with a value for each token."""
+    values = self.array(key, kind)
+    if len(values) != len(self.tokens):
+      raise self._error(
+        f'tokenizer.ggml.{key}', f'{len(values)} values', f'one for each of its {len(self.tokens)} tokens'
       )
     return values
 
+  def token_id(self, key: str) -> int | None:
+    token_id = self.get(key, int)
+    if token_id is not None and not 0 <= token_id < len(self.tokens):
+      raise self._error(f'tokenizer.ggml.{key}', token_id, f'less than its {len(self.tokens)} tokens')
+    return token_id
+
   def token(self, key: str) -> str | None:
-    token_id, tokens = self.get(key), self.array('tokens')
-    if token_id is not None and not 0 <= token_id < len(tokens):
-      raise ValueError(
-        f'{self.source} has tokenizer.ggml.{key}={token_id}, expected less than its {len(tokens)} tokens; '
-        'convert the model again.'
-      )
-    return None if token_id is None else tokens[token_id]
+    token_id = self.token_id(key)
+    return None if token_id is None else self.tokens[token_id]
+
+  def typed(self) -> list[tuple[str, int]]:
+    """Each token with its type, if the file has any types."""
+    if self.get('token_type', list) is None:
+      return []
+    return list(zip(self.tokens, self.one_each('token_type', int), strict=True))
+
+  def end_ids(self) -> tuple[int, ...]:
+    keys = [f'{place}_token_id' for place in ('eos', 'eot', 'eom')]
+    if self.get('tokens', list) is None:  # they may be named all the same
+      ids = [self.get(key, int) for key in keys]
+    else:
+      ids = [self.token_id(key) for key in keys]
+      turn_end, others = _CHAT_ENDS.get(self.pre, ('', ()))
+      if self.token('eos_token_id') == turn_end:
+        ids += [i for i, (token, kind) in enumerate(self.typed()) if kind == _CONTROL and token in others]
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+  def _error(self, key: str, found: object, expected: str) -> ValueError:
+    return ValueError(f'{self.source} has {key}={found}, expected {expected}; convert the model again.')
 
 
 def _byte_level_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
   """Byte-pair encoding over UTF-8 bytes (Radford et al. 2019), cut into words by `tokenizer.ggml.pre`."""
-  pre = described.get('pre', 'default')
-  pre = _ALIASES.get(pre, pre)
+  pre = described.pre
   if pre not in _WORDS:
     raise ValueError(
       f'{described.source} has tokenizer.ggml.pre {pre!r}, expected one of {", ".join(_WORDS)}; another way to cut '
@@ -300,12 +371,12 @@ def _byte_level_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
 
 def _sentencepiece_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
   """Byte-pair encoding of SentencePiece (Kudo and Richardson 2018): a pair's rank is the score of what it makes."""
-  if described.get('remove_extra_whitespaces', False):
+  if described.get('remove_extra_whitespaces', bool, False):
     raise ValueError(
       f'{described.source} has tokenizer.ggml.remove_extra_whitespaces=True, which pdjax does not do; '
       'use the model as safetensors with its tokenizer.json.'
     )
-  tokens, scores = described.array('tokens'), described.array('scores')
+  tokens, scores = described.tokens, described.one_each('scores', float)
   ids = {token: i for i, token in enumerate(tokens)}
   ranked = []
   for i, token in enumerate(tokens):
@@ -324,7 +395,7 @@ def _sentencepiece_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
   backend = _bpe(described, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
   spaces: list[normalizers.Normalizer] = [normalizers.Replace(' ', '▁')]
   strip = []
-  if described.get('add_space_prefix', True):
+  if described.get('add_space_prefix', bool, True):
     spaces.insert(0, normalizers.Prepend('▁'))
     strip = [decoders.Strip(' ', left=1, right=0)]
   backend.normalizer = normalizers.Sequence(spaces)
@@ -334,7 +405,7 @@ def _sentencepiece_bpe(described: _GGUFVocabulary) -> tokenizers.Tokenizer:
 
 
 def _bpe(described: _GGUFVocabulary, merges: list, **options: Any) -> tokenizers.Tokenizer:
-  vocabulary = {token: i for i, token in enumerate(described.array('tokens'))}
+  vocabulary = {token: i for i, token in enumerate(described.tokens)}
   try:
     return tokenizers.Tokenizer(models.BPE(vocabulary, merges, **options))
   except Exception as error:  # the Rust side raises nothing more precise
@@ -347,9 +418,9 @@ def _add_ends(backend: tokenizers.Tokenizer, described: _GGUFVocabulary, begins:
   """Put a beginning and an end token around raw text where the file asks for them; `begins` if it does not say."""
   ends = {}
   for place, default in (('bos', begins), ('eos', False)):
-    token = described.token(f'{place}_token_id')
-    if described.get(f'add_{place}_token', default) and token is not None:
-      ends[place] = (token, described.get(f'{place}_token_id'))
+    token, token_id = described.token(f'{place}_token_id'), described.token_id(f'{place}_token_id')
+    if described.get(f'add_{place}_token', bool, default) and token is not None:
+      ends[place] = (token, token_id)
   if ends:
     template = [ends['bos'][0]] if 'bos' in ends else []
     template += ['$A', ends['eos'][0]] if 'eos' in ends else ['$A']
@@ -358,11 +429,7 @@ def _add_ends(backend: tokenizers.Tokenizer, described: _GGUFVocabulary, begins:
 
 def _add_tokens(backend: tokenizers.Tokenizer, described: _GGUFVocabulary):
   """Let control and user-defined tokens be found in text before anything else cuts it."""
-  tokens = described.array('tokens')
-  types = described.get('token_type', [])
-  added = [
-    (token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-  ]
+  added = [(token, kind) for token, kind in described.typed() if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
   special = [AddedToken(token, special=True, normalized=False) for token, kind in added if kind != _USER_DEFINED]
   backend.add_special_tokens(special)
   backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in added if kind == _USER_DEFINED])
@@ -371,21 +438,18 @@ def _add_tokens(backend: tokenizers.Tokenizer, described: _GGUFVocabulary):
 # Folders of Hugging Face
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    return dict(json.loads(path.read_text(encoding='utf-8')))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{path} is not a JSON object ({error}); download it again.') from error
-
-
-def _folder_template(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+def _folder_template(folder: pathlib.Path, config_path: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   """The chat template: a file of its own goes before the configuration, and the default before named ones."""
   path = folder / 'chat_template.jinja'
   if path.is_file():
-    return path.read_text(encoding='utf-8')
+    return read_text(path)
   template = config.get('chat_template')
-  if isinstance(template, list):
-    return next((entry['template'] for entry in template if entry.get('name') == 'default'), None)
+  if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+    default = next((entry for entry in template if entry.get('name') == 'default'), None)
+    template = default and default.get('template', default)  # one without its text is refused as what it is
+  if template is not None and not isinstance(template, str):
+    raise ValueError(
+      f'{config_path} has the chat_template {template!r}, expected a text, or a list of names with a text each; '
+      'download it again.'
+    )
   return template

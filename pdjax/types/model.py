@@ -1,7 +1,20 @@
 """The shape of a language model, and what follows from it: parameters, bytes, FLOPs."""
 
 import dataclasses
-from typing import Literal
+import sys
+from typing import Any, Literal, TypeGuard
+
+MAX_LAYERS = 10_000  # no model has a tenth of them: more is a damaged file, and to list them all would take minutes
+
+
+def is_size(value: Any) -> TypeGuard[int]:
+  """Whether this is a positive integer."""
+  return type(value) is int and value > 0
+
+
+def is_positive(value: Any) -> TypeGuard[float]:
+  """Whether this is a positive number that is finite as a float."""
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,7 +31,7 @@ class RopeScaling:
     original_context_len: Tokens; for 'llama3'.
 
   Raises:
-    ValueError: if a number is not positive, or the two frequency factors are not ascending.
+    ValueError: if a number is not positive and finite, or the two frequency factors are not ascending.
   """
 
   kind: Literal['linear', 'llama3']
@@ -31,8 +44,10 @@ class RopeScaling:
     if self.kind not in ('linear', 'llama3'):
       raise ValueError(f"rope scaling is of kind {self.kind!r}, expected 'linear' or 'llama3'.")
     for field in ('factor', 'low_freq_factor', 'high_freq_factor', 'original_context_len'):
-      if not getattr(self, field) > 0:
-        raise ValueError(f'rope scaling has {field}={getattr(self, field)}, expected a positive number.')
+      if not is_positive(getattr(self, field)):
+        raise ValueError(f'rope scaling has {field}={getattr(self, field)!r}, expected a positive number.')
+    if not is_size(self.original_context_len):
+      raise ValueError(f'rope scaling has original_context_len={self.original_context_len!r}, expected an integer.')
     if self.low_freq_factor >= self.high_freq_factor:
       raise ValueError(
         f'rope scaling has low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}; '
@@ -46,18 +61,18 @@ class ModelSpec:
 
   Attributes:
     name: For reports.
-    num_layers: Transformer blocks, L.
+    num_layers: Transformer blocks, L; at most `MAX_LAYERS`.
     embed_dim: Width of the residual stream, E.
     query_heads: Query heads, H.
     kv_heads: Key/value heads, K; divides H (grouped-query attention, Ainslie et al. 2023).
-    head_dim: Size of one head, D.
+    head_dim: Size of one head, D; even, because the rotary embedding turns pairs.
     ffn_dim: Width of the gated feed-forward layer, F.
     vocab_size: Tokens, V.
     context_len: Longest sequence, in tokens.
     rope_theta: Base of the rotary position embedding (Su et al. 2021).
     norm_eps: Epsilon of the RMS norms.
     tied_embeddings: The output projection is the transposed input embedding.
-    eos_token_ids: Tokens that end a sequence.
+    eos_token_ids: Tokens that end a sequence; below V.
     rope_scaling: How the rotary embedding is stretched, if it is.
     sliding_window: Tokens that a token sees, itself among them (Mistral, Jiang et al. 2023); None is all before it.
     windowed_layers: The layers with that window; None is every layer.
@@ -65,7 +80,7 @@ class ModelSpec:
     qk_norm: Each head of the queries and keys passes an RMS norm before it is turned (Qwen3).
 
   Raises:
-    ValueError: if a size is not positive or the key/value heads do not divide the query heads.
+    ValueError: if a field is of another kind or out of range, or the key/value heads do not divide the query heads.
   """
 
   name: str
@@ -90,18 +105,39 @@ class ModelSpec:
   def __post_init__(self):
     sizes = ('num_layers', 'embed_dim', 'query_heads', 'kv_heads', 'head_dim', 'ffn_dim', 'vocab_size', 'context_len')
     for size in sizes:
-      if getattr(self, size) < 1:
-        raise ValueError(f'model {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
+      self._expect(size, is_size(getattr(self, size)), 'an integer of at least 1')
+    self._expect('num_layers', self.num_layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')
+    self._expect('head_dim', self.head_dim % 2 == 0, 'an even number, because its features turn in pairs')
+    for number in ('rope_theta', 'norm_eps'):
+      self._expect(number, is_positive(getattr(self, number)), 'a positive number')
+    for flag in ('tied_embeddings', 'qkv_bias', 'qk_norm'):
+      self._expect(flag, isinstance(getattr(self, flag), bool), 'True or False')
+    self._expect('name', isinstance(self.name, str), 'a text')
+    self._expect(
+      'rope_scaling', self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling), 'a RopeScaling or None'
+    )
+    self._expect(
+      'eos_token_ids',
+      _are_below(self.vocab_size, self.eos_token_ids),
+      f'a tuple of integers from 0 to {self.vocab_size - 1}, as its vocabulary has',
+    )
     if self.query_heads % self.kv_heads:
       raise ValueError(
         f'model {self.name!r} has {self.query_heads} query heads and {self.kv_heads} key/value heads; '
         'the second must divide the first.'
       )
-    if self.sliding_window is not None and self.sliding_window < 1:
-      raise ValueError(f'model {self.name!r} has sliding_window={self.sliding_window}, expected at least 1 token.')
-    outside = [layer for layer in self.windowed_layers or () if not 0 <= layer < self.num_layers]
-    if outside:
-      raise ValueError(f'model {self.name!r} has windowed_layers {outside}, but {self.num_layers} layers.')
+    self._expect(
+      'sliding_window', self.sliding_window is None or is_size(self.sliding_window), 'at least 1 token, or None'
+    )
+    self._expect(
+      'windowed_layers',
+      self.windowed_layers is None or _are_below(self.num_layers, self.windowed_layers),
+      f'None or a tuple of its layers, 0 to {self.num_layers - 1}',
+    )
+
+  def _expect(self, field: str, holds: bool, expected: str) -> None:
+    if not holds:
+      raise ValueError(f'model {self.name!r} has {field}={getattr(self, field)!r}, expected {expected}.')
 
   def window(self, layer: int) -> int | None:
     """Tokens that a token sees in this layer, itself among them; None is all before it."""
@@ -259,3 +295,7 @@ def mesh_shape(model: ModelSpec, tp: int) -> tuple[int, int]:
       f'{", ".join(map(str, fits))}.'
     )
   return min(tp, kv_heads), max(tp // kv_heads, 1)
+
+
+def _are_below(limit: int, values: Any) -> bool:
+  return isinstance(values, tuple) and all(type(value) is int and 0 <= value < limit for value in values)

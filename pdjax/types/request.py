@@ -25,9 +25,9 @@ class SamplingParams:
   Attributes:
     max_tokens: Most tokens to generate, at least one.
     temperature: 0, or less than 1e-5, takes the likeliest token; above it, logits are divided by it and sampled.
-    top_k: Sample among the k likeliest tokens only; 0 means all.
+    top_k: Sample among the k likeliest tokens only, and those as likely as the last of them; 0 means all.
     top_p: Sample among the fewest likeliest tokens whose probabilities reach this sum (nucleus sampling,
-      Holtzman et al. 2020); 1 means all. Applied after `top_k`.
+      Holtzman et al. 2020), and those as likely as the last of them; 1 means all. Applied after `top_k`.
     min_p: Sample among the tokens at least this share as probable as the likeliest (Nguyen et al. 2024); 0 means all.
     repetition_penalty: Divides the positive logits of tokens in the prompt or the output by this, and multiplies the
       negative ones (Keskar et al. 2019); 1 changes nothing, more discourages repetition.

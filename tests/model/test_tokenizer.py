@@ -156,6 +156,16 @@ def test_end_of_turn_ids_count_as_ends_once():
     ({'merges': ['q', 'a b']}, 'do not fit together'),
     ({'merges': ['qq a']}, 'do not fit together'),
     ({'eos_token_id': 10_000}, 'eos_token_id=10000, expected less than'),
+    ({'eot_token_id': 10_000}, 'eot_token_id=10000, expected less than'),
+    ({'eos_token_id': 'two'}, "eos_token_id='two', expected a whole number"),
+    ({'pre': ['gpt-2']}, r"ggml.pre=\['gpt-2'\], expected a text"),
+    ({'tokens': [*TOKENS[:-1], 0]}, 'ggml.tokens=a list with 0, expected a text in each place'),
+    ({'merges': 'a b'}, "ggml.merges='a b', expected a list"),
+    ({'token_type': 3}, 'ggml.token_type=3, expected a list'),
+    ({'token_type': [3, 3]}, f'ggml.token_type=2 values, expected one for each of its {len(TOKENS)} tokens'),
+    ({'token_type': ['3'] * len(TOKENS)}, "ggml.token_type=a list with '3', expected a whole number"),
+    ({'add_bos_token': 'yes'}, "add_bos_token='yes', expected a truth value"),
+    ({'chat_template': 5}, 'tokenizer.chat_template=5, expected a text'),
   ],
 )
 def test_a_gguf_tokenizer_that_would_be_wrong_is_refused(changes, message):
@@ -210,6 +220,14 @@ def test_sentencepiece_that_can_say_nothing_of_a_character_is_refused():
     Tokenizer.from_gguf_metadata(metadata)
 
 
+@pytest.mark.parametrize(
+  ('scores', 'message'), [([0.0] * 5, '5 values, expected one for each of its 266'), (['x'] * 266, "a list with 'x'")]
+)
+def test_sentencepiece_whose_scores_do_not_fit_is_refused(scores, message):
+  with pytest.raises(ValueError, match=f'the GGUF metadata has tokenizer.ggml.scores={message}'):
+    Tokenizer.from_gguf_metadata(sentencepiece(scores=scores))
+
+
 def test_sentencepiece_without_a_space_prefix_keeps_leading_spaces():
   tokenizer = Tokenizer.from_gguf_metadata(sentencepiece(add_space_prefix=False))
   assert tokenizer.decode(tokenizer.encode(' bab')) == ' bab'
@@ -251,8 +269,9 @@ def test_a_folder_whose_tokenizer_lacks_a_token_is_refused(tmp_path):
     Tokenizer.from_folder(tmp_path)
   write_folder(tmp_path, {'eos_token': '</s>', 'pad_token': '<pad>'})  # no template writes that
   assert Tokenizer.from_folder(tmp_path).special_tokens['pad_token'] == '<pad>'
-  with pytest.raises(ValueError, match=r'tokenizer\.json lacks a token of id 9999, .* end of a sequence'):
-    Tokenizer.from_folder(tmp_path, eos_token_ids=[1, 9999])
+  for token in (9999, -1, 2**40):
+    with pytest.raises(ValueError, match=rf'tokenizer\.json lacks a token of id {token}, .* end of a sequence'):
+      Tokenizer.from_folder(tmp_path, eos_token_ids=[1, token])
 
 
 @pytest.mark.parametrize('template', [None, '{{ bos_token }}<turn>{{ messages[0].content }}'])
@@ -281,9 +300,25 @@ def test_folder_errors_name_the_file(tmp_path):
   (tmp_path / 'tokenizer.json').write_text('{"version": ')
   with pytest.raises(ValueError, match=r'tokenizer\.json is damaged'):
     Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('tokenizer_config.json', b'[', 'is not valid JSON'),
+    ('tokenizer_config.json', b'[["bos_token", "<s>"]]', 'holds a list'),
+    ('tokenizer_config.json', b'\xff', 'is no text in UTF-8'),
+    ('tokenizer_config.json', b'{"chat_template": 5}', 'has the chat_template 5, expected a text'),
+    ('tokenizer_config.json', b'{"chat_template": {"default": "x"}}', 'has the chat_template .* expected a text'),
+    ('tokenizer_config.json', b'{"chat_template": ["x"]}', r"has the chat_template \['x'\], expected a text"),
+    ('tokenizer_config.json', b'{"chat_template": [{"name": "default"}]}', 'has the chat_template .* with a text each'),
+    ('chat_template.jinja', b'\xff', 'is no text in UTF-8'),
+  ],
+)
+def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content, message):
   write_folder(tmp_path)
-  (tmp_path / 'tokenizer_config.json').write_text('[')
-  with pytest.raises(ValueError, match=r'tokenizer_config\.json is not a JSON object'):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=f'{tmp_path / name} {message}'):
     Tokenizer.from_folder(tmp_path)
 
 
@@ -336,6 +371,8 @@ def test_a_template_cannot_reach_the_interpreter():
     ('{% generation %}ab{% endgeneration %}', 'ab'),
     ('{% for m in messages %}{% break %}{% endfor %}ab', 'ab'),
     ('{{ {"a": "<é>"} | tojson }}', '{"a": "<é>"}'),
+    ('{{ {"b": [1], "a": 2} | tojson(separators=(",", ":"), sort_keys=true) }}', '{"a":2,"b":[1]}'),
+    ('{{ "é" | tojson(ensure_ascii=true, indent=2) }}', r'"\u00e9"'),
     ('{{ strftime_now("%Y") | length }}', '4'),
   ],
 )

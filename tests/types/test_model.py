@@ -74,10 +74,29 @@ def test_biases_and_head_norms_count():
   'change, message',
   [
     ({'sliding_window': 0}, 'sliding_window=0, expected at least 1 token'),
-    ({'sliding_window': 4, 'windowed_layers': (0, 2)}, r'windowed_layers \[2\], but 2 layers'),
+    ({'sliding_window': '8'}, "sliding_window='8', expected at least 1 token"),
+    ({'sliding_window': 4, 'windowed_layers': (0, 2)}, r'windowed_layers=\(0, 2\), expected .* its layers, 0 to 1'),
+    ({'sliding_window': 4, 'windowed_layers': ('a',)}, r"windowed_layers=\('a',\)"),
+    ({'num_layers': 10**9}, 'num_layers=1000000000, expected at most 10,000'),
+    ({'embed_dim': 24.0}, 'embed_dim=24.0, expected an integer'),
+    ({'num_layers': '2'}, "num_layers='2', expected an integer"),
+    ({'vocab_size': True}, 'vocab_size=True, expected an integer'),
+    ({'head_dim': 5}, 'head_dim=5, expected an even number'),
+    ({'rope_theta': 'x'}, "rope_theta='x', expected a positive number"),
+    ({'rope_theta': -1.0}, 'rope_theta=-1.0, expected a positive number'),
+    ({'rope_theta': float('inf')}, 'rope_theta=inf, expected a positive number'),
+    ({'rope_theta': 10**400}, 'rope_theta=1000.*, expected a positive number'),
+    ({'norm_eps': float('nan')}, 'norm_eps=nan, expected a positive number'),
+    ({'tied_embeddings': 'false'}, "tied_embeddings='false', expected True or False"),
+    ({'name': 5}, 'name=5, expected a text'),
+    ({'rope_scaling': 'linear'}, "rope_scaling='linear', expected a RopeScaling or None"),
+    ({'eos_token_ids': (1, 96)}, r'eos_token_ids=\(1, 96\), expected .* integers from 0 to 95'),
+    ({'eos_token_ids': (-1,)}, r'eos_token_ids=\(-1,\)'),
+    ({'eos_token_ids': (2.5,)}, r'eos_token_ids=\(2.5,\)'),
+    ({'eos_token_ids': 'x'}, "eos_token_ids='x'"),
   ],
 )
-def test_a_model_refuses_windows_that_make_no_sense(change, message):
+def test_a_model_refuses_fields_that_make_no_sense(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(TINY, **change)
 
@@ -87,6 +106,9 @@ def test_a_model_refuses_windows_that_make_no_sense(change, message):
   [
     ({'kind': 'yarn', 'factor': 2.0}, "kind 'yarn', expected 'linear' or 'llama3'"),
     ({'kind': 'linear', 'factor': 0.0}, 'factor=0.0, expected a positive number'),
+    ({'kind': 'linear', 'factor': float('inf')}, 'factor=inf, expected a positive number'),
+    ({'kind': 'linear', 'factor': '2'}, "factor='2', expected a positive number"),
+    ({'kind': 'llama3', 'factor': 8.0, 'original_context_len': 64.5}, '=64.5, expected an integer'),
     ({'kind': 'llama3', 'factor': 8.0, 'low_freq_factor': 4.0}, 'the first must be the smaller'),
   ],
 )
@@ -101,7 +123,7 @@ def test_logits_cost_a_row_of_the_output_projection():
 
 @pytest.mark.parametrize('size', ['num_layers', 'embed_dim', 'kv_heads', 'head_dim', 'ffn_dim', 'context_len'])
 def test_a_model_refuses_sizes_below_one(size):
-  with pytest.raises(ValueError, match=f"model 'tiny' has {size}=0, expected at least 1"):
+  with pytest.raises(ValueError, match=f"model 'tiny' has {size}=0, expected an integer of at least 1"):
     dataclasses.replace(TINY, **{size: 0})
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -11,10 +11,16 @@ import numpy as np
 
 from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
-from pdjax.model.tokenizer import Tokenizer
-from pdjax.types.model import ModelSpec, RopeScaling
+from pdjax.model.tokenizer import Tokenizer, gguf_end_ids
+from pdjax.types.model import ModelSpec, RopeScaling, is_positive, is_size
 
-_END_IDS = ('tokenizer.ggml.eos_token_id', 'tokenizer.ggml.eot_token_id', 'tokenizer.ggml.eom_token_id')
+# What of the vocabulary says where a sequence ends; the rest, merges above all, is read with the tokenizer.
+_END_KEYS = tuple(
+  f'tokenizer.ggml.{key}' for key in ('pre', 'tokens', 'token_type', 'eos_token_id', 'eot_token_id', 'eom_token_id')
+)
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# Of an array: the largest vocabularies have a quarter, and a damaged length would lead through gigabytes of weights.
+_MOST_VALUES = 2_000_000
 
 _TOP_NAMES = {'embed': 'token_embd.weight', 'final_norm': 'output_norm.weight', 'unembed': 'output.weight'}
 _LAYER_NAMES = {
@@ -70,8 +76,7 @@ class GGUFCheckpoint:
     self.path = pathlib.Path(path)
     self._reader = _open(self.path)
     fields = self._reader.fields
-    metadata = {key: field.contents() for key, field in fields.items() if not key.startswith('tokenizer.')}
-    metadata |= {key: fields[key].contents() for key in _END_IDS if key in fields}
+    metadata = self._metadata(key for key in fields if not key.startswith('tokenizer.') or key in _END_KEYS)
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     self._architecture = _architecture(self.path, metadata)
     self.spec = _spec(self.path, _Metadata(self.path, self._architecture, metadata), self._tensors)
@@ -106,9 +111,21 @@ class GGUFCheckpoint:
     """
     fields = self._reader.fields
     if self._tokenizer is None and 'tokenizer.ggml.model' in fields:
-      metadata = {key: field.contents() for key, field in fields.items() if key.startswith('tokenizer.')}
+      metadata = self._metadata(key for key in fields if key.startswith('tokenizer.'))
       self._tokenizer = Tokenizer.from_gguf_metadata(metadata, source=str(self.path))
     return self._tokenizer
+
+  def _metadata(self, keys: Iterable[str]) -> dict[str, Any]:
+    """Values of the file's metadata as plain Python."""
+    values = {}
+    for key in keys:
+      try:
+        values[key] = self._reader.fields[key].contents()
+      except UnicodeDecodeError as error:
+        raise ValueError(
+          f'{self.path} has text in {key} that is no UTF-8 ({error}); it is damaged: download or copy it again.'
+        ) from error
+    return values
 
   def _check_tensors(self):
     expected = {_gguf_name(name): shape for name, shape in stored_shapes(self.spec).items()}
@@ -143,6 +160,31 @@ class _Reader(gguf.GGUFReader):
   @data.setter
   def data(self, mapped: np.ndarray):
     self._bytes = np.asarray(mapped)  # still the mapped file, without the subclass
+
+  def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+    found = super()._get(offset, dtype, count, override_order)
+    if len(found) < count:  # the package would take a slice past the end for what it asked for, and go on
+      raise ValueError(f'byte {offset} should begin {count} values, but the file ends before the last')
+    return found
+
+  def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
+    if raw_type != gguf.GGUFValueType.ARRAY:
+      return super()._get_field_parts(orig_offs, raw_type)
+    parts = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+    kind, length = gguf.GGUFValueType(parts[0][0]), int(parts[1][0])
+    if length > _MOST_VALUES:
+      raise ValueError(f'byte {orig_offs} should begin an array of {length} values, more than any vocabulary has')
+    end = orig_offs + 12
+    if kind == gguf.GGUFValueType.STRING:
+      for _ in range(length):
+        parts += self._get_str(end)
+        end += 8 + len(parts[-1])
+      places = list(range(3, len(parts), 2))
+    else:  # numbers all at once: the package makes an array of each
+      parts.append(self._get(end, self.gguf_scalar_to_np[kind], length))
+      end += parts[-1].nbytes
+      places = [2]
+    return end - orig_offs, parts, places, [gguf.GGUFValueType.ARRAY, kind]
 
   def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
     tensors: dict[str, gguf.ReaderTensor] = {}
@@ -191,8 +233,9 @@ def _architecture(path: pathlib.Path, metadata: Mapping[str, Any]) -> str:
       f'{path} has general.architecture {architecture!r}, expected one of {", ".join(_ARCHITECTURES)}; pdjax reads no '
       'other architecture from GGUF yet, so use a model of one of these.'
     )
-  if (parts := metadata.get('split.count', 1)) > 1:
-    raise ValueError(f'{path} is one of {parts} parts, expected a whole model; join them with gguf-split --merge.')
+  parts = metadata.get('split.count', 1)
+  if type(parts) is not int or parts > 1:
+    raise ValueError(f'{path} is one of {parts!r} parts, expected a whole model; join them with gguf-split --merge.')
   return architecture
 
 
@@ -211,14 +254,14 @@ class _Metadata:
     value = self.get(key, default)
     if isinstance(value, list) and len(set(value)) == 1:  # one number a layer
       value = value[0]
-    if type(value) is not int or value < 1:
+    if not is_size(value):
       raise self.error(key, value, 'one positive integer')
     return value
 
   def number(self, key: str, default: float) -> float:
     """A positive number, as the shortest decimal that is this float32: files keep 1e-5 as 9.999999747378752e-06."""
     value = self.get(key, default)
-    if type(value) not in (int, float) or not value > 0:
+    if not is_positive(value) or not _LEAST <= value <= _MOST:
       raise self.error(key, value, 'a positive number')
     return float(str(np.float32(value)))
 
@@ -277,6 +320,8 @@ def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.Re
     raise ValueError(f"{path} lacks tensor 'token_embd.weight', expected in every model; convert or download it again.")
   embed_dim, query_heads = metadata.size('embedding_length'), metadata.size('attention.head_count')
   num_layers, context_len = metadata.size('block_count'), metadata.size('context_length')
+  if num_layers > len(tensors):
+    raise metadata.error('block_count', num_layers, f'no more than the {len(tensors)} tensors of the file')
   head_dim = metadata.size('attention.key_length', embed_dim // query_heads)
   for key in ('attention.value_length', 'rope.dimension_count'):
     if (found := metadata.size(key, head_dim)) != head_dim:
@@ -305,7 +350,7 @@ def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.Re
     rope_theta=rope_theta,
     norm_eps=metadata.number('attention.layer_norm_rms_epsilon', 1e-5),
     tied_embeddings='output.weight' not in tensors,
-    eos_token_ids=tuple(dict.fromkeys(metadata.values[key] for key in _END_IDS if key in metadata.values)),
+    eos_token_ids=gguf_end_ids(metadata.values, str(path)),
     rope_scaling=metadata.rope_scaling(factors, rope_theta),
     sliding_window=sliding_window,
     windowed_layers=windowed_layers,

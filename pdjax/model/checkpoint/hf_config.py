@@ -1,13 +1,12 @@
 """Reads a config.json as Hugging Face writes it, and refuses every model that pdjax would compute wrongly."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdjax.model.checkpoint.base import checked_spec
-from pdjax.types.model import ModelSpec, RopeScaling
+from pdjax.types.model import MAX_LAYERS, ModelSpec, RopeScaling, is_positive, is_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +39,6 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it holds anything else.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f'{path.parent} has no {path.name}, expected one; download it or check the path.')
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ValueError(f'{path} is not valid JSON ({error}); download it again.') from error
-  if not isinstance(content, dict):
-    raise ValueError(f'{path} holds a {type(content).__name__}, expected a JSON object; download it again.')
-  return content
-
-
 def declared_dtype(config: Mapping[str, Any]) -> Any:
   """The floating-point type that the configuration names, in its newer or its older key."""
   return config.get('dtype') or config.get('torch_dtype')
@@ -84,7 +65,7 @@ def spec_from_config(
   family = config.family()
   config.refuse_unsupported()
   embed_dim, query_heads = config.size('hidden_size'), config.size('num_attention_heads')
-  num_layers = config.size('num_hidden_layers')
+  num_layers = config.size('num_hidden_layers', most=MAX_LAYERS)  # they are listed before the model is made
   context_len = config.size('max_position_embeddings', family.context_len)
   # As in transformers, a null asks for one key/value head for each query head in every family.
   kv_heads = query_heads if 'num_key_value_heads' in config.settings else family.kv_heads or query_heads
@@ -103,7 +84,7 @@ def spec_from_config(
     context_len=context_len,
     rope_theta=rope_theta,
     norm_eps=config.number('rms_norm_eps', 1e-6),
-    tied_embeddings=bool(config.get('tie_word_embeddings', False)),
+    tied_embeddings=config.flag('tie_word_embeddings'),
     eos_token_ids=tuple(eos_token_ids),
     rope_scaling=rope_scaling,
     sliding_window=sliding_window,
@@ -125,18 +106,24 @@ class _Config:
     value = self.settings.get(key)
     return default if value is None else value
 
-  def size(self, key: str, default: int | None = None) -> int:
+  def size(self, key: str, default: int | None = None, least: int = 1, most: int | None = None) -> int:
     value = self.get(key, default)
-    if type(value) is not int or value < 1:
-      raise ValueError(
-        f'{self.path} has {key}={value!r}, expected a positive integer; download it again or correct it.'
-      )
+    if type(value) is not int or value < least or (most is not None and value > most):
+      expected = 'a positive integer' if least == 1 else f'an integer of at least {least}'
+      expected += '' if most is None else f', at most {most:,}'
+      raise ValueError(f'{self.path} has {key}={value!r}, expected {expected}; download it again or correct it.')
+    return value
+
+  def flag(self, key: str) -> bool:
+    value = self.get(key, False)
+    if not isinstance(value, bool):
+      raise ValueError(f'{self.path} has {key}={value!r}, expected true or false; download it again or correct it.')
     return value
 
   def number(self, key: str, default: float | None = None, within: Mapping[str, Any] | None = None) -> float:
     value = self.get(key) if within is None else within.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if not is_positive(value):
       place = '' if within is None else f' in its rotary settings {dict(within)!r}'
       raise ValueError(
         f'{self.path} has {key}={value!r}{place}, expected a positive number; download it again or correct it.'
@@ -155,10 +142,11 @@ class _Config:
       )
     architectures = self.get('architectures', [])
     expected = f'{self.model_type}forcausallm'
-    if architectures and expected not in [str(one).lower() for one in architectures]:
+    listed = isinstance(architectures, list)
+    if not listed or (architectures and expected not in [str(one).lower() for one in architectures]):
       raise ValueError(
-        f'{self.path} has architectures {architectures}, expected {self.model_type.capitalize()}ForCausalLM; '
-        'pdjax generates text and has no other heads, so use a model for that.'
+        f'{self.path} has architectures {architectures!r}, expected {self.model_type.capitalize()}ForCausalLM in a '
+        'list; pdjax generates text and has no other heads, so use a model for that.'
       )
     return _FAMILIES[self.model_type]
 
@@ -200,7 +188,7 @@ class _Config:
       return theta, RopeScaling('linear', factor)
     original = self.get('original_max_position_embeddings', rope.get('original_max_position_embeddings'))
     original = context_len if original is None else original
-    if type(original) is not int or original < 1:
+    if not is_size(original):
       raise ValueError(
         f'{self.path} has original_max_position_embeddings={original!r}, expected a positive integer; correct it.'
       )
@@ -213,21 +201,22 @@ class _Config:
   def windows(self, num_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     """The sliding window, and the layers that have it if not all do."""
     has_window = self.model_type == 'mistral' or (
-      self.model_type.startswith('qwen') and bool(self.get('use_sliding_window', False))
+      self.model_type.startswith('qwen') and self.flag('use_sliding_window')
     )
     # Here a null says that there is none.
     window = self.settings.get('sliding_window', _SLIDING_WINDOW) if has_window else None
     if window is not None:
       window = self.size('sliding_window', _SLIDING_WINDOW)
-    first = 0 if self.model_type == 'mistral' else self.get('max_window_layers', 28)
+    chosen = window is not None and self.model_type != 'mistral'  # else all layers are alike
+    first = self.size('max_window_layers', 28, least=0) if chosen else 0
     windowed = [window is not None and layer >= first for layer in range(num_layers)]
     kinds = self.get('layer_types', ['sliding_attention' if one else 'full_attention' for one in windowed])
-    choosable = {'full_attention'} if window is None else {'sliding_attention'}
-    if window is not None and self.model_type != 'mistral':
-      choosable |= {'full_attention'}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= choosable:
+    choosable = ['full_attention'] if window is None else ['sliding_attention']
+    if chosen:
+      choosable.insert(0, 'full_attention')
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in choosable for kind in kinds):
       raise ValueError(
-        f'{self.path} has layer_types={kinds!r}, expected {num_layers} times {" or ".join(sorted(choosable))} '
+        f'{self.path} has layer_types={kinds!r}, expected {num_layers} times {" or ".join(choosable)} '
         f'with model_type {self.model_type!r} and sliding_window={window}; pdjax does not compute such a model yet.'
       )
     layers = tuple(layer for layer, kind in enumerate(kinds) if kind == 'sliding_attention')

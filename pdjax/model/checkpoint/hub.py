@@ -1,7 +1,9 @@
 """Downloads checkpoints from the Hugging Face hub: only the files that are needed, once."""
 
+import contextlib
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # Names of a checkpoint's files; what else a repository holds (other formats, pictures) stays there.
@@ -49,20 +51,42 @@ def download(hub_id: str) -> pathlib.Path:
   repository, file = match['repository'], match['file']
   try:
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
   except ImportError:
     raise FileNotFoundError(
       f'found nothing at {hub_id}, and to download it from the hub takes the package huggingface_hub, which is not '
       "installed; run `pip install 'pdjax[hub]'` or correct the path."
     ) from None
   user: dict[str, Any] = {'library_name': 'pdjax'}
+  with _named_errors(hub_id, repository, file):
+    if file is not None:
+      return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, **user))
+    folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **user))
+    if (folder / 'config.json').is_file() and any(folder.glob('model*.safetensors')):
+      return folder
+    try:
+      listed = huggingface_hub.HfApi(**user).model_info(repository, timeout=10).siblings
+      files = [one.rfilename for one in listed or ()]
+    except errors.HfHubHTTPError:
+      raise
+    except Exception:  # no hub, which each version of its package says in another way: what is in the cache is there
+      files = [path.relative_to(folder).as_posix() for path in folder.rglob('*.gguf')]
+      if not files:
+        raise
+  only = _only_gguf(hub_id, files)
+  with _named_errors(hub_id, repository, only):
+    return pathlib.Path(huggingface_hub.hf_hub_download(repository, only, **user))
+
+
+@contextlib.contextmanager
+def _named_errors(hub_id: str, repository: str, file: str | None) -> Iterator[None]:
+  """Says what went wrong between this machine and the hub."""
+  from huggingface_hub import constants, errors
+
   try:
-    if file is None:
-      folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **user))
-      if (folder / 'config.json').is_file() and any(folder.glob('model*.safetensors')):
-        return folder
-      file = _only_gguf(hub_id, huggingface_hub.HfApi(**user).list_repo_files(repository))
-    return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, **user))
+    yield
+  except errors.HFValidationError as error:
+    raise ValueError(f'{hub_id} names no repository that the hub could have ({error}); correct it.') from error
   except errors.GatedRepoError as error:
     raise FileNotFoundError(
       f'the hub at {constants.ENDPOINT} asks for its terms to be accepted before it gives {repository}; accept them '
@@ -82,7 +106,7 @@ def download(hub_id: str) -> pathlib.Path:
     raise FileNotFoundError(
       f'the repository {repository} at {constants.ENDPOINT} has no file {file!r}; check its name there.'
     ) from error
-  except (errors.HfHubHTTPError, OSError) as error:
+  except Exception as error:  # of the hub's package and of those below it, which are others from version to version
     raise ConnectionError(
       f'{hub_id} could not be downloaded from the hub at {constants.ENDPOINT} ({error}); try again.'
     ) from error

@@ -45,7 +45,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
   if (path / DESCRIPTION).is_file():
     return OrbaxCheckpoint(path)
-  if (path / 'config.json').is_file():
+  if (path / 'config.json').is_file() and (any(path.glob('model*.safetensors*')) or not _gguf_files(path)):
     return SafetensorsCheckpoint(path, name)
   return GGUFCheckpoint(_only_gguf(path))
 
@@ -53,8 +53,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 load = open_checkpoint  # as pdjax.load
 
 
+def _gguf_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(file for file in folder.iterdir() if file.suffix.lower() == '.gguf')
+
+
 def _only_gguf(folder: pathlib.Path) -> pathlib.Path:
-  files = sorted(file for file in folder.iterdir() if file.suffix.lower() == '.gguf')
+  files = _gguf_files(folder)
   if len(files) != 1:
     found = ', '.join(file.name for file in files) or 'neither'
     raise ValueError(

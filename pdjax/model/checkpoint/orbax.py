@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
-from pdjax.model.checkpoint.hf_config import read_json
+from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling
 
@@ -39,7 +40,8 @@ _DTYPES = {
 class OrbaxCheckpoint:
   """A folder written by `save_orbax`: pdjax.json, the weights under their names, and the tokenizer's files.
 
-  Opening it reads pdjax.json and the list of weights, and starts no JAX.
+  Opening it reads pdjax.json and the list of weights, and starts no JAX. A weight that is read whole is compared with
+  its checksum in pdjax.json; of one that is cut over devices no part can be, and older folders have no checksums.
 
   Args:
     folder: The folder.
@@ -60,14 +62,14 @@ class OrbaxCheckpoint:
         f'{path} has version {description.get("version")!r}, expected {_VERSION}; convert the original checkpoint with '
         'this pdjax.'
       )
-    if description.get('dtype') not in _DTYPES:
-      raise ValueError(
-        f'{path} has dtype {description.get("dtype")!r}, expected one of {", ".join(_DTYPES)}; convert it again.'
-      )
-    self._dtype = _DTYPES[description['dtype']]
+    dtype = description.get('dtype')
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+      raise ValueError(f'{path} has dtype {dtype!r}, expected one of {", ".join(_DTYPES)}; convert it again.')
+    self._dtype = _DTYPES[dtype]
     self.spec = _read_spec(path, description.get('spec'))
     self._shapes = tensor_shapes(self.spec)
     self._check_names()
+    self._checksums = _read_checksums(path, description.get('crc32'), self._shapes)
     self._checked_shapes = False
     self._tokenizer: Tokenizer | None = None
 
@@ -84,24 +86,36 @@ class OrbaxCheckpoint:
       ValueError: if it is damaged or of another shape.
     """
     with _orbax() as ocp:
-      return self._read(ocp, {name: ocp.RestoreArgs(restore_type=np.ndarray)})[name]
+      return self._read_whole(ocp, [name])[name]
 
   def restore(
     self, shardings: 'Mapping[str, jax.sharding.Sharding]', dtype: 'jax.typing.DTypeLike'
   ) -> 'dict[str, jax.Array]':
     """Read weights straight into shardings: each device reads its own part; see `ShardedCheckpoint.restore`.
 
+    A weight that every device wants whole is read once and compared with its checksum. One that is cut is not: each
+    device knows its own part only.
+
     Raises:
       KeyError: if the model has no weight of one of the names.
       ValueError: if one is damaged or of another shape.
     """
+    import jax
+
     weights: dict[str, Any] = {}
     with _orbax() as ocp:
       # Layer by layer, so that no more than one of them is on its way through the host.
       for _, names in itertools.groupby(shardings, key=lambda name: name.rpartition('.')[0]):
-        weights |= self._read(
-          ocp, {name: ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=np.dtype(dtype)) for name in names}
-        )
+        whole, cut = [], {}
+        for name in names:
+          if shardings[name].is_fully_replicated:
+            whole.append(name)
+          else:
+            cut[name] = ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=np.dtype(dtype))
+        weights |= self._read(ocp, cut)
+        for name, array in self._read_whole(ocp, whole).items():
+          array = array.astype(dtype, copy=False)
+          weights[name] = jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
     return weights
 
   def tokenizer(self) -> Tokenizer | None:
@@ -132,12 +146,25 @@ class OrbaxCheckpoint:
         'convert it again.'
       )
 
+  def _read_whole(self, ocp: Any, names: list[str]) -> dict[str, np.ndarray]:
+    """Read weights onto the host, and compare them with their checksums."""
+    arrays = self._read(ocp, {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names})
+    for name, array in arrays.items():
+      if name in self._checksums and (found := _checksum(array)) != self._checksums[name]:
+        raise ValueError(
+          f'weight {name!r} of {self.folder} is damaged: its CRC-32 is {found}, expected {self._checksums[name]} as '
+          f'{DESCRIPTION} says; convert or copy it again.'
+        )
+    return arrays
+
   def _read(self, ocp: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Read weights side by side, each with its arguments for Orbax."""
     if unknown := [name for name in wanted if name not in self._shapes]:
       raise KeyError(
         f'{self.folder} has no weight {unknown[0]!r}; the names are the keys of tensor_shapes(checkpoint.spec).'
       )
+    if not wanted:
+      return {}
     checkpointer = ocp.PyTreeCheckpointer()
     if not self._checked_shapes:
       self._check_shapes(checkpointer)
@@ -213,7 +240,8 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
     ocp.PyTreeCheckpointer().save((folder / _WEIGHTS).resolve(), args=args)
   if tokenizer is not None:
     tokenizer.save(folder)
-  description = {'version': _VERSION, 'dtype': name, 'spec': dataclasses.asdict(checkpoint.spec)}
+  checksums = {one: _checksum(weight) for one, weight in weights.items()}
+  description = {'version': _VERSION, 'dtype': name, 'spec': dataclasses.asdict(checkpoint.spec), 'crc32': checksums}
   (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding='utf-8')
   return OrbaxCheckpoint(folder)
 
@@ -230,6 +258,20 @@ def _orbax() -> Iterator[Any]:
     yield orbax.checkpoint
   finally:
     logging.set_verbosity(verbosity)
+
+
+def _checksum(array: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def _read_checksums(path: pathlib.Path, checksums: Any, names: Iterable[str]) -> dict[str, int]:
+  if checksums is None:  # written before there were any
+    return {}
+  if not isinstance(checksums, dict) or any(type(checksums.get(name)) is not int for name in names):
+    raise ValueError(
+      f'{path} has no CRC-32 of each weight in crc32, expected one or no crc32 at all; convert it again.'
+    )
+  return checksums
 
 
 def _read_spec(path: pathlib.Path, fields: Any) -> ModelSpec:

@@ -3,14 +3,15 @@
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes
-from pdjax.model.checkpoint.hf_config import declared_dtype, read_json, spec_from_config
+from pdjax.model.checkpoint.hf_config import declared_dtype, spec_from_config
+from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
 
@@ -69,10 +70,10 @@ class SafetensorsCheckpoint:
     name = self.folder.resolve().name if name is None else name
     self.spec = spec_from_config(config, config_path, name, _eos_token_ids(self.folder, config))
     self._shapes = tensor_shapes(self.spec)
-    self._files = _open_shards(self.folder)  # tensor name -> open file
+    self._stored = _open_shards(self.folder)  # by the tensors' names
     self._check_tensors()
     self._dtype = _DTYPES[self._stored_dtype('embed')]
-    if (declared := declared_dtype(config)) in _DTYPES:
+    if isinstance(declared := declared_dtype(config), str) and declared in _DTYPES:
       self._dtype = _DTYPES[declared]
     self._tokenizer: Tokenizer | None = None
 
@@ -90,7 +91,7 @@ class SafetensorsCheckpoint:
     if name not in self._shapes:
       raise KeyError(f'{self.folder} has no weight {name!r}; the names are the keys of tensor_shapes(checkpoint.spec).')
     stored_name = _stored_name(name)
-    return from_stored(name, self._files[stored_name].get_tensor(stored_name), self._shapes[name])
+    return from_stored(name, self._stored[stored_name].file.get_tensor(stored_name), self._shapes[name])
 
   def tokenizer(self) -> Tokenizer | None:
     """The folder's tokenizer, or None if it has no tokenizer.json.
@@ -104,10 +105,11 @@ class SafetensorsCheckpoint:
 
   def _stored_dtype(self, name: str) -> str:
     stored_name = _stored_name(name)
-    stored = self._files[stored_name].get_slice(stored_name).get_dtype()
+    shard = self._stored[stored_name]
+    stored = shard.file.get_slice(stored_name).get_dtype()
     if stored not in _STORED_DTYPES:
       raise ValueError(
-        f'tensor {stored_name!r} of {self.folder} is stored as {stored}, expected BF16, F16 or F32; '
+        f'tensor {stored_name!r} of {shard.path} is stored as {stored}, expected BF16, F16 or F32; '
         'save the model in one of these.'
       )
     return _STORED_DTYPES[stored]
@@ -115,7 +117,7 @@ class SafetensorsCheckpoint:
   def _check_tensors(self):
     expected = {_stored_name(name): name for name in self._shapes}
     shapes = stored_shapes(self.spec)
-    if missing := [name for name in expected if name not in self._files]:
+    if missing := [name for name in expected if name not in self._stored]:
       hint = ' (or set tie_word_embeddings in config.json)' if missing[0] == _TOP_NAMES['unembed'] else ''
       raise ValueError(
         f'{self.folder} lacks {len(missing)} of the {len(expected)} tensors that its config.json calls for, '
@@ -123,27 +125,34 @@ class SafetensorsCheckpoint:
       )
     # a copy of the tied embedding and the rotary frequencies say nothing new
     known = {*expected, _TOP_NAMES['unembed']}
-    if unknown := [name for name in self._files if name not in known and not name.endswith('rotary_emb.inv_freq')]:
+    if unknown := [name for name in self._stored if name not in known and not name.endswith('rotary_emb.inv_freq')]:
       raise ValueError(
-        f'{self.folder} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights that its '
-        'config.json calls for; leaving it out would give wrong tokens. Use a model without adapters or extra layers.'
+        f'{self._stored[unknown[0]].path} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the '
+        'weights that config.json calls for; leaving it out would give wrong tokens. Use a model without adapters or '
+        'extra layers.'
       )
     for stored_name, name in expected.items():
       self._stored_dtype(name)
-      found = tuple(self._files[stored_name].get_slice(stored_name).get_shape())
+      shard = self._stored[stored_name]
+      found = tuple(shard.file.get_slice(stored_name).get_shape())
       if found != shapes[name]:
         raise ValueError(
-          f'tensor {stored_name!r} of {self.folder} has shape {found}, expected {shapes[name]} from config.json; '
+          f'tensor {stored_name!r} of {shard.path} has shape {found}, expected {shapes[name]} from config.json; '
           'the two do not belong together: download both again.'
         )
 
 
-def _open_shards(folder: pathlib.Path) -> dict[str, Any]:
-  """Every tensor of the folder with the open file that holds it."""
+class _Shard(NamedTuple):
+  path: pathlib.Path
+  file: Any  # open
+
+
+def _open_shards(folder: pathlib.Path) -> dict[str, _Shard]:
+  """Every tensor of the folder with the file that holds it."""
   whole, index_path = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
   if whole.is_file():
-    file = _open(whole)
-    return dict.fromkeys(file.keys(), file)
+    shard = _open(whole)
+    return dict.fromkeys(shard.file.keys(), shard)
   if not index_path.is_file():
     raise FileNotFoundError(
       f'{folder} has neither {whole.name} nor {index_path.name}, expected one of them; '
@@ -153,25 +162,25 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Any]:
   if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
     raise ValueError(f'{index_path} has no weight_map from tensor to file name, expected one; download it again.')
   shards = {}
-  for shard in dict.fromkeys(weight_map.values()):
-    if not (folder / shard).is_file():
+  for file_name in dict.fromkeys(weight_map.values()):
+    if not (folder / file_name).is_file():
       raise FileNotFoundError(
-        f'{folder} lacks {shard!r}, expected because {index_path.name} lists it; download that file.'
+        f'{folder} lacks {file_name!r}, expected because {index_path.name} lists it; download that file.'
       )
-    shards[shard] = _open(folder / shard)
-  held = {shard: set(file.keys()) for shard, file in shards.items()}
-  for name, shard in weight_map.items():
-    if name not in held[shard]:
+    shards[file_name] = _open(folder / file_name)
+  held = {file_name: set(shard.file.keys()) for file_name, shard in shards.items()}
+  for name, file_name in weight_map.items():
+    if name not in held[file_name]:
       raise ValueError(
-        f'{folder / shard} lacks tensor {name!r}, expected there because {index_path.name} says so; '
+        f'{folder / file_name} lacks tensor {name!r}, expected there because {index_path.name} says so; '
         'download both again.'
       )
-  return {name: shards[shard] for name, shard in weight_map.items()}
+  return {name: shards[file_name] for name, file_name in weight_map.items()}
 
 
-def _open(path: pathlib.Path) -> Any:
+def _open(path: pathlib.Path) -> _Shard:
   try:
-    return safetensors.safe_open(path, framework='numpy')
+    return _Shard(path, safetensors.safe_open(path, framework='numpy'))
   except safetensors.SafetensorError as error:
     raise ValueError(
       f'{path} ({path.stat().st_size} bytes) is cut short or damaged ({error}), expected a complete safetensors file; '
@@ -181,17 +190,14 @@ def _open(path: pathlib.Path) -> Any:
 
 def _eos_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
   """End-of-sequence ids; generation_config.json, if it has any, knows better than config.json."""
-  generation_path = folder / 'generation_config.json'
-  generation = read_json(generation_path) if generation_path.is_file() else {}
-  ids = generation.get('eos_token_id')
+  path = folder / 'generation_config.json'
+  ids = read_json(path).get('eos_token_id') if path.is_file() else None
   if ids is None:
-    ids = config.get('eos_token_id')
-  if ids is None:
-    return ()
-  ids = ids if isinstance(ids, list) else [ids]
-  if not all(isinstance(token, int) for token in ids):
-    raise ValueError(f'{folder} has eos_token_id {ids}, expected an integer or a list of them; correct its config.')
-  return tuple(dict.fromkeys(ids))
+    path, ids = folder / 'config.json', config.get('eos_token_id')
+  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if not all(type(token) is int for token in ids):
+    raise ValueError(f'{path} has eos_token_id {ids}, expected an integer or a list of them; correct it.')
+  return tuple(dict.fromkeys(token for token in ids if token != -1))  # -1 is how old files say that there is none
 
 
 def _stored_name(name: str) -> str:

@@ -289,6 +289,22 @@ def test_a_file_without_vocabulary_has_no_tokenizer(tmp_path):
     ({'metadata': {'llama.block_count': None}}, 'llama.block_count=None'),
     ({'metadata': {'llama.attention.head_count_kv': [2, 1]}}, r'head_count_kv=\[2, 1\]'),
     ({'metadata': {'split.count': 3}}, 'one of 3 parts'),
+    ({'metadata': {'split.count': 'x'}}, "one of 'x' parts"),
+    ({'metadata': {'llama.block_count': 2**24 + 2}}, 'block_count=16777218 .* no more than the 21 tensors'),
+    ({'metadata': {'llama.attention.key_length': 5}}, 'head_dim=5, expected an even number'),
+    ({'metadata': {'llama.rope.freq_base': float('inf')}}, 'rope.freq_base=inf .* expected a positive number'),
+    (
+      {'metadata': {'llama.rope.scaling.factor': float('inf')}},
+      'rope.scaling.factor=inf .* expected a positive number',
+    ),
+    ({'metadata': {'tokenizer.ggml.eos_token_id': [1, 2]}}, r'ggml.eos_token_id=\[1, 2\], expected a whole number'),
+    ({'metadata': {'tokenizer.ggml.eos_token_id': 'two'}}, "ggml.eos_token_id='two', expected a whole number"),
+    ({'metadata': {'tokenizer.ggml.eos_token_id': 2.5}}, 'ggml.eos_token_id=2.5, expected a whole number'),
+    ({'metadata': {'tokenizer.ggml.eos_token_id': 2**32 - 1}}, r'eos_token_ids=\(4294967295, 5\), .* from 0 to 39'),
+    (
+      {'metadata': {'tokenizer.ggml.tokens': ['t'] * 30, 'tokenizer.ggml.eos_token_id': 30}},
+      'tokenizer.ggml.eos_token_id=30, expected less than its 30 tokens',
+    ),
     ({'metadata': {'llama.feed_forward_length': 32}}, r'ffn_gate.weight.* has shape \(64, 32\), expected \(32, 32\)'),
     ({'extra': {'blk.0.attn_output.bias': np.ones(32, np.float32)}}, "holds tensor 'blk.0.attn_output.bias'"),
     ({'extra': {'blk.0.attn_q.bias': np.ones(32, np.float32)}}, "lacks 5 of the 27 tensors .* 'blk.0.attn_k.bias'"),
@@ -313,6 +329,90 @@ def test_a_truncated_file_is_refused_wherever_it_was_cut(tmp_path):
     with pytest.raises(ValueError, match=r'download it again|download or copy it again') as caught:
       GGUFCheckpoint(path)
     assert str(path) in str(caught.value)
+
+
+VOCABULARY = {
+  'tokenizer.ggml.model': 'gpt2',
+  'tokenizer.ggml.tokens': ['t'] * 39 + ['last token'],
+  'tokenizer.ggml.token_type': [1] * 40,
+  'tokenizer.ggml.merges': ['first merge'],
+  'tokenizer.chat_template': 'all messages',
+}
+
+
+@pytest.mark.parametrize('length', [41, 10_000, 1_999_999, 2**21, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize('key', ['tokens', 'token_type', 'merges'])
+def test_a_damaged_length_is_refused_at_once(tmp_path, key, length):
+  path = tmp_path / 'tiny.gguf'
+  write(path, metadata=VOCABULARY)
+  found = VOCABULARY[f'tokenizer.ggml.{key}']
+  before = f'tokenizer.ggml.{key}'.encode() + b'\x09\0\0\0' + (b'\x05' if key == 'token_type' else b'\x08') + b'\0\0\0'
+  rewrite(path, before + len(found).to_bytes(8, 'little'), before + length.to_bytes(8, 'little'))
+  reads = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gguf.GGUFReader, '_get_str', count(reads, gguf.GGUFReader._get_str))
+    with pytest.raises(
+      ValueError, match=r'ends at byte .*, before all that its header announces, or is damaged'
+    ) as caught:
+      GGUFCheckpoint(path)
+  assert str(path) in str(caught.value)
+  assert len(reads) < 2000
+
+
+def count(calls, function):
+  return lambda *args: calls.append(args) or function(*args)
+
+
+@pytest.mark.parametrize(
+  ('text', 'key'),
+  [
+    (b'last token', 'tokenizer.ggml.tokens'),
+    (b'first merge', 'tokenizer.ggml.merges'),
+    (b'all messages', 'tokenizer.chat_template'),
+    (b'a model', 'general.name'),
+  ],
+)
+def test_text_that_is_no_utf8_is_named(tmp_path, text, key):
+  path = tmp_path / 'tiny.gguf'
+  write(path, metadata={**VOCABULARY, 'general.name': 'a model'})
+  rewrite(path, text, b'\xff' + text[1:])
+  with pytest.raises(ValueError, match=f'{path} has text in {key} that is no UTF-8'):
+    GGUFCheckpoint(path).tokenizer()
+
+
+def ends(pre: str, tokens: list[str], eos: int, types: list[int] | None = None) -> dict:
+  """A vocabulary of 40 that begins with control tokens."""
+  return {
+    'tokenizer.ggml.model': 'gpt2',
+    'tokenizer.ggml.pre': pre,
+    'tokenizer.ggml.tokens': tokens + [f't{i}' for i in range(40 - len(tokens))],
+    'tokenizer.ggml.token_type': types or [3] * len(tokens) + [1] * (40 - len(tokens)),
+    'tokenizer.ggml.merges': ['t1 t2'],
+    'tokenizer.ggml.eos_token_id': eos,
+    'tokenizer.ggml.eot_token_id': None,
+  }
+
+
+QWEN = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+LLAMA3 = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>']
+
+
+@pytest.mark.parametrize(
+  ('vocabulary', 'expected'),
+  [
+    (ends('qwen2', QWEN, 2), (2, 0)),
+    (ends('qwen2', QWEN, 0), (0,)),  # a base model goes on past turns
+    (ends('qwen2', QWEN, 2, [1] * 40), (2,)),  # text that only looks like it
+    (ends('smollm', QWEN, 2), (2,)),  # as its generation_config.json says
+    (ends('llama-bpe', LLAMA3, 2), (2, 1, 3)),
+    (ends('llama-bpe', LLAMA3[:3], 2), (2, 1)),  # Llama 3.0
+    (ends('llama3', LLAMA3, 2), (2, 1, 3)),
+    (ends('llama-bpe', LLAMA3, 1), (1,)),
+  ],
+)
+def test_a_chat_model_ends_where_its_generation_config_says(tmp_path, vocabulary, expected):
+  write(tmp_path / 'tiny.gguf', metadata=vocabulary)
+  assert GGUFCheckpoint(tmp_path / 'tiny.gguf').spec.eos_token_ids == expected
 
 
 def rewrite(path, old: bytes, new: bytes) -> None:
@@ -380,6 +480,15 @@ def test_a_folder_with_one_gguf_file_opens(tmp_path):
   assert open_checkpoint(tmp_path).spec == SPEC
   write(tmp_path / 'second.gguf')
   with pytest.raises(ValueError, match=r'holds second\.gguf, tiny\.gguf, expected'):
+    open_checkpoint(tmp_path)
+
+
+def test_a_folder_with_config_json_and_one_gguf_file_opens(tmp_path):
+  write(tmp_path / 'tiny.gguf')
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  assert open_checkpoint(tmp_path).spec == SPEC
+  (tmp_path / 'model.safetensors').touch()
+  with pytest.raises(ValueError, match=r'config\.json has'):
     open_checkpoint(tmp_path)
 
 

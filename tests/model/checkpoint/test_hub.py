@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
@@ -65,10 +66,28 @@ def test_a_gguf_file_is_found_or_named(requested, hub_id):
   assert not [path for path in requested if path.startswith('GET') and 'Q8_0' in path]
 
 
-def test_what_is_downloaded_once_needs_no_hub(requested, monkeypatch):
-  open_checkpoint('tests/Tiny-1.5')
-  monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
-  assert open_checkpoint('tests/Tiny-1.5').spec.name == 'Tiny-1.5'
+def out_of_reach(monkeypatch, setting: str) -> None:
+  value = {'ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': True}[setting]
+  monkeypatch.setattr(constants, setting, value)
+  if setting == 'ENDPOINT':
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', value + '/{repo_id}/resolve/{revision}/{filename}')
+
+
+@pytest.mark.parametrize('setting', ['ENDPOINT', 'HF_HUB_OFFLINE'])
+@pytest.mark.parametrize('hub_id', ['tests/Tiny-1.5', 'tests/one-GGUF', 'tests/two-GGUF:tiny-F32.gguf'])
+def test_what_is_downloaded_once_needs_no_hub(requested, monkeypatch, hub_id, setting):
+  name = open_checkpoint(hub_id).spec.name
+  out_of_reach(monkeypatch, setting)
+  assert open_checkpoint(hub_id).spec.name == name
+
+
+def test_a_hub_that_goes_away_in_between_is_said_so(requested, monkeypatch):
+  def gone(*args, **kwargs):
+    raise RuntimeError('connection lost')  # what is raised is another from version to version
+
+  monkeypatch.setattr(huggingface_hub, 'hf_hub_download', gone)
+  with pytest.raises(ConnectionError, match=r'tests/one-GGUF could not be downloaded .*connection lost'):
+    open_checkpoint('tests/one-GGUF')
 
 
 @pytest.mark.parametrize(
@@ -76,6 +95,7 @@ def test_what_is_downloaded_once_needs_no_hub(requested, monkeypatch):
   [
     ('tests/two-GGUF', ValueError, 'holds tiny-F32.gguf, tiny-Q8_0.gguf, expected .* as in tests/two-GGUF:tiny-F32'),
     ('tests/pictures', ValueError, 'holds no checkpoint, expected'),
+    ('tests/no--name', ValueError, 'tests/no--name names no repository that the hub could have .*--'),
     ('tests/absent', FileNotFoundError, "found nothing at tests/absent here, and the hub at http.* has no repository"),
     ('tests/one-GGUF:absent.gguf', FileNotFoundError, "the repository tests/one-GGUF .* has no file 'absent.gguf'"),
   ],
@@ -86,15 +106,15 @@ def test_what_is_not_there_is_named(requested, hub_id, kind, message):
 
 
 @pytest.mark.parametrize(
-  ('hub_id', 'setting', 'value'),
+  ('hub_id', 'setting'),
   [
-    ('tests/Tiny-1.5', 'ENDPOINT', 'http://127.0.0.1:9'),
-    ('tests/Tiny-1.5', 'HF_HUB_OFFLINE', True),
-    ('tests/one-GGUF:tiny-F32.gguf', 'HF_HUB_OFFLINE', True),
+    ('tests/Tiny-1.5', 'ENDPOINT'),
+    ('tests/Tiny-1.5', 'HF_HUB_OFFLINE'),
+    ('tests/one-GGUF:tiny-F32.gguf', 'HF_HUB_OFFLINE'),
   ],
 )
-def test_a_hub_out_of_reach_is_said_so(requested, monkeypatch, hub_id, setting, value):
-  monkeypatch.setattr(constants, setting, value)
+def test_a_hub_out_of_reach_is_said_so(requested, monkeypatch, hub_id, setting):
+  out_of_reach(monkeypatch, setting)
   with pytest.raises(ConnectionError, match=f'{hub_id} is not on this machine, and the hub .* cannot be reached'):
     open_checkpoint(hub_id)
   assert not requested

@@ -160,6 +160,13 @@ def change(path: pathlib.Path, **changes) -> None:
   [
     ({'version': 2}, 'version 2, expected 1'),
     ({'dtype': 'int4'}, "dtype 'int4', expected one of"),
+    ({'dtype': ['int4']}, "dtype .'int4'., expected one of"),
+    ({'crc32': 5}, 'no CRC-32 of each weight'),
+    ({'crc32': {'embed': 5}}, 'no CRC-32 of each weight'),
+    ({'spec': {'num_layers': 10**9}}, 'num_layers=1000000000, expected at most 10,000'),
+    ({'spec': {'rope_theta': 'x'}}, "rope_theta='x', expected a positive number"),
+    ({'spec': {'embed_dim': 24.0}}, 'embed_dim=24.0, expected an integer'),
+    ({'spec': {'eos_token_ids': 'x'}}, "eos_token_ids='x', expected a tuple of integers"),
     ({'spec': None}, 'the model None, expected the fields'),
     ({'spec': {'color': 'blue'}}, 'a model that cannot be .*color'),
     ({'spec': {'kv_heads': 5}}, '6 query heads and 5 key/value heads'),
@@ -216,6 +223,36 @@ def test_damaged_weights_are_refused_by_name_wherever_they_go(folder):
   with pytest.raises(ValueError, match=r"weight '[\w.]+' of .*/copy cannot be read"):
     load_weights(OrbaxCheckpoint(folder), SPEC, {'w': mesh}, jnp.dtype('float32'))
   gc.collect()  # Orbax leaves unfinished reads behind, which complain when they are collected
+
+
+def swap(folder: pathlib.Path, one: str, other: str) -> None:
+  """Exchange two weights of one shape as a damaged store would, in silence: by name, with all their checksums kept."""
+  description = json.loads((folder / 'pdjax.json').read_text())
+  sums = description['crc32']
+  sums[one], sums[other] = sums[other], sums[one]
+  (folder / 'pdjax.json').write_text(json.dumps(description))
+
+
+def test_a_weight_of_other_bytes_is_named_where_it_is_read_whole(folder):
+  swap(folder, 'layers.0.gate', 'layers.0.up')
+  message = r"weight 'layers\.0\.gate' of .*/copy is damaged: its CRC-32 is \d+, expected \d+ as pdjax\.json says"
+  with pytest.raises(ValueError, match=message):
+    OrbaxCheckpoint(folder).tensor('layers.0.gate')
+  with pytest.raises(ValueError, match=message):
+    load_weights(OrbaxCheckpoint(folder), SPEC, {'w': make_mesh(SPEC, jax.devices()[:1])}, jnp.dtype('bfloat16'))
+  # Devices that have a part each cannot tell, but they compare what they have whole.
+  mesh = make_mesh(SPEC, jax.devices()[:3])
+  load_weights(OrbaxCheckpoint(folder), SPEC, {'w': mesh}, jnp.dtype('float32'))
+  swap(folder, 'layers.1.q_norm', 'final_norm')
+  with pytest.raises(ValueError, match=r"weight 'layers\.1\.q_norm' of .* is damaged"):
+    load_weights(OrbaxCheckpoint(folder), SPEC, {'w': mesh}, jnp.dtype('float32'))
+
+
+def test_a_folder_without_checksums_opens(original, folder):
+  description = json.loads((folder / 'pdjax.json').read_text())
+  assert description.pop('crc32').keys() == tensor_shapes(SPEC).keys()
+  (folder / 'pdjax.json').write_text(json.dumps(description))
+  np.testing.assert_array_equal(OrbaxCheckpoint(folder).tensor('embed'), original.tensor('embed'))
 
 
 def test_no_file_is_a_pickle(saved):

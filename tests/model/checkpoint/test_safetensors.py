@@ -71,6 +71,8 @@ def test_weights_come_back_in_our_shapes_and_their_own_type(tmp_path, dtype, sha
     np.testing.assert_array_equal(found, weight, err_msg=name)
 
 
+WINDOWS = {'use_sliding_window': True, 'sliding_window': 5}
+WIDER = {'hidden_size': 16}
 LLAMA3 = {'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'original_max_position_embeddings': 16}
 NEWER = {'rope_theta': ABSENT, 'torch_dtype': ABSENT, 'dtype': 'bfloat16'}
 
@@ -122,8 +124,10 @@ def test_missing_settings_take_the_defaults_of_the_format(tmp_path, gone):
 @pytest.mark.parametrize(
   ('config', 'spec'),
   [
-    ({'model_type': 'llama', 'num_key_value_heads': ABSENT, 'head_dim': ABSENT}, {'kv_heads': 4, 'head_dim': 3}),
-    ({'model_type': 'llama', 'num_key_value_heads': None, 'head_dim': None}, {'kv_heads': 4, 'head_dim': 3}),
+    ({'model_type': 'llama', 'num_key_value_heads': ABSENT, 'head_dim': ABSENT, **WIDER},
+      {'kv_heads': 4, 'head_dim': 4, 'embed_dim': 16}),
+    ({'model_type': 'llama', 'num_key_value_heads': None, 'head_dim': None, **WIDER},
+      {'kv_heads': 4, 'head_dim': 4, 'embed_dim': 16}),
     ({'model_type': 'llama', 'sliding_window': 5}, {}),  # which that family does not have
     ({'model_type': 'mistral', 'num_attention_heads': 8, 'num_key_value_heads': ABSENT}, {'sliding_window': 4096,
       'query_heads': 8, 'kv_heads': 8}),
@@ -150,7 +154,7 @@ def test_each_family_has_its_own_defaults(tmp_path, config, spec):
   assert SafetensorsCheckpoint(tmp_path).spec == spec_of(tmp_path.name, **spec)
 
 
-@pytest.mark.parametrize(('generation', 'expected'), [(5, (5,)), ([5, 7, 5], (5, 7)), (None, (2,))])
+@pytest.mark.parametrize(('generation', 'expected'), [(5, (5,)), ([5, 7, 5], (5, 7)), (None, (2,)), (-1, ())])
 def test_generation_config_knows_the_ends_best(tmp_path, generation, expected):
   write(tmp_path)
   (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': generation}))
@@ -195,6 +199,22 @@ def test_a_folder_without_tokenizer_json_has_no_tokenizer(tmp_path):
     ({'config': {'model_type': 'qwen2'}}, "lacks 6 of the 27 tensors .* 'model.layers.0.self_attn.q_proj.bias'"),
     ({'config': {'model_type': 'qwen3'}}, "lacks 4 of the 25 tensors .* 'model.layers.0.self_attn.q_norm.weight'"),
     ({'config': {'num_key_value_heads': 3}}, '4 query heads and 3 key/value heads'),
+    ({'config': {'num_hidden_layers': 10**9}}, 'num_hidden_layers=1000000000, expected .* at most 10,000'),
+    ({'config': {'head_dim': 5}}, 'head_dim=5, expected an even number'),
+    ({'config': {'architectures': 5}}, 'architectures 5, expected LlamaForCausalLM in a list'),
+    ({'config': {'architectures': 'LlamaForCausalLM'}}, "architectures 'Llama.*, expected LlamaForCausalLM in a list"),
+    ({'config': {'tie_word_embeddings': 'false'}}, "tie_word_embeddings='false', expected true or false"),
+    ({'config': {'rope_theta': float('inf')}}, 'rope_theta=inf, expected a positive number'),
+    ({'config': {'rope_scaling': {'type': 'linear', 'factor': float('inf')}}}, 'factor=inf in its rotary settings'),
+    ({'config': {'model_type': 'qwen2', **WINDOWS, 'max_window_layers': '1'}}, "max_window_layers='1', expected an"),
+    ({'config': {'model_type': 'qwen2', **WINDOWS, 'max_window_layers': [1]}}, r'max_window_layers=\[1\], expected an'),
+    (
+      {'config': {'model_type': 'qwen2', 'layer_types': [['full_attention']] * 2}},
+      r'layer_types=\[\[.*2 times full_att',
+    ),
+    ({'config': {'eos_token_id': '2'}}, r"config\.json has eos_token_id \['2'\]"),
+    ({'config': {'eos_token_id': {'a': 1}}}, 'eos_token_id .* expected an integer or a list'),
+    ({'config': {'eos_token_id': [2, 30]}}, r'eos_token_ids=\(2, 30\), expected .* from 0 to 29'),
     ({'config': {'vocab_size': True}}, 'vocab_size=True, expected a positive integer'),
     ({'config': {'hidden_size': None}}, 'hidden_size=None, expected a positive integer'),
     ({'config': {'intermediate_size': 16}}, r'gate_proj.weight.* has shape \(20, 12\), expected \(16, 12\)'),
@@ -259,8 +279,39 @@ def test_missing_files_are_named(tmp_path):
     SafetensorsCheckpoint(tmp_path)
 
 
-@pytest.mark.parametrize(('content', 'message'), [('{"model_type"', 'not valid JSON'), ('[]', 'holds a list')])
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'{"model_type"', 'is not valid JSON'),
+    (b'[' * 100_000, 'is not valid JSON .*recursion'),
+    (b'[]', 'holds a list'),
+    (b'\xff', 'is no text in UTF-8'),
+  ],
+)
 def test_a_damaged_config_is_refused(tmp_path, content, message):
-  (tmp_path / 'config.json').write_text(content)
-  with pytest.raises(ValueError, match=message):
+  (tmp_path / 'config.json').write_bytes(content)
+  with pytest.raises(ValueError, match=rf'config\.json {message}'):
+    SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', [['float16'], {'a': 1}, 'float7'])
+def test_a_declared_type_that_is_none_gives_way_to_the_embeddings(tmp_path, dtype):
+  write(tmp_path, dtype=np.float16, config={'dtype': dtype})
+  assert SafetensorsCheckpoint(tmp_path).dtype == np.float16
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'message'),
+  [
+    (lambda tensor: tensor[:-1].copy(), 'has shape'),
+    (lambda tensor: tensor.astype(np.float64), 'is stored as F64'),
+  ],
+)
+def test_the_shard_of_a_wrong_tensor_is_named(tmp_path, spoil, message):
+  write(tmp_path, shards=2)
+  shard = tmp_path / 'model-00002-of-00002.safetensors'
+  tensors = safetensors.numpy.load_file(shard)
+  name = max(tensors)
+  safetensors.numpy.save_file(tensors | {name: spoil(tensors[name])}, shard)
+  with pytest.raises(ValueError, match=rf"tensor '{name}' of .*{shard.name} {message}"):
     SafetensorsCheckpoint(tmp_path)

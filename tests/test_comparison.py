@@ -42,13 +42,15 @@ def over_rates(tmp_path_factory):
   return pdjax.compare(run, rates=(80, 40), splits=('2P1D', '1p2d'), budgets=(8, 16), workdir=folder), folder
 
 
-def _case(report, seconds, *, division='1P1D', tokens=8, devices=2, rate=1.0, good=None, tpot_s=None) -> Case:
+def _case(report, seconds, *, division='1P1D', tokens=8, devices=2, rate=1.0, good=None, tpot_s=None, ids=None) -> Case:
   """A case in which every latency is `seconds`, so that only they decide; NaN is a request that did not complete."""
   seconds = np.asarray(seconds, np.float64)
   tpot_s = seconds / 10 if tpot_s is None else np.asarray(tpot_s, np.float64)
   good = np.isfinite(seconds).astype(np.float64) if good is None else good
   system = System(division, tokens, config(division), division.endswith('C'), devices)
-  return Case(system, rate, report, Outcomes(seconds, tpot_s, seconds * 2, good))
+  return Case(
+    system, rate, report, Outcomes(ids or tuple(map(str, range(len(seconds)))), seconds, tpot_s, seconds * 2, good)
+  )
 
 
 def _compared(*cases, backend='simulator', shown_rate=1.0) -> Comparison:
@@ -423,3 +425,18 @@ def test_what_cannot_be_compared_says_why():
     pdjax.compare(config(workload=WORKLOAD), rates=())
   with pytest.raises(ValueError, match='has no workload'):
     pdjax.compare(dataclasses.replace(config(), workload=None))
+
+
+def test_only_requests_that_came_to_both_are_contested(report):
+  """Of a chat that failed in one run, the turns after it came in the other alone."""
+  rng = np.random.default_rng(0)
+  seconds = rng.uniform(1, 2, 40)
+  ids = [f'chat{i}' for i in range(40)]
+  order = rng.permutation(40)
+  more = np.concatenate([seconds[order] * 1.5, [0.001] * 9])
+  ours = _case(report, seconds, ids=tuple(ids))
+  theirs = _case(report, more, division='2C', ids=(*(ids[i] for i in order), *(f'turn{i}' for i in range(9))))
+  compared = _compared(ours, theirs)
+  won = {one.figure: one for one in compared.contests[1.0]['1P1D']}
+  assert won['mean E2E'].winner == '1P1D' and won['mean E2E'].theirs == pytest.approx(1.5 * won['mean E2E'].ours)
+  assert 'mean E2E' in compared.verdict()[0]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ FEWEST_FOR_P99 = 100  # of fewer, the last percentile is the luck of one of them
 class Outcomes:
   """What each request of a run got, in the order of arrival: seconds `[R]`, NaN where there were none."""
 
+  ids: tuple[str, ...]
   ttft_s: np.ndarray
   tpot_s: np.ndarray
   e2el_s: np.ndarray
@@ -37,7 +38,14 @@ class Outcomes:
       return np.array([math.nan if value is None else value for value in values], np.float64)
 
     good = [request is not None and request.meets(request.slo or report.slo or SLO()) for request in done]
-    return cls(seconds('ttft_s'), seconds('tpot_s'), seconds('e2el_s'), np.array(good, np.float64))
+    ids = tuple(request.id for request in report.timeline.requests)
+    return cls(ids, seconds('ttft_s'), seconds('tpot_s'), seconds('e2el_s'), np.array(good, np.float64))
+
+  def of_requests(self, ids: Sequence[str]) -> 'Outcomes':
+    """Those of some of the requests, in this order."""
+    places = dict(zip(self.ids, range(len(self.ids)), strict=True))
+    rows = [places[one] for one in ids]
+    return Outcomes(tuple(ids), self.ttft_s[rows], self.tpot_s[rows], self.e2el_s[rows], self.good[rows])
 
   @property
   def completed(self) -> np.ndarray:
@@ -97,6 +105,16 @@ class Contest:
     better_first = sorted((self.ours or 0.0, self.theirs or 0.0), reverse=not self.unit)
     values = map(short if self.unit else percent, better_first)
     return f'{self.figure} ({" against ".join(values)}{self.unit and f" {self.unit}"})'
+
+
+def paired(ours: Case, theirs: Case) -> tuple[Case, Case]:
+  """The cases over the requests that came to both: of a chat that fails, the further turns never come."""
+  if ours.outcomes.ids == theirs.outcomes.ids:
+    return ours, theirs
+  both = set(theirs.outcomes.ids)
+  ids = [one for one in ours.outcomes.ids if one in both]
+  first, second = (dataclasses.replace(case, outcomes=case.outcomes.of_requests(ids)) for case in (ours, theirs))
+  return first, second
 
 
 def contests(ours: Case, theirs: Case) -> tuple[Contest, ...]:

@@ -21,6 +21,7 @@ from pdjax.comparison.contest import (
   Contest,
   block_length,
   contests,
+  paired,
 )
 from pdjax.comparison.sentences import at_one_rate, at_rates, over_rates, standings
 from pdjax.comparison.systems import System
@@ -67,10 +68,13 @@ class Comparison:
     return max((case for case in cases if case.rate == rate), key=lambda case: case.merit)
 
   def pair(self, rate: float, split: str | None = None) -> tuple[Case, Case]:
-    """A split's best case at a rate, by default that of the best split, and the baseline on as many devices."""
+    """A split's best case at a rate, by default that of the best split, and the baseline on as many devices.
+
+    Both over the requests that came to both.
+    """
     splits = self.splits if split is None else (split,)
     ours = max((self.best(rate, one) for one in splits), key=lambda case: case.merit)
-    return ours, self.baseline(rate, ours.system.devices)
+    return paired(ours, self.baseline(rate, ours.system.devices))
 
   @functools.cached_property
   def contests(self) -> dict[float, dict[str, tuple[Contest, ...]]]:

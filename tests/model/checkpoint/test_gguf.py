@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pdjax.model.checkpoint import GGUFCheckpoint, open_checkpoint, tensor_shapes
+from pdjax.model.checkpoint import gguf as gguf_format
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.types import ModelSpec, RopeScaling
 
@@ -357,6 +358,15 @@ def test_a_damaged_length_is_refused_at_once(tmp_path, key, length):
       GGUFCheckpoint(path)
   assert str(path) in str(caught.value)
   assert len(reads) < 2000
+
+
+def test_an_array_longer_than_any_vocabulary_is_refused_before_it_is_read(tmp_path, monkeypatch):
+  path = tmp_path / 'tiny.gguf'
+  write(path, metadata=VOCABULARY)
+  GGUFCheckpoint(path)
+  monkeypatch.setattr(gguf_format, '_MOST_VALUES', 39)
+  with pytest.raises(ValueError, match='begin an array of 40 values, more than any vocabulary has'):
+    GGUFCheckpoint(path)
 
 
 def count(calls, function):

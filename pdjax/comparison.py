@@ -7,8 +7,9 @@ import json
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from pdjax import launch
 from pdjax.config import ServingConfig
-from pdjax.metrics import Beside, OverRate, Report, Timeline, draw
+from pdjax.metrics import Beside, OverRate, Report, Timeline, charts, draw
 from pdjax.metrics.event_log import EventLog
 from pdjax.metrics.wording import number, percent, short
 from pdjax.policies import Colocated, Disaggregated
@@ -36,10 +37,14 @@ from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import SLO
 from pdjax.workload import Workload, WorkloadContext
 
+if TYPE_CHECKING:
+  import altair as alt
+
 BackendName = Literal['engine', 'simulator']
 
 _RESAMPLES = 200  # of the requests, to tell a difference from chance
 _CONFIDENCE = 0.95
+_WRAP = 110  # columns of printed sentences
 _NEGLIGIBLE = 0.01  # of the larger figure: less than that is no difference, however sure
 
 
@@ -384,6 +389,9 @@ class Comparison:
     )
     return lines
 
+  def __str__(self) -> str:
+    return '\n'.join(textwrap.fill(line, _WRAP) for line in self.verdict())
+
   def to_json(self) -> dict[str, Any]:
     """All figures as plain data: cases, contests at every rate, the verdict."""
     return {
@@ -411,6 +419,18 @@ class Comparison:
       case.report.save(place)
     draw(ours.report, folder, self.beside())
     draw(theirs.report, _places(folder)[1])
+
+  def chart(self) -> 'alt.ConcatChart':
+    """The comparison in one picture: figures over the rate, or at a single rate the latencies of the two runs shown."""
+    if len(self.rates) > 1:
+      parts = [
+        charts.over_rate(one.curves, one.title, one.unit, baseline='colocated', log=one.log) for one in self._curves()
+      ]
+    else:
+      pair = self.pair(self.shown_rate)
+      reports, names = [case.report for case in pair], [case.system for case in pair]
+      parts = [charts.latency(*reports, metric=metric, names=names) for metric in ('ttft', 'handoff', 'tpot', 'e2el')]
+    return charts.side_by_side(*parts)
 
   def beside(self) -> Beside:
     """What the page of the disaggregated run shows beside it."""
@@ -556,7 +576,7 @@ def compare(
   """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
 
       comparison = pdjax.compare(config, rates=(1, 2, 4), splits=('2P1D', '1P2D'))
-      print(comparison.verdict()[0])
+      print(comparison)  # who wins where; comparison.chart() draws it
 
   On the engine, each cluster is loaded and compiled once and serves every rate and budget in turn.
 

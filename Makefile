@@ -1,6 +1,7 @@
 # make demo       serve a small model on this machine's CPU
 # make test       the tests
 # make test-slow  the tests that take minutes
+# make notebook   the notebook anew, with its outputs
 # make lint       style and types
 # make clean      remove what the others made
 #
@@ -13,7 +14,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 DONE = $(VENV)/.installed-$(VERSION)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow notebook lint clean
 .DELETE_ON_ERROR:
 
 demo: $(DONE)-base
@@ -24,6 +25,9 @@ test: $(DONE)-test
 
 test-slow: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow
+
+notebook: $(DONE)-test
+	$(VENV)/bin/python -m experiments.execute_notebook experiments/notebooks/quickstart.ipynb
 
 lint: $(DONE)-dev
 	$(VENV)/bin/ruff check .

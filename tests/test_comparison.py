@@ -371,6 +371,24 @@ def test_a_comparison_leaves_a_page_and_figures_for_both(over_rates):
 
 
 @pytest.mark.slow
+def test_a_comparison_is_drawn_over_its_rates_or_as_latencies_of_two_runs(over_rates):
+  def titles(comparison):
+    return [part['title'] for part in comparison.chart().to_dict()['concat']]
+
+  comparison, _ = over_rates
+  assert titles(comparison)[:2] == ['Goodput', 'Time to first token, p99']
+  one = pdjax.compare(config(workload=WORKLOAD), budgets=(8,))
+  assert titles(one)[:2] == ['Time to first token', 'Hand-off: first to second token']
+  curves = next(iter(one.chart().to_dict()['datasets'].values()))
+  assert '1P1D' in curves and one.pair(one.shown_rate)[1].system in curves
+
+
+def test_a_printed_comparison_is_its_verdict_in_lines_that_fit_a_screen(over_rates):
+  comparison, _ = over_rates
+  assert ' '.join(str(comparison).split()) == ' '.join(' '.join(comparison.verdict()).split())
+  assert max(map(len, str(comparison).splitlines())) <= 110
+
+
 def test_the_engine_compiles_each_cluster_once(monkeypatch):
   deployed = []
   deploy = launch.deploy

@@ -41,7 +41,7 @@ def compare(
   """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
 
       comparison = pdjax.compare(config, rates=(1, 2, 4), splits=('2P1D', '1P2D'))
-      print(comparison.verdict()[0])
+      print(comparison)  # who wins where; comparison.chart() draws it
 
   Both sides are tried with the same sizes of a pass, and each shows its best. On the engine, each cluster is loaded and
   compiled once and serves every rate and size in turn.

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,10 +26,15 @@ from pdjax.comparison.contest import (
 )
 from pdjax.comparison.sentences import at_one_rate, at_rates, over_rates, standings
 from pdjax.comparison.systems import System
-from pdjax.metrics import Beside, OverRate, draw
+from pdjax.metrics import Beside, OverRate, charts, draw
 from pdjax.metrics.wording import listed, percent, plain, short
 
+if TYPE_CHECKING:
+  import altair as alt
+
 BackendName = Literal['engine', 'simulator']
+
+_WRAP = 110  # columns of printed sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +91,9 @@ class Comparison:
     """Who wins where, in sentences made of the figures."""
     return [*self._at_shown_rate(), *over_rates(self.contests), *self._method()]
 
+  def __str__(self) -> str:
+    return '\n'.join(textwrap.fill(line, _WRAP) for line in self.verdict())
+
   def standings(self) -> list[list[str]]:
     """Who is ahead in each figure at each rate, as a table whose first row is its head.
 
@@ -123,6 +132,19 @@ class Comparison:
       case.report.save(place)
     draw(ours.report, folder, self.beside())
     draw(theirs.report, places(folder)[1])
+
+  def chart(self) -> 'alt.ConcatChart':
+    """The comparison in one picture: figures over the rate, or at a single rate the latencies of the two runs shown."""
+    if len(self.rates) > 1:
+      parts = [
+        charts.over_rate(one.curves, one.title, one.unit, baseline='colocated', log=one.log, ideal=one.ideal)
+        for one in self._charts()
+      ]
+    else:
+      pair = self.pair(self.shown_rate)
+      reports, names = [case.report for case in pair], [case.system.name for case in pair]
+      parts = [charts.latency(*reports, metric=metric, names=names) for metric in ('ttft', 'handoff', 'tpot', 'e2el')]
+    return charts.side_by_side(*parts)
 
   def beside(self) -> Beside:
     """What the page of the disaggregated run shows beside it."""

@@ -197,10 +197,15 @@ class Comparison:
     for end, where in _ends(self).items():
       beyond = 'a still smaller' if end == 'smallest' else 'a still larger'
       yield f'The {end} size of a pass that was tried is the best for {where}; {beyond} one may be better.'
+    block = block_length(count)
     yield (
       f'A side is ahead where {CONFIDENCE:.0%} of {RESAMPLES:,} resampled sets of the {count:,} '
-      f'requests agree and the figures differ by more than {NEGLIGIBLE:.0%}; sets are drawn in blocks of '
-      f'{block_length(count):,} neighbours, because requests that queue together are slow together.'
+      f'requests agree and the figures differ by more than {NEGLIGIBLE:.0%}'
+      + (
+        f'; sets are drawn in blocks of {block:,} neighbours, because requests that queue together are slow together.'
+        if block > 1
+        else '.'
+      )
       + ('' if count >= FEWEST_FOR_P99 else f' p99 is not judged below {FEWEST_FOR_P99} requests.')
     )
     yield (

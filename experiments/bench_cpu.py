@@ -7,8 +7,8 @@ Both hold SmolLM2-135M's weights in float32 and have two threads each, and take 
 of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
 policy and the engine's paged passes, one decode step a pass, one prefill and one decode worker on one device.
 transformers runs a batch of equal prompts, with its own cache and without gradients, and never waits for a request: its
-best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more case draws
-them.
+best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more case, without
+the peer, draws them from a nucleus of 0.9.
 
 The floor is what the same matrices times rows take by themselves, multiplied by XLA in the better of two ways, and one
 pass over the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.
@@ -70,8 +70,8 @@ class Case:
   @classmethod
   def decode(cls, batch: int, context: int, steps: int, top_p: float | None = None) -> 'Case':
     """Decode steps around a context length."""
-    name = f'decode batch {batch} context {context}' + (f' top-p {top_p}' if top_p else '')
-    return cls(name, batch, max(context - steps // 2, 1), steps, top_p)
+    kind = 'decode' if top_p is None else 'sampled'
+    return cls(f'{kind} batch {batch} context {context}', batch, max(context - steps // 2, 1), steps, top_p)
 
   def sampling(self) -> SamplingParams:
     """How every request chooses its tokens."""

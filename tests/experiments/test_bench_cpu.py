@@ -28,7 +28,7 @@ def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
   assert 'torch' in done.stdout and 'not installed' in done.stdout and 'pdjax[peers]' in done.stdout
   rows = {row['name']: row for row in json.loads(figures.read_text())}
   assert list(rows) == [
-    'prefill 32', 'decode batch 2 context 16', 'decode batch 2 context 16 top-p 0.9',
+    'prefill 32', 'decode batch 2 context 16', 'sampled batch 2 context 16',
     'host loop, share of decode batch 2 context 16',
   ]  # fmt: skip
   for row in rows.values():

@@ -7,8 +7,8 @@ Both hold SmolLM2-135M's weights in float32 and have two threads each, and take 
 of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
 policy and the engine's paged passes, one decode step a pass, one prefill and one decode worker on one device.
 transformers runs a batch of equal prompts, with its own cache and without gradients, and never waits for a request: its
-best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more case, without
-the peer, draws them from a nucleus of 0.9.
+best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more
+case, without the peer, draws them from a nucleus of 0.9.
 
 The floor is what the same matrices times rows take by themselves, multiplied by XLA in the better of two ways, and one
 pass over the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.

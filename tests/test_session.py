@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import random
 import threading
@@ -424,7 +425,11 @@ def test_a_session_that_has_not_begun_says_so():
 
 
 def test_what_breaks_the_loop_reaches_everyone_who_waits_and_everyone_who_comes(begin):
+  turns, submitted = itertools.count(), threading.Event()
+
   def fail(state):
+    if next(turns) > 20:  # the others are under way, and must not end before
+      submitted.wait(WAIT_S)
     if 'last' in state.requests:
       raise ZeroDivisionError('an idea that does not work')
 
@@ -452,8 +457,8 @@ def test_what_breaks_the_loop_reaches_everyone_who_waits_and_everyone_who_comes(
   threads = [threading.Thread(target=wait, args=(job,)) for job in jobs]
   for thread in threads:
     thread.start()
-  time.sleep(0.02)
   streams.append(session.submit(ask('last')))
+  submitted.set()
   for thread in threads:
     thread.join(WAIT_S)
     assert not thread.is_alive()

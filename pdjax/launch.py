@@ -17,7 +17,7 @@ from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.metrics import EventLog, Report, draw
 from pdjax.serving.loop import Arrivals, Backend, serve
-from pdjax.serving.messages import Arrived, Done, Event, Finished, Result, Turn
+from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
@@ -87,7 +87,7 @@ def run(
     events = _serve(arrivals, config, engine, deployment.empty_state(), workdir, watch)
   finally:
     engine.close()
-  completions = complete(events, opened.tokenizer)
+  completions = complete(events, has_text=opened.tokenizer is not None)
   report = deployment.report(events, completions, workdir)
   return RunResult(report, completions, events, deployment.built.workers, opened.model)
 
@@ -124,7 +124,7 @@ def simulate(
   state = ClusterState(model, workers, config.page_size)
   simulator = Simulator(model, workers, config.page_size, cost, arrivals.output_len, config.dtype_bytes)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
-  completions = complete(events, None)
+  completions = complete(events, has_text=False)
   report = _report(
     config, opened, workers, events, completions, workdir, 'simulator',
     calibrated=getattr(cost, 'calibrated', False),
@@ -293,11 +293,7 @@ def deploy(
   checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
 
   def limit_of(request: Request) -> int:
-    limit = request.token_limit(model.context_len)
-    true_len = output_len(request.id)
-    if true_len is None and request.sample_of is not None:
-      true_len = output_len(request.sample_of)
-    return limit if true_len is None else min(limit, true_len)
+    return request.token_limit(model.context_len, output_len)
 
   return Deployment(config, opened, build_engine(config, model, checkpoint, limit_of, say, opened.tokenizer))
 
@@ -413,12 +409,13 @@ def _serve(
   return tuple(log)
 
 
-def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
-  """What each sample of each request of a log got, in the order of arrival; as text too if there is a tokenizer."""
+def complete(events: Sequence[Event], has_text: bool) -> tuple[Completion, ...]:
+  """What each sample of each request of a log got, in the order of arrival; as text too if there was a tokenizer."""
   requests: dict[str, Request] = {}
   results: dict[str, list[Result]] = {}
   times_s: dict[str, list[float]] = {}
   ends: dict[str, Finished] = {}
+  ended: set[str] = set()  # what passes under way still bring these is not counted
   now_s = 0.0
   for event in events:
     match event:
@@ -430,18 +427,21 @@ def complete(events: Sequence[Event], tokenizer: Any) -> tuple[Completion, ...]:
           results[sample.id], times_s[sample.id] = [], []
       case Done():
         for result in event.results:
-          if result.request not in ends:
+          if result.request not in ended:
             results[result.request].append(result)
             times_s[result.request] += [now_s] * len(result.tokens)
+      case Started(_, EndOrder(_, name)):
+        ended.add(name)
       case Finished(_, name):
         ends[name] = event
+        ended.add(name)
   return tuple(
     Completion(
       request,
       ends[name].tokens,
       ends[name].finish_reason,
       ends[name].error,
-      None if tokenizer is None else ''.join(result.text for result in results[name]),
+      ''.join(result.text for result in results[name]) if has_text else None,
       tuple(times_s[name][: len(ends[name].tokens)]),
       tuple(logprob for result in results[name] for logprob in result.logprobs)[: len(ends[name].tokens)],
     )

@@ -64,7 +64,7 @@ class Stream:
     self.request = request
     self._withdraw = withdraw
     self._changed = threading.Condition()
-    self._tasks: list[asyncio.Future[None]] = []  # each waits for a change
+    self._tasks: set[asyncio.Future[None]] = set()  # each waits for a change
     self._pieces: collections.deque[Piece] = collections.deque()
     self._completions: tuple[Completion, ...] | None = None
     self._broken: Callable[[], SessionError] | None = None
@@ -159,8 +159,12 @@ class Stream:
         if ready():
           return take()
         change = asyncio.get_running_loop().create_future()
-        self._tasks.append(change)
-      await change
+        self._tasks.add(change)
+      try:
+        await change
+      finally:  # a wait may be cancelled
+        with self._changed:
+          self._tasks.discard(change)
 
   # -------------------------------------------------------------------------- for the session
 
@@ -198,7 +202,7 @@ class _Open:
 
   def __init__(self, stream: Stream):
     self.stream = stream
-    self.samples = tuple(sample.id for sample in stream.request.samples())
+    self.samples = {sample.id: index for index, sample in enumerate(stream.request.samples())}
     self.going_on = set(self.samples)  # those that nobody has ended
     self.not_finished = set(self.samples)  # of which there is no `Finished` yet
     self.events: list[Event] = []
@@ -217,7 +221,8 @@ class Session:
         print([stream.result().text for stream in streams])
         print(session.report())
 
-  In asyncio: `async for piece in session.submit(...)`, or `completion = await session.submit(...)`.
+  In asyncio: `async with pdjax.Session() as session`, `async for piece in session.submit(...)`, and
+  `completion = await session.submit(...)`.
 
   Entering the `with` block (or `start`) loads and compiles, then a thread of the session's own runs the same loop as
   `run`. Leaving it normally waits for what was submitted; leaving it by an exception cancels that.
@@ -232,7 +237,8 @@ class Session:
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
     workdir: Gets `events.jsonl`, and in the end the report, as from `run`; None writes nothing.
     keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
-      session that runs for days rather does without; `events.jsonl` is written all the same.
+      session that runs for days rather does without; `events.jsonl` is written all the same. An id is kept for ever,
+      some hundred bytes a request, so that none is used twice.
     say: Told in a line what is being done before the clock runs.
   """
 
@@ -259,6 +265,7 @@ class Session:
     self._ended = False
     self._cause: BaseException | None = None
     self._told = False
+    self._saved = False
 
   # -------------------------------------------------------------------------- beginning and end
 
@@ -300,9 +307,9 @@ class Session:
       self._closed = True
       if self._thread is None:
         return
-      self._live.close()
-    if cancel:
+    if cancel:  # before the queue closes, which may then wait for nobody
       self._cancel_all()
+    self._live.close()
     if self._thread is threading.current_thread():
       return
     try:
@@ -313,9 +320,18 @@ class Session:
       raise
     finally:
       atexit.unregister(self._close_at_exit)
-    self._save_report()
+    with self._lock:
+      saved, self._saved = self._saved, True
+    if not saved:
+      self._save_report()
     if self._cause is not None and not self._told:
       raise self._error()
+
+  async def __aenter__(self) -> 'Session':
+    return await asyncio.to_thread(self.start)
+
+  async def __aexit__(self, *error: Any) -> None:
+    await asyncio.to_thread(self.__exit__, *error)
 
   def __enter__(self) -> 'Session':
     return self.start()
@@ -368,6 +384,10 @@ class Session:
     return self._report(None)
 
   # -------------------------------------------------------------------------- inside
+
+  @property
+  def _has_text(self) -> bool:
+    return self._deployment.opened.tokenizer is not None
 
   def _deploy(self) -> Deployment:
     if isinstance(self._config, Deployment):
@@ -432,11 +452,10 @@ class Session:
           if (entry := self._open.get(result.request)) and result.request in entry.going_on:
             entry.events += self._turn, dataclasses.replace(event, results=(result,))
             if result.tokens or result.text:
-              sample = entry.samples.index(result.request)
-              entry.stream._add(Piece(result.tokens, result.text, sample, result.logprobs))
+              entry.stream._add(Piece(result.tokens, result.text, entry.samples[result.request], result.logprobs))
       case Started(_, EndOrder(_, name)) if entry := self._open.get(name):
         # what passes under way still bring is not counted
-        entry.going_on.difference_update(entry.samples if name == entry.samples[0] else (name,))
+        entry.going_on.discard(name)
       case Finished(_, name) if entry := self._open.get(name):
         entry.events.append(event)
         entry.going_on.discard(name)
@@ -444,7 +463,7 @@ class Session:
         if not entry.not_finished:
           for sample_name in entry.samples:
             del self._open[sample_name]
-          entry.stream._end(launch.complete(entry.events, self._deployment.opened.tokenizer))
+          entry.stream._end(launch.complete(entry.events, self._has_text))
 
   def _cancel_all(self) -> None:
     with self._lock:
@@ -456,7 +475,7 @@ class Session:
     deployment, events = self._deployment, self.events
     requests = tuple(event.request for event in events if isinstance(event, Arrived))
     config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
-    completions = launch.complete(events, deployment.opened.tokenizer)
+    completions = launch.complete(events, self._has_text)
     return dataclasses.replace(deployment, config=config).report(events, completions, workdir)
 
   def _save_report(self) -> None:

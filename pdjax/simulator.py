@@ -125,12 +125,7 @@ class Simulator:
     return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
 
   def _limit(self, request: Request) -> int:
-    """Tokens that a request generates; a sample of unknown length is as long as the request is known to be."""
-    limit = request.token_limit(self._model.context_len)
-    true_len = self._output_len(request.id)
-    if true_len is None and request.sample_of is not None:
-      true_len = self._output_len(request.sample_of)
-    return limit if true_len is None else min(limit, true_len)
+    return request.token_limit(self._model.context_len, self._output_len)
 
   def _generate(self, request: str, tokens: int) -> Result:
     self._left[request] -= tokens

@@ -22,7 +22,18 @@ from pdjax.engine.worker import Worker
 from pdjax.launch import Deployment, OpenedModel
 from pdjax.policies import Disaggregated
 from pdjax.serving import PolicyError, StuckError
-from pdjax.serving.messages import Arrived, Done, Finished, Started, StepOrder, Turn, Withdrawn, WorkerLost
+from pdjax.serving.messages import (
+  Arrived,
+  Done,
+  EndOrder,
+  Finished,
+  Result,
+  Started,
+  StepOrder,
+  Turn,
+  Withdrawn,
+  WorkerLost,
+)
 from pdjax.types import Request, SamplingParams
 from pdjax.workload import Live
 from tests.engine.cluster import Cluster, assert_all_is_free
@@ -597,3 +608,84 @@ def test_every_arrival_is_in_the_first_turn_after_it(begin):
       case Finished():
         ends += 1
   assert ends == 20
+
+
+def test_cancelling_all_on_leaving_reaches_those_that_a_policy_holds_back(begin, monkeypatch):
+  """A closed queue lets the loop wait for nobody, so they have to be cancelled before it closes."""
+
+  class Pairs(Disaggregated):
+    def decide(self, state):
+      return super().decide(state) if len(state.waiting) != 1 else []
+
+  close = Live.close
+  for late in (pdjax.Session._cancel_all, close):
+    name, owner = (late.__name__, pdjax.Session if late is not close else Live)
+
+    def slowly(self, late=late):
+      time.sleep(0.02)
+      late(self)
+
+    monkeypatch.setattr(owner, name, slowly)
+    session = begin(Pairs()).start()
+    stream = session.submit(ask('alone'))
+    session.close(cancel=True)
+    assert stream.result(WAIT_S).finish_reason == 'cancelled'
+    monkeypatch.setattr(owner, name, late)
+
+
+def test_a_session_is_entered_and_left_in_asyncio_while_other_tasks_go_on(begin):
+  read, ticks = [], []
+
+  async def reader(stream):
+    async for piece in stream:
+      read.extend(piece.tokens)
+
+  async def ticker():
+    while True:
+      ticks.append(len(read))
+      await asyncio.sleep(0.001)
+
+  async def main():
+    async with begin(Asked(lambda state: time.sleep(0.005))) as session:
+      task, other = asyncio.create_task(reader(session.submit(ask('a', 3, 20)))), asyncio.create_task(ticker())
+      session.submit(ask('b', 3, 20))
+    await task
+    other.cancel()
+
+  asyncio.run(main())
+  assert len(read) == 20
+  assert len(set(ticks)) > 5  # the block was left while tokens came one after another
+
+
+def test_waits_that_were_given_up_leave_nothing_behind(begin):
+  gate = threading.Event()
+
+  async def impatient(stream):
+    for _ in range(20):
+      with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.001)
+
+  with begin(Asked(lambda state: gate.wait(WAIT_S))) as session:
+    stream = session.submit(ask('a'))
+    asyncio.run(impatient(stream))
+    assert not stream._tasks
+    gate.set()
+
+
+def test_a_second_close_writes_nothing_anew(begin, tmp_path):
+  with begin(workdir=tmp_path) as session:
+    session.submit(ask('a')).result(WAIT_S)
+  (tmp_path / 'report.json').unlink()
+  session.close()
+  assert not (tmp_path / 'report.json').exists()
+
+
+def test_what_a_pass_brings_after_a_request_was_ended_is_in_neither_its_tokens_nor_its_text():
+  late = Done(1, 1.0, 2.0, (Result('a', (6,), None, 'y'),))
+  events = [
+    Turn(0.0), Arrived(ask('a')), Turn(1.0), Done(0, 0.0, 1.0, (Result('a', (5,), None, 'x'),)),
+    Started(1.0, EndOrder(3, 'a', 'cancelled', 'cancelled')), Turn(2.0), late, Done(3, 1.0, 2.0),
+    Finished(2.0, 'a', 'cancelled', (5,)),
+  ]  # fmt: skip
+  (completion,) = launch.complete(events, has_text=True)
+  assert completion.token_ids == (5,) and completion.text == 'x'

@@ -81,8 +81,9 @@ class TextStream:
     return new
 
   def _find_stop(self) -> int | None:
-    """Where the first stop string begins in the text held back."""
-    return min((at for at in map(self._held.find, self._stop) if at >= 0), default=None)
+    """Where the stop string begins that is the first to be complete in the text held back."""
+    found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+    return min(found)[1] if found else None
 
   def _may_begin_stop(self) -> int:
     """Length of the longest end of the text held back that a stop string may begin with."""

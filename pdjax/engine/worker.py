@@ -19,11 +19,11 @@ from pdjax.kv.pages import KVPages, copy
 from pdjax.model.sampling import Chosen, Sampling, past, stop_tokens
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
-from pdjax.serving.messages import Admission, ChunkOrder, FinishReason, Result, StepOrder
+from pdjax.serving.messages import Admission, ChunkOrder, Result, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Request, TokenLogprob
+from pdjax.types.request import FinishReason, Request, TokenLogprob
 
 LimitOf = Callable[[Request], int]
 

@@ -75,6 +75,10 @@ class RequestState:
     transfers: Transfers of its pages under way.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
+    pages_sent: Pages of its prompt that were sent on.
+    computed: Whether its whole prompt is computed.
+    admitted: Whether a pass has put it into its slot.
+    copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
     samples: The samples of its prompt, if there are several.
   """
 
@@ -525,10 +529,15 @@ class ClusterState:
     entries = [entry for entry in self._meant_by(request) if entry.phase is not Phase.ENDING]
     if not entries or (request if samples is None else samples.ids[0]) in self._must:
       return
-    for entry in reversed(entries):  # the carrier last, so that nobody is left to hand the prompt on to
-      self._unschedule(entry)
+    self._unschedule_all(entries)
+    for entry in entries:
       self._must.pop(entry.request.id, None)
     self._must[request] = Cancel(request)
+
+  def _unschedule_all(self, entries: Sequence[RequestState]) -> None:
+    """As `_unschedule`, the carrier of a prompt last, so that nobody is left to hand it on to."""
+    for entry in reversed(entries):
+      self._unschedule(entry)
 
   def _unschedule(self, entry: RequestState) -> None:
     """Take a request out of every queue a policy looks at; a prompt that others wait for is handed on to one."""
@@ -640,8 +649,8 @@ class ClusterState:
       raise PolicyError(
         f'{action!r}: the request is {entries[0].phase.value}; only a waiting one can be rejected, cancel it.'
       )
-    for entry in reversed(entries):  # the carrier last, so that nobody is left to hand the prompt on to
-      self._unschedule(entry)
+    self._unschedule_all(entries)
+    for entry in entries:
       entry.phase = Phase.ENDING
     return tuple(EndOrder(self._order_id(), entry.request.id, reason, action.reason) for entry in entries)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
@@ -189,9 +189,19 @@ class Request:
     """Tokens in the prompt."""
     return len(self.prompt)
 
-  def token_limit(self, context_len: int) -> int:
-    """Most tokens it may generate: `max_tokens`, or what a context leaves; the last one needs no place in it."""
-    return min(self.sampling.max_tokens, context_len - self.prompt_len + 1)
+  def token_limit(self, context_len: int, output_len: Callable[[str], int | None] = lambda request: None) -> int:
+    """Most tokens it may generate: `max_tokens`, or what a context leaves; the last one needs no place in it.
+
+    Args:
+      context_len: Tokens that the model's context holds.
+      output_len: Gives a request's true length by its id, None where it has none; a sample of which nothing is known
+        is as long as its request.
+    """
+    limit = min(self.sampling.max_tokens, context_len - self.prompt_len + 1)
+    true_len = output_len(self.id)
+    if true_len is None and self.sample_of is not None:
+      true_len = output_len(self.sample_of)
+    return limit if true_len is None else min(limit, true_len)
 
   def samples(self) -> tuple['Request', ...]:
     """The request as `sampling.n` requests of one sample each.
@@ -225,7 +235,7 @@ def _mixed(seed: int, index: int) -> int:
     return x ^ (x >> 31)
 
   golden = 0x9E3779B97F4A7C15
-  start = mix((seed + golden) & _MASK64)
+  start = mix((int(seed) + golden) & _MASK64)  # a NumPy integer would overflow
   return mix((start + index * golden) & _MASK64) >> 1
 
 

@@ -88,6 +88,8 @@ class Live:
   def next_s(self) -> float:
     if self._arriving:
       return self._arriving[0].arrival_s
+    if self._leaving:
+      return 0.0
     return math.inf if self._closing else self._quiet_until_s
 
   def due(self, now_s: float, finished: Sequence[Finished] = ()) -> list[Arrived | Withdrawn]:

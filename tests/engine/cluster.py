@@ -97,7 +97,7 @@ class Cluster:
       engine.close()
     assert compiled[compiled_before:] == [], 'something was compiled while the clock ran'
     report = Report.from_events(events, workers=self.specs)
-    served = Served(events, complete(events, byte_tokenizer()), report, requests, policy)
+    served = Served(events, complete(events, has_text=True), report, requests, policy)
     assert_all_is_free(state)
     if served.report.failed == 0:
       assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'
@@ -105,7 +105,7 @@ class Cluster:
     return served
 
   def _limit_of(self, request: Request) -> int:
-    return min(request.sampling.max_tokens, self.model.context_len - request.prompt_len + 1)
+    return request.token_limit(self.model.context_len)
 
   def _check_bytes(self, served: Served) -> None:
     one_page = page_bytes(self.model, self.config.page_size, self.config.dtype)

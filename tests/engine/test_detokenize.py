@@ -1,6 +1,7 @@
 """Tokens to text piece by piece: nothing is lost, nothing comes too soon, and stop strings end it wherever they lie."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -121,3 +122,37 @@ def test_a_stream_goes_on_elsewhere_where_it_was_left(tokenizer):
     before = here.take(tokens[:left])[0]
     assert there.take(tokens[:left])[0] == before
     assert before + there.take(tokens[left:])[0] + there.end()[0] == tokenizer.decode(tokens)
+
+
+class Words:
+  """Stands for a detokenizer whose tokens are words of several letters."""
+
+  silent_tokens = byte_tokens = frozenset()
+
+  def __init__(self, words):
+    self._words = words
+
+  def decode(self, tokens) -> str:
+    return ''.join(self._words[token] for token in tokens)
+
+
+def test_of_stop_strings_in_one_token_the_first_to_be_complete_ends_the_text():
+  rng = random.Random(0)
+
+  def word(most: int) -> str:
+    return ''.join(rng.choice('abc') for _ in range(rng.randint(1, most)))
+
+  for _ in range(2000):
+    words, stop = [word(4) for _ in range(12)], tuple(word(5) for _ in range(rng.randint(1, 3)))
+    stream = TextStream(Words(words), stop)
+    text = ''
+    for token in range(len(words)):
+      piece, completed = stream.take([token])
+      text += piece
+      if completed:
+        break
+    else:
+      text += stream.end()[0]
+    whole = ''.join(words)
+    ends = [(whole.index(one) + len(one), whole.index(one)) for one in stop if one in whole]
+    assert text == (whole[: min(ends)[1]] if ends else whole), (words, stop)

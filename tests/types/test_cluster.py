@@ -93,6 +93,14 @@ def test_the_largest_pass_of_a_worker_has_a_bucket():
     assert sizes[-1] == largest and list(sizes) == sorted(set(sizes))
 
 
+@pytest.mark.parametrize(
+  ('most', 'sizes'),
+  [(1, (1,)), (2, (1, 2)), (8, (1, 8)), (9, (1, 8, 9)), (32, (1, 8, 16, 32)), (100, (1, 8, 16, 32, 64, 100))],
+)
+def test_no_decode_pass_of_more_than_eight_is_padded_to_twice_its_size(most, sizes):
+  assert WorkerSpec('w', max_sequences=most).batch_buckets == sizes
+
+
 def test_workers_get_devices_of_their_own_in_order():
   workers = prefill_pool(2, tp=2) + decode_pool(1, tp=3)
   assert carve_devices(workers, 8) == {'prefill0': (0, 1), 'prefill1': (2, 3), 'decode0': (4, 5, 6)}

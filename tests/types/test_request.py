@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from pdjax.types import SLO, Request, SamplingParams
@@ -112,3 +113,20 @@ def test_limits_that_make_no_sense_are_refused(text, words):
   with pytest.raises(ValueError) as error:
     SLO.parse(text)
   assert words in str(error.value)
+
+
+def test_a_seed_that_numpy_drew_serves_several_samples():
+  seed = np.random.default_rng(0).integers(1 << 62)
+  seeds = [
+    [sample.sampling.seed for sample in Request('a', (1,), SamplingParams(seed=one, n=4)).samples()]
+    for one in (seed, int(seed))
+  ]
+  assert seeds[0] == seeds[1] and len(set(seeds[0])) == 4
+
+
+def test_a_sample_of_unknown_length_is_as_long_as_its_request():
+  lengths = {'a': 5, 'a#2': 3}
+  samples = Request('a', (1, 2), SamplingParams(max_tokens=9, n=3)).samples()
+  assert [one.token_limit(8, lengths.get) for one in samples] == [5, 5, 3]
+  assert [one.token_limit(8) for one in samples] == [7, 7, 7]
+  assert samples[0].token_limit(4, lengths.get) == 3

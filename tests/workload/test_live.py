@@ -141,3 +141,14 @@ def test_many_threads_lose_nothing(live):
     if isinstance(event, Arrived):
       assert i < position[Withdrawn, event.request.id]
   assert len(position) == 400
+
+
+def test_whoever_leaves_wakes_the_loop_of_a_closed_queue(live):
+  live.submit(request('a'))
+  live.due(1.0)
+  live.close()
+  assert live.next_s() == math.inf
+  live.withdraw('a')
+  assert live.next_s() == 0.0
+  assert live.due(9.0) == [Withdrawn('a')]
+  assert live.next_s() == math.inf

@@ -1,11 +1,13 @@
 """Headless Chromium on a leash: the DevTools protocol over two pipes, so that tests need no driver."""
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,7 @@ class Browser:
   """One page of a headless browser; everything that its console says above `info` is kept in `complaints`."""
 
   def __init__(self, command: str):
-    self._folder = tempfile.TemporaryDirectory()
+    self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     to_browser, self._writer = os.pipe()
     self._reader, from_browser = os.pipe()
     arguments = [
@@ -45,6 +47,7 @@ class Browser:
     self._process = subprocess.Popen(
       [sys.executable, '-c', _LAUNCH, str(to_browser), str(from_browser), *arguments],
       pass_fds=(to_browser, from_browser),
+      start_new_session=True,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
     )
@@ -65,7 +68,11 @@ class Browser:
 
   def __exit__(self, *error: object) -> None:
     self._process.terminate()
-    self._process.wait(20)
+    try:
+      self._process.wait(20)
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._process.pid, signal.SIGKILL)  # its helpers may live on for a moment, and write
     os.close(self._writer)
     os.close(self._reader)
     self._folder.cleanup()

@@ -213,14 +213,16 @@ def _list_work(problem: _Problem, lengths: jax.Array) -> _Work:
   if problem.sliding_window is not None:
     first = jnp.maximum(lengths - problem.query_tokens + 1 - problem.sliding_window, 0) // tokens
   count = jnp.where(lengths > 0, -(-lengths // tokens) - first, 0)
-  ends = jnp.cumsum(count)
-  # Cores take equal shares of the list, moved to where a sequence ends.
-  share = jnp.arange(problem.cores + 1) * ends[-1] // problem.cores
-  stops = jnp.max(jnp.where(ends <= share[:, None], ends, 0), axis=1)  # [cores + 1]
+  # Comparing with all sequences is cheaper here than cumulative sums, searches and gathers, each a kernel of its own.
+  order = jnp.arange(batch)
+  ends = jnp.sum(jnp.where(order <= order[:, None], count, 0), axis=1)
+  stops = jnp.stack([jnp.zeros_like(ends[-1]), ends[-1]])
+  if problem.cores > 1:  # cores take equal shares of the list, moved to where a sequence ends
+    share = jnp.arange(problem.cores + 1) * ends[-1] // problem.cores
+    stops = jnp.max(jnp.where(ends <= share[:, None], ends, 0), axis=1)  # [cores + 1]
   place = stops[:-1, None] + jnp.arange((problem.max_steps + 1) * blocks)  # [cores, items]
-  # Comparing with all sequences is cheaper here than to search and to gather.
   sequence = jnp.sum(place[..., None] >= ends, axis=-1, dtype=jnp.int32)
-  own = sequence[..., None] == jnp.arange(batch)
+  own = sequence[..., None] == order
   block = place + jnp.sum(jnp.where(own, first - ends + count, 0), axis=-1)
   sequence = jnp.where(place < stops[1:, None], sequence, batch)
   block = jnp.where(sequence < batch, block, 0)
@@ -236,8 +238,10 @@ def _rows(problem: _Problem, q: jax.Array, dtype: jnp.dtype) -> jax.Array:
   scale = problem.softmax_scale * (_LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
   q = (q.astype(jnp.float32) * scale).astype(dtype if jnp.issubdtype(dtype, jnp.floating) else q.dtype)
   q = q.reshape(batch, tokens, problem.columns, problem.heads, problem.group, head_dim).transpose(0, 2, 3, 4, 1, 5)
-  lanes = [jnp.pad(q[:, :, e], ((0, 0),) * 4 + ((e * head_dim, problem.width - (e + 1) * head_dim),))
-           for e in range(problem.heads)]
+  lanes = [
+    jnp.pad(q[:, :, e], ((0, 0),) * 4 + ((e * head_dim, problem.width - (e + 1) * head_dim),))
+    for e in range(problem.heads)
+  ]
   q = jnp.stack(lanes, 2).reshape(batch, problem.columns, -1, problem.width)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, problem.column_rows - q.shape[2]), (0, 0)))
   return q.reshape(batch, problem.rows, problem.width)

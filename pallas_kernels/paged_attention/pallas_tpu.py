@@ -24,6 +24,8 @@ _NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that diff
 _HIDDEN = 2 * _NOTHING  # so far below any top that its exponential is 0
 _LANES = 128
 _SUBLANES = 8
+_BLOCK_BITS = 14  # of a list's item, for the block's number
+_UNROLLED_COPIES = 16  # copies that are started in a straight line, at a quarter of what a loop over them costs
 _PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else blocks look theirs up
 
 
@@ -186,7 +188,7 @@ def paged_attention(
     static_blocks=static_blocks,
   )
   work = _list_work(problem, lengths)
-  results = _attend(problem, work, _rows(problem, queries, pages.dtype), pages, tables, scales, sinks, return_lse, interpret)
+  results = _attend(problem, lengths, work, _rows(problem, queries, pages.dtype), pages, tables, scales, sinks, return_lse, interpret)
   position = lengths[:, None] - problem.query_tokens + jnp.arange(problem.query_tokens)  # [B, Q]
   seen = (position >= 0) & (lengths[:, None] > 0)
   out = _unrows(problem, results['out'])
@@ -200,9 +202,7 @@ def paged_attention(
 class _Work(NamedTuple):
   """The blocks of all sequences as one list a core, of which every grid step takes `blocks`."""
 
-  lengths: jax.Array  # [B + 1] cached tokens; the last is of no sequence, and 0
-  sequence: jax.Array  # [cores · items] whose block it is; B where a list has ended
-  block: jax.Array  # [cores · items] which block of its sequence
+  items: jax.Array  # [cores · items] whose block (B where a list has ended), and which of its sequence in the low bits
   steps: int | jax.Array  # of the core that has most
 
 
@@ -229,7 +229,7 @@ def _list_work(problem: _Problem, lengths: jax.Array) -> _Work:
   steps = -(-jnp.max(stops[1:] - stops[:-1]) // blocks)
   if problem.static_blocks is not None:
     steps = problem.static_steps
-  return _Work(jnp.append(lengths, 0), sequence.reshape(-1), block.reshape(-1), steps)
+  return _Work(((sequence << _BLOCK_BITS) | block).reshape(-1), steps)
 
 
 def _rows(problem: _Problem, q: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -266,12 +266,9 @@ def _of_heads(problem: _Problem, values: jax.Array) -> jax.Array:
   return jnp.broadcast_to(values.reshape(-1, 1), (problem.rows, _LANES))
 
 
-def _attend(problem, work, q, pages, tables, scales, sinks, return_lse, interpret):
+def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse, interpret):
   """Results of the rows by name: 'out' `[B, C·R, W]` and maybe 'lse' `[B, C·R, 128]`; unwritten for empty sequences."""
   blocks, rows, width = problem.config.blocks, problem.rows, problem.width
-  padding = problem.table_blocks * problem.block_pages - tables.shape[1]
-  ids = jnp.pad(jnp.clip(tables, 0, pages.shape[0] - 1), ((0, 0), (0, padding)))
-
   hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   operands = {'q': q, 'pages': pages}
   in_specs = {'q': hbm, 'pages': hbm}
@@ -283,12 +280,16 @@ def _attend(problem, work, q, pages, tables, scales, sinks, return_lse, interpre
     'sum': pltpu.VMEM((rows, width), jnp.float32),
     'arrived': pltpu.SemaphoreType.DMA((4, 2, blocks)),  # page numbers, queries, pages and scales, of each block
   }
-  prefetched = {'lengths': work.lengths, 'sequence': work.sequence, 'block': work.block}
-  if ids.size <= _PREFETCHED_PAGES:
-    prefetched['ids'] = ids.reshape(-1)
+  prefetched = {'lengths': lengths, 'items': work.items}
+  padding = problem.table_blocks * problem.block_pages - tables.shape[1]
+  if problem.copy_pages > 1:  # a group of pages may end behind those that the sequence holds: any will do there
+    tables = jnp.clip(tables, 0, pages.shape[0] - 1)
+  tables = jnp.pad(tables, ((0, 0), (0, padding)))
+  if tables.size <= _PREFETCHED_PAGES:
+    prefetched['tables'] = tables.reshape(-1)
   else:
-    operands['ids'], in_specs['ids'] = ids.reshape(-1, 1, problem.block_pages), hbm
-    scratch['ids'] = pltpu.SMEM((2, blocks, 1, problem.block_pages), jnp.int32)
+    operands['tables'], in_specs['tables'] = tables.reshape(-1, 1, problem.block_pages), hbm
+    scratch['tables'] = pltpu.SMEM((2, blocks, 1, problem.block_pages), jnp.int32)
   if scales is not None:
     operands['scales'], in_specs['scales'] = scales, hbm
     scratch['scale'] = pltpu.VMEM((2, blocks, problem.block_pages, *scales.shape[1:]), scales.dtype)
@@ -345,7 +346,7 @@ class _Step:
     step, steps = pl.program_id(1), pl.num_programs(1) - 1
     if self.problem.static_blocks is not None:
       steps = self.problem.static_steps
-    if 'ids' in self.operands:
+    if 'tables' in self.operands:
       pl.when(step == 0)(functools.partial(self._look_up, step))
       pl.when(step + 1 < steps)(functools.partial(self._look_up, step + 1))
     pl.when(step < steps)(functools.partial(self._start, step))
@@ -357,16 +358,29 @@ class _Step:
       pl.when(steps >= 1)(functools.partial(self._results, steps - 1, wait=True))
 
   def _item(self, step, index):
-    items = self.prefetched['sequence'].shape[0] // self.problem.cores
+    items = self.prefetched['items'].shape[0] // self.problem.cores
     return self.core * items + step * self.problem.config.blocks + index
+
+  def _owner(self, item):
+    """Whose block an item is; B where the list has ended."""
+    return self.prefetched['items'][item] >> _BLOCK_BITS
+
+  def _block(self, step, index):
+    """Which block of its sequence an item is."""
+    return self.prefetched['items'][self._item(step, index)] & ((1 << _BLOCK_BITS) - 1)
+
+  def _length(self, step, index):
+    """Cached tokens of the sequence whose block it is; none where the list has ended."""
+    sequence = self._owner(self._item(step, index))
+    length = self.prefetched['lengths'][jnp.minimum(sequence, self.problem.batch - 1)]
+    return jnp.where(sequence < self.problem.batch, length, 0)
 
   def _span(self, step, index):
     """The first token of the block that any query sees, and the token after the last."""
     tokens = self.problem.block_tokens
     if self.problem.static_blocks is not None:
       return 0, tokens
-    item = self._item(step, index)
-    length, start = self.prefetched['lengths'][self.prefetched['sequence'][item]], self.prefetched['block'][item] * tokens
+    length, start = self._length(step, index), self._block(step, index) * tokens
     stop = jnp.clip(length - start, 0, tokens)
     if self.problem.sliding_window is None:
       return 0, stop
@@ -385,36 +399,35 @@ class _Step:
 
   def _start(self, step) -> None:
     for index in range(self.problem.config.blocks):
-      if 'ids' in self.operands:
+      if 'tables' in self.operands:
         self._page_numbers(step, index).wait()
       self._queries(step, index).start()
 
-      def start_group(group, _, index=index):
+      def start(group, index=index):
         for page in range(self.problem.copy_pages):
           place = group * self.problem.copy_pages + page
           number = self._page_number(step, index, place)
           for pool, buffer, arrived in self._pools(step, index):
             pltpu.make_async_copy(pool.at[number], buffer.at[place], arrived).start()
-        return 0
 
-      jax.lax.fori_loop(*self._copies(step, index), start_group, 0)
+      _for_each(*self._copies(step, index), max(_UNROLLED_COPIES // self.problem.copy_pages, 1), start)
 
   def _sequence(self, step, index):
-    return jnp.minimum(self.prefetched['sequence'][self._item(step, index)], self.problem.batch - 1)
+    return jnp.minimum(self._owner(self._item(step, index)), self.problem.batch - 1)
 
   def _row(self, step, index):
     """Where the block's page numbers stand among those of all blocks of all sequences."""
-    return self._sequence(step, index) * self.problem.table_blocks + self.prefetched['block'][self._item(step, index)]
+    return self._sequence(step, index) * self.problem.table_blocks + self._block(step, index)
 
   def _page_number(self, step, index, place):
-    if 'ids' in self.prefetched:
-      return self.prefetched['ids'][self._row(step, index) * self.problem.block_pages + place]
-    return self.scratch['ids'][step % 2, index, 0, place]
+    if 'tables' in self.prefetched:
+      return self.prefetched['tables'][self._row(step, index) * self.problem.block_pages + place]
+    return self.scratch['tables'][step % 2, index, 0, place]
 
   def _page_numbers(self, step, index):
     slot = step % 2
-    source = self.operands['ids'].at[self._row(step, index)]
-    return self._copy(source, self.scratch['ids'].at[slot, index], 0, slot, index)
+    source = self.operands['tables'].at[self._row(step, index)]
+    return self._copy(source, self.scratch['tables'].at[slot, index], 0, slot, index)
 
   def _queries(self, step, index):
     slot = step % 2
@@ -468,7 +481,7 @@ class _Step:
     slot = step % 2
     for index in range(self.problem.config.blocks):
       item = self._item(step, index)
-      sequence = self.prefetched['sequence'][item]
+      sequence = self._owner(item)
 
       def copy(index=index, sequence=sequence):
         for kind, name in enumerate(self.results):
@@ -479,7 +492,7 @@ class _Step:
       if self.problem.static_blocks == 1:
         copy()
       else:
-        pl.when((sequence < self.problem.batch) & (self.prefetched['sequence'][item + 1] != sequence))(copy)
+        pl.when((sequence < self.problem.batch) & (self._owner(item + 1) != sequence))(copy)
 
   def _columns(self, slot, index, share, which):
     """Keys (0) or values (-1) of the columns that share a product, side by side: `[block, share · W]`."""
@@ -527,8 +540,8 @@ class _Step:
   def _visible(self, step, index):
     """Which tokens of the block the rows see: `[1, block]`, or `[rows, block]` for several query tokens."""
     problem = self.problem
-    item = self._item(step, index)
-    length = self.prefetched['lengths'][self.prefetched['sequence'][item]] - self.prefetched['block'][item] * problem.block_tokens
+    start = self._block(step, index) * problem.block_tokens
+    length = self._length(step, index) - start
     token = jax.lax.broadcasted_iota(jnp.int32, (1, problem.block_tokens), 1)
     behind = 0  # how far a row's position lies behind the last
     if problem.query_tokens > 1:
@@ -547,8 +560,8 @@ class _Step:
     if problem.soft_cap is not None:
       scores = jnp.tanh(scores) * (problem.soft_cap * _LOG2_E)
     scores = jnp.where(self._visible(step, index), scores, _HIDDEN)
-    before = self.prefetched['sequence'][jnp.maximum(item - 1, 0)]
-    fresh = (step * problem.config.blocks + index == 0) | (before != self.prefetched['sequence'][item])
+    before = self._owner(jnp.maximum(item - 1, 0))
+    fresh = (step * problem.config.blocks + index == 0) | (before != self._owner(item))
     old_top, old_total = (_NOTHING, 0.0)
     if 'sinks' in self.operands:
       old_top, old_total = self.operands['sinks'][rows, :1], 1.0
@@ -578,6 +591,18 @@ class _Step:
     if 'lse' in state:
       lse = jnp.where(total > 0, (top + jnp.log2(total)) / _LOG2_E, -jnp.inf)
       state['lse'][slot, index, rows] = jnp.broadcast_to(lse, (problem.share_rows, _LANES))
+
+
+def _for_each(first, stop, unrolled: int, body) -> None:
+  """Run `body(i)` for i from first to stop, `unrolled` of them in a straight line as long as there are so many."""
+
+  def several(turn, _):
+    for i in range(unrolled):
+      body(first + turn * unrolled + i)
+
+  turns = (stop - first) // unrolled
+  jax.lax.fori_loop(0, turns, several, None)
+  jax.lax.fori_loop(first + turns * unrolled, stop, lambda i, _: body(i), None)
 
 
 def _precision(dtype):

@@ -1,0 +1,91 @@
+"""The problems for which kernels are measured and tuned, as calls for a compiler: shapes, and what they have to do."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import devices, dispatch
+from pallas_kernels.paged_attention import pallas_tpu as paged_tpu
+from pallas_kernels.static_cost import Case
+
+PAGED_ATTENTION = {
+  'pallas_tpu': dispatch.Tuned(paged_tpu.paged_attention, paged_tpu.Config, paged_tpu.rule, paged_tpu.refusal)
+}
+
+
+def decode(
+  batch: int = 64,
+  context: int = 2048,
+  query_heads: int = 32,
+  kv_heads: int = 8,
+  head_dim: int = 128,
+  page_size: int = 128,
+  dtype: str = 'bfloat16',
+  query_tokens: int = 1,
+  config: dict[str, Any] | None = None,
+  static: bool = True,
+) -> Case:
+  """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
+  layout, page = _page(kv_heads, head_dim, page_size)
+  slots = -(-context // page_size)
+  pages = jax.ShapeDtypeStruct((batch * slots, *page), dtype)
+  q_dtype = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
+  q = jax.ShapeDtypeStruct((batch, *(() if query_tokens == 1 else (query_tokens,)), query_heads, head_dim), q_dtype)
+  tables, lengths = jax.ShapeDtypeStruct((batch, slots), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+  scales = _scales(pages, kv_heads)
+  facts = {
+    'dtype': dtype,
+    'layout': layout,
+    'query_heads': query_heads,
+    'kv_heads': kv_heads,
+    'head_dim': head_dim,
+    'page_size': page_size,
+    'batch': batch,
+    'query_tokens': query_tokens,
+    'context': slots * page_size,
+  }
+
+  def call(q, pages, tables, lengths, scales):
+    run = _tpu_kernel('paged_attention', PAGED_ATTENTION, facts, config)
+    known = context if static else None
+    return run(q, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
+
+  tokens = batch * context
+  moved = _bytes(q, q, tables, lengths) + tokens * 2 * kv_heads * (
+    head_dim * pages.dtype.itemsize + (0 if scales is None else 4)
+  )
+  return Case(call, (q, pages, tables, lengths, scales), 4 * tokens * query_tokens * query_heads * head_dim, moved)
+
+
+def _tpu_kernel(kernel, implementations, facts, config):
+  """What dispatch takes on a TPU for a problem, or the same with parameters of one's own."""
+  tpu = implementations['pallas_tpu']
+  if config is None:
+    return dispatch.choose(kernel, implementations, 'pallas_tpu', facts)
+  chosen, device = tpu.config(**config), devices.current()
+  refusal = tpu.refusal(chosen, device, facts)
+  if refusal is not None:
+    raise ValueError(refusal)
+  return functools.partial(tpu.run, config=chosen, device=device)
+
+
+def _page(kv_heads: int, head_dim: int, page_size: int) -> tuple[str, tuple[int, int, int, int]]:
+  """The layout in which a TPU reads such heads, and the shape of a page."""
+  if head_dim % 128 == 0:
+    return 'plain', (2, kv_heads, page_size, head_dim)
+  if kv_heads % 2 == 0:
+    return 'paired', (2, kv_heads // 2, page_size, 2 * head_dim)
+  return 'kv', (1, kv_heads, page_size, 2 * head_dim)
+
+
+def _scales(pages: jax.ShapeDtypeStruct, kv_heads: int) -> jax.ShapeDtypeStruct | None:
+  if pages.dtype.itemsize > 1:
+    return None
+  return jax.ShapeDtypeStruct((pages.shape[0], 2, kv_heads, pages.shape[3]), jnp.float32)
+
+
+def _bytes(*arrays: jax.ShapeDtypeStruct) -> int:
+  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

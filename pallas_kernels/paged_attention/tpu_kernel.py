@@ -1,0 +1,305 @@
+"""The grid step of paged decode attention on TPU: copies in, products, softmax, copies out."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.tpu_problem import LANES, Problem
+
+LOG2_E = math.log2(math.e)
+BLOCK_BITS = 14  # of a list's item, for the block's number
+_NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
+_HIDDEN = 2 * _NOTHING  # so far below any top that its exponential is 0
+_UNROLLED_COPIES = 16  # copies that are started in a straight line, at a quarter of what a loop over them costs
+
+
+@dataclasses.dataclass
+class Step:
+  """A grid step as the kernel runs it: it starts the copies of its blocks, and attends to those of the step before."""
+
+  problem: Problem
+  prefetched: Any  # the kernel's references, by name
+  operands: Any
+  results: Any
+  scratch: Any
+  core: Any
+
+  def run(self) -> None:
+    step: Any = pl.program_id(1)
+    steps: Any = pl.num_programs(1) - 1
+    if self.problem.static_blocks is not None:
+      steps = self.problem.static_steps
+    if 'tables' in self.operands:
+      pl.when(step == 0)(functools.partial(self._look_up, step))
+      pl.when(step + 1 < steps)(functools.partial(self._look_up, step + 1))
+    pl.when(step < steps)(functools.partial(self._start, step))
+    pl.when(step > 0)(functools.partial(self._attend, step - 1))
+
+    @pl.when(step == steps)
+    def _():
+      pl.when(steps >= 2)(functools.partial(self._results, steps - 2, wait=True))
+      pl.when(steps >= 1)(functools.partial(self._results, steps - 1, wait=True))
+
+  def _item(self, step, index):
+    items = self.prefetched['items'].shape[0] // self.problem.cores
+    return self.core * items + step * self.problem.config.blocks + index
+
+  def _owner(self, item):
+    """Whose block an item is; B where the list has ended."""
+    return self.prefetched['items'][item] >> BLOCK_BITS
+
+  def _block(self, step, index):
+    """Which block of its sequence an item is."""
+    return self.prefetched['items'][self._item(step, index)] & ((1 << BLOCK_BITS) - 1)
+
+  def _length(self, step, index):
+    """Cached tokens of the sequence whose block it is; none where the list has ended."""
+    sequence = self._owner(self._item(step, index))
+    length = self.prefetched['lengths'][jnp.minimum(sequence, self.problem.batch - 1)]
+    return jnp.where(sequence < self.problem.batch, length, 0)
+
+  def _span(self, step, index):
+    """The first token of the block that any query sees, and the token after the last."""
+    tokens = self.problem.block_tokens
+    if self.problem.static_blocks is not None:
+      return 0, tokens
+    length, start = self._length(step, index), self._block(step, index) * tokens
+    stop = jnp.clip(length - start, 0, tokens)
+    if self.problem.sliding_window is None:
+      return 0, stop
+    return jnp.clip(length - self.problem.query_tokens + 1 - self.problem.sliding_window - start, 0, stop), stop
+
+  def _copies(self, step, index):
+    """Which groups of pages of the block hold tokens that are seen: the first, and the one after the last."""
+    tokens = self.problem.copy_pages * self.problem.page_size
+    first, stop = self._span(step, index)
+    return first // tokens, (stop + tokens - 1) // tokens
+
+  def _look_up(self, step) -> None:
+    """Start the copies of the blocks' page numbers."""
+    for index in range(self.problem.config.blocks):
+      self._page_numbers(step, index).start()
+
+  def _start(self, step) -> None:
+    for index in range(self.problem.config.blocks):
+      if 'tables' in self.operands:
+        self._page_numbers(step, index).wait()
+      self._queries(step, index).start()
+
+      def start(group, index=index):
+        for page in range(self.problem.copy_pages):
+          place = group * self.problem.copy_pages + page
+          number = self._page_number(step, index, place)
+          for pool, buffer, arrived in self._pools(step, index):
+            pltpu.make_async_copy(pool.at[number], buffer.at[place], arrived).start()
+
+      first, stop = self._copies(step, index)
+      _for_each(first, stop, max(_UNROLLED_COPIES // self.problem.copy_pages, 1), start)
+
+  def _sequence(self, step, index):
+    return jnp.minimum(self._owner(self._item(step, index)), self.problem.batch - 1)
+
+  def _row(self, step, index):
+    """Where the block's page numbers stand among those of all blocks of all sequences."""
+    return self._sequence(step, index) * self.problem.table_blocks + self._block(step, index)
+
+  def _page_number(self, step, index, place):
+    if 'tables' in self.prefetched:
+      return self.prefetched['tables'][self._row(step, index) * self.problem.block_pages + place]
+    return self.scratch['tables'][step % 2, index, 0, place]
+
+  def _page_numbers(self, step, index):
+    slot = step % 2
+    source = self.operands['tables'].at[self._row(step, index)]
+    return self._copy(source, self.scratch['tables'].at[slot, index], 0, slot, index)
+
+  def _queries(self, step, index):
+    slot = step % 2
+    source = self.operands['q'].at[self._sequence(step, index)]
+    return self._copy(source, self.scratch['query'].at[slot, index], 1, slot, index)
+
+  def _copy(self, source, target, kind, slot, index):
+    return pltpu.make_async_copy(source, target, self.scratch['arrived'].at[kind, slot, index])
+
+  def _pools(self, step, index):
+    slot = step % 2
+    for place, (pool, buffer) in enumerate((('pages', 'page'), ('scales', 'scale')), 2):
+      if pool in self.operands:
+        arrived = self.scratch['arrived'].at[place, slot, index]
+        yield self.operands[pool], self.scratch[buffer].at[slot, index], arrived
+
+  def _wait(self, step) -> None:
+    def wait(buffer, arrived):
+      pltpu.make_async_copy(buffer, buffer, arrived).wait()  # for as many bytes as the buffer holds
+
+    for index in range(self.problem.config.blocks):
+      self._queries(step, index).wait()
+      first, stop = self._copies(step, index)
+      for _, buffer, arrived in self._pools(step, index):
+        if self.problem.static_blocks is not None:
+          wait(buffer, arrived)
+          continue
+        part = buffer.at[pl.ds(0, self.problem.copy_pages)]
+        all_copied = stop - first == self.problem.block_pages // self.problem.copy_pages
+        pl.when(all_copied)(functools.partial(wait, buffer, arrived))
+
+        @pl.when(jnp.logical_not(all_copied))
+        def _(first=first, stop=stop, part=part, arrived=arrived):
+          jax.lax.fori_loop(first, stop, lambda *_: wait(part, arrived), None)
+
+  def _attend(self, step) -> None:
+    self._wait(step)
+    pl.when(step >= 2)(functools.partial(self._results, step - 2, wait=True))  # whose room this step's take
+    problem = self.problem
+    slot = step % 2
+    parts = [
+      (index, share) for index in range(problem.config.blocks) for share in range(problem.columns // problem.share)
+    ]
+    scores = self._scores(slot, *parts[0])
+    for place, (index, share) in enumerate(parts):
+      coming = self._scores(slot, *parts[place + 1]) if place + 1 < len(parts) else None
+      self._join(step, slot, index, share, scores)
+      scores = coming
+    self._results(step, wait=False)
+
+  def _results(self, step, wait: bool) -> None:
+    """Start the copies of the results of sequences that end here, or wait for them."""
+    slot = step % 2
+    for index in range(self.problem.config.blocks):
+      item = self._item(step, index)
+      sequence = self._owner(item)
+
+      def copy(index=index, sequence=sequence):
+        for kind, name in enumerate(self.results):
+          arrived = self.scratch['written'].at[kind, slot, index]
+          copy = pltpu.make_async_copy(self.scratch[name].at[slot, index], self.results[name].at[sequence], arrived)
+          copy.wait() if wait else copy.start()
+
+      if self.problem.static_blocks == 1:
+        copy()
+      else:
+        pl.when((sequence < self.problem.batch) & (self._owner(item + 1) != sequence))(copy)
+
+  def _columns(self, slot, index, share, which):
+    """Keys (0) or values (-1) of the columns that share a product, side by side: `[block, share · W]`."""
+    problem = self.problem
+    which %= problem.page[0]
+    columns = [
+      self.scratch['page'][slot, index, :, which, column].reshape(problem.block_tokens, problem.width)
+      for column in range(share * problem.share, (share + 1) * problem.share)
+    ]
+    return jnp.concatenate(columns, axis=1).astype(self.scratch['query'].dtype)
+
+  def _scores(self, slot, index, share):
+    """Scores `[rows, block]` of the queries that share a product."""
+    problem = self.problem
+    rows = slice(share * problem.share_rows, (share + 1) * problem.share_rows)
+    q = self.scratch['query'][slot, index, rows]
+    own = [q.astype(jnp.float32) * self._owns(column).astype(jnp.float32) for column in range(problem.share)]
+    q = jnp.concatenate(own, axis=1).astype(q.dtype)
+    keys = self._columns(slot, index, share, 0)
+    scores = jax.lax.dot_general(
+      q, keys, (((1,), (1,)), ((), ())), precision=_precision(q.dtype), preferred_element_type=jnp.float32
+    )
+    return self._scale(scores, slot, index, share, 0)
+
+  def _scale(self, rows, slot, index, share, which):
+    """`[rows, block]` times the scales of each row's head and each token, of keys (0) or values (1)."""
+    if 'scale' not in self.scratch:
+      return rows
+    problem = self.problem
+    row = jax.lax.broadcasted_iota(jnp.int32, (problem.share_rows, 1), 0)
+    scales: Any = 0.0
+    for column, head in itertools.product(range(problem.share), range(problem.heads)):
+      number = (share * problem.share + column) * problem.heads + head
+      own = [
+        self.scratch['scale'][slot, index, page, which, number : number + 1] for page in range(problem.block_pages)
+      ]
+      first = column * problem.column_rows + head * problem.group * problem.query_tokens
+      scales = jnp.where(row >= first, jnp.concatenate(own, axis=1), scales)
+    return rows * scales
+
+  def _owns(self, column):
+    """Which rows of those that share a product belong to a column, `[rows, 1]`."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (self.problem.share_rows, 1), 0)
+    first = column * self.problem.column_rows
+    return (row >= first) & (row < first + self.problem.column_rows)
+
+  def _visible(self, step, index):
+    """Which tokens of the block the rows see: `[1, block]`, or `[rows, block]` for several query tokens."""
+    problem = self.problem
+    start = self._block(step, index) * problem.block_tokens
+    length = self._length(step, index) - start
+    token = jax.lax.broadcasted_iota(jnp.int32, (1, problem.block_tokens), 1)
+    behind: Any = 0  # how far a row's position lies behind the last
+    if problem.query_tokens > 1:
+      row = jax.lax.broadcasted_iota(jnp.int32, (problem.share_rows, 1), 0)
+      behind = problem.query_tokens - 1 - (row % problem.column_rows) % problem.query_tokens
+    visible = token < length - behind
+    if problem.sliding_window is not None:
+      visible &= token >= length - behind - problem.sliding_window
+    return visible
+
+  def _join(self, step, slot, index, share, scores) -> None:
+    """Join a block's part to what its sequence has so far, and give out the sum."""
+    problem, state = self.problem, self.scratch
+    rows = slice(share * problem.share_rows, (share + 1) * problem.share_rows)
+    item = self._item(step, index)
+    if problem.soft_cap is not None:
+      scores = jnp.tanh(scores) * (problem.soft_cap * LOG2_E)
+    scores = jnp.where(self._visible(step, index), scores, _HIDDEN)
+    before = self._owner(jnp.maximum(item - 1, 0))
+    fresh = (step * problem.config.blocks + index == 0) | (before != self._owner(item))
+    old_top: Any = _NOTHING
+    old_total: Any = 0.0
+    if 'sinks' in self.operands:
+      old_top, old_total = self.operands['sinks'][rows, :1], 1.0
+    old_top = jnp.where(fresh, old_top, state['top'][rows, :1])
+    old_total = jnp.where(fresh, old_total, state['total'][rows, :1])
+    top = jnp.maximum(old_top, scores.max(-1, keepdims=True))
+    weights = jnp.exp2(scores - top)
+    kept = jnp.exp2(old_top - top)
+    total = old_total * kept + weights.sum(-1, keepdims=True)
+
+    token = jax.lax.broadcasted_iota(jnp.int32, (problem.block_tokens, 1), 0)
+    first, stop = self._span(step, index)
+    values = jnp.where((token >= first) & (token < stop), self._columns(slot, index, share, -1), 0)
+    weights = self._scale(weights, slot, index, share, 1)
+    products = jax.lax.dot(
+      weights.astype(values.dtype), values, precision=_precision(values.dtype), preferred_element_type=jnp.float32
+    )
+    added = sum(
+      jnp.where(self._owns(column), products[:, column * problem.width : (column + 1) * problem.width], 0)
+      for column in range(problem.share)
+    )
+    out = jnp.where(fresh, 0, state['sum'][rows]) * kept + added
+    state['top'][rows] = jnp.broadcast_to(top, (problem.share_rows, LANES))
+    state['total'][rows] = jnp.broadcast_to(total, (problem.share_rows, LANES))
+    state['sum'][rows] = out
+    state['out'][slot, index, rows] = (out / jnp.where(total > 0, total, 1)).astype(state['out'].dtype)
+    if 'lse' in state:
+      lse = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+      state['lse'][slot, index, rows] = jnp.broadcast_to(lse, (problem.share_rows, LANES))
+
+
+def _for_each(first, stop, unrolled: int, body) -> None:
+  """Run `body(i)` for i from first to stop, `unrolled` of them in a straight line as long as there are so many."""
+
+  def several(turn, _):
+    for i in range(unrolled):
+      body(first + turn * unrolled + i)
+
+  turns = (stop - first) // unrolled
+  jax.lax.fori_loop(0, turns, several, None)
+  jax.lax.fori_loop(first + turns * unrolled, stop, lambda i, _: body(i), None)
+
+
+def _precision(dtype):
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -5,14 +5,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import paged_attention, prefill_attention
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.kv.pages import LAYER_SPEC, KVPages, write
 from pdjax.model.sampling import Chosen, Sampling, sample
 from pdjax.model.transformer import Transformer, Weights, bind
-from pdjax.sharding import MESH_AXES, replicated
+from pdjax.sharding import MESH_AXES, ShardingRules, replicated
 from pdjax.types.model import ModelSpec
 
 NO_TOKEN = -1  # in outputs: the sequence had ended before
@@ -92,7 +92,10 @@ class Passes:
     return dataclasses.replace(chosen, tokens=tokens), slots, rows.advance(chosen.tokens)
 
   def _logits(self, model: Transformer, x: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(model.logits(x), replicated(self.mesh))
+    vocab = ShardingRules.for_model(self.model, self.mesh.size).vocab
+    # Said of the product too, or the whole matrix would be gathered to make whole logits everywhere.
+    logits = jax.lax.with_sharding_constraint(model.logits(x), NamedSharding(self.mesh, PartitionSpec(None, vocab)))
+    return jax.lax.with_sharding_constraint(logits, replicated(self.mesh))
 
   def _run(
     self,

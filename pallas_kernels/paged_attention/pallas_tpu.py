@@ -126,7 +126,7 @@ def _rows(problem: Problem, q: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Queries `[B, Q, H, D]` as rows `[B, C·R, W]`, scaled, each with zeros in the lanes that are not its own head's."""
   batch, tokens, _, head_dim = q.shape
   scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
-  q = (q.astype(jnp.float32) * scale).astype(dtype if jnp.issubdtype(dtype, jnp.floating) else q.dtype)
+  q = (q.astype(jnp.float32) * scale).astype(dtype if dtype.itemsize > 1 else q.dtype)
   q = q.reshape(batch, tokens, problem.columns, problem.heads, problem.group, head_dim).transpose(0, 2, 3, 4, 1, 5)
   lanes = [
     jnp.pad(q[:, :, e], ((0, 0),) * 4 + ((e * head_dim, problem.width - (e + 1) * head_dim),))

@@ -254,7 +254,8 @@ class Step:
     item = self._item(step, index)
     if problem.soft_cap is not None:
       scores = jnp.tanh(scores) * (problem.soft_cap * LOG2_E)
-    scores = jnp.where(self._visible(step, index), scores, _HIDDEN)
+    visible = self._visible(step, index)
+    scores = jnp.where(visible, scores, _HIDDEN)
     before = self._owner(jnp.maximum(item - 1, 0))
     fresh = (step * problem.config.blocks + index == 0) | (before != self._owner(item))
     old_top: Any = _NOTHING
@@ -271,7 +272,8 @@ class Step:
     token = jax.lax.broadcasted_iota(jnp.int32, (problem.block_tokens, 1), 0)
     first, stop = self._span(step, index)
     values = jnp.where((token >= first) & (token < stop), self._columns(slot, index, share, -1), 0)
-    weights = self._scale(weights, slot, index, share, 1)
+    if 'scale' in state:  # of hidden tokens it may be anything
+      weights = jnp.where(visible, self._scale(weights, slot, index, share, 1), 0)
     products = jax.lax.dot(
       weights.astype(values.dtype), values, precision=_precision(values.dtype), preferred_element_type=jnp.float32
     )

@@ -1,0 +1,114 @@
+"""The TPU form of decode attention, interpreted, against attention as a textbook has it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import devices
+from pallas_kernels.paged_attention import pallas_tpu
+from pallas_kernels.paged_attention.tpu_problem import Config
+from tests.pallas_kernels.dense import Paged, attend_with_sum
+
+V6E, V5P = devices.by_name('v6e'), devices.by_name('v5p')
+
+
+def check(
+  seed,
+  lengths,
+  *,
+  heads=(4, 2),
+  head_dim=8,
+  page_size=8,
+  layout='plain',
+  dtype=None,
+  query_tokens=1,
+  config=None,
+  device=V6E,
+  interpret=True,
+  with_sinks=False,
+  **options,
+):
+  """The kernel gives what the textbook does, garbage and all."""
+  rng = np.random.default_rng(seed)
+  query_heads, kv_heads = heads
+  paged = Paged.random(rng, lengths, kv_heads, head_dim, page_size)
+  if dtype is not None:
+    paged = paged.quantized(dtype)
+  pages = paged.packed(layout).pages
+  q = rng.standard_normal((len(lengths), query_tokens, query_heads, head_dim), np.float32)
+  sinks = rng.normal(size=query_heads).astype(np.float32) * 2 if with_sinks else None
+  scale = head_dim**-0.5
+  out, lse = pallas_tpu.paged_attention(
+    jnp.asarray(q if query_tokens > 1 else q[:, 0]), jnp.asarray(pages), jnp.asarray(paged.tables),
+    jnp.asarray(lengths, jnp.int32), softmax_scale=scale, sinks=None if sinks is None else jnp.asarray(sinks),
+    scales=None if paged.scales is None else jnp.asarray(paged.scales, jnp.float32), return_lse=True,
+    config=config or Config(block_tokens=16, copy_tokens=8), device=device, interpret=interpret, **options,
+  )  # fmt: skip
+  out, lse = (np.asarray(x).reshape(len(lengths), query_tokens, query_heads, -1) for x in (out, lse))
+  for row, length in enumerate(lengths):
+    for token in range(query_tokens):
+      seen = max(length - query_tokens + token + 1, 0) if length else 0
+      expected = attend_with_sum(
+        q[row, token], paged.keys[row][:seen], paged.values[row][:seen], scale, sinks=sinks, **options
+      )
+      np.testing.assert_allclose(out[row, token], expected[0], rtol=2e-5, atol=2e-5, err_msg=f'{row} {token}')
+      np.testing.assert_allclose(lse[row, token, :, 0], expected[1], rtol=2e-5, atol=2e-5, err_msg=f'{row} {token}')
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    dict(lengths=[37, 0, 1, 16]),
+    dict(lengths=[5, 29, 48], config=Config(16, blocks=2, share=2, copy_tokens=16), heads=(12, 4)),
+    dict(lengths=[33, 0, 9], config=Config(16, blocks=3, share=4, copy_tokens=8), layout='paired', heads=(8, 4)),
+    dict(lengths=[20, 17], layout='kv', heads=(9, 3), page_size=3, config=Config(12, copy_tokens=6)),
+    dict(lengths=[40, 2, 0, 21, 7], device=V5P, sliding_window=11),
+    dict(lengths=[3, 30], query_tokens=4, sliding_window=13, with_sinks=True, soft_cap=2.0),
+    dict(lengths=[26, 8], dtype='int8', layout='paired', heads=(4, 2), query_tokens=2),
+    dict(lengths=[19], dtype='float8_e4m3fn', with_sinks=True),
+    dict(lengths=[64], config=Config(16, copy_tokens=8), heads=(16, 1), page_size=1),
+  ],
+  ids=lambda options: ' '.join(f'{name}={value}' for name, value in options.items() if name not in ('config', 'device')),
+)
+def test_it_gives_what_the_textbook_does(options):
+  check(1, **options)
+
+
+def test_page_numbers_too_many_for_scalar_memory_are_looked_up_block_by_block(monkeypatch):
+  monkeypatch.setattr(pallas_tpu, '_PREFETCHED_PAGES', 0)
+  check(2, [37, 0, 5], config=Config(16, blocks=2, copy_tokens=8))
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_it_gives_what_the_textbook_does_for_odd_shapes(seed):
+  rng = np.random.default_rng(100 + seed)
+  layout = ('plain', 'paired', 'kv')[rng.integers(3)]
+  kv_heads = int(rng.choice([2, 4] if layout == 'paired' else [1, 3, 5]))
+  page_size = int(rng.choice([1, 4, 16]))
+  check(
+    seed,
+    [int(length) for length in rng.integers(0, 50, size=rng.integers(1, 5))] + [23],
+    heads=(kv_heads * int(rng.integers(1, 4)), kv_heads),
+    head_dim=int(rng.choice([4, 16])),
+    page_size=page_size,
+    layout=layout,
+    query_tokens=int(rng.integers(1, 4)),
+    config=Config(page_size * int(rng.choice([2, 8])), int(rng.integers(1, 3)), int(rng.integers(1, 5)), page_size * 2),
+    device=dataclasses.replace(V6E, cores=int(rng.integers(1, 3))),
+    with_sinks=bool(rng.integers(2)),
+    sliding_window=[None, 1, 17][rng.integers(3)],
+  )
+
+
+@pytest.mark.parametrize('prefetched', [1 << 16, 0])
+def test_no_copy_races_another_or_the_computation(prefetched, monkeypatch):
+  monkeypatch.setattr(pallas_tpu, '_PREFETCHED_PAGES', prefetched)
+  monkeypatch.setattr('pallas_kernels.paged_attention.tpu_kernel._UNROLLED_COPIES', 2)
+  interpret = pltpu.InterpretParams(detect_races=True)
+  check(3, [20, 3, 0, 17], config=Config(8, blocks=2, copy_tokens=8), head_dim=128, interpret=interpret)
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  assert not interpret_pallas_call.races.races_found

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
+
+Implementation = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
 
 
 def check_heads(q: jax.Array, pages: jax.Array, rows: str) -> None:
@@ -27,7 +30,31 @@ def check_window(sliding_window: int | None) -> None:
     raise ValueError(f'sliding_window is {sliding_window}, expected at least 1 token, or None to see all.')
 
 
-def choose(implementations: Mapping[str, Callable[..., jax.Array]], name: str | None) -> Callable[..., jax.Array]:
+def check_cap(soft_cap: float | None) -> None:
+  """See that a soft cap bounds scores.
+
+  Raises:
+    ValueError: if it does not.
+  """
+  if soft_cap is not None and not 0 < soft_cap < float('inf'):
+    raise ValueError(f'soft_cap is {soft_cap}, expected a bound above 0, or None for scores without one.')
+
+
+def check_sinks(sinks: jax.Array | None, query_heads: int) -> None:
+  """See that there is a sink for each query head.
+
+  Raises:
+    ValueError: if there is not.
+  """
+  if sinks is None:
+    return
+  if sinks.shape != (query_heads,):
+    raise ValueError(f'sinks {sinks.shape} are not [H], one for each of the {query_heads} query heads of q.')
+  if not jnp.issubdtype(sinks.dtype, jnp.floating):
+    raise ValueError(f'sinks are {sinks.dtype}, expected float32.')
+
+
+def choose(implementations: Mapping[str, Implementation], name: str | None) -> Implementation:
   """The implementation of that name, or the fastest here.
 
   Raises:

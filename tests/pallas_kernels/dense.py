@@ -39,11 +39,30 @@ class Paged:
 
 def attend(query: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, window: int = 10**9) -> np.ndarray:
   """One query token `[H, D]` over the last `window` of keys and values `[S, K, D]`: `[H, D]`."""
-  keys, values = keys[-window:], values[-window:]
-  group = query.shape[0] // keys.shape[1]
-  out = np.zeros(query.shape, np.float64)
-  for head in range(query.shape[0]):
-    scores = keys[:, head // group].astype(np.float64) @ query[head] * scale
-    weights = np.exp(scores - scores.max())
-    out[head] = weights / weights.sum() @ values[:, head // group]
-  return out
+  return attend_with_sum(query, keys, values, scale, window)[0]
+
+
+def attend_with_sum(
+  query: np.ndarray,
+  keys: np.ndarray,
+  values: np.ndarray,
+  scale: float,
+  window: int | None = None,
+  soft_cap: float | None = None,
+  sinks: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """As `attend`, and the logarithm of each softmax's sum `[H]`."""
+  keys, values = (tokens[-(window or 10**9) :].astype(np.float64) for tokens in (keys, values))
+  query_heads = query.shape[0]
+  out, lse = np.zeros(query.shape), np.zeros(query_heads)
+  for head in range(query_heads):
+    kv_head = head // (query_heads // keys.shape[1])
+    scores = keys[:, kv_head] @ query[head].astype(np.float64) * scale
+    if soft_cap is not None:
+      scores = soft_cap * np.tanh(scores / soft_cap)
+    sink = -np.inf if sinks is None else float(sinks[head])
+    top = max(scores.max(), sink)
+    weights = np.exp(scores - top)
+    total = weights.sum() + np.exp(sink - top)
+    out[head], lse[head] = weights / total @ values[:, kv_head], top + np.log(total)
+  return out, lse

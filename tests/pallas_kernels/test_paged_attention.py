@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import paged_attention
 from pallas_kernels.paged_attention import xla
-from tests.pallas_kernels.dense import Paged, attend
+from tests.pallas_kernels.dense import Paged, attend, attend_with_sum
 
 HEAD_DIM = 8
 CASES = [(1, 6, 2), (4, 4, 4), (16, 8, 1), (64, 6, 2), (16, 12, 3)]  # page size, query heads, key/value heads
@@ -28,10 +28,10 @@ def inputs(page_size: int, query_heads: int, kv_heads: int) -> tuple[np.ndarray,
   return rng.standard_normal((len(lengths), query_heads, HEAD_DIM), np.float32), paged, np.array(lengths, np.int32)
 
 
-def run(implementation: str | None, q, paged: Paged, lengths, **options) -> np.ndarray:
+def run(implementation: str | None, q, paged: Paged, lengths, **options):
   call = jax.jit(functools.partial(paged_attention, implementation=implementation, **options))
   with jax.default_matmul_precision('highest'):
-    return np.asarray(call(q, paged.pages, paged.tables, lengths))
+    return jax.tree.map(np.asarray, call(q, paged.pages, paged.tables, lengths))
 
 
 @pytest.mark.parametrize('page_size, query_heads, kv_heads', CASES)
@@ -60,6 +60,26 @@ def test_a_sliding_window_hides_what_lies_before_it(window):
   for row in range(1, len(lengths)):
     expected = attend(q[row], paged.keys[row], paged.values[row], HEAD_DIM**-0.5, window)
     np.testing.assert_allclose(reference[row], expected, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = [{'soft_cap': 1.5}, {'sinks': True}, {'soft_cap': 2.0, 'sinks': True, 'sliding_window': 5}]
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_a_soft_cap_and_sinks_are_in_the_result_and_in_its_sum(options):
+  q, paged, lengths = inputs(*CASES[0])
+  if options.get('sinks'):
+    options = options | {'sinks': np.linspace(-2, 4, q.shape[1], dtype=np.float32)}
+  out, lse = run('xla', q, paged, lengths, return_lse=True, **options)
+  expected, expected_lse = run('reference', q, paged, lengths, return_lse=True, **options)
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+  assert not out[0].any() and np.isneginf(lse[0]).all()
+  window, soft_cap, sinks = (options.get(name) for name in ('sliding_window', 'soft_cap', 'sinks'))
+  for row in range(1, len(lengths)):
+    dense = attend_with_sum(q[row], paged.keys[row], paged.values[row], HEAD_DIM**-0.5, window, soft_cap, sinks)
+    np.testing.assert_allclose(expected[row], dense[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(expected_lse[row], dense[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_that_hides_all_is_refused():

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import prefill_attention
 from pallas_kernels.prefill_attention import xla
-from tests.pallas_kernels.dense import Paged, attend
+from tests.pallas_kernels.dense import Paged, attend, attend_with_sum
 
 HEAD_DIM = 8
 PADDING = 21  # rows past the last chunk
@@ -107,6 +107,35 @@ def test_a_sliding_window_hides_what_lies_before_it(window):
       expected = attend(q[row], paged.keys[chunk][:seen], paged.values[chunk][:seen], HEAD_DIM**-0.5, window)
       np.testing.assert_allclose(actual[row], expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(run('xla', *case, window=window), actual, rtol=1e-5, atol=1e-5)
+
+
+OPTIONS = [{'soft_cap': 1.5}, {'sinks': True}, {'soft_cap': 2.0, 'sinks': True, 'sliding_window': 5}]
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_a_soft_cap_and_sinks_are_in_the_result_and_in_its_sum(options):
+  case = CASES[1]
+  q, paged, offsets, lengths = inputs(*case)
+  if options.get('sinks'):
+    options = options | {'sinks': np.linspace(-2, 4, q.shape[1], dtype=np.float32)}
+
+  def call(implementation):
+    run = jax.jit(functools.partial(prefill_attention, implementation=implementation, return_lse=True, **options))
+    with jax.default_matmul_precision('highest'):
+      return map(np.asarray, run(q, paged.pages, paged.tables, offsets, lengths))
+
+  (out, lse), (expected, expected_lse) = call('xla'), call('reference')
+  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+  assert not out[-PADDING:].any() and np.isneginf(lse[-PADDING:]).all()
+  window, soft_cap, sinks = (options.get(name) for name in ('sliding_window', 'soft_cap', 'sinks'))
+  for chunk, (cached, new) in enumerate(chunks_for(case[0])):
+    for index in {0, new // 2, new - 1} & set(range(new)):
+      row, seen = offsets[chunk] + index, cached + index + 1
+      keys, values = paged.keys[chunk][:seen], paged.values[chunk][:seen]
+      dense = attend_with_sum(q[row], keys, values, HEAD_DIM**-0.5, window, soft_cap, sinks)
+      np.testing.assert_allclose(expected[row], dense[0], rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(expected_lse[row], dense[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_in_two_chunks_is_the_prompt_in_one():

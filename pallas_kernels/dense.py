@@ -3,11 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layouts import PageLayout
 
-def cached_tokens(pages: jax.Array, tables: jax.Array) -> jax.Array:
-  """Keys and values of pages `[P, 2, K, G, D]` in the order of their sequences: `[B, 2, K, S, D]` in float32."""
-  cached = jnp.moveaxis(pages[tables], 1, 3)  # [B, 2, K, N, G, D]
-  return cached.reshape(*cached.shape[:3], -1, cached.shape[-1]).astype(jnp.float32)
+
+def cached_tokens(pages: jax.Array, scales: jax.Array | None, tables: jax.Array, head_dim: int) -> jax.Array:
+  """Keys and values of pages `[P, A, C, G, W]` in the order of their sequences: `[B, 2, K, S, D]` in float32."""
+  cached = PageLayout.of(pages.shape, head_dim).unpack(pages[tables]).astype(jnp.float32)  # [B, N, 2, K, G, D]
+  if scales is not None:
+    cached *= scales[tables][..., None]
+  cached = jnp.moveaxis(cached, 1, 3)  # [B, 2, K, N, G, D]
+  return cached.reshape(*cached.shape[:3], -1, head_dim)
 
 
 def attend(
@@ -53,6 +58,8 @@ def attend(
   weights = jnp.exp(scores - top)
   total = weights.sum(-1, keepdims=True)
   weights = weights[..., : token.size] / jnp.where(total == 0, 1, total)
+  seen = visible.any(1)[:, None, :, None]  # what no query sees may be NaN, of which 0 times is NaN too
+  values = jnp.where(seen, values, 0)
   out = jnp.einsum('bqkrs,bksd->bqkrd', weights, values)
   lse = (top + jnp.log(total)).reshape(batch, queries, query_heads)
   return out.reshape(q.shape).astype(q.dtype), jnp.where((position >= 0)[..., None], lse, -jnp.inf)

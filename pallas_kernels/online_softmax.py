@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layouts import PLAIN, PageLayout
+
 NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
 _HIDDEN = 2 * NOTHING  # so far below any top that its exponential is 0
 
@@ -38,16 +40,43 @@ def table_blocks(tables: jax.Array, page_size: int, block_tokens: int) -> jax.Ar
   return jnp.pad(tables, ((0, 0), (0, -width % block_pages))).reshape(tables.shape[0], -1, block_pages)
 
 
-def read(pages: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Keys and values `[W, K, S, D]` of `pages` `[P, 2, K, G, D]` for W blocks of pages `ids` `[W, n]`; S is n·G.
+def read(
+  pages: jax.Array, ids: jax.Array, held: jax.Array, layout: PageLayout, dtype: jnp.dtype, scales: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of W blocks of n pages: S = n·G tokens each.
 
-  A head's tokens in a page are one run of memory, so heads are gathered apart: no transpose follows.
+  Args:
+    pages: `[P, A, C, G, W]`.
+    ids: `[W, n]` page numbers.
+    held: `[W, S]`, which tokens the sequence has. Others have a weight of 0, but 0 times NaN would be NaN.
+    layout: Of the pages.
+    dtype: Of the result.
+    scales: `[P, 2, K, G]`, of quantized pages.
+
+  Returns:
+    Keys `[W, K, S, D]` as they are and values `[W, K, S, D]` with zeros where they are not held.
   """
-  _, _, kv_heads, page_size, head_dim = pages.shape
-  runs = pages.reshape(-1, page_size * head_dim)
-  keys = (ids[:, None, :] * (2 * kv_heads) + jnp.arange(kv_heads)[:, None]).reshape(-1)
-  shape = (ids.shape[0], kv_heads, ids.shape[1] * page_size, head_dim)
-  return tuple(runs.at[at].get(mode='clip').reshape(shape) for at in (keys, keys + kv_heads))  # type: ignore[return-value]
+  keys, values = _unpacked(pages, ids, layout)
+  if scales is not None:
+    key_scales, value_scales = _unpacked(scales[..., None], ids, PageLayout.of((*scales.shape, 1), 1))
+    keys, values = keys.astype(jnp.float32) * key_scales, values.astype(jnp.float32) * value_scales
+  return keys.astype(dtype), jnp.where(held[:, None, :, None], values, 0).astype(dtype)
+
+
+def _unpacked(pages: jax.Array, ids: jax.Array, layout: PageLayout) -> tuple[jax.Array, jax.Array]:
+  """Keys and values `[W, K, S, D]` of pages.
+
+  What a page has of a head is one run of memory, so heads are gathered apart: no transpose follows.
+  """
+  _, both, heads, page_size, width = pages.shape
+  runs = pages.reshape(-1, page_size * width)
+  at = ids[:, None, :] * (both * heads) + jnp.arange(heads)[:, None]
+  shape = (ids.shape[0], heads, ids.shape[1] * page_size, width)
+  parts = [runs.at[(at + part * heads).reshape(-1)].get(mode='clip').reshape(shape) for part in range(both)]
+  if layout.name == PLAIN:
+    return parts[0], parts[1]
+  unpacked = layout.unpack(jnp.stack(parts, axis=1))  # [W, 2, K, S, D]
+  return unpacked[:, 0], unpacked[:, 1]
 
 
 def begin(rows: jax.Array, sinks: jax.Array | None) -> Seen:

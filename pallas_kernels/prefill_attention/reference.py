@@ -17,6 +17,7 @@ def prefill_attention(
   sliding_window: int | None = None,
   soft_cap: float | None = None,
   sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
   return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.prefill_attention.prefill_attention`."""
@@ -25,7 +26,7 @@ def prefill_attention(
   position = jnp.where(rows < offsets[-1], lengths[sequence] - offsets[sequence + 1] + rows, -1)  # [T]
   out, lse = attend(
     q[:, None],
-    cached_tokens(pages, tables)[sequence],
+    cached_tokens(pages, scales, tables, q.shape[-1])[sequence],
     position[:, None],
     softmax_scale=softmax_scale,
     sliding_window=sliding_window,

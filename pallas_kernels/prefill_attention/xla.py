@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layouts import PageLayout
 from pallas_kernels.online_softmax import (
   Seen,
   begin,
@@ -37,12 +38,13 @@ def prefill_attention(
   sliding_window: int | None = None,
   soft_cap: float | None = None,
   sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
   return_lse: bool = False,
   blocks: tuple[int, int] | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.prefill_attention.prefill_attention`; `blocks` are query tokens and cached tokens a block."""
   attend = functools.partial(
-    _attend, q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks
+    _attend, q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, scales
   )
   if blocks is not None or q.shape[0] <= LARGE_BLOCKS[0]:
     out, lse = attend(*(blocks or BLOCKS))
@@ -53,15 +55,17 @@ def prefill_attention(
 
 
 def _attend(
-  q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, block_rows, block_tokens
+  q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, scales, block_rows, block_tokens
 ):
   tokens, query_heads, head_dim = q.shape
-  kv_heads, page_size = pages.shape[2:4]
-  blocks = table_blocks(tables, page_size, block_tokens)  # [B, M, n]
-  block_tokens = blocks.shape[2] * page_size
+  layout = PageLayout.of(pages.shape, head_dim)
+  dtype = pages.dtype if scales is None else q.dtype
+  blocks = table_blocks(tables, layout.page_size, block_tokens)  # [B, M, n]
+  block_tokens = blocks.shape[2] * layout.page_size
   block_rows = min(block_rows, tokens)
+  group = query_heads // layout.kv_heads
   padded = jnp.pad(q, ((0, -tokens % block_rows), (0, 0), (0, 0))).reshape(-1, block_rows, query_heads, head_dim)
-  queries = prepare(padded, kv_heads, softmax_scale, pages.dtype)  # [blocks, K, R, D]
+  queries = prepare(padded, layout.kv_heads, softmax_scale, dtype)  # [blocks, K, R, D]
   starts, stops = offsets[:-1], offsets[1:]
   before = lengths - stops  # a row's position less its number
 
@@ -77,14 +81,16 @@ def _attend(
     def step(place, seen):
       sequence = jnp.searchsorted(ends, place, side='right')
       block = first_block[sequence] + place - (ends - count)[sequence]
-      keys, values = read(pages, blocks[sequence, block][None])
       cached = block * block_tokens + jnp.arange(block_tokens)
+      held = (cached >= first_seen[sequence]) & (cached < lengths[sequence])
+      keys, values = read(pages, blocks[sequence, block][None], held[None], layout, dtype, scales)
       visible = see(cached, jnp.where(own == sequence, row + before[sequence], -1), sliding_window)  # [rows, S]
-      visible = jnp.tile(visible, (query_heads // kv_heads, 1))
+      mine, visible = (jnp.tile(a, (group, 1)) for a in ((own == sequence)[:, None], visible))  # of [R, ...]
       weights, top = weigh(queries[index], keys[0], visible, seen.top, soft_cap)
       shrink = jnp.exp(seen.top - top)
       total = seen.total * shrink + weights.sum(-1, keepdims=True)
-      return Seen(top, total, seen.out * shrink + gather_values(weights, values[0]))
+      added = jnp.where(mine, gather_values(weights, values[0]), 0)  # 0 times another's NaN would be NaN
+      return Seen(top, total, seen.out * shrink + added)
 
     out, lse = finish(jax.lax.fori_loop(0, ends[-1], step, begin(queries[index], sinks)))
     return out.astype(q.dtype), lse

@@ -1,7 +1,9 @@
-"""Attention of single new tokens over paged keys and values, in plain jnp: this defines the answer."""
+"""Attention of the newest tokens over paged keys and values, in plain jnp: this defines the answer."""
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.dense import attend, cached_tokens
 
 
 def paged_attention(
@@ -12,18 +14,21 @@ def paged_attention(
   *,
   softmax_scale: float,
   sliding_window: int | None = None,
-) -> jax.Array:
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.paged_attention.paged_attention`."""
-  batch, query_heads, head_dim = q.shape
-  _, _, kv_heads, page_size, _ = pages.shape
-  cached = pages[tables]  # [B, N, 2, K, G, D]
-  cached = jnp.moveaxis(cached, 1, 3).reshape(batch, 2, kv_heads, -1, head_dim)  # [B, 2, K, S, D]
-  queries = q.reshape(batch, kv_heads, query_heads // kv_heads, head_dim).astype(jnp.float32)
-  scores = jnp.einsum('bkrd,bksd->bkrs', queries, cached[:, 0].astype(jnp.float32)) * softmax_scale
-  position = jnp.arange(tables.shape[1] * page_size)
-  visible = position < lengths[:, None]  # [B, S]
-  if sliding_window is not None:
-    visible &= position >= lengths[:, None] - sliding_window
-  weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
-  out = jnp.einsum('bkrs,bksd->bkrd', weights, cached[:, 1].astype(jnp.float32))
-  return jnp.where(lengths[:, None, None] > 0, out.reshape(q.shape), 0).astype(q.dtype)
+  queries = q if q.ndim == 4 else q[:, None]  # [B, Q, H, D]
+  out, lse = attend(
+    queries,
+    cached_tokens(pages, scales, tables, q.shape[-1]),
+    lengths[:, None] + jnp.arange(-queries.shape[1], 0),
+    softmax_scale=softmax_scale,
+    sliding_window=sliding_window,
+    soft_cap=soft_cap,
+    sinks=sinks,
+  )
+  out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
+  return (out, lse) if return_lse else out

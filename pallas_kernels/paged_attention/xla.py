@@ -7,7 +7,20 @@ So a step is as wide as the batch whatever the lengths, and no block is read in 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.online_softmax import NOTHING, gather_values, read, table_blocks, weigh
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.online_softmax import (
+  NOTHING,
+  Seen,
+  begin,
+  finish,
+  gather_values,
+  prepare,
+  read,
+  restore,
+  see,
+  table_blocks,
+  weigh,
+)
 
 BLOCK_TOKENS = 64  # cached tokens a block; on CPU, more are read in vain by short sequences
 
@@ -20,47 +33,55 @@ def paged_attention(
   *,
   softmax_scale: float,
   sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
   block_tokens: int = BLOCK_TOKENS,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.paged_attention.paged_attention`; `block_tokens` cached tokens make a block."""
-  batch, _, head_dim = q.shape
-  kv_heads, page_size = pages.shape[2:4]
-  blocks = table_blocks(tables, page_size, block_tokens)  # [B, M, n]
-  block_tokens = blocks.shape[2] * page_size
-  queries = (q.astype(jnp.float32) * softmax_scale).astype(pages.dtype).reshape(batch, kv_heads, -1, head_dim)
-  first_seen = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+  layout = PageLayout.of(pages.shape, q.shape[-1])
+  dtype = pages.dtype if scales is None else q.dtype
+  blocks = table_blocks(tables, layout.page_size, block_tokens)  # [B, M, n]
+  block_tokens = blocks.shape[2] * layout.page_size
+  batch, queries = q.shape[0], q.shape[1] if q.ndim == 4 else 1
+  rows = prepare(q.reshape(batch, queries, *q.shape[-2:]), layout.kv_heads, softmax_scale, dtype)  # [B, K, R, D]
+  position = lengths[:, None] + jnp.arange(-queries, 0)  # [B, Q]
+  first_seen = 0 if sliding_window is None else position[:, 0] + 1 - sliding_window
+  first_seen = jnp.maximum(jnp.zeros_like(lengths), first_seen)
   first_block = first_seen // block_tokens
   count = jnp.where(lengths > 0, -(-lengths // block_tokens) - first_block, 0)
   ends = jnp.cumsum(count)  # of each sequence's blocks in the list of all
 
-  def step(index, carry):
-    top, total, out = carry
+  def step(index, seen):
     place = index * batch + jnp.arange(batch)
     live = place < ends[-1]
     sequence = jnp.minimum(jnp.searchsorted(ends, place, side='right'), batch - 1)
     block = jnp.where(live, first_block[sequence] + place - (ends - count)[sequence], 0)
-    keys, values = read(pages, blocks[sequence, block])
-    position = block[:, None] * block_tokens + jnp.arange(block_tokens)
-    visible = (position >= first_seen[sequence, None]) & (position < lengths[sequence, None]) & live[:, None]
-    weights, block_top = weigh(queries[sequence], keys, visible[:, None, None])
+    cached = block[:, None] * block_tokens + jnp.arange(block_tokens)
+    held = (cached >= first_seen[sequence, None]) & (cached < lengths[sequence, None]) & live[:, None]
+    keys, values = read(pages, blocks[sequence, block], held, layout, dtype, scales)
+    visible = see(cached, jnp.where(live[:, None], position[sequence], -1), sliding_window)  # [W, Q, S]
+    visible = jnp.tile(visible, (1, rows.shape[2] // queries, 1))[:, None]  # [W, 1, R, S]
+    weights, block_top = weigh(rows[sequence], keys, visible, soft_cap=soft_cap)
+
+    out = gather_values(weights, values)
+    block_top = jnp.where(jnp.isfinite(out.sum(-1, keepdims=True)), block_top, jnp.nan)
 
     owner = (sequence == jnp.arange(batch)[:, None]) & live  # [B, W], of the step's blocks
     tops = jnp.where(owner[..., None, None, None], block_top, NOTHING)
-    new_top = jnp.maximum(top, tops.max(1))
-    share = jnp.exp(block_top - new_top[sequence])
+    top = jnp.maximum(seen.top, tops.max(1))
+    share = jnp.exp(block_top - top[sequence])
 
     def join(old, new):
-      added = jnp.einsum('bw,wx->bx', owner.astype(jnp.float32), new.reshape(batch, -1), precision='highest')
-      return old * jnp.exp(top - new_top) + added.reshape(old.shape)
+      new = jnp.where(jnp.isfinite(new), new, 0).reshape(batch, -1)  # a NaN is in its owner's top: it stays with it
+      added = jnp.einsum('bw,wx->bx', owner.astype(jnp.float32), new, precision='highest')
+      return old * jnp.exp(seen.top - top) + added.reshape(old.shape)
 
-    total = join(total, weights.sum(-1, keepdims=True) * share)
-    return new_top, total, join(out, gather_values(weights, values) * share)
+    total = join(seen.total, weights.sum(-1, keepdims=True) * share)
+    return Seen(top, total, join(seen.out, out * share))
 
-  rows = queries.shape[:3]
-  start = (
-    jnp.full((*rows, 1), NOTHING, jnp.float32),
-    jnp.zeros((*rows, 1), jnp.float32),
-    jnp.zeros((*rows, head_dim), jnp.float32),
-  )
-  _, total, out = jax.lax.fori_loop(0, -(-ends[-1] // batch), step, start)
-  return (out / jnp.where(total > 0, total, 1)).reshape(q.shape).astype(q.dtype)
+  out, lse = finish(jax.lax.fori_loop(0, -(-ends[-1] // batch), step, begin(rows, sinks)))
+  out = restore(out, queries).reshape(q.shape).astype(q.dtype)
+  lse = jnp.where(position[..., None] >= 0, restore(lse, queries), -jnp.inf).reshape(q.shape[:-1])
+  return (out, lse) if return_lse else out

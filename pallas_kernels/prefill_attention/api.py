@@ -1,13 +1,22 @@
 """Prefill attention: chunks of new prompt tokens, packed one after another, over the keys and values in their pages."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_heads, check_window, choose
+from pallas_kernels.arguments import (
+  Implementation,
+  check_offsets,
+  check_options,
+  check_queries_and_pages,
+  check_sequences,
+  check_values,
+  choose,
+)
 from pallas_kernels.prefill_attention import reference, xla
 
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+_IMPLEMENTATIONS: dict[str, Implementation] = {
   'xla': xla.prefill_attention,
   'reference': reference.prefill_attention,
 }
@@ -22,31 +31,58 @@ def prefill_attention(
   *,
   softmax_scale: float | None = None,
   sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
+  checked: bool = False,
   implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | Any:
   """Attend causally from chunks of new tokens to the pages so far, which hold the chunks' own keys and values already.
 
   Args:
     q: `[T, H, D]` queries of all chunks, packed; rows past `offsets[-1]` are padding.
-    pages: `[P, 2, K, G, D]` keys and values; K divides H, and query head h reads key/value head h // (H / K).
+    pages: `[P, 2, K, G, D]` keys and values, or another layout of `pallas_kernels.layouts`; K divides H, and query head
+      h reads key/value head h // (H / K).
     tables: `[B, N]` int32; `tables[b, i]` is the page with tokens `i·G` and up of sequence b.
-    offsets: `[B + 1]` int32, ascending; rows `offsets[b]` to `offsets[b + 1]` are the chunk of sequence b, maybe none.
+    offsets: `[B + 1]` int32, ascending from 0; rows `offsets[b]` to `offsets[b + 1]` are the chunk of sequence b, maybe
+      none.
     lengths: `[B]` int32 cached tokens with the chunk: its last token stands at position `lengths[b] - 1`.
     softmax_scale: Multiplies the scores; `D ** -0.5` if None.
     sliding_window: Cached tokens that a query sees, the last of them its own; None is all of them.
+    soft_cap: Scores s, scaled already, become `soft_cap * tanh(s / soft_cap)` (Gemma 2); None leaves them.
+    sinks: `[H]` float32; a score for each query head that joins its softmax's sum and has no value (gpt-oss).
+    scales: `[P, 2, K, G]` float32 for int8 or fp8 pages: a key or value is what is stored times its token's scale.
+    return_lse: Also return the natural logarithm of each softmax's sum, by which parts of one attention are joined.
+    checked: Look at the values in tables, offsets and lengths first. It reads them on the host, so not under `jit`.
     implementation: 'xla', 'reference', or None for the fastest here.
 
   Returns:
-    `[T, H, D]` in q's dtype; zeros in padding rows.
+    `[T, H, D]` in q's dtype; zeros in padding rows. With `return_lse`, that and `[T, H]` float32, -inf in padding rows.
 
   Raises:
-    ValueError: if shapes do not fit together, the window is not positive or the implementation is unknown.
+    ValueError: if shapes or dtypes do not fit together, an option has no meaning, the implementation is unknown, or
+      `checked` finds a value out of bounds.
   """
-  check_heads(q, pages, rows='T')
-  check_window(sliding_window)
-  sequences = tables.shape[0]
-  if offsets.shape != (sequences + 1,) or lengths.shape != (sequences,):
-    raise ValueError(f'offsets {offsets.shape} and lengths {lengths.shape} do not belong to {sequences} sequences.')
-  run = choose(_IMPLEMENTATIONS, implementation)
-  scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-  return run(q, pages, tables, offsets, lengths, softmax_scale=scale, sliding_window=sliding_window)
+  layout = check_queries_and_pages(q, pages, scales, {3: '[T, H, D]'})
+  check_options(sliding_window, soft_cap, sinks, query_heads=q.shape[-2])
+  check_sequences(tables.shape[0] if tables.ndim else 0, tables=tables, offsets=offsets, lengths=lengths)
+  if checked:
+    check_offsets(offsets, lengths, rows=q.shape[0])
+    check_values(
+      tables,
+      lengths,
+      offsets[1:] - offsets[:-1],
+      num_pages=pages.shape[0],
+      page_size=layout.page_size,
+      sliding_window=sliding_window,
+    )
+  return choose(_IMPLEMENTATIONS, implementation)(
+    *map(jnp.asarray, (q, pages, tables, offsets, lengths)),
+    softmax_scale=layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
+    sliding_window=sliding_window,
+    soft_cap=soft_cap,
+    sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+    scales=None if scales is None else jnp.asarray(scales),
+    return_lse=return_lse,
+  )

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense import attend, cached_tokens
+
 
 def prefill_attention(
   q: jax.Array,
@@ -13,20 +15,22 @@ def prefill_attention(
   *,
   softmax_scale: float,
   sliding_window: int | None = None,
-) -> jax.Array:
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.prefill_attention.prefill_attention`."""
-  tokens, query_heads, head_dim = q.shape
-  _, _, kv_heads, page_size, _ = pages.shape
-  rows = jnp.arange(tokens)
+  rows = jnp.arange(q.shape[0])
   sequence = jnp.clip(jnp.searchsorted(offsets, rows, side='right') - 1, 0, lengths.shape[0] - 1)  # [T]
-  position = lengths[sequence] - offsets[sequence + 1] + rows  # [T]
-  cached = jnp.moveaxis(pages[tables], 1, 3).reshape(lengths.shape[0], 2, kv_heads, -1, head_dim)[sequence]
-  queries = q.reshape(tokens, kv_heads, query_heads // kv_heads, head_dim).astype(jnp.float32)
-  scores = jnp.einsum('tkrd,tksd->tkrs', queries, cached[:, 0].astype(jnp.float32)) * softmax_scale
-  cached_position = jnp.arange(tables.shape[1] * page_size)
-  visible = cached_position <= position[:, None]  # [T, S]
-  if sliding_window is not None:
-    visible &= cached_position > position[:, None] - sliding_window
-  weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
-  out = jnp.einsum('tkrs,tksd->tkrd', weights, cached[:, 1].astype(jnp.float32)).reshape(q.shape)
-  return jnp.where((rows < offsets[-1])[:, None, None], out, 0).astype(q.dtype)
+  position = jnp.where(rows < offsets[-1], lengths[sequence] - offsets[sequence + 1] + rows, -1)  # [T]
+  out, lse = attend(
+    q[:, None],
+    cached_tokens(pages, scales, tables, q.shape[-1])[sequence],
+    position[:, None],
+    softmax_scale=softmax_scale,
+    sliding_window=sliding_window,
+    soft_cap=soft_cap,
+    sinks=sinks,
+  )
+  return (out[:, 0], lse[:, 0]) if return_lse else out[:, 0]

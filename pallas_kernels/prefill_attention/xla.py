@@ -4,10 +4,24 @@ A block of rows may hold the chunks of several sequences. It walks over the cach
 of the others see nothing of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.online_softmax import NOTHING, gather_values, read, table_blocks, weigh
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.online_softmax import (
+  Seen,
+  begin,
+  finish,
+  gather_values,
+  prepare,
+  read,
+  restore,
+  see,
+  table_blocks,
+  weigh,
+)
 
 BLOCKS = (64, 64)  # query tokens and cached tokens a block; on CPU, larger ones do more in vain for short prompts
 LARGE_BLOCKS = (256, 128)  # of one long chunk by itself, for which small ones are slower by a third
@@ -22,32 +36,36 @@ def prefill_attention(
   *,
   softmax_scale: float,
   sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
   blocks: tuple[int, int] | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """See `pallas_kernels.prefill_attention.prefill_attention`; `blocks` are query tokens and cached tokens a block."""
+  attend = functools.partial(
+    _attend, q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, scales
+  )
+  if blocks is not None or q.shape[0] <= LARGE_BLOCKS[0]:
+    out, lse = attend(*(blocks or BLOCKS))
+  else:
+    alone = jnp.sum(offsets[1:] > offsets[:-1]) == 1
+    out, lse = jax.lax.cond(alone, lambda: attend(*LARGE_BLOCKS), lambda: attend(*BLOCKS))
+  return (out, lse) if return_lse else out
 
-  def attend(blocks):
-    return _attend(q, pages, tables, offsets, lengths, softmax_scale, sliding_window, *blocks)
 
-  if blocks is not None:
-    return attend(blocks)
-  if q.shape[0] <= LARGE_BLOCKS[0]:
-    return attend(BLOCKS)
-  alone = jnp.sum(offsets[1:] > offsets[:-1]) == 1
-  return jax.lax.cond(alone, lambda: attend(LARGE_BLOCKS), lambda: attend(BLOCKS))
-
-
-def _attend(q, pages, tables, offsets, lengths, softmax_scale, sliding_window, block_rows, block_tokens):
+def _attend(
+  q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, scales, block_rows, block_tokens
+):
   tokens, query_heads, head_dim = q.shape
-  kv_heads, page_size = pages.shape[2:4]
-  group = query_heads // kv_heads
-  blocks = table_blocks(tables, page_size, block_tokens)  # [B, M, n]
-  block_tokens = blocks.shape[2] * page_size
+  layout = PageLayout.of(pages.shape, head_dim)
+  dtype = pages.dtype if scales is None else q.dtype
+  blocks = table_blocks(tables, layout.page_size, block_tokens)  # [B, M, n]
+  block_tokens = blocks.shape[2] * layout.page_size
   block_rows = min(block_rows, tokens)
-  padding = -tokens % block_rows
-  queries = jnp.pad((q.astype(jnp.float32) * softmax_scale).astype(pages.dtype), ((0, padding), (0, 0), (0, 0)))
-  queries = queries.reshape(-1, block_rows, kv_heads, group, head_dim)
-  queries = jnp.moveaxis(queries, 1, 3).reshape(-1, kv_heads, group * block_rows, head_dim)  # [blocks, K, R, D]
+  group = query_heads // layout.kv_heads
+  padded = jnp.pad(q, ((0, -tokens % block_rows), (0, 0), (0, 0))).reshape(-1, block_rows, query_heads, head_dim)
+  queries = prepare(padded, layout.kv_heads, softmax_scale, dtype)  # [blocks, K, R, D]
   starts, stops = offsets[:-1], offsets[1:]
   before = lengths - stops  # a row's position less its number
 
@@ -60,29 +78,23 @@ def _attend(q, pages, tables, offsets, lengths, softmax_scale, sliding_window, b
     count = jnp.where(high > low, -(-(before + high) // block_tokens) - first_block, 0)
     ends = jnp.cumsum(count)  # of each sequence's blocks in the list of all
 
-    def step(place, carry):
-      top, total, out = carry
+    def step(place, seen):
       sequence = jnp.searchsorted(ends, place, side='right')
       block = first_block[sequence] + place - (ends - count)[sequence]
-      keys, values = read(pages, blocks[sequence, block][None])
       cached = block * block_tokens + jnp.arange(block_tokens)
-      position = jnp.where(own == sequence, row + before[sequence], -1)[:, None]
-      visible = cached <= position  # [rows, S]
-      if sliding_window is not None:
-        visible &= cached > position - sliding_window
-      weights, new_top = weigh(queries[index], keys[0], jnp.tile(visible, (group, 1)), top)
-      shrink = jnp.exp(top - new_top)
-      total = total * shrink + weights.sum(-1, keepdims=True)
-      return new_top, total, out * shrink + gather_values(weights, values[0])
+      held = (cached >= first_seen[sequence]) & (cached < lengths[sequence])
+      keys, values = read(pages, blocks[sequence, block][None], held[None], layout, dtype, scales)
+      visible = see(cached, jnp.where(own == sequence, row + before[sequence], -1), sliding_window)  # [rows, S]
+      mine, visible = (jnp.tile(a, (group, 1)) for a in ((own == sequence)[:, None], visible))  # of [R, ...]
+      weights, top = weigh(queries[index], keys[0], visible, seen.top, soft_cap)
+      shrink = jnp.exp(seen.top - top)
+      total = seen.total * shrink + weights.sum(-1, keepdims=True)
+      added = jnp.where(mine, gather_values(weights, values[0]), 0)  # 0 times another's NaN would be NaN
+      return Seen(top, total, seen.out * shrink + added)
 
-    rows = queries.shape[1:3]
-    start = (
-      jnp.full((*rows, 1), NOTHING, jnp.float32),
-      jnp.zeros((*rows, 1), jnp.float32),
-      jnp.zeros((*rows, head_dim), jnp.float32),
-    )
-    _, total, out = jax.lax.fori_loop(0, ends[-1], step, start)
-    return (out / jnp.where(total > 0, total, 1)).astype(q.dtype)
+    out, lse = finish(jax.lax.fori_loop(0, ends[-1], step, begin(queries[index], sinks)))
+    return out.astype(q.dtype), lse
 
-  out = jax.lax.map(attend, jnp.arange(queries.shape[0])).reshape(-1, kv_heads, group, block_rows, head_dim)
-  return jnp.moveaxis(out, 3, 1).reshape(-1, query_heads, head_dim)[:tokens]
+  out, lse = jax.lax.map(attend, jnp.arange(queries.shape[0]))
+  out, lse = (restore(rows, block_rows).reshape(-1, *q.shape[1 : rows.ndim - 1])[:tokens] for rows in (out, lse))
+  return out, jnp.where((jnp.arange(tokens) < stops[-1])[:, None], lse, -jnp.inf)

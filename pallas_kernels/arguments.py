@@ -1,6 +1,7 @@
-"""What every attention kernel asks of its arguments, and how one of its implementations is chosen."""
+"""What every attention kernel asks of its arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ import numpy as np
 
 from pallas_kernels.layouts import PageLayout
 
-Implementation = Callable[..., jax.Array | tuple[jax.Array, jax.Array]]
 QUANTIZED = ('int8', 'float8_e4m3fn', 'float8_e5m2')  # page dtypes that need scales
 
 
@@ -167,13 +167,15 @@ def _values(name: str, array: jax.Array | int) -> np.ndarray:
   return np.asarray(array).astype(np.int64)
 
 
-def choose(implementations: Mapping[str, Implementation], name: str | None) -> Implementation:
-  """The implementation of that name, or the fastest here.
-
-  Raises:
-    ValueError: if there is none of that name.
-  """
-  run = implementations.get(name or 'xla')
-  if run is None:
-    raise ValueError(f'implementation {name!r} is unknown; there are {", ".join(implementations)}.')
-  return run
+def describe(layout: PageLayout, q: Any, pages: Any, tables: Any) -> dict[str, int | str]:
+  """What the choice of an implementation and its parameters depends on; of arrays, or of shapes and dtypes alone."""
+  return {
+    'dtype': pages.dtype.name,
+    'layout': layout.name,
+    'query_heads': q.shape[-2],
+    'kv_heads': layout.kv_heads,
+    'head_dim': layout.head_dim,
+    'page_size': layout.page_size,
+    'batch': tables.shape[0],
+    'context': tables.shape[1] * layout.page_size,
+  }

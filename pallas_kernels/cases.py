@@ -7,13 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import devices, dispatch
-from pallas_kernels.paged_attention import pallas_tpu as paged_tpu
+from pallas_kernels import arguments, devices, dispatch
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.paged_attention import api
 from pallas_kernels.static_cost import Case
-
-PAGED_ATTENTION = {
-  'pallas_tpu': dispatch.Tuned(paged_tpu.paged_attention, paged_tpu.Config, paged_tpu.rule, paged_tpu.refusal)
-}
 
 
 def decode(
@@ -29,27 +26,17 @@ def decode(
   static: bool = True,
 ) -> Case:
   """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
-  layout, page = _page(kv_heads, head_dim, page_size)
+  layout = _layout(kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
-  pages = jax.ShapeDtypeStruct((batch * slots, *page), dtype)
+  pages = jax.ShapeDtypeStruct((batch * slots, *layout.page_shape), dtype)
   q_dtype = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
   q = jax.ShapeDtypeStruct((batch, *(() if query_tokens == 1 else (query_tokens,)), query_heads, head_dim), q_dtype)
   tables, lengths = jax.ShapeDtypeStruct((batch, slots), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
   scales = _scales(pages, kv_heads)
-  facts = {
-    'dtype': dtype,
-    'layout': layout,
-    'query_heads': query_heads,
-    'kv_heads': kv_heads,
-    'head_dim': head_dim,
-    'page_size': page_size,
-    'batch': batch,
-    'query_tokens': query_tokens,
-    'context': slots * page_size,
-  }
+  facts = arguments.describe(layout, q, pages, tables) | {'query_tokens': query_tokens}
 
   def call(q, pages, tables, lengths, scales):
-    run = _tpu_kernel('paged_attention', PAGED_ATTENTION, facts, config)
+    run = _tpu_kernel('paged_attention', api.IMPLEMENTATIONS, facts, config)
     known = context if static else None
     return run(q, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
 
@@ -72,13 +59,10 @@ def _tpu_kernel(kernel, implementations, facts, config):
   return functools.partial(tpu.run, config=chosen, device=device)
 
 
-def _page(kv_heads: int, head_dim: int, page_size: int) -> tuple[str, tuple[int, int, int, int]]:
-  """The layout in which a TPU reads such heads, and the shape of a page."""
-  if head_dim % 128 == 0:
-    return 'plain', (2, kv_heads, page_size, head_dim)
-  if kv_heads % 2 == 0:
-    return 'paired', (2, kv_heads // 2, page_size, 2 * head_dim)
-  return 'kv', (1, kv_heads, page_size, 2 * head_dim)
+def _layout(kv_heads: int, page_size: int, head_dim: int) -> PageLayout:
+  """The layout in which a TPU reads such heads."""
+  name = 'plain' if head_dim % 128 == 0 else 'kv' if kv_heads % 2 else 'paired'
+  return PageLayout(name, kv_heads, page_size, head_dim)
 
 
 def _scales(pages: jax.ShapeDtypeStruct, kv_heads: int) -> jax.ShapeDtypeStruct | None:

@@ -1,23 +1,19 @@
 """Decode attention: the newest tokens of each sequence, one or a few, over the keys and values in its pages."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import (
-  Implementation,
-  check_options,
-  check_queries_and_pages,
-  check_sequences,
-  check_values,
-  choose,
-)
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.arguments import check_options, check_queries_and_pages, check_sequences, check_values, describe
+from pallas_kernels.dispatch import Plain, Tuned, choose
+from pallas_kernels.paged_attention import pallas_tpu, reference, xla
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {
-  'xla': xla.paged_attention,
-  'reference': reference.paged_attention,
+IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
+  'pallas_tpu': Tuned(pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal),
+  'xla': Plain(xla.paged_attention),
+  'reference': Plain(reference.paged_attention),
 }
 
 
@@ -34,7 +30,7 @@ def paged_attention(
   scales: jax.Array | None = None,
   return_lse: bool = False,
   checked: bool = False,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> jax.Array | Any:
   """Attend from the newest tokens of each sequence to its cached ones (PagedAttention, Kwon et al. 2023).
 
@@ -52,15 +48,16 @@ def paged_attention(
     scales: `[P, 2, K, G]` float32 for int8 or fp8 pages: a key or value is what is stored times its token's scale.
     return_lse: Also return the natural logarithm of each softmax's sum, by which parts of one attention are joined.
     checked: Look at the values in tables and lengths first. It reads them on the host, so not under `jit`.
-    implementation: 'xla', 'reference', or None for the fastest here.
+    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
+      fastest here.
 
   Returns:
     An array like q; zeros in rows not in use and for queries before their sequence's first token. With `return_lse`,
     that and `[B, H]` or `[B, Q, H]` float32, -inf in such rows.
 
   Raises:
-    ValueError: if shapes or dtypes do not fit together, an option has no meaning, the implementation is unknown, or
-      `checked` finds a value out of bounds.
+    ValueError: if shapes or dtypes do not fit together, an option has no meaning, no implementation that is asked for
+      is known and can run, or `checked` finds a value out of bounds.
   """
   layout = check_queries_and_pages(q, pages, scales, {3: '[B, H, D]', 4: '[B, Q, H, D]'})
   check_options(sliding_window, soft_cap, sinks, query_heads=q.shape[-2])
@@ -74,7 +71,8 @@ def paged_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  return choose(_IMPLEMENTATIONS, implementation)(
+  facts = describe(layout, q, pages, tables) | {'query_tokens': q.shape[1] if q.ndim == 4 else 1}
+  return choose('paged_attention', IMPLEMENTATIONS, implementation, facts)(
     *map(jnp.asarray, (q, pages, tables, lengths)),
     softmax_scale=layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
     sliding_window=sliding_window,

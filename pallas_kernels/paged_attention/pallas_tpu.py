@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
+from pallas_kernels.layouts import PageLayout
 from pallas_kernels.paged_attention.tpu_kernel import BLOCK_BITS, LOG2_E, Step
 from pallas_kernels.paged_attention.tpu_problem import LANES, Config, Problem, round_up_power
 from pallas_kernels.tuning import Facts
@@ -266,9 +267,5 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
 
 def _page(facts: Facts) -> tuple[int, int, int, int]:
   """The shape `[A, C, G, W]` of a page."""
-  heads, size, head_dim = int(facts['kv_heads']), int(facts['page_size']), int(facts['head_dim'])
-  return {
-    'plain': (2, heads, size, head_dim),
-    'paired': (2, heads // 2, size, 2 * head_dim),
-    'kv': (1, heads, size, 2 * head_dim),
-  }[str(facts['layout'])]
+  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
+  return PageLayout(str(facts['layout']), *sizes).page_shape

@@ -1,24 +1,25 @@
 """Prefill attention: chunks of new prompt tokens, packed one after another, over the keys and values in their pages."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arguments import (
-  Implementation,
   check_offsets,
   check_options,
   check_queries_and_pages,
   check_sequences,
   check_values,
-  choose,
+  describe,
 )
+from pallas_kernels.dispatch import Plain, Tuned, choose
 from pallas_kernels.prefill_attention import reference, xla
 
-_IMPLEMENTATIONS: dict[str, Implementation] = {
-  'xla': xla.prefill_attention,
-  'reference': reference.prefill_attention,
+IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
+  'xla': Plain(xla.prefill_attention),
+  'reference': Plain(reference.prefill_attention),
 }
 
 
@@ -36,7 +37,7 @@ def prefill_attention(
   scales: jax.Array | None = None,
   return_lse: bool = False,
   checked: bool = False,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> jax.Array | Any:
   """Attend causally from chunks of new tokens to the pages so far, which hold the chunks' own keys and values already.
 
@@ -55,14 +56,15 @@ def prefill_attention(
     scales: `[P, 2, K, G]` float32 for int8 or fp8 pages: a key or value is what is stored times its token's scale.
     return_lse: Also return the natural logarithm of each softmax's sum, by which parts of one attention are joined.
     checked: Look at the values in tables, offsets and lengths first. It reads them on the host, so not under `jit`.
-    implementation: 'xla', 'reference', or None for the fastest here.
+    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
+      fastest here.
 
   Returns:
     `[T, H, D]` in q's dtype; zeros in padding rows. With `return_lse`, that and `[T, H]` float32, -inf in padding rows.
 
   Raises:
-    ValueError: if shapes or dtypes do not fit together, an option has no meaning, the implementation is unknown, or
-      `checked` finds a value out of bounds.
+    ValueError: if shapes or dtypes do not fit together, an option has no meaning, no implementation that is asked for
+      is known and can run, or `checked` finds a value out of bounds.
   """
   layout = check_queries_and_pages(q, pages, scales, {3: '[T, H, D]'})
   check_options(sliding_window, soft_cap, sinks, query_heads=q.shape[-2])
@@ -77,7 +79,8 @@ def prefill_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  return choose(_IMPLEMENTATIONS, implementation)(
+  facts = describe(layout, q, pages, tables) | {'tokens': q.shape[0]}
+  return choose('prefill_attention', IMPLEMENTATIONS, implementation, facts)(
     *map(jnp.asarray, (q, pages, tables, offsets, lengths)),
     softmax_scale=layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
     sliding_window=sliding_window,

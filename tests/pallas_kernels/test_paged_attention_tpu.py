@@ -72,20 +72,26 @@ def check(
       np.testing.assert_allclose(lse[row, token, :, 0], expected[1], rtol=2e-5, atol=2e-5, err_msg=f'{row} {token}')
 
 
+def case(**options):
+  return options
+
+
 @pytest.mark.parametrize(
   'options',
   [
-    dict(lengths=[37, 0, 1, 16]),
-    dict(lengths=[5, 29, 48], config=Config(16, blocks=2, share=2, copy_tokens=16), heads=(12, 4)),
-    dict(lengths=[33, 0, 9], config=Config(16, blocks=3, share=4, copy_tokens=8), layout='paired', heads=(8, 4)),
-    dict(lengths=[20, 17], layout='kv', heads=(9, 3), page_size=3, config=Config(12, copy_tokens=6)),
-    dict(lengths=[40, 2, 0, 21, 7], device=V5P, sliding_window=11),
-    dict(lengths=[3, 30], query_tokens=4, sliding_window=13, with_sinks=True, soft_cap=2.0),
-    dict(lengths=[26, 8], dtype='int8', layout='paired', heads=(4, 2), query_tokens=2),
-    dict(lengths=[19], dtype='float8_e4m3fn', with_sinks=True),
-    dict(lengths=[64], config=Config(16, copy_tokens=8), heads=(16, 1), page_size=1),
+    case(lengths=[37, 0, 1, 16]),
+    case(lengths=[5, 29, 48], config=Config(16, blocks=2, share=2, copy_tokens=16), heads=(12, 4)),
+    case(lengths=[33, 0, 9], config=Config(16, blocks=3, share=4, copy_tokens=8), layout='paired', heads=(8, 4)),
+    case(lengths=[20, 17], layout='kv', heads=(9, 3), page_size=3, config=Config(12, copy_tokens=6)),
+    case(lengths=[40, 2, 0, 21, 7], device=V5P, sliding_window=11),
+    case(lengths=[3, 30], query_tokens=4, sliding_window=13, with_sinks=True, soft_cap=2.0),
+    case(lengths=[26, 8], dtype='int8', layout='paired', heads=(4, 2), query_tokens=2),
+    case(lengths=[19], dtype='float8_e4m3fn', with_sinks=True),
+    case(lengths=[64], config=Config(16, copy_tokens=8), heads=(16, 1), page_size=1),
   ],
-  ids=lambda options: ' '.join(f'{name}={value}' for name, value in options.items() if name not in ('config', 'device')),
+  ids=lambda options: ' '.join(
+    f'{name}={value}' for name, value in options.items() if name not in ('config', 'device')
+  ),
 )
 def test_it_gives_what_the_textbook_does(options):
   check(1, **options)

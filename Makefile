@@ -49,4 +49,5 @@ $(DONE)-base: pyproject.toml
 
 $(DONE)-test $(DONE)-dev: $(DONE)-%: $(DONE)-base
 	$(PIP) --editable '.[$*]'
+	@$(PIP) --no-deps --target $(VENV)/tpu-compiler libtpu==0.0.52 || echo 'No TPU compiler for this machine: its tests are skipped.'
 	@touch $@

@@ -12,6 +12,8 @@ from pallas_kernels.layouts import PageLayout
 from pallas_kernels.paged_attention import api
 from pallas_kernels.static_cost import Case
 
+_POOL_BYTES = 4 << 30
+
 
 def decode(
   batch: int = 64,
@@ -28,7 +30,7 @@ def decode(
   """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
   layout = _layout(kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
-  pages = jax.ShapeDtypeStruct((batch * slots, *layout.page_shape), dtype)
+  pages = _pool(batch * slots, layout, dtype)
   q_dtype = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
   q = jax.ShapeDtypeStruct((batch, *(() if query_tokens == 1 else (query_tokens,)), query_heads, head_dim), q_dtype)
   tables, lengths = jax.ShapeDtypeStruct((batch, slots), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -44,7 +46,8 @@ def decode(
   moved = _bytes(q, q, tables, lengths) + tokens * 2 * kv_heads * (
     head_dim * pages.dtype.itemsize + (0 if scales is None else 4)
   )
-  return Case(call, (q, pages, tables, lengths, scales), 4 * tokens * query_tokens * query_heads * head_dim, moved)
+  flops = 4 * tokens * query_tokens * query_heads * head_dim
+  return Case(call, (q, pages, tables, lengths, scales), flops, moved, kernel='paged_attention', facts=facts)
 
 
 def _tpu_kernel(kernel, implementations, facts, config):
@@ -63,6 +66,12 @@ def _layout(kv_heads: int, page_size: int, head_dim: int) -> PageLayout:
   """The layout in which a TPU reads such heads."""
   name = 'plain' if head_dim % 128 == 0 else 'kv' if kv_heads % 2 else 'paired'
   return PageLayout(name, kv_heads, page_size, head_dim)
+
+
+def _pool(num_pages: int, layout: PageLayout, dtype: str) -> jax.ShapeDtypeStruct:
+  """So many pages, or as many as fit into the smallest memory: tables may name a page twice."""
+  page_bytes = math.prod(layout.page_shape) * jnp.dtype(dtype).itemsize
+  return jax.ShapeDtypeStruct((min(num_pages, _POOL_BYTES // page_bytes), *layout.page_shape), dtype)
 
 
 def _scales(pages: jax.ShapeDtypeStruct, kv_heads: int) -> jax.ShapeDtypeStruct | None:

@@ -14,17 +14,18 @@ programs, and since its flags have to be set before libtpu is loaded.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import glob
 import importlib
+import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pallas_kernels import devices
@@ -41,6 +42,12 @@ class Case:
   flops: float = 0.0
   hbm_bytes: float = 0.0  # to read and to write
   donated: tuple[int, ...] = ()
+  kernel: str = ''
+  facts: Mapping[str, int | str] = dataclasses.field(default_factory=dict)  # of the problem, as tuning tables say it
+
+  def least_seconds(self, device: devices.Device) -> tuple[float, float]:
+    """Seconds that the matrix units and the memory of a device need at least."""
+    return self.flops / device.bf16_flops, self.hbm_bytes / device.hbm_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +76,41 @@ class Cost:
     return round(100 * self.bound_cycles / self.kernel_cycles, 1) if self.kernel_cycles else None
 
 
-def available() -> str | None:
-  """Why nothing can be compiled for TPUs here, or None if it can."""
-  try:
-    from importlib.metadata import version
+def compiler() -> pathlib.Path | None:
+  """The TPU compiler of this environment, or None.
 
-    version('libtpu')
-  except importlib.metadata.PackageNotFoundError:
-    return 'libtpu is not installed; pip install "pdjax[aot]" brings it.'
-  return None
+  It is looked for where `TPU_LIBRARY_PATH` says, then in `tpu-compiler` of the environment, where `make test` puts it:
+  installed as usual, it would look for TPUs whenever JAX starts, and keep other processes from doing so.
+  """
+  places = [
+    pathlib.Path(os.environ.get('TPU_LIBRARY_PATH', '')),
+    pathlib.Path(sys.prefix, 'tpu-compiler/libtpu/libtpu.so'),
+  ]
+  installed = importlib.util.find_spec('libtpu')
+  if installed is not None and installed.submodule_search_locations:
+    places.append(pathlib.Path(installed.submodule_search_locations[0], 'libtpu.so'))
+  return next((place for place in places if place.is_file()), None)
 
 
-@contextlib.contextmanager
-def topology(device: devices.Device) -> Iterator[list[Any]]:
-  """The devices of a topology of such TPUs, to compile for, whatever this machine has."""
+def topology(device: devices.Device) -> list[Any]:
+  """The devices of a topology of such TPUs, to compile for, whatever this machine has.
+
+  Raises:
+    RuntimeError: if there is no TPU compiler here.
+  """
+  found = compiler()
+  if found is None:
+    raise RuntimeError(
+      f'there is no TPU compiler here; pip install --no-deps --target {sys.prefix}/tpu-compiler libtpu=={LIBTPU}'
+    )
+  os.environ['TPU_LIBRARY_PATH'] = str(found)
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no metadata server is asked for what is attached here: nothing is
+  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
+  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'none')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so other processes may load it as well
   from jax.experimental import topologies
 
-  yield list(topologies.get_topology_desc(platform='tpu', topology_name=device.topology).devices)
+  return list(topologies.get_topology_desc(platform='tpu', topology_name=device.topology).devices)
 
 
 def compile_for(device: devices.Device, case: Case) -> Any:
@@ -99,13 +122,13 @@ def compile_for(device: devices.Device, case: Case) -> Any:
   import jax
   import numpy as np
 
-  with topology(device) as tpus:
-    sharding = jax.sharding.SingleDeviceSharding(tpus[0])
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
-    # Kernels ask the mesh in context which TPU they are lowered for.
-    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(np.array(tpus[:1]), ('one',)).abstract_mesh):
-      traced = jax.jit(case.function, donate_argnums=case.donated).trace(*arguments)
-      return traced.lower(lowering_platforms=('tpu',)).compile()
+  tpus = topology(device)
+  sharding = jax.sharding.SingleDeviceSharding(tpus[0])
+  arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
+  # Kernels ask the mesh in context which TPU they are lowered for.
+  with jax.sharding.use_abstract_mesh(jax.sharding.Mesh(np.array(tpus[:1]), ('one',)).abstract_mesh):
+    traced = jax.jit(case.function, donate_argnums=case.donated).trace(*arguments)
+    return traced.lower(lowering_platforms=('tpu',)).compile()
 
 
 def measure(device: str, function: str, arguments: Mapping[str, Any] | None = None, timeout_s: float = 900) -> Cost:
@@ -146,7 +169,7 @@ def _measure_here(device: devices.Device, case: Case, folder: str) -> Cost:
   simulated = [kernel for kernel in kernels.values() if kernel.get('cycles') is not None]
   dearest = max(simulated, key=lambda kernel: kernel['cycles']) if simulated else None
   longest = dearest or max(kernels.values(), key=lambda kernel: kernel.get('bundles', 0), default={})
-  compute_s, memory_s = case.flops / device.bf16_flops, case.hbm_bytes / device.hbm_bandwidth
+  compute_s, memory_s = case.least_seconds(device)
   return Cost(
     device=device.name,
     cycles=sum(kernel['cycles'] for kernel in simulated) or None,

@@ -1,0 +1,1 @@
+"""Pages gathered, scattered and filled."""

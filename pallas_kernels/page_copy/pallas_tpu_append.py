@@ -1,0 +1,265 @@
+"""New tokens written into pages on TPU: runs of tokens merged into tiles that pass through VMEM.
+
+HBM is written in tiles of rows, so a token cannot be put into its row alone: its tile is read, the row replaced and the
+tile written back. Tokens of a prompt chunk lie side by side in their pages, so XLA first cuts the tokens into *runs*,
+each as many rows of one tile as follow one another; a run that fills its tile needs no read. The grid walks blocks of
+tokens, which lie in VMEM head-major and in float32, where a window may start at any row; a block walks its runs with a
+ring of tiles: reads some runs ahead, merges, and leaves writes under way. A run whose tile an earlier run of the block
+writes waits for all writes before it reads, and a block ends when its writes have landed: so no order of tokens races.
+Where a device has two cores they share the heads, never a tile.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.page_copy.conversion import QUANTIZED, PageLayout, cast, quantize
+
+_AHEAD, _FULL, _LATE = 0, 1, 2  # a run's tile is read some runs ahead, never, or after all earlier writes
+_PAGE, _ROW, _SOURCE, _FIRST, _END, _KIND, _COUNT = range(7)  # rows of the plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tuning of the append.
+
+  Attributes:
+    tile_rows: Tokens of a tile; divides the page size and is whole hardware tiles.
+    block_tokens: Tokens of a grid step.
+    slots: Tiles in VMEM.
+    ahead: Tiles that are read before they are needed; fewer than `slots`.
+    cores: Cores that share the heads; 2 where one device is two cores (v4, v5p).
+  """
+
+  tile_rows: int
+  block_tokens: int = 128
+  slots: int = 8
+  ahead: int = 4
+  cores: int = 1
+
+
+def rule(device_kind: str, page: tuple[int, ...], dtype: jnp.dtype, num_tokens: int) -> Config:
+  """The choice where nothing was tuned: the smallest tiles, and tokens of at most 4 MB a block."""
+  cores = 2 if any(name in device_kind.lower() for name in ('v4', 'v5p')) or device_kind == 'TPU v5' else 1
+  rows = _sublanes(dtype)
+  both, blocks, _, width = page
+  token_bytes = both * blocks * -(-width // 128) * 128 * 4
+  most = max(rows, 4 * 2**20 // token_bytes // rows * rows)
+  block = min(most, 256, -(-num_tokens // rows) * rows)
+  return Config(tile_rows=rows, block_tokens=block, cores=cores)
+
+
+def refusal(pages: jax.Array, layout: PageLayout) -> str | None:
+  """Why tokens cannot be written into these pages `[P, A, C, G, W]` here, in a sentence; None if they can."""
+  names = ('float32', 'bfloat16', *map(str, QUANTIZED))
+  if pages.dtype.name not in names:
+    return f'Mosaic does not convert to {pages.dtype}; it does {", ".join(names)}.'
+  if layout.page[2] % _sublanes(pages.dtype):
+    return f'{layout.page[2]} tokens a page are not whole tiles of {_sublanes(pages.dtype)} rows of {pages.dtype}.'
+  return None
+
+
+def _sublanes(dtype: jnp.dtype) -> int:
+  return 32 // jnp.dtype(dtype).itemsize
+
+
+def vmem_bytes(config: Config, page: tuple[int, ...], dtype: jnp.dtype) -> int:
+  """VMEM of an append: two blocks of tokens and the ring of tiles."""
+  both, blocks, _, width = page
+  row_elements = both * blocks * -(-width // 128) * 128
+  tokens = config.block_tokens + 2 * config.tile_rows
+  return row_elements * (2 * tokens * 4 + config.slots * config.tile_rows * jnp.dtype(dtype).itemsize)
+
+
+def append_tokens(
+  pages: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  page: jax.Array,
+  offset: jax.Array,
+  scales: jax.Array | None,
+  *,
+  layout: PageLayout,
+  config: Config,
+  interpret: Any = False,
+  static_runs: int | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """See `reference.append_tokens`; `static_runs` says how many runs a block has, none of them late (for static cost)."""
+  num_pages, _, _, page_size, _ = pages.shape
+  live = (page >= 0) & (page < num_pages) & (offset >= 0) & (offset < page_size)
+  parts = jnp.moveaxis(jnp.stack([k, v]), 1, 2)  # [2, K, T, D]
+  if scales is not None:
+    parts, new_scales = quantize(parts, pages.dtype)  # and [2, K, T]
+    where = jnp.where(live, page, num_pages)
+    scales = scales.at[where, :, :, offset].set(jnp.moveaxis(new_scales, 2, 0), mode='drop')
+  rows = layout.join(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
+
+  tokens, tile = config.block_tokens, config.tile_rows
+  spare = -page.shape[0] % tokens
+  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
+  both, heads, count, width = rows.shape
+  rows = jnp.moveaxis(rows.reshape(both, heads, count // tokens, tokens, width), 2, 0)
+  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (tile, tile), (0, 0)))  # so that every window is inside
+  plan = _plan(*(jnp.pad(one, (0, spare)).reshape(-1, tokens) for one in (live, page, offset)), tile, page_size)
+  return _merge(pages, rows, plan, config, interpret, static_runs), scales
+
+
+def _plan(live: jax.Array, page: jax.Array, offset: jax.Array, tile: int, page_size: int) -> jax.Array:
+  """The runs of every block, `[blocks, 8, block_tokens]` int32, from `[blocks, block_tokens]` of each."""
+  tokens = live.shape[1]
+  place = jnp.where(live, page * page_size + offset, -1)
+  before = jnp.pad(place, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
+  first = live & ((place != before + 1) | (place % tile == 0) | (before < 0))
+  run = jnp.cumsum(first, axis=1) - 1  # [blocks, tokens]
+  mine = live[:, None] & (run[:, None] == jnp.arange(tokens)[:, None])  # [blocks, runs, tokens]
+  start = mine & first[:, None]
+  pick = lambda values: jnp.sum(jnp.where(start, values[:, None], 0), axis=2)
+  page, offset, source = pick(page), pick(offset), pick(jnp.broadcast_to(jnp.arange(tokens), live.shape))
+  length = jnp.sum(mine, axis=2)
+  begin = offset % tile
+  key = jnp.where(length > 0, page * (page_size // tile) + offset // tile, -1)
+  late = jnp.any((key[:, None] == key[:, :, None]) & jnp.tril(jnp.ones((tokens, tokens), bool), -1), axis=2)
+  kind = jnp.where(late, _LATE, jnp.where(length == tile, _FULL, _AHEAD))
+  total = jnp.broadcast_to(jnp.sum(first, axis=1)[:, None], live.shape)
+  plan = [page, offset - begin, source - begin + tile, begin, begin + length, kind, total, jnp.zeros_like(page)]
+  return jnp.stack(plan, axis=1).astype(jnp.int32)
+
+
+def _merge(pages, rows, plan, config, interpret, static_runs):
+  """Runs of `rows` `[blocks, A, C, tokens, W]` into the pages, as planned."""
+  _, both, heads, _, width = pages.shape
+  num_blocks, _, _, padded, _ = rows.shape
+  tile, slots, ahead = config.tile_rows, config.slots, config.ahead
+  cores = config.cores if config.cores == 1 or both % config.cores == 0 or heads % config.cores == 0 else 1
+  part = (both // cores, heads) if both % cores == 0 else (both, heads // cores)
+
+  def kernel(plan_ref, rows_ref, _, pages_ref, ring, read_sems, write_sems):
+    core = pl.program_id(0)
+    corner = (core * part[0], 0) if part[0] < both else (0, core * part[1])
+    def ends(run):
+      row = pl.multiple_of(plan_ref[0, _ROW, run], tile)
+      where = [pl.ds(first, size) for first, size in zip(corner, part, strict=True)]
+      return pages_ref.at[(plan_ref[0, _PAGE, run], *where, pl.ds(row, tile))], ring.at[run % slots]
+
+    def read(run):
+      pltpu.make_async_copy(*ends(run), read_sems.at[run % slots]).start()
+
+    def wait(run, sems):
+      buffer = ring.at[run % slots]
+      pltpu.make_async_copy(buffer, buffer, sems.at[run % slots]).wait()
+
+    def write(run):
+      there, buffer = ends(run)
+      pltpu.make_async_copy(buffer, there, write_sems.at[run % slots]).start()
+
+    def merge(run):
+      slot = run % slots
+      start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
+      row = jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
+      new_row = (row >= first) & (row < end)
+      for a in range(part[0]):
+        for c in range(part[1]):
+          window = rows_ref[0, a, c, pl.ds(start, tile), :]
+          merged = jnp.where(new_row, window, ring[slot, a, c].astype(jnp.float32))
+          if ring.dtype == jnp.int8:
+            merged = merged.astype(jnp.int32)
+          ring[slot, a, c] = merged.astype(ring.dtype)
+
+    walk = _walk if static_runs is None else _static_walk
+    walk(
+      plan_ref[0, _COUNT, 0] if static_runs is None else static_runs,
+      slots,
+      ahead,
+      lambda run: plan_ref[0, _KIND, run],
+      read,
+      lambda run: wait(run, read_sems),
+      merge,
+      write,
+      lambda run: wait(run, write_sems),
+    )
+
+  vmem = vmem_bytes(config, pages.shape[1:], pages.dtype)
+  return pl.pallas_call(
+    kernel,
+    grid=(cores, num_blocks),
+    in_specs=[
+      pl.BlockSpec((1, 8, plan.shape[2]), lambda core, block: (block, 0, 0), memory_space=pltpu.SMEM),
+      pl.BlockSpec(
+        (1, *part, padded, width),
+        lambda core, block: (block, *((core, 0) if part[0] < both else (0, core)), 0, 0),
+      ),
+      pl.BlockSpec(memory_space=pl.ANY),
+    ],
+    out_specs=pl.BlockSpec(memory_space=pl.ANY),
+    out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+    scratch_shapes=[
+      pltpu.VMEM((slots, *part, tile, width), pages.dtype),
+      pltpu.SemaphoreType.DMA((slots,)),
+      pltpu.SemaphoreType.DMA((slots,)),
+    ],
+    input_output_aliases={2: 0},
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel' if cores > 1 else 'arbitrary', 'arbitrary'),
+      disable_bounds_checks=True,
+      disable_semaphore_checks=True,
+      vmem_limit_bytes=vmem + 2**22,
+    ),
+    interpret=interpret,
+    name='append_tokens',
+  )(plan, rows, pages)
+
+
+def _walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):
+  """A block's runs in order, through a ring of `slots` tiles."""
+
+  def landed(written, upto):
+    """Wait until the first `upto` writes have landed, `written` of which have."""
+    jax.lax.fori_loop(written, upto, lambda run, carry: (wait_write(run), carry)[1], 0)
+    return jnp.maximum(written, upto)
+
+  def prefetch(run):
+    pl.when(run < runs)(lambda: pl.when(kind(run) == _AHEAD)(lambda: read(run)))
+
+  def step(run, written):
+    written = landed(written, jnp.where(kind(run) == _LATE, run, run + 1 - (slots - ahead)))
+    prefetch(run + ahead)
+    pl.when(kind(run) == _LATE)(lambda: read(run))
+    pl.when(kind(run) != _FULL)(lambda: wait_read(run))
+    merge(run)
+    write(run)
+    return written
+
+  for run in range(ahead):
+    prefetch(run)
+  landed(jax.lax.fori_loop(0, runs, step, jnp.int32(0)), runs)
+
+
+def _static_walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):
+  """The same over a known number of runs, each read ahead, without a branch: what static cost can follow."""
+  del kind
+
+  def step(run, free, more):
+    if free:
+      wait_write(run - (slots - ahead))
+    if more:
+      read(run + ahead)
+    wait_read(run)
+    merge(run)
+    write(run)
+
+  ahead = min(ahead, runs)
+  for run in range(ahead):
+    read(run)
+  room = min(slots - ahead, runs)
+  for run in range(room):
+    step(run, False, run + ahead < runs)
+  middle = max(room, runs - ahead)
+  jax.lax.fori_loop(room, middle, lambda run, carry: (step(run, True, True), carry)[1], 0)
+  for run in range(middle, runs):
+    step(run, True, False)
+  for run in range(max(0, runs - (slots - ahead)), runs):
+    wait_write(run)

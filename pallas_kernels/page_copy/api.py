@@ -59,7 +59,7 @@ def gather_pages(
   run = _choose('gather_pages', implementation, pallas_tpu.refusal(layers, target, scaled, layer_scales is not None))
   if run is pallas_tpu.gather_pages:
     run = functools.partial(run, config=pallas_tpu.rule(_device_kind(), len(layers)))
-  values, value_scales = run(layers, ids, layer_scales, dtype=target, scaled=scaled, layout=layout)
+  values, value_scales = run(layers, jnp.asarray(ids), layer_scales, dtype=target, scaled=scaled, layout=layout)
   if not many:
     values, value_scales = values[:, 0], None if value_scales is None else value_scales[:, 0]
   return values if value_scales is None else (values, value_scales)
@@ -116,7 +116,7 @@ def scatter_pages(
   run = _choose('scatter_pages', implementation, reason)
   if run is pallas_tpu.scatter_pages:
     run = functools.partial(run, config=pallas_tpu.rule(_device_kind(), len(layers)))
-  out, out_scales = run(layers, ids, values, layer_scales, value_scales, layout=layout)
+  out, out_scales = run(layers, jnp.asarray(ids), values, layer_scales, value_scales, layout=layout)
   if not many:
     out, out_scales = out[0], None if out_scales is None else out_scales[0]
   elif isinstance(pages, list):
@@ -169,7 +169,7 @@ def append_tokens(
   run = _choose('append_tokens', implementation, pallas_tpu_append.refusal(pages, layout))
   if run is pallas_tpu_append.append_tokens:
     run = functools.partial(run, config=pallas_tpu_append.rule(_device_kind(), pages.shape[1:], pages.dtype, k.shape[0]))
-  out, out_scales = run(pages, k, v, page, offset, scales, layout=layout)
+  out, out_scales = run(pages, k, v, jnp.asarray(page), jnp.asarray(offset), scales, layout=layout)
   return out if out_scales is None else (out, out_scales)
 
 

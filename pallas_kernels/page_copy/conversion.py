@@ -81,7 +81,9 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 def cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Another type; fp8 and int8 saturate instead of overflowing."""
   largest = QUANTIZED.get(jnp.dtype(dtype))
-  return (x if largest is None or x.dtype == dtype else jnp.clip(x, -largest, largest)).astype(dtype)
+  if largest is not None and x.dtype != dtype:
+    x = jnp.clip(x.astype(jnp.float32), -largest, largest)
+  return x.astype(dtype)
 
 
 def convert(

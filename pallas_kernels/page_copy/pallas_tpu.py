@@ -50,11 +50,11 @@ def rule(device_kind: str, num_layers: int) -> Config:
 def refusal(layers: Layers, values_dtype: jnp.dtype, scaled_values: bool, scaled_pages: bool) -> str | None:
   """Why these pages `[P, A, C, G, W]` cannot be copied here to or from `values_dtype`, in a sentence; None if they can."""
   dtypes = {layers[0].dtype, jnp.dtype(values_dtype)}
-  if len(dtypes) == 1 and scaled_values == scaled_pages:
-    return None
   page = layers[0].shape[1:]
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
-    return f'Mosaic does not convert {" or ".join(unknown)}; it does float32, bfloat16, int8 and fp8.'
+    return f'Mosaic has no {" or ".join(unknown)}; it has float32, bfloat16, int8 and fp8.'
+  if len(dtypes) == 1 and scaled_values == scaled_pages:
+    return None
   for dtype in dtypes:
     if page[2] % _sublanes(dtype):
       return f'{page[2]} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'

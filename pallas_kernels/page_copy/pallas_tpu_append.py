@@ -10,6 +10,8 @@ Where a device has two cores they share the heads, never a tile.
 """
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -89,23 +91,33 @@ def append_tokens(
   static_runs: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """See `reference.append_tokens`; `static_runs` says how many runs a block has, none of them late (for static cost)."""
-  num_pages, _, _, page_size, _ = pages.shape
+  num_pages, both, heads, page_size, width = pages.shape
   live = (page >= 0) & (page < num_pages) & (offset >= 0) & (offset < page_size)
   parts = jnp.moveaxis(jnp.stack([k, v]), 1, 2)  # [2, K, T, D]
+  spare = -page.shape[0] % config.block_tokens
+  place = [jnp.pad(one, (0, spare)).reshape(-1, config.block_tokens) for one in (live, page, offset)]
   if scales is not None:
     parts, new_scales = quantize(parts, pages.dtype)  # and [2, K, T]
-    where = jnp.where(live, page, num_pages)
-    scales = scales.at[where, :, :, offset].set(jnp.moveaxis(new_scales, 2, 0), mode='drop')
-  rows = layout.join(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
+    plan = _plan(*place, page_size, page_size)
+    blocks = _blocks(new_scales, 2, config.block_tokens, page_size)  # [blocks, 2, K, columns]
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[2] % 8), (0, -blocks.shape[3] % 128)))
+    scales = _write_scales(scales, blocks, plan, config, interpret, static_runs)
 
-  tokens, tile = config.block_tokens, config.tile_rows
-  spare = -page.shape[0] % tokens
-  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, spare), (0, 0)))
-  both, heads, count, width = rows.shape
-  rows = jnp.moveaxis(rows.reshape(both, heads, count // tokens, tokens, width), 2, 0)
-  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (tile, tile), (0, 0)))  # so that every window is inside
-  plan = _plan(*(jnp.pad(one, (0, spare)).reshape(-1, tokens) for one in (live, page, offset)), tile, page_size)
-  return _merge(pages, rows, plan, config, interpret, static_runs), scales
+  rows = layout.join(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
+  lanes = min(width, 128)  # a window may start at any row only where rows are one register wide
+  rows = rows.reshape(both, heads, -1, width // lanes, lanes)
+  rows = jnp.moveaxis(rows, 3, 2).reshape(both, heads * (width // lanes), -1, lanes)
+  blocks = _blocks(rows, 2, config.block_tokens, config.tile_rows)
+  plan = _plan(*place, config.tile_rows, page_size)
+  return _write_rows(pages, blocks, plan, config, interpret, static_runs), scales
+
+
+def _blocks(rows: jax.Array, axis: int, tokens: int, margin: int) -> jax.Array:
+  """Cut the axis of tokens into blocks, put these first, and add rows on both sides, so that every window is inside."""
+  rows = jnp.moveaxis(rows, axis, 0)
+  rows = jnp.pad(rows, ((0, -rows.shape[0] % tokens), *((0, 0),) * (rows.ndim - 1)))
+  rows = jnp.moveaxis(rows.reshape(-1, tokens, *rows.shape[1:]), 1, axis + 1)
+  return jnp.pad(rows, [(margin, margin) if i == axis + 1 else (0, 0) for i in range(rows.ndim)])
 
 
 def _plan(live: jax.Array, page: jax.Array, offset: jax.Array, tile: int, page_size: int) -> jax.Array:
@@ -129,75 +141,104 @@ def _plan(live: jax.Array, page: jax.Array, offset: jax.Array, tile: int, page_s
   return jnp.stack(plan, axis=1).astype(jnp.int32)
 
 
-def _merge(pages, rows, plan, config, interpret, static_runs):
-  """Runs of `rows` `[blocks, A, C, tokens, W]` into the pages, as planned."""
+def _write_rows(pages, rows, plan, config, interpret, static_runs):
+  """Runs of `rows` `[blocks, A, C * parts, rows, lanes]`, a head's lanes in `parts`, into the pages."""
   _, both, heads, _, width = pages.shape
-  num_blocks, _, _, padded, _ = rows.shape
-  tile, slots, ahead = config.tile_rows, config.slots, config.ahead
-  cores = config.cores if config.cores == 1 or both % config.cores == 0 or heads % config.cores == 0 else 1
-  part = (both // cores, heads) if both % cores == 0 else (both, heads // cores)
+  _, _, _, padded, lanes = rows.shape
+  tile, parts = config.tile_rows, width // lanes
+  cores = config.cores if both % config.cores == 0 or heads % config.cores == 0 else 1
+  share = (both // cores, heads) if both % cores == 0 else (both, heads // cores)  # of a core
 
-  def kernel(plan_ref, rows_ref, _, pages_ref, ring, read_sems, write_sems):
+  def tile_of(pool, plan_ref, run, core):
+    corner = (core * share[0], 0) if share[0] < both else (0, core * share[1])
+    row = pl.multiple_of(plan_ref[0, _ROW, run], tile)
+    return pool.at[(plan_ref[0, _PAGE, run], *map(pl.ds, corner, share), pl.ds(row, tile))]
+
+  def merge(plan_ref, rows_ref, old, run):
+    start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
+    row = jax.lax.broadcasted_iota(jnp.int32, (tile, lanes), 0)
+    new_row = (row >= first) & (row < end)
+    for a, c, part in itertools.product(range(share[0]), range(share[1]), range(parts)):
+      where = a, c, slice(None), slice(part * lanes, (part + 1) * lanes)
+      window = rows_ref[0, a, c * parts + part, pl.ds(start, tile), :]
+      merged = jnp.where(new_row, window, old[where].astype(jnp.float32))
+      if old.dtype == jnp.int8:
+        merged = merged.astype(jnp.int32)
+      old[where] = merged.astype(old.dtype)
+
+  rows_spec = pl.BlockSpec(
+    (1, share[0], share[1] * parts, padded, lanes),
+    lambda core, block: (block, *((core, 0) if share[0] < both else (0, core)), 0, 0),
+  )
+  vmem = vmem_bytes(config, pages.shape[1:], pages.dtype)
+  ring = (*share, tile, width)
+  return _write(pages, rows, rows_spec, plan, ring, tile_of, merge, cores, vmem, config, interpret, static_runs)
+
+
+def _write_scales(scales, columns, plan, config, interpret, static_runs):
+  """Runs of `columns` `[blocks, 2, K and more, columns]` into the scales `[P, 2, K, G]`, a page's at a time."""
+  _, _, heads, page_size = scales.shape
+  block = columns.shape[1:]
+
+  def merge(plan_ref, columns_ref, old, run):
+    start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
+    column = jax.lax.broadcasted_iota(jnp.int32, (heads, page_size), 1)
+    new_column = (column >= first) & (column < end)
+    for half in range(2):
+      window = pltpu.roll(columns_ref[0, half], block[2] - start, 1)[:heads, :page_size]
+      old[half] = jnp.where(new_column, window, old[half])
+
+  columns_spec = pl.BlockSpec((1, *block), lambda core, block: (block, 0, 0, 0))
+  padded = -(-heads // 8) * 8 * -(-page_size // 128) * 128
+  vmem = 4 * (2 * math.prod(block) + 2 * config.slots * padded)
+  tile_of = lambda pool, plan_ref, run, core: pool.at[plan_ref[0, _PAGE, run]]
+  ring = (2, heads, page_size)
+  return _write(scales, columns, columns_spec, plan, ring, tile_of, merge, 1, vmem, config, interpret, static_runs)
+
+
+def _write(pool, source, source_spec, plan, ring_shape, tile_of, merge, cores, vmem, config, interpret, static_runs):
+  """Walk every block's runs, merging what `source` has into the pool's tiles."""
+  slots = config.slots
+
+  def kernel(plan_ref, source_ref, _, pool_ref, ring, read_sems, write_sems):
     core = pl.program_id(0)
-    corner = (core * part[0], 0) if part[0] < both else (0, core * part[1])
-    def ends(run):
-      row = pl.multiple_of(plan_ref[0, _ROW, run], tile)
-      where = [pl.ds(first, size) for first, size in zip(corner, part, strict=True)]
-      return pages_ref.at[(plan_ref[0, _PAGE, run], *where, pl.ds(row, tile))], ring.at[run % slots]
+    there = lambda run: tile_of(pool_ref, plan_ref, run, core)
 
     def read(run):
-      pltpu.make_async_copy(*ends(run), read_sems.at[run % slots]).start()
+      pltpu.make_async_copy(there(run), ring.at[run % slots], read_sems.at[run % slots]).start()
+
+    def write(run):
+      pltpu.make_async_copy(ring.at[run % slots], there(run), write_sems.at[run % slots]).start()
 
     def wait(run, sems):
       buffer = ring.at[run % slots]
       pltpu.make_async_copy(buffer, buffer, sems.at[run % slots]).wait()
 
-    def write(run):
-      there, buffer = ends(run)
-      pltpu.make_async_copy(buffer, there, write_sems.at[run % slots]).start()
-
-    def merge(run):
-      slot = run % slots
-      start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
-      row = jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
-      new_row = (row >= first) & (row < end)
-      for a in range(part[0]):
-        for c in range(part[1]):
-          window = rows_ref[0, a, c, pl.ds(start, tile), :]
-          merged = jnp.where(new_row, window, ring[slot, a, c].astype(jnp.float32))
-          if ring.dtype == jnp.int8:
-            merged = merged.astype(jnp.int32)
-          ring[slot, a, c] = merged.astype(ring.dtype)
-
     walk = _walk if static_runs is None else _static_walk
     walk(
       plan_ref[0, _COUNT, 0] if static_runs is None else static_runs,
       slots,
-      ahead,
+      config.ahead,
       lambda run: plan_ref[0, _KIND, run],
       read,
       lambda run: wait(run, read_sems),
-      merge,
+      lambda run: merge(plan_ref, source_ref, ring.at[run % slots], run),
       write,
       lambda run: wait(run, write_sems),
     )
 
-  vmem = vmem_bytes(config, pages.shape[1:], pages.dtype)
   return pl.pallas_call(
     kernel,
-    grid=(cores, num_blocks),
+    grid=(cores, plan.shape[0]),
     in_specs=[
-      pl.BlockSpec((1, 8, plan.shape[2]), lambda core, block: (block, 0, 0), memory_space=pltpu.SMEM),
-      pl.BlockSpec(
-        (1, *part, padded, width),
-        lambda core, block: (block, *((core, 0) if part[0] < both else (0, core)), 0, 0),
-      ),
+      pl.BlockSpec((1, *plan.shape[1:]), lambda core, block: (block, 0, 0), memory_space=pltpu.SMEM),
+      source_spec,
       pl.BlockSpec(memory_space=pl.ANY),
     ],
     out_specs=pl.BlockSpec(memory_space=pl.ANY),
-    out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+    out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
     scratch_shapes=[
-      pltpu.VMEM((slots, *part, tile, width), pages.dtype),
+      pltpu.VMEM((slots, *ring_shape), pool.dtype),
       pltpu.SemaphoreType.DMA((slots,)),
       pltpu.SemaphoreType.DMA((slots,)),
     ],
@@ -210,7 +251,7 @@ def _merge(pages, rows, plan, config, interpret, static_runs):
     ),
     interpret=interpret,
     name='append_tokens',
-  )(plan, rows, pages)
+  )(plan, source, pool)
 
 
 def _walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):

@@ -72,7 +72,6 @@ def scatter_pages(
   *,
   scales: Layers | None = None,
   value_scales: jax.Array | None = None,
-  head_dim: int | None = None,
   implementation: str | None = None,
 ) -> Any:
   """Put contiguous pages back, in place where the caller donates `pages` and `scales`.
@@ -83,7 +82,6 @@ def scatter_pages(
     values: `[n, A, C, G, W]`, or `[n, L, A, C, G, W]` for a sequence of layers; converted to what the pages are.
     scales: `[P, 2, K, G]` float32 beside quantized pages, as many as layers.
     value_scales: `[n, 2, K, G]` or `[n, L, 2, K, G]`, beside quantized values.
-    head_dim: D, where neither side has scales to tell it; it matters to none of these conversions.
     implementation: 'xla', 'reference', 'pallas_tpu', or None for the fastest here.
 
   Returns:
@@ -111,7 +109,7 @@ def scatter_pages(
       )
   _check_conversion(values.dtype, value_scales is not None, layers[0].dtype, layer_scales is not None)
   hint = layer_scales if layer_scales is not None else value_scales if value_scales is None else [value_scales[:, 0]]
-  layout = _layout(layers, hint, head_dim)
+  layout = _layout(layers, hint, None)
   reason = pallas_tpu.refusal(layers, values.dtype, value_scales is not None, layer_scales is not None)
   run = _choose('scatter_pages', implementation, reason)
   if run is pallas_tpu.scatter_pages:
@@ -168,7 +166,9 @@ def append_tokens(
   _check_conversion(k.dtype, False, pages.dtype, scales is not None)
   run = _choose('append_tokens', implementation, pallas_tpu_append.refusal(pages, layout))
   if run is pallas_tpu_append.append_tokens:
-    run = functools.partial(run, config=pallas_tpu_append.rule(_device_kind(), pages.shape[1:], pages.dtype, k.shape[0]))
+    run = functools.partial(
+      run, config=pallas_tpu_append.rule(_device_kind(), pages.shape[1:], pages.dtype, k.shape[0])
+    )
   out, out_scales = run(pages, k, v, jnp.asarray(page), jnp.asarray(offset), scales, layout=layout)
   return out if out_scales is None else (out, out_scales)
 
@@ -211,7 +211,12 @@ def _check_scales(layers: Sequence[jax.Array], scales: Sequence[jax.Array] | Non
     raise ValueError(f'{len(scales)} layers of scales do not belong to {len(layers)} layers of pages.')
   if scales[0].ndim == 4:
     PageLayout.of(page[1:], scales[0].shape[2])
-  if scales[0].ndim != 4 or scales[0].dtype != jnp.float32 or scales[0].shape[::3] != page[::3] or scales[0].shape[1] != 2:
+  if (
+    scales[0].ndim != 4
+    or scales[0].dtype != jnp.float32
+    or scales[0].shape[::3] != page[::3]
+    or scales[0].shape[1] != 2
+  ):
     raise ValueError(f'scales {scales[0].dtype} {scales[0].shape} are not the float32 [P, 2, K, G] of pages {page}.')
 
 
@@ -236,7 +241,9 @@ def _check_conversion(source: jnp.dtype, scaled: bool, target: jnp.dtype, target
       raise ValueError(f'{source} to {target}: {dtype} {what}.')
   if scaled and target_scaled and source != target:
     raise ValueError(f'{source} with scales to {target} with scales: go by way of a float type.')
-  if scaled != target_scaled and jnp.int8 in ((source,) if not scaled else ()) + ((target,) if not target_scaled else ()):
+  if scaled != target_scaled and jnp.int8 in ((source,) if not scaled else ()) + (
+    (target,) if not target_scaled else ()
+  ):
     raise ValueError(f'{source} to {target}: int8 has no value without scales.')
 
 

@@ -87,7 +87,7 @@ def cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def convert(
-  pages: jax.Array, scales: jax.Array | None, dtype: jnp.dtype, scaled: bool, layout: PageLayout | None
+  pages: jax.Array, scales: jax.Array | None, dtype: jnp.dtype, scaled: bool, layout: PageLayout
 ) -> tuple[jax.Array, jax.Array | None]:
   """Pages `[..., A, C, G, W]` with scales `[..., 2, K, G]` or None as pages of `dtype` with scales or without."""
   if scales is None and scaled:

@@ -1,10 +1,11 @@
 """Pages gathered and scattered on TPU: plain copies never leave the DMA engines, conversions pass through VMEM.
 
-The grid walks slices of the page numbers, so that SMEM holds one slice however many pages move. In a slice the unit is
-one page of every layer. A plain copy starts the unit's DMAs, HBM to HBM, on one semaphore of a ring and waits for the unit
-that used it before: so many units are in flight, and no buffer is needed. A copy that converts reads a unit (or, when its
-layers do not fit in VMEM at once, a group of them) into one of two buffers while it converts the other, and writes from
-two more. A slice ends when its last writes have landed, so slices are independent and may run on two cores.
+The grid walks slices of the page numbers, so that SMEM holds one slice however many pages move. In a slice the unit
+is one page of every layer. A plain copy starts the unit's DMAs, HBM to HBM, on one semaphore of a ring and waits for
+the unit that used it before: so many units are in flight, and no buffer is needed. A copy that converts reads a unit
+(or, when its layers do not fit in VMEM at once, a group of them) into one of two buffers while it converts the other,
+and writes from two more. A slice ends when its last writes have landed, so slices are independent and may run on two
+cores.
 """
 
 import dataclasses
@@ -32,12 +33,14 @@ class Config:
     units_in_flight: Pages (of every layer) whose plain copies are under way at once.
     slice_pages: Page numbers in SMEM at once.
     cores: Cores that share the slices; 2 where one device is two cores (v4, v5p).
+    direct: Whether plain copies go from HBM to HBM; otherwise they pass through VMEM, as conversions do.
     buffer_bytes: VMEM for the four buffers of a copy that converts, unless one page of one layer needs more.
   """
 
   units_in_flight: int = 32
   slice_pages: int = 1024
   cores: int = 1
+  direct: bool = True
   buffer_bytes: int = 8 * 2**20
 
 
@@ -48,7 +51,7 @@ def rule(device_kind: str, num_layers: int) -> Config:
 
 
 def refusal(layers: Layers, values_dtype: jnp.dtype, scaled_values: bool, scaled_pages: bool) -> str | None:
-  """Why these pages `[P, A, C, G, W]` cannot be copied here to or from `values_dtype`, in a sentence; None if they can."""
+  """Why pages `[P, A, C, G, W]` cannot be copied here to or from `values_dtype`, in a sentence; None if they can."""
   dtypes = {layers[0].dtype, jnp.dtype(values_dtype)}
   page = layers[0].shape[1:]
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
@@ -91,7 +94,7 @@ def gather_pages(
   *,
   dtype: jnp.dtype,
   scaled: bool,
-  layout: PageLayout | None,
+  layout: PageLayout,
   config: Config,
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -100,12 +103,12 @@ def gather_pages(
   lead = (ids.shape[0], len(layers))
   rows = [jax.ShapeDtypeStruct((*lead, *page), dtype)]
   if scaled:
-    rows.append(jax.ShapeDtypeStruct((*lead, *_scales_shape(layout, scales)), jnp.float32))
-  pools = [tuple(layers)] + ([] if scales is None else [tuple(scales)])
+    rows.append(jax.ShapeDtypeStruct((*lead, *_scales_shape(layout)), jnp.float32))
+  pools = [tuple(layers), *([] if scales is None else [tuple(scales)])]
   ids = jnp.clip(ids, 0, num_pages - 1)
   plain = dtype == layers[0].dtype and scaled == (scales is not None)
   out = _copy(ids, pools, rows, gather=True, plain=plain, layout=layout, config=config, interpret=interpret, valid=None)
-  return (*out, None)[:2]
+  return out[0], out[1] if scaled else None
 
 
 def scatter_pages(
@@ -115,28 +118,36 @@ def scatter_pages(
   scales: Layers | None,
   value_scales: jax.Array | None,
   *,
-  layout: PageLayout | None,
+  layout: PageLayout,
   config: Config,
   interpret: Any = False,
   all_valid: bool = False,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None]:
   """See `reference.scatter_pages`; `all_valid` says that no page number is out of the pool (for static cost)."""
-  pools = [tuple(layers)] + ([] if scales is None else [tuple(scales)])
-  rows = [values] + ([] if value_scales is None else [value_scales])
+  pools = [tuple(layers), *([] if scales is None else [tuple(scales)])]
+  rows = [values, *([] if value_scales is None else [value_scales])]
   num_pages = layers[0].shape[0]
   plain = values.dtype == layers[0].dtype and (value_scales is None) == (scales is None)
-  valid = None if all_valid else lambda page: (page >= 0) & (page < num_pages)
+
+  def in_pool(page):
+    return (page >= 0) & (page < num_pages)
+
   out = _copy(
-    ids, pools, rows, gather=False, plain=plain, layout=layout, config=config, interpret=interpret, valid=valid
+    ids,
+    pools,
+    rows,
+    gather=False,
+    plain=plain,
+    layout=layout,
+    config=config,
+    interpret=interpret,
+    valid=None if all_valid else in_pool,
   )
   count = len(layers)
   return tuple(out[:count]), None if scales is None else tuple(out[count:])
 
 
-def _scales_shape(layout: PageLayout | None, scales: Layers | None) -> tuple[int, ...]:
-  if scales is not None:
-    return scales[0].shape[1:]
-  assert layout is not None
+def _scales_shape(layout: PageLayout) -> tuple[int, ...]:
   return 2, layout.kv_heads, layout.page[2]
 
 
@@ -154,13 +165,12 @@ def _copy(ids, pools, rows, *, gather, plain, layout, config, interpret, valid):
   def kernel(ids_ref, *refs):
     ins, outs, scratch = refs[: len(inputs)], refs[len(inputs) : len(inputs) + len(outputs)], refs[-len(scratches) :]
     pool_refs, row_refs = (ins, outs) if gather else (outs, ins[: len(rows)])
-    pool_refs = [pool_refs[i * num_layers : (i + 1) * num_layers] for i in range(len(pools))]
+    by_pool = [pool_refs[i * num_layers : (i + 1) * num_layers] for i in range(len(pools))]
     base = pl.program_id(0) * per_slice
     here = per_slice if count % per_slice == 0 else jnp.minimum(per_slice, count - base)
-    page_of = lambda i: ids_ref[0, 0, i]
-    body(page_of, here, base, pool_refs, row_refs, *scratch)
+    body(lambda i: ids_ref[0, 0, i], here, base, by_pool, row_refs, *scratch)
 
-  if plain:
+  if plain and config.direct:
     scratches = [pltpu.SemaphoreType.DMA((config.units_in_flight,))]
     body = functools.partial(_direct, gather=gather, depth=config.units_in_flight, valid=valid)
     vmem = 0
@@ -196,7 +206,12 @@ def _copy(ids, pools, rows, *, gather, plain, layout, config, interpret, valid):
 
 
 def _loop(start, stop, step: Callable[[Any], None]) -> None:
-  jax.lax.fori_loop(start, stop, lambda i, carry: (step(i), carry)[1], 0)
+
+  def body(i, carry):
+    step(i)
+    return carry
+
+  jax.lax.fori_loop(start, stop, body, 0)
 
 
 def _when(condition: Any, do: Callable[[], None]) -> None:
@@ -268,7 +283,9 @@ def _through_vmem(page_of, here, base, pools, rows, pool_buffers, row_buffers, r
       pltpu.make_async_copy(part, part, sems.at[slot]).wait()
 
   read, write = (pool_copies, row_copies) if gather else (row_copies, pool_copies)
-  is_valid = lambda i: True if valid is None or gather else valid(page_of(i))
+
+  def is_valid(i):
+    return True if valid is None or gather else valid(page_of(i))
 
   def unit(i, g, earlier):
     """Convert one unit; `earlier` are the units before it, if Python knows, at most two."""
@@ -292,7 +309,12 @@ def _through_vmem(page_of, here, base, pools, rows, pool_buffers, row_buffers, r
         unit(i, g, i * len(groups) + g)
 
     _when(i < here if isinstance(here, int) else (True if i == 0 else i < here), first)
-  _loop(peeled, here, lambda i: [unit(i, g, 2) for g in range(len(groups))] and None)
+
+  def later(i):
+    for g in range(len(groups)):
+      unit(i, g, 2)
+
+  _loop(peeled, here, later)
 
   last = here * len(groups)
   wait(read_buffers, 0, last % 2, read_sems)
@@ -337,12 +359,17 @@ def _convert(size, slot, sources, targets, layout):
       ]
       targets[0][where] = _cast(_scale(x, rows, layout), targets[0].dtype)
 
+  def block_step(layer, half, index):
+    tile(layer, half, index * chunk)
+
   def layer_step(layer):
+    if len(sources) == len(targets) == 2:
+      targets[1][slot, layer] = sources[1][slot, layer]
     for half in range(both):
       if chunk == blocks:
         tile(layer, half, 0)
       else:
-        _loop(0, blocks // chunk, lambda c, half=half: tile(layer, half, c * chunk))
+        _loop(0, blocks // chunk, functools.partial(block_step, layer, half))
 
   _loop(0, size, layer_step)
 
@@ -388,7 +415,7 @@ def _quantize(x, dtype, layout):
     scales.append(jnp.sum(turned, axis=1, keepdims=True) * (1 / largest))  # [c, 1, G]
   stored = x * inverse
   if dtype == jnp.int8:
-    stored = jnp.clip(jnp.round(stored), -largest, largest)
+    stored = jnp.round(stored)  # 127 at most: the inverse is a rounding error too large at worst
   return _cast(stored, dtype), scales
 
 

@@ -39,20 +39,21 @@ class Config:
 
   tile_rows: int
   block_tokens: int = 128
-  slots: int = 8
-  ahead: int = 4
+  slots: int = 32
+  ahead: int = 16
   cores: int = 1
 
 
 def rule(device_kind: str, page: tuple[int, ...], dtype: jnp.dtype, num_tokens: int) -> Config:
-  """The choice where nothing was tuned: the smallest tiles, and tokens of at most 4 MB a block."""
+  """The choice where nothing was tuned: the smallest tiles, 4 MB of them, and at most 4 MB of tokens a block."""
   cores = 2 if any(name in device_kind.lower() for name in ('v4', 'v5p')) or device_kind == 'TPU v5' else 1
   rows = _sublanes(dtype)
   both, blocks, _, width = page
-  token_bytes = both * blocks * -(-width // 128) * 128 * 4
-  most = max(rows, 4 * 2**20 // token_bytes // rows * rows)
+  elements = both * blocks * -(-width // 128) * 128
+  most = max(rows, 4 * 2**20 // (4 * elements) // rows * rows)
   block = min(most, 256, -(-num_tokens // rows) * rows)
-  return Config(tile_rows=rows, block_tokens=block, cores=cores)
+  slots = max(4, min(32, 4 * 2**20 // (elements * rows * jnp.dtype(dtype).itemsize)))
+  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=cores)
 
 
 def refusal(pages: jax.Array, layout: PageLayout) -> str | None:
@@ -90,15 +91,16 @@ def append_tokens(
   interpret: Any = False,
   static_runs: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """See `reference.append_tokens`; `static_runs` says how many runs a block has, none of them late (for static cost)."""
+  """See `reference.append_tokens`; `static_runs` fixes the runs of a block, none of them late (for static cost)."""
   num_pages, both, heads, page_size, width = pages.shape
   live = (page >= 0) & (page < num_pages) & (offset >= 0) & (offset < page_size)
   parts = jnp.moveaxis(jnp.stack([k, v]), 1, 2)  # [2, K, T, D]
   spare = -page.shape[0] % config.block_tokens
-  place = [jnp.pad(one, (0, spare)).reshape(-1, config.block_tokens) for one in (live, page, offset)]
+  blocked = (-1, config.block_tokens)
+  live, page, offset = (jnp.pad(one, (0, spare)).reshape(blocked) for one in (live, page, offset))
   if scales is not None:
     parts, new_scales = quantize(parts, pages.dtype)  # and [2, K, T]
-    plan = _plan(*place, page_size, page_size)
+    plan = _plan(live, page, offset, page_size, page_size)
     blocks = _blocks(new_scales, 2, config.block_tokens, page_size)  # [blocks, 2, K, columns]
     blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[2] % 8), (0, -blocks.shape[3] % 128)))
     scales = _write_scales(scales, blocks, plan, config, interpret, static_runs)
@@ -108,7 +110,7 @@ def append_tokens(
   rows = rows.reshape(both, heads, -1, width // lanes, lanes)
   rows = jnp.moveaxis(rows, 3, 2).reshape(both, heads * (width // lanes), -1, lanes)
   blocks = _blocks(rows, 2, config.block_tokens, config.tile_rows)
-  plan = _plan(*place, config.tile_rows, page_size)
+  plan = _plan(live, page, offset, config.tile_rows, page_size)
   return _write_rows(pages, blocks, plan, config, interpret, static_runs), scales
 
 
@@ -129,7 +131,10 @@ def _plan(live: jax.Array, page: jax.Array, offset: jax.Array, tile: int, page_s
   run = jnp.cumsum(first, axis=1) - 1  # [blocks, tokens]
   mine = live[:, None] & (run[:, None] == jnp.arange(tokens)[:, None])  # [blocks, runs, tokens]
   start = mine & first[:, None]
-  pick = lambda values: jnp.sum(jnp.where(start, values[:, None], 0), axis=2)
+
+  def pick(values):
+    return jnp.sum(jnp.where(start, values[:, None], 0), axis=2)
+
   page, offset, source = pick(page), pick(offset), pick(jnp.broadcast_to(jnp.arange(tokens), live.shape))
   length = jnp.sum(mine, axis=2)
   begin = offset % tile
@@ -191,7 +196,10 @@ def _write_scales(scales, columns, plan, config, interpret, static_runs):
   columns_spec = pl.BlockSpec((1, *block), lambda core, block: (block, 0, 0, 0))
   padded = -(-heads // 8) * 8 * -(-page_size // 128) * 128
   vmem = 4 * (2 * math.prod(block) + 2 * config.slots * padded)
-  tile_of = lambda pool, plan_ref, run, core: pool.at[plan_ref[0, _PAGE, run]]
+
+  def tile_of(pool, plan_ref, run, core):
+    return pool.at[plan_ref[0, _PAGE, run]]
+
   ring = (2, heads, page_size)
   return _write(scales, columns, columns_spec, plan, ring, tile_of, merge, 1, vmem, config, interpret, static_runs)
 
@@ -202,7 +210,9 @@ def _write(pool, source, source_spec, plan, ring_shape, tile_of, merge, cores, v
 
   def kernel(plan_ref, source_ref, _, pool_ref, ring, read_sems, write_sems):
     core = pl.program_id(0)
-    there = lambda run: tile_of(pool_ref, plan_ref, run, core)
+
+    def there(run):
+      return tile_of(pool_ref, plan_ref, run, core)
 
     def read(run):
       pltpu.make_async_copy(there(run), ring.at[run % slots], read_sems.at[run % slots]).start()
@@ -274,8 +284,7 @@ def _walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):
     write(run)
     return written
 
-  for run in range(ahead):
-    prefetch(run)
+  jax.lax.fori_loop(0, ahead, lambda run, carry: (prefetch(run), carry)[1], 0)
   landed(jax.lax.fori_loop(0, runs, step, jnp.int32(0)), runs)
 
 

@@ -21,7 +21,7 @@ def scatter_pages(
   scales: Layers | None,
   value_scales: jax.Array | None,
   *,
-  layout: PageLayout | None,
+  layout: PageLayout,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...] | None]:
   """See `reference.scatter_pages`.
 

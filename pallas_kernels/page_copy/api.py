@@ -6,7 +6,7 @@ scale, scale = largest magnitude / 127.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ from pallas_kernels.page_copy.conversion import QUANTIZED, PageLayout
 
 Layers = jax.Array | Sequence[jax.Array]  # one layer's array, or one of each layer
 _FLOATS = ('float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'float8_e5m2')
-_Implementations = Mapping[str, Callable[..., Any]]
 
 
 def gather_pages(

@@ -1,0 +1,315 @@
+"""New tokens written into pages on TPU: runs of tokens merged into tiles that pass through VMEM.
+
+HBM is written in tiles of rows, so a token cannot be put into its row alone: its tile is read, the row replaced and the
+tile written back. Tokens of a prompt chunk lie side by side in their pages, so XLA first cuts the tokens into *runs*,
+each as many rows of one tile as follow one another; a run that fills its tile needs no read. The grid walks blocks of
+tokens, which lie in VMEM head-major and in float32, where a window may start at any row; a block walks its runs with a
+ring of tiles: reads some runs ahead, merges, and leaves writes under way. A run whose tile an earlier run of the block
+writes waits for all writes before it reads, and a block ends when its writes have landed: so no order of tokens races.
+Where a device has two cores they share the heads, never a tile.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.page_copy.conversion import QUANTIZED, PageLayout, cast, quantize
+
+_AHEAD, _FULL, _LATE = 0, 1, 2  # a run's tile is read some runs ahead, never, or after all earlier writes
+_PAGE, _ROW, _SOURCE, _FIRST, _END, _KIND, _COUNT = range(7)  # rows of the plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tuning of the append.
+
+  Attributes:
+    tile_rows: Tokens of a tile; divides the page size and is whole hardware tiles.
+    block_tokens: Tokens of a grid step.
+    slots: Tiles in VMEM.
+    ahead: Tiles that are read before they are needed; fewer than `slots`.
+    cores: Cores that share the heads; 2 where one device is two cores (v4, v5p).
+  """
+
+  tile_rows: int
+  block_tokens: int = 128
+  slots: int = 32
+  ahead: int = 16
+  cores: int = 1
+
+
+def rule(device_kind: str, page: tuple[int, ...], dtype: jnp.dtype, num_tokens: int) -> Config:
+  """The choice where nothing was tuned: the smallest tiles, 4 MB of them, and at most 4 MB of tokens a block."""
+  cores = 2 if any(name in device_kind.lower() for name in ('v4', 'v5p')) or device_kind == 'TPU v5' else 1
+  rows = _sublanes(dtype)
+  both, blocks, _, width = page
+  elements = both * blocks * -(-width // 128) * 128
+  most = max(rows, 4 * 2**20 // (4 * elements) // rows * rows)
+  block = min(most, 256, -(-num_tokens // rows) * rows)
+  slots = max(4, min(32, 4 * 2**20 // (elements * rows * jnp.dtype(dtype).itemsize)))
+  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=cores)
+
+
+def refusal(pages: jax.Array, layout: PageLayout) -> str | None:
+  """Why tokens cannot be written into these pages `[P, A, C, G, W]` here, in a sentence; None if they can."""
+  names = ('float32', 'bfloat16', *map(str, QUANTIZED))
+  if pages.dtype.name not in names:
+    return f'Mosaic does not convert to {pages.dtype}; it does {", ".join(names)}.'
+  if layout.page[2] % _sublanes(pages.dtype):
+    return f'{layout.page[2]} tokens a page are not whole tiles of {_sublanes(pages.dtype)} rows of {pages.dtype}.'
+  return None
+
+
+def _sublanes(dtype: jnp.dtype) -> int:
+  return 32 // jnp.dtype(dtype).itemsize
+
+
+def vmem_bytes(config: Config, page: tuple[int, ...], dtype: jnp.dtype) -> int:
+  """VMEM of an append: two blocks of tokens and the ring of tiles."""
+  both, blocks, _, width = page
+  row_elements = both * blocks * -(-width // 128) * 128
+  tokens = config.block_tokens + 2 * config.tile_rows
+  return row_elements * (2 * tokens * 4 + config.slots * config.tile_rows * jnp.dtype(dtype).itemsize)
+
+
+def append_tokens(
+  pages: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  page: jax.Array,
+  offset: jax.Array,
+  scales: jax.Array | None,
+  *,
+  layout: PageLayout,
+  config: Config,
+  interpret: Any = False,
+  static_runs: int | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """See `reference.append_tokens`; `static_runs` fixes the runs of a block, none of them late (for static cost)."""
+  num_pages, both, heads, page_size, width = pages.shape
+  live = (page >= 0) & (page < num_pages) & (offset >= 0) & (offset < page_size)
+  parts = jnp.moveaxis(jnp.stack([k, v]), 1, 2)  # [2, K, T, D]
+  spare = -page.shape[0] % config.block_tokens
+  blocked = (-1, config.block_tokens)
+  live, page, offset = (jnp.pad(one, (0, spare)).reshape(blocked) for one in (live, page, offset))
+  if scales is not None:
+    parts, new_scales = quantize(parts, pages.dtype)  # and [2, K, T]
+    plan = _plan(live, page, offset, page_size, page_size)
+    blocks = _blocks(new_scales, 2, config.block_tokens, page_size)  # [blocks, 2, K, columns]
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[2] % 8), (0, -blocks.shape[3] % 128)))
+    scales = _write_scales(scales, blocks, plan, config, interpret, static_runs)
+
+  rows = layout.join(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
+  lanes = min(width, 128)  # a window may start at any row only where rows are one register wide
+  rows = rows.reshape(both, heads, -1, width // lanes, lanes)
+  rows = jnp.moveaxis(rows, 3, 2).reshape(both, heads * (width // lanes), -1, lanes)
+  blocks = _blocks(rows, 2, config.block_tokens, config.tile_rows)
+  plan = _plan(live, page, offset, config.tile_rows, page_size)
+  return _write_rows(pages, blocks, plan, config, interpret, static_runs), scales
+
+
+def _blocks(rows: jax.Array, axis: int, tokens: int, margin: int) -> jax.Array:
+  """Cut the axis of tokens into blocks, put these first, and add rows on both sides, so that every window is inside."""
+  rows = jnp.moveaxis(rows, axis, 0)
+  rows = jnp.pad(rows, ((0, -rows.shape[0] % tokens), *((0, 0),) * (rows.ndim - 1)))
+  rows = jnp.moveaxis(rows.reshape(-1, tokens, *rows.shape[1:]), 1, axis + 1)
+  return jnp.pad(rows, [(margin, margin) if i == axis + 1 else (0, 0) for i in range(rows.ndim)])
+
+
+def _plan(live: jax.Array, page: jax.Array, offset: jax.Array, tile: int, page_size: int) -> jax.Array:
+  """The runs of every block, `[blocks, 8, block_tokens]` int32, from `[blocks, block_tokens]` of each."""
+  tokens = live.shape[1]
+  place = jnp.where(live, page * page_size + offset, -1)
+  before = jnp.pad(place, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]
+  first = live & ((place != before + 1) | (place % tile == 0) | (before < 0))
+  run = jnp.cumsum(first, axis=1) - 1  # [blocks, tokens]
+  mine = live[:, None] & (run[:, None] == jnp.arange(tokens)[:, None])  # [blocks, runs, tokens]
+  start = mine & first[:, None]
+
+  def pick(values):
+    return jnp.sum(jnp.where(start, values[:, None], 0), axis=2)
+
+  page, offset, source = pick(page), pick(offset), pick(jnp.broadcast_to(jnp.arange(tokens), live.shape))
+  length = jnp.sum(mine, axis=2)
+  begin = offset % tile
+  key = jnp.where(length > 0, page * (page_size // tile) + offset // tile, -1)
+  late = jnp.any((key[:, None] == key[:, :, None]) & jnp.tril(jnp.ones((tokens, tokens), bool), -1), axis=2)
+  kind = jnp.where(late, _LATE, jnp.where(length == tile, _FULL, _AHEAD))
+  total = jnp.broadcast_to(jnp.sum(first, axis=1)[:, None], live.shape)
+  plan = [page, offset - begin, source - begin + tile, begin, begin + length, kind, total, jnp.zeros_like(page)]
+  return jnp.stack(plan, axis=1).astype(jnp.int32)
+
+
+def _write_rows(pages, rows, plan, config, interpret, static_runs):
+  """Runs of `rows` `[blocks, A, C * parts, rows, lanes]`, a head's lanes in `parts`, into the pages."""
+  _, both, heads, _, width = pages.shape
+  _, _, _, padded, lanes = rows.shape
+  tile, parts = config.tile_rows, width // lanes
+  cores = config.cores if both % config.cores == 0 or heads % config.cores == 0 else 1
+  share = (both // cores, heads) if both % cores == 0 else (both, heads // cores)  # of a core
+
+  def tile_of(pool, plan_ref, run, core):
+    corner = (core * share[0], 0) if share[0] < both else (0, core * share[1])
+    row = pl.multiple_of(plan_ref[0, _ROW, run], tile)
+    return pool.at[(plan_ref[0, _PAGE, run], *map(pl.ds, corner, share), pl.ds(row, tile))]
+
+  def merge(plan_ref, rows_ref, old, run):
+    start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
+    row = jax.lax.broadcasted_iota(jnp.int32, (tile, lanes), 0)
+    new_row = (row >= first) & (row < end)
+    for a, c, part in itertools.product(range(share[0]), range(share[1]), range(parts)):
+      where = a, c, slice(None), slice(part * lanes, (part + 1) * lanes)
+      window = rows_ref[0, a, c * parts + part, pl.ds(start, tile), :]
+      merged = jnp.where(new_row, window, old[where].astype(jnp.float32))
+      if old.dtype == jnp.int8:
+        merged = merged.astype(jnp.int32)
+      old[where] = merged.astype(old.dtype)
+
+  rows_spec = pl.BlockSpec(
+    (1, share[0], share[1] * parts, padded, lanes),
+    lambda core, block: (block, *((core, 0) if share[0] < both else (0, core)), 0, 0),
+  )
+  vmem = vmem_bytes(config, pages.shape[1:], pages.dtype)
+  ring = (*share, tile, width)
+  return _write(pages, rows, rows_spec, plan, ring, tile_of, merge, cores, vmem, config, interpret, static_runs)
+
+
+def _write_scales(scales, columns, plan, config, interpret, static_runs):
+  """Runs of `columns` `[blocks, 2, K and more, columns]` into the scales `[P, 2, K, G]`, a page's at a time."""
+  _, _, heads, page_size = scales.shape
+  block = columns.shape[1:]
+
+  def merge(plan_ref, columns_ref, old, run):
+    start, first, end = (plan_ref[0, name, run] for name in (_SOURCE, _FIRST, _END))
+    column = jax.lax.broadcasted_iota(jnp.int32, (heads, page_size), 1)
+    new_column = (column >= first) & (column < end)
+    for half in range(2):
+      window = pltpu.roll(columns_ref[0, half], block[2] - start, 1)[:heads, :page_size]
+      old[half] = jnp.where(new_column, window, old[half])
+
+  columns_spec = pl.BlockSpec((1, *block), lambda core, block: (block, 0, 0, 0))
+  padded = -(-heads // 8) * 8 * -(-page_size // 128) * 128
+  vmem = 4 * (2 * math.prod(block) + 2 * config.slots * padded)
+
+  def tile_of(pool, plan_ref, run, core):
+    return pool.at[plan_ref[0, _PAGE, run]]
+
+  ring = (2, heads, page_size)
+  return _write(scales, columns, columns_spec, plan, ring, tile_of, merge, 1, vmem, config, interpret, static_runs)
+
+
+def _write(pool, source, source_spec, plan, ring_shape, tile_of, merge, cores, vmem, config, interpret, static_runs):
+  """Walk every block's runs, merging what `source` has into the pool's tiles."""
+  slots = config.slots
+
+  def kernel(plan_ref, source_ref, _, pool_ref, ring, read_sems, write_sems):
+    core = pl.program_id(0)
+
+    def there(run):
+      return tile_of(pool_ref, plan_ref, run, core)
+
+    def read(run):
+      pltpu.make_async_copy(there(run), ring.at[run % slots], read_sems.at[run % slots]).start()
+
+    def write(run):
+      pltpu.make_async_copy(ring.at[run % slots], there(run), write_sems.at[run % slots]).start()
+
+    def wait(run, sems):
+      buffer = ring.at[run % slots]
+      pltpu.make_async_copy(buffer, buffer, sems.at[run % slots]).wait()
+
+    walk = _walk if static_runs is None else _static_walk
+    walk(
+      plan_ref[0, _COUNT, 0] if static_runs is None else static_runs,
+      slots,
+      config.ahead,
+      lambda run: plan_ref[0, _KIND, run],
+      read,
+      lambda run: wait(run, read_sems),
+      lambda run: merge(plan_ref, source_ref, ring.at[run % slots], run),
+      write,
+      lambda run: wait(run, write_sems),
+    )
+
+  return pl.pallas_call(
+    kernel,
+    grid=(cores, plan.shape[0]),
+    in_specs=[
+      pl.BlockSpec((1, *plan.shape[1:]), lambda core, block: (block, 0, 0), memory_space=pltpu.SMEM),
+      source_spec,
+      pl.BlockSpec(memory_space=pl.ANY),
+    ],
+    out_specs=pl.BlockSpec(memory_space=pl.ANY),
+    out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+    scratch_shapes=[
+      pltpu.VMEM((slots, *ring_shape), pool.dtype),
+      pltpu.SemaphoreType.DMA((slots,)),
+      pltpu.SemaphoreType.DMA((slots,)),
+    ],
+    input_output_aliases={2: 0},
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel' if cores > 1 else 'arbitrary', 'arbitrary'),
+      disable_bounds_checks=True,
+      disable_semaphore_checks=True,
+      vmem_limit_bytes=vmem + 2**22,
+    ),
+    interpret=interpret,
+    name='append_tokens',
+  )(plan, source, pool)
+
+
+def _walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):
+  """A block's runs in order, through a ring of `slots` tiles."""
+
+  def landed(written, upto):
+    """Wait until the first `upto` writes have landed, `written` of which have."""
+    jax.lax.fori_loop(written, upto, lambda run, carry: (wait_write(run), carry)[1], 0)
+    return jnp.maximum(written, upto)
+
+  def prefetch(run):
+    pl.when(run < runs)(lambda: pl.when(kind(run) == _AHEAD)(lambda: read(run)))
+
+  def step(run, written):
+    written = landed(written, jnp.where(kind(run) == _LATE, run, run + 1 - (slots - ahead)))
+    prefetch(run + ahead)
+    pl.when(kind(run) == _LATE)(lambda: read(run))
+    pl.when(kind(run) != _FULL)(lambda: wait_read(run))
+    merge(run)
+    write(run)
+    return written
+
+  jax.lax.fori_loop(0, ahead, lambda run, carry: (prefetch(run), carry)[1], 0)
+  landed(jax.lax.fori_loop(0, runs, step, jnp.int32(0)), runs)
+
+
+def _static_walk(runs, slots, ahead, kind, read, wait_read, merge, write, wait_write):
+  """The same over a known number of runs, each read ahead, without a branch: what static cost can follow."""
+  del kind
+
+  def step(run, free, more):
+    if free:
+      wait_write(run - (slots - ahead))
+    if more:
+      read(run + ahead)
+    wait_read(run)
+    merge(run)
+    write(run)
+
+  ahead = min(ahead, runs)
+  for run in range(ahead):
+    read(run)
+  room = min(slots - ahead, runs)
+  for run in range(room):
+    step(run, False, run + ahead < runs)
+  middle = max(room, runs - ahead)
+  jax.lax.fori_loop(room, middle, lambda run, carry: (step(run, True, True), carry)[1], 0)
+  for run in range(middle, runs):
+    step(run, True, False)
+  for run in range(max(0, runs - (slots - ahead)), runs):
+    wait_write(run)

@@ -43,18 +43,18 @@ def table_blocks(tables: jax.Array, page_size: int, block_tokens: int) -> jax.Ar
 def read(
   pages: jax.Array, ids: jax.Array, held: jax.Array, layout: PageLayout, dtype: jnp.dtype, scales: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Keys and values of W blocks of n pages: S = n·G tokens each.
+  """Keys and values of X blocks of n pages: S = n·G tokens each.
 
   Args:
     pages: `[P, A, C, G, W]`.
-    ids: `[W, n]` page numbers.
-    held: `[W, S]`, which tokens the sequence has. Others have a weight of 0, but 0 times NaN would be NaN.
+    ids: `[X, n]` page numbers.
+    held: `[X, S]`, which tokens the sequence has. Others have a weight of 0, but 0 times NaN would be NaN.
     layout: Of the pages.
     dtype: Of the result.
     scales: `[P, 2, K, G]`, of quantized pages.
 
   Returns:
-    Keys `[W, K, S, D]` as they are and values `[W, K, S, D]` with zeros where they are not held.
+    Keys `[X, K, S, D]` as they are and values `[X, K, S, D]` with zeros where they are not held.
   """
   keys, values = _unpacked(pages, ids, layout)
   if scales is not None:
@@ -64,7 +64,7 @@ def read(
 
 
 def _unpacked(pages: jax.Array, ids: jax.Array, layout: PageLayout) -> tuple[jax.Array, jax.Array]:
-  """Keys and values `[W, K, S, D]` of pages.
+  """Keys and values `[X, K, S, D]` of pages.
 
   What a page has of a head is one run of memory, so heads are gathered apart: no transpose follows.
   """
@@ -75,7 +75,7 @@ def _unpacked(pages: jax.Array, ids: jax.Array, layout: PageLayout) -> tuple[jax
   parts = [runs.at[(at + part * heads).reshape(-1)].get(mode='clip').reshape(shape) for part in range(both)]
   if layout.name == PLAIN:
     return parts[0], parts[1]
-  unpacked = layout.unpack(jnp.stack(parts, axis=1))  # [W, 2, K, S, D]
+  unpacked = layout.unpack(jnp.stack(parts, axis=1))  # [X, 2, K, S, D]
   return unpacked[:, 0], unpacked[:, 1]
 
 

@@ -47,8 +47,9 @@ def paged_attention(
   batch, queries = q.shape[0], q.shape[1] if q.ndim == 4 else 1
   rows = prepare(q.reshape(batch, queries, *q.shape[-2:]), layout.kv_heads, softmax_scale, dtype)  # [B, K, R, D]
   position = lengths[:, None] + jnp.arange(-queries, 0)  # [B, Q]
-  first_seen = 0 if sliding_window is None else position[:, 0] + 1 - sliding_window
-  first_seen = jnp.maximum(jnp.zeros_like(lengths), first_seen)
+  first_seen = jnp.zeros_like(lengths)
+  if sliding_window is not None:
+    first_seen = jnp.maximum(position[:, 0] + 1 - sliding_window, 0)
   first_block = first_seen // block_tokens
   count = jnp.where(lengths > 0, -(-lengths // block_tokens) - first_block, 0)
   ends = jnp.cumsum(count)  # of each sequence's blocks in the list of all
@@ -61,21 +62,20 @@ def paged_attention(
     cached = block[:, None] * block_tokens + jnp.arange(block_tokens)
     held = (cached >= first_seen[sequence, None]) & (cached < lengths[sequence, None]) & live[:, None]
     keys, values = read(pages, blocks[sequence, block], held, layout, dtype, scales)
-    visible = see(cached, jnp.where(live[:, None], position[sequence], -1), sliding_window)  # [W, Q, S]
-    visible = jnp.tile(visible, (1, rows.shape[2] // queries, 1))[:, None]  # [W, 1, R, S]
+    visible = see(cached, jnp.where(live[:, None], position[sequence], -1), sliding_window)  # [X, Q, S]
+    visible = jnp.tile(visible, (1, rows.shape[2] // queries, 1))[:, None]  # [X, 1, R, S]
     weights, block_top = weigh(rows[sequence], keys, visible, soft_cap=soft_cap)
-
     out = gather_values(weights, values)
-    block_top = jnp.where(jnp.isfinite(out.sum(-1, keepdims=True)), block_top, jnp.nan)
+    block_top = jnp.where(jnp.isfinite(out.sum(-1, keepdims=True)), block_top, jnp.nan)  # so its sequence gives NaN
 
-    owner = (sequence == jnp.arange(batch)[:, None]) & live  # [B, W], of the step's blocks
+    owner = (sequence == jnp.arange(batch)[:, None]) & live  # [B, X], of the step's blocks
     tops = jnp.where(owner[..., None, None, None], block_top, NOTHING)
     top = jnp.maximum(seen.top, tops.max(1))
     share = jnp.exp(block_top - top[sequence])
 
     def join(old, new):
-      new = jnp.where(jnp.isfinite(new), new, 0).reshape(batch, -1)  # a NaN is in its owner's top: it stays with it
-      added = jnp.einsum('bw,wx->bx', owner.astype(jnp.float32), new, precision='highest')
+      new = jnp.where(jnp.isfinite(new), new, 0).reshape(batch, -1)  # 0 times another's NaN would be NaN
+      added = jnp.einsum('bx,xy->by', owner.astype(jnp.float32), new, precision='highest')
       return old * jnp.exp(seen.top - top) + added.reshape(old.shape)
 
     total = join(seen.total, weights.sum(-1, keepdims=True) * share)

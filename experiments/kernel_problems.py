@@ -1,9 +1,9 @@
-"""The problems that kernels are judged by, with the figures they have to reach, and the published kernels beside them."""
+"""The problems that kernels are judged by, with figures to reach, and the published kernels beside them."""
 
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pallas_kernels.static_cost import Case

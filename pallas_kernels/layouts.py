@@ -1,6 +1,7 @@
 """How a page holds its keys and values: three layouts, told apart by the pages' shape and the head size alone."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,27 @@ class PageLayout:
       f'pages {shape} are not [P, 2, K, G, D], [P, 2, K/2, G, 2D] or [P, 1, K, G, 2D] with the head size '
       f'D = {head_dim} of q; take q and pages of one model.'
     )
+
+  @classmethod
+  def of_heads(cls, shape: tuple[int, ...], kv_heads: int) -> 'PageLayout':
+    """The layout of pages of this shape that hold so many heads.
+
+    Raises:
+      ValueError: if no layout of such pages does.
+    """
+    head_dim, rest = divmod(math.prod(shape[1:3]) * shape[-1], 2 * max(kv_heads, 1))
+    layout = None if rest or not kv_heads else cls.of(shape, head_dim)
+    if layout is None or layout.kv_heads != kv_heads:
+      raise ValueError(
+        f'pages {shape} do not hold {kv_heads} key/value heads; expected [P, 2, K, G, D], [P, 2, K/2, G, 2D] or '
+        f'[P, 1, K, G, 2D] with K = {kv_heads}.'
+      )
+    return layout
+
+  @property
+  def halves(self) -> int:
+    """Heads, or a key and its value, side by side in a row: 1 or 2."""
+    return 1 if self.name == PLAIN else 2
 
   @property
   def page_shape(self) -> tuple[int, int, int, int]:

@@ -5,15 +5,16 @@ and fp8 into each other, and floats to and from int8 (or fp8) with a float32 sca
 scale, scale = largest magnitude / 127.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import Plain, Tuned, choose
+from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy import pallas_tpu, pallas_tpu_append, reference, xla
-from pallas_kernels.page_copy.conversion import QUANTIZED, PageLayout
+from pallas_kernels.page_copy.conversion import QUANTIZED
 
 Layers = jax.Array | Sequence[jax.Array]  # one layer's array, or one of each layer
 _FLOATS = ('float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'float8_e5m2')
@@ -26,7 +27,7 @@ def gather_pages(
   scales: Layers | None = None,
   dtype: Any = None,
   head_dim: int | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Any:
   """Copy pages into one contiguous array.
 
@@ -37,7 +38,8 @@ def gather_pages(
     dtype: Of the result; that of `pages` if None. int8 from floats quantizes; floats from pages with scales multiply by
       them; pages with scales in their own dtype are copied with their scales.
     head_dim: D, needed to quantize pages whose W is not D; W if None (W / 2 when A is 1).
-    implementation: 'xla', 'reference', 'pallas_tpu', or None for the fastest here.
+    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
+      fastest here.
 
   Returns:
     `[n, A, C, G, W]`, or `[n, L, A, C, G, W]` for a sequence of layers; if the result is quantized with scales, a pair
@@ -55,9 +57,8 @@ def gather_pages(
   scaled = target == jnp.int8 if layer_scales is None else target == source
   layout = _layout(layers, layer_scales, head_dim)
   _check_conversion(source, layer_scales is not None, target, scaled)
-  run = _choose('gather_pages', implementation, pallas_tpu.refusal(layers, target, scaled, layer_scales is not None))
-  if run is pallas_tpu.gather_pages:
-    run = functools.partial(run, config=pallas_tpu.rule(_device_kind(), len(layers)))
+  with_scales = scaled, layer_scales is not None
+  run = _choose('gather_pages', implementation, layers[0], layout, target, with_scales, ids.shape[0], len(layers))
   values, value_scales = run(layers, jnp.asarray(ids), layer_scales, dtype=target, scaled=scaled, layout=layout)
   if not many:
     values, value_scales = values[:, 0], None if value_scales is None else value_scales[:, 0]
@@ -71,7 +72,7 @@ def scatter_pages(
   *,
   scales: Layers | None = None,
   value_scales: jax.Array | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Any:
   """Put contiguous pages back, in place where the caller donates `pages` and `scales`.
 
@@ -81,7 +82,8 @@ def scatter_pages(
     values: `[n, A, C, G, W]`, or `[n, L, A, C, G, W]` for a sequence of layers; converted to what the pages are.
     scales: `[P, 2, K, G]` float32 beside quantized pages, as many as layers.
     value_scales: `[n, 2, K, G]` or `[n, L, 2, K, G]`, beside quantized values.
-    implementation: 'xla', 'reference', 'pallas_tpu', or None for the fastest here.
+    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
+      fastest here.
 
   Returns:
     The pages, as they were given; with `scales`, a pair of the pages and these.
@@ -100,7 +102,7 @@ def scatter_pages(
     raise ValueError(f'values {values.shape} are not the {expected} of {ids.shape[0]} pages of {layers[0].shape}.')
   if value_scales is not None:
     kv_heads = value_scales.shape[3] if value_scales.ndim == 5 else 0
-    PageLayout.of(layers[0].shape[1:], kv_heads)
+    PageLayout.of_heads(layers[0].shape, kv_heads)
     if value_scales.shape != (*expected[:2], 2, kv_heads, expected[4]) or value_scales.dtype != jnp.float32:
       raise ValueError(
         f'value_scales {value_scales.dtype} {value_scales.shape} are not the float32 [n, L, 2, K, G] of values '
@@ -109,10 +111,10 @@ def scatter_pages(
   _check_conversion(values.dtype, value_scales is not None, layers[0].dtype, layer_scales is not None)
   hint = layer_scales if layer_scales is not None else value_scales if value_scales is None else [value_scales[:, 0]]
   layout = _layout(layers, hint, None)
-  reason = pallas_tpu.refusal(layers, values.dtype, value_scales is not None, layer_scales is not None)
-  run = _choose('scatter_pages', implementation, reason)
-  if run is pallas_tpu.scatter_pages:
-    run = functools.partial(run, config=pallas_tpu.rule(_device_kind(), len(layers)))
+  with_scales = value_scales is not None, layer_scales is not None
+  run = _choose(
+    'scatter_pages', implementation, layers[0], layout, values.dtype, with_scales, ids.shape[0], len(layers)
+  )
   out, out_scales = run(layers, jnp.asarray(ids), values, layer_scales, value_scales, layout=layout)
   if not many:
     out, out_scales = out[0], None if out_scales is None else out_scales[0]
@@ -129,7 +131,7 @@ def append_tokens(
   offset: jax.Array,
   *,
   scales: jax.Array | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
 ) -> Any:
   """Write new tokens' keys and values into one layer's pages, in place where the caller donates `pages` and `scales`.
 
@@ -140,7 +142,8 @@ def append_tokens(
     page: `[T]` int32, the page of each token; a number out of the pool drops the token.
     offset: `[T]` int32, where in its page each token goes; no two tokens go to one place.
     scales: `[P, 2, K, G]` float32 beside quantized pages.
-    implementation: 'xla', 'reference', 'pallas_tpu', or None for the fastest here.
+    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
+      fastest here.
 
   Returns:
     The pages; with `scales`, a pair of the pages and these.
@@ -156,18 +159,14 @@ def append_tokens(
   for name, numbers in (('page', page), ('offset', offset)):
     if not jnp.issubdtype(numbers.dtype, jnp.integer):
       raise ValueError(f'{name} has dtype {numbers.dtype}, expected int32.')
-  layout = PageLayout.of(pages.shape[1:], k.shape[1])
+  layout = PageLayout.of_heads(pages.shape, k.shape[1])
   if layout.head_dim != k.shape[2]:
     raise ValueError(f'pages {pages.shape} hold heads of {layout.head_dim}, but k {k.shape} has heads of {k.shape[2]}.')
   _check_scales([pages], None if scales is None else [scales])
   if scales is not None and scales.shape[2] != k.shape[1]:
     raise ValueError(f'scales {scales.shape} are for {scales.shape[2]} heads, but k {k.shape} has {k.shape[1]}.')
   _check_conversion(k.dtype, False, pages.dtype, scales is not None)
-  run = _choose('append_tokens', implementation, pallas_tpu_append.refusal(pages, layout))
-  if run is pallas_tpu_append.append_tokens:
-    run = functools.partial(
-      run, config=pallas_tpu_append.rule(_device_kind(), pages.shape[1:], pages.dtype, k.shape[0])
-    )
+  run = _choose('append_tokens', implementation, pages, layout, k.dtype, (False, scales is not None), k.shape[0])
   out, out_scales = run(pages, k, v, jnp.asarray(page), jnp.asarray(offset), scales, layout=layout)
   return out if out_scales is None else (out, out_scales)
 
@@ -209,7 +208,7 @@ def _check_scales(layers: Sequence[jax.Array], scales: Sequence[jax.Array] | Non
   if len(scales) != len(layers):
     raise ValueError(f'{len(scales)} layers of scales do not belong to {len(layers)} layers of pages.')
   if scales[0].ndim == 4:
-    PageLayout.of(page[1:], scales[0].shape[2])
+    PageLayout.of_heads(page, scales[0].shape[2])
   if (
     scales[0].ndim != 4
     or scales[0].dtype != jnp.float32
@@ -220,13 +219,13 @@ def _check_scales(layers: Sequence[jax.Array], scales: Sequence[jax.Array] | Non
 
 
 def _layout(layers: Sequence[jax.Array], scales: Sequence[jax.Array] | None, head_dim: int | None) -> PageLayout:
-  page = layers[0].shape[1:]
-  split, blocks, _, width = page
+  shape = layers[0].shape
+  _, split, blocks, _, width = shape
   if scales is not None:
-    layout = PageLayout.of(page, scales[0].shape[2])
+    layout = PageLayout.of_heads(shape, scales[0].shape[2])
   else:
     dim = head_dim or (width if split == 2 else width // 2)
-    layout = PageLayout.of(page, split * blocks * width // (2 * dim))
+    layout = PageLayout.of_heads(shape, split * blocks * width // (2 * dim))
   if head_dim is not None and layout.head_dim != head_dim:
     raise ValueError(f'head_dim is {head_dim}, but pages {layers[0].shape} hold heads of {layout.head_dim}.')
   return layout
@@ -249,16 +248,34 @@ def _check_conversion(source: jnp.dtype, scaled: bool, target: jnp.dtype, target
 # ---------------------------------------------------------------------------- choice
 
 
-def _device_kind() -> str:
-  return jax.devices()[0].device_kind
-
-
-def _choose(function: str, implementation: str | None, refusal: str | None) -> Callable[..., Any]:
-  modules: dict[str, Any] = {'xla': xla, 'reference': reference}
-  modules['pallas_tpu'] = pallas_tpu_append if function == 'append_tokens' else pallas_tpu
-  module = modules.get(implementation or 'xla')
-  if module is None:
-    raise ValueError(f'implementation {implementation!r} is unknown; there are {", ".join(modules)}.')
-  if implementation == 'pallas_tpu' and refusal is not None:
-    raise ValueError(f'pallas_tpu cannot run {function}: {refusal}')
-  return getattr(module, function)
+def _choose(
+  function: str,
+  implementation: str | Sequence[str] | None,
+  pages: jax.Array,
+  layout: PageLayout,
+  values: jnp.dtype,
+  scaled: tuple[bool, bool],
+  count: int,
+  layers: int = 1,
+) -> Callable[..., Any]:
+  """The implementation to call, for `count` pages or tokens of a dtype, of which (they, the pages) have scales."""
+  tpu: Any = pallas_tpu_append if function == 'append_tokens' else pallas_tpu
+  run = getattr(tpu, function)
+  implementations: dict[str, Plain | Tuned] = {
+    'pallas_tpu': Tuned(lambda *args, device, **named: run(*args, **named), tpu.Config, tpu.rule, tpu.refusal),
+    'xla': Plain(getattr(xla, function)),
+    'reference': Plain(getattr(reference, function)),
+  }
+  facts = {
+    'function': function,
+    'dtype': pages.dtype.name,
+    'values': jnp.dtype(values).name,
+    'scaled': ('neither', 'pages', 'values', 'both')[2 * scaled[0] + scaled[1]],
+    'layout': layout.name,
+    'kv_heads': layout.kv_heads,
+    'head_dim': layout.head_dim,
+    'page_size': layout.page_size,
+    'layers': layers,
+    'tokens': count,
+  }
+  return choose('page_copy', implementations, implementation, facts)

@@ -19,7 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.page_copy.conversion import QUANTIZED, SMALLEST_ABSMAX, PageLayout, cast
+from pallas_kernels.devices import Device
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.page_copy.conversion import QUANTIZED, SMALLEST_ABSMAX, cast
+from pallas_kernels.tuning import Facts
 
 Layers = Sequence[jax.Array]
 _TILE_ELEMENTS = 64 * 1024  # converted in one go: 64 registers of float32
@@ -44,23 +47,24 @@ class Config:
   buffer_bytes: int = 8 * 2**20
 
 
-def rule(device_kind: str, num_layers: int) -> Config:
-  """The choice where nothing was tuned: about 64 DMAs in flight, and both cores of a v4 or v5p."""
-  cores = 2 if any(name in device_kind.lower() for name in ('v4', 'v5p')) or device_kind == 'TPU v5' else 1
-  return Config(units_in_flight=max(2, min(32, 64 // num_layers)), cores=cores)
+def rule(device: Device, facts: Facts) -> Config:
+  """What to take where nothing near was measured: about 64 copies in flight, and all cores."""
+  return Config(units_in_flight=max(2, min(32, 64 // int(facts['layers']))), cores=device.cores)
 
 
-def refusal(layers: Layers, values_dtype: jnp.dtype, scaled_values: bool, scaled_pages: bool) -> str | None:
-  """Why pages `[P, A, C, G, W]` cannot be copied here to or from `values_dtype`, in a sentence; None if they can."""
-  dtypes = {layers[0].dtype, jnp.dtype(values_dtype)}
-  page = layers[0].shape[1:]
+def refusal(config: Config, device: Device, facts: Facts) -> str | None:
+  """Why pages cannot be copied so on a device, or None."""
+  if device.platform != 'tpu':
+    return f'it is for TPUs, and this is {device.name}.'
+  dtypes = {jnp.dtype(str(facts['dtype'])), jnp.dtype(str(facts['values']))}
+  page_size = int(facts['page_size'])
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
     return f'Mosaic has no {" or ".join(unknown)}; it has float32, bfloat16, int8 and fp8.'
-  if len(dtypes) == 1 and scaled_values == scaled_pages:
+  if len(dtypes) == 1 and facts['scaled'] in ('both', 'neither'):
     return None
   for dtype in dtypes:
-    if page[2] % _sublanes(dtype):
-      return f'{page[2]} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
+    if page_size % _sublanes(dtype):
+      return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
   return None
 
 
@@ -148,7 +152,7 @@ def scatter_pages(
 
 
 def _scales_shape(layout: PageLayout) -> tuple[int, ...]:
-  return 2, layout.kv_heads, layout.page[2]
+  return 2, layout.kv_heads, layout.page_shape[2]
 
 
 def _copy(ids, pools, rows, *, gather, plain, layout, config, interpret, valid):
@@ -376,7 +380,7 @@ def _convert(size, slot, sources, targets, layout):
 
 def _place(half, block, part, layout):
   """Where the scales of part `part` of the lanes of `[half, block]` are: key or value, and head."""
-  if layout.page[0] == 1:
+  if layout.page_shape[0] == 1:
     return part, block
   return half, block * layout.halves + part
 

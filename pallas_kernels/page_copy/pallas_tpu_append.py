@@ -19,7 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.page_copy.conversion import QUANTIZED, PageLayout, cast, quantize
+from pallas_kernels.devices import Device
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.page_copy.conversion import QUANTIZED, cast, quantize
+from pallas_kernels.tuning import Facts
 
 _AHEAD, _FULL, _LATE = 0, 1, 2  # a run's tile is read some runs ahead, never, or after all earlier writes
 _PAGE, _ROW, _SOURCE, _FIRST, _END, _KIND, _COUNT = range(7)  # rows of the plan
@@ -44,25 +47,31 @@ class Config:
   cores: int = 1
 
 
-def rule(device_kind: str, page: tuple[int, ...], dtype: jnp.dtype, num_tokens: int) -> Config:
-  """The choice where nothing was tuned: the smallest tiles, 4 MB of them, and at most 4 MB of tokens a block."""
-  cores = 2 if any(name in device_kind.lower() for name in ('v4', 'v5p')) or device_kind == 'TPU v5' else 1
+def rule(device: Device, facts: Facts) -> Config:
+  """What to take where nothing near was measured: the smallest tiles, 4 MB of them and of the tokens of a block."""
+  dtype, num_tokens = jnp.dtype(str(facts['dtype'])), int(facts['tokens'])
   rows = _sublanes(dtype)
-  both, blocks, _, width = page
+  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
+  both, blocks, _, width = PageLayout(str(facts['layout']), *sizes).page_shape
   elements = both * blocks * -(-width // 128) * 128
   most = max(rows, 4 * 2**20 // (4 * elements) // rows * rows)
   block = min(most, 256, -(-num_tokens // rows) * rows)
   slots = max(4, min(32, 4 * 2**20 // (elements * rows * jnp.dtype(dtype).itemsize)))
-  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=cores)
+  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=device.cores)
 
 
-def refusal(pages: jax.Array, layout: PageLayout) -> str | None:
-  """Why tokens cannot be written into these pages `[P, A, C, G, W]` here, in a sentence; None if they can."""
+def refusal(config: Config, device: Device, facts: Facts) -> str | None:
+  """Why tokens cannot be written so into pages on a device, or None."""
   names = ('float32', 'bfloat16', *map(str, QUANTIZED))
-  if pages.dtype.name not in names:
-    return f'Mosaic does not convert to {pages.dtype}; it does {", ".join(names)}.'
-  if layout.page[2] % _sublanes(pages.dtype):
-    return f'{layout.page[2]} tokens a page are not whole tiles of {_sublanes(pages.dtype)} rows of {pages.dtype}.'
+  dtype, page_size = jnp.dtype(str(facts['dtype'])), int(facts['page_size'])
+  if device.platform != 'tpu':
+    return f'it is for TPUs, and this is {device.name}.'
+  if dtype.name not in names:
+    return f'Mosaic does not convert to {dtype}; it does {", ".join(names)}.'
+  if page_size % _sublanes(dtype):
+    return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
+  if page_size % config.tile_rows or config.tile_rows % _sublanes(dtype):
+    return f'tiles of {config.tile_rows} rows do not cut pages of {page_size} tokens of {dtype} into whole tiles.'
   return None
 
 
@@ -105,7 +114,7 @@ def append_tokens(
     blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, -blocks.shape[2] % 8), (0, -blocks.shape[3] % 128)))
     scales = _write_scales(scales, blocks, plan, config, interpret, static_runs)
 
-  rows = layout.join(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
+  rows = layout.pack(cast(parts, pages.dtype).astype(jnp.float32))  # [A, C, T, W]
   lanes = min(width, 128)  # a window may start at any row only where rows are one register wide
   rows = rows.reshape(both, heads, -1, width // lanes, lanes)
   rows = jnp.moveaxis(rows, 3, 2).reshape(both, heads * (width // lanes), -1, lanes)

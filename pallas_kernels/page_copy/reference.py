@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.page_copy.conversion import PageLayout, cast, convert, quantize
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.page_copy.conversion import cast, convert, quantize
 
 Layers = Sequence[jax.Array]
 
@@ -59,5 +60,5 @@ def append_tokens(
   if scales is not None:
     tokens, new_scales = quantize(tokens, pages.dtype)
     scales = scales.at[page, :, :, offset].set(new_scales, mode='drop')
-  rows = cast(layout.join(tokens[..., None, :])[..., 0, :], pages.dtype)  # [T, A, C, W]
+  rows = cast(layout.pack(tokens[..., None, :])[..., 0, :], pages.dtype)  # [T, A, C, W]
   return pages.at[page, :, :, offset].set(rows, mode='drop'), scales

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy import reference
-from pallas_kernels.page_copy.conversion import PageLayout, convert
+from pallas_kernels.page_copy.conversion import convert
 
 Layers = Sequence[jax.Array]
 

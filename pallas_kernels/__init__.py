@@ -1,6 +1,7 @@
-"""Attention kernels over paged keys and values: arrays in, arrays out."""
+"""Kernels of LLM inference over paged keys and values: arrays in, arrays out."""
 
+from pallas_kernels.page_copy import append_tokens, gather_pages, scatter_pages
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
-__all__ = ['paged_attention', 'prefill_attention']
+__all__ = ['append_tokens', 'gather_pages', 'paged_attention', 'prefill_attention', 'scatter_pages']

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import paged_attention, prefill_attention
+from pallas_kernels import append_tokens, paged_attention, prefill_attention
 from pdjax.engine.slots import Sequences, Slots
-from pdjax.kv.pages import LAYER_SPEC, KVPages, write
+from pdjax.kv.pages import LAYER_SPEC, KVPages
 from pdjax.model.sampling import Chosen, Sampling, sample
 from pdjax.model.transformer import Transformer, Weights, bind
 from pdjax.sharding import MESH_AXES, ShardingRules, replicated
@@ -110,7 +110,7 @@ class Passes:
     split = 0 if chunks is None else chunks.tokens.shape[0]
 
     def attend(window, q, k, v, layer, rows, chunks, slots):
-      layer = write(layer, k, v, rows.page, rows.offset)
+      layer = append_tokens(layer, k, v, rows.page, rows.offset)
       parts = []
       if chunks is not None:
         parts.append(

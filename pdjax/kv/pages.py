@@ -57,19 +57,6 @@ def page_bytes(model: ModelSpec, page_size: int, dtype: jnp.dtype) -> int:
   return page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)
 
 
-def write(layer: jax.Array, k: jax.Array, v: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
-  """Put new tokens' keys and values into one layer's pool.
-
-  Args:
-    layer: `[P, 2, K, G, D]`.
-    k: `[T, K, D]`.
-    v: `[T, K, D]`.
-    page: `[T]`; a page number past the pool drops the token.
-    offset: `[T]`, where in its page each token goes.
-  """
-  return layer.at[page, :, :, offset].set(jnp.stack([k, v], axis=1).astype(layer.dtype), mode='drop')
-
-
 GATHERED_HEADS_AXIS = 3  # of what `gather` returns
 GATHERED_SPEC = PartitionSpec(None, None, None, 'kv')
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import append_tokens as write
 from pdjax.kv import KVPages, page_bytes
-from pdjax.kv.pages import copy, gather, scatter, write
+from pdjax.kv.pages import copy, gather, scatter
 from pdjax.sharding import make_mesh
 from tests.tiny import TINY, TINY_8_2
 

@@ -14,6 +14,7 @@ It ends when the last block's result has left VMEM.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ class Config:
   block_m: int = 256  # rows of activations at most, in VMEM at once
   block_n: int = 1280  # columns a step
   block_k: int = 4096  # rows of K a step at most
-  lead_k: int = 1024  # rows of K a piece of the first, narrower step
+  lead_n: int = 512  # columns a step at the beginning, as long as `block_n` does not divide what is left
+  lead_blocks: int = 1  # as many whole blocks are walked in narrower steps too: the first arrive sooner
   tile_n: int = 256  # columns a product
   tile_k: int = 256  # rows of K a product; no more than a group
   depth: int = 3  # blocks of weights in VMEM
@@ -69,11 +71,19 @@ class _Plan:
 
   @property
   def steps_n(self) -> int:
-    return self.size_n // self.block_n
+    return (self.size_n - self.lead_n) // self.block_n
 
   @property
   def lead_n(self) -> int:
-    return self.size_n % self.block_n
+    """Columns that go before the whole blocks, in narrower ones."""
+    left = self.size_n % self.block_n
+    if self.config.lead_n >= self.block_n:
+      return left
+    return left + self.block_n * min(self.config.lead_blocks, self.size_n // self.block_n)
+
+  @property
+  def lead_width(self) -> int:
+    return _divisor(self.lead_n, self.config.lead_n, LANES) if self.lead_n else LANES
 
   @property
   def run(self) -> int:
@@ -104,227 +114,192 @@ def _unpack(words):
   return jnp.concatenate(parts, axis=1).reshape(8 * height, width)
 
 
-def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, lead_w, scales, lead_scales, row_scales, out, lead_out,
-            sums, total, x_done, w_done, lead_done, scale_done, lead_scale_done, row_done, out_done, lead_out_done,
-            *, plan: _Plan):  # fmt: skip
-  config, rows = plan.config, plan.rows
-  block_n, block_k, lead_n = plan.block_n, plan.block_k, plan.lead_n
-  steps_n, steps_k = plan.steps_n, plan.steps_k
-  steps = steps_n * steps_k
-  row_block = pl.program_id(0)
-  base = pl.multiple_of(pl.program_id(1) * plan.size_n, LANES)
-  runs = block_k // plan.run  # scales of a block
+def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales, out, sums, total,
+            x_done, w_done, scale_done, row_done, out_done, *, plan: _Plan):  # fmt: skip
+  config, rows, steps_k, block_k = plan.config, plan.rows, plan.steps_k, plan.block_k
   int4, w8a8 = plan.kind == 'int4', plan.kind == 'w8a8'
+  runs = block_k // plan.run  # scales of a block
+  row_block = pl.program_id(0)
+  base = pl.program_id(1) * plan.size_n
+  narrow = plan.lead_n // plan.lead_width * steps_k  # steps of the narrower blocks
+  steps = narrow + plan.steps_n * steps_k
 
-  def column(step):  # where a whole block begins
-    return pl.multiple_of(base + lead_n + jax.lax.div(step, steps_k) * block_n, LANES)
+  def columns(step, width):
+    if width == plan.block_n:
+      start = plan.lead_n + jax.lax.div(step - narrow, steps_k) * width
+    else:
+      start = jax.lax.div(step, steps_k) * width
+    return pl.ds(pl.multiple_of(base + start, LANES), width)
 
-  def block_copies(step):
+  def block_copies(step, width):
     slot, index_k = jax.lax.rem(step, config.depth), jax.lax.rem(step, steps_k)
     height = block_k // plan.packing
-    start = pl.multiple_of(index_k * height, 8)
-    columns = pl.ds(column(step), block_n)
+    entry = jax.lax.div(index_k * block_k, plan.group) if plan.group > block_k else index_k
+    source = w_hbm.at[pl.ds(pl.multiple_of(index_k * height, 8), height), columns(step, width)]
     return (
-      pltpu.make_async_copy(w_hbm.at[pl.ds(start, height), columns], w.at[slot], w_done.at[slot]),
+      pltpu.make_async_copy(source, w.at[slot, :, :width], w_done.at[slot]),
       pltpu.make_async_copy(
-        scale_hbm.at[jax.lax.div(index_k * block_k, plan.group) if plan.group > block_k else index_k, :, columns],
-        scales.at[slot],
-        scale_done.at[slot],
+        scale_hbm.at[entry, :, columns(step, width)], scales.at[slot, :, :width], scale_done.at[slot]
       ),
     )
 
-  def out_copy(step_n):
-    slot = jax.lax.rem(step_n, 2)
-    columns = pl.ds(pl.multiple_of(base + lead_n + step_n * block_n, LANES), block_n)
-    return pltpu.make_async_copy(out.at[slot], out_hbm.at[row_block, :, columns], out_done.at[slot])
+  def out_copy(step, width):
+    slot = jax.lax.rem(jax.lax.div(step, steps_k), 2)
+    target = out_hbm.at[row_block, :, columns(step, width)]
+    return pltpu.make_async_copy(out.at[slot, :, :width], target, out_done.at[slot])
 
   def start(step):
-    for copy in block_copies(step):
-      copy.start()
+    """Start to copy the weights of a step, if there is one."""
+    if narrow:
 
-  # Pieces of the activations: whole blocks of K, or, for a narrower first step, smaller.
-  piece = _divisor(block_k, config.lead_k, max(LANES, plan.run if plan.run <= config.lead_k else LANES))
-  pieces = [(k, a) for k in range(steps_k) for a in range(0, block_k, piece)]
-  x_copies = [
-    pltpu.make_async_copy(
-      x_hbm.at[row_block, :, k * block_k + a : k * block_k + a + piece], x.at[k, :, a : a + piece], x_done.at[index]
-    )
-    for index, (k, a) in enumerate(pieces)
-  ]
-  lead_copies = []
-  if lead_n:
-    columns = pl.ds(base, lead_n)
-    for index, (k, a) in enumerate(pieces):
-      place = pl.ds((k * block_k + a) // plan.packing, piece // plan.packing)
-      lead_copies.append(pltpu.make_async_copy(w_hbm.at[place, columns], lead_w.at[place], lead_done.at[index]))
-    lead_scale_copy = pltpu.make_async_copy(scale_hbm.at[:, :, columns], lead_scales, lead_scale_done)
-  if w8a8:
-    row_copy = pltpu.make_async_copy(row_hbm.at[row_block], row_scales, row_done)
-    row_copy.start()
-  if lead_n:
-    lead_scale_copy.start()
-  for index, copy in enumerate(x_copies):
-    copy.start()
-    if lead_n:
-      lead_copies[index].start()
-  if steps and not lead_n:
-    start(0)
+      @pl.when(step < narrow)
+      def _():
+        for copy in block_copies(step, plan.lead_width):
+          copy.start()
 
-  def sum_activations(k, a):
-    """Sums of the activations of each run of a piece, times what each is too much by, in all lanes: by run."""
-    found = {}
-    ones = jnp.full((LANES, LANES), _BIAS, jnp.bfloat16)
-    for run_start in range(a // plan.run * plan.run, a + piece, plan.run):
-      run = run_start // plan.run
-      result = None
-      for at in range(max(a, run_start), min(a + piece, run_start + plan.run), LANES):
-        depth = min(LANES, block_k - at)
-        part = jnp.dot(x[k, :, at : at + depth], ones[:depth], preferred_element_type=jnp.float32)
-        result = part if result is None else result + part
-      result = _join(result)
-      found[run] = result
-      sums[k * runs + run] = result if a <= run_start else sums[k * runs + run] + result
-    return found
+    @pl.when((step >= narrow) & (step < steps))
+    def _():
+      for copy in block_copies(step, plan.block_n):
+        copy.start()
 
-  def _join(product):
-    """The sum over the pieces of the activations."""
+  def wait_out(step):
+    """Wait for the result of a step, if there is one."""
+    if narrow:
+      pl.when((step >= 0) & (step < narrow))(lambda: out_copy(step, plan.lead_width).wait())
+    pl.when(step >= narrow)(lambda: out_copy(step, plan.block_n).wait())
+
+  def join(product):
+    """The sum over the parts of the activations."""
     result = product[:rows]
     for index in range(1, plan.pieces):
       result = result + product[index * rows : (index + 1) * rows]
     return result
 
-  def load(weights, height, width, k, n):
-    part = weights[k // plan.packing : (k + height) // plan.packing, n : n + width]
+  x_copies = [
+    pltpu.make_async_copy(x_hbm.at[row_block, :, k * block_k : (k + 1) * block_k], x.at[k], x_done.at[k])
+    for k in range(steps_k)
+  ]
+  for copy in x_copies:
+    copy.start()
+  start(jnp.int32(0))
+  if w8a8:
+    row_copy = pltpu.make_async_copy(row_hbm.at[row_block], row_scales, row_done)
+    row_copy.start()
+    row_copy.wait()
+  for k, copy in enumerate(x_copies):
+    copy.wait()
+    if k == steps_k - 1 and config.depth > 2:
+      start(jnp.int32(1))  # not before: the first blocks shall not share the bandwidth with later ones
+    if not int4:
+      continue
+    for run in range(runs):
+      places = [slice(at, min(at + LANES, (run + 1) * plan.run)) for at in range(run * plan.run, (run + 1) * plan.run, LANES)]
+      sums[k * runs + run] = _surplus([x[k, :, place] for place in places], rows)
+
+  def load(slot, tile):
+    n, width, _, at, height, _ = tile
+    part = w[slot, at // plan.packing : (at + height) // plan.packing, n : n + width]
     if int4:
       return _unpack(part)
     return part if w8a8 and config.integer else part.astype(jnp.bfloat16)
 
-  accumulate = jnp.int32 if w8a8 and config.integer else jnp.float32
-
-  def multiply(k, weights, scale_rows, low, high, width, tile_done, surplus):
-    """Rows low to high of block k of K times `width` columns of weights, tile by tile, to `tile_done(n, columns, sum)`."""
-    tiles = []
-    for n in range(0, width, config.tile_n):
-      for run_start in range(low // plan.run * plan.run, high, plan.run):
-        end = min(high, run_start + plan.run)
-        at = max(low, run_start)
-        while at < end:
-          height = min(config.tile_k, end - at)
-          tiles.append((n, min(config.tile_n, width - n), run_start // plan.run, at, height, at + height == end))
-          at += height
-    get = lambda tile: load(weights, tile[4], tile[1], tile[3] - low, tile[0])  # noqa: E731
-    coming = get(tiles[0])
-    product = result = None
-    for index, (n, columns, run, at, height, run_ends) in enumerate(tiles):
-      tile, coming = coming, get(tiles[index + 1]) if index + 1 < len(tiles) else None
-      activations = x[k, :, at : at + height]
-      if w8a8 and not config.integer:
-        activations = activations.astype(jnp.bfloat16)
-      part = _join(jnp.dot(activations, tile, preferred_element_type=accumulate))
-      product = part if product is None else product + part
-      if not run_ends:
-        continue
-      product = product.astype(jnp.float32)
-      if int4:
-        product = product - jnp.concatenate([surplus(run)] * (columns // LANES), axis=1)
-      product = product * scale_rows(run, n, columns)
-      result = product if result is None else result + product
-      product = None
-      if at + height == high:
-        tile_done(n, columns, result)
-        result = None
-
   def finish(value):
     if w8a8:
-      value = value * jnp.concatenate([row_scales[...]] * (value.shape[1] // LANES), axis=1)
+      value = value * _widen(row_scales[...], value.shape[1])
     return value.astype(plan.out_dtype)
 
-  # The columns left over, as soon as there is something to multiply.
-  if lead_n:
-    lead_scale_copy.wait()
-  for index, (k, a) in enumerate(pieces):
-    x_copies[index].wait()
-    surplus = sum_activations(k, a).get if int4 else None
-    if not lead_n:
-      continue
-    lead_copies[index].wait()
-    if index == len(pieces) - 1 and steps:
-      start(0)
-    whole = k * block_k + a
+  accumulate = jnp.int32 if w8a8 and config.integer else jnp.float32
 
-    def lead_done_tile(n, columns, value, index=index):
-      if index:
-        value = value + total[:, n : n + columns]
-      if index < len(pieces) - 1:
-        total[:, n : n + columns] = value
-      else:
-        lead_out[:, n : n + columns] = finish(value)
+  def step_of(width):
+    tiles = []  # first column, columns, run, first row of K, rows of K, whether the run ends
+    for n in range(0, width, config.tile_n):
+      for run in range(runs):
+        end = (run + 1) * plan.run
+        for at in range(run * plan.run, end, config.tile_k):
+          height = min(config.tile_k, end - at)
+          tiles.append((n, min(config.tile_n, width - n), run, at, height, at + height == end))
 
-    def lead_scale(run, n, columns, k=k):
-      entry = k * block_k // plan.group if plan.group > block_k else k
-      return lead_scales[entry, run : run + 1, n : n + columns]
-
-    place = lead_w.at[whole // plan.packing : (whole + piece) // plan.packing]
-    multiply(k, place, lead_scale, a, a + piece, lead_n, lead_done_tile, surplus)
-  if w8a8:
-    row_copy.wait()
-  lead_out_copy = None
-  if lead_n:
-    lead_out_copy = pltpu.make_async_copy(lead_out, out_hbm.at[row_block, :, pl.ds(base, lead_n)], lead_out_done)
-    lead_out_copy.start()
-
-  def body(step, _):
-    slot, index_k, step_n = jax.lax.rem(step, config.depth), jax.lax.rem(step, steps_k), jax.lax.div(step, steps_k)
-    for copy in block_copies(step):
-      copy.wait()
-    ahead = config.depth - 1
-
-    @pl.when(step == 0)
-    def _():
-      for later in range(1, min(ahead, steps)):
-        start(later)
-
-    @pl.when(step + ahead < steps)
-    def _():
-      start(step + ahead)
-
-    out_slot = jax.lax.rem(step_n, 2)
-
-    @pl.when((index_k == 0) & (step_n >= 2))
-    def _():
-      out_copy(step_n - 2).wait()
-
-    def done(n, columns, value):
-      place = slice(n, n + columns)
+    def body(step, _):
+      slot, index_k = jax.lax.rem(step, config.depth), jax.lax.rem(step, steps_k)
+      out_slot = jax.lax.rem(jax.lax.div(step, steps_k), 2)
+      for copy in block_copies(step, width):
+        copy.wait()
       if steps_k == 1:
-        out[out_slot, :, place] = finish(value)
-        return
-      value = value + jnp.where(index_k == 0, 0, total[:, place])
-      total[:, place] = value
-      out[out_slot, :, place] = finish(value)  # until the last block of K, in vain
+        wait_out(step - 2)
+      else:
+        pl.when(index_k == 0)(lambda: wait_out(step - 2 * steps_k))
+      if width != plan.block_n or not narrow:
 
-    multiply(
-      index_k,
-      w.at[slot],
-      lambda run, n, columns: scales[slot, run : run + 1, n : n + columns],
-      0,
-      block_k,
-      block_n,
-      done,
-      lambda run: sums[index_k * runs + run],
-    )
-    if steps_k == 1:
-      out_copy(step_n).start()
-    else:
-      pl.when(index_k == steps_k - 1)(lambda: out_copy(step_n).start())
-    return 0
+        @pl.when(step == 0)
+        def _():
+          for later in range(2, config.depth - 1):
+            start(jnp.int32(later))
 
-  if steps:
-    jax.lax.fori_loop(0, steps, body, 0)
-    for step_n in range(max(0, steps_n - 2), steps_n):
-      out_copy(step_n).wait()
-  if lead_out_copy is not None:
-    lead_out_copy.wait()
+      coming = load(slot, tiles[0])
+      product = result = None
+      for index, (n, size, run, at, height, run_ends) in enumerate(tiles):
+        tile, coming = coming, load(slot, tiles[index + 1]) if index + 1 < len(tiles) else None
+        activations = x[index_k, :, at : at + height]
+        if index == min(1, len(tiles) - 1):
+          start(step + config.depth - 1)  # its scalar work runs beside the products
+        if w8a8 and not config.integer:
+          activations = activations.astype(jnp.bfloat16)
+        part = join(jnp.dot(activations, tile, preferred_element_type=accumulate))
+        product = part if product is None else product + part
+        if not run_ends:
+          continue
+        product = product.astype(jnp.float32)
+        if int4:
+          product = product - _widen(sums[index_k * runs + run], size)
+        product = product * scales[slot, run : run + 1, n : n + size]
+        result = product if result is None else result + product
+        product = None
+        if run < runs - 1:
+          continue
+        place = slice(n, n + size)
+        if steps_k > 1:
+          result = result + jnp.where(index_k == 0, 0, total[:, place])
+          total[:, place] = result
+        out[out_slot, :, place] = finish(result)  # before the last block of K, in vain
+        result = None
+      if steps_k == 1:
+        out_copy(step, width).start()
+      else:
+        pl.when(index_k == steps_k - 1)(lambda: out_copy(step, width).start())
+      return 0
+
+    return body
+
+  if narrow:
+    jax.lax.fori_loop(0, narrow, step_of(plan.lead_width), 0)
+  if steps > narrow:
+    jax.lax.fori_loop(narrow, steps, step_of(plan.block_n), 0)
+  for back in (2, 1):
+    if steps >= back * steps_k:
+      wait_out(jnp.int32(steps - back * steps_k))
+
+
+def _surplus(tiles, rows: int):
+  """Sums of activations `[pieces · rows, ≤ 128]` over lanes, tiles and pieces, times what weights are too large by.
+
+  `[rows, 128]`, the same in all lanes: a product with ones, which unlike a reduction leaves it spread out.
+  """
+  whole = [tile.astype(jnp.float32) for tile in tiles if tile.shape[1] == LANES]
+  parts = [tile for tile in tiles if tile.shape[1] < LANES]
+  if len(whole) == 1:
+    parts.append(tiles[0])
+  elif whole:
+    parts.append(functools.reduce(jnp.add, whole))
+  result = 0
+  for part in parts:
+    ones = jnp.full((part.shape[1], LANES), _BIAS, part.dtype)
+    result = result + jnp.dot(part, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  return functools.reduce(jnp.add, [result[at : at + rows] for at in range(0, result.shape[0], rows)])
+
+
+def _widen(lanes, width: int):
+  """Values that are the same in all 128 lanes, in `width` of them."""
+  return jnp.concatenate([lanes] * (width // LANES), axis=1)
 
 
 def vmem_bytes(plan: _Plan) -> int:
@@ -333,41 +308,31 @@ def vmem_bytes(plan: _Plan) -> int:
 
 
 def _buffers(plan: _Plan):
-  """Each buffer's bytes, rounded up to whole tiles, and its scratch shape."""
-  config, rows, kinds = plan.config, plan.rows, {}
-  weights = jnp.int32 if plan.kind == 'int4' else jnp.int8
-  activations = jnp.int8 if plan.kind == 'w8a8' else jnp.bfloat16
+  """Each buffer's bytes, rounded up to whole tiles, and its scratch shape, in the kernel's order."""
+  config, rows, block_n = plan.config, plan.rows, max(plan.block_n, plan.lead_width)
   runs = plan.block_k // plan.run
-  height = plan.size_k // plan.packing
-  lead_n = max(plan.lead_n, LANES)
-  entries = plan.size_k // plan.group if plan.group > plan.block_k else plan.steps_k
-  one_row = rows if plan.kind == 'w8a8' else 8
   shapes = dict(
-    x=((plan.steps_k, plan.pieces * rows, plan.block_k), activations),
-    w=((config.depth, plan.block_k // plan.packing, plan.block_n), weights),
-    lead_w=((height if plan.lead_n else 32, lead_n), weights),
-    scales=((config.depth, runs, plan.block_n), jnp.float32),
-    lead_scales=((entries, runs, lead_n), jnp.float32),
-    row_scales=((one_row, LANES), jnp.float32),
-    out=((2, rows, plan.block_n), plan.out_dtype),
-    lead_out=((rows, lead_n), plan.out_dtype),
+    x=((plan.steps_k, plan.pieces * rows, plan.block_k), jnp.int8 if plan.kind == 'w8a8' else jnp.bfloat16),
+    w=((config.depth, plan.block_k // plan.packing, block_n), jnp.int32 if plan.kind == 'int4' else jnp.int8),
+    scales=((config.depth, runs, block_n), jnp.float32),
+    row_scales=((rows if plan.kind == 'w8a8' else 8, LANES), jnp.float32),
+    out=((2, rows, block_n), plan.out_dtype),
     sums=((plan.steps_k * runs, rows, LANES) if plan.kind == 'int4' else (1, 8, LANES), jnp.float32),
-    total=((rows, max(lead_n, plan.block_n if plan.steps_k > 1 else 0)), jnp.float32),
+    total=((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
   )
+  buffers = {}
   for name, (shape, dtype) in shapes.items():
     *outer, height, width = shape
     size = jnp.dtype(dtype).itemsize
-    tile = 32 // size
-    count = functools.reduce(lambda a, b: a * b, outer, 1)
-    kinds[name] = (count * -(-height // tile) * tile * -(-width // LANES) * LANES * size, pltpu.VMEM(shape, dtype))
-  return kinds
+    padded = (*outer, _round_up(height, 32 // size), _round_up(width, LANES))
+    buffers[name] = (math.prod(padded) * size, pltpu.VMEM(shape, dtype))
+  return buffers
 
 
 def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
   """The kernel on padded operands: x `[blocks, pieces · rows, K]`, weights as stored, scales `[.., runs, N]`."""
   config = plan.config
   blocks = x.shape[0]
-  pieces = plan.steps_k * -(-plan.block_k // LANES)
   dma = pltpu.SemaphoreType.DMA
   hbm = pl.BlockSpec(memory_space=pl.ANY)
   return pl.pallas_call(
@@ -378,14 +343,11 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
     out_shape=jax.ShapeDtypeStruct((blocks, plan.rows, plan.size_n * config.cores), plan.out_dtype),
     scratch_shapes=[
       *(shape for _, shape in _buffers(plan).values()),
-      dma((pieces,)),
+      dma((plan.steps_k,)),
       dma((config.depth,)),
-      dma((pieces,)),
       dma((config.depth,)),
-      dma(()),
       dma(()),
       dma((2,)),
-      dma(()),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel'),
@@ -429,7 +391,7 @@ def quantized_matmul(x, weights, scales, *, x_scales=None, out_dtype, config: Co
   size_n = weights.shape[1]
   blocks = -(-size_m // config.block_m)
   x = jnp.pad(x, ((0, blocks * plan.rows - size_m), (0, plan.size_k - size_k)))
-  x = _split(x, plan.pieces).reshape(plan.pieces, blocks, plan.rows, plan.size_k)
+  x = jnp.stack(_split(x, plan.pieces)).reshape(plan.pieces, blocks, plan.rows, plan.size_k)
   x = jnp.moveaxis(x, 0, 1).reshape(blocks, plan.pieces * plan.rows, plan.size_k)
   wide = plan.size_n * config.cores
   weights = jnp.pad(weights, ((0, plan.size_k // plan.packing - weights.shape[0]), (0, wide - size_n)))
@@ -439,17 +401,17 @@ def quantized_matmul(x, weights, scales, *, x_scales=None, out_dtype, config: Co
     row_scales = jnp.pad(x_scales.astype(jnp.float32), (0, blocks * plan.rows - size_m)).reshape(blocks, plan.rows, 1)
     row_scales = jnp.broadcast_to(row_scales, (blocks, plan.rows, LANES))
   else:
-    row_scales = jnp.zeros((blocks, 8, LANES), jnp.float32)
+    row_scales = scales  # not read
   out = _call(x, weights, scales, row_scales, plan, interpret)
   return out.reshape(blocks * plan.rows, wide)[:size_m, :size_n]
 
 
 def _split(x, pieces: int):
-  """Activations as bfloat16 parts `[pieces, M, K]` that add up to them."""
+  """Float32 values as so many bfloat16 parts that add up to them; bfloat16 and int8 as they are."""
   if x.dtype != jnp.float32:
-    return x[None]
+    return [x]
   parts = []
   for _ in range(pieces):
     parts.append(x.astype(jnp.bfloat16))
     x = x - parts[-1].astype(jnp.float32)
-  return jnp.stack(parts)
+  return parts

@@ -91,6 +91,11 @@ class _Plan:
     return min(self.group, self.block_k)
 
   @property
+  def by_sums(self) -> bool:
+    """Whether the surplus of four-bit weights is taken away all at once."""
+    return self.kind == 'int4' and self.config.correction == 'sums' and self.block_k // self.run in (16, 32, 64, 128)
+
+  @property
   def packing(self) -> int:
     """Rows of K in one row of the stored weights."""
     return 8 if self.kind == 'int4' else 1
@@ -114,7 +119,7 @@ def _unpack(words):
   return jnp.concatenate(parts, axis=1).reshape(8 * height, width)
 
 
-def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales, out, sums, total,
+def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales, out, sums, spread, total,
             x_done, w_done, scale_done, row_done, out_done, *, plan: _Plan):  # fmt: skip
   config, rows, steps_k, block_k = plan.config, plan.rows, plan.steps_k, plan.block_k
   int4, w8a8 = plan.kind == 'int4', plan.kind == 'w8a8'
@@ -193,8 +198,11 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
     if not int4:
       continue
     for run in range(runs):
-      places = [slice(at, min(at + LANES, (run + 1) * plan.run)) for at in range(run * plan.run, (run + 1) * plan.run, LANES)]
-      sums[k * runs + run] = _surplus([x[k, :, place] for place in places], rows)
+      starts = range(run * plan.run, (run + 1) * plan.run, LANES)
+      tiles = [x[k, :, at : min(at + LANES, (run + 1) * plan.run)] for at in starts]
+      sums[k * runs + run] = _surplus(tiles, rows)
+    if plan.by_sums:
+      spread[k] = _spread([sums[k * runs + run] for run in range(runs)])
 
   def load(slot, tile):
     n, width, _, at, height, _ = tile
@@ -249,13 +257,15 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
         if not run_ends:
           continue
         product = product.astype(jnp.float32)
-        if int4:
+        if int4 and not plan.by_sums:
           product = product - _widen(sums[index_k * runs + run], size)
         product = product * scales[slot, run : run + 1, n : n + size]
         result = product if result is None else result + product
         product = None
         if run < runs - 1:
           continue
+        if plan.by_sums:
+          result = result - _times_scales(spread[index_k], scales[slot, :, n : n + size])
         place = slice(n, n + size)
         if steps_k > 1:
           result = result + jnp.where(index_k == 0, 0, total[:, place])
@@ -293,8 +303,38 @@ def _surplus(tiles, rows: int):
   result = 0
   for part in parts:
     ones = jnp.full((part.shape[1], LANES), _BIAS, part.dtype)
-    result = result + jnp.dot(part, ones, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if part.dtype == jnp.float32 else None
+    result = result + jnp.dot(part, ones, precision=precision, preferred_element_type=jnp.float32)
   return functools.reduce(jnp.add, [result[at : at + rows] for at in range(0, result.shape[0], rows)])
+
+
+_TERMS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))  # of a product of two values in three parts: those that count
+
+
+def _spread(sums):
+  """Sums of R runs, each `[rows, 128]` with the same in all lanes, as bfloat16 `[rows, 6·R]` for `_times_scales`."""
+  runs = len(sums)
+  lane = jax.lax.broadcasted_iota(jnp.int32, sums[0].shape, 1)
+  values = sums[0]
+  for run in range(1, runs):
+    values = jnp.where(jax.lax.rem(lane, runs) == run, sums[run], values)
+  parts = []
+  for _ in range(3):
+    parts.append(_top(values))
+    values = values - parts[-1]
+  tiles = []
+  for start in range(0, len(_TERMS) * runs, LANES):
+    tile = parts[0]
+    for index, (part, _) in enumerate(_TERMS):
+      tile = jnp.where(jax.lax.div(lane + start, runs) == index, parts[part], tile)
+    tiles.append(tile)
+  return jnp.concatenate(tiles, axis=1)[:, : len(_TERMS) * runs].astype(jnp.bfloat16)
+
+
+def _times_scales(spread, scales):
+  """The product of `_spread` sums and scales `[R, n]`, as good as in float32, in one go: K is the six terms times R."""
+  parts = _split(scales, 3)
+  return jnp.dot(spread, jnp.concatenate([parts[part] for _, part in _TERMS]), preferred_element_type=jnp.float32)
 
 
 def _widen(lanes, width: int):
@@ -318,6 +358,7 @@ def _buffers(plan: _Plan):
     row_scales=((rows if plan.kind == 'w8a8' else 8, LANES), jnp.float32),
     out=((2, rows, block_n), plan.out_dtype),
     sums=((plan.steps_k * runs, rows, LANES) if plan.kind == 'int4' else (1, 8, LANES), jnp.float32),
+    spread=((plan.steps_k, rows, len(_TERMS) * runs) if plan.by_sums else (1, 16, LANES), jnp.bfloat16),
     total=((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
   )
   buffers = {}
@@ -412,6 +453,12 @@ def _split(x, pieces: int):
     return [x]
   parts = []
   for _ in range(pieces):
-    parts.append(x.astype(jnp.bfloat16))
-    x = x - parts[-1].astype(jnp.float32)
+    parts.append(_top(x).astype(jnp.bfloat16))
+    x = x - _top(x)
   return parts
+
+
+def _top(x):
+  """Float32 values less what bfloat16 has no bits for. Not a conversion and back: compilers leave that out."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -65536
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)

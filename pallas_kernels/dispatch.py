@@ -1,0 +1,107 @@
+"""Which implementation of a kernel runs, with which parameters: by what was asked for, the device and the shape."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from pallas_kernels import tuning
+from pallas_kernels.devices import Device, current
+
+_LOGGER = logging.getLogger('pallas_kernels')
+_AUTOMATIC = {'tpu': ('pallas_tpu', 'xla')}  # by platform; others take plain XLA
+
+Config = TypeVar('Config')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """An implementation that runs everywhere and takes no parameters."""
+
+  run: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned(Generic[Config]):
+  """An implementation with parameters, which may refuse a problem.
+
+  `run` takes `config` and `device` beside the kernel's own arguments. `refusal(config, device, facts)` says why it
+  cannot, or None. `rule(device, facts)` is what to take where no row of the table will do.
+  """
+
+  run: Callable[..., Any]
+  config: type[Config]
+  rule: Callable[[Device, tuning.Facts], Config]
+  refusal: Callable[[Config, Device, tuning.Facts], str | None]
+
+
+def choose(
+  kernel: str,
+  implementations: Mapping[str, Plain | Tuned],
+  wanted: str | Sequence[str] | None,
+  facts: tuning.Facts,
+  device: Device | None = None,
+) -> Callable[..., Any]:
+  """The implementation to call.
+
+  Args:
+    kernel: Its name, for messages and for its table.
+    implementations: All there are, by name.
+    wanted: One of their names, which must run then; several, of which the first that can does; or None for the fastest.
+    facts: The problem.
+    device: To compile for; the current one if None.
+
+  Raises:
+    ValueError: if a name is unknown, or if none that is wanted can run, with the reason of each.
+  """
+  device = device or current()
+  if wanted is None:
+    wanted = _AUTOMATIC.get(device.platform, ('xla',))
+  names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+  reasons: list[str] = []
+  for name in names:
+    if name not in implementations:
+      raise ValueError(f'{kernel}: implementation {name!r} is unknown; there are {", ".join(implementations)}.')
+    found = _parameters(kernel, implementations[name], device, facts)
+    if not isinstance(found, str):
+      run, taken = found
+      _log(kernel, name, taken, device.name, tuple(facts.items()), tuple(reasons))
+      return run
+    reasons.append(f'{name}: {found}')
+  raise ValueError(f'{kernel} cannot run on {device.name} as asked for. {" ".join(reasons)}')
+
+
+def _parameters(
+  kernel: str, implementation: Plain | Tuned, device: Device, facts: tuning.Facts
+) -> tuple[Callable[..., Any], str] | str:
+  """What to call and where its parameters come from, or why it cannot be called."""
+  if isinstance(implementation, Plain):
+    return implementation.run, 'without parameters'
+  candidates = []
+  row = tuning.nearest(tuning.load(kernel), device.name, facts)
+  if row is not None:
+    candidates.append(
+      (
+        implementation.config(**row[0].config),
+        'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}',
+      )
+    )
+  if device.platform == 'tpu':
+    candidates.append((implementation.rule(device, facts), 'by rule'))
+  refusal: str | None = (
+    f"it is for TPUs, and this is {device.name}; on other devices take implementation=None or 'xla'."
+  )
+  for config, source in candidates:
+    refusal = implementation.refusal(config, device, facts)
+    if refusal is None:
+      return functools.partial(implementation.run, config=config, device=device), f'{config} {source}'
+  return refusal or 'nothing fits it.'
+
+
+@functools.cache
+def _log(kernel: str, name: str, taken: str, device: str, facts: tuple, reasons: tuple[str, ...]) -> None:
+  """Say once what was taken for a problem, and what was not."""
+  passed_over = f' (not {"; ".join(reasons)})' if reasons else ''
+  problem = ', '.join(f'{name} {value}' for name, value in facts)
+  _LOGGER.info('%s on %s takes %s, %s, for %s%s', kernel, device, name, taken, problem, passed_over)

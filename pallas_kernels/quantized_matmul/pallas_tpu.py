@@ -6,8 +6,8 @@ columns that `block_n` leaves over come first, in pieces: while they are compute
 
 A block is one straight run of tiles `[tile_k, tile_n]`, in which the weights of the next tile are unpacked before the
 product of this one is issued, so that the vector units run beside the matrix unit. Scales multiply products, never
-weights. A four-bit value n becomes the bfloat16 128 + n by two masks and no conversion (its bits are `0x4300 | n`); what
-that adds to a product is 136 times the sum of the activations of its group, which is taken away again: from every
+weights. A four-bit value n becomes the bfloat16 128 + n by two masks and no conversion (its bits are `0x4300 | n`);
+what that adds to a product is 136 times the sum of the activations of its group, which is taken away again: from every
 product of a group (`correction='products'`), or from their sum, by a small product of sums with scales ('sums').
 It ends when the last block's result has left VMEM.
 """
@@ -15,16 +15,20 @@ It ends when the last block's result has left VMEM.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.devices import Device
+from pallas_kernels.quantized_matmul.storage import UNIT
+from pallas_kernels.tuning import Facts
+
 LANES = 128
-UNIT = 64  # rows of K that packing keeps together
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
-_VMEM_BYTES = {'v4': 16 << 20, 'v5e': 128 << 20, 'v5p': 64 << 20, 'v6e': 128 << 20, 'tpu7x': 64 << 20}
+_HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,16 @@ class _Plan:
 
   @property
   def block_k(self) -> int:
-    return _divisor(self.size_k, self.config.block_k, max(LANES, min(self.group, self.config.block_k)))
+    """Rows of K a step: whole groups or a whole part of one, and of those that divide K the best."""
+    most = self.config.block_k
+    fitting = [
+      block
+      for block in range(LANES, self.size_k, LANES)
+      if self.size_k % block == 0 and (self.group % block == 0 or block % self.group == 0)
+    ]
+    fitting.append(self.size_k)
+    good = [block for block in fitting if most // 2 < block <= most]
+    return max(good) if good else min([block for block in fitting if block > most], default=self.size_k)
 
   @property
   def steps_k(self) -> int:
@@ -83,7 +96,7 @@ class _Plan:
 
   @property
   def lead_width(self) -> int:
-    return _divisor(self.lead_n, self.config.lead_n, LANES) if self.lead_n else LANES
+    return _divisor(self.lead_n, self.config.lead_n) if self.lead_n else LANES
 
   @property
   def run(self) -> int:
@@ -101,11 +114,9 @@ class _Plan:
     return 8 if self.kind == 'int4' else 1
 
 
-def _divisor(size: int, most: int, unit: int) -> int:
-  """The largest multiple of unit that divides size and is at most `most`; size itself if that is small or none does."""
-  if size <= most:
-    return size
-  return next((block for block in range(most // unit * unit, 0, -unit) if size % block == 0), size)
+def _divisor(size: int, most: int) -> int:
+  """The largest multiple of 128 that divides a size, which is one, and is at most `most`; 128 if none is."""
+  return next((width for width in range(most // LANES * LANES, LANES, -LANES) if size % width == 0), LANES)
 
 
 def _unpack(words):
@@ -124,8 +135,8 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
   config, rows, steps_k, block_k = plan.config, plan.rows, plan.steps_k, plan.block_k
   int4, w8a8 = plan.kind == 'int4', plan.kind == 'w8a8'
   runs = block_k // plan.run  # scales of a block
-  row_block = pl.program_id(0)
-  base = pl.program_id(1) * plan.size_n
+  base = pl.program_id(0) * plan.size_n
+  row_block = pl.program_id(1)
   narrow = plan.lead_n // plan.lead_width * steps_k  # steps of the narrower blocks
   steps = narrow + plan.steps_n * steps_k
 
@@ -343,24 +354,24 @@ def _widen(lanes, width: int):
 
 
 def vmem_bytes(plan: _Plan) -> int:
-  """VMEM that the kernel's buffers take."""
-  return sum(size for size, _ in _buffers(plan).values())
+  """VMEM that the kernel may take: its buffers, and what the compiler keeps there."""
+  return sum(size for size, _ in _buffers(plan).values()) + _HEADROOM
 
 
 def _buffers(plan: _Plan):
   """Each buffer's bytes, rounded up to whole tiles, and its scratch shape, in the kernel's order."""
   config, rows, block_n = plan.config, plan.rows, max(plan.block_n, plan.lead_width)
   runs = plan.block_k // plan.run
-  shapes = dict(
-    x=((plan.steps_k, plan.pieces * rows, plan.block_k), jnp.int8 if plan.kind == 'w8a8' else jnp.bfloat16),
-    w=((config.depth, plan.block_k // plan.packing, block_n), jnp.int32 if plan.kind == 'int4' else jnp.int8),
-    scales=((config.depth, runs, block_n), jnp.float32),
-    row_scales=((rows if plan.kind == 'w8a8' else 8, LANES), jnp.float32),
-    out=((2, rows, block_n), plan.out_dtype),
-    sums=((plan.steps_k * runs, rows, LANES) if plan.kind == 'int4' else (1, 8, LANES), jnp.float32),
-    spread=((plan.steps_k, rows, len(_TERMS) * runs) if plan.by_sums else (1, 16, LANES), jnp.bfloat16),
-    total=((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
-  )
+  shapes = {
+    'x': ((plan.steps_k, plan.pieces * rows, plan.block_k), jnp.int8 if plan.kind == 'w8a8' else jnp.bfloat16),
+    'w': ((config.depth, plan.block_k // plan.packing, block_n), jnp.int32 if plan.kind == 'int4' else jnp.int8),
+    'scales': ((config.depth, runs, block_n), jnp.float32),
+    'row_scales': ((rows if plan.kind == 'w8a8' else 8, LANES), jnp.float32),
+    'out': ((2, rows, block_n), plan.out_dtype),
+    'sums': ((plan.steps_k * runs, rows, LANES) if plan.kind == 'int4' else (1, 8, LANES), jnp.float32),
+    'spread': ((plan.steps_k, rows, len(_TERMS) * runs) if plan.by_sums else (1, 16, LANES), jnp.bfloat16),
+    'total': ((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
+  }
   buffers = {}
   for name, (shape, dtype) in shapes.items():
     *outer, height, width = shape
@@ -378,7 +389,7 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
   hbm = pl.BlockSpec(memory_space=pl.ANY)
   return pl.pallas_call(
     functools.partial(_kernel, plan=plan),
-    grid=(blocks, config.cores),
+    grid=(config.cores, blocks),
     in_specs=[hbm] * 4,
     out_specs=hbm,
     out_shape=jax.ShapeDtypeStruct((blocks, plan.rows, plan.size_n * config.cores), plan.out_dtype),
@@ -392,7 +403,7 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel'),
-      vmem_limit_bytes=min(vmem_bytes(plan) + (12 << 20), 127 << 20),
+      vmem_limit_bytes=vmem_bytes(plan),
       disable_bounds_checks=True,
       disable_semaphore_checks=True,
     ),
@@ -405,32 +416,106 @@ def _round_up(size: int, unit: int) -> int:
   return -(-size // unit) * unit
 
 
-def make_plan(x, weights, scales, config: Config, out_dtype) -> _Plan:
-  """What a call with such arguments does."""
-  kind = 'int4' if weights.dtype == jnp.int32 else 'w8a8' if x.dtype == jnp.int8 else 'int8'
-  size_m, size_k = x.shape
-  groups = scales.shape[0]
-  unit = 16 if kind != 'w8a8' else 32
-  blocks = -(-size_m // config.block_m)
+def _plan(facts: Facts, config: Config, out_dtype) -> _Plan:
+  """What a call of such a problem does."""
+  size_m, size_k, group = int(facts['m']), int(facts['k']), int(facts['group_size'])
+  kind = str(facts['kind'])
   padded_k = _round_up(size_k, UNIT)
   return _Plan(
     config=config,
     kind=kind,
-    pieces=3 if x.dtype == jnp.float32 else 1,
-    rows=_round_up(-(-size_m // blocks), unit),
+    pieces=3 if facts['dtype'] == 'float32' else 1,
+    rows=_round_up(-(-size_m // _blocks(size_m, config)), 32 if kind == 'w8a8' else 16),
     size_k=padded_k,
-    size_n=_round_up(weights.shape[1], LANES * config.cores) // config.cores,
-    group=size_k // groups if groups > 1 else padded_k,
+    size_n=_round_up(int(facts['n']), LANES * config.cores) // config.cores,
+    group=padded_k if group == size_k else group,
     out_dtype=jnp.dtype(out_dtype).name,
   )
 
 
-def quantized_matmul(x, weights, scales, *, x_scales=None, out_dtype, config: Config, interpret=False):
-  """See `pallas_kernels.quantized_matmul.quantized_matmul`."""
-  plan = make_plan(x, weights, scales, config, out_dtype)
-  size_m, size_k = x.shape
-  size_n = weights.shape[1]
-  blocks = -(-size_m // config.block_m)
+def _blocks(size_m: int, config: Config) -> int:
+  return -(-size_m // config.block_m)
+
+
+def refusal(config: Config, device: Device, facts: Facts) -> str | None:
+  """Why the kernel cannot run a problem so on a device, or None."""
+  dtype, size_k, group = facts['dtype'], int(facts['k']), int(facts['group_size'])
+  if device.platform != 'tpu':
+    return f'it is for TPUs, and this is {device.name}.'
+  if dtype not in ('bfloat16', 'float32', 'int8'):
+    return f'activations are {dtype}, and it takes bfloat16, float32 and int8.'
+  if group < size_k and group % LANES:
+    return f'groups of {group} rows are no multiple of {LANES}.'
+  for name, unit in (('block_m', 32), ('block_n', LANES), ('lead_n', LANES), ('tile_n', LANES), ('tile_k', UNIT)):
+    value = getattr(config, name)
+    if value < unit or value % unit:
+      return f'{name} is {value}, no positive multiple of {unit}.'
+  if config.depth < 2:
+    return f'depth is {config.depth}, and it takes at least 2.'
+  if config.integer and facts['kind'] == 'w8a8' and not _has_integers(device):
+    return f'config.integer is set, and {device.name} multiplies no integers.'
+  needed = vmem_bytes(_plan(facts, config, jnp.float32 if dtype == 'int8' else dtype))
+  if needed > device.vmem_bytes:
+    return f'it needs {needed} bytes of VMEM, and {device.name} has {device.vmem_bytes}.'
+  return None
+
+
+def _has_integers(device: Device) -> bool:
+  return device.name not in ('v4', 'tpu7x')
+
+
+def rule(device: Device, facts: Facts) -> Config:
+  """What to take where nothing was measured: large bodies, but under 11,000 bundles, as far as VMEM allows."""
+  size_m, kind = int(facts['m']), facts['kind']
+  float32 = facts['dtype'] == 'float32'
+  wide = device.matrix_width >= 256
+  block_m = 128 if float32 else 256
+  rows = min(size_m, block_m) * (3 if float32 else 1)
+  if kind == 'int4':
+    block_n, depth = (2048 if wide else 1536), 5
+  else:
+    block_n, depth = 512, 4
+  grouped = int(facts['group_size']) < int(facts['k'])
+  config = Config(
+    block_m=block_m,
+    block_n=block_n,
+    depth=depth,
+    cores=device.cores,
+    tile_k=128 if grouped else 256,
+    correction='sums' if wide and grouped and not float32 else 'products',
+    integer=kind == 'w8a8' and _has_integers(device),
+  )
+  while True:
+    plan = _plan(facts, config, 'float32')
+    # A body's instructions grow with rows past those that the weights' unpacking hides.
+    work = max(rows, 64) * plan.block_n * plan.block_k
+    if config.block_n <= 256 or (work <= 64 * 2048 * 4096 and vmem_bytes(plan) <= device.vmem_bytes):
+      break
+    config = dataclasses.replace(config, block_n=config.block_n // 2 // LANES * LANES, lead_n=256)
+  while vmem_bytes(_plan(facts, config, 'float32')) > device.vmem_bytes and (config.depth > 2 or config.block_m > 32):
+    if config.depth > 2:
+      config = dataclasses.replace(config, depth=config.depth - 1)
+    else:
+      config = dataclasses.replace(config, block_m=config.block_m // 2)
+  return config
+
+
+def quantized_matmul(
+  x: jax.Array,
+  weights: jax.Array,
+  scales: jax.Array,
+  *,
+  x_scales: jax.Array | None = None,
+  out_dtype: jax.typing.DTypeLike,
+  config: Config,
+  device: Device | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """See `pallas_kernels.quantized_matmul.quantized_matmul`; what does not fill whole tiles of 128 columns is copied."""
+  facts = problem(x, weights, scales)
+  plan = _plan(facts, config, out_dtype)
+  (size_m, size_k), size_n = x.shape, weights.shape[1]
+  blocks = _blocks(size_m, config)
   x = jnp.pad(x, ((0, blocks * plan.rows - size_m), (0, plan.size_k - size_k)))
   x = jnp.stack(_split(x, plan.pieces)).reshape(plan.pieces, blocks, plan.rows, plan.size_k)
   x = jnp.moveaxis(x, 0, 1).reshape(blocks, plan.pieces * plan.rows, plan.size_k)
@@ -438,13 +523,27 @@ def quantized_matmul(x, weights, scales, *, x_scales=None, out_dtype, config: Co
   weights = jnp.pad(weights, ((0, plan.size_k // plan.packing - weights.shape[0]), (0, wide - size_n)))
   runs = plan.block_k // plan.run
   scales = jnp.pad(scales.astype(jnp.float32), ((0, 0), (0, wide - size_n))).reshape(-1, runs, wide)
-  if plan.kind == 'w8a8':
+  if x_scales is None:
+    row_scales = scales  # not read
+  else:
     row_scales = jnp.pad(x_scales.astype(jnp.float32), (0, blocks * plan.rows - size_m)).reshape(blocks, plan.rows, 1)
     row_scales = jnp.broadcast_to(row_scales, (blocks, plan.rows, LANES))
-  else:
-    row_scales = scales  # not read
   out = _call(x, weights, scales, row_scales, plan, interpret)
   return out.reshape(blocks * plan.rows, wide)[:size_m, :size_n]
+
+
+def problem(x: jax.Array, weights: jax.Array, scales: jax.Array) -> dict[str, int | str]:
+  """What a choice of parameters depends on."""
+  kind = 'int4' if weights.dtype == jnp.int32 else 'w8a8' if x.dtype == jnp.int8 else 'int8'
+  (size_m, size_k), size_n = x.shape, weights.shape[1]
+  return {
+    'kind': kind,
+    'dtype': x.dtype.name,
+    'm': size_m,
+    'k': size_k,
+    'n': size_n,
+    'group_size': size_k // scales.shape[0],
+  }
 
 
 def _split(x, pieces: int):

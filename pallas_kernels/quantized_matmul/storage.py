@@ -2,8 +2,8 @@
 
 Eight bits: int8 `[K, N]`, in `[-127, 127]`. Four bits: int32 words `[8·⌈K/64⌉, N]`, each of eight values of one column.
 64 rows of weights make 8 rows of words: row `16·s + 2·r + h` of the 64 is bits `4·s + 16·h` and up of word row r. So
-shifting a row of words by `4·s` puts two neighbouring rows of weights at the bottom of its half words, where a TPU holds
-neighbouring rows of bfloat16. A stored four bits is the value plus 8; rows past K hold the value 0.
+shifting a row of words by `4·s` puts two neighbouring rows of weights at the bottom of its half words, where a TPU
+holds neighbouring rows of bfloat16. A stored four bits is the value plus 8; rows past K hold the value 0.
 """
 
 import dataclasses

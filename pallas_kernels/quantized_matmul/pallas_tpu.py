@@ -27,6 +27,7 @@ from pallas_kernels.quantized_matmul.storage import UNIT
 from pallas_kernels.tuning import Facts
 
 LANES = 128
+_BYTE_BIAS = 8  # what a stored four-bit value is above the value that it stands for
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
 _HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
 
@@ -45,6 +46,7 @@ class Config:
   depth: int = 3  # blocks of weights in VMEM
   cores: int = 1  # parts of the columns, which a chip of several cores computes side by side
   correction: str = 'products'  # 'products' or 'sums': where four-bit weights lose what reading their bits added
+  by_bytes: bool = False  # four-bit weights become bytes first, where these become bfloat16 cheaply
   integer: bool = True  # eight-bit activations times eight-bit weights in integers, where the chip has that
 
 
@@ -130,6 +132,25 @@ def _unpack(words):
   return jnp.concatenate(parts, axis=1).reshape(8 * height, width)
 
 
+def _unpack_bytes(words):
+  """Words `[R, n]` as bfloat16 `[8R, n]`, each value 8 too large, in the order of `_permute`."""
+  height, width = words.shape
+  parts = []
+  for index in range(2):
+    quads = jax.lax.shift_right_logical(words, jnp.int32(4 * index)) if index else words
+    parts.append(pltpu.bitcast(quads & 0x0F0F0F0F, jnp.int8).reshape(height // 8, 1, 32, width))
+  return jnp.concatenate(parts, axis=1).reshape(8 * height, width).astype(jnp.bfloat16)
+
+
+def _permute(x):
+  """Columns of bfloat16 x `[rows, 64 or 128]`, 64 by 64 in the order in which `_unpack_bytes` has rows of weights."""
+  width = x.shape[1]
+  place, source = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (1, 0))
+  byte, row, high = place & 3, place >> 2 & 7, place >> 5 & 1
+  wanted = (place & -UNIT) + 16 * (2 * (byte & 1) + high) + 2 * row + (byte >> 1)
+  return jnp.dot(x, (source == wanted).astype(jnp.bfloat16), preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+
+
 def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales, out, sums, spread, total,
             x_done, w_done, scale_done, row_done, out_done, *, plan: _Plan):  # fmt: skip
   config, rows, steps_k, block_k = plan.config, plan.rows, plan.steps_k, plan.block_k
@@ -211,7 +232,11 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
     for run in range(runs):
       starts = range(run * plan.run, (run + 1) * plan.run, LANES)
       tiles = [x[k, :, at : min(at + LANES, (run + 1) * plan.run)] for at in starts]
-      sums[k * runs + run] = _surplus(tiles, rows)
+      sums[k * runs + run] = _surplus(tiles, rows, _BYTE_BIAS if config.by_bytes else _BIAS)
+    if config.by_bytes:
+      for at in range(0, block_k, LANES):
+        place = slice(at, min(at + LANES, block_k))
+        x[k, :, place] = _permute(x[k, :, place])
     if plan.by_sums:
       spread[k] = _spread([sums[k * runs + run] for run in range(runs)])
 
@@ -219,7 +244,7 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
     n, width, _, at, height, _ = tile
     part = w[slot, at // plan.packing : (at + height) // plan.packing, n : n + width]
     if int4:
-      return _unpack(part)
+      return _unpack_bytes(part) if config.by_bytes else _unpack(part)
     return part if w8a8 and config.integer else part.astype(jnp.bfloat16)
 
   def finish(value):
@@ -300,7 +325,7 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
       wait_out(jnp.int32(steps - back * steps_k))
 
 
-def _surplus(tiles, rows: int):
+def _surplus(tiles, rows: int, bias: int):
   """Sums of activations `[pieces · rows, ≤ 128]` over lanes, tiles and pieces, times what weights are too large by.
 
   `[rows, 128]`, the same in all lanes: a product with ones, which unlike a reduction leaves it spread out.
@@ -313,7 +338,7 @@ def _surplus(tiles, rows: int):
     parts.append(functools.reduce(jnp.add, whole))
   result = 0
   for part in parts:
-    ones = jnp.full((part.shape[1], LANES), _BIAS, part.dtype)
+    ones = jnp.full((part.shape[1], LANES), bias, part.dtype)
     precision = jax.lax.Precision.HIGHEST if part.dtype == jnp.float32 else None
     result = result + jnp.dot(part, ones, precision=precision, preferred_element_type=jnp.float32)
   return functools.reduce(jnp.add, [result[at : at + rows] for at in range(0, result.shape[0], rows)])
@@ -483,6 +508,7 @@ def rule(device: Device, facts: Facts) -> Config:
     cores=device.cores,
     tile_k=128 if grouped else 256,
     correction='sums' if wide and grouped and not float32 else 'products',
+    by_bytes=wide,
     integer=kind == 'w8a8' and _has_integers(device),
   )
   while True:

@@ -9,6 +9,8 @@ product of this one is issued, so that the vector units run beside the matrix un
 weights. A four-bit value n becomes the bfloat16 128 + n by two masks and no conversion (its bits are `0x4300 | n`);
 what that adds to a product is 136 times the sum of the activations of its group, which is taken away again: from every
 product of a group (`correction='products'`), or from their sum, by a small product of sums with scales ('sums').
+Where bytes become bfloat16 cheaply (`by_bytes`), words become bytes by a mask, and the surplus is 8 instead of 136; the
+activations' columns then are brought into the order in which the bytes come, 64 by 64, once.
 It ends when the last block's result has left VMEM.
 """
 
@@ -73,7 +75,9 @@ class _Plan:
       if self.size_k % block == 0 and (self.group % block == 0 or block % self.group == 0)
     ]
     fitting.append(self.size_k)
-    good = [block for block in fitting if most // 2 < block <= most]
+    if self.group < self.size_k:  # scales of whole tiles need no copy
+      fitting = [block for block in fitting if block // self.group % 8 == 0 and block >= self.group] or fitting
+    good = [block for block in fitting if most // 2 <= block <= most]
     return max(good) if good else min([block for block in fitting if block > most], default=self.size_k)
 
   @property
@@ -411,7 +415,7 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
   config = plan.config
   blocks = x.shape[0]
   dma = pltpu.SemaphoreType.DMA
-  hbm = pl.BlockSpec(memory_space=pl.ANY)
+  hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # nor VMEM, where the compiler may put small operands of "any"
   return pl.pallas_call(
     functools.partial(_kernel, plan=plan),
     grid=(config.cores, blocks),

@@ -121,8 +121,10 @@ def run_kernel(x, weights: QuantizedWeights, config=SMALL, x_scales=None, interp
     (40, 512, 384, 4, 128, 'bfloat16', {'depth': 4}),
     (3, 512, 1024, 4, 256, 'float32', {'lead_n': 256}),  # no narrower steps
     (3, 768, 100, 4, 384, 'bfloat16', {'tile_k': 256}),  # less than a block of columns
-    (3, 2048, 300, 4, 128, 'bfloat16', {'block_k': 2048, 'correction': 'sums'}),
-    (40, 512, 512, 4, 128, 'bfloat16', {'cores': 2}),
+    (3, 2048, 300, 4, 128, 'bfloat16', {'block_k': 2048, 'correction': 'sums', 'by_bytes': True}),
+    (40, 512, 512, 4, 128, 'float32', {'cores': 2, 'by_bytes': True}),
+    (3, 2048, 128, 4, 128, 'bfloat16', {'block_k': 2048, 'correction': 'sums'}),
+    (3, 200, 300, 4, None, 'bfloat16', {'by_bytes': True}),
     (5, 200, 300, 8, None, 'bfloat16', {'block_k': 128}),
     (40, 512, 700, 8, 256, 'float32', {'block_k': 128, 'lead_blocks': 2}),
   ],

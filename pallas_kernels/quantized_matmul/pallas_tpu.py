@@ -191,17 +191,13 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
 
   def start(step):
     """Start to copy the weights of a step, if there is one."""
-    if narrow:
-
-      @pl.when(step < narrow)
-      def _():
-        for copy in block_copies(step, plan.lead_width):
-          copy.start()
-
-    @pl.when((step >= narrow) & (step < steps))
-    def _():
-      for copy in block_copies(step, plan.block_n):
+    def go(width):
+      for copy in block_copies(step, width):
         copy.start()
+
+    if narrow:
+      pl.when(step < narrow)(lambda: go(plan.lead_width))
+    pl.when((step >= narrow) & (step < steps))(lambda: go(plan.block_n))
 
   def wait_out(step):
     """Wait for the result of a step, if there is one."""
@@ -340,11 +336,12 @@ def _surplus(tiles, rows: int, bias: int):
     parts.append(tiles[0])
   elif whole:
     parts.append(functools.reduce(jnp.add, whole))
-  result = 0
+  products = []
   for part in parts:
     ones = jnp.full((part.shape[1], LANES), bias, part.dtype)
     precision = jax.lax.Precision.HIGHEST if part.dtype == jnp.float32 else None
-    result = result + jnp.dot(part, ones, precision=precision, preferred_element_type=jnp.float32)
+    products.append(jnp.dot(part, ones, precision=precision, preferred_element_type=jnp.float32))
+  result = functools.reduce(jnp.add, products)
   return functools.reduce(jnp.add, [result[at : at + rows] for at in range(0, result.shape[0], rows)])
 
 

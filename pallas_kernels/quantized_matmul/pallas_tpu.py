@@ -191,6 +191,7 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
 
   def start(step):
     """Start to copy the weights of a step, if there is one."""
+
     def go(width):
       for copy in block_copies(step, width):
         copy.start()

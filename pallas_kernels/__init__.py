@@ -3,5 +3,6 @@
 from pallas_kernels.page_copy import append_tokens, gather_pages, scatter_pages
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.quantized_matmul import quantized_matmul
 
-__all__ = ['append_tokens', 'gather_pages', 'paged_attention', 'prefill_attention', 'scatter_pages']
+__all__ = ['append_tokens', 'gather_pages', 'paged_attention', 'prefill_attention', 'quantized_matmul', 'scatter_pages']

@@ -1,0 +1,216 @@
+"""Packed prefill attention on TPU: a block of rows at a time, over blocks of pages copied while the last ones are used.
+
+The grid walks blocks of packed rows, whosever they are. For each sequence with rows in the block, its cached blocks
+come in one after another: first the *edges*, in which some row does not see some token, with masks and a running
+maximum; then the *interior*, which all the sequence's rows see whole. An interior block refers its exponentials to
+the maximum of the edges, which hold each row's own key, so it needs neither masks nor maxima. Should a key in the
+interior stand out so far that a row's sum overflows, the rows are done again with a running maximum everywhere.
+
+Scores lie transposed, tokens down the sublanes and rows along the lanes: the product with the values then runs at
+full width on 256 x 256 matrix units although a head is 128 wide, and sums need no shuffle of lanes. The products of
+the next tiles stand before the softmax of this one, in straight-line code, so that the compiler can overlap them.
+
+Scores are in units of log2(e), folded into the queries, so that a plain power of two takes the place of the exponential.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.devices import Device
+from pallas_kernels.prefill_attention.tpu_kernel import Kernel
+from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
+from pallas_kernels.tuning import Facts
+
+__all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
+
+
+def prefill_attention(
+  q: jax.Array,
+  pages: jax.Array,
+  tables: jax.Array,
+  offsets: jax.Array,
+  lengths: jax.Array,
+  *,
+  softmax_scale: float,
+  sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  sinks: jax.Array | None = None,
+  scales: jax.Array | None = None,
+  return_lse: bool = False,
+  config: Config,
+  device: Device | None = None,
+  interpret: Any = False,
+  static_lengths: tuple[int, ...] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """See `pallas_kernels.prefill_attention.prefill_attention`.
+
+  Args:
+    q: `[T, H, D]`.
+    pages: `[P, A, C, G, W]`.
+    tables: `[B, N]`.
+    offsets: `[B + 1]`.
+    lengths: `[B]`.
+    softmax_scale: Multiplies the scores.
+    sliding_window: Tokens that a query sees, or None.
+    soft_cap: Bounds the scores, or None.
+    sinks: `[H]` or None.
+    scales: `[P, 2, K, G]` of quantized pages, or None.
+    return_lse: Whether to return the logarithm of each softmax's sum too.
+    config: How to cut the work.
+    device: To run on.
+    interpret: As for `pallas_call`.
+    static_lengths: Promises that the chunks are whole prompts of these lengths. Trip counts are known at trace time
+      then, as a static cost needs them; the program is the same.
+  """
+  problem = Problem(
+    config=config,
+    tokens=q.shape[0],
+    query_heads=q.shape[1],
+    head_dim=q.shape[2],
+    page=pages.shape[1:],
+    dtype=jnp.dtype(q.dtype),
+    page_dtype=jnp.dtype(pages.dtype),
+    softmax_scale=softmax_scale,
+    sliding_window=sliding_window,
+    soft_cap=soft_cap,
+  )
+  results = _attend(
+    problem, _rows(problem, q), pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+  )
+  out = _unrows(problem, results['out'])
+  return (out, jnp.swapaxes(results['lse'], 0, 1)[: problem.tokens]) if return_lse else out
+
+
+def _rows(problem: Problem, q: jax.Array) -> jax.Array:
+  """Queries in whole blocks, as they are or `[H, T, W]`, each head in the lanes of its keys."""
+  q = jnp.pad(q, ((0, problem.rows - problem.tokens), (0, 0), (0, 0)))
+  if problem.rows_in_place:
+    return q
+  spare = problem.width - problem.head_dim
+  lanes = [problem.key_lane(head) for head in range(problem.query_heads)]
+  return jnp.stack([jnp.pad(q[:, h], ((0, 0), (lane, spare - lane))) for h, lane in enumerate(lanes)])
+
+
+def _unrows(problem: Problem, out: jax.Array) -> jax.Array:
+  """Results `[T, H, D]` of what the kernel wrote."""
+  if not problem.rows_in_place:
+    lanes = [problem.value_lane(head) for head in range(problem.query_heads)]
+    out = jnp.stack([out[h, :, lane : lane + problem.head_dim] for h, lane in enumerate(lanes)], axis=1)
+  return out[: problem.tokens]
+
+
+def _attend(
+  problem, q, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+) -> dict[str, jax.Array]:
+  """Results by name: 'out' as the rows of `q`, and maybe 'lse' `[H, T]`."""
+  block_rows = problem.config.block_rows
+  tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % LANES)))[:, None]  # a row is one copy
+  if problem.rows_in_place:
+    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (i, 0, 0))
+  else:
+    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (0, i, 0))
+  scalars = {'offsets': offsets.astype(jnp.int32), 'lengths': lengths.astype(jnp.int32)}
+  hbm = pl.BlockSpec(memory_space=pl.ANY)
+  operands, in_specs = {'q': q, 'tables': tables, 'pages': pages}, {'q': rows, 'tables': hbm, 'pages': hbm}
+  out_shape, out_specs = {'out': jax.ShapeDtypeStruct(q.shape, q.dtype)}, {'out': rows}
+  if sinks is not None:
+    scalars['sinks'] = sinks.astype(jnp.float32)
+  if scales is not None:
+    operands['scales'], in_specs['scales'] = scales, hbm
+  if return_lse:
+    out_shape['lse'] = jax.ShapeDtypeStruct((problem.query_heads, problem.rows), jnp.float32)
+    out_specs['lse'] = pl.BlockSpec((problem.query_heads, block_rows), lambda i, *_: (0, i))
+  chunks = None
+  if static_lengths is not None:
+    ends = [sum(static_lengths[: i + 1]) for i in range(len(static_lengths))]
+    chunks = tuple((end - length, end, length) for end, length in zip(ends, static_lengths, strict=True))
+
+  def kernel(*refs):
+    named, scratch = refs[: len(scalars)], refs[len(scalars) + 2 :]
+    inputs, outputs = refs[len(scalars) : len(scalars) + 2]
+    Kernel(problem, chunks, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
+
+  return pl.pallas_call(
+    kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(problem.rows // block_rows,),
+      in_specs=[in_specs],
+      out_specs=out_specs,
+      scratch_shapes=[
+        *(pltpu.VMEM(shape, dtype) for shape, dtype in problem.state()),
+        pltpu.SMEM(tables.shape[1:], jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA,
+        *(pltpu.VMEM(shape, dtype) for shape, dtype in problem.copies()),
+      ],
+    ),
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel',),
+      vmem_limit_bytes=problem.vmem_bytes(),
+      disable_bounds_checks=True,
+    ),
+    interpret=interpret,
+    name='prefill_attention',
+  )(*scalars.values(), operands)
+
+
+def rule(device: Device, facts: Facts) -> Config:
+  """What to take where nothing near was measured: the largest blocks that fit, with about 16 tiles a piece of code."""
+  heads, tokens = _page(facts)[1], int(facts['tokens'])
+  group = int(facts['query_heads']) // heads
+  tile_rows = 128 if tokens <= 128 else 256
+  for block_rows, block_tokens in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
+    if block_rows >= tokens + tile_rows:
+      continue
+    tile = min(tile_rows, block_rows)
+    at_once = math.gcd(heads, max(1, 16 // (group * block_rows // tile)))
+    edges = math.gcd(heads, max(1, 32 // group))
+    config = Config(block_rows, tile, block_tokens, min(256, block_tokens), 4, at_once, edges)
+    if refusal(config, device, facts) is None:
+      return config
+  return Config(128, 128, 128, 128, 2, 1, 1)
+
+
+def refusal(config: Config, device: Device, facts: Facts) -> str | None:
+  """Why this kernel cannot run for a problem, or None."""
+  dtype, page = jnp.dtype(str(facts['dtype'])), _page(facts)
+  if device.platform != 'tpu':
+    return f'it is for TPUs, and this is {device.name}.'
+  if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+    return f'pages are {dtype}, and it reads float32, bfloat16, int8 and float8_e4m3fn.'
+  if page[3] % LANES:
+    return f'pages end in an axis of {page[3]}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
+  if page[2] % (32 // dtype.itemsize):
+    return f'pages of {page[2]} tokens of {dtype} do not fill tiles; take a multiple of {32 // dtype.itemsize}.'
+  if dtype.itemsize == 1 and page[2] % LANES:
+    return f'scales of pages of {page[2]} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
+  if config.tile_rows % LANES or config.block_rows % config.tile_rows:
+    return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
+  if page[1] % config.heads_at_once or page[1] % config.edge_heads_at_once:
+    return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
+  compute = dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
+  heads, head_dim = int(facts['query_heads']), int(facts['head_dim'])
+  problem = Problem(config, int(facts['tokens']), heads, head_dim, page, compute, dtype)
+  if problem.tile_tokens % LANES:
+    return f'{config}: tiles of {problem.tile_tokens} cached tokens do not fill lanes of {LANES}.'
+  needed = problem.vmem_bytes()
+  if needed > device.vmem_bytes:
+    return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
+  return None
+
+
+def _page(facts: Facts) -> tuple[int, int, int, int]:
+  """The shape `[A, C, G, W]` of a page."""
+  heads, size, head_dim = int(facts['kv_heads']), int(facts['page_size']), int(facts['head_dim'])
+  return {
+    'plain': (2, heads, size, head_dim),
+    'paired': (2, heads // 2, size, 2 * head_dim),
+    'kv': (1, heads, size, 2 * head_dim),
+  }[str(facts['layout'])]

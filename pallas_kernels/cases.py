@@ -9,7 +9,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import arguments, devices, dispatch
 from pallas_kernels.layouts import PageLayout
-from pallas_kernels.paged_attention import api
+from pallas_kernels.page_copy import append_tokens, gather_pages, scatter_pages
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
+from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
+from pallas_kernels.quantized_matmul import api as matmul_api
+from pallas_kernels.quantized_matmul import pallas_tpu as matmul_tpu
+from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 from pallas_kernels.static_cost import Case
 
 _POOL_BYTES = 4 << 30
@@ -38,7 +43,7 @@ def decode(
   facts = arguments.describe(layout, q, pages, tables) | {'query_tokens': query_tokens}
 
   def call(q, pages, tables, lengths, scales):
-    run = _tpu_kernel('paged_attention', api.IMPLEMENTATIONS, facts, config)
+    run = _tpu_kernel('paged_attention', PAGED_ATTENTION, facts, config)
     known = context if static else None
     return run(q, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
 
@@ -48,6 +53,111 @@ def decode(
   )
   flops = 4 * tokens * query_tokens * query_heads * head_dim
   return Case(call, (q, pages, tables, lengths, scales), flops, moved, kernel='paged_attention', facts=facts)
+
+
+def prefill(
+  batch: int = 1,
+  context: int = 4096,
+  query_heads: int = 32,
+  kv_heads: int = 8,
+  head_dim: int = 128,
+  page_size: int = 128,
+  dtype: str = 'bfloat16',
+  tokens: int | None = None,
+  config: dict[str, Any] | None = None,
+  static: bool = True,
+) -> Case:
+  """A prefill pass: whole prompts of `context` tokens if it is static, else `tokens` of up to `batch` sequences."""
+  layout = _layout(kv_heads, page_size, head_dim)
+  slots = -(-context // page_size)
+  tokens = batch * context if static else tokens or 512
+  pages = _pool(batch * slots, layout, dtype)
+  q_dtype = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
+  q = jax.ShapeDtypeStruct((tokens, query_heads, head_dim), q_dtype)
+  tables, lengths = jax.ShapeDtypeStruct((batch, slots), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+  offsets, scales = jax.ShapeDtypeStruct((batch + 1,), jnp.int32), _scales(pages, kv_heads)
+  facts = arguments.describe(layout, q, pages, tables) | {'tokens': tokens}
+
+  def call(q, pages, tables, offsets, lengths, scales):
+    run = _tpu_kernel('prefill_attention', PREFILL_ATTENTION, facts, config)
+    known = (context,) * batch if static else None
+    scale = head_dim**-0.5
+    return run(q, pages, tables, offsets, lengths, scales=scales, softmax_scale=scale, static_lengths=known)
+
+  flops = 2 * batch * context * (context + 1) * query_heads * head_dim
+  moved = _bytes(q, q) + batch * context * 2 * kv_heads * head_dim * pages.dtype.itemsize
+  inputs = (q, pages, tables, offsets, lengths, scales)
+  return Case(call, inputs, flops, moved, kernel='prefill_attention', facts=facts)
+
+
+def copy(
+  batch: int = 64,
+  context: int = 2048,
+  query_heads: int = 0,
+  kv_heads: int = 8,
+  head_dim: int = 128,
+  page_size: int = 16,
+  dtype: str = 'bfloat16',
+  static: bool = False,
+) -> Case:
+  """Tokens appended to pages, some pages gathered, and scattered into others."""
+  del query_heads, static
+  layout = _layout(kv_heads, page_size, head_dim)
+  pages = _pool(batch * -(-context // page_size), layout, dtype)
+  tokens = jax.ShapeDtypeStruct((batch, kv_heads, head_dim), dtype)
+  numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+  def call(pages, k, v, page, offset, ids):
+    pages = append_tokens(pages, k, v, page, offset, implementation='pallas_tpu')
+    values = gather_pages(pages, ids, head_dim=head_dim, implementation='pallas_tpu')
+    return scatter_pages(pages, ids + 1, values, implementation='pallas_tpu')
+
+  moved = 4 * batch * math.prod(layout.page_shape) * pages.dtype.itemsize
+  return Case(call, (pages, tokens, tokens, numbers, numbers, numbers), 0, moved, donated=(0,), kernel='page_copy')
+
+
+def matmul(
+  m: int = 64,
+  k: int = 4096,
+  n: int = 14336,
+  kind: str = 'int4',
+  group_size: int | None = None,
+  dtype: str = 'bfloat16',
+  config: dict[str, Any] | None = None,
+) -> Case:
+  """A product with quantized weights: 'int4', 'int8', or 'w8a8' with activations quantized on the way."""
+  bits = 4 if kind == 'int4' else 8
+  weights = jax.eval_shape(lambda w: quantize(w, bits, group_size), jax.ShapeDtypeStruct((k, n), jnp.float32))
+  x = jax.ShapeDtypeStruct((m, k), dtype)
+  facts = matmul_tpu.problem(x, weights.values, weights.scales)
+
+  def call(x, values, scales):
+    if config is None:
+      integers = kind == 'w8a8'
+      return quantized_matmul(x, values, scales, quantize_activations=integers, implementation='pallas_tpu')
+    run = _tpu_kernel('quantized_matmul', matmul_api.IMPLEMENTATIONS, facts, config)
+    return run(x, values, scales, out_dtype=x.dtype)
+
+  moved = _bytes(x, weights.values, weights.scales, jax.ShapeDtypeStruct((m, n), dtype))
+  inputs = (x, weights.values, weights.scales)
+  return Case(call, inputs, 2 * m * k * n, moved, kernel='quantized_matmul', facts=facts)
+
+
+def matmul_of_heads(
+  batch: int,
+  query_heads: int,
+  kv_heads: int,
+  head_dim: int,
+  page_size: int,
+  dtype: str,
+  context: int = 0,
+  static: bool = False,
+) -> Case:
+  """The output projection of attention with such heads; groups of a scale of 128 or, for large pages, all of K."""
+  del kv_heads, context, static
+  size_k = query_heads * head_dim
+  grouped = page_size < 64 and size_k % 128 == 0
+  return matmul(batch, size_k, size_k, 'int4' if page_size % 64 else 'int8', 128 if grouped else None, dtype)
 
 
 def _tpu_kernel(kernel, implementations, facts, config):

@@ -10,7 +10,7 @@ Scores lie transposed, tokens down the sublanes and rows along the lanes: the pr
 full width on 256 x 256 matrix units although a head is 128 wide, and sums need no shuffle of lanes. The products of
 the next tiles stand before the softmax of this one, in straight-line code, so that the compiler can overlap them.
 
-Scores are in units of log2(e), folded into the queries, so that a plain power of two takes the place of the exponential.
+Scores are in units of log2(e), folded into the queries, so that a plain power of two takes the exponential's place.
 """
 
 import math
@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
+from pallas_kernels.layouts import PageLayout
 from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
 from pallas_kernels.tuning import Facts
@@ -208,9 +209,5 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
 
 def _page(facts: Facts) -> tuple[int, int, int, int]:
   """The shape `[A, C, G, W]` of a page."""
-  heads, size, head_dim = int(facts['kv_heads']), int(facts['page_size']), int(facts['head_dim'])
-  return {
-    'plain': (2, heads, size, head_dim),
-    'paired': (2, heads // 2, size, 2 * head_dim),
-    'kv': (1, heads, size, 2 * head_dim),
-  }[str(facts['layout'])]
+  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
+  return PageLayout(str(facts['layout']), *sizes).page_shape

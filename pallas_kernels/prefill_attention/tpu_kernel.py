@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -371,7 +371,7 @@ class Kernel:
 
   def give_out(self, end):
     """Divide by the sums and write the rows; `end` is the first row of padding."""
-    problem, rows = self.problem, self.problem.config.tile_rows
+    problem = self.problem
     for u in range(problem.row_tiles):
       for head in range(0, problem.query_heads, problem.heads_a_word):
         outs = [self.normalized(head + offset, u, end) for offset in range(problem.heads_a_word)]
@@ -449,5 +449,3 @@ def _ahead(products, number):
     if at + number < len(products):
       pending.append(products[at + number]())
     yield pending.pop(0)
-
-

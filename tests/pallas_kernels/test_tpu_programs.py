@@ -10,7 +10,7 @@ from pallas_kernels import cases, devices, static_cost
 
 pytestmark = pytest.mark.skipif(static_cost.compiler() is None, reason='there is no TPU compiler here; see topology()')
 
-KERNELS = {'prefill': cases.prefill, 'decode': cases.decode, 'copy': cases.copy, 'matmul': cases.matmul}
+KERNELS = {'prefill': cases.prefill, 'decode': cases.decode, 'copy': cases.copy, 'matmul': cases.matmul_of_heads}
 FACTORS = {
   'kernel': tuple(KERNELS),
   'device': ('v5e', 'v5p', 'v6e', 'tpu7x'),

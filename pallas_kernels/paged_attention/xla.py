@@ -23,6 +23,7 @@ from pallas_kernels.online_softmax import (
 )
 
 BLOCK_TOKENS = 64  # cached tokens a block; on CPU, more are read in vain by short sequences
+_LOST = 1e38  # stands for what is not finite, in sums that never come near it
 
 
 def paged_attention(
@@ -65,8 +66,6 @@ def paged_attention(
     visible = see(cached, jnp.where(live[:, None], position[sequence], -1), sliding_window)  # [X, Q, S]
     visible = jnp.tile(visible, (1, rows.shape[2] // queries, 1))[:, None]  # [X, 1, R, S]
     weights, block_top = weigh(rows[sequence], keys, visible, soft_cap=soft_cap)
-    out = gather_values(weights, values)
-    block_top = jnp.where(jnp.isfinite(out.sum(-1, keepdims=True)), block_top, jnp.nan)  # so its sequence gives NaN
 
     owner = (sequence == jnp.arange(batch)[:, None]) & live  # [B, X], of the step's blocks
     tops = jnp.where(owner[..., None, None, None], block_top, NOTHING)
@@ -74,12 +73,13 @@ def paged_attention(
     share = jnp.exp(block_top - top[sequence])
 
     def join(old, new):
-      new = jnp.where(jnp.isfinite(new), new, 0).reshape(batch, -1)  # 0 times another's NaN would be NaN
+      new = jnp.where(jnp.isfinite(new), new, _LOST).reshape(batch, -1)  # 0 times another's NaN would be NaN
       added = jnp.einsum('bx,xy->by', owner.astype(jnp.float32), new, precision='highest')
+      added = jnp.where(added > _LOST / 2, jnp.nan, added)  # in its own sequence it is one again
       return old * jnp.exp(seen.top - top) + added.reshape(old.shape)
 
     total = join(seen.total, weights.sum(-1, keepdims=True) * share)
-    return Seen(top, total, join(seen.out, out * share))
+    return Seen(top, total, join(seen.out, gather_values(weights, values) * share))
 
   out, lse = finish(jax.lax.fori_loop(0, -(-ends[-1] // batch), step, begin(rows, sinks)))
   out = restore(out, queries).reshape(q.shape).astype(q.dtype)

@@ -200,9 +200,13 @@ def time_all(console: Console, problems: list[Problem], device: devices.Device) 
   for column in ('problem', 'ms', '% of the bound'):
     table.add_column(column, justify='right')
   rows = []
-  for problem in problems:
-    case = problem.build()
-    seconds = _seconds(case)
+  for problem in (*problems, *(kernel_problems.TIMED_ANCHORS if _ANCHORS.value else ())):
+    try:
+      case = problem.build()
+      seconds = _seconds(case)
+    except Exception as error:  # a published kernel may not run here, or not be installed
+      console.print(f'{problem.name}: {type(error).__name__}: {str(error)[:200]}')
+      continue
     percent = 100 * max(case.least_seconds(device)) / seconds
     table.add_row(problem.name, f'{1000 * seconds:.3f}', f'{percent:.1f}')
     rows.append(row(f'{problem.name} on {device.name}', percent, '% of the bound'))

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pallas_kernels.static_cost import Case
@@ -42,9 +42,70 @@ _DECODE_CANDIDATES = [
 ]
 _SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 
+
+def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
+  return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars)
+
+
+def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
+  return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars)
+
+
+def _anchor(name: str, function: str, **arguments: Any) -> Problem:
+  return Problem(name, f'experiments.kernel_anchors:{function}', arguments)
+
+
+_NONE: Mapping[str, float] = {}
 BARS = (
+  _prefill('prefill 32/8, 4096 tokens', _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
   _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), head_dim=64),
   _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), **_SMALL_HEADS),
   _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), dtype='int8'),
+  _matmul('matmul int4, one scale a column', _bars(95, 90)),
+  _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
+  _matmul('matmul int8', _NONE, kind='int8'),
+  _matmul('matmul w8a8', _NONE, kind='w8a8'),
 )
+
+# Those that read their lengths as they run have no estimate: the compiler cannot know how often they loop.
+ANCHORS = (
+  _anchor('JAX flash attention, blocks as they come', 'flash_prefill'),
+  *(_anchor(f'JAX flash attention, blocks of {block}', 'flash_prefill', block=block) for block in (512, 1024)),
+  *(_anchor(f'JAX splash attention, blocks of {block}', 'splash_prefill', block=block) for block in (512, 1024)),
+  _anchor('tokamax attention', 'tokamax_prefill'),
+)
+TIMED_ANCHORS = (
+  *ANCHORS,
+  _anchor('JAX paged attention', 'paged_decode'),
+  _anchor('JAX ragged paged attention', 'ragged_decode'),
+)
+
+# Small enough for the tests, and one of each kernel: what they cost must not grow unnoticed.
+CANARIES = (
+  (_decode('decode 32/8, 4 sequences', _NONE, batch=4), 'v6e'),
+  (_decode('decode 9/3, 8 sequences', _NONE, batch=8, **_SMALL_HEADS), 'tpu7x'),
+  (_decode('decode 32/8, int8, 4 sequences', _NONE, batch=4, dtype='int8'), 'v5e'),
+  (_prefill('prefill 4/1, 1024 tokens', _NONE, context=1024, query_heads=4, kv_heads=1), 'v6e'),
+  (_matmul('matmul int4 of 2048 columns', _NONE, n=2048), 'v5e'),
+  (Problem('append, gather and scatter', 'pallas_kernels.cases:copy', {'batch': 8}), 'v6e'),
+)
+
+_SIZES: Mapping[str, Sequence[Any]] = {
+  'heads': ((9, 3), (32, 8), (64, 8), (16, 16)),
+  'head_dim': (64, 128, 256),
+  'page_size': (16, 32, 64, 128),
+  'dtype': ('bfloat16', 'float32'),
+  'batch': (1, 7, 64),
+  'context': (2048, 131_072),
+}
+
+
+def shapes() -> Iterator[Problem]:
+  """Every kernel at every shape that it has to compile for."""
+  for function in ('prefill', 'decode', 'copy', 'matmul_of_heads'):
+    for values in itertools.product(*_SIZES.values()):
+      sizes: dict[str, Any] = dict(zip(_SIZES, values, strict=True))
+      sizes['query_heads'], sizes['kv_heads'] = sizes.pop('heads')
+      name = ' '.join([function, *map(str, values)])
+      yield Problem(name, f'pallas_kernels.cases:{function}', sizes | {'static': False})

@@ -196,6 +196,7 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
 
   if not interpret:  # the static cost of v5e knows no copies out of vector memory, where XLA may put small arrays
     prefetched = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in prefetched.items()}
+    operands = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in operands.items()}
 
   def kernel(*refs):
     *ahead, operands, results, scratch = refs

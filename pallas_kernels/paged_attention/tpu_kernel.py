@@ -208,10 +208,10 @@ class Step:
     scores = jax.lax.dot_general(
       q, keys, (((1,), (1,)), ((), ())), precision=_precision(q.dtype), preferred_element_type=jnp.float32
     )
-    return self._scale(scores, slot, index, share, 0)
+    return self._scale(scores, slot, index, share, 0, True)
 
-  def _scale(self, rows, slot, index, share, which):
-    """`[rows, block]` times the scales of each row's head and each token, of keys (0) or values (1)."""
+  def _scale(self, rows, slot, index, share, which, visible):
+    """`[rows, block]` times the scales of each row's head and each visible token, of keys (0) or values (1)."""
     if 'scale' not in self.scratch:
       return rows
     problem = self.problem
@@ -224,7 +224,7 @@ class Step:
       ]
       first = column * problem.column_rows + head * problem.group * problem.query_tokens
       scales = jnp.where(row >= first, jnp.concatenate(own, axis=1), scales)
-    return rows * scales
+    return rows * jnp.where(visible, scales, 0)  # of hidden tokens they may be anything
 
   def _owns(self, column):
     """Which rows of those that share a product belong to a column, `[rows, 1]`."""
@@ -272,8 +272,7 @@ class Step:
     token = jax.lax.broadcasted_iota(jnp.int32, (problem.block_tokens, 1), 0)
     first, stop = self._span(step, index)
     values = jnp.where((token >= first) & (token < stop), self._columns(slot, index, share, -1), 0)
-    if 'scale' in state:  # of hidden tokens it may be anything
-      weights = jnp.where(visible, self._scale(weights, slot, index, share, 1), 0)
+    weights = self._scale(weights, slot, index, share, 1, visible)
     products = jax.lax.dot(
       weights.astype(values.dtype), values, precision=_precision(values.dtype), preferred_element_type=jnp.float32
     )

@@ -27,7 +27,9 @@ from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
 from pallas_kernels.tuning import Facts
 
-_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied there
+_PREFETCHED_PAGES = (
+  65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied there
+)
 
 __all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
 

@@ -55,6 +55,11 @@ def bind(model: ModelSpec, weights: Weights) -> Transformer:
   return nnx.merge(graph, state)
 
 
+def weight_shapes(model: ModelSpec, dtype: jnp.dtype) -> Weights:
+  """The shape and dtype of every weight, without its bytes."""
+  return nnx.to_pure_dict(nnx.state(_abstract(model, dtype)))
+
+
 def weight_axes(model: ModelSpec) -> dict[str, tuple[str | None, ...]]:
   """The logical axes of every weight by its dotted name."""
   state = nnx.state(_abstract(model, jnp.dtype(jnp.float32)))

@@ -1,0 +1,116 @@
+"""What runs for a problem: what was asked for if it can, else what a table, a neighbour in it or a rule says."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from pallas_kernels import cases, devices, dispatch, tuning
+from pallas_kernels.dispatch import Plain, Tuned, choose
+from pallas_kernels.page_copy import pallas_tpu as copy_tpu
+from pallas_kernels.page_copy import pallas_tpu_append
+
+V6E = devices.by_name('v6e')
+CPU = devices.Device('cpu', 'cpu')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  block: int
+
+
+def refusal(config, device, facts):
+  return f'blocks of {config.block} are too large.' if config.block > facts.get('most', 64) else None
+
+
+IMPLEMENTATIONS = {
+  'pallas_tpu': Tuned(lambda **kwargs: ('tpu', kwargs['config']), Config, lambda device, facts: Config(8), refusal),
+  'xla': Plain(lambda **kwargs: ('xla', None)),
+}
+ROWS = (
+  tuning.Row('v6e', {'dtype': 'int8', 'batch': 4}, {'block': 40}),
+  tuning.Row('v6e', {'dtype': 'int8', 'batch': 64}, {'block': 64}),
+  tuning.Row('v6e', {'dtype': 'int8', 'batch': 64}, {'block': 16}),
+  tuning.Row('v5e', {'dtype': 'int8', 'batch': 8}, {'block': 1}),
+)
+
+
+def taken(monkeypatch, wanted, facts, device=V6E, rows=ROWS):
+  monkeypatch.setattr(tuning, 'load', lambda kernel: rows)
+  return choose('a kernel', IMPLEMENTATIONS, wanted, facts, device)()
+
+
+@pytest.mark.parametrize(
+  'facts, block',
+  [
+    ({'dtype': 'int8', 'batch': 64}, 64),  # its own row, the first of two
+    ({'dtype': 'int8', 'batch': 8}, 40),  # a neighbour's, by doublings
+    ({'dtype': 'float32', 'batch': 64}, 8),  # no row of its kind: the rule
+    ({'dtype': 'int8', 'batch': 64, 'most': 32}, 8),  # its row will not do: the rule
+  ],
+)
+def test_parameters_come_from_the_row_or_the_nearest_or_the_rule(monkeypatch, facts, block):
+  assert taken(monkeypatch, None, facts) == ('tpu', Config(block))
+
+
+def test_other_devices_take_plain_xla(monkeypatch):
+  assert taken(monkeypatch, None, {'dtype': 'int8'}, CPU) == ('xla', None)
+  assert taken(monkeypatch, ('pallas_tpu', 'xla'), {'dtype': 'int8'}, CPU) == ('xla', None)
+
+
+def test_what_cannot_run_is_passed_over_in_a_sequence_only(monkeypatch):
+  facts = {'dtype': 'int8', 'most': 4}
+  assert taken(monkeypatch, None, facts) == ('xla', None)
+  with pytest.raises(ValueError, match=r'a kernel cannot run on v6e .* pallas_tpu: blocks of 8 are too large'):
+    taken(monkeypatch, 'pallas_tpu', facts)
+  with pytest.raises(ValueError, match='pallas_tpu: it is for TPUs, and this is cpu'):
+    taken(monkeypatch, 'pallas_tpu', facts, CPU)
+  with pytest.raises(ValueError, match="'cuda' is unknown; there are pallas_tpu, xla"):
+    taken(monkeypatch, 'cuda', facts)
+
+
+def test_what_is_taken_is_said_once(monkeypatch, caplog):
+  dispatch._log.cache_clear()
+  with caplog.at_level(logging.INFO, 'pallas_kernels'):
+    for _ in range(2):
+      taken(monkeypatch, None, {'dtype': 'int8', 'batch': 63})
+  (record,) = caplog.records
+  assert 'a kernel on v6e takes pallas_tpu, Config(block=64) of the row nearest' in record.message
+
+
+KERNELS = {
+  'paged_attention': cases.PAGED_ATTENTION,
+  'prefill_attention': cases.PREFILL_ATTENTION,
+  'quantized_matmul': cases.matmul_api.IMPLEMENTATIONS,
+}
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_every_row_of_a_table_can_run_where_it_says(kernel):
+  rows = tuning.load(kernel)
+  assert rows
+  implementation = KERNELS[kernel]['pallas_tpu']
+  for row in rows:
+    config = implementation.config(**row.config)
+    assert implementation.refusal(config, devices.by_name(row.device), row.problem) is None, row
+
+
+def test_rules_have_something_for_every_device():
+  facts = {
+    'dtype': 'bfloat16', 'values': 'bfloat16', 'scaled': 'neither', 'layout': 'plain', 'query_heads': 32,
+    'kv_heads': 8, 'head_dim': 128, 'page_size': 16, 'batch': 64, 'context': 131_072, 'query_tokens': 1, 'tokens': 512,
+    'layers': 32,
+  }  # fmt: skip
+  copies = Tuned(copy_tpu.gather_pages, copy_tpu.Config, copy_tpu.rule, copy_tpu.refusal)
+  appends = Tuned(
+    pallas_tpu_append.append_tokens, pallas_tpu_append.Config, pallas_tpu_append.rule, pallas_tpu_append.refusal
+  )
+  attentions = [KERNELS[name]['pallas_tpu'] for name in ('paged_attention', 'prefill_attention')]
+  for device in devices.TPUS.values():
+    for implementation in (copies, appends, *attentions):
+      assert implementation.refusal(implementation.rule(device, facts), device, facts) is None, device.name
+
+
+def test_an_unknown_device_is_named():
+  with pytest.raises(ValueError, match="'v9' is unknown; there are v4, v5e"):
+    devices.by_name('v9')

@@ -133,10 +133,10 @@ def tune(console: Console, problems: list[Problem]) -> None:
     for name in _DEVICES.value:
       tries = [
         dataclasses.replace(problem, name=json.dumps(config), arguments={**problem.arguments, 'config': config})
-        for config in problem.candidates
+        for config in _candidates(problem, devices.by_name(name))
       ]
       costs = _measure_all([(one, name) for one in tries])
-      found = {json.dumps(c): costs[json.dumps(c), name] for c in problem.candidates}
+      found = {one.name: costs[one.name, name] for one in tries}
       good = {config: cost for config, cost in found.items() if not isinstance(cost, str) and cost.cycles}
       if not good:
         console.print(f'{problem.name} on {name}: nothing runs; {next(iter(found.values()), "no candidates")}')
@@ -149,6 +149,12 @@ def tune(console: Console, problems: list[Problem]) -> None:
       _keep(problem, name, [(json.loads(config), good[config]) for config in kept])
       for config in kept:
         console.print(f'{problem.name} on {name}: {good[config].percent} % {good[config].bundles} bundles {config}')
+
+
+def _candidates(problem: Problem, device: devices.Device) -> list[dict[str, Any]]:
+  """The parameters to try; where a kernel takes the number of cores as one of them, that of the device."""
+  cores = {'cores': device.cores} if problem.build().kernel == 'quantized_matmul' else {}
+  return [{**config, **cores} for config in problem.candidates]
 
 
 def _merit(cost: static_cost.Cost) -> tuple[float, int]:

@@ -48,7 +48,25 @@ def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
 
 
 def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars)
+  grouped = 'group_size' in arguments
+  candidates = _INT4_CANDIDATES[grouped] if arguments.get('kind', 'int4') == 'int4' else _INT8_CANDIDATES
+  return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
+
+
+_INT8_CANDIDATES = [{'block_n': 512, 'depth': 4, 'integer': integer} for integer in (False, True)]
+_INT4_CANDIDATES = {
+  grouped: [
+    {'block_n': block_n, 'depth': 5, 'lead_n': lead_n, 'tile_k': 128 if grouped else 256, **form}
+    for (block_n, lead_n), form in itertools.product(
+      ((1536, 512), (2048, 512), (1024, 256)),
+      (
+        {'by_bytes': False, 'correction': 'products'},
+        {'by_bytes': True, 'correction': 'sums' if grouped else 'products'},
+      ),
+    )
+  ]
+  for grouped in (False, True)
+}
 
 
 def _anchor(name: str, function: str, **arguments: Any) -> Problem:

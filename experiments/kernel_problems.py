@@ -32,14 +32,11 @@ def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None 
   return {device: bar for device, bar in bars.items() if bar is not None}
 
 
-def _decode(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, _DECODE_CANDIDATES)
+def _decode(name: str, bars: Mapping[str, float], blocks: int = 1, share: int = 4, **arguments: Any) -> Problem:
+  config = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
+  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, [config])
 
 
-_DECODE_CANDIDATES = [
-  {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
-  for blocks, share in ((1, 4), (1, 2), (2, 4), (4, 4))
-]
 _SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 
 
@@ -53,17 +50,12 @@ def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
 
 
-_INT8_CANDIDATES = [{'block_n': 512, 'depth': 4, 'integer': integer} for integer in (False, True)]
+_INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {
   grouped: [
-    {'block_n': block_n, 'depth': 5, 'lead_n': lead_n, 'tile_k': 128 if grouped else 256, **form}
-    for (block_n, lead_n), form in itertools.product(
-      ((1536, 512), (2048, 512), (1024, 256)),
-      (
-        {'by_bytes': False, 'correction': 'products'},
-        {'by_bytes': True, 'correction': 'sums' if grouped else 'products'},
-      ),
-    )
+    {'block_n': block_n, 'depth': 5, 'lead_n': 512 if grouped or block_n > 1024 else 256, 'by_bytes': by_bytes}
+    | {'tile_k': 128 if grouped else 256, 'correction': 'sums' if grouped and by_bytes else 'products'}
+    for block_n, by_bytes in ((1536, False), (1024, False), (2048, True), (1024, True))
   ]
   for grouped in (False, True)
 }
@@ -77,8 +69,8 @@ _NONE: Mapping[str, float] = {}
 BARS = (
   _prefill('prefill 32/8, 4096 tokens', _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
-  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), head_dim=64),
-  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), **_SMALL_HEADS),
+  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), share=2, head_dim=64),
+  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), blocks=4, **_SMALL_HEADS),
   _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), dtype='int8'),
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),

@@ -74,6 +74,11 @@ class _Plan:
   softmax_scale: float
   sliding_window: int | None
   soft_cap: float | None
+  rows_in_place: bool  # whether the kernel takes [T, H, D] as it is, else [H, T, W]
+
+  @property
+  def heads_a_word(self) -> int:
+    return 2 if self.rows_in_place else 1
 
   @property
   def group(self) -> int:
@@ -274,7 +279,8 @@ class _Kernel:
     def some_heads(i, tile, u):
       token = block * plan.block_tokens + tile * plan.tile_tokens
       token += jax.lax.broadcasted_iota(jnp.int32, (plan.tile_tokens, 1), 0)
-      own, position = self.own(walk, u), self.row_numbers(u) + walk.before
+      own = self.own(walk, u)
+      position = jnp.where(own, self.row_numbers(u) + walk.before, -1)
       visible = token <= position
       if plan.sliding_window is not None:
         visible &= token > position - plan.sliding_window
@@ -373,26 +379,55 @@ class _Kernel:
 
   def take_queries(self):
     """Queries of the block, scaled and transposed, each in the lanes of its own key/value head."""
-    plan, rows = self.plan, self.plan.config.tile_rows
+    plan = self.plan
     scale = plan.softmax_scale * math.log2(math.e) if plan.soft_cap is None else plan.softmax_scale / plan.soft_cap
-    for head in range(plan.query_heads):
-      for u in range(plan.row_tiles):
-        q = self.q[head, pl.ds(u * rows, rows)].astype(jnp.float32) * scale
-        self.queries[self.place(head, u)] = q.T.astype(self.queries.dtype)
+    for u in range(plan.row_tiles):
+      for head in range(0, plan.query_heads, plan.heads_a_word):
+        for offset, q in enumerate(self.read_heads(head, u)):
+          self.queries[self.place(head + offset, u)] = (q * scale).T.astype(self.queries.dtype)
 
   def give_out(self, end):
     """Divide by the sums and write the rows; `end` is the first row of padding."""
     plan, rows = self.plan, self.plan.config.tile_rows
-    for head in range(plan.query_heads):
-      for u in range(plan.row_tiles):
-        at = self.place(head, u)
-        total = self.total[at].sum(0, keepdims=True)
-        real = (self.row_numbers(u) < end) & (total > 0)
-        out = jnp.where(real, self.sums[at] / jnp.where(real, total, 1), 0)
-        self.out[head, pl.ds(u * rows, rows)] = out.T.astype(self.out.dtype)
-        if self.lse is not None:
-          lse = (self.top[at][:1] + jnp.log2(jnp.where(real, total, 1))) * math.log(2)
-          self.lse[head : head + 1, pl.ds(u * rows, rows)] = jnp.where(real, lse, -jnp.inf)
+    for u in range(plan.row_tiles):
+      for head in range(0, plan.query_heads, plan.heads_a_word):
+        outs = [self.normalized(head + offset, u, end) for offset in range(plan.heads_a_word)]
+        self.write_heads(head, u, outs)
+
+  def normalized(self, head, u, end):
+    """[rows, W] of a query head's tile; its log of sums is written on the way."""
+    at, rows = self.place(head, u), self.plan.config.tile_rows
+    total = self.total[at].sum(0, keepdims=True)
+    real = (self.row_numbers(u) < end) & (total > 0)
+    total = jnp.where(real, total, 1)
+    if self.lse is not None:
+      lse = (self.top[at][:1] + jnp.log2(total)) * math.log(2)
+      self.lse[head : head + 1, pl.ds(u * rows, rows)] = jnp.where(real, lse, -jnp.inf)
+    return jnp.where(real, self.sums[at] * (1 / total), 0).T
+
+  def read_heads(self, head, u):
+    """[rows, W] float32 of one query head's tile, or of two that share their 32-bit words."""
+    rows = self.plan.config.tile_rows
+    if not self.plan.rows_in_place:
+      return [self.q[head, pl.ds(u * rows, rows)].astype(jnp.float32)]
+    words = self.words(self.q)[self.word_rows(head, u)]
+    return [pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)]
+
+  def write_heads(self, head, u, outs):
+    rows = self.plan.config.tile_rows
+    if not self.plan.rows_in_place:
+      self.out[head, pl.ds(u * rows, rows)] = outs[0].astype(self.out.dtype)
+      return
+    low, high = (pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for out in outs)
+    self.words(self.out)[self.word_rows(head, u)] = (low >> 16) | high
+
+  def words(self, rows):
+    """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`: two heads one above the other share a word."""
+    return rows.reshape(self.plan.config.block_rows * self.plan.query_heads, self.plan.width).bitcast(jnp.uint32)
+
+  def word_rows(self, head, u):
+    stride = self.plan.query_heads // 2
+    return pl.ds(u * self.plan.config.tile_rows * stride + head // 2, self.plan.config.tile_rows, stride=stride)
 
   def overflowed(self, end):
     """Whether a row's sum is beyond what can be trusted."""
@@ -453,8 +488,9 @@ def prefill_attention(
   """See `pallas_kernels.prefill_attention.prefill_attention`."""
   plan = _plan(q, pages, config, softmax_scale, sliding_window, soft_cap)
   tokens = q.shape[0]
-  queries = _pad_lanes(jnp.pad(q, ((0, plan.rows - tokens), (0, 0), (0, 0))), plan.q_lane, plan.width)
-  queries = jnp.swapaxes(queries, 0, 1)  # [H, T, W]
+  queries = jnp.pad(q, ((0, plan.rows - tokens), (0, 0), (0, 0)))
+  if not plan.rows_in_place:
+    queries = jnp.swapaxes(_pad_lanes(queries, plan.q_lane, plan.width), 0, 1)
   tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % _LANES)))[:, None]
   static = None
   if static_lengths is not None:
@@ -472,12 +508,15 @@ def prefill_attention(
   scalars = [offsets.astype(jnp.int32), lengths.astype(jnp.int32)]
   if sinks is not None:
     scalars.append(sinks.astype(jnp.float32))
-  rows_spec = pl.BlockSpec((plan.query_heads, config.block_rows, plan.width), lambda i, *_: (0, i, 0))
+  if plan.rows_in_place:
+    rows_spec = pl.BlockSpec((config.block_rows, plan.query_heads, plan.width), lambda i, *_: (i, 0, 0))
+  else:
+    rows_spec = pl.BlockSpec((plan.query_heads, config.block_rows, plan.width), lambda i, *_: (0, i, 0))
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   out_specs, out_shape = [rows_spec], [jax.ShapeDtypeStruct(queries.shape, q.dtype)]
   if return_lse:
     out_specs.append(pl.BlockSpec((plan.query_heads, config.block_rows), lambda i, *_: (0, i)))
-    out_shape.append(jax.ShapeDtypeStruct(queries.shape[:2], jnp.float32))
+    out_shape.append(jax.ShapeDtypeStruct((plan.query_heads, plan.rows), jnp.float32))
   lanes = plan.group * config.tile_rows
   state = (plan.heads, plan.row_tiles, _SUBLANES, lanes)
   compute = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
@@ -503,7 +542,8 @@ def prefill_attention(
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',), vmem_limit_bytes=60 << 20),
     interpret=interpret,
   )(*scalars, tables, queries, pages)
-  rows = jnp.swapaxes(_take_lanes(out[0], plan.out_lane, plan.head_dim), 0, 1)[:tokens]
+  rows = out[0] if plan.rows_in_place else jnp.swapaxes(_take_lanes(out[0], plan.out_lane, plan.head_dim), 0, 1)
+  rows = rows[:tokens]
   return (rows, jnp.swapaxes(out[1], 0, 1)[:tokens]) if return_lse else rows
 
 
@@ -516,8 +556,9 @@ def _plan(q, pages, config, softmax_scale, sliding_window, soft_cap):
   q_lane = tuple((h // group) % packed * head_dim for h in range(query_heads))
   out_lane = tuple(head_dim for _ in q_lane) if parts == 1 else q_lane
   rows = config.block_rows * -(-tokens // config.block_rows)
+  in_place = q.dtype == jnp.bfloat16 and head_dim == width == _LANES and query_heads % 16 == 0
   return _Plan(config, rows, query_heads, head_dim, parts, heads, page_size, width, q_lane, out_lane,
-               float(softmax_scale), sliding_window, soft_cap)
+               float(softmax_scale), sliding_window, soft_cap, in_place)
 
 
 def _pad_lanes(q, lanes, width):

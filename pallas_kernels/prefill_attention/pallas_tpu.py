@@ -27,6 +27,7 @@ _HIDDEN = 2 * _NOTHING  # so far below any top that its power is 0
 _ELSEWHERE = 1e30  # the top of another sequence's row: so high that this sequence's powers are 0
 _OVERFLOW = 2.0**64  # a sum from which on sums of values might have overflowed
 _SUBLANES, _LANES = 8, 128
+_BY_ROWS = (((1,), (1,)), ((), ()))  # a product of two matrices, both over their last axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,18 +174,17 @@ class _Walk:
 class _Kernel:
   """One grid step: its references, and what is done with them."""
 
-  def __init__(self, plan, offsets, lengths, sinks, tables, q, pages, out, lse, scratch):
+  def __init__(self, plan, static, offsets, lengths, sinks, tables, q, pages, out, lse, scratch):
     self.plan, self.offsets, self.lengths, self.sinks, self.tables = plan, offsets, lengths, sinks, tables
+    self.static = static  # chunks known while tracing
     self.q, self.pages, self.out, self.lse = q, pages, out, lse
     self.queries, self.top, self.total, self.sums, self.cached, self.ids, self.arrived, self.ids_arrived = scratch
     self.first_row = pl.program_id(0) * plan.config.block_rows
 
   # The copies.
 
-  def fetch_table(self, sequence):
-    copy = pltpu.make_async_copy(self.tables.at[sequence], self.ids, self.ids_arrived)
-    copy.start()
-    copy.wait()
+  def copy_table(self, sequence):
+    return pltpu.make_async_copy(self.tables.at[sequence], self.ids, self.ids_arrived)
 
   def fetch_block(self, slot, block, length):
     """Start the copies of a block's pages; past the last one, which may be anything, that one comes again."""
@@ -215,9 +215,13 @@ class _Kernel:
 
   def scores(self, slot, head, tiles, u, g):
     """[tokens, rows] of each tile of tokens."""
-    lanes = pl.ds(g * self.plan.config.tile_rows, self.plan.config.tile_rows)
-    q = self.queries[head, u, :, lanes]
-    out = [jnp.dot(self.keys(slot, head, t), q, preferred_element_type=jnp.float32, precision=self.precision) for t in tiles]
+    q = self.queries[head, u, g]
+    out = [
+      jax.lax.dot_general(
+        self.keys(slot, head, t), q, _BY_ROWS, preferred_element_type=jnp.float32, precision=self.precision
+      )
+      for t in tiles
+    ]
     if self.plan.soft_cap is not None:
       out = [jnp.tanh(s) * (self.plan.soft_cap * math.log2(math.e)) for s in out]
     return out
@@ -237,7 +241,7 @@ class _Kernel:
       top = jnp.where(own, top, old)
       self.top[at] = top
       shrink = jnp.exp2(old - top)
-      total, sums = total * shrink, sums * shrink[:1]
+      total, sums = total * shrink, jnp.where(old[:1] == _NOTHING, 0, sums * shrink[:1])  # untouched memory before
     reference = jnp.where(own, top[:1], _ELSEWHERE)
     weights = [jnp.exp2(s - reference) for s in scores]
     self.total[at] = functools.reduce(jnp.add, [_by_sublane(w).sum(0) for w in weights], total)
@@ -308,14 +312,21 @@ class _Kernel:
 
   # The walk.
 
-  def attend(self, sequence, start, stop, length, exact=False):
-    """One sequence's rows in this block of rows, over all that they see."""
+  def attend(self, sequence, fetched=False, exact=False):
+    """One sequence's rows in this block of rows, over all that they see.
+
+    Its table and its first block may have been fetched before. `exact` is a running maximum everywhere.
+    """
+    start, stop, length = self.chunk(sequence)
     walk = _Walk.of(self.plan, self.first_row, start, stop, length)
 
-    @pl.when(walk.steps > 0)
-    def _():
-      self.fetch_table(sequence)
-      self.fetch_block(0, walk.block(0), length)
+    if fetched is not True:
+
+      @pl.when((walk.steps > 0) & jnp.logical_not(fetched))
+      def _():
+        self.copy_table(sequence).start()
+        self.copy_table(sequence).wait()
+        self.fetch_block(0, walk.block(0), length)
 
     def step(i, work):
       slot = jax.lax.rem(i, 2)
@@ -338,19 +349,44 @@ class _Kernel:
     if not exact:
       _loop(edges, walk.steps, interior)
 
-  def attend_all(self, static, exact=False):
-    if static is not None:
-      for sequence, (start, stop, length) in enumerate(static):
-        self.attend(sequence, start, stop, length, exact)
-      return
-
-    def one(sequence):
-      self.attend(sequence, self.offsets[sequence], self.offsets[sequence + 1], self.lengths[sequence], exact)
-
+  def run(self):
+    """Zero the state and take the queries while the first sequence's first block comes, then attend, then write."""
     sequences = self.lengths.shape[0]
-    first = self.count(sequences, lambda b: self.offsets[b + 1] <= self.first_row)
-    end = self.count(sequences, lambda b: self.offsets[b] < self.first_row + self.plan.config.block_rows)
-    _loop(first, end, one)
+    if self.static is None:
+      first = self.count(sequences, lambda b: self.offsets[b + 1] <= self.first_row)
+      end = self.count(sequences, lambda b: self.offsets[b] < self.first_row + self.plan.config.block_rows)
+      end_row = self.offsets[sequences]
+    else:
+      first, end, end_row = 0, sequences, self.static[-1][1]
+
+    def when_any(start):
+      start() if self.static is not None else pl.when(first < end)(start)
+
+    when_any(lambda: self.copy_table(first).start())
+    self.start()
+
+    @when_any
+    def _():
+      self.copy_table(first).wait()
+      start, stop, length = self.chunk(first)
+      self.fetch_block(0, _Walk.of(self.plan, self.first_row, start, stop, length).block(0), length)
+
+    self.take_queries()
+    _loop(first, end, lambda sequence: self.attend(sequence, fetched=sequence == first))
+    if self.plan.config.fixed_reference:
+
+      @pl.when(self.overflowed(end_row))
+      def _():
+        self.start()
+        _loop(first, end, lambda sequence: self.attend(sequence, exact=True))
+
+    self.give_out(end_row)
+
+  def chunk(self, sequence):
+    """Its first row, the row past its last, and its cached tokens."""
+    if self.static is not None:
+      return self.static[sequence]
+    return self.offsets[sequence], self.offsets[sequence + 1], self.lengths[sequence]
 
   def count(self, number, holds):
     return jax.lax.fori_loop(0, number, lambda i, n: n + holds(i).astype(jnp.int32), jnp.int32(0))
@@ -358,13 +394,13 @@ class _Kernel:
   # Rows in, rows out.
 
   def start(self):
-    """Zero the sums; a sink is a logit without a value."""
-    self.sums[...] = jnp.zeros_like(self.sums)
+    """Nothing is seen yet; a sink is a logit without a value."""
     if self.sinks is None:
       self.top[...] = jnp.full_like(self.top, _NOTHING)
       self.total[...] = jnp.zeros_like(self.total)
       return
     plan = self.plan
+    self.sums[...] = jnp.zeros_like(self.sums)
     once = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, plan.config.tile_rows), 0) == 0
     for head in range(plan.query_heads):
       for u in range(plan.row_tiles):
@@ -378,13 +414,14 @@ class _Kernel:
     return c, u, slice(None), slice(g * self.plan.config.tile_rows, (g + 1) * self.plan.config.tile_rows)
 
   def take_queries(self):
-    """Queries of the block, scaled and transposed, each in the lanes of its own key/value head."""
+    """Queries of the block, scaled, each in the lanes of its own key/value head."""
     plan = self.plan
     scale = plan.softmax_scale * math.log2(math.e) if plan.soft_cap is None else plan.softmax_scale / plan.soft_cap
     for u in range(plan.row_tiles):
       for head in range(0, plan.query_heads, plan.heads_a_word):
         for offset, q in enumerate(self.read_heads(head, u)):
-          self.queries[self.place(head + offset, u)] = (q * scale).T.astype(self.queries.dtype)
+          c, g = divmod(head + offset, plan.group)
+          self.queries[c, u, g] = (q * scale).astype(self.queries.dtype)
 
   def give_out(self, end):
     """Divide by the sums and write the rows; `end` is the first row of padding."""
@@ -395,7 +432,7 @@ class _Kernel:
         self.write_heads(head, u, outs)
 
   def normalized(self, head, u, end):
-    """[rows, W] of a query head's tile; its log of sums is written on the way."""
+    """[W, rows] of a query head's tile; its log of sums is written on the way."""
     at, rows = self.place(head, u), self.plan.config.tile_rows
     total = self.total[at].sum(0, keepdims=True)
     real = (self.row_numbers(u) < end) & (total > 0)
@@ -403,7 +440,7 @@ class _Kernel:
     if self.lse is not None:
       lse = (self.top[at][:1] + jnp.log2(total)) * math.log(2)
       self.lse[head : head + 1, pl.ds(u * rows, rows)] = jnp.where(real, lse, -jnp.inf)
-    return jnp.where(real, self.sums[at] * (1 / total), 0).T
+    return jnp.where(real, self.sums[at] * (1 / total), 0)
 
   def read_heads(self, head, u):
     """[rows, W] float32 of one query head's tile, or of two that share their 32-bit words."""
@@ -416,10 +453,10 @@ class _Kernel:
   def write_heads(self, head, u, outs):
     rows = self.plan.config.tile_rows
     if not self.plan.rows_in_place:
-      self.out[head, pl.ds(u * rows, rows)] = outs[0].astype(self.out.dtype)
+      self.out[head, pl.ds(u * rows, rows)] = outs[0].T.astype(self.out.dtype)
       return
     low, high = (pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for out in outs)
-    self.words(self.out)[self.word_rows(head, u)] = (low >> 16) | high
+    self.words(self.out)[self.word_rows(head, u)] = ((low >> 16) | high).T
 
   def words(self, rows):
     """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`: two heads one above the other share a word."""
@@ -439,20 +476,6 @@ class _Kernel:
         total = self.total[self.place(head, u)]
         worst = jnp.maximum(worst, jnp.where(real, jnp.where(total < _OVERFLOW, 0.0, 1.0), 0.0))
     return jnp.max(worst) > 0
-
-  def run(self, static):
-    end = static[-1][1] if static is not None else self.offsets[self.lengths.shape[0]]
-    self.start()
-    self.take_queries()
-    self.attend_all(static)
-    if self.plan.config.fixed_reference:
-
-      @pl.when(self.overflowed(end))
-      def _():
-        self.start()
-        self.attend_all(static, exact=True)
-
-    self.give_out(end)
 
 
 def _by_sublane(x):
@@ -503,7 +526,7 @@ def prefill_attention(
     tables, q, pages, out = refs[:4]
     refs = refs[4:]
     lse = refs.pop(0) if return_lse else None
-    _Kernel(plan, offsets, lengths, sinks_ref, tables, q, pages, out, lse, refs).run(static)
+    _Kernel(plan, static, offsets, lengths, sinks_ref, tables, q, pages, out, lse, refs).run()
 
   scalars = [offsets.astype(jnp.int32), lengths.astype(jnp.int32)]
   if sinks is not None:
@@ -528,7 +551,7 @@ def prefill_attention(
       in_specs=[anywhere, rows_spec, anywhere],
       out_specs=out_specs,
       scratch_shapes=[
-        pltpu.VMEM((plan.heads, plan.row_tiles, plan.width, lanes), compute),
+        pltpu.VMEM((plan.heads, plan.row_tiles, plan.group, config.tile_rows, plan.width), compute),
         pltpu.VMEM(state, jnp.float32),
         pltpu.VMEM(state, jnp.float32),
         pltpu.VMEM((plan.heads, plan.row_tiles, plan.width, lanes), jnp.float32),

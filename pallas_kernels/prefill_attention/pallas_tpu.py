@@ -27,6 +27,16 @@ _HIDDEN = 2 * _NOTHING  # so far below any top that its power is 0
 _ELSEWHERE = 1e30  # the top of another sequence's row: so high that this sequence's powers are 0
 _OVERFLOW = 2.0**64  # a sum from which on sums of values might have overflowed
 _SUBLANES, _LANES = 8, 128
+_SPILLS = 8 << 20  # bytes of VMEM for what the compiler puts aside
+_VMEM_BYTES = {
+  'TPU v4': 16 << 20,
+  'TPU v5 lite': 128 << 20,
+  'TPU v5': 64 << 20,
+  'TPU v6 lite': 128 << 20,
+  'TPU7x': 64 << 20,
+}
+_FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+_FLOAT8_DEVICES = ('TPU7x',)
 _BY_ROWS = (((1,), (1,)), ((), ()))  # a product of two matrices, both over their last axis
 
 
@@ -75,7 +85,12 @@ class _Plan:
   softmax_scale: float
   sliding_window: int | None
   soft_cap: float | None
+  quantized: bool
   rows_in_place: bool  # whether the kernel takes [T, H, D] as it is, else [H, T, W]
+
+  def held_in(self, part, head, segment):
+    """What a packed head holds in its segment-th D lanes: 0 for keys or 1 for values, and of which head."""
+    return (segment, head) if self.parts == 1 else (part, head * (self.width // self.head_dim) + segment)
 
   @property
   def heads_a_word(self) -> int:
@@ -174,11 +189,12 @@ class _Walk:
 class _Kernel:
   """One grid step: its references, and what is done with them."""
 
-  def __init__(self, plan, static, offsets, lengths, sinks, tables, q, pages, out, lse, scratch):
+  def __init__(self, plan, static, offsets, lengths, sinks, tables, q, pages, scales, out, lse, scratch):
     self.plan, self.offsets, self.lengths, self.sinks, self.tables = plan, offsets, lengths, sinks, tables
     self.static = static  # chunks known while tracing
-    self.q, self.pages, self.out, self.lse = q, pages, out, lse
-    self.queries, self.top, self.total, self.sums, self.cached, self.ids, self.arrived, self.ids_arrived = scratch
+    self.q, self.pages, self.scales, self.out, self.lse = q, pages, scales, out, lse
+    self.queries, self.top, self.total, self.sums, self.copied, self.ids, self.arrived, self.ids_arrived = scratch[:8]
+    self.copied_scales, self.restored = scratch[8:] if plan.quantized else (None, None)
     self.first_row = pl.program_id(0) * plan.config.block_rows
 
   # The copies.
@@ -191,10 +207,33 @@ class _Kernel:
     last = _floordiv(length - 1, self.plan.page_size)
     for i in range(self.plan.block_pages):
       page = self.ids[0, _min(block * self.plan.block_pages + i, last)]
-      pltpu.make_async_copy(self.pages.at[page], self.cached.at[slot, i], self.arrived.at[slot]).start()
+      pltpu.make_async_copy(self.pages.at[page], self.copied.at[slot, i], self.arrived.at[slot]).start()
+      if self.plan.quantized:
+        scales = self.copied_scales.at[slot, i]
+        pltpu.make_async_copy(self.scales.at[page], scales, self.arrived.at[slot]).start()
 
   def await_block(self, slot):
-    pltpu.make_async_copy(self.cached.at[slot], self.cached.at[slot], self.arrived.at[slot]).wait()
+    """Wait for a block once for all its pages; restore what is quantized."""
+    pltpu.make_async_copy(self.copied.at[slot], self.copied.at[slot], self.arrived.at[slot]).wait()
+    if self.plan.quantized:
+      scales = self.copied_scales.at[slot]
+      pltpu.make_async_copy(scales, scales, self.arrived.at[slot]).wait()
+      _loop(0, self.plan.block_pages, lambda i: self.restore(slot, i))
+
+  def restore(self, slot, page):
+    """Multiply one page's keys and values by their scales."""
+    plan = self.plan
+    columns = [self.copied_scales[slot, page, kind].T for kind in range(2)]  # of keys and of values, [G, K] each
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, plan.width), 1)
+    for part in range(plan.parts):
+      for head in range(plan.heads):
+        scale = jnp.zeros((plan.page_size, plan.width), jnp.float32)
+        for segment in range(plan.width // plan.head_dim):
+          kind, kv_head = plan.held_in(part, head, segment)
+          column = columns[kind][:, kv_head : kv_head + 1]
+          scale = jnp.where(lane >= segment * plan.head_dim, column, scale)
+        stored = self.copied[slot, page, part, head].astype(jnp.float32)
+        self.restored[page, part, head] = (stored * scale).astype(self.restored.dtype)
 
   # What a tile reads.
 
@@ -208,7 +247,8 @@ class _Kernel:
   def _tokens(self, slot, head, part, tile, count):
     plan = self.plan
     pages = plan.tile_tokens // plan.page_size
-    tokens = self.cached[slot, pl.ds(tile * pages, count * pages), part, head]
+    block = self.restored if plan.quantized else self.copied.at[slot]
+    tokens = block[pl.ds(tile * pages, count * pages), part, head]
     return tokens.reshape(count * plan.tile_tokens, plan.width)
 
   # The softmax.
@@ -523,10 +563,12 @@ def prefill_attention(
   def kernel(offsets, lengths, *refs):
     refs = list(refs)
     sinks_ref = refs.pop(0) if sinks is not None else None
-    tables, q, pages, out = refs[:4]
-    refs = refs[4:]
+    tables, q, pages = refs[:3]
+    refs = refs[3:]
+    scales_ref = refs.pop(0) if scales is not None else None
+    out = refs.pop(0)
     lse = refs.pop(0) if return_lse else None
-    _Kernel(plan, static, offsets, lengths, sinks_ref, tables, q, pages, out, lse, refs).run()
+    _Kernel(plan, static, offsets, lengths, sinks_ref, tables, q, pages, scales_ref, out, lse, refs).run()
 
   scalars = [offsets.astype(jnp.int32), lengths.astype(jnp.int32)]
   if sinks is not None:
@@ -540,34 +582,121 @@ def prefill_attention(
   if return_lse:
     out_specs.append(pl.BlockSpec((plan.query_heads, config.block_rows), lambda i, *_: (0, i)))
     out_shape.append(jax.ShapeDtypeStruct((plan.query_heads, plan.rows), jnp.float32))
-  lanes = plan.group * config.tile_rows
-  state = (plan.heads, plan.row_tiles, _SUBLANES, lanes)
-  compute = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
   out = pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(plan.rows // config.block_rows,),
-      in_specs=[anywhere, rows_spec, anywhere],
+      in_specs=[anywhere, rows_spec, anywhere] + ([] if scales is None else [anywhere]),
       out_specs=out_specs,
       scratch_shapes=[
-        pltpu.VMEM((plan.heads, plan.row_tiles, plan.group, config.tile_rows, plan.width), compute),
-        pltpu.VMEM(state, jnp.float32),
-        pltpu.VMEM(state, jnp.float32),
-        pltpu.VMEM((plan.heads, plan.row_tiles, plan.width, lanes), jnp.float32),
+        *(pltpu.VMEM(shape, dtype) for shape, dtype in _state_shapes(plan, q.dtype)),
         pltpu.VMEM((2, plan.block_pages, *pages.shape[1:]), pages.dtype),
         pltpu.SMEM(tables.shape[1:], jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,
+        *(pltpu.VMEM(shape, dtype) for shape, dtype in _restored_shapes(plan, q.dtype)),
       ],
     ),
     out_shape=out_shape,
-    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',), vmem_limit_bytes=60 << 20),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel',), vmem_limit_bytes=vmem_bytes(q, pages, config)
+    ),
     interpret=interpret,
-  )(*scalars, tables, queries, pages)
+  )(*scalars, tables, queries, pages, *([] if scales is None else [scales]))
   rows = out[0] if plan.rows_in_place else jnp.swapaxes(_take_lanes(out[0], plan.out_lane, plan.head_dim), 0, 1)
   rows = rows[:tokens]
   return (rows, jnp.swapaxes(out[1], 0, 1)[:tokens]) if return_lse else rows
+
+
+def _state_shapes(plan, dtype):
+  """Of the queries, and of each row's top, total and sums of values."""
+  lanes = plan.group * plan.config.tile_rows
+  numbers = (plan.heads, plan.row_tiles, _SUBLANES, lanes)
+  return [
+    ((plan.heads, plan.row_tiles, plan.group, plan.config.tile_rows, plan.width), dtype),
+    (numbers, jnp.float32),
+    (numbers, jnp.float32),
+    ((plan.heads, plan.row_tiles, plan.width, lanes), jnp.float32),
+  ]
+
+
+def _restored_shapes(plan, dtype):
+  """Of the scales of two blocks, and of one block whose scales are multiplied in."""
+  if not plan.quantized:
+    return []
+  kv_heads = plan.parts * plan.heads * plan.width // (2 * plan.head_dim)
+  return [
+    ((2, plan.block_pages, 2, kv_heads, plan.page_size), jnp.float32),
+    ((plan.block_pages, plan.parts, plan.heads, plan.page_size, plan.width), dtype),
+  ]
+
+
+def _padded_bytes(shape, dtype):
+  """Bytes of an array in VMEM, where its last two axes fill whole registers."""
+  size = jnp.dtype(dtype).itemsize
+  *leading, sublanes, lanes = shape
+  sublanes += -sublanes % (_SUBLANES * 4 // size)
+  return math.prod(leading) * sublanes * (lanes + -lanes % _LANES) * size
+
+
+def vmem_bytes(q: jax.Array, pages: jax.Array, config: Config) -> int:
+  """VMEM that the kernel asks for: its rows twice, coming and going, its state, two blocks of pages, and for spills."""
+  plan = _plan(q, pages, config, 1.0, None, None)
+  rows = (config.block_rows, plan.query_heads, plan.width)
+  if not plan.rows_in_place:
+    rows = (plan.query_heads, config.block_rows, plan.width)
+  log_sums = 2 * _padded_bytes((plan.query_heads, config.block_rows), jnp.float32)
+  blocks = _padded_bytes((2, plan.block_pages, *pages.shape[1:]), pages.dtype)
+  scratch = [*_state_shapes(plan, q.dtype), *_restored_shapes(plan, q.dtype)]
+  return 4 * _padded_bytes(rows, q.dtype) + log_sums + blocks + sum(_padded_bytes(*each) for each in scratch) + _SPILLS
+
+
+def refusal(q: jax.Array, pages: jax.Array, *, config: Config, device_kind: str | None = None) -> str | None:
+  """Why the kernel cannot run for these arguments on this kind of device (None: interpreted), or None if it can."""
+  plan = _plan(q, pages, config, 1.0, None, None)
+  tiles = plan.block_tokens // plan.tile_tokens
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return f'queries are {q.dtype}, expected bfloat16 or float32.'
+  if not plan.quantized and pages.dtype != q.dtype:
+    return f'pages are {pages.dtype} and queries {q.dtype}; expected the same, or pages of 8 bits.'
+  if config.block_rows % config.tile_rows:
+    return f'block_rows {config.block_rows} is not a multiple of tile_rows {config.tile_rows}.'
+  if plan.heads % config.heads_at_once or plan.heads % config.edge_heads_at_once:
+    return (
+      f'heads_at_once {config.heads_at_once} and edge_heads_at_once {config.edge_heads_at_once} '
+      f'do not both divide the {plan.heads} heads of a page.'
+    )
+  if device_kind is None:
+    return None
+  if plan.width % _LANES:
+    return f'pages are {plan.width} wide, expected a multiple of {_LANES} lanes; pack heads of {plan.head_dim}.'
+  if config.tile_rows % _LANES:
+    return f'tile_rows {config.tile_rows} is not a multiple of {_LANES} lanes.'
+  if plan.page_size % 16 or plan.tile_tokens * tiles % _LANES:
+    return f'pages of {plan.page_size} tokens do not fill tiles of 16 sublanes and blocks of {_LANES} lanes.'
+  if pages.dtype in _FLOAT8 and device_kind not in _FLOAT8_DEVICES:
+    return f'pages are {pages.dtype}, which {device_kind} computes with slowly; use int8 pages.'
+  need, have = vmem_bytes(q, pages, config), _VMEM_BYTES.get(device_kind, min(_VMEM_BYTES.values()))
+  if need > have:
+    return f'the blocks need {need} bytes of VMEM and {device_kind} has {have}; lower block_rows or block_tokens.'
+  return None
+
+
+def rule(device_kind: str, q: jax.Array, pages: jax.Array) -> Config:
+  """The blocks to take where no measurement is near: the largest of a few that fit."""
+  heads = pages.shape[2]
+  tile_rows = 128 if q.shape[0] <= 128 else 256
+  sizes = [size for size in (512, 256, 128) if size >= tile_rows and size < q.shape[0] + tile_rows] or [tile_rows]
+  for rows in sizes:
+    for tokens in (512, 256):
+      tiles_a_head = rows // tile_rows * (q.shape[1] // heads)
+      at_once = math.gcd(heads, max(1, 16 // tiles_a_head))
+      edges = math.gcd(heads, max(1, 32 // (q.shape[1] // heads)))
+      config = Config(rows, tile_rows, tokens, 256, heads_at_once=at_once, edge_heads_at_once=edges)
+      if refusal(q, pages, config=config, device_kind=device_kind) is None:
+        return config
+  return Config(tile_rows, tile_rows, 256, 256)
 
 
 def _plan(q, pages, config, softmax_scale, sliding_window, soft_cap):
@@ -581,7 +710,7 @@ def _plan(q, pages, config, softmax_scale, sliding_window, soft_cap):
   rows = config.block_rows * -(-tokens // config.block_rows)
   in_place = q.dtype == jnp.bfloat16 and head_dim == width == _LANES and query_heads % 16 == 0
   return _Plan(config, rows, query_heads, head_dim, parts, heads, page_size, width, q_lane, out_lane,
-               float(softmax_scale), sliding_window, soft_cap, in_place)
+               float(softmax_scale), sliding_window, soft_cap, pages.dtype.itemsize == 1, in_place)
 
 
 def _pad_lanes(q, lanes, width):

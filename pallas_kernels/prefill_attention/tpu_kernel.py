@@ -406,7 +406,8 @@ class Kernel:
 
   def words(self, rows):
     """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`: two heads one above the other share a word."""
-    return rows.reshape(self.problem.config.block_rows * self.problem.query_heads, self.problem.width).bitcast(jnp.uint32)
+    words = self.problem.config.block_rows * self.problem.query_heads // 2
+    return rows.bitcast(jnp.uint32).reshape(words, self.problem.width)
 
   def word_rows(self, head, u):
     stride = self.problem.query_heads // 2

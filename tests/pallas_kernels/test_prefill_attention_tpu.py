@@ -138,6 +138,7 @@ def test_a_key_that_stands_out_in_the_interior_is_done_again_exactly(monkeypatch
   assert not np.isfinite(run(case)[0]).all()
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='no interpreter of this JAX writes through a bitcast')
 def test_rows_of_two_heads_a_word_are_read_and_written_in_place():
   case = make(3, chunks=((0, 20), (3, 5)), heads=16, kv_heads=4, head_dim=128)
   out, log_sums = run(case, Config(16, 16, 16, 8, 2, 2, 4), dtype=jnp.bfloat16)

@@ -26,6 +26,8 @@ from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
 from pallas_kernels.tuning import Facts
 
+_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied there
+
 __all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
 
 
@@ -109,15 +111,20 @@ def _attend(
 ) -> dict[str, jax.Array]:
   """Results by name: 'out' as the rows of `q`, and maybe 'lse' `[H, T]`."""
   block_rows = problem.config.block_rows
-  tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % LANES)))[:, None]  # a row is one copy
   if problem.rows_in_place:
     rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (i, 0, 0))
   else:
     rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (0, i, 0))
   scalars = {'offsets': offsets.astype(jnp.int32), 'lengths': lengths.astype(jnp.int32)}
-  hbm = pl.BlockSpec(memory_space=pl.ANY)
-  operands, in_specs = {'q': q, 'tables': tables, 'pages': pages}, {'q': rows, 'tables': hbm, 'pages': hbm}
+  hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+  operands, in_specs = {'q': q, 'pages': pages}, {'q': rows, 'pages': hbm}
   out_shape, out_specs = {'out': jax.ShapeDtypeStruct(q.shape, q.dtype)}, {'out': rows}
+  ids = (1, LANES)  # a sequence's page numbers at a time
+  if tables.size <= _PREFETCHED_PAGES:
+    scalars['tables'] = tables.reshape(-1)
+  else:
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % LANES)))[:, None]  # a row is one copy
+    operands['tables'], in_specs['tables'], ids = tables, hbm, tables.shape[1:]
   if sinks is not None:
     scalars['sinks'] = sinks.astype(jnp.float32)
   if scales is not None:
@@ -144,7 +151,7 @@ def _attend(
       out_specs=out_specs,
       scratch_shapes=[
         *(pltpu.VMEM(shape, dtype) for shape, dtype in problem.state()),
-        pltpu.SMEM(tables.shape[1:], jnp.int32),
+        pltpu.SMEM(ids, jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA,
         *(pltpu.VMEM(shape, dtype) for shape, dtype in problem.copies()),

@@ -98,6 +98,7 @@ class Kernel:
     self.problem, self.chunks = problem, chunks
     self.offsets, self.lengths, self.sinks = refs['offsets'], refs['lengths'], refs.get('sinks')
     self.q, self.tables, self.pages, self.scales = refs['q'], refs['tables'], refs['pages'], refs.get('scales')
+    self.prefetched = len(self.tables.shape) == 1  # else a row of the table lies in `ids`
     self.out, self.lse = refs['out'], refs.get('lse')
     self.queries, self.top, self.total, self.sums, self.ids, self.arrived, self.ids_arrived, self.copied = scratch[:8]
     self.copied_scales, self.restored = scratch[8:] if problem.quantized else (None, None)
@@ -106,13 +107,28 @@ class Kernel:
   # The copies.
 
   def copy_table(self, sequence):
+    """Of a sequence's page numbers into scalar memory, where those of all are not there already."""
     return pltpu.make_async_copy(self.tables.at[sequence], self.ids, self.ids_arrived)
 
-  def fetch_block(self, slot, block, length):
+  def start_table(self, sequence):
+    if not self.prefetched:
+      self.copy_table(sequence).start()
+
+  def await_table(self, sequence):
+    if not self.prefetched:
+      self.copy_table(sequence).wait()
+
+  def page(self, sequence, slot):
+    """The page that a sequence has in a slot of its table, of which the copy has ended."""
+    if not self.prefetched:
+      return self.ids[0, slot]
+    return self.tables[sequence * (self.tables.shape[0] // self.lengths.shape[0]) + slot]
+
+  def fetch_block(self, sequence, slot, block, length):
     """Start the copies of a block's pages; past the last one, which may be anything, that one comes again."""
     last = _floordiv(length - 1, self.problem.page_size)
     for i in range(self.problem.block_pages):
-      page = self.ids[0, _min(block * self.problem.block_pages + i, last)]
+      page = self.page(sequence, _min(block * self.problem.block_pages + i, last))
       pltpu.make_async_copy(self.pages.at[page], self.copied.at[slot, i], self.arrived.at[slot]).start()
       if self.problem.quantized:
         scales = self.copied_scales.at[slot, i]
@@ -270,16 +286,16 @@ class Kernel:
 
       @pl.when((walk.steps > 0) & jnp.logical_not(fetched))
       def _():
-        self.copy_table(sequence).start()
-        self.copy_table(sequence).wait()
-        self.fetch_block(0, walk.block(0), length)
+        self.start_table(sequence)
+        self.await_table(sequence)
+        self.fetch_block(sequence, 0, walk.block(0), length)
 
     def step(i, work):
       slot = jax.lax.rem(i, 2)
 
       @pl.when(i + 1 < walk.steps)
       def _():
-        self.fetch_block(1 - slot, walk.block(i + 1), length)
+        self.fetch_block(sequence, 1 - slot, walk.block(i + 1), length)
 
       self.await_block(slot)
       work(walk.block(i), slot)
@@ -308,14 +324,14 @@ class Kernel:
     def when_any(start):
       start() if self.chunks is not None else pl.when(first < end)(start)
 
-    when_any(lambda: self.copy_table(first).start())
+    when_any(lambda: self.start_table(first))
     self.start()
 
     @when_any
     def _():
-      self.copy_table(first).wait()
+      self.await_table(first)
       start, stop, length = self.chunk(first)
-      self.fetch_block(0, Walk.of(self.problem, self.first_row, start, stop, length).block(0), length)
+      self.fetch_block(first, 0, Walk.of(self.problem, self.first_row, start, stop, length).block(0), length)
 
     self.take_queries()
     _loop(first, end, lambda sequence: self.attend(sequence, fetched=sequence == first))

@@ -146,7 +146,8 @@ def test_rows_of_two_heads_a_word_are_read_and_written_in_place():
   np.testing.assert_allclose(log_sums, case.log_sums, rtol=3e-2, atol=5e-2)
 
 
-def test_copies_and_products_do_not_race():
+def test_copies_and_products_do_not_race(monkeypatch):
+  monkeypatch.setattr(pallas_tpu, '_PREFETCHED_PAGES', 0)
   case = make(4, chunks=((20, 6), (0, 4)), heads=2, kv_heads=1, quantized=True)
   check(case, interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode='on_wait'))
   assert not interpret_pallas_call.races.races_found

@@ -82,7 +82,7 @@ def prefill_attention(
     soft_cap=soft_cap,
   )
   results = _attend(
-    problem, _rows(problem, q), pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+    problem, device, _rows(problem, q), pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
   )
   out = _unrows(problem, results['out'])
   return (out, jnp.swapaxes(results['lse'], 0, 1)[: problem.tokens]) if return_lse else out
@@ -107,14 +107,21 @@ def _unrows(problem: Problem, out: jax.Array) -> jax.Array:
 
 
 def _attend(
-  problem, q, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+  problem, device, q, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
 ) -> dict[str, jax.Array]:
   """Results by name: 'out' as the rows of `q`, and maybe 'lse' `[H, T]`."""
   block_rows = problem.config.block_rows
+  blocks = problem.rows // block_rows
+  cores = device.cores if device is not None and blocks % device.cores == 0 else 1
+
+  def block_of(core, step):
+    """Cores take turns at going first, so that none gets the later and longer rows only."""
+    return step * cores + jnp.where(step % 2 == 0, core, cores - 1 - core) if cores > 1 else step
+
   if problem.rows_in_place:
-    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (i, 0, 0))
+    rows = pl.BlockSpec(problem.rows_block, lambda core, step, *_: (block_of(core, step), 0, 0))
   else:
-    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (0, i, 0))
+    rows = pl.BlockSpec(problem.rows_block, lambda core, step, *_: (0, block_of(core, step), 0))
   scalars = {'offsets': offsets.astype(jnp.int32), 'lengths': lengths.astype(jnp.int32)}
   hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   operands, in_specs = {'q': q, 'pages': pages}, {'q': rows, 'pages': hbm}
@@ -131,7 +138,7 @@ def _attend(
     operands['scales'], in_specs['scales'] = scales, hbm
   if return_lse:
     out_shape['lse'] = jax.ShapeDtypeStruct((problem.query_heads, problem.rows), jnp.float32)
-    out_specs['lse'] = pl.BlockSpec((problem.query_heads, block_rows), lambda i, *_: (0, i))
+    out_specs['lse'] = pl.BlockSpec((problem.query_heads, block_rows), lambda core, step, *_: (0, block_of(core, step)))
   chunks = None
   if static_lengths is not None:
     ends = [sum(static_lengths[: i + 1]) for i in range(len(static_lengths))]
@@ -140,13 +147,16 @@ def _attend(
   def kernel(*refs):
     named, scratch = refs[: len(scalars)], refs[len(scalars) + 2 :]
     inputs, outputs = refs[len(scalars) : len(scalars) + 2]
-    Kernel(problem, chunks, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
+    block = block_of(pl.program_id(0), pl.program_id(1))
+    Kernel(problem, chunks, block, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
 
+  if not interpret:  # else the compiler may keep them in vector memory, of which it then takes more than is left
+    operands = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in operands.items()}
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
-      grid=(problem.rows // block_rows,),
+      grid=(cores, blocks // cores),
       in_specs=[in_specs],
       out_specs=out_specs,
       scratch_shapes=[
@@ -159,7 +169,7 @@ def _attend(
     ),
     out_shape=out_shape,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',),
+      dimension_semantics=('parallel', 'arbitrary'),
       vmem_limit_bytes=problem.vmem_bytes(),
       disable_bounds_checks=True,
     ),

@@ -93,7 +93,7 @@ class Walk:
 class Kernel:
   """One grid step: its references, and what is done with them."""
 
-  def __init__(self, problem: Problem, chunks: Sequence[tuple[int, int, int]] | None, refs: dict[str, Any], scratch):
+  def __init__(self, problem: Problem, chunks: Sequence[tuple[int, int, int]] | None, block, refs, scratch):
     """`chunks` are each sequence's first row, the row past its last, and its length, if known at trace time."""
     self.problem, self.chunks = problem, chunks
     self.offsets, self.lengths, self.sinks = refs['offsets'], refs['lengths'], refs.get('sinks')
@@ -102,7 +102,7 @@ class Kernel:
     self.out, self.lse = refs['out'], refs.get('lse')
     self.queries, self.top, self.total, self.sums, self.ids, self.arrived, self.ids_arrived, self.copied = scratch[:8]
     self.copied_scales, self.restored = scratch[8:] if problem.quantized else (None, None)
-    self.first_row = pl.program_id(0) * problem.config.block_rows
+    self.first_row = block * problem.config.block_rows
 
   # The copies.
 

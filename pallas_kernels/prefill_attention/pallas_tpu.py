@@ -150,7 +150,11 @@ def _attend(
     block = block_of(pl.program_id(0), pl.program_id(1))
     Kernel(problem, chunks, block, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
 
-  if not interpret:  # else the compiler may keep them in vector memory, of which it then takes more than is left
+  if not interpret:  # else the compiler may keep them in vector memory, and then it takes more of it than is left
+    # A single number it keeps in scalar memory.
+    scalars = {
+      name: x if x.size == 1 else pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in scalars.items()
+    }
     operands = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in operands.items()}
   return pl.pallas_call(
     kernel,

@@ -183,15 +183,16 @@ def _attend(
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: the largest blocks that fit, with about 16 tiles a piece of code."""
+  """What to take where nothing near was measured: the largest blocks that fit, in long pieces of code."""
   heads, tokens = _page(facts)[1], int(facts['tokens'])
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
+  piece = 64 if device.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
   for block_rows, block_tokens in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
     if block_rows >= tokens + tile_rows:
       continue
     tile = min(tile_rows, block_rows)
-    at_once = math.gcd(heads, max(1, 16 // (group * block_rows // tile)))
+    at_once = math.gcd(heads, max(1, piece // (group * block_rows // tile)))
     edges = math.gcd(heads, max(1, 32 // group))
     config = Config(block_rows, tile, block_tokens, min(256, block_tokens), 4, at_once, edges)
     if refusal(config, device, facts) is None:

@@ -10,7 +10,7 @@ Scores lie transposed, tokens down the sublanes and rows along the lanes: the pr
 full width on 256 x 256 matrix units although a head is 128 wide, and sums need no shuffle of lanes. The products of
 the next tiles stand before the softmax of this one, in straight-line code, so that the compiler can overlap them.
 
-Scores are in units of log2(e), folded into the queries, so that a plain power of two takes the place of the exponential.
+Scores are in units of log2(e), folded into the queries, so that a power of two takes the place of the exponential.
 """
 
 import math
@@ -26,7 +26,7 @@ from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
 from pallas_kernels.tuning import Facts
 
-_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied there
+_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied
 
 __all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
 
@@ -81,8 +81,9 @@ def prefill_attention(
     sliding_window=sliding_window,
     soft_cap=soft_cap,
   )
+  rows = _rows(problem, q)
   results = _attend(
-    problem, device, _rows(problem, q), pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+    problem, device, rows, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
   )
   out = _unrows(problem, results['out'])
   return (out, jnp.swapaxes(results['lse'], 0, 1)[: problem.tokens]) if return_lse else out

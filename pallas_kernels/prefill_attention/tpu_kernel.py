@@ -387,7 +387,7 @@ class Kernel:
 
   def give_out(self, end):
     """Divide by the sums and write the rows; `end` is the first row of padding."""
-    problem, rows = self.problem, self.problem.config.tile_rows
+    problem = self.problem
     for u in range(problem.row_tiles):
       for head in range(0, problem.query_heads, problem.heads_a_word):
         outs = [self.normalized(head + offset, u, end) for offset in range(problem.heads_a_word)]
@@ -465,5 +465,3 @@ def _ahead(products, number):
     if at + number < len(products):
       pending.append(products[at + number]())
     yield pending.pop(0)
-
-

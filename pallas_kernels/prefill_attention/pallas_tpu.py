@@ -10,7 +10,7 @@ Scores lie transposed, tokens down the sublanes and rows along the lanes: the pr
 full width on 256 x 256 matrix units although a head is 128 wide, and sums need no shuffle of lanes. The products of
 the next tiles stand before the softmax of this one, in straight-line code, so that the compiler can overlap them.
 
-Scores are in units of log2(e), folded into the queries, so that a plain power of two takes the exponential's place.
+Scores are in units of log2(e), folded into the queries, so that a power of two takes the place of the exponential.
 """
 
 import math
@@ -27,9 +27,7 @@ from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
 from pallas_kernels.tuning import Facts
 
-_PREFETCHED_PAGES = (
-  65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied there
-)
+_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied
 
 __all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
 
@@ -84,8 +82,9 @@ def prefill_attention(
     sliding_window=sliding_window,
     soft_cap=soft_cap,
   )
+  rows = _rows(problem, q)
   results = _attend(
-    problem, _rows(problem, q), pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+    problem, device, rows, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
   )
   out = _unrows(problem, results['out'])
   return (out, jnp.swapaxes(results['lse'], 0, 1)[: problem.tokens]) if return_lse else out
@@ -110,14 +109,21 @@ def _unrows(problem: Problem, out: jax.Array) -> jax.Array:
 
 
 def _attend(
-  problem, q, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
+  problem, device, q, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
 ) -> dict[str, jax.Array]:
   """Results by name: 'out' as the rows of `q`, and maybe 'lse' `[H, T]`."""
   block_rows = problem.config.block_rows
+  blocks = problem.rows // block_rows
+  cores = device.cores if device is not None and blocks % device.cores == 0 else 1
+
+  def block_of(core, step):
+    """Cores take turns at going first, so that none gets the later and longer rows only."""
+    return step * cores + jnp.where(step % 2 == 0, core, cores - 1 - core) if cores > 1 else step
+
   if problem.rows_in_place:
-    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (i, 0, 0))
+    rows = pl.BlockSpec(problem.rows_block, lambda core, step, *_: (block_of(core, step), 0, 0))
   else:
-    rows = pl.BlockSpec(problem.rows_block, lambda i, *_: (0, i, 0))
+    rows = pl.BlockSpec(problem.rows_block, lambda core, step, *_: (0, block_of(core, step), 0))
   scalars = {'offsets': offsets.astype(jnp.int32), 'lengths': lengths.astype(jnp.int32)}
   hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   operands, in_specs = {'q': q, 'pages': pages}, {'q': rows, 'pages': hbm}
@@ -134,7 +140,7 @@ def _attend(
     operands['scales'], in_specs['scales'] = scales, hbm
   if return_lse:
     out_shape['lse'] = jax.ShapeDtypeStruct((problem.query_heads, problem.rows), jnp.float32)
-    out_specs['lse'] = pl.BlockSpec((problem.query_heads, block_rows), lambda i, *_: (0, i))
+    out_specs['lse'] = pl.BlockSpec((problem.query_heads, block_rows), lambda core, step, *_: (0, block_of(core, step)))
   chunks = None
   if static_lengths is not None:
     ends = [sum(static_lengths[: i + 1]) for i in range(len(static_lengths))]
@@ -143,13 +149,20 @@ def _attend(
   def kernel(*refs):
     named, scratch = refs[: len(scalars)], refs[len(scalars) + 2 :]
     inputs, outputs = refs[len(scalars) : len(scalars) + 2]
-    Kernel(problem, chunks, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
+    block = block_of(pl.program_id(0), pl.program_id(1))
+    Kernel(problem, chunks, block, dict(zip(scalars, named, strict=True)) | inputs | outputs, scratch).run()
 
+  if not interpret:  # else the compiler may keep them in vector memory, and then it takes more of it than is left
+    # A single number it keeps in scalar memory.
+    scalars = {
+      name: x if x.size == 1 else pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in scalars.items()
+    }
+    operands = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in operands.items()}
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
-      grid=(problem.rows // block_rows,),
+      grid=(cores, blocks // cores),
       in_specs=[in_specs],
       out_specs=out_specs,
       scratch_shapes=[
@@ -162,7 +175,7 @@ def _attend(
     ),
     out_shape=out_shape,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',),
+      dimension_semantics=('parallel', 'arbitrary'),
       vmem_limit_bytes=problem.vmem_bytes(),
       disable_bounds_checks=True,
     ),
@@ -172,15 +185,16 @@ def _attend(
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: the largest blocks that fit, with about 16 tiles a piece of code."""
+  """What to take where nothing near was measured: the largest blocks that fit, in long pieces of code."""
   heads, tokens = _page(facts)[1], int(facts['tokens'])
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
+  piece = 64 if device.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
   for block_rows, block_tokens in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
     if block_rows >= tokens + tile_rows:
       continue
     tile = min(tile_rows, block_rows)
-    at_once = math.gcd(heads, max(1, 16 // (group * block_rows // tile)))
+    at_once = math.gcd(heads, max(1, piece // (group * block_rows // tile)))
     edges = math.gcd(heads, max(1, 32 // group))
     config = Config(block_rows, tile, block_tokens, min(256, block_tokens), 4, at_once, edges)
     if refusal(config, device, facts) is None:

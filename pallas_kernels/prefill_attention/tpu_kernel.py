@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ class Walk:
 class Kernel:
   """One grid step: its references, and what is done with them."""
 
-  def __init__(self, problem: Problem, chunks: Sequence[tuple[int, int, int]] | None, refs: dict[str, Any], scratch):
+  def __init__(self, problem: Problem, chunks: Sequence[tuple[int, int, int]] | None, block, refs, scratch):
     """`chunks` are each sequence's first row, the row past its last, and its length, if known at trace time."""
     self.problem, self.chunks = problem, chunks
     self.offsets, self.lengths, self.sinks = refs['offsets'], refs['lengths'], refs.get('sinks')
@@ -102,7 +101,7 @@ class Kernel:
     self.out, self.lse = refs['out'], refs.get('lse')
     self.queries, self.top, self.total, self.sums, self.ids, self.arrived, self.ids_arrived, self.copied = scratch[:8]
     self.copied_scales, self.restored = scratch[8:] if problem.quantized else (None, None)
-    self.first_row = pl.program_id(0) * problem.config.block_rows
+    self.first_row = block * problem.config.block_rows
 
   # The copies.
 
@@ -236,7 +235,7 @@ class Kernel:
 
     _loop(0, problem.heads // config.heads_at_once, some_heads)
 
-  def edges(self, walk, slot, block, length):
+  def edges(self, walk, slot, block, length, at_once):
     """A block that some row does not see whole: tile by tile, those that are seen at all."""
     problem, config = self.problem, self.problem.config
     first_u = _floordiv(walk.low - self.first_row, config.tile_rows)
@@ -250,7 +249,7 @@ class Kernel:
       visible = token <= position
       if problem.sliding_window is not None:
         visible &= token > position - problem.sliding_window
-      heads = [i * config.edge_heads_at_once + h for h in range(config.edge_heads_at_once)]
+      heads = [i * at_once + h for h in range(at_once)]
       values = [
         jnp.where(token < length, self.values(slot, head, tile, 1), 0).T.astype(self.queries.dtype) for head in heads
       ]
@@ -267,7 +266,7 @@ class Kernel:
       if problem.sliding_window is not None:
         past = token + problem.tile_tokens - 1 + problem.sliding_window - walk.before - self.first_row
         seen_until = _min(end_u, _cdiv(_max(past, 0), config.tile_rows))
-      head_steps = problem.heads // config.edge_heads_at_once
+      head_steps = problem.heads // at_once
       _loop(seen_from, _max(seen_until, seen_from), lambda u: _loop(0, head_steps, lambda i: some_heads(i, tile, u)))
 
     _loop(0, problem.tiles, some_rows)
@@ -301,12 +300,13 @@ class Kernel:
       work(walk.block(i), slot)
 
     def edge(i):
-      step(i, lambda block, slot: self.edges(walk, slot, block, length))
+      step(i, lambda block, slot: self.edges(walk, slot, block, length, at_once))
 
     def interior(i):
       step(i, lambda block, slot: self.interior(walk, slot))
 
     edges = walk.steps if exact else walk.edges
+    at_once = 1 if exact else self.problem.config.edge_heads_at_once  # what is rarely done is short
     _loop(0, edges, edge)
     if not exact:
       _loop(edges, walk.steps, interior)
@@ -391,18 +391,17 @@ class Kernel:
     for u in range(problem.row_tiles):
       for head in range(0, problem.query_heads, problem.heads_a_word):
         outs = [self.normalized(head + offset, u, end) for offset in range(problem.heads_a_word)]
-        self.write_heads(head, u, outs)
+        self.write_heads(head, u, outs, end)
 
   def normalized(self, head, u, end):
-    """[W, rows] of a query head's tile; its log of sums is written on the way."""
+    """[W, rows] of a query head's tile, garbage in rows of padding; the logs of its sums are written on the way."""
     at, rows = self.place(head, u), self.problem.config.tile_rows
-    total = self.total[at].sum(0, keepdims=True)
-    real = (self.row_numbers(u) < end) & (total > 0)
-    total = jnp.where(real, total, 1)
+    real = self.row_numbers(u) < end
+    total = jnp.where(real, self.total[at].sum(0, keepdims=True), 1)
     if self.lse is not None:
       lse = (self.top[at][:1] + jnp.log2(total)) * (1 / LOG2_E)
       self.lse[head : head + 1, pl.ds(u * rows, rows)] = jnp.where(real, lse, -jnp.inf)
-    return jnp.where(real, self.sums[at] * (1 / total), 0)
+    return self.sums[at] * (1 / total)
 
   def read_heads(self, head, u):
     """[rows, W] float32 of one query head's tile, or of two that share their 32-bit words."""
@@ -412,13 +411,14 @@ class Kernel:
     words = self.words(self.q)[self.word_rows(head, u)]
     return [pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)]
 
-  def write_heads(self, head, u, outs):
-    rows = self.problem.config.tile_rows
+  def write_heads(self, head, u, outs, end):
+    """The reverse, of `[W, rows]` each; rows of padding become zeros."""
+    rows, real = self.problem.config.tile_rows, self.row_numbers(u) < end
     if not self.problem.rows_in_place:
-      self.out[head, pl.ds(u * rows, rows)] = outs[0].T.astype(self.out.dtype)
+      self.out[head, pl.ds(u * rows, rows)] = jnp.where(real, outs[0], 0).T.astype(self.out.dtype)
       return
     low, high = (pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for out in outs)
-    self.words(self.out)[self.word_rows(head, u)] = ((low >> 16) | high).T
+    self.words(self.out)[self.word_rows(head, u)] = jnp.where(real, (low >> 16) | high, jnp.uint32(0)).T
 
   def words(self, rows):
     """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`: two heads one above the other share a word."""

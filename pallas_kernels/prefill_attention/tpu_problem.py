@@ -158,7 +158,7 @@ class Problem:
     ]
 
   def copies(self) -> list[tuple[tuple[int, ...], jnp.dtype]]:
-    """Of two blocks of pages; if quantized, of their scales, and of one block with the scales multiplied in."""
+    """Of two blocks of pages; if they are quantized, of their scales, and of one block with these multiplied in."""
     pages = [((2, self.block_pages, *self.page), self.page_dtype)]
     if self.quantized:
       pages.append(((2, self.block_pages, 2, self.kv_heads, self.page_size), jnp.dtype(jnp.float32)))

@@ -33,7 +33,7 @@ def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None 
 
 
 def _decode(name: str, bars: Mapping[str, float], blocks: int = 1, share: int = 4, **arguments: Any) -> Problem:
-  config = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
+  config: dict[str, Any] = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
   return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, [config])
 
 
@@ -41,7 +41,22 @@ _SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 
 
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars)
+  configs = [
+    {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
+    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (2, 1, 1))
+  ]
+  return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
+
+
+def _int4(grouped: bool, block_n: int, by_bytes: bool) -> dict[str, Any]:
+  return {
+    'block_n': block_n,
+    'depth': 5,
+    'lead_n': 512 if grouped or block_n > 1024 else 256,
+    'tile_k': 128 if grouped else 256,
+    'by_bytes': by_bytes,
+    'correction': 'sums' if grouped and by_bytes else 'products',
+  }
 
 
 def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
@@ -50,15 +65,9 @@ def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
 
 
+_INT4_CUTS = ((1536, False), (1024, False), (2048, True), (1024, True))
 _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
-_INT4_CANDIDATES = {
-  grouped: [
-    {'block_n': block_n, 'depth': 5, 'lead_n': 512 if grouped or block_n > 1024 else 256, 'by_bytes': by_bytes}
-    | {'tile_k': 128 if grouped else 256, 'correction': 'sums' if grouped and by_bytes else 'products'}
-    for block_n, by_bytes in ((1536, False), (1024, False), (2048, True), (1024, True))
-  ]
-  for grouped in (False, True)
-}
+_INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 
 
 def _anchor(name: str, function: str, **arguments: Any) -> Problem:
@@ -75,7 +84,7 @@ BARS = (
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),
-  _matmul('matmul w8a8', _NONE, kind='w8a8'),
+  dataclasses.replace(_matmul('matmul w8a8', _NONE, kind='w8a8'), candidates=()),
 )
 
 # Those that read their lengths as they run have no estimate: the compiler cannot know how often they loop.

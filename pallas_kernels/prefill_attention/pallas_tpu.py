@@ -190,12 +190,14 @@ def rule(device: Device, facts: Facts) -> Config:
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
   piece = 64 if device.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
+  if facts['dtype'] == 'float32':  # of which a product is six
+    piece //= 8
   for block_rows, block_tokens in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
     if block_rows >= tokens + tile_rows:
       continue
     tile = min(tile_rows, block_rows)
     at_once = math.gcd(heads, max(1, piece // (group * block_rows // tile)))
-    edges = math.gcd(heads, max(1, 32 // group))
+    edges = math.gcd(heads, max(1, min(32, 2 * piece) // group))
     config = Config(block_rows, tile, block_tokens, min(256, block_tokens), 4, at_once, edges)
     if refusal(config, device, facts) is None:
       return config
@@ -217,6 +219,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'scales of pages of {page[2]} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
   if config.tile_rows % LANES or config.block_rows % config.tile_rows:
     return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
+  if LANES < config.block_rows >= int(facts['tokens']) + config.tile_rows:
+    return f'{config}: blocks of {config.block_rows} rows are too large for {facts["tokens"]} tokens.'
   if page[1] % config.heads_at_once or page[1] % config.edge_heads_at_once:
     return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
   compute = dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)

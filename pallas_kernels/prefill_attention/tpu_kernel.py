@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,10 @@ class Kernel:
     self.prefetched = len(self.tables.shape) == 1  # else a row of the table lies in `ids`
     self.out, self.lse = refs['out'], refs.get('lse')
     self.queries, self.top, self.total, self.sums, self.ids, self.arrived, self.ids_arrived, self.copied = scratch[:8]
-    self.copied_scales, self.restored = scratch[8:] if problem.quantized else (None, None)
+    self.copied_scales: Any = None
+    self.restored: Any = None
+    if problem.quantized:
+      self.copied_scales, self.restored = scratch[8:]
     self.first_row = block * problem.config.block_rows
 
   # The copies.
@@ -206,8 +210,8 @@ class Kernel:
     reference = jnp.where(own, top[:1], _ELSEWHERE)
     weights = [jnp.exp2(s - reference) for s in scores]
     self.total[at] = functools.reduce(jnp.add, [_by_sublane(w).sum(0) for w in weights], total)
-    weights = jnp.concatenate(weights, axis=0).astype(values.dtype)
-    self.sums[at] = sums + jnp.dot(values, weights, preferred_element_type=jnp.float32, precision=self.precision)
+    columns = jnp.concatenate(weights, axis=0).astype(values.dtype)
+    self.sums[at] = sums + jnp.dot(values, columns, preferred_element_type=jnp.float32, precision=self.precision)
 
   def own(self, walk, u):
     """[1, tile_rows] whether a row is the sequence's."""

@@ -45,7 +45,7 @@ class Problem:
   tokens: int  # T
   query_heads: int  # H
   head_dim: int  # D
-  page: tuple[int, int, int, int]  # [A, C, G, W]
+  page: tuple[int, ...]  # [A, C, G, W]
   dtype: jnp.dtype  # of queries
   page_dtype: jnp.dtype
   softmax_scale: float = 1.0
@@ -159,7 +159,7 @@ class Problem:
 
   def copies(self) -> list[tuple[tuple[int, ...], jnp.dtype]]:
     """Of two blocks of pages; if they are quantized, of their scales, and of one block with these multiplied in."""
-    pages = [((2, self.block_pages, *self.page), self.page_dtype)]
+    pages: list[tuple[tuple[int, ...], jnp.dtype]] = [((2, self.block_pages, *self.page), self.page_dtype)]
     if self.quantized:
       pages.append(((2, self.block_pages, 2, self.kv_heads, self.page_size), jnp.dtype(jnp.float32)))
       pages.append(((self.block_pages, *self.page), self.dtype))

@@ -32,6 +32,7 @@ LANES = 128
 _BYTE_BIAS = 8  # what a stored four-bit value is above the value that it stands for
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
 _HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
+_LONGEST_BODY = 64 * 2048 * 4096  # rows times weights of a grid step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,10 +482,19 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'depth is {config.depth}, and it takes at least 2.'
   if config.integer and facts['kind'] == 'w8a8' and not _has_integers(device):
     return f'config.integer is set, and {device.name} multiplies no integers.'
-  needed = vmem_bytes(_plan(facts, config, jnp.float32 if dtype == 'int8' else dtype))
+  plan = _plan(facts, config, jnp.float32 if dtype == 'int8' else dtype)
+  if config.block_n > 256 and _body(facts, config, plan) > _LONGEST_BODY:
+    return f'bodies of {plan.block_n} columns are too long for {facts["m"]} rows.'
+  needed = vmem_bytes(plan)
   if needed > device.vmem_bytes:
     return f'it needs {needed} bytes of VMEM, and {device.name} has {device.vmem_bytes}.'
   return None
+
+
+def _body(facts: Facts, config: Config, plan: '_Plan') -> int:
+  """What a body's instructions grow with: rows, past those that the weights' unpacking hides, times weights."""
+  rows = min(int(facts['m']), config.block_m) * (3 if facts['dtype'] == 'float32' else 1)
+  return max(rows, 64) * plan.block_n * plan.block_k
 
 
 def _has_integers(device: Device) -> bool:
@@ -493,11 +503,10 @@ def _has_integers(device: Device) -> bool:
 
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing was measured: large bodies, but under 11,000 bundles, as far as VMEM allows."""
-  size_m, kind = int(facts['m']), facts['kind']
+  kind = facts['kind']
   float32 = facts['dtype'] == 'float32'
   wide = device.matrix_width >= 256
   block_m = 128 if float32 else 256
-  rows = min(size_m, block_m) * (3 if float32 else 1)
   if kind == 'int4':
     block_n, depth = (2048 if wide else 1536), 5
   else:
@@ -515,9 +524,8 @@ def rule(device: Device, facts: Facts) -> Config:
   )
   while True:
     plan = _plan(facts, config, 'float32')
-    # A body's instructions grow with rows past those that the weights' unpacking hides.
-    work = max(rows, 64) * plan.block_n * plan.block_k
-    if config.block_n <= 256 or (work <= 64 * 2048 * 4096 and vmem_bytes(plan) <= device.vmem_bytes):
+    work = _body(facts, config, plan)
+    if config.block_n <= 256 or (work <= _LONGEST_BODY and vmem_bytes(plan) <= device.vmem_bytes):
       break
     config = dataclasses.replace(config, block_n=config.block_n // 2 // LANES * LANES, lead_n=256)
   while vmem_bytes(_plan(facts, config, 'float32')) > device.vmem_bytes and (config.depth > 2 or config.block_m > 32):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import prefill_attention
-from pdjax.kv.pages import write
+from pallas_kernels import append_tokens, prefill_attention
 from pdjax.model.checkpoint import Checkpoint, SafetensorsCheckpoint
 from pdjax.model.transformer import bind
 from pdjax.model.weights import load_weights
@@ -74,7 +73,7 @@ def paged_logits(checkpoint: Checkpoint, prompt: np.ndarray) -> np.ndarray:
     positions = start + jnp.arange(len(tokens))
 
     def attend(q, k, v, layer, window):
-      layer = write(layer, k, v, jnp.asarray(table)[positions // PAGE_SIZE], positions % PAGE_SIZE)
+      layer = append_tokens(layer, k, v, jnp.asarray(table)[positions // PAGE_SIZE], positions % PAGE_SIZE)
       offsets = jnp.array([0, len(tokens)], jnp.int32)
       lengths = jnp.reshape(start + len(tokens), 1)
       return prefill_attention(q, layer, table[None], offsets, lengths, sliding_window=window), layer

@@ -18,6 +18,7 @@ import json
 import pathlib
 import re
 import statistics
+import subprocess
 import time
 from typing import Any
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   console = Console()
   problems = [problem for problem in kernel_problems.BARS if re.search(_ONLY.value, problem.name)]
-  if not problems:
+  if not problems and not _COMPILE.value:
     names = '\n  '.join(problem.name for problem in kernel_problems.BARS)
     raise app.UsageError(f'--only={_ONLY.value} matches none of\n  {names}')
   here = devices.current()
@@ -98,7 +99,7 @@ def _measure_all(wanted: list[tuple[Problem, str]]) -> dict[tuple[str, str], sta
     problem, device = pair
     try:
       return static_cost.measure(device, problem.case, problem.arguments)
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
       return str(error)
 
   with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
@@ -179,10 +180,9 @@ def _keep(problem: Problem, device: str, found: list[tuple[dict[str, Any], stati
 def compile_all(console: Console) -> None:
   """Compile every kernel at every shape for every device; print what fails."""
   failed = 0
-  product = list(itertools.product(_DEVICES.value, kernel_problems.shapes()))
+  problems = [problem for problem in kernel_problems.shapes() if re.search(_ONLY.value, problem.name)]
+  product = list(itertools.product(_DEVICES.value, problems))
   for name, problem in product:
-    if not re.search(_ONLY.value, problem.name):
-      continue
     try:
       static_cost.compile_for(devices.by_name(name), problem.build())
     except Exception as error:  # the compiler's refusal is the result
@@ -226,13 +226,18 @@ def time_all(console: Console, problems: list[Problem], device: devices.Device) 
 
 
 def _seconds(case: static_cost.Case) -> float:
-  arguments = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), case.arguments)
-  run = jax.jit(case.function)
+  arguments = [
+    case.integers[place]() if place in case.integers else jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), argument)
+    for place, argument in enumerate(case.arguments)
+  ]
+  run = jax.jit(case.function, donate_argnums=case.donated)
   times = []
   for _ in range(_REPEATS.value + 1):
     start = time.perf_counter()
-    jax.block_until_ready(run(*arguments))
+    out = jax.block_until_ready(run(*arguments))
     times.append(time.perf_counter() - start)
+    for place in case.donated:
+      arguments[place] = out
   return statistics.median(times[1:])  # the first compiles
 
 

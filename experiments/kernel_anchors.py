@@ -43,7 +43,8 @@ def paged_decode(batch: int = 64, context: int = 2048, page_size: int = 128) -> 
   call = functools.partial(paged_attention, pages_per_compute_block=2048 // page_size)
   q = jax.ShapeDtypeStruct((batch, QUERY_HEADS, HEAD_DIM), jnp.bfloat16)
   pages = jax.ShapeDtypeStruct((KV_HEADS, batch * context // page_size, page_size, HEAD_DIM), jnp.bfloat16)
-  return _decode(call, (q, pages, pages, _ints(batch), _ints(batch, context // page_size)), batch, context)
+  inputs = (q, pages, pages, _ints(batch), _ints(batch, context // page_size))
+  return _decode(call, inputs, batch, context, {3: _lengths(batch, context), 4: _tables(batch, context // page_size)})
 
 
 def ragged_decode(batch: int = 64, context: int = 2048, page_size: int = 128) -> Case:
@@ -55,7 +56,13 @@ def ragged_decode(batch: int = 64, context: int = 2048, page_size: int = 128) ->
   q = jax.ShapeDtypeStruct((batch, QUERY_HEADS, HEAD_DIM), jnp.bfloat16)
   pages = jax.ShapeDtypeStruct((batch * context // page_size, page_size, 2 * KV_HEADS, HEAD_DIM), jnp.bfloat16)
   inputs = (q, pages, _ints(batch), _ints(batch, context // page_size), _ints(batch + 1), _ints(1))
-  return _decode(call, inputs, batch, context)
+  integers = {
+    2: _lengths(batch, context),
+    3: _tables(batch, context // page_size),
+    4: functools.partial(jnp.arange, batch + 1, dtype=jnp.int32),
+    5: _lengths(1, batch),
+  }
+  return _decode(call, inputs, batch, context, integers)
 
 
 def tokamax_prefill(context: int = 4096) -> Case:
@@ -73,8 +80,19 @@ def _prefill(call: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], context: int) 
   return Case(call, inputs, flops, context * (_TOKEN_BYTES + 4 * QUERY_HEADS * HEAD_DIM))
 
 
-def _decode(call: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], batch: int, context: int) -> Case:
-  return Case(call, inputs, 4 * batch * context * QUERY_HEADS * HEAD_DIM, batch * context * _TOKEN_BYTES)
+def _decode(
+  call: Any, inputs: tuple[jax.ShapeDtypeStruct, ...], batch: int, context: int, integers: dict[int, Any]
+) -> Case:
+  flops, moved = 4 * batch * context * QUERY_HEADS * HEAD_DIM, batch * context * _TOKEN_BYTES
+  return Case(call, inputs, flops, moved, integers=integers)
+
+
+def _lengths(count: int, value: int) -> Any:
+  return functools.partial(jnp.full, count, value, jnp.int32)
+
+
+def _tables(batch: int, slots: int) -> Any:
+  return lambda: jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

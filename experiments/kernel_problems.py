@@ -84,7 +84,7 @@ BARS = (
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),
-  dataclasses.replace(_matmul('matmul w8a8', _NONE, kind='w8a8'), candidates=()),
+  _matmul('matmul w8a8', _NONE, kind='w8a8'),
 )
 
 # Those that read their lengths as they run have no estimate: the compiler cannot know how often they loop.
@@ -105,7 +105,7 @@ CANARIES = (
   (_decode('decode 32/8, 4 sequences', _NONE, batch=4), 'v6e'),
   (_decode('decode 9/3, 8 sequences', _NONE, batch=8, **_SMALL_HEADS), 'tpu7x'),
   (_decode('decode 32/8, int8, 4 sequences', _NONE, batch=4, dtype='int8'), 'v5e'),
-  (_prefill('prefill 4/1, 1024 tokens', _NONE, context=1024, query_heads=4, kv_heads=1), 'v6e'),
+  (_prefill('prefill 16/4, 512 tokens', _NONE, context=512, query_heads=16, kv_heads=4), 'v6e'),
   (_matmul('matmul int4 of 2048 columns', _NONE, n=2048), 'v5e'),
   (Problem('append, gather and scatter', 'pallas_kernels.cases:copy', {'batch': 8}), 'v6e'),
 )

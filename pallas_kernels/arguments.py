@@ -171,6 +171,7 @@ def describe(layout: PageLayout, q: Any, pages: Any, tables: Any) -> dict[str, i
   """What the choice of an implementation and its parameters depends on; of arrays, or of shapes and dtypes alone."""
   return {
     'dtype': pages.dtype.name,
+    'q_dtype': q.dtype.name,
     'layout': layout.name,
     'query_heads': q.shape[-2],
     'kv_heads': layout.kv_heads,

@@ -52,7 +52,9 @@ def decode(
     head_dim * pages.dtype.itemsize + (0 if scales is None else 4)
   )
   flops = 4 * tokens * query_tokens * query_heads * head_dim
-  return Case(call, (q, pages, tables, lengths, scales), flops, moved, kernel='paged_attention', facts=facts)
+  integers = {2: lambda: _tables(batch, slots, pages), 3: lambda: jnp.full(batch, context, jnp.int32)}
+  inputs = (q, pages, tables, lengths, scales)
+  return Case(call, inputs, flops, moved, integers=integers, kernel='paged_attention', facts=facts)
 
 
 def prefill(
@@ -87,7 +89,12 @@ def prefill(
   flops = 2 * batch * context * (context + 1) * query_heads * head_dim
   moved = _bytes(q, q) + batch * context * 2 * kv_heads * head_dim * pages.dtype.itemsize
   inputs = (q, pages, tables, offsets, lengths, scales)
-  return Case(call, inputs, flops, moved, kernel='prefill_attention', facts=facts)
+  integers = {
+    2: lambda: _tables(batch, slots, pages),
+    3: lambda: jnp.arange(batch + 1, dtype=jnp.int32) * (tokens // batch),
+    4: lambda: jnp.full(batch, context, jnp.int32),
+  }
+  return Case(call, inputs, flops, moved, integers=integers, kernel='prefill_attention', facts=facts)
 
 
 def copy(
@@ -113,7 +120,10 @@ def copy(
     return scatter_pages(pages, ids + 1, values, implementation='pallas_tpu')
 
   moved = 4 * batch * math.prod(layout.page_shape) * pages.dtype.itemsize
-  return Case(call, (pages, tokens, tokens, numbers, numbers, numbers), 0, moved, donated=(0,), kernel='page_copy')
+  inputs = (pages, tokens, tokens, numbers, numbers, numbers)
+  each = functools.partial(jnp.arange, batch, dtype=jnp.int32)
+  integers: dict[int, Any] = {3: each, 4: lambda: each() % page_size, 5: lambda: 2 * each()}
+  return Case(call, inputs, 0, moved, donated=(0,), integers=integers, kernel='page_copy')
 
 
 def matmul(
@@ -129,14 +139,18 @@ def matmul(
   bits = 4 if kind == 'int4' else 8
   weights = jax.eval_shape(lambda w: quantize(w, bits, group_size), jax.ShapeDtypeStruct((k, n), jnp.float32))
   x = jax.ShapeDtypeStruct((m, k), dtype)
-  facts = matmul_tpu.problem(x, weights.values, weights.scales)
+  quantized = jax.ShapeDtypeStruct((m, k), jnp.int8) if kind == 'w8a8' else x
+  facts = matmul_tpu.problem(quantized, weights.values, weights.scales)
 
   def call(x, values, scales):
     if config is None:
       integers = kind == 'w8a8'
       return quantized_matmul(x, values, scales, quantize_activations=integers, implementation='pallas_tpu')
     run = _tpu_kernel('quantized_matmul', matmul_api.IMPLEMENTATIONS, facts, config)
-    return run(x, values, scales, out_dtype=x.dtype)
+    if kind != 'w8a8':
+      return run(x, values, scales, out_dtype=x.dtype)
+    rows, x_scales = matmul_api.quantize_rows(x)
+    return run(rows, values, scales, x_scales=x_scales, out_dtype=x.dtype)
 
   moved = _bytes(x, weights.values, weights.scales, jax.ShapeDtypeStruct((m, n), dtype))
   inputs = (x, weights.values, weights.scales)
@@ -182,6 +196,11 @@ def _pool(num_pages: int, layout: PageLayout, dtype: str) -> jax.ShapeDtypeStruc
   """So many pages, or as many as fit into the smallest memory: tables may name a page twice."""
   page_bytes = math.prod(layout.page_shape) * jnp.dtype(dtype).itemsize
   return jax.ShapeDtypeStruct((min(num_pages, _POOL_BYTES // page_bytes), *layout.page_shape), dtype)
+
+
+def _tables(batch: int, slots: int, pages: jax.ShapeDtypeStruct) -> jax.Array:
+  """Page tables in which every slot has a page of its own, as far as there are pages."""
+  return jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots) % pages.shape[0]
 
 
 def _scales(pages: jax.ShapeDtypeStruct, kv_heads: int) -> jax.ShapeDtypeStruct | None:

@@ -54,5 +54,5 @@ def current() -> Device:
   kind = _OTHER_KINDS.get(device.device_kind, device.device_kind)
   platform = getattr(device, 'platform', None) or kind
   if kind in TPUS:
-    return dataclasses.replace(TPUS[kind], cores=device.num_cores)
+    return dataclasses.replace(TPUS[kind], cores=getattr(device, 'num_cores', None) or TPUS[kind].cores)
   return Device(kind, 'gpu' if platform in ('gpu', 'cuda', 'rocm') else platform)

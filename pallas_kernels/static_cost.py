@@ -41,7 +41,8 @@ class Case:
   arguments: tuple[Any, ...]  # of `jax.ShapeDtypeStruct`s or arrays, whole trees too
   flops: float = 0.0
   hbm_bytes: float = 0.0  # to read and to write
-  donated: tuple[int, ...] = ()
+  donated: tuple[int, ...] = ()  # the result takes the place of the one that is, if any
+  integers: Mapping[int, Callable[[], Any]] = dataclasses.field(default_factory=dict)  # arguments that must make sense
   kernel: str = ''
   facts: Mapping[str, int | str] = dataclasses.field(default_factory=dict)  # of the problem, as tuning tables say it
 

@@ -167,6 +167,8 @@ def append_tokens(
     raise ValueError(f'scales {scales.shape} are for {scales.shape[2]} heads, but k {k.shape} has {k.shape[1]}.')
   _check_conversion(k.dtype, False, pages.dtype, scales is not None)
   run = _choose('append_tokens', implementation, pages, layout, k.dtype, (False, scales is not None), k.shape[0])
+  if not k.shape[0]:
+    return pages if scales is None else (pages, scales)
   out, out_scales = run(pages, k, v, jnp.asarray(page), jnp.asarray(offset), scales, layout=layout)
   return out if out_scales is None else (out, out_scales)
 

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.devices import Device
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy.conversion import QUANTIZED, SMALLEST_ABSMAX, cast
+from pallas_kernels.tiles import page_of
 from pallas_kernels.tuning import Facts
 
 Layers = Sequence[jax.Array]
@@ -65,6 +66,9 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   for dtype in dtypes:
     if page_size % _sublanes(dtype):
       return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
+  page_bytes = sum(_padded_bytes(page_of(facts), dtype) for dtype in dtypes)
+  if (needed := vmem_bytes(config, int(facts['layers']), page_bytes)) > device.vmem_bytes:
+    return f'two pages need {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
   return None
 
 

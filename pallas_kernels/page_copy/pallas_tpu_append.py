@@ -70,6 +70,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'Mosaic does not convert to {dtype}; it does {", ".join(names)}.'
   if page_size % _sublanes(dtype):
     return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
+  if not 0 < config.ahead < config.slots:
+    return f'{config.ahead} tiles ahead leave none of {config.slots} to write.'
   if page_size % config.tile_rows or config.tile_rows % _sublanes(dtype):
     return f'tiles of {config.tile_rows} rows do not cut pages of {page_size} tokens of {dtype} into whole tiles.'
   return None

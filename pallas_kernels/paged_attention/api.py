@@ -73,7 +73,9 @@ def paged_attention(
     )
   facts = describe(layout, q, pages, tables) | {'query_tokens': q.shape[1] if q.ndim == 4 else 1}
   return choose('paged_attention', IMPLEMENTATIONS, implementation, facts)(
-    *map(jnp.asarray, (q, pages, tables, lengths)),
+    jnp.asarray(q),
+    jnp.asarray(pages),
+    *(jnp.asarray(numbers, jnp.int32) for numbers in (tables, lengths)),
     softmax_scale=layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
     sliding_window=sliding_window,
     soft_cap=soft_cap,

@@ -17,12 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
-from pallas_kernels.layouts import PageLayout
 from pallas_kernels.paged_attention.tpu_kernel import BLOCK_BITS, LOG2_E, Step
-from pallas_kernels.paged_attention.tpu_problem import LANES, Config, Problem, round_up_power
+from pallas_kernels.paged_attention.tpu_problem import PREFETCHED_PAGES, Config, Problem, round_up_power
+from pallas_kernels.tiles import LANES, compute_dtype, page_of, page_refusal
 from pallas_kernels.tuning import Facts
-
-_PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else blocks look theirs up
 
 
 def paged_attention(
@@ -83,7 +81,7 @@ def paged_attention(
   position = lengths[:, None] - problem.query_tokens + jnp.arange(problem.query_tokens)  # [B, Q]
   seen = (position >= 0) & (lengths[:, None] > 0)
   out = _unrows(problem, results['out'])
-  out = jnp.where(seen[..., None, None], out, 0).reshape(q.shape)
+  out = jnp.where(seen[..., None, None], out, 0).astype(q.dtype).reshape(q.shape)
   if not return_lse:
     return out
   lse = _unrows(problem, results['lse'])[..., 0]
@@ -127,7 +125,7 @@ def _rows(problem: Problem, q: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Queries `[B, Q, H, D]` as rows `[B, C·R, W]`, scaled, each with zeros in the lanes that are not its own head's."""
   batch, tokens, _, head_dim = q.shape
   scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
-  q = (q.astype(jnp.float32) * scale).astype(dtype if dtype.itemsize > 1 else q.dtype)
+  q = (q.astype(jnp.float32) * scale).astype(compute_dtype(q.dtype, dtype))
   q = q.reshape(batch, tokens, problem.columns, problem.heads, problem.group, head_dim).transpose(0, 2, 3, 4, 1, 5)
   lanes = [
     jnp.pad(q[:, :, e], ((0, 0),) * 4 + ((e * head_dim, problem.width - (e + 1) * head_dim),))
@@ -176,7 +174,7 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
   if problem.copy_pages > 1:  # a group of pages may end behind those that the sequence holds: any will do there
     tables = jnp.clip(tables, 0, pages.shape[0] - 1)
   tables = jnp.pad(tables, ((0, 0), (0, padding)))
-  if tables.size <= _PREFETCHED_PAGES:
+  if tables.size <= PREFETCHED_PAGES:
     prefetched['tables'] = tables.reshape(-1)
   else:
     operands['tables'], in_specs['tables'] = tables.reshape(-1, 1, problem.block_pages), hbm
@@ -224,7 +222,7 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
 
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing near was measured: blocks of some MiB, as far as the vector memory goes."""
-  page, group = _page(facts), int(facts['query_heads']) // int(facts['kv_heads'])
+  page, group = page_of(facts), int(facts['query_heads']) // int(facts['kv_heads'])
   rows = int(facts['kv_heads']) // page[1] * group * int(facts['query_tokens'])
   share = next((n for n in (1, 2, 4, 8) if n * rows >= 16), 16)
   token_bytes = page[0] * page[1] * page[3] * jnp.dtype(str(facts['dtype'])).itemsize
@@ -238,17 +236,10 @@ def rule(device: Device, facts: Facts) -> Config:
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
-  dtype, page_size, page = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), _page(facts)
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
-  if page[3] % LANES:
-    return f'pages end in an axis of {page[3]}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
-  if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
-    return f'pages are {dtype}, and it reads float32, bfloat16, int8 and float8_e4m3fn.'
-  if page_size % (32 // dtype.itemsize):
-    return f'pages of {page_size} tokens of {dtype} do not fill tiles; take a multiple of {32 // dtype.itemsize}.'
-  if dtype.itemsize == 1 and page_size % LANES:
-    return f'scales of pages of {page_size} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
+  refused = page_refusal(device, facts)
+  if refused is not None:
+    return refused
+  dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
   problem = Problem(
     config=config,
     batch=int(facts['batch']),
@@ -256,17 +247,17 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     query_heads=int(facts['query_heads']),
     head_dim=int(facts['head_dim']),
     page=page,
-    table_pages=-(-int(facts['context']) // page_size),
+    table_pages=-(-int(facts['context']) // page[2]),
+    cores=device.cores,
   )
   if problem.table_blocks >= 1 << BLOCK_BITS or problem.batch >= 1 << 30 - BLOCK_BITS:
     return f'{problem.batch} sequences of {problem.table_blocks} blocks cannot be listed; take larger blocks.'
-  needed = problem.vmem_bytes(dtype, dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16))
+  if problem.smem_bytes > device.smem_bytes * 3 // 4:  # the compiler wants some for itself
+    return (
+      f'{problem.batch} sequences of {problem.table_blocks} blocks need {problem.smem_bytes >> 10} KiB of scalar '
+      f'memory, and a {device.name} has {device.smem_bytes >> 10}; take fewer at once.'
+    )
+  needed = problem.vmem_bytes(dtype, compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype))
   if needed > device.vmem_bytes:
     return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
   return None
-
-
-def _page(facts: Facts) -> tuple[int, int, int, int]:
-  """The shape `[A, C, G, W]` of a page."""
-  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
-  return PageLayout(str(facts['layout']), *sizes).page_shape

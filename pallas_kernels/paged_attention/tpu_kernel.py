@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_problem import LANES, Problem
+from pallas_kernels.paged_attention.tpu_problem import Problem
+from pallas_kernels.tiles import LANES
 
 LOG2_E = math.log2(math.e)
 BLOCK_BITS = 14  # of a list's item, for the block's number
@@ -37,7 +38,7 @@ class Step:
     if self.problem.static_blocks is not None:
       steps = self.problem.static_steps
     if 'tables' in self.operands:
-      pl.when(step == 0)(functools.partial(self._look_up, step))
+      pl.when((step == 0) & (steps > 0))(functools.partial(self._look_up, step))
       pl.when(step + 1 < steps)(functools.partial(self._look_up, step + 1))
     pl.when(step < steps)(functools.partial(self._start, step))
     pl.when(step > 0)(functools.partial(self._attend, step - 1))
@@ -182,7 +183,9 @@ class Step:
           copy = pltpu.make_async_copy(self.scratch[name].at[slot, index], self.results[name].at[sequence], arrived)
           copy.wait() if wait else copy.start()
 
-      if self.problem.static_blocks == 1:
+      if (
+        self.problem.static_blocks == 1 and self.problem.batch % (self.problem.cores * self.problem.config.blocks) == 0
+      ):
         copy()
       else:
         pl.when((sequence < self.problem.batch) & (self._owner(item + 1) != sequence))(copy)

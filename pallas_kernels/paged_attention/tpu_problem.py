@@ -5,8 +5,9 @@ import math
 
 import jax.numpy as jnp
 
-LANES = 128
-SUBLANES = 8
+from pallas_kernels.tiles import LANES, SUBLANES, round_up
+
+PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else blocks look theirs up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,12 @@ class Problem:
     """Grid steps of a core that has all the work."""
     return -(-self.batch * self.table_blocks // self.config.blocks)
 
+  @property
+  def smem_bytes(self) -> int:
+    """Scalar memory that the work list, the lengths and the page numbers take."""
+    items = self.cores * (self.max_steps + 1) * self.config.blocks
+    return 4 * (items + self.batch + min(self.batch * self.table_blocks * self.block_pages, PREFETCHED_PAGES))
+
   def vmem_bytes(self, page_dtype: jnp.dtype, q_dtype: jnp.dtype) -> int:
     """Vector memory that the kernel needs: what it keeps, and room for what the compiler keeps between products."""
     blocks, tokens, rows, width = self.config.blocks, self.block_tokens, self.rows, self.width
@@ -132,11 +139,6 @@ class Problem:
     scores = 6 * max(self.share_rows, SUBLANES) * tokens * 4
     values = 2 * self.share * width * tokens * q_dtype.itemsize
     return pages + scales + queries_and_results + state + scores + values + (1 << 20)
-
-
-def round_up(value: int, multiple: int) -> int:
-  """The next multiple."""
-  return -(-value // multiple) * multiple
 
 
 def round_up_power(value: int) -> int:

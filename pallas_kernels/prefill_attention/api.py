@@ -82,7 +82,9 @@ def prefill_attention(
     )
   facts = describe(layout, q, pages, tables) | {'tokens': q.shape[0]}
   return choose('prefill_attention', IMPLEMENTATIONS, implementation, facts)(
-    *map(jnp.asarray, (q, pages, tables, offsets, lengths)),
+    jnp.asarray(q),
+    jnp.asarray(pages),
+    *(jnp.asarray(numbers, jnp.int32) for numbers in (tables, offsets, lengths)),
     softmax_scale=layout.head_dim**-0.5 if softmax_scale is None else softmax_scale,
     sliding_window=sliding_window,
     soft_cap=soft_cap,

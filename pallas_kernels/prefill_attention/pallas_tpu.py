@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
-from pallas_kernels.layouts import PageLayout
 from pallas_kernels.prefill_attention.tpu_kernel import Kernel
-from pallas_kernels.prefill_attention.tpu_problem import LANES, Config, Problem
+from pallas_kernels.prefill_attention.tpu_problem import Config, Problem
+from pallas_kernels.tiles import LANES, compute_dtype, page_of, page_refusal
 from pallas_kernels.tuning import Facts
 
 _PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied
@@ -76,17 +76,17 @@ def prefill_attention(
     query_heads=q.shape[1],
     head_dim=q.shape[2],
     page=pages.shape[1:],
-    dtype=jnp.dtype(q.dtype),
+    dtype=compute_dtype(q.dtype, pages.dtype),
     page_dtype=jnp.dtype(pages.dtype),
     softmax_scale=softmax_scale,
     sliding_window=sliding_window,
     soft_cap=soft_cap,
   )
-  rows = _rows(problem, q)
+  rows = _rows(problem, q.astype(problem.dtype))
   results = _attend(
     problem, device, rows, pages, tables, offsets, lengths, sinks, scales, return_lse, interpret, static_lengths
   )
-  out = _unrows(problem, results['out'])
+  out = _unrows(problem, results['out']).astype(q.dtype)
   return (out, jnp.swapaxes(results['lse'], 0, 1)[: problem.tokens]) if return_lse else out
 
 
@@ -186,7 +186,7 @@ def _attend(
 
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing near was measured: the largest blocks that fit, in long pieces of code."""
-  heads, tokens = _page(facts)[1], int(facts['tokens'])
+  heads, tokens = page_of(facts)[1], int(facts['tokens'])
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
   piece = 64 if device.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
@@ -206,24 +206,17 @@ def rule(device: Device, facts: Facts) -> Config:
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
-  dtype, page = jnp.dtype(str(facts['dtype'])), _page(facts)
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
-  if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
-    return f'pages are {dtype}, and it reads float32, bfloat16, int8 and float8_e4m3fn.'
-  if page[3] % LANES:
-    return f'pages end in an axis of {page[3]}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
-  if page[2] % (32 // dtype.itemsize):
-    return f'pages of {page[2]} tokens of {dtype} do not fill tiles; take a multiple of {32 // dtype.itemsize}.'
-  if dtype.itemsize == 1 and page[2] % LANES:
-    return f'scales of pages of {page[2]} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
+  dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
+  refused = page_refusal(device, facts)
+  if refused is not None:
+    return refused
   if config.tile_rows % LANES or config.block_rows % config.tile_rows:
     return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
   if LANES < config.block_rows >= int(facts['tokens']) + config.tile_rows:
     return f'{config}: blocks of {config.block_rows} rows are too large for {facts["tokens"]} tokens.'
   if page[1] % config.heads_at_once or page[1] % config.edge_heads_at_once:
     return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
-  compute = dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
+  compute = compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype)
   heads, head_dim = int(facts['query_heads']), int(facts['head_dim'])
   problem = Problem(config, int(facts['tokens']), heads, head_dim, page, compute, dtype)
   if problem.tile_tokens % LANES:
@@ -232,9 +225,3 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   if needed > device.vmem_bytes:
     return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
   return None
-
-
-def _page(facts: Facts) -> tuple[int, int, int, int]:
-  """The shape `[A, C, G, W]` of a page."""
-  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
-  return PageLayout(str(facts['layout']), *sizes).page_shape

@@ -55,7 +55,8 @@ def quantized_matmul(
     x, x_scales = quantize_rows(x)
   scales = scales.astype(jnp.float32)
   run = dispatch.choose('quantized_matmul', IMPLEMENTATIONS, implementation, pallas_tpu.problem(x, weights, scales))
-  return run(x, weights, scales, x_scales=x_scales, out_dtype=out_dtype)
+  wide = out_dtype if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.float32  # as TPUs write
+  return run(x, weights, scales, x_scales=x_scales, out_dtype=wide).astype(out_dtype)
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:

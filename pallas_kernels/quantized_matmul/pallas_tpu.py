@@ -482,7 +482,7 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'depth is {config.depth}, and it takes at least 2.'
   if config.integer and facts['kind'] == 'w8a8' and not _has_integers(device):
     return f'config.integer is set, and {device.name} multiplies no integers.'
-  plan = _plan(facts, config, jnp.float32 if dtype == 'int8' else dtype)
+  plan = _plan(facts, config, jnp.float32)  # results may be that wide
   if config.block_n > 256 and _body(facts, config, plan) > _LONGEST_BODY:
     return f'bodies of {plan.block_n} columns are too long for {facts["m"]} rows.'
   needed = vmem_bytes(plan)

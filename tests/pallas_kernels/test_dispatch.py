@@ -97,9 +97,9 @@ def test_every_row_of_a_table_can_run_where_it_says(kernel):
 
 def test_rules_have_something_for_every_device():
   facts = {
-    'dtype': 'bfloat16', 'values': 'bfloat16', 'scaled': 'neither', 'layout': 'plain', 'query_heads': 32,
-    'kv_heads': 8, 'head_dim': 128, 'page_size': 16, 'batch': 64, 'context': 131_072, 'query_tokens': 1, 'tokens': 512,
-    'layers': 32,
+    'dtype': 'bfloat16', 'q_dtype': 'bfloat16', 'values': 'bfloat16', 'scaled': 'neither', 'layout': 'plain',
+    'query_heads': 32, 'kv_heads': 8, 'head_dim': 128, 'page_size': 16, 'batch': 64, 'context': 131_072,
+    'query_tokens': 1, 'tokens': 512, 'layers': 32,
   }  # fmt: skip
   copies = Tuned(copy_tpu.gather_pages, copy_tpu.Config, copy_tpu.rule, copy_tpu.refusal)
   appends = Tuned(

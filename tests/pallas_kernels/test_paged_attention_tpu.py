@@ -98,7 +98,7 @@ def test_it_gives_what_the_textbook_does(options):
 
 
 def test_page_numbers_too_many_for_scalar_memory_are_looked_up_block_by_block(monkeypatch):
-  monkeypatch.setattr(pallas_tpu, '_PREFETCHED_PAGES', 0)
+  monkeypatch.setattr(pallas_tpu, 'PREFETCHED_PAGES', 0)
   check(2, [37, 0, 5], config=Config(16, blocks=2, copy_tokens=8))
 
 
@@ -125,7 +125,7 @@ def test_it_gives_what_the_textbook_does_for_odd_shapes(seed):
 
 @pytest.mark.parametrize('prefetched', [1 << 16, 0])
 def test_no_copy_races_another_or_the_computation(prefetched, monkeypatch):
-  monkeypatch.setattr(pallas_tpu, '_PREFETCHED_PAGES', prefetched)
+  monkeypatch.setattr(pallas_tpu, 'PREFETCHED_PAGES', prefetched)
   interpret = pltpu.InterpretParams(detect_races=True)
   check(3, [20, 3, 0, 17], config=Config(8, blocks=2, copy_tokens=8), head_dim=128, interpret=interpret)
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call

@@ -162,8 +162,8 @@ def test_promised_lengths_give_the_same():
 
 
 FACTS = {
-  'dtype': 'bfloat16', 'layout': 'plain', 'query_heads': 32, 'kv_heads': 8, 'head_dim': 128, 'page_size': 16,
-  'tokens': 4096, 'batch': 7, 'context': 131072,
+  'dtype': 'bfloat16', 'q_dtype': 'bfloat16', 'layout': 'plain', 'query_heads': 32, 'kv_heads': 8, 'head_dim': 128,
+  'page_size': 16, 'tokens': 4096, 'batch': 7, 'context': 131072,
 }  # fmt: skip
 
 

@@ -1,0 +1,44 @@
+"""What the TPU forms of the attentions share: tiles, the page of a problem, and which of them no TPU kernel takes."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.devices import Device
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.tuning import Facts
+
+LANES = 128
+SUBLANES = 8
+
+
+def round_up(value: int, multiple: int) -> int:
+  """The next multiple."""
+  return -(-value // multiple) * multiple
+
+
+def page_of(facts: Facts) -> tuple[int, int, int, int]:
+  """The shape `[A, C, G, W]` of a problem's pages."""
+  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
+  return PageLayout(str(facts['layout']), *sizes).page_shape
+
+
+def compute_dtype(q_dtype: jnp.dtype, page_dtype: jnp.dtype) -> jnp.dtype:
+  """In which queries are multiplied: as pages are; by quantized pages as queries are, float16 as float32."""
+  if page_dtype.itemsize > 1:
+    return page_dtype
+  return jnp.dtype(jnp.bfloat16) if q_dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
+
+
+def page_refusal(device: Device, facts: Facts) -> str | None:
+  """Why no TPU attends to such pages, or None."""
+  dtype, page_size, width = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), page_of(facts)[3]
+  if device.platform != 'tpu':
+    return f'it is for TPUs, and this is {device.name}.'
+  if width % LANES:
+    return f'pages end in an axis of {width}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
+  if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+    return f'pages are {dtype}, and it reads float32, bfloat16, int8 and float8_e4m3fn.'
+  if page_size % (32 // dtype.itemsize):
+    return f'pages of {page_size} tokens of {dtype} do not fill tiles; take a multiple of {32 // dtype.itemsize}.'
+  if dtype.itemsize == 1 and page_size % LANES:
+    return f'scales of pages of {page_size} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
+  return None

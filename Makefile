@@ -21,7 +21,7 @@ demo: $(DONE)-base
 	$(VENV)/bin/python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo --compilation_cache=.cache/jax
 
 test: $(DONE)-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow

@@ -26,11 +26,12 @@ class Step:
   """A grid step as the kernel runs it: it starts the copies of its blocks, and attends to those of the step before."""
 
   problem: Problem
-  prefetched: Any  # the kernel's references, by name
-  operands: Any
-  results: Any
-  scratch: Any
-  core: Any
+  # The kernel's references, by name:
+  prefetched: Any  # lengths [B], items [cores · items] and maybe tables [B · blocks · pages], in scalar memory
+  operands: Any  # q [B, C·R, W], pages [P, A, C, G, W], maybe scales [P, 2, K, G] and tables in HBM; sinks [C·R, 128]
+  results: Any  # out [B, C·R, W] and maybe lse [B, C·R, 128] in HBM
+  scratch: Any  # two slots of blocks' pages, queries, results; the softmax's top, total and sum of each row; semaphores
+  core: Any  # which of the cores runs the step
 
   def run(self) -> None:
     step: Any = pl.program_id(1)

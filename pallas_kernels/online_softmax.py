@@ -1,5 +1,6 @@
 """What walking over paged keys and values in blocks has in common: an online softmax (Milakov and Gimelshein 2018)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.layouts import PLAIN, PageLayout
 
 NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
-_HIDDEN = 2 * NOTHING  # so far below any top that its exponential is 0
+HIDDEN = 2 * NOTHING  # so far below any top that its exponential is 0
+LOG2_E = math.log2(math.e)  # scores in units of it need powers of two alone
 
 
 class Seen(NamedTuple):
@@ -116,7 +118,7 @@ def weigh(
     The weights `[..., R, S]` in float32 relative to the highest score so far, and that score `[..., R, 1]`.
   """
   scores = jnp.einsum('...rd,...sd->...rs', queries, keys, preferred_element_type=jnp.float32)
-  scores = jnp.where(visible, cap(scores, soft_cap), _HIDDEN)
+  scores = jnp.where(visible, cap(scores, soft_cap), HIDDEN)
   top = jnp.maximum(NOTHING if top is None else top, scores.max(-1, keepdims=True))
   return jnp.exp(scores - top), top
 

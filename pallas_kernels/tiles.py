@@ -1,4 +1,7 @@
-"""What the TPU forms of the attentions share: tiles, the page of a problem, and which of them no TPU kernel takes."""
+"""What the TPU forms of the kernels share: tiles, the page of a problem, and which pages no TPU attends to."""
+
+import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -13,6 +16,17 @@ SUBLANES = 8
 def round_up(value: int, multiple: int) -> int:
   """The next multiple."""
   return -(-value // multiple) * multiple
+
+
+def sublanes(dtype: jnp.dtype) -> int:
+  """Rows of a tile: smaller elements are packed into the same register."""
+  return SUBLANES * 4 // jnp.dtype(dtype).itemsize
+
+
+def padded_bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
+  """Bytes of an array in vector memory, where its last two axes fill whole tiles."""
+  *leading, rows, lanes = shape
+  return math.prod(leading) * round_up(rows, sublanes(dtype)) * round_up(lanes, LANES) * jnp.dtype(dtype).itemsize
 
 
 def page_of(facts: Facts) -> tuple[int, int, int, int]:
@@ -37,8 +51,8 @@ def page_refusal(device: Device, facts: Facts) -> str | None:
     return f'pages end in an axis of {width}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
   if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
     return f'pages are {dtype}, and it reads float32, bfloat16, int8 and float8_e4m3fn.'
-  if page_size % (32 // dtype.itemsize):
-    return f'pages of {page_size} tokens of {dtype} do not fill tiles; take a multiple of {32 // dtype.itemsize}.'
+  if page_size % sublanes(dtype):
+    return f'pages of {page_size} tokens of {dtype} do not fill tiles; take a multiple of {sublanes(dtype)}.'
   if dtype.itemsize == 1 and page_size % LANES:
     return f'scales of pages of {page_size} tokens do not fill lanes; take quantized pages of {LANES} tokens.'
   return None

@@ -250,6 +250,22 @@ def _check_conversion(source: jnp.dtype, scaled: bool, target: jnp.dtype, target
 # ---------------------------------------------------------------------------- choice
 
 
+def _implementations(function: str, tpu: Any) -> dict[str, Plain | Tuned]:
+  run = getattr(tpu, function)
+  return {
+    'pallas_tpu': Tuned(lambda *args, device, **named: run(*args, **named), tpu.Config, tpu.rule, tpu.refusal),
+    'xla': Plain(getattr(xla, function)),
+    'reference': Plain(getattr(reference, function)),
+  }
+
+
+_IMPLEMENTATIONS = {
+  'gather_pages': _implementations('gather_pages', pallas_tpu),
+  'scatter_pages': _implementations('scatter_pages', pallas_tpu),
+  'append_tokens': _implementations('append_tokens', pallas_tpu_append),
+}
+
+
 def _choose(
   function: str,
   implementation: str | Sequence[str] | None,
@@ -261,13 +277,6 @@ def _choose(
   layers: int = 1,
 ) -> Callable[..., Any]:
   """The implementation to call, for `count` pages or tokens of a dtype, of which (they, the pages) have scales."""
-  tpu: Any = pallas_tpu_append if function == 'append_tokens' else pallas_tpu
-  run = getattr(tpu, function)
-  implementations: dict[str, Plain | Tuned] = {
-    'pallas_tpu': Tuned(lambda *args, device, **named: run(*args, **named), tpu.Config, tpu.rule, tpu.refusal),
-    'xla': Plain(getattr(xla, function)),
-    'reference': Plain(getattr(reference, function)),
-  }
   facts = {
     'function': function,
     'dtype': pages.dtype.name,
@@ -280,4 +289,4 @@ def _choose(
     'layers': layers,
     'tokens': count,
   }
-  return choose('page_copy', implementations, implementation, facts)
+  return choose('page_copy', _IMPLEMENTATIONS[function], implementation, facts)

@@ -10,7 +10,6 @@ cores.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.devices import Device
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy.conversion import QUANTIZED, SMALLEST_ABSMAX, cast
-from pallas_kernels.tiles import page_of
+from pallas_kernels.tiles import padded_bytes, page_of, sublanes
 from pallas_kernels.tuning import Facts
 
 Layers = Sequence[jax.Array]
@@ -64,22 +63,12 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   if len(dtypes) == 1 and facts['scaled'] in ('both', 'neither'):
     return None
   for dtype in dtypes:
-    if page_size % _sublanes(dtype):
-      return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
-  page_bytes = sum(_padded_bytes(page_of(facts), dtype) for dtype in dtypes)
+    if page_size % sublanes(dtype):
+      return f'{page_size} tokens a page are not whole tiles of {sublanes(dtype)} rows of {dtype}.'
+  page_bytes = sum(padded_bytes(page_of(facts), dtype) for dtype in dtypes)
   if (needed := vmem_bytes(config, int(facts['layers']), page_bytes)) > device.vmem_bytes:
     return f'two pages need {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
   return None
-
-
-def _sublanes(dtype: jnp.dtype) -> int:
-  return 32 // jnp.dtype(dtype).itemsize
-
-
-def _padded_bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
-  *lead, rows, lanes = shape
-  rows = -(-rows // _sublanes(dtype)) * _sublanes(dtype)
-  return math.prod(lead) * rows * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
 
 
 def group_layers(config: Config, num_layers: int, page_bytes: int) -> int:
@@ -184,7 +173,7 @@ def _copy(ids, pools, rows, *, gather, plain, layout, config, interpret, valid):
     vmem = 0
   else:
     sides = [[(pool[0].shape[1:], pool[0].dtype) for pool in pools], [(row.shape[2:], row.dtype) for row in rows]]
-    page_bytes = sum(_padded_bytes(*stream) for side in sides for stream in side)
+    page_bytes = sum(padded_bytes(*stream) for side in sides for stream in side)
     group = group_layers(config, num_layers, page_bytes)
     scratches = [[pltpu.VMEM((2, group, *shape), dtype) for shape, dtype in side] for side in sides]
     scratches += [pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))]

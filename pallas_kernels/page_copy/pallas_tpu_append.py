@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.devices import Device
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy.conversion import QUANTIZED, cast, quantize
+from pallas_kernels.tiles import page_of, sublanes
 from pallas_kernels.tuning import Facts
 
 _AHEAD, _FULL, _LATE = 0, 1, 2  # a run's tile is read some runs ahead, never, or after all earlier writes
@@ -50,9 +51,8 @@ class Config:
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing near was measured: the smallest tiles, 4 MB of them and of the tokens of a block."""
   dtype, num_tokens = jnp.dtype(str(facts['dtype'])), int(facts['tokens'])
-  rows = _sublanes(dtype)
-  sizes = (int(facts[name]) for name in ('kv_heads', 'page_size', 'head_dim'))
-  both, blocks, _, width = PageLayout(str(facts['layout']), *sizes).page_shape
+  rows = sublanes(dtype)
+  both, blocks, _, width = page_of(facts)
   elements = both * blocks * -(-width // 128) * 128
   most = max(rows, 4 * 2**20 // (4 * elements) // rows * rows)
   block = min(most, 256, -(-num_tokens // rows) * rows)
@@ -68,17 +68,13 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'it is for TPUs, and this is {device.name}.'
   if dtype.name not in names:
     return f'Mosaic does not convert to {dtype}; it does {", ".join(names)}.'
-  if page_size % _sublanes(dtype):
-    return f'{page_size} tokens a page are not whole tiles of {_sublanes(dtype)} rows of {dtype}.'
+  if page_size % sublanes(dtype):
+    return f'{page_size} tokens a page are not whole tiles of {sublanes(dtype)} rows of {dtype}.'
   if not 0 < config.ahead < config.slots:
     return f'{config.ahead} tiles ahead leave none of {config.slots} to write.'
-  if page_size % config.tile_rows or config.tile_rows % _sublanes(dtype):
+  if page_size % config.tile_rows or config.tile_rows % sublanes(dtype):
     return f'tiles of {config.tile_rows} rows do not cut pages of {page_size} tokens of {dtype} into whole tiles.'
   return None
-
-
-def _sublanes(dtype: jnp.dtype) -> int:
-  return 32 // jnp.dtype(dtype).itemsize
 
 
 def vmem_bytes(config: Config, page: tuple[int, ...], dtype: jnp.dtype) -> int:

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
-from pallas_kernels.paged_attention.tpu_kernel import BLOCK_BITS, LOG2_E, Step
+from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.paged_attention.tpu_kernel import BLOCK_BITS, Step
 from pallas_kernels.paged_attention.tpu_problem import PREFETCHED_PAGES, Config, Problem, round_up_power
 from pallas_kernels.tiles import LANES, compute_dtype, page_of, page_refusal
 from pallas_kernels.tuning import Facts

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.online_softmax import HIDDEN, LOG2_E, NOTHING
 from pallas_kernels.paged_attention.tpu_problem import Problem
 from pallas_kernels.tiles import LANES
 
-LOG2_E = math.log2(math.e)
 BLOCK_BITS = 14  # of a list's item, for the block's number
-_NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
-_HIDDEN = 2 * _NOTHING  # so far below any top that its exponential is 0
 _UNROLLED_COPIES = 16  # copies that are started in a straight line, at a quarter of what a loop over them costs
 
 
@@ -259,10 +256,10 @@ class Step:
     if problem.soft_cap is not None:
       scores = jnp.tanh(scores) * (problem.soft_cap * LOG2_E)
     visible = self._visible(step, index)
-    scores = jnp.where(visible, scores, _HIDDEN)
+    scores = jnp.where(visible, scores, HIDDEN)
     before = self._owner(jnp.maximum(item - 1, 0))
     fresh = (step * problem.config.blocks + index == 0) | (before != self._owner(item))
-    old_top: Any = _NOTHING
+    old_top: Any = NOTHING
     old_total: Any = 0.0
     if 'sinks' in self.operands:
       old_top, old_total = self.operands['sinks'][rows, :1], 1.0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.prefill_attention.tpu_problem import SUBLANES, Problem
+from pallas_kernels.online_softmax import HIDDEN, LOG2_E, NOTHING
+from pallas_kernels.prefill_attention.tpu_problem import Problem
+from pallas_kernels.tiles import SUBLANES
 
-LOG2_E = math.log2(math.e)
-_NOTHING = -1e30  # the top of a row that has seen nothing; finite, so that differences stay free of NaN
-_HIDDEN = 2 * _NOTHING  # so far below any top that its power is 0
 _ELSEWHERE = 1e30  # the top of another sequence's row: so high that this sequence's powers are 0
 _OVERFLOW = 2.0**64  # a sum from which on sums of values might have overflowed
 _BY_ROWS = (((1,), (1,)), ((), ()))  # a product of two matrices, both over their last axis
@@ -206,7 +204,7 @@ class Kernel:
       top = jnp.where(own, top, old)
       self.top[at] = top
       shrink = jnp.exp2(old - top)
-      total, sums = total * shrink, jnp.where(old[:1] == _NOTHING, 0, sums * shrink[:1])  # untouched memory before
+      total, sums = total * shrink, jnp.where(old[:1] == NOTHING, 0, sums * shrink[:1])  # untouched memory before
     reference = jnp.where(own, top[:1], _ELSEWHERE)
     weights = [jnp.exp2(s - reference) for s in scores]
     self.total[at] = functools.reduce(jnp.add, [_by_sublane(w).sum(0) for w in weights], total)
@@ -260,7 +258,7 @@ class Kernel:
       items = [(h, g) for h in range(len(heads)) for g in range(problem.group)]
       products = [functools.partial(self.scores, slot, heads[h], [tile], u, g) for h, g in items]
       for (h, g), (scores,) in zip(items, _ahead(products, config.ahead), strict=True):
-        self.add([jnp.where(visible, scores, _HIDDEN)], values[h], heads[h], u, g, own, running=True)
+        self.add([jnp.where(visible, scores, HIDDEN)], values[h], heads[h], u, g, own, running=True)
 
     def some_rows(tile):
       """Of a tile of tokens: the tiles of rows that see any of it."""
@@ -362,7 +360,7 @@ class Kernel:
   def start(self):
     """Nothing is seen yet; a sink is a logit without a value."""
     if self.sinks is None:
-      self.top[...] = jnp.full_like(self.top, _NOTHING)
+      self.top[...] = jnp.full_like(self.top, NOTHING)
       self.total[...] = jnp.zeros_like(self.total)
       return
     problem = self.problem

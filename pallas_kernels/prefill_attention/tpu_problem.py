@@ -1,11 +1,11 @@
 """One problem of the TPU kernel: its shapes, how they are cut, and what they take of the vector memory."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
-SUBLANES, LANES = 8, 128
+from pallas_kernels.tiles import LANES, SUBLANES, padded_bytes, round_up
+
 _SPILLS = 8 << 20  # bytes of vector memory for what the compiler puts aside
 
 
@@ -90,7 +90,7 @@ class Problem:
   @property
   def rows(self) -> int:
     """T, padded to whole blocks."""
-    return self.tokens + -self.tokens % self.config.block_rows
+    return round_up(self.tokens, self.config.block_rows)
 
   @property
   def row_tiles(self) -> int:
@@ -169,11 +169,4 @@ class Problem:
     """Vector memory of it all: scratch, rows coming and going two blocks at a time, and room for spills."""
     log_sums = (2 * self.query_heads, self.config.block_rows), jnp.dtype(jnp.float32)
     rows = (4, *self.rows_block), self.dtype
-    return sum(_padded_bytes(*each) for each in (log_sums, rows, *self.state(), *self.copies())) + _SPILLS
-
-
-def _padded_bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-  """Bytes of an array in vector memory, where its last two axes fill whole registers."""
-  *leading, sublanes, lanes = shape
-  sublanes += -sublanes % (SUBLANES * 4 // dtype.itemsize)
-  return math.prod(leading) * sublanes * (lanes + -lanes % LANES) * dtype.itemsize
+    return sum(padded_bytes(*each) for each in (log_sums, rows, *self.state(), *self.copies())) + _SPILLS

@@ -16,7 +16,6 @@ It ends when the last block's result has left VMEM.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,9 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.devices import Device
 from pallas_kernels.quantized_matmul.storage import UNIT
+from pallas_kernels.tiles import LANES, padded_bytes, round_up
 from pallas_kernels.tuning import Facts
 
-LANES = 128
 _BYTE_BIAS = 8  # what a stored four-bit value is above the value that it stands for
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
 _HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
@@ -400,13 +399,7 @@ def _buffers(plan: _Plan):
     'spread': ((plan.steps_k, rows, len(_TERMS) * runs) if plan.by_sums else (1, 16, LANES), jnp.bfloat16),
     'total': ((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
   }
-  buffers = {}
-  for name, (shape, dtype) in shapes.items():
-    *outer, height, width = shape
-    size = jnp.dtype(dtype).itemsize
-    padded = (*outer, _round_up(height, 32 // size), _round_up(width, LANES))
-    buffers[name] = (math.prod(padded) * size, pltpu.VMEM(shape, dtype))
-  return buffers
+  return {name: (padded_bytes(shape, dtype), pltpu.VMEM(shape, dtype)) for name, (shape, dtype) in shapes.items()}
 
 
 def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
@@ -440,22 +433,18 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
   )(x, weights, scales, row_scales)
 
 
-def _round_up(size: int, unit: int) -> int:
-  return -(-size // unit) * unit
-
-
 def _plan(facts: Facts, config: Config, out_dtype) -> _Plan:
   """What a call of such a problem does."""
   size_m, size_k, group = int(facts['m']), int(facts['k']), int(facts['group_size'])
   kind = str(facts['kind'])
-  padded_k = _round_up(size_k, UNIT)
+  padded_k = round_up(size_k, UNIT)
   return _Plan(
     config=config,
     kind=kind,
     pieces=3 if facts['dtype'] == 'float32' else 1,
-    rows=_round_up(-(-size_m // _blocks(size_m, config)), 32 if kind == 'w8a8' else 16),
+    rows=round_up(-(-size_m // _blocks(size_m, config)), 32 if kind == 'w8a8' else 16),
     size_k=padded_k,
-    size_n=_round_up(int(facts['n']), LANES * config.cores) // config.cores,
+    size_n=round_up(int(facts['n']), LANES * config.cores) // config.cores,
     group=padded_k if group == size_k else group,
     out_dtype=jnp.dtype(out_dtype).name,
   )

@@ -18,6 +18,7 @@ from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 from pallas_kernels.static_cost import Case
 
 _POOL_BYTES = 4 << 30
+_TPU = devices.by_name('v5e')  # pages are laid out alike on all of them
 
 
 def decode(
@@ -33,7 +34,7 @@ def decode(
   static: bool = True,
 ) -> Case:
   """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
-  layout = _layout(kv_heads, page_size, head_dim)
+  layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
   pages = _pool(batch * slots, layout, dtype)
   q_dtype = jnp.bfloat16 if pages.dtype.itemsize == 1 else pages.dtype
@@ -70,7 +71,7 @@ def prefill(
   static: bool = True,
 ) -> Case:
   """A prefill pass: whole prompts of `context` tokens if it is static, else `tokens` of up to `batch` sequences."""
-  layout = _layout(kv_heads, page_size, head_dim)
+  layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
   tokens = batch * context if static else tokens or 512
   pages = _pool(batch * slots, layout, dtype)
@@ -109,7 +110,7 @@ def copy(
 ) -> Case:
   """Tokens appended to pages, some pages gathered, and scattered into others."""
   del query_heads, static
-  layout = _layout(kv_heads, page_size, head_dim)
+  layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   pages = _pool(batch * -(-context // page_size), layout, dtype)
   tokens = jax.ShapeDtypeStruct((batch, kv_heads, head_dim), dtype)
   numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -184,12 +185,6 @@ def _tpu_kernel(kernel, implementations, facts, config):
   if refusal is not None:
     raise ValueError(refusal)
   return functools.partial(tpu.run, config=chosen, device=device)
-
-
-def _layout(kv_heads: int, page_size: int, head_dim: int) -> PageLayout:
-  """The layout in which a TPU reads such heads."""
-  name = 'plain' if head_dim % 128 == 0 else 'kv' if kv_heads % 2 else 'paired'
-  return PageLayout(name, kv_heads, page_size, head_dim)
 
 
 def _pool(num_pages: int, layout: PageLayout, dtype: str) -> jax.ShapeDtypeStruct:

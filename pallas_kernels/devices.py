@@ -1,6 +1,7 @@
 """What the kernels know of the devices they are compiled for. A new device is a new row here, not new code."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -22,6 +23,7 @@ class Device:
   hbm_bandwidth: float = 0.0  # bytes per second
 
 
+LANES = 128  # of a TPU's vector registers: the last axis of an array fills them
 _MIB, _GIB = 1 << 20, 1 << 30
 
 TPUS = {
@@ -51,6 +53,11 @@ def current() -> Device:
   device = jax.sharding.get_abstract_mesh().abstract_device or getattr(jax.config, 'jax_default_device', None)
   if device is None or isinstance(device, str):  # a platform's name
     device = jax.devices(device)[0]
+  return of(device)
+
+
+def of(device: Any) -> Device:
+  """What is known of a `jax.Device`, or of the abstract one of a mesh."""
   kind = _OTHER_KINDS.get(device.device_kind, device.device_kind)
   platform = getattr(device, 'platform', None) or kind
   if kind in TPUS:

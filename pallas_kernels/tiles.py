@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from pallas_kernels.devices import Device
+from pallas_kernels.devices import LANES, Device
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.tuning import Facts
 
-LANES = 128
 SUBLANES = 8
 
 

@@ -16,6 +16,7 @@ from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import LimitOf, Worker
+from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import DevicePut, Transport
 from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def build_engine(
     tokenizer: Turns tokens into text and finds stop strings; None leaves both out.
 
   Raises:
-    ValueError: if the workers do not fit the devices, the model's heads or the memory.
+    ValueError: if the workers or their page layouts do not fit the devices, the model's heads or the memory.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   if config.compilation_cache:
@@ -134,6 +135,8 @@ def build_engine(
   begin = time.perf_counter()
   dtype = jnp.dtype(config.dtype)
   meshes = {mesh: make_mesh(model, [devices[index] for index in mesh]) for mesh in set(carved.values())}
+  for spec in specs:  # what cannot be is refused before anything is loaded
+    choose_layout(model, config.page_size, meshes[carved[spec.name]], spec.page_layout)
   weights = load_weights(checkpoint, model, meshes, dtype)
   workers = []
   for spec in specs:

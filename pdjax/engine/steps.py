@@ -134,7 +134,7 @@ class Passes:
       return local(q, k, v, layer, rows, chunks, slots)
 
     x, layers = model(tokens, rows.position, pages.layers, attend_everywhere)
-    return x, KVPages(layers)
+    return x, dataclasses.replace(pages, layers=layers)
 
 
 @jax.tree_util.register_dataclass

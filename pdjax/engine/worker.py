@@ -108,7 +108,7 @@ class Worker:
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
-    self.page_shapes = KVPages.shapes(model, spec.num_pages, page_size, dtype, mesh)
+    self.page_shapes = KVPages.shapes(model, spec.num_pages, page_size, dtype, mesh, spec.page_layout)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.page_shapes)
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.page_shapes)
     self._make_pages = jax.jit(zeros, out_shardings=shardings)

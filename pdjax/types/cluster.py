@@ -4,7 +4,9 @@ import dataclasses
 import enum
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
+
+PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 
 
 class DeviceError(RuntimeError):
@@ -42,9 +44,11 @@ class WorkerSpec:
     max_fused_steps: Most decode steps of one pass.
     devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
       name the same devices share them and their weights.
+    page_layout: How a page holds its keys and values, a name of `pallas_kernels.PageLayout`; 'auto' is what the devices
+      read fastest. Pages travel between workers of unlike layouts.
 
   Raises:
-    ValueError: if a size is not positive, or the devices are not `tp` distinct ones.
+    ValueError: if a size is not positive, the layout is unknown, or the devices are not `tp` distinct ones.
   """
 
   name: str
@@ -56,6 +60,7 @@ class WorkerSpec:
   max_chunks: int = 8
   max_fused_steps: int = 16
   devices: tuple[int, ...] | None = None
+  page_layout: PageLayoutName = 'auto'
 
   def __post_init__(self):
     object.__setattr__(self, 'role', Role(self.role))
@@ -64,6 +69,9 @@ class WorkerSpec:
         raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
     if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
       raise ValueError(f"worker {self.name!r} has num_pages={self.num_pages!r}, expected a positive count or 'auto'.")
+    if self.page_layout not in get_args(PageLayoutName):
+      names = ', '.join(map(repr, get_args(PageLayoutName)))
+      raise ValueError(f'worker {self.name!r} has page_layout={self.page_layout!r}, expected one of {names}.')
     if self.devices is not None:
       object.__setattr__(self, 'devices', tuple(self.devices))
       if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:

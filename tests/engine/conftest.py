@@ -10,9 +10,12 @@ from tests.engine.cluster import Cluster
 from tests.tiny import config
 
 
-def build(*args, **kwargs) -> Cluster:
-  """A tiny cluster with few sizes of transfer batches."""
-  return Cluster(dataclasses.replace(config(*args, **kwargs), transfer=TransferSpec(max_batch_pages=4)))
+def build(*args, page_layouts=None, **kwargs) -> Cluster:
+  """A tiny cluster with few sizes of transfer batches, and with a page layout for each worker if they are to differ."""
+  run = config(*args, **kwargs)
+  layouts = page_layouts or ('auto',) * len(run.workers)
+  workers = [dataclasses.replace(one, page_layout=name) for one, name in zip(run.workers, layouts, strict=True)]
+  return Cluster(dataclasses.replace(run, workers=workers, transfer=TransferSpec(max_batch_pages=4)))
 
 
 @functools.cache

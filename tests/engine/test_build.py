@@ -51,6 +51,11 @@ def test_heads_that_do_not_divide_are_refused(prefill_tp, decode_tp, wrong):
     build_untouched(config('1P1D', prefill_tp, decode_tp))
 
 
+def test_a_page_layout_that_the_heads_cannot_have_is_refused_before_anything_is_loaded():
+  with pytest.raises(ValueError, match=r"page_layout is 'paired'.*with tp=2 there are 1 of the 2 of 'tiny'"):
+    build_untouched(config('1P1D', 1, 2, page_layout='paired'))
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
   monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 50_000.0)
   needed = re.escape(f'{2 * TINY.weight_bytes(4) / 1e9:.3g} GB')  # two workers, one memory

@@ -117,6 +117,20 @@ def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size):
   assert served.report.notes == ()
 
 
+LAYOUTS = [  # model, prefill tp, decode tp, and the page layouts of both
+  (TINY, 1, 1, 'kv', 'plain'),
+  (TINY_12_12, 2, 3, 'paired', 'kv'),
+]
+
+
+@pytest.mark.parametrize('model, prefill_tp, decode_tp, ours, theirs', LAYOUTS, ids=lambda x: getattr(x, 'name', None))
+def test_workers_of_unlike_page_layouts_are_exact(model, prefill_tp, decode_tp, ours, theirs):
+  cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, page_layouts=(ours, theirs))
+  assert [worker.pages.layout.name for worker in cluster.workers.values()] == [ours, theirs]
+  served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 40)))
+  assert_live_pages_moved(cluster, served)
+
+
 # ---------------------------------------------------------------------------- ends
 
 

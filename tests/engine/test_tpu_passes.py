@@ -12,15 +12,18 @@ from pallas_kernels import devices, static_cost
 from pdjax.engine.slots import Slots
 from pdjax.engine.worker import Worker
 from pdjax.kv import page_bytes
+from pdjax.kv.transfer import DevicePut
 from pdjax.model.transformer import weight_axes, weight_shapes
 from pdjax.sharding import ShardingRules, make_mesh, replicated
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
 
 pytestmark = pytest.mark.skipif(static_cost.compiler() is None, reason='there is no TPU compiler here; see topology()')
 
 LLAMA = dataclasses.replace(ModelSpec.llama3_8b(), context_len=8192)
-TP, PAGES, PAGE_SIZE = 4, 4096, 16
+SMOLLM2 = dataclasses.replace(ModelSpec.smollm2_135m(), num_layers=2)
+PAIRS = dataclasses.replace(SMOLLM2, query_heads=12, kv_heads=4)
+PAGE_SIZE, BFLOAT16 = 16, jnp.dtype('bfloat16')
 
 
 class Unallocated(Worker):
@@ -35,17 +38,29 @@ class Unallocated(Worker):
     self.slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), slots)
 
 
-def llama(device: devices.Device) -> Worker:
-  """Llama 3 8B over four TPUs, its weights shapes alone too."""
-  mesh, rules, axes = make_mesh(LLAMA, static_cost.topology(device)[:TP]), ShardingRules(), weight_axes(LLAMA)
+def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: int) -> Worker:
+  """A worker on TPUs whose weights are shapes alone too."""
+  mesh, rules, axes = make_mesh(model, static_cost.topology(device)[:tp]), ShardingRules(), weight_axes(model)
 
   def placed(path, leaf):
     name = '.'.join(str(getattr(step, 'key', getattr(step, 'idx', step))) for step in path)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, rules.spec(*axes[name])))
 
-  weights = jax.tree_util.tree_map_with_path(placed, weight_shapes(LLAMA, jnp.dtype('bfloat16')))
-  spec = WorkerSpec('llama', tp=TP, num_pages=PAGES, max_sequences=64)
-  return Unallocated(spec, LLAMA, mesh, weights, PAGE_SIZE, jnp.dtype('bfloat16'), lambda request: 16)
+  weights = jax.tree_util.tree_map_with_path(placed, weight_shapes(model, BFLOAT16))
+  spec = WorkerSpec('tpu', tp=tp, num_pages=num_pages, max_sequences=64)
+  return Unallocated(spec, model, mesh, weights, PAGE_SIZE, BFLOAT16, lambda request: 16)
+
+
+def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tuple) -> None:
+  """The pass fits the device, copies no pool, and in each layer a kernel appends and another attends."""
+  compiled = worker._lower(key).compile()
+  memory = compiled.memory_analysis()
+  pool = worker.pages.num_pages * page_bytes(worker.model, PAGE_SIZE, BFLOAT16) // worker.spec.tp
+  assert memory.alias_size_in_bytes >= pool
+  assert memory.temp_size_in_bytes < pool / 4, 'a pool is copied'
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes < device.hbm_bytes
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 2 * worker.model.num_layers
 
 
 @pytest.mark.parametrize(
@@ -59,13 +74,29 @@ def llama(device: devices.Device) -> Worker:
 )
 def test_llama_3_8b_fits_and_its_cache_stays_in_place(name, key):
   device = devices.by_name(name)
-  worker = llama(device)
-  compiled = worker._lower(key).compile()
-  memory = compiled.memory_analysis()
-  pool = PAGES * page_bytes(LLAMA, PAGE_SIZE, jnp.dtype('bfloat16')) // TP
-  assert memory.alias_size_in_bytes >= pool
-  assert memory.temp_size_in_bytes < pool / 4, 'a pool is copied'
-  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  assert kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes < device.hbm_bytes
-  kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-  assert kernels >= 2 * LLAMA.num_layers  # an append and an attention in each layer
+  assert_kernels_work_in_place(unallocated(LLAMA, device, tp=4, num_pages=4096), device, key)
+
+
+@pytest.mark.parametrize(
+  'model, tp, layout, key',
+  [
+    (SMOLLM2, 1, 'kv', ('decode', 64)),
+    pytest.param(SMOLLM2, 1, 'kv', ('prefill', 512), marks=pytest.mark.slow),
+    pytest.param(SMOLLM2, 3, 'kv', ('decode', 64), marks=pytest.mark.slow),
+    (PAIRS, 2, 'paired', ('prefill', 512)),
+    pytest.param(PAIRS, 2, 'paired', ('decode', 64), marks=pytest.mark.slow),
+  ],
+)
+def test_heads_of_64_are_packed_for_the_kernels(model, tp, layout, key):
+  device = devices.by_name('v5e')
+  worker = unallocated(model, device, tp, num_pages=1 << 15)
+  assert worker.pages.layout.name == layout
+  assert_kernels_work_in_place(worker, device, key)
+
+
+def test_a_transfer_between_packed_pools_copies_neither():
+  device = devices.by_name('v5e')
+  pools = [unallocated(SMOLLM2, device, tp, num_pages=1 << 15) for tp in (1, 3)]
+  transport = DevicePut(*pools, TransferSpec())
+  for program in (transport._lower_gather(64), transport._lower_scatter(64)):
+    assert program.compile().memory_analysis().temp_size_in_bytes < 1 << 20

@@ -1,24 +1,31 @@
 """The pool of pages: what is written where, and how much a page weighs."""
 
 import dataclasses
+import itertools
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import PageLayout
 from pallas_kernels import append_tokens as write
 from pdjax.kv import KVPages, page_bytes
-from pdjax.kv.pages import copy, gather, scatter
+from pdjax.kv.pages import choose_layout, copy, gather, scatter
 from pdjax.sharding import make_mesh
-from tests.tiny import TINY, TINY_8_2
+from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
-P, K, G, D, L = 6, 2, 4, 8, 3
+P, K, G, D, L = 6, 4, 4, 8, 3
+LAYOUTS = ('plain', 'paired', 'kv')
 
 
-def random_pages(seed: int = 0) -> KVPages:
+def random_pages(seed: int = 0, layout: str = 'plain') -> KVPages:
+  """The same keys and values in any layout."""
   rng = np.random.default_rng(seed)
-  return KVPages(tuple(jnp.asarray(rng.standard_normal((P, 2, K, G, D), np.float32)) for _ in range(L)))
+  pack = PageLayout(layout, K, G, D).pack
+  return KVPages(tuple(pack(jnp.asarray(rng.standard_normal((P, 2, K, G, D), np.float32))) for _ in range(L)), D)
 
 
 def test_write_puts_each_token_at_its_place_and_nothing_elsewhere():
@@ -49,25 +56,30 @@ def test_write_converts_to_the_type_of_the_pool():
   assert written.dtype == jnp.bfloat16 and written[0, 0, 0, 0, 0] == jnp.bfloat16(1.001)
 
 
-def test_gather_takes_whole_pages_of_every_layer_in_the_order_asked():
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_gather_takes_whole_pages_of_every_layer_in_the_order_asked(layout):
   pages = random_pages()
-  values = gather(pages, np.array([4, 0, 2]))
+  values = gather(random_pages(layout=layout), np.array([4, 0, 2]))
   assert values.shape == (3, L, 2, K, G, D)
   for row, page in enumerate([4, 0, 2]):
     for layer in range(L):
       np.testing.assert_array_equal(values[row, layer], pages.layers[layer][page])
 
 
-def test_scatter_undoes_gather_and_leaves_other_pages_alone():
-  source, target = random_pages(0), random_pages(1)
+@pytest.mark.parametrize('layouts', [*itertools.product(LAYOUTS, LAYOUTS)], ids='-'.join)
+def test_scatter_undoes_gather_in_any_layout_and_leaves_other_pages_alone(layouts):
+  source, target = random_pages(0, layouts[0]), random_pages(1, layouts[1])
   moved = jax.jit(scatter)(target, np.array([1, 5, 3]), gather(source, np.array([4, 0, 2])))
-  for before, after, origin in zip(target.layers, moved.layers, source.layers, strict=True):
+  assert moved.layout == target.layout
+  moved = [moved.layout.unpack(layer) for layer in moved.layers]
+  for before, after, origin in zip(random_pages(1).layers, moved, random_pages(0).layers, strict=True):
     np.testing.assert_array_equal(after[np.array([1, 5, 3])], origin[np.array([4, 0, 2])])
     np.testing.assert_array_equal(after[np.array([0, 2, 4])], before[np.array([0, 2, 4])])
 
 
-def test_copy_fills_one_page_of_every_layer_with_another():
-  pages = random_pages()
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_copy_fills_one_page_of_every_layer_with_another(layout):
+  pages = random_pages(layout=layout)
   copied = jax.jit(copy)(pages, np.int32(4), np.int32(1))
   for before, after in zip(pages.layers, copied.layers, strict=True):
     np.testing.assert_array_equal(after[1], before[4])
@@ -75,8 +87,10 @@ def test_copy_fills_one_page_of_every_layer_with_another():
     np.testing.assert_array_equal(after[others], before[others])
 
 
-def test_a_pool_says_its_size():
-  assert (random_pages().num_pages, random_pages().page_size) == (P, G)
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_pool_says_its_size_and_its_layout(layout):
+  pages = random_pages(layout=layout)
+  assert (pages.num_pages, pages.page_size, pages.kv_heads, pages.layout.name) == (P, G, K, layout)
 
 
 @pytest.mark.parametrize('tp, heads', [(1, 2), (2, 1), (4, 1)])
@@ -88,9 +102,35 @@ def test_a_pool_cuts_key_value_heads_and_copies_them_beyond(tp, heads):
   assert layer.sharding.shard_shape(layer.shape) == (16, 2, heads, 4, 8)
 
 
+@pytest.mark.parametrize('tp, layout, shard', [
+  (1, 'paired', (16, 2, 6, 4, 16)), (3, 'paired', (16, 2, 2, 4, 16)), (4, 'kv', (16, 1, 3, 4, 16)),
+])  # fmt: skip
+def test_packed_heads_are_cut_too(tp, layout, shard):
+  mesh = make_mesh(TINY_12_12, jax.devices()[:tp])
+  layer = KVPages.shapes(TINY_12_12, 16, 4, jnp.dtype('float32'), mesh, layout).layers[0]
+  assert layer.sharding.shard_shape(layer.shape) == shard
+
+
+@pytest.mark.parametrize('tp, layout', [(1, 'paired'), (2, 'kv')])  # by the heads of each device
+def test_a_tpu_gets_heads_of_64_packed_unless_told_otherwise(tp, layout):
+  tpu = types.SimpleNamespace(device_kind='TPU v6 lite', platform='tpu')
+  mesh: Any = types.SimpleNamespace(devices=np.full((tp, 1), tpu), shape={'kv': tp}, size=tp)
+  model = dataclasses.replace(TINY, head_dim=64)
+  assert choose_layout(model, 16, mesh).name == layout
+  assert choose_layout(model, 16, mesh, 'plain').name == 'plain'
+  assert choose_layout(model, 16, make_mesh(model, jax.devices()[:tp])).name == 'plain'
+
+
+def test_pairs_of_an_odd_number_of_heads_are_refused():
+  found = "page_layout is 'paired', .* even number .* with tp=4 there are 3 of the 12 of 'tiny-12/12'"
+  with pytest.raises(ValueError, match=f"{found}; set page_layout to 'kv'"):
+    choose_layout(TINY_12_12, 16, make_mesh(TINY_12_12, jax.devices()[:4]), 'paired')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_page_bytes_are_those_of_one_page_of_every_layer(dtype):
-  shapes = KVPages.shapes(TINY, 10, 4, jnp.dtype(dtype), make_mesh(TINY, jax.devices()[:1]))
+def test_page_bytes_are_those_of_one_page_of_every_layer(dtype, layout):
+  shapes = KVPages.shapes(TINY, 10, 4, jnp.dtype(dtype), make_mesh(TINY, jax.devices()[:1]), layout)
   whole = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.layers)
   assert 10 * page_bytes(TINY, 4, jnp.dtype(dtype)) == whole
 

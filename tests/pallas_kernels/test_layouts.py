@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pallas_kernels import devices
 from pallas_kernels.layouts import PageLayout
 
 PLAIN, PAIRED, KV = (5, 2, 4, 3, 8), (5, 2, 2, 3, 16), (5, 1, 4, 3, 16)  # of four heads of 8
@@ -38,3 +39,14 @@ def test_a_key_and_its_value_lie_side_by_side():
 def test_other_shapes_are_refused(shape):
   with pytest.raises(ValueError, match=r'D = 8 of q'):
     PageLayout.of(shape, head_dim=8)
+
+
+@pytest.mark.parametrize('kv_heads, head_dim, name', [
+  (8, 128, 'plain'), (3, 256, 'plain'), (8, 64, 'paired'), (3, 64, 'kv'), (1, 64, 'kv'), (2, 192, 'paired'),
+  (8, 80, 'plain'), (3, 32, 'plain'),
+])  # fmt: skip
+def test_a_tpu_reads_heads_packed_if_two_of_them_fill_its_lanes(kv_heads, head_dim, name):
+  for tpu in devices.TPUS.values():
+    assert PageLayout.best(tpu, kv_heads, 16, head_dim) == PageLayout(name, kv_heads, 16, head_dim)
+  for platform in ('cpu', 'gpu'):
+    assert PageLayout.best(devices.Device(platform, platform), kv_heads, 16, head_dim).name == 'plain'

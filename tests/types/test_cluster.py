@@ -21,6 +21,11 @@ def test_a_worker_refuses_pages_that_are_no_count(num_pages):
     WorkerSpec('w', num_pages=num_pages)
 
 
+def test_a_worker_refuses_a_layout_that_is_unknown():
+  with pytest.raises(ValueError, match="'w' has page_layout='packed', expected one of 'auto', 'plain', 'paired', 'kv'"):
+    WorkerSpec('w', page_layout='packed')
+
+
 @pytest.mark.parametrize('devices', [(), (0,), (0, 0), (0, 1, 2), (-1, 0)])
 def test_a_worker_refuses_devices_that_are_not_tp_distinct_ones(devices):
   with pytest.raises(ValueError, match='expected 2 distinct ones because tp=2'):

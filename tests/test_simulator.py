@@ -50,7 +50,7 @@ class ByHand(Driver):
 
   def __init__(self, workers, output_lens=None, page_size: int = 4):
     super().__init__(workers, page_size)
-    self.simulator = Simulator(TINY, workers, page_size, HandCost(), (output_lens or {}).get)
+    self.simulator = Simulator(TINY, workers, HandCost(), (output_lens or {}).get)
 
   def start(self, action):
     orders = super().start(action)
@@ -134,7 +134,7 @@ def test_an_order_handed_over_late_begins_then():
 
 
 def test_the_clock_never_goes_back_and_stands_still_with_nothing_to_do():
-  simulator = Simulator(TINY, ONE_OF_EACH, 4, HandCost())
+  simulator = Simulator(TINY, ONE_OF_EACH, HandCost())
   assert simulator.wait(2.0) == (2.0, [])
   assert simulator.wait(1.0) == (2.0, [])
   assert simulator.wait(math.inf) == (2.0, [])
@@ -155,7 +155,7 @@ def test_a_request_gets_its_true_length_but_no_more_than_it_asked_for(output_len
   arrivals = Listed(
     [Request('a', (2, 3), SamplingParams(max_tokens=max_tokens))], {} if output_len is None else {'a': output_len}
   )
-  simulator = Simulator(TINY, workers, 4, HandCost(), arrivals.output_len)
+  simulator = Simulator(TINY, workers, HandCost(), arrivals.output_len)
   (end,) = _finished(serve(arrivals, Colocated(), simulator, ClusterState(TINY, workers, 4)))
   assert (len(end.tokens), end.finish_reason) == (expected, 'length')
 
@@ -163,7 +163,7 @@ def test_a_request_gets_its_true_length_but_no_more_than_it_asked_for(output_len
 def test_the_context_ends_a_request_in_the_simulator_as_in_the_state():
   workers = colocated_pool(1, **SIZES | {'max_step_tokens': 64})
   arrivals = Listed([Request('a', tuple(range(2, 64)), SamplingParams(max_tokens=50))])
-  simulator = Simulator(TINY, workers, 4, HandCost())
+  simulator = Simulator(TINY, workers, HandCost())
   (end,) = _finished(serve(arrivals, Colocated(64), simulator, ClusterState(TINY, workers, 4)))
   assert len(end.tokens) == 3  # 62 + 3 - 1 = 64
 
@@ -217,10 +217,10 @@ class Case:
     return ClusterState(TINY, self.workers, self.page_size)
 
   def simulator(self, arrivals) -> Simulator:
-    return Simulator(TINY, self.workers, self.page_size, HandCost(), arrivals.output_len)
+    return Simulator(TINY, self.workers, HandCost(), arrivals.output_len)
 
   def recorded(self, events: list[Event]) -> Replay:
-    return Replay(TINY, self.workers, self.page_size, events)
+    return Replay(TINY, self.workers, events)
 
   def run(self) -> list[Event]:
     arrivals = self.arrivals()
@@ -423,7 +423,7 @@ class Unlucky(Simulator):
 @EVERY_CASE
 def test_failures_at_any_time_leave_the_books_balanced(case, seed):
   arrivals = Withdrawing(case.arrivals(), seed)
-  backend = Unlucky(TINY, case.workers, case.page_size, HandCost(), arrivals.output_len, seed=seed)
+  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=seed)
   events = _serve_checked(arrivals, case.policy, backend, case.state())
   reasons = Counter(end.finish_reason for end in _finished(events))
   assert reasons.total() == 24 and set(reasons) <= {'length', 'cancelled', 'error'}
@@ -454,7 +454,7 @@ def log_of():
     if (case, lagging) not in logs:
       arrivals = case.arrivals()
       kind = Lagging if lagging else Simulator
-      backend = kind(TINY, case.workers, case.page_size, HandCost(), arrivals.output_len)
+      backend = kind(TINY, case.workers, HandCost(), arrivals.output_len)
       logs[case, lagging] = list(serve(arrivals, case.policy, backend, case.state()))
     return logs[case, lagging]
 
@@ -471,7 +471,7 @@ def test_a_replay_is_the_whole_log_again(case, lagging, log_of):
 @EVERY_REPLAYED
 def test_a_replay_of_failures_is_the_whole_log_again(case):
   arrivals = case.arrivals()
-  backend = Unlucky(TINY, case.workers, case.page_size, HandCost(), arrivals.output_len, seed=1)
+  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=1)
   events = list(serve(arrivals, case.policy, backend, case.state()))
   assert {Failed, WorkerLost} < {type(event) for event in events}
   assert case.replay(events) == events

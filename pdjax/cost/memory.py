@@ -14,7 +14,6 @@ def size_pools(
   workers: Sequence[WorkerSpec],
   devices: Mapping[str, tuple[int, ...]],
   model: ModelSpec,
-  page_size: int,
   dtype_bytes: int,
   memory_bytes: float,
   *,
@@ -26,11 +25,10 @@ def size_pools(
   at full length.
 
   Args:
-    workers: The workers.
+    workers: The workers, page size and dtype of the cache filled in.
     devices: The devices of each by name.
     model: The model.
-    page_size: Tokens per page.
-    dtype_bytes: Bytes of a weight and of a cached element.
+    dtype_bytes: Bytes of a weight.
     memory_bytes: Bytes that weights and pages may fill on each device, or on all together with `one_memory`; infinity
       if unknown.
     one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
@@ -49,10 +47,11 @@ def size_pools(
     for device in mesh:
       memory = memory_of(device)
       weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(dtype_bytes, len(mesh))
-  page_bytes = {
-    worker.name: page_size * model.kv_bytes_per_token(dtype_bytes) / mesh_shape(model, worker.tp)[0]
-    for worker in workers
-  }
+  page_bytes = {}
+  for worker in workers:
+    assert worker.page_size and worker.kv_dtype
+    whole = worker.page_size * model.cached_token_bytes(worker.kv_dtype)
+    page_bytes[worker.name] = whole / mesh_shape(model, worker.tp)[0]
   for worker in workers:
     for device in devices[worker.name]:
       memory = memory_of(device)
@@ -83,10 +82,12 @@ def size_pools(
     fits = int(free / page_bytes[worker.name])
     if fits < 1:
       raise ValueError(
-        f'worker {worker.name!r} has {_gb(free)} left for pages beside the weights, but one page of {page_size} tokens '
-        f'takes {_gb(page_bytes[worker.name])}; raise tp, lower page_size or use a larger device.'
+        f'worker {worker.name!r} has {_gb(free)} left for pages beside the weights, but one page of '
+        f'{worker.page_size} tokens takes {_gb(page_bytes[worker.name])}; raise tp, lower page_size or use a larger '
+        'device.'
       )
-    useful = max(worker.max_sequences, worker.max_chunks) * -(-model.context_len // page_size)
+    assert worker.page_size
+    useful = max(worker.max_sequences, worker.max_chunks) * -(-model.context_len // worker.page_size)
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 
@@ -16,7 +16,7 @@ class Roofline:
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
     link: What lies between two workers; transfers between two workers use `min(tp)` such links side by side.
-    dtype_bytes: Bytes of a weight and of a cached element.
+    dtype_bytes: Bytes of a weight, and of a cached element of workers that have no `kv_dtype`.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
   """
 
@@ -42,7 +42,7 @@ class Roofline:
     devices = 1 if self.shared_host else worker.tp
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
-    kv_bytes = model.kv_bytes_per_token(self.dtype_bytes)
+    kv_bytes = self._token_bytes(model, worker.kv_dtype)
     # The input embedding is read a row a token, not whole.
     weights = model.weight_bytes(self.dtype_bytes)
     if not model.tied_embeddings:
@@ -62,4 +62,11 @@ class Roofline:
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: int) -> float:
     """Seconds to move the KV of so many tokens; see `CostModel`."""
     links = 1 if self.shared_host else min(source.tp, target.tp)
-    return self.link.latency_s + tokens * model.kv_bytes_per_token(self.dtype_bytes) / (self.link.bytes_per_s * links)
+    kv_dtype = source.kv_dtype
+    if kv_dtype is not None and target.kv_dtype is not None:
+      kv_dtype = wire_dtype(kv_dtype, target.kv_dtype)
+    token_bytes = self._token_bytes(model, kv_dtype)
+    return self.link.latency_s + tokens * token_bytes / (self.link.bytes_per_s * links)
+
+  def _token_bytes(self, model: ModelSpec, kv_dtype: str | None) -> int:
+    return model.kv_bytes_per_token(self.dtype_bytes) if kv_dtype is None else model.cached_token_bytes(kv_dtype)

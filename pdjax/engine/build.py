@@ -122,10 +122,9 @@ def build_engine(
   devices = prepare_devices(config.platform, devices_needed(config.workers))
   carved = carve_devices(config.workers, len(devices))
   specs = size_pools(
-    config.workers,
+    config.cluster,
     carved,
     model,
-    config.page_size,
     config.dtype_bytes,
     device_memory_bytes(devices[0]),
     one_memory=devices[0].platform == 'cpu',
@@ -136,13 +135,13 @@ def build_engine(
   dtype = jnp.dtype(config.dtype)
   meshes = {mesh: make_mesh(model, [devices[index] for index in mesh]) for mesh in set(carved.values())}
   for spec in specs:  # what cannot be is refused before anything is loaded
-    choose_layout(model, config.page_size, meshes[carved[spec.name]], spec.page_layout)
+    choose_layout(model, spec.page_size or config.page_size, meshes[carved[spec.name]], spec.page_layout)
   weights = load_weights(checkpoint, model, meshes, dtype)
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], config.page_size, dtype, limit_of, tokenizer))
-    pages = f'{spec.num_pages} pages of {config.page_size} tokens'
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer))
+    pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
   loaded = time.perf_counter()
   say(f'weights loaded in {loaded - begin:.1f} s')

@@ -200,7 +200,8 @@ class Engine:
     source, target = self.workers[order.source], self.workers[order.target]
     dispatched_s = self._mailbox.now_s()
     before = self._last_pass.get(order.source)
-    parcel = self._transports[order.source, order.target].send(order.source_pages, order.target_pages)
+    transport = self._transports[order.source, order.target]
+    parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens)
     incarnations = (source.incarnation, target.incarnation)
     self._transfers[order.source].add(functools.partial(self._watch, order, before, parcel, dispatched_s, incarnations))
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,15 +112,15 @@ class Passes:
     split = 0 if chunks is None else chunks.tokens.shape[0]
 
     def attend(window, q, k, v, layer, rows, chunks, slots):
-      layer = append_tokens(layer, k, v, rows.page, rows.offset)
+      pool, scales = layer
+      layer = pool, scales = _append(pool, scales, k, v, rows)
+      options = {'scales': scales, 'sliding_window': window}
       parts = []
       if chunks is not None:
-        parts.append(
-          prefill_attention(q[:split], layer, chunks.tables, chunks.offsets, chunks.lengths, sliding_window=window)
-        )
+        parts.append(prefill_attention(q[:split], pool, chunks.tables, chunks.offsets, chunks.lengths, **options))
       if slots is not None:
         lengths = jnp.where(slots.alive, slots.lengths + 1, 0)
-        parts.append(paged_attention(q[split:], layer, slots.tables, lengths, sliding_window=window))
+        parts.append(paged_attention(q[split:], pool, slots.tables, lengths, **options))
       return jnp.concatenate(parts), layer
 
     heads, kv_heads, whole = PartitionSpec(None, MESH_AXES), PartitionSpec(None, 'kv'), PartitionSpec()
@@ -133,8 +135,10 @@ class Passes:
       )
       return local(q, k, v, layer, rows, chunks, slots)
 
-    x, layers = model(tokens, rows.position, pages.layers, attend_everywhere)
-    return x, dataclasses.replace(pages, layers=layers)
+    pools = list(zip(pages.layers, pages.scales or itertools.repeat(None), strict=False))
+    x, appended = model(tokens, rows.position, pools, attend_everywhere)
+    layers, scales = zip(*appended, strict=True)
+    return x, dataclasses.replace(pages, layers=layers, scales=scales if pages.scales else ())
 
 
 @jax.tree_util.register_dataclass
@@ -145,6 +149,12 @@ class Rows:
   position: jax.Array  # [T] int32
   page: jax.Array  # [T] int32
   offset: jax.Array  # [T] int32
+
+
+def _append(pool: jax.Array, scales: jax.Array | None, k: jax.Array, v: jax.Array, rows: Rows) -> Any:
+  """One layer's pool with new tokens in it, and its scales."""
+  out = append_tokens(pool, k, v, rows.page, rows.offset, scales=scales)
+  return (out, None) if scales is None else out
 
 
 def _chunk_rows(chunks: Chunks, pages: KVPages) -> Rows:

@@ -77,38 +77,34 @@ class Worker:
     model: ModelSpec,
     mesh: Mesh,
     weights: Weights,
-    page_size: int,
-    dtype: jnp.dtype,
     limit_of: LimitOf,
     tokenizer: Tokenizer | None = None,
   ):
     """Make an empty worker.
 
     Args:
-      spec: What it is; `num_pages` must be a count.
+      spec: What it is; `num_pages` must be a count, `page_size` and `kv_dtype` filled in.
       model: The model it serves.
       mesh: Its devices.
       weights: The model's weights on that mesh.
-      page_size: Tokens per page.
-      dtype: Of keys and values.
       limit_of: How many tokens a request generates at most.
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
     """
-    assert isinstance(spec.num_pages, int)
+    assert isinstance(spec.num_pages, int) and spec.page_size and spec.kv_dtype
     self.spec = spec
     self.model = model
     self.mesh = mesh
     self.weights = weights
-    self.page_size = page_size
-    self.dtype = dtype
     self.incarnation = 0
     self._limit_of = limit_of
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-    self._table_width = -(-model.context_len // page_size)
+    self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
-    self.page_shapes = KVPages.shapes(model, spec.num_pages, page_size, dtype, mesh, spec.page_layout)
+    self.page_shapes = KVPages.shapes(
+      model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.page_shapes)
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.page_shapes)
     self._make_pages = jax.jit(zeros, out_shardings=shardings)
@@ -117,8 +113,8 @@ class Worker:
   def reset(self) -> None:
     """Start over with empty pages and slots, as a new incarnation."""
     self.incarnation += 1
-    for layer in self.pages.layers if self.incarnation > 1 else ():
-      layer.delete()  # there may be no room for two pools
+    for leaf in jax.tree.leaves(self.pages) if self.incarnation > 1 else ():
+      leaf.delete()  # there may be no room for two pools
     self.pages: KVPages = self._make_pages()
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))

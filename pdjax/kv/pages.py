@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import PageLayout, devices
+from pallas_kernels import PageLayout, devices, gather_pages, scatter_pages
+from pallas_kernels.page_copy.conversion import convert
 from pdjax.types.cluster import PageLayoutName
 from pdjax.types.model import ModelSpec
 
-LAYER_SPEC = PartitionSpec(None, None, 'kv', None, None)  # of one layer's pool on a worker's mesh
+LAYER_SPEC = PartitionSpec(None, None, 'kv')  # of one layer's pool on a worker's mesh, and of its scales
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,7 @@ class KVPages:
 
   layers: tuple[jax.Array, ...]  # L × [P, A, C, G, W]
   head_dim: int = dataclasses.field(metadata={'static': True})  # D, which with their shape tells their layout
+  scales: tuple[jax.Array, ...] = ()  # L × [P, 2, K, G] float32, of int8 pages: one for each token and head
 
   @property
   def layout(self) -> PageLayout:
@@ -71,7 +73,11 @@ class KVPages:
     shape = (num_pages, *choose_layout(model, page_size, mesh, layout).page_shape)
     layer = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYER_SPEC))
     layers: Any = (layer,) * model.num_layers
-    return cls(layers, model.head_dim)
+    if jnp.dtype(dtype) != jnp.int8:
+      return cls(layers, model.head_dim)
+    of_scales = (num_pages, 2, model.kv_heads, page_size)
+    scale: Any = jax.ShapeDtypeStruct(of_scales, jnp.float32, sharding=layer.sharding)
+    return cls(layers, model.head_dim, (scale,) * model.num_layers)
 
 
 def choose_layout(model: ModelSpec, page_size: int, mesh: Mesh, layout: PageLayoutName = 'auto') -> PageLayout:
@@ -94,35 +100,82 @@ def choose_layout(model: ModelSpec, page_size: int, mesh: Mesh, layout: PageLayo
 
 def page_bytes(model: ModelSpec, page_size: int, dtype: jnp.dtype) -> int:
   """Bytes of one page over all layers and heads."""
-  return page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)
+  return page_size * model.cached_token_bytes(jnp.dtype(dtype).name)
 
 
-GATHERED_HEADS_AXIS = 3  # of what `gather` returns
-GATHERED_SPEC = PartitionSpec(None, None, None, 'kv')
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Units:
+  """Cached tokens outside of a pool, as equal pieces of pages: plain, whatever the layout of the pool."""
+
+  values: jax.Array  # [n, L, 2, K, U, D]
+  scales: jax.Array | None = None  # [n, L, 2, K, U] float32, of int8 values
+
+  HEADS_AXIS = 3
+  SPEC = PartitionSpec(None, None, None, 'kv')
+
+  @classmethod
+  def shapes(
+    cls, pages: KVPages, count: int, kv_heads: int, tokens: int, dtype: jnp.dtype, copies: int, sharding: NamedSharding
+  ) -> 'Units':
+    """Shapes of `count` units of a pool cut down to `kv_heads` heads, behind an axis of copies."""
+    shape = copies, count, len(pages.layers), 2, kv_heads, tokens, pages.head_dim
+    values: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    scales: Any = jax.ShapeDtypeStruct(shape[:-1], jnp.float32, sharding=sharding)
+    return cls(values, scales if jnp.dtype(dtype) == jnp.int8 else None)
 
 
-def gathered_shape(pages: KVPages, count: int, kv_heads: int) -> tuple[int, ...]:
-  """The shape of `count` gathered pages cut down to `kv_heads` heads."""
-  return count, len(pages.layers), 2, kv_heads, pages.page_size, pages.head_dim
+def gather(pages: KVPages, places: jax.Array, tokens: int, dtype: jnp.dtype) -> Units:
+  """Units of so many tokens out of every layer, in another dtype if it differs.
 
-
-def gather(pages: KVPages, ids: jax.Array) -> jax.Array:
-  """The pages `ids` `[n]` of every layer as one array `[n, L, 2, K, G, D]`, whatever their layout."""
-  return pages.layout.unpack(jnp.stack([layer[ids] for layer in pages.layers], axis=1))
-
-
-def scatter(pages: KVPages, ids: jax.Array, values: jax.Array) -> KVPages:
-  """Put `values` `[n, L, 2, K, G, D]` into the pages `ids` `[n]`, whatever their layout.
-
-  Page by page, in a loop that compiles several times as fast as XLA's scatter.
+  Args:
+    pages: The pool.
+    places: `[n, 2]` the page of each unit, and the first of its tokens there.
+    tokens: U, which divides the page size.
+    dtype: To convert to.
   """
-  packed = pages.layout.pack(values)  # [n, L, A, C, G, W]
+  layers, scales, ids = list(pages.layers), list(pages.scales), places[:, 0]
+  if tokens < pages.page_size:
+    layers, scales = ([_cut(layer, places, tokens) for layer in pools] for pools in (layers, scales))
+    ids = jnp.arange(places.shape[0])
+  found = gather_pages(layers, ids, scales=scales or None, dtype=dtype, head_dim=pages.head_dim)
+  values, value_scales = found if isinstance(found, tuple) else (found, None)
+  return Units(pages.layout.unpack(values), value_scales)
 
-  def put(i, layers):
-    page = packed[i]
-    return tuple(jax.lax.dynamic_update_index_in_dim(layer, page[j], ids[i], 0) for j, layer in enumerate(layers))
 
-  return dataclasses.replace(pages, layers=jax.lax.fori_loop(0, ids.shape[0], put, pages.layers))
+def _cut(layer: jax.Array, places: jax.Array, tokens: int) -> jax.Array:
+  """Units `[n, A, C, U, W]` of a layer `[P, A, C, G, W]`, or the scales `[n, 2, K, U]` of one."""
+  size = 1, *layer.shape[1:3], tokens, *layer.shape[4:]
+
+  def cut(place):
+    return jax.lax.dynamic_slice(layer, (place[0], 0, 0, place[1], 0)[: layer.ndim], size)[0]
+
+  return jax.vmap(cut)(places)
+
+
+def scatter(pages: KVPages, places: jax.Array, units: Units) -> KVPages:
+  """Put units into the places `[n, 2]` of a pool: page, and first token there. They become what the pool is."""
+  layout, layers, scales = pages.layout, list(pages.layers), list(pages.scales)
+  tokens = units.values.shape[-2]
+  if tokens == pages.page_size:
+    packed = layout.pack(units.values)  # [n, L, A, C, G, W]
+    put = scatter_pages(layers, places[:, 0], packed, scales=scales or None, value_scales=units.scales)
+    layers, scales = put if scales else (put, [])
+    return dataclasses.replace(pages, layers=tuple(layers), scales=tuple(scales))
+  plain = PageLayout('plain', layout.kv_heads, tokens, layout.head_dim)
+  values, value_scales = convert(units.values, units.scales, pages.dtype, bool(scales), plain)
+  packed = layout.pack(values)
+
+  def put_one(i, pools):
+    page, first = places[i]
+    rows = [*packed[i], *(() if value_scales is None else value_scales[i])]
+    return tuple(
+      jax.lax.dynamic_update_slice(pool, row[None], (page, 0, 0, first, 0)[: pool.ndim])
+      for pool, row in zip(pools, rows, strict=True)
+    )
+
+  pools = jax.lax.fori_loop(0, places.shape[0], put_one, (*layers, *scales))
+  return dataclasses.replace(pages, layers=pools[: len(layers)], scales=pools[len(layers) :])
 
 
 def copy(pages: KVPages, source: jax.Array, target: jax.Array) -> KVPages:
@@ -132,4 +185,4 @@ def copy(pages: KVPages, source: jax.Array, target: jax.Array) -> KVPages:
     page = jax.lax.dynamic_index_in_dim(layer, source, 0, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(layer, page, target, 0)
 
-  return dataclasses.replace(pages, layers=tuple(map(put, pages.layers)))
+  return dataclasses.replace(pages, layers=tuple(map(put, pages.layers)), scales=tuple(map(put, pages.scales)))

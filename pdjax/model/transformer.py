@@ -26,9 +26,9 @@ class Transformer(nnx.Module):
     self.model = model
 
   def __call__(
-    self, tokens: jax.Array, positions: jax.Array, pages: Sequence[jax.Array], attend: Attend
-  ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Run packed tokens `[T]` through every block; `[T, E]`, and the pages of every layer."""
+    self, tokens: jax.Array, positions: jax.Array, pages: Sequence[Any], attend: Attend
+  ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Run packed tokens `[T]` through every block; `[T, E]`, and the pages of every layer as `attend` leaves them."""
     x = self.embed[...][tokens]
     turned = turn(positions, self.model)
     new_pages = []

@@ -128,7 +128,19 @@ class StepOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferOrder:
-  """Copy `source_pages[i]` of one worker to `target_pages[i]` of another; begins once order `after` has ended."""
+  """Copy the cached tokens from `start` on of a sequence to another worker; begins once order `after` has ended.
+
+  Attributes:
+    id: Of the order.
+    request: Whose tokens they are.
+    source: The worker that has them.
+    target: The worker that gets them.
+    source_pages: The pages that hold them there, the first of them page `start // page_size` of the sequence.
+    target_pages: The same on the target, whose pages may be of another size.
+    start: The first token, at the begin of a page of the smaller size.
+    tokens: How many; whole pages of the smaller size, so that some at the end may be past the sequence.
+    after: The order that computes the last of them, if it has not ended.
+  """
 
   id: int
   request: str
@@ -136,6 +148,8 @@ class TransferOrder:
   target: str
   source_pages: tuple[int, ...]
   target_pages: tuple[int, ...]
+  start: int
+  tokens: int
   after: int | None = None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -75,7 +76,7 @@ class RequestState:
     transfers: Transfers of its pages under way.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
-    pages_sent: Pages of its prompt that were sent on.
+    tokens_sent: Tokens of its prompt that were sent on.
     computed: Whether its whole prompt is computed.
     admitted: Whether a pass has put it into its slot.
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
@@ -93,7 +94,7 @@ class RequestState:
   transfers: int = 0
   pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   slot: int | None = None
-  pages_sent: int = 0
+  tokens_sent: int = 0
   computed: bool = False
   admitted: bool = False
   copy: tuple[int, int] | None = None
@@ -136,6 +137,7 @@ class WorkerState:
   """What the cluster knows of one worker.
 
   Attributes:
+    page_size: Tokens per page.
     allocator: Its pages.
     free_slots: Places free among the sequences that decode at once.
     orders: Passes in flight, oldest first.
@@ -144,9 +146,10 @@ class WorkerState:
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
   """
 
-  def __init__(self, spec: WorkerSpec, num_pages: int):
+  def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int):
     self.spec = spec
     self.name = spec.name
+    self.page_size = page_size
     self.role = spec.role
     self.allocator = PageAllocator(num_pages)
     self.free_slots = deque(range(spec.max_sequences))
@@ -192,12 +195,12 @@ class Room:
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
-    needed = self._state.pages_needed(request, decodes=decodes)
+    needed = self._state.pages_needed(request, worker, decodes=decodes)
     return needed <= self.pages(worker) and (not decodes or self._state.slots_needed(request) <= self.slots(worker))
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
-    self._pages[worker] = self._pages.get(worker, 0) + self._state.pages_needed(request, decodes=decodes)
+    self._pages[worker] = self._pages.get(worker, 0) + self._state.pages_needed(request, worker, decodes=decodes)
     if decodes:
       self._slots[worker] = self._slots.get(worker, 0) + self._state.slots_needed(request)
 
@@ -211,7 +214,6 @@ class ClusterState:
 
   Attributes:
     model: The model served.
-    page_size: Tokens per page.
     workers: Each worker by name, in the order of the config.
     requests: Each unfinished request by id.
     waiting: Those that nothing was started of, in order of arrival.
@@ -224,14 +226,13 @@ class ClusterState:
     Args:
       model: The model served.
       workers: The cluster, `num_pages` filled in.
-      page_size: Tokens per page.
+      page_size: Tokens per page of workers that have no page size of their own.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, or a phase has no worker.
     """
     self.model = model
-    self.page_size = page_size
     self._finds_stops = finds_stops
     self.workers: dict[str, WorkerState] = {}
     for spec in workers:
@@ -239,7 +240,7 @@ class ClusterState:
         raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
       if not isinstance(spec.num_pages, int):
         raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-      self.workers[spec.name] = WorkerState(spec, spec.num_pages)
+      self.workers[spec.name] = WorkerState(spec, spec.num_pages, spec.page_size or page_size)
     self.prefill_workers = [worker for worker in self.workers.values() if worker.role.prefills]
     self.decode_workers = [worker for worker in self.workers.values() if worker.role.decodes]
     if not self.prefill_workers or not self.decode_workers:
@@ -267,27 +268,27 @@ class ClusterState:
     """A fresh scratch view of what is free."""
     return Room(self)
 
-  def pages_needed(self, request: str, *, decodes: bool) -> int:
-    """Pages for the prompt, and with `decodes` for all the tokens it may generate but the last.
+  def pages_needed(self, request: str, worker: str, *, decodes: bool) -> int:
+    """Pages of a worker for the prompt, and with `decodes` for all the tokens it may generate but the last.
 
     With further samples that follow it, theirs too: all but those of the prompt's full pages.
     """
-    entry = self.requests[request]
-    whole = self._whole_pages(entry, decodes=decodes)
-    return whole + (self.slots_needed(request) - 1) * (whole - self._shared_pages(entry)) if decodes else whole
+    entry, place = self.requests[request], self.workers[worker]
+    whole = self._whole_pages(entry, place, decodes=decodes)
+    return whole + (self.slots_needed(request) - 1) * (whole - self._shared_pages(entry, place)) if decodes else whole
 
   def slots_needed(self, request: str) -> int:
     """Slots where it decodes: one, and one for each further sample that follows it."""
     samples = self.requests[request].samples
     return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
 
-  def _whole_pages(self, entry: RequestState, *, decodes: bool) -> int:
+  def _whole_pages(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> int:
     tokens = entry.request.prompt_len + (entry.limit - 1 if decodes else 0)
-    return -(-tokens // self.page_size)
+    return -(-tokens // worker.page_size)
 
-  def _shared_pages(self, entry: RequestState) -> int:
+  def _shared_pages(self, entry: RequestState, worker: WorkerState) -> int:
     """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
-    return (entry.request.prompt_len - 1) // self.page_size
+    return (entry.request.prompt_len - 1) // worker.page_size
 
   def must(self) -> list[Action]:
     """What has to be done whatever the policy: refuse what can never run, end what was withdrawn."""
@@ -321,7 +322,7 @@ class ClusterState:
     if self._in_flight or not self.requests:
       return
     waits = ', '.join(
-      f'{name} ({entry.phase.value}, {self.pages_needed(name, decodes=True)} pages)'
+      f'{name} ({entry.phase.value}, {self.pages_needed(name, self.decode_workers[0].name, decodes=True)} pages)'
       for name, entry in list(self.requests.items())[:8]
     )
     free = ', '.join(
@@ -398,21 +399,22 @@ class ClusterState:
     if entry.limit > 1 or slots > 1:
       places.append((self.decode_workers, True))
     for workers, decodes in places:
-      needed = self.pages_needed(request.id, decodes=decodes)
-      largest = max(workers, key=lambda worker: worker.num_pages)
-      if needed > largest.num_pages:
+      needs = {w.name: self.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
+      roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
+      if not roomy:
+        largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
         return (
           f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones'
-          f'{f" of each of {slots} samples" if slots > 1 else ""} need {needed} pages of '
-          f'{self.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
+          f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
+          f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
           f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
           f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
         )
-      if decodes and not any(w.spec.max_sequences >= slots and w.num_pages >= needed for w in workers):
+      if decodes and not any(worker.spec.max_sequences >= slots for worker in roomy):
         found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
         return (
-          f'{slots} samples need {slots} sequences and {needed} pages on one worker that decodes, but these have '
-          f'{found}; raise max_sequences or lower n.'
+          f'{slots} samples need {slots} sequences and {needs[roomy[0].name]} pages on one worker that decodes, but '
+          f'these have {found}; raise max_sequences or lower n.'
         )
     return None
 
@@ -560,7 +562,7 @@ class ClusterState:
     heir = next(iter(samples.following.values()))
     del samples.following[heir.request.id]
     samples.carrier = heir
-    heir.worker, heir.started, heir.pages_sent = entry.worker, entry.started, entry.pages_sent
+    heir.worker, heir.started, heir.tokens_sent = entry.worker, entry.started, entry.tokens_sent
     heir.computed, heir.transfers = True, entry.transfers
     if entry.worker is not None and entry.worker != entry.target:
       heir.pages[entry.worker] = entry.pages.pop(entry.worker)
@@ -740,7 +742,7 @@ class ClusterState:
       places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
       for place, decodes in places:
         if not room.fits(chunk.request, place, decodes=decodes):
-          needs = self._needs(chunk.request, decodes=decodes)
+          needs = self._needs(chunk.request, place, decodes=decodes)
           raise PolicyError(
             f'{step!r}: request {chunk.request!r} needs {needs} on {place!r}, which has {room.pages(place)} pages and '
             f'{room.slots(place)} slots left.'
@@ -748,14 +750,15 @@ class ClusterState:
         room.take(chunk.request, place, decodes=decodes)
 
   def _reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
-    allocator, whole = worker.allocator, self._whole_pages(entry, decodes=decodes)
+    allocator, whole = worker.allocator, self._whole_pages(entry, worker, decodes=decodes)
     pages = entry.pages[worker.name] = allocator.take(whole)
     if not decodes:
       return
     entry.target, entry.slot = worker.name, worker.free_slots.popleft()
     if entry.samples is None or entry.samples.carrier is not entry:
       return
-    shared, last = pages[: self._shared_pages(entry)], pages[self._shared_pages(entry)]
+    whole_pages = self._shared_pages(entry, worker)
+    shared, last = pages[:whole_pages], pages[whole_pages]
     for other in entry.samples.following.values():
       own = allocator.take(whole - len(shared))
       allocator.hold((*shared, last))  # the last until it is copied, whatever becomes of its holder
@@ -769,8 +772,8 @@ class ClusterState:
       self.workers[entry.target].allocator.drop(entry.copy[:1])
       entry.copy = None
 
-  def _needs(self, request: str, *, decodes: bool) -> str:
-    pages, slots = self.pages_needed(request, decodes=decodes), self.slots_needed(request)
+  def _needs(self, request: str, worker: str, *, decodes: bool) -> str:
+    pages, slots = self.pages_needed(request, worker, decodes=decodes), self.slots_needed(request)
     return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
   def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
@@ -795,24 +798,30 @@ class ClusterState:
     return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot)
 
   def _send_chunk(self, chunk: Chunk, worker: WorkerState, after: int) -> TransferOrder | None:
-    """The transfer of the pages that a chunk completes."""
+    """The transfer of what a chunk completes: pages of the smaller of both sizes."""
     if chunk.send_to is None:
       return None
-    entry = self.requests[chunk.request]
-    complete = entry.started // self.page_size if entry.prompt_left else -(-entry.started // self.page_size)
-    first, entry.pages_sent = entry.pages_sent, complete
-    return self._move(entry, worker, self.workers[chunk.send_to], first, complete, after) if complete > first else None
+    entry, target = self.requests[chunk.request], self.workers[chunk.send_to]
+    unit = math.gcd(worker.page_size, target.page_size)
+    complete = entry.started // unit * unit if entry.prompt_left else entry.started
+    return self._move(entry, worker, target, complete, after) if complete > entry.tokens_sent else None
 
   def _move(
-    self, entry: RequestState, source: WorkerState, target: WorkerState, first: int, end: int, after: int | None
+    self, entry: RequestState, source: WorkerState, target: WorkerState, end: int, after: int | None
   ) -> TransferOrder:
-    source_pages = entry.pages[source.name][first:end]
-    target_pages = entry.pages[target.name][first:end]
+    """The transfer of the prompt's tokens up to `end` that were not sent before."""
+    start, unit = entry.tokens_sent, math.gcd(source.page_size, target.page_size)
+    entry.tokens_sent = end
+    end = -(-end // unit) * unit
+    source_pages, target_pages = (
+      entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
+    )
     source.allocator.hold(source_pages)
     target.allocator.hold(target_pages)
     entry.transfers += 1
+    order_id = self._order_id()
     return TransferOrder(
-      self._order_id(), entry.request.id, source.name, target.name, source_pages, target_pages, after
+      order_id, entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start, after
     )
 
   def _start_transfer(self, action: Transfer) -> TransferOrder:
@@ -825,7 +834,7 @@ class ClusterState:
     room = self.room()
     if not room.fits(action.request, target.name, decodes=True):
       raise PolicyError(
-        f'{action!r}: it needs {self._needs(action.request, decodes=True)} on {target.name!r}, '
+        f'{action!r}: it needs {self._needs(action.request, target.name, decodes=True)} on {target.name!r}, '
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
     assert entry.worker is not None
@@ -833,7 +842,7 @@ class ClusterState:
     del self.prefilled[action.request]
     entry.phase = Phase.MOVING
     self._reserve(entry, target, decodes=True)
-    return self._move(entry, source, target, 0, len(entry.pages[source.name]), None)
+    return self._move(entry, source, target, entry.request.prompt_len, None)
 
   def _start_decodes(self, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
     orders = []

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from pdjax.types.model import KV_DTYPE_BYTES
+
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
+KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
 
 
 class DeviceError(RuntimeError):
@@ -46,9 +49,12 @@ class WorkerSpec:
       name the same devices share them and their weights.
     page_layout: How a page holds its keys and values, a name of `pallas_kernels.PageLayout`; 'auto' is what the devices
       read fastest. Pages travel between workers of unlike layouts.
+    page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
+    kv_dtype: Of cached keys and values; None is the config's. 'int8' has a float32 scale a token and head. Between
+      workers of unlike dtypes pages are converted once, where fewer bytes then travel.
 
   Raises:
-    ValueError: if a size is not positive, the layout is unknown, or the devices are not `tp` distinct ones.
+    ValueError: if a size is not positive, a layout or dtype is unknown, or the devices are not `tp` distinct ones.
   """
 
   name: str
@@ -61,6 +67,8 @@ class WorkerSpec:
   max_fused_steps: int = 16
   devices: tuple[int, ...] | None = None
   page_layout: PageLayoutName = 'auto'
+  page_size: int | None = None
+  kv_dtype: KVDtypeName | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'role', Role(self.role))
@@ -72,6 +80,11 @@ class WorkerSpec:
     if self.page_layout not in get_args(PageLayoutName):
       names = ', '.join(map(repr, get_args(PageLayoutName)))
       raise ValueError(f'worker {self.name!r} has page_layout={self.page_layout!r}, expected one of {names}.')
+    if self.page_size is not None and self.page_size < 1:
+      raise ValueError(f'worker {self.name!r} has page_size={self.page_size}, expected at least 1 token.')
+    if self.kv_dtype not in (None, *get_args(KVDtypeName)):
+      names = ', '.join(map(repr, get_args(KVDtypeName)))
+      raise ValueError(f'worker {self.name!r} has kv_dtype={self.kv_dtype!r}, expected one of {names}, or None.')
     if self.devices is not None:
       object.__setattr__(self, 'devices', tuple(self.devices))
       if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:
@@ -93,6 +106,11 @@ class WorkerSpec:
     makes little difference anywhere; above, twice the rows take up to twice the time.
     """
     return tuple(sorted({1, *buckets(self.max_sequences, smallest=8)}))
+
+
+def wire_dtype(source: KVDtypeName, target: KVDtypeName) -> KVDtypeName:
+  """In which dtype pages travel: the smaller one, converted on the other's side; of equal ones as they are."""
+  return target if KV_DTYPE_BYTES[target] < KV_DTYPE_BYTES[source] else source
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

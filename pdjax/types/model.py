@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeGuard
 
 MAX_LAYERS = 10_000  # no model has a tenth of them: more is a damaged file, and to list them all would take minutes
 
+KV_DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # of a cached element
+
 
 def is_size(value: Any) -> TypeGuard[int]:
   """Whether this is a positive integer."""
@@ -183,6 +185,11 @@ class ModelSpec:
   def kv_bytes_per_token(self, dtype_bytes: int) -> int:
     """Bytes of keys and values that one token leaves in the cache, over all layers."""
     return 2 * self.num_layers * self.kv_heads * self.head_dim * dtype_bytes
+
+  def cached_token_bytes(self, kv_dtype: str) -> int:
+    """Bytes that one token leaves in a cache of a dtype of `KV_DTYPE_BYTES`: of int8, the float32 scales too."""
+    scales = 2 * self.num_layers * self.kv_heads * 4 if kv_dtype == 'int8' else 0
+    return self.kv_bytes_per_token(KV_DTYPE_BYTES[kv_dtype]) + scales
 
   def token_flops(self) -> int:
     """FLOPs of one token's passage through the blocks, attention over the cache left out."""

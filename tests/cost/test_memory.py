@@ -16,7 +16,8 @@ PAGE = 16 * 131_072  # bytes of a page of 16 tokens
 
 def _size(workers, memory_bytes: float, model: ModelSpec = LLAMA, **fields) -> tuple[WorkerSpec, ...]:
   carved = carve_devices(workers, devices_needed(workers))
-  return size_pools(workers, carved, model, 16, dtype_bytes=2, memory_bytes=memory_bytes, **fields)
+  workers = tuple(dataclasses.replace(worker, page_size=16, kv_dtype='bfloat16') for worker in workers)
+  return size_pools(workers, carved, model, dtype_bytes=2, memory_bytes=memory_bytes, **fields)
 
 
 def test_an_automatic_pool_fills_what_the_weights_leave():

@@ -9,13 +9,14 @@ import jax
 from pdjax.config import ServingConfig
 from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
-from pdjax.kv import page_bytes
+
 from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.serving.loop import Arrivals, Policy, serve
 from pdjax.serving.messages import Done, Event, Started, TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
+from pdjax.types.cluster import wire_dtype
 from pdjax.workload.arrivals import Listed
 from tests.engine.plain import Cached
 from tests.tiny import byte_tokenizer
@@ -108,8 +109,11 @@ class Cluster:
     return request.token_limit(self.model.context_len)
 
   def _check_bytes(self, served: Served) -> None:
-    one_page = page_bytes(self.model, self.config.page_size, self.config.dtype)
-    moved = [(len(order.source_pages) * one_page, done.wire_bytes) for order, done in served.transfers()]
+    specs = {spec.name: spec for spec in self.specs}
+    moved = []
+    for order, done in served.transfers():
+      dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)
+      moved.append((order.tokens * self.model.cached_token_bytes(dtype), done.wire_bytes))
     assert all(expected == actual for expected, actual in moved), moved
     assert served.report.wire_bytes == sum(actual for _, actual in moved)
 

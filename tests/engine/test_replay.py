@@ -29,7 +29,7 @@ def some_requests() -> list[Request]:
 def replay(cluster: Cluster, served: Served, record: tuple[Event, ...], num_pages: int | None = None):
   """What the loop does with a record, from fresh arrivals and a fresh state."""
   specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in cluster.specs]
-  backend = Replay(cluster.model, specs, cluster.config.page_size, record)
+  backend = Replay(cluster.model, specs, record)
   state = ClusterState(cluster.model, specs, cluster.config.page_size)
   return tuple(serve(Listed(served.requests), served.policy, backend, state))
 

@@ -20,13 +20,13 @@ def enlarged(cluster: Cluster, name: str) -> Worker:
   """The same worker with a larger pool, not compiled yet."""
   worker = cluster.workers[name]
   return Worker(
-    dataclasses.replace(worker.spec, num_pages=LARGE), worker.model, worker.mesh, worker.weights, worker.page_size,
-    worker.dtype, lambda request: request.sampling.max_tokens,
+    dataclasses.replace(worker.spec, num_pages=LARGE), worker.model, worker.mesh, worker.weights,
+    lambda request: request.sampling.max_tokens,
   )  # fmt: skip
 
 
 def pool_bytes(worker: Worker) -> int:
-  return worker.spec.num_pages * page_bytes(worker.model, worker.page_size, worker.dtype)
+  return worker.spec.num_pages * page_bytes(worker.model, worker.spec.page_size, worker.spec.kv_dtype)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,7 @@ def test_every_program_has_run_once_before_the_first_request_and_nothing_is_aliv
   fixture, name, request, monkeypatch
 ):
   model = request.getfixturevalue(fixture).workers[name]
-  worker = Worker(
-    model.spec, model.model, model.mesh, model.weights, model.page_size, model.dtype, lambda request: 1
-  )  # fmt: skip
+  worker = Worker(model.spec, model.model, model.mesh, model.weights, lambda request: 1)
   ran = []
   program = Worker.program
   monkeypatch.setattr(Worker, 'program', lambda worker, *key: [ran.append(key), program(worker, *key)][1])
@@ -91,7 +89,7 @@ def test_a_page_is_copied_and_a_past_remembered_in_place(two_and_two):
   worker = two_and_two.workers['decode0']
   copied, remembered = (worker.program(name).memory_analysis() for name in ('copy', 'remember'))
   assert copied.alias_size_in_bytes >= pool_bytes(worker)
-  assert copied.temp_size_in_bytes <= 2 * page_bytes(worker.model, worker.page_size, worker.dtype)
+  assert copied.temp_size_in_bytes <= 2 * page_bytes(worker.model, worker.spec.page_size, worker.spec.kv_dtype)
   assert remembered.alias_size_in_bytes >= worker.slots.history.nbytes
   assert remembered.temp_size_in_bytes < worker.slots.history.nbytes / 4
 

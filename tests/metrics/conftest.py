@@ -59,7 +59,9 @@ class Log:
 
   def transfer(self, name, source='p', target='d', pages=(0, 1)):
     self.num_orders += 1
-    return self.start(TransferOrder(self.num_orders, name, source, target, pages, tuple(p + 7 for p in pages)))
+    return self.start(
+      TransferOrder(self.num_orders, name, source, target, pages, tuple(p + 7 for p in pages), 0, 4 * len(pages))
+    )
 
   def done(self, order, began_s, ended_s, brings=None, **fields):
     """An order ended well; `brings` is how many tokens each request got."""

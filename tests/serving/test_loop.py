@@ -236,7 +236,7 @@ class _Second:
 
 
 def _simulator(arrivals) -> Simulator:
-  return Simulator(TINY, WORKERS, 4, _Second(), arrivals.output_len)
+  return Simulator(TINY, WORKERS, _Second(), arrivals.output_len)
 
 
 def test_decisions_depend_on_true_output_lengths_only_once_they_show():
@@ -263,7 +263,7 @@ def test_the_log_says_how_full_the_cluster_is_whenever_that_changes():
   arrivals = [_request('a'), _request('b', arrival_s=0.5, max_tokens=9), _request('c', arrival_s=0.5)]
   workers = colocated_pool(2, **{**SIZES, 'max_sequences': 1})
   state = ClusterState(TINY, workers, 4)
-  simulator = Simulator(TINY, workers, 4, Roofline())
+  simulator = Simulator(TINY, workers, Roofline())
   said = {worker.name: (0, 0) for worker in workers}
   num_waiting, changes = 0, 0
   for event in serve(Listed(arrivals), Colocated(), simulator, state):

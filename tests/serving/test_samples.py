@@ -73,7 +73,7 @@ def test_seeds_of_samples_and_of_neighbours_do_not_meet():
 def test_samples_share_the_pages_before_the_prompts_last_token(prompt_len, shared, own):
   """Pages of 4 tokens, 4 tokens to generate: what is written is the prompt's last token and what follows it."""
   cluster, _ = prefilled(prompt_len)
-  assert cluster.state.pages_needed('a', decodes=True) == shared + 3 * own
+  assert cluster.state.pages_needed('a', 'decode0', decodes=True) == shared + 3 * own
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
   assert cluster.free_pages('decode0') == 16 - shared - 3 * own
   assert len(cluster.state.workers['decode0'].free_slots) == 1
@@ -512,7 +512,7 @@ def test_a_replay_of_samples_is_the_whole_log_again(case):
 @EVERY_CASE
 def test_withdrawals_and_failures_at_any_time_leave_the_books_balanced(case, seed):
   arrivals = Sampled(100 + seed, withdraws=True)
-  backend = Unlucky(TINY, case.workers, case.page_size, HandCost(), arrivals.output_len, seed=seed)
+  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=seed)
   events = serve_checked(case, arrivals, backend)
   reasons = Counter(event.finish_reason for event in events if isinstance(event, Finished))
   assert reasons.total() == len(arrivals.samples) and set(reasons) <= {'length', 'cancelled', 'error'}

@@ -19,7 +19,7 @@ def test_one_prompt_goes_through_two_workers():
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
   assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1)),))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (5, 6), after=0)
+  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (5, 6), 0, 8, after=0)
   assert cluster.phase('a') is Phase.PREFILLING and not cluster.state.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 8)  # 6 and 6 + 3 tokens
@@ -58,7 +58,7 @@ def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
   assert cluster.free_pages('prefill0') == 14 and cluster.free_pages('decode0') == 16
 
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (0, 1), after=None)
+  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (0, 1), 0, 8, after=None)
   assert cluster.phase('a') is Phase.MOVING and not cluster.state.prefilled
   cluster.end(transfer)
   assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
@@ -207,7 +207,7 @@ def test_the_context_bounds_what_is_generated():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=62, max_tokens=50)
   assert cluster.state.requests['a'].limit == 3  # the last token needs no place in the cache
-  assert cluster.state.pages_needed('a', decodes=True) == 16  # 64 tokens
+  assert cluster.state.pages_needed('a', 'both0', decodes=True) == 16  # 64 tokens
   cluster.arrive('b', prompt_len=64, max_tokens=50)
   assert cluster.state.requests['b'].limit == 1
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from pdjax.kv.pages import KVPages
+from pdjax.kv.pages import KVPages, Units
 
 
 class PagePool(Protocol):
@@ -20,14 +21,15 @@ class PagePool(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Parcel:
-  """Pages on their way: for each batch of them, its target page numbers and its pieces on the target's devices.
+  """Cached tokens on their way, in batches of units.
 
   Attributes:
-    batches: (target page numbers, pieces) of each batch.
+    batches: Of each batch, the units' places `[n, 2]` in the target's pool (page, first token there) and its pieces on
+      the target's devices.
     wire_bytes: Bytes of the arrays that were put onto target devices.
   """
 
-  batches: tuple[tuple[tuple[int, ...], tuple[jax.Array, ...]], ...]
+  batches: tuple[tuple[np.ndarray, tuple[Units, ...]], ...]
   wire_bytes: int
 
   def wait(self) -> None:
@@ -41,8 +43,30 @@ class Transport(Protocol):
   def compile(self) -> dict[str, float]:
     """Compile every size of batch and run each once between pools that are empty still; seconds by program."""
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int]) -> Parcel:
-    """Put pages on their way and return at once, even if passes that compute them are still under way."""
+  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
+    """Put cached tokens on their way and return at once, even if passes that compute them are still under way.
+
+    Args:
+      source_pages: The pages that hold them, the first of them page `start // page_size` of their sequence.
+      target_pages: The same on the target.
+      start: The first token of the sequence.
+      tokens: How many; both are multiples of the unit that both page sizes are made of.
+    """
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
+
+
+def places(pages: Sequence[int], page_size: int, start: int, tokens: int, unit: int) -> np.ndarray:
+  """Where each unit of a span of a sequence lies in a pool: its page, and its first token there, `[n, 2]` int32.
+
+  Args:
+    pages: The pages that hold the span, the first of them page `start // page_size` of the sequence.
+    page_size: Tokens per page.
+    start: The first token of the span.
+    tokens: How many there are.
+    unit: Tokens of a unit, which divides all three.
+  """
+  position = np.arange(start, start + tokens, unit)
+  numbers = np.asarray(pages, np.int32)[position // page_size - start // page_size]
+  return np.stack([numbers, position % page_size], axis=1).astype(np.int32)

@@ -4,8 +4,9 @@ A `device_put` between unlike shardings waits for its source and goes through th
 the pages asked for and cuts its heads into pieces of gcd(heads per source shard, heads per target shard); every piece
 goes from one device to one device, which returns at once; and each target device joins its pieces and writes them.
 
-Pages travel in batches whose sizes are powers of four, so that few programs serve every count and no page too many
-moves.
+What is gathered are units, tokens of the greatest common divisor of both page sizes, so that no token too many moves
+between pools of unlike pages. Units travel in batches whose sizes are powers of four, so that few programs serve every
+count. Between unlike dtypes they are converted once: on the source if they are smaller then, else on the target.
 Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
 """
 
@@ -14,29 +15,22 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pdjax.kv.pages import (
-  GATHERED_HEADS_AXIS,
-  GATHERED_SPEC,
-  LAYER_SPEC,
-  KVPages,
-  gather,
-  gathered_shape,
-  scatter,
-)
-from pdjax.kv.transfer.base import PagePool, Parcel
+from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
+from pdjax.kv.transfer.base import PagePool, Parcel, places
 from pdjax.sharding import replicated
-from pdjax.types.cluster import TransferSpec
+from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
 
-# Pieces are gathered pages with an axis of copies before all others: one copy leaves, `group` arrive.
-_HEADS_AXIS = 1 + GATHERED_HEADS_AXIS
-_PIECE_SPEC = PartitionSpec(None, *GATHERED_SPEC)  # on the source
-_LANDED_SPEC = PartitionSpec('group', *GATHERED_SPEC)  # on the target
+# Pieces are units with an axis of copies before all others: one copy leaves, `group` arrive.
+_HEADS_AXIS = 1 + Units.HEADS_AXIS
+_PIECE_SPEC = PartitionSpec(None, *Units.SPEC)  # on the source
+_LANDED_SPEC = PartitionSpec('group', *Units.SPEC)  # on the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,24 +75,30 @@ class DevicePut:
     """Plan the pieces.
 
     Raises:
-      ValueError: if the pools differ in anything but the number of pages and the mesh.
+      ValueError: if the pools hold keys and values of unlike models, or in a dtype that does not travel.
     """
     ours, theirs = source.page_shapes, target.page_shapes
-    if (gathered_shape(ours, 1, ours.kv_heads), ours.dtype) != (
-      gathered_shape(theirs, 1, theirs.kv_heads),
-      theirs.dtype,
-    ):
+    if _model(ours) != _model(theirs):
       raise ValueError(
-        f'pools of unlike pages: {ours.layers[0]} and {theirs.layers[0]}; give both one model, page size and dtype.'
+        f'pools of unlike models: layers, key/value heads and head size are {_model(ours)} and {_model(theirs)}; give '
+        'both workers one model.'
       )
+    dtypes: list[KVDtypeName] = []
+    for pool in (ours, theirs):
+      name = next((name for name in get_args(KVDtypeName) if name == pool.dtype.name), None)
+      if name is None:
+        raise ValueError(f'a pool is {pool.dtype.name}, expected one of {", ".join(get_args(KVDtypeName))}.')
+      dtypes.append(name)
     self._source = source
     self._target = target
     self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
-    most = min(spec.max_batch_pages, ours.num_pages, theirs.num_pages)
+    self.dtype = jnp.dtype(wire_dtype(*dtypes))
+    self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
+    most = min(spec.max_batch_pages, *(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs)))
     self._sizes = tuple(4**power for power in range(most.bit_length()) if 4**power <= most)
     self._gathers: dict[int, jax.stages.Compiled] = {}
     self._scatters: dict[int, jax.stages.Compiled] = {}
-    self._fillers: dict[int, list[jax.Array]] = {}
+    self._fillers: dict[int, list[Units]] = {}
 
   # -------------------------------------------------------------------------- programs
 
@@ -116,16 +116,24 @@ class DevicePut:
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(2) as pool:
-      seconds = {f'{size} pages': s for size, s in zip(self._sizes, pool.map(timed, self._sizes), strict=True)}
+      seconds = {f'{size} units': s for size, s in zip(self._sizes, pool.map(timed, self._sizes), strict=True)}
     for size in self._sizes:
-      self.receive(self.send(range(size), range(size))).block_until_ready()
+      ours, theirs = (
+        range(-(-size * self.unit // pool.page_shapes.page_size)) for pool in (self._source, self._target)
+      )
+      self.receive(self.send(ours, theirs, 0, size * self.unit)).block_until_ready()
     return seconds
 
   def _lower_gather(self, size: int) -> jax.stages.Lowered:
     cut = self.cut
 
-    def pieces(pages: KVPages, ids: jax.Array) -> tuple[jax.Array, ...]:
-      return tuple(jnp.split(gather(pages, ids)[None], cut.source_pieces, axis=_HEADS_AXIS))
+    def pieces(pages: KVPages, places: jax.Array) -> tuple[Units, ...]:
+      whole = gather(pages, places, self.unit, self.dtype)
+      parts = jax.tree.map(lambda x: jnp.split(x[None], cut.source_pieces, axis=_HEADS_AXIS), whole)
+      return tuple(
+        jax.tree.map(lambda part, piece=piece: part[piece], parts, is_leaf=lambda x: isinstance(x, list))
+        for piece in range(cut.source_pieces)
+      )
 
     local = jax.shard_map(
       pieces,
@@ -134,16 +142,16 @@ class DevicePut:
       out_specs=(_PIECE_SPEC,) * cut.source_pieces,
       check_vma=False,
     )
-    return jax.jit(local).lower(self._source.page_shapes, self._ids(self._source, size))
+    return jax.jit(local).lower(self._source.page_shapes, self._places(self._source, size))
 
   def _lower_scatter(self, size: int) -> jax.stages.Lowered:
     group = self._target.mesh.shape['group']
 
-    def join(pages: KVPages, ids: jax.Array, pieces: tuple[jax.Array, ...]) -> tuple[KVPages, jax.Array]:
-      values = jnp.concatenate(pieces, axis=_HEADS_AXIS)
+    def join(pages: KVPages, places: jax.Array, pieces: tuple[Units, ...]) -> tuple[KVPages, jax.Array]:
+      units = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=_HEADS_AXIS), *pieces)
       if group > 1:  # the others brought zeros
-        values = jax.lax.psum(values, 'group')
-      return scatter(pages, ids, values[0]), ids[0]
+        units = jax.tree.map(lambda x: jax.lax.psum(x, 'group'), units)
+      return scatter(pages, places, jax.tree.map(lambda x: x[0], units)), places[0]
 
     local = jax.shard_map(
       join,
@@ -153,62 +161,84 @@ class DevicePut:
       check_vma=False,
     )
     landed = (self._landed(size),) * self.cut.target_pieces
-    return jax.jit(local, donate_argnums=0).lower(self._target.page_shapes, self._ids(self._target, size), landed)
+    return jax.jit(local, donate_argnums=0).lower(self._target.page_shapes, self._places(self._target, size), landed)
 
-  def _ids(self, pool: PagePool, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size,), jnp.int32, sharding=replicated(pool.mesh))
+  def _places(self, pool: PagePool, size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=replicated(pool.mesh))
 
-  def _landed_shape(self, size: int, copies: int, shards: int) -> tuple[int, ...]:
-    """The shape of so many pieces side by side."""
-    return copies, *gathered_shape(self._source.page_shapes, size, shards * self.cut.piece_heads)
-
-  def _landed(self, size: int) -> jax.ShapeDtypeStruct:
+  def _landed(self, size: int) -> Units:
+    """Shapes of the pieces of one batch that share an array on the target's mesh."""
     mesh = self._target.mesh
-    shape = self._landed_shape(size, mesh.shape['group'], mesh.shape['kv'])
-    return jax.ShapeDtypeStruct(shape, self._source.page_shapes.dtype, sharding=NamedSharding(mesh, _LANDED_SPEC))
+    heads, sharding = mesh.shape['kv'] * self.cut.piece_heads, NamedSharding(mesh, _LANDED_SPEC)
+    shapes = self._source.page_shapes
+    return Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
 
-  def _make_fillers(self, size: int) -> list[jax.Array]:
+  def _make_fillers(self, size: int) -> list[Units]:
     """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
-    zeros = np.zeros(self._landed_shape(size, 1, 1), self._source.page_shapes.dtype)
-    return [jax.device_put(zeros, device) for device in self._target.mesh.devices[:, 1:].flat]
+
+    def zeros(leaf: jax.ShapeDtypeStruct, device: jax.Device) -> jax.Array:
+      return jax.device_put(np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), device)
+
+    landed = self._landed(size)
+    devices = self._target.mesh.devices[:, 1:].flat
+    return [jax.tree.map(lambda leaf, device=device: zeros(leaf, device), landed) for device in devices]
 
   # -------------------------------------------------------------------------- moving
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int]) -> Parcel:
-    """Put pages on their way and return at once, even if passes that compute them are still under way."""
+  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
+    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    sources = places(source_pages, self._source.page_shapes.page_size, start, tokens, self.unit)
+    targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
     batches = []
     wire_bytes = 0
     first = 0
-    for size in batch_sizes(len(source_pages), self._sizes):
-      ids = np.asarray(source_pages[first : first + size], np.int32)
-      gathered = self._gathers[size](self._source.pages, ids)
+    for size in batch_sizes(len(sources), self._sizes):
+      gathered = self._gathers[size](self._source.pages, sources[first : first + size])
       pieces, put_bytes = self._put(gathered, size)
-      batches.append((tuple(target_pages[first : first + size]), pieces))
+      batches.append((targets[first : first + size], pieces))
       wire_bytes += put_bytes
       first += size
     return Parcel(tuple(batches), wire_bytes)
 
-  def _put(self, gathered: Sequence[jax.Array], size: int) -> tuple[tuple[jax.Array, ...], int]:
+  def _put(self, gathered: Sequence[Units], size: int) -> tuple[tuple[Units, ...], int]:
     """Send every piece to its device; the pieces as arrays on the target's mesh, and the bytes that were put."""
     source, target = self._source.mesh.devices, self._target.mesh.devices
-    shards = [{shard.device: shard.data for shard in piece.addressable_shards} for piece in gathered]
-    shape = self._landed(size)
-    landed = []
     put_bytes = 0
-    for piece in range(self.cut.target_pieces):
+
+    def land(shape: jax.ShapeDtypeStruct, piece: int, leaves: list[jax.Array], fillers: list[jax.Array]) -> jax.Array:
+      """One piece of every target shard, of one leaf of units."""
+      nonlocal put_bytes
       arrays = []
       for target_shard in range(target.shape[0]):
         source_shard, source_piece = self.cut.source_of(target_shard, piece)
-        data = shards[source_piece][source[source_shard, 0]]
+        data = _shard_on(leaves[source_piece], source[source_shard, 0])
         arrays.append(jax.device_put(data, target[target_shard, 0]))
         put_bytes += arrays[-1].nbytes
-      arrays += self._fillers[size]
-      landed.append(jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, arrays))
+      return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [*arrays, *fillers])
+
+    shapes, tree = jax.tree.flatten(self._landed(size))
+    leaves = [jax.tree.leaves(units) for units in gathered]
+    fillers = [jax.tree.leaves(units) for units in self._fillers[size]]
+    landed = []
+    for piece in range(self.cut.target_pieces):
+      parts = [
+        land(shape, piece, [units[leaf] for units in leaves], [units[leaf] for units in fillers])
+        for leaf, shape in enumerate(shapes)
+      ]
+      landed.append(jax.tree.unflatten(tree, parts))
     return tuple(landed), put_bytes
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
-    for target_pages, pieces in parcel.batches:
-      ids = np.asarray(target_pages, np.int32)
-      self._target.pages, written = self._scatters[len(ids)](self._target.pages, ids, pieces)
+    for targets, pieces in parcel.batches:
+      self._target.pages, written = self._scatters[len(targets)](self._target.pages, targets, pieces)
     return written
+
+
+def _model(pages: KVPages) -> tuple[int, int, int]:
+  """Layers, key/value heads and head size."""
+  return len(pages.layers), pages.kv_heads, pages.head_dim
+
+
+def _shard_on(array: jax.Array, device: jax.Device) -> jax.Array:
+  return next(shard.data for shard in array.addressable_shards if shard.device == device)

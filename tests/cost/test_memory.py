@@ -38,7 +38,7 @@ def test_key_value_heads_that_are_copied_take_their_room_on_every_device():
 
 def test_explicit_pools_stay_as_they_are():
   workers = prefill_pool(1, num_pages=10) + decode_pool(1, num_pages=20)
-  assert _size(workers, WEIGHTS + 20 * PAGE) == workers
+  assert [worker.num_pages for worker in _size(workers, WEIGHTS + 20 * PAGE)] == [10, 20]
 
 
 def test_each_worker_is_sized_by_its_own_devices():

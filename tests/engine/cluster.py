@@ -9,7 +9,6 @@ import jax
 from pdjax.config import ServingConfig
 from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
-
 from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.serving.loop import Arrivals, Policy, serve

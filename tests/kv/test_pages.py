@@ -19,6 +19,7 @@ from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
 P, K, G, D, L = 6, 4, 4, 8, 3
 LAYOUTS = ('plain', 'paired', 'kv')
+FLOAT32 = jnp.dtype('float32')
 
 
 def random_pages(seed: int = 0, layout: str = 'plain') -> KVPages:
@@ -26,6 +27,11 @@ def random_pages(seed: int = 0, layout: str = 'plain') -> KVPages:
   rng = np.random.default_rng(seed)
   pack = PageLayout(layout, K, G, D).pack
   return KVPages(tuple(pack(jnp.asarray(rng.standard_normal((P, 2, K, G, D), np.float32))) for _ in range(L)), D)
+
+
+def whole(*pages: int) -> np.ndarray:
+  """The places of whole pages."""
+  return np.array([[page, 0] for page in pages], np.int32)
 
 
 def test_write_puts_each_token_at_its_place_and_nothing_elsewhere():
@@ -59,8 +65,9 @@ def test_write_converts_to_the_type_of_the_pool():
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_gather_takes_whole_pages_of_every_layer_in_the_order_asked(layout):
   pages = random_pages()
-  values = gather(random_pages(layout=layout), np.array([4, 0, 2]))
-  assert values.shape == (3, L, 2, K, G, D)
+  units = gather(random_pages(layout=layout), whole(4, 0, 2), G, FLOAT32)
+  values = units.values
+  assert values.shape == (3, L, 2, K, G, D) and units.scales is None
   for row, page in enumerate([4, 0, 2]):
     for layer in range(L):
       np.testing.assert_array_equal(values[row, layer], pages.layers[layer][page])
@@ -69,7 +76,7 @@ def test_gather_takes_whole_pages_of_every_layer_in_the_order_asked(layout):
 @pytest.mark.parametrize('layouts', [*itertools.product(LAYOUTS, LAYOUTS)], ids='-'.join)
 def test_scatter_undoes_gather_in_any_layout_and_leaves_other_pages_alone(layouts):
   source, target = random_pages(0, layouts[0]), random_pages(1, layouts[1])
-  moved = jax.jit(scatter)(target, np.array([1, 5, 3]), gather(source, np.array([4, 0, 2])))
+  moved = jax.jit(scatter)(target, whole(1, 5, 3), gather(source, whole(4, 0, 2), G, FLOAT32))
   assert moved.layout == target.layout
   moved = [moved.layout.unpack(layer) for layer in moved.layers]
   for before, after, origin in zip(random_pages(1).layers, moved, random_pages(0).layers, strict=True):
@@ -85,6 +92,38 @@ def test_copy_fills_one_page_of_every_layer_with_another(layout):
     np.testing.assert_array_equal(after[1], before[4])
     others = np.array([0, 2, 3, 4, 5])
     np.testing.assert_array_equal(after[others], before[others])
+
+
+@pytest.mark.parametrize('layouts', [('plain', 'kv'), ('paired', 'plain'), ('kv', 'paired')], ids='-'.join)
+def test_parts_of_pages_move_to_any_place_of_a_page_and_leave_the_rest(layouts):
+  source, target = random_pages(0, layouts[0]), random_pages(1, layouts[1])
+  units = gather(source, np.array([[4, 2], [0, 0], [4, 0]]), 2, FLOAT32)
+  assert units.values.shape == (3, L, 2, K, 2, D)
+  moved = jax.jit(scatter)(target, np.array([[1, 0], [5, 2], [1, 2]]), units)
+  for before, after, origin in zip(random_pages(1).layers, moved.layers, random_pages(0).layers, strict=True):
+    expected = np.array(before)
+    expected[1, :, :, 0:2], expected[5, :, :, 2:4] = origin[4, :, :, 2:4], origin[0, :, :, 0:2]
+    expected[1, :, :, 2:4] = origin[4, :, :, 0:2]
+    np.testing.assert_array_equal(moved.layout.unpack(after), expected)
+
+
+@pytest.mark.parametrize('tokens', [2, G])
+def test_pages_become_int8_and_back_with_a_scale_for_each_token_and_head(tokens):
+  source = random_pages()
+  int8 = KVPages(
+    tuple(jnp.zeros((P, 2, K, G, D), jnp.int8) for _ in range(L)), D, tuple(jnp.zeros((P, 2, K, G)) for _ in range(L))
+  )
+  places = np.array([[3, at] for at in range(0, G, tokens)])
+  units = gather(source, places, tokens, jnp.dtype('int8'))
+  assert units.values.dtype == jnp.int8 and units.scales.shape == units.values.shape[:-1]
+  int8 = jax.jit(scatter)(int8, places, units)
+  back = jax.jit(scatter)(random_pages(1), places, gather(int8, places, tokens, FLOAT32))
+  for stored, scales, layer, origin in zip(int8.layers, int8.scales, back.layers, source.layers, strict=True):
+    largest = np.abs(np.asarray(origin[3])).max(-1)
+    np.testing.assert_allclose(scales[3], largest / 127, rtol=1e-6)
+    np.testing.assert_allclose(layer[3], stored[3] * np.asarray(scales[3])[..., None], rtol=1e-6)
+    assert (np.abs(layer[3] - origin[3]) <= largest[..., None] / 254 * 1.001).all()
+    assert not np.asarray(stored)[:3].any() and not np.asarray(scales)[4:].any()
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -128,10 +167,10 @@ def test_pairs_of_an_odd_number_of_heads_are_refused():
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 def test_page_bytes_are_those_of_one_page_of_every_layer(dtype, layout):
   shapes = KVPages.shapes(TINY, 10, 4, jnp.dtype(dtype), make_mesh(TINY, jax.devices()[:1]), layout)
-  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.layers)
+  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
   assert 10 * page_bytes(TINY, 4, jnp.dtype(dtype)) == whole
 
 

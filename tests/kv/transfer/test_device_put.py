@@ -31,16 +31,33 @@ class Pool:
   page_shapes: KVPages
 
   @classmethod
-  def random(cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32, layout='auto') -> 'Pool':
+  def random(
+    cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32, layout='auto', page_size=PAGE_SIZE
+  ) -> 'Pool':
     mesh = make_mesh(model, devices)
-    shapes = KVPages.shapes(model, num_pages, PAGE_SIZE, dtype, mesh, layout)
+    shapes = KVPages.shapes(model, num_pages, page_size, dtype, mesh, layout)
     rng = np.random.default_rng(seed)
-    fill = lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(dtype), leaf.sharding)  # noqa: E731
+
+    def fill(leaf):
+      values = rng.standard_normal(leaf.shape, np.float32)
+      if leaf.dtype == jnp.int8:
+        values = np.round(values * 40).clip(-127, 127)
+      elif leaf.ndim == 4:  # scales
+        values = np.abs(values) / 100
+      return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
     return cls(mesh, jax.tree.map(fill, shapes), shapes)
 
   def values(self) -> list[np.ndarray]:
-    """What is in each layer, `[P, 2, K, G, D]` whatever its layout."""
+    """What is stored in each layer, `[P, 2, K, G, D]` whatever its layout."""
     return [np.array(self.pages.layout.unpack(np.asarray(layer))) for layer in self.pages.layers]
+
+  def numbers(self) -> np.ndarray:
+    """What it stands for, `[P, G, L, 2, K, D]`."""
+    numbers = np.stack(self.values()).astype(np.float32)
+    if self.pages.scales:
+      numbers *= np.stack([np.asarray(scales) for scales in self.pages.scales])[..., None]
+    return numbers.transpose(1, 4, 0, 2, 3, 5)
 
 
 # ---------------------------------------------------------------------------- plans
@@ -100,7 +117,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   target = Pool.random(model, devices[-target_tp:], 17, seed=2, layout=target_layout)
   transport = DevicePut(source, target, TransferSpec(max_batch_pages=4))
   seconds = transport.compile()
-  assert set(seconds) == {'1 pages', '4 pages'}
+  assert set(seconds) == {'1 units', '4 units'}
 
   put_bytes = []
   device_put = jax.device_put
@@ -115,7 +132,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   for mine, layer in zip(sent, expected, strict=True):
     layer[theirs] = mine[ours]
   monkeypatch.setattr(jax, 'device_put', counting)
-  parcel = transport.send(ours, theirs)
+  parcel = transport.send(ours, theirs, 0, len(ours) * PAGE_SIZE)
   monkeypatch.undo()
   parcel.wait()
   transport.receive(parcel).block_until_ready()
@@ -137,7 +154,7 @@ def test_pages_travel_within_one_mesh_and_in_bfloat16():
   source, target = (Pool.random(TINY, jax.devices()[:1], 8, seed, bfloat16) for seed in (1, 2))
   transport = DevicePut(source, target, TransferSpec())
   transport.compile()
-  parcel = transport.send([1, 2, 3], [0, 1, 2])
+  parcel = transport.send([1, 2, 3], [0, 1, 2], 0, 3 * PAGE_SIZE)
   transport.receive(parcel).block_until_ready()
   assert parcel.wire_bytes == 3 * page_bytes(TINY, PAGE_SIZE, bfloat16)
   np.testing.assert_array_equal(target.values()[1][:3], source.values()[1][1:4])
@@ -145,16 +162,67 @@ def test_pages_travel_within_one_mesh_and_in_bfloat16():
 
 def test_batches_are_no_larger_than_the_smaller_pool():
   source, target = (Pool.random(TINY, jax.devices()[:1], pages, 0) for pages in (64, 15))
-  assert set(DevicePut(source, target, TransferSpec()).compile()) == {'1 pages', '4 pages'}
+  assert set(DevicePut(source, target, TransferSpec()).compile()) == {'1 units', '4 units'}
 
 
-def test_pools_of_unlike_pages_are_refused():
+# Source and target: pages of so many tokens, dtypes and tp; the first token and how many.
+SPANS = [
+  (16, 4, 'float32', 'float32', 1, 3, 8, 40),
+  (4, 16, 'float32', 'float32', 3, 2, 20, 12),
+  (1, 16, 'float32', 'bfloat16', 2, 4, 5, 30),
+  (6, 4, 'bfloat16', 'float32', 4, 1, 2, 16),
+  (64, 1, 'float16', 'bfloat16', 1, 1, 63, 9),
+  (8, 8, 'float32', 'int8', 3, 4, 16, 24),
+  (16, 8, 'int8', 'float32', 4, 3, 8, 32),
+  (4, 8, 'int8', 'int8', 1, 2, 4, 20),
+  (8, 16, 'bfloat16', 'int8', 2, 1, 24, 16),
+]
+
+
+@pytest.mark.parametrize('page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens', SPANS)
+def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
+  page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens
+):
+  model, rng = TINY_12_12, np.random.default_rng(3)
+  ends = (page_size, dtype, jax.devices()[:tp]), (target_size, target_dtype, jax.devices()[-target_tp:])
+  source, target = (
+    Pool.random(model, devices, 90 // size + 5, seed, jnp.dtype(name), page_size=size)
+    for seed, (size, name, devices) in enumerate(ends)
+  )
+  transport = DevicePut(source, target, TransferSpec(max_batch_pages=16))
+  transport.compile()
+  token = np.arange(start, start + tokens)
+  pages, targets = (
+    rng.permutation(pool.pages.num_pages)[: token[-1] // size - start // size + 1]
+    for pool, size in ((source, page_size), (target, target_size))
+  )
+  sent = source.numbers()[pages[token // page_size - start // page_size], token % page_size]
+  place = targets[token // target_size - start // target_size], token % target_size
+  expected = target.numbers()
+  parcel = transport.send(pages.tolist(), targets.tolist(), start, tokens)
+  transport.receive(parcel).block_until_ready()
+
+  smaller = dtype if jnp.dtype(dtype).itemsize <= jnp.dtype(target_dtype).itemsize else target_dtype
+  assert (transport.dtype, transport.unit) == (smaller, math.gcd(page_size, target_size))
+  assert parcel.wire_bytes == tokens * model.cached_token_bytes(smaller)
+  arrived = target.numbers()
+  if target_dtype == 'int8' != dtype:
+    error = np.abs(arrived[place] - sent)
+    assert (error <= np.abs(sent).max(-1, keepdims=True) / 254 * 1.001).all() and error.any()
+  else:
+    kept = sent if target_dtype == 'int8' else sent.astype(jnp.dtype(target_dtype)).astype(np.float32)
+    np.testing.assert_array_equal(arrived[place], kept)
+  arrived[place] = expected[place] = 0
+  np.testing.assert_array_equal(arrived, expected)
+
+
+def test_pools_of_unlike_models_and_dtypes_that_do_not_travel_are_refused():
   devices = jax.devices()
-  with pytest.raises(ValueError, match='pools of unlike pages'):
+  with pytest.raises(ValueError, match=r'pools of unlike models: .* \(2, 2, 8\) and \(2, 12, 8\)'):
     DevicePut(Pool.random(TINY, devices[:1], 4, 0), Pool.random(TINY_12_12, devices[1:2], 4, 0), TransferSpec())
-  with pytest.raises(ValueError, match='pools of unlike pages'):
-    bfloat16 = Pool.random(TINY, devices[1:2], 4, 0, jnp.dtype('bfloat16'))
-    DevicePut(Pool.random(TINY, devices[:1], 4, 0), bfloat16, TransferSpec())
+  with pytest.raises(ValueError, match='a pool is float8_e4m3fn, expected one of float32'):
+    other = Pool.random(TINY, devices[1:2], 4, 0, jnp.dtype('float8_e4m3fn'))
+    DevicePut(Pool.random(TINY, devices[:1], 4, 0), other, TransferSpec())
 
 
 # ---------------------------------------------------------------------------- not waiting
@@ -186,8 +254,8 @@ def test_send_returns_while_its_source_is_unfinished(model, target_tp):
   heavy, held = heavy.lower(zeros).compile(), jax.jit(double_when_released).lower(zeros, source.pages).compile()
   try:
     source.pages = held(heavy(zeros), source.pages)
-    parcel = transport.send([5, 1, 6, 2, 7], [0, 1, 2, 3, 4])
-    moving = [piece for _, pieces in parcel.batches for piece in pieces]
+    parcel = transport.send([5, 1, 6, 2, 7], [0, 1, 2, 3, 4], 0, 5 * PAGE_SIZE)
+    moving = [piece.values for _, pieces in parcel.batches for piece in pieces]
     assert not any(layer.is_ready() for layer in source.pages.layers)
     assert not any(piece.is_ready() for piece in moving)
     assert not release.is_set()

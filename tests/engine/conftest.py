@@ -10,11 +10,11 @@ from tests.engine.cluster import Cluster
 from tests.tiny import config
 
 
-def build(*args, page_layouts=None, **kwargs) -> Cluster:
-  """A tiny cluster with few sizes of transfer batches, and with a page layout for each worker if they are to differ."""
+def build(*args, differing=None, **kwargs) -> Cluster:
+  """A tiny cluster with few sizes of transfer batches; `differing` are fields of each worker that are its own."""
   run = config(*args, **kwargs)
-  layouts = page_layouts or ('auto',) * len(run.workers)
-  workers = [dataclasses.replace(one, page_layout=name) for one, name in zip(run.workers, layouts, strict=True)]
+  each = differing or ({},) * len(run.workers)
+  workers = [dataclasses.replace(one, **fields) for one, fields in zip(run.workers, each, strict=True)]
   return Cluster(dataclasses.replace(run, workers=workers, transfer=TransferSpec(max_batch_pages=4)))
 
 

@@ -34,10 +34,16 @@ class Answer:
   logprobs: np.ndarray
 
 
+EXACT = ('float32', 'float32')
+
+
 @functools.cache
-def answer(model: ModelSpec, request: Request) -> Answer:
-  """A request of one sample served alone, with nothing but NumPy between the weights and the logits to draw from."""
-  llama = NumpyLlama(Cached(model))
+def answer(model: ModelSpec, request: Request, caches: tuple[str, str] = EXACT) -> Answer:
+  """A request of one sample served alone, with nothing but NumPy between the weights and the logits to draw from.
+
+  `caches` are the dtypes of the keys and values where it is prefilled and where it decodes.
+  """
+  llama = NumpyLlama(Cached(model), caches, request.prompt_len)
   params = request.sampling
   limit = min(params.max_tokens, model.context_len - request.prompt_len + 1)
   stops = stop_tokens(params, model.eos_token_ids)
@@ -59,7 +65,7 @@ def answer(model: ModelSpec, request: Request) -> Answer:
       return Answer(tuple(tokens), reason, text[: min(begins, default=len(text))], np.stack(logprobs))
 
 
-def generate(model: ModelSpec, request: Request) -> tuple[tuple[int, ...], str]:
+def generate(model: ModelSpec, request: Request, caches: tuple[str, str] = EXACT) -> tuple[tuple[int, ...], str]:
   """The tokens of a request served alone, and why it ends."""
-  alone = answer(model, request)
+  alone = answer(model, request, caches)
   return alone.tokens, alone.reason

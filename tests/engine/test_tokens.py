@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -9,7 +10,7 @@ from pdjax.policies import Colocated, Disaggregated
 from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster, live_pages
 from tests.engine.conftest import build
-from tests.engine.plain import generate
+from tests.engine.plain import EXACT, generate
 from tests.tiny import TINY, TINY_8_2, TINY_12_12, prompt
 
 # of one token; shorter than a page; exactly a page of 4 and of 16; several chunks; all of the context but a few
@@ -32,18 +33,19 @@ def mixed_requests(max_tokens: int = 6, lengths=LENGTHS) -> list[Request]:
   ]
 
 
-def assert_exact(cluster: Cluster, requests, policy=None):
+def assert_exact(cluster: Cluster, requests, policy=None, caches=EXACT):
   served = cluster.serve(requests, policy)
-  assert served.tokens() == {request.id: generate(cluster.model, request) for request in requests}
+  assert served.tokens() == {request.id: generate(cluster.model, request, caches) for request in requests}
   return served
 
 
 def assert_live_pages_moved(cluster: Cluster, served):
-  """Each request's pages moved once, and no more than hold its prompt."""
-  pages = {request.id: 0 for request in served.requests}
+  """Each request's tokens moved once, and no more than fill the pages of its prompt; the smaller ones if they differ."""
+  unit = math.gcd(*(spec.page_size for spec in cluster.specs))
+  tokens = {request.id: 0 for request in served.requests}
   for order, _ in served.transfers():
-    pages[order.request] += len(order.source_pages)
-  assert pages == {request.id: live_pages(request, cluster.config.page_size) for request in served.requests}
+    tokens[order.request] += order.tokens
+  assert tokens == {request.id: unit * live_pages(request, unit) for request in served.requests}
 
 
 def test_two_prefill_and_two_decode_workers_are_exact(two_and_two):
@@ -125,10 +127,54 @@ LAYOUTS = [  # model, prefill tp, decode tp, and the page layouts of both
 
 @pytest.mark.parametrize('model, prefill_tp, decode_tp, ours, theirs', LAYOUTS, ids=lambda x: getattr(x, 'name', None))
 def test_workers_of_unlike_page_layouts_are_exact(model, prefill_tp, decode_tp, ours, theirs):
-  cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, page_layouts=(ours, theirs))
+  cluster = build(
+    '1P1D', prefill_tp, decode_tp, model, max_sequences=2, differing=[{'page_layout': ours}, {'page_layout': theirs}]
+  )
   assert [worker.pages.layout.name for worker in cluster.workers.values()] == [ours, theirs]
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 40)))
   assert_live_pages_moved(cluster, served)
+
+
+PAGES = [  # model, prefill tp, decode tp, and tokens a page of both
+  (TINY, 1, 1, 16, 1),
+  (TINY, 1, 2, 4, 16),
+  (TINY_12_12, 3, 2, 6, 4),
+  (TINY_8_2, 4, 1, 1, 16),
+]
+
+
+@pytest.mark.parametrize('model, prefill_tp, decode_tp, ours, theirs', PAGES, ids=lambda x: getattr(x, 'name', None))
+def test_workers_of_unlike_page_sizes_are_exact(model, prefill_tp, decode_tp, ours, theirs):
+  differing = [{'page_size': size, 'num_pages': 384 // size} for size in (ours, theirs)]
+  cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, differing=differing)
+  assert [worker.pages.page_size for worker in cluster.workers.values()] == [ours, theirs]
+  served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)))
+  assert_live_pages_moved(cluster, served)
+
+
+CACHES = [  # model, prefill tp, decode tp, and dtype and tokens a page of both
+  (TINY, 1, 1, ('int8', 'int8'), (4, 4)),
+  (TINY_12_12, 1, 3, ('float32', 'int8'), (4, 16)),
+  (TINY, 2, 1, ('int8', 'float32'), (16, 4)),
+  (TINY_8_2, 1, 4, ('bfloat16', 'int8'), (4, 4)),
+  (TINY, 1, 1, ('float16', 'bfloat16'), (1, 4)),
+]
+
+
+@pytest.mark.parametrize('model, prefill_tp, decode_tp, caches, sizes', CACHES, ids=lambda x: getattr(x, 'name', None))
+def test_lossy_caches_lose_what_a_loop_with_the_same_conversions_does(model, prefill_tp, decode_tp, caches, sizes):
+  differing = [
+    {'kv_dtype': dtype, 'page_size': size, 'num_pages': 384 // size} for dtype, size in zip(caches, sizes, strict=True)
+  ]
+  cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, differing=differing)
+  assert [worker.pages.dtype.name for worker in cluster.workers.values()] == list(caches)
+  served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)), caches=caches)
+  assert_live_pages_moved(cluster, served)
+
+
+def test_a_colocated_worker_with_int8_pages_loses_what_a_loop_with_them_does():
+  cluster = build('1C', page_size=4, max_sequences=2, differing=[{'kv_dtype': 'int8'}])
+  assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 16, 40)), caches=('int8', 'int8'))
 
 
 # ---------------------------------------------------------------------------- ends

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from pdjax.model.checkpoint import RandomCheckpoint
@@ -10,9 +11,18 @@ from pdjax.types import ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class NumpyLlama:
-  """The model of a checkpoint, one prompt at a time, in float32."""
+  """The model of a checkpoint, one prompt at a time, in float32.
+
+  Attributes:
+    checkpoint: The weights.
+    caches: In which dtypes keys and values are remembered, by a worker that prefills and by one that decodes: where
+      they differ, those of the prompt are converted from one to the other.
+    prompt_len: Tokens of the prompt, which the first of them runs; all if None.
+  """
 
   checkpoint: RandomCheckpoint
+  caches: tuple[str, str] = ('float32', 'float32')
+  prompt_len: int | None = None
 
   @property
   def model(self) -> ModelSpec:
@@ -65,11 +75,31 @@ class NumpyLlama:
     return (1 - blend) * frequency / scaling.factor + blend * frequency
 
   def _attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
+    prompt, (ours, theirs) = self.prompt_len or len(q), self.caches
+    kept = [remembered(x, ours) for x in (k, v)]
+    out = self._attend_to(q, *kept, window, ours)
+    if prompt < len(q):
+      if ours != theirs:
+        kept = [remembered(np.concatenate([a[:prompt], b[prompt:]]), theirs) for a, b in zip(kept, (k, v), strict=True)]
+      out[prompt:] = self._attend_to(q, *kept, window, theirs)[prompt:]
+    return out
+
+  def _attend_to(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None, cache: str) -> np.ndarray:
     group = self.model.query_heads // self.model.kv_heads
     k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    scores = np.einsum('thd,shd->hts', q, k) / np.sqrt(np.float32(self.model.head_dim))
+    factor = 'float32' if cache == 'int8' else cache  # of what is multiplied by keys and by values
+    q = remembered(q / np.sqrt(np.float32(self.model.head_dim)), factor)
+    scores = np.einsum('thd,shd->hts', q, k)
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
     if window is not None:
       scores[:, np.tril(np.ones(scores.shape[1:], bool), -window)] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum('hts,shd->thd', weights / weights.sum(-1, keepdims=True), v)
+    return np.einsum('hts,shd->thd', remembered(weights, factor), v) / weights.sum(-1).T[..., None]
+
+
+def remembered(x: np.ndarray, dtype: str) -> np.ndarray:
+  """Float32 values `[..., D]` as a cache of this dtype gives them back; int8 has a scale for each D of them."""
+  if dtype != 'int8':
+    return x.astype(jnp.dtype(dtype)).astype(np.float32)
+  largest = np.abs(x).max(-1, keepdims=True)
+  return np.round(x * (127 / largest)) * (largest / 127)

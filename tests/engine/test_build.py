@@ -104,7 +104,7 @@ def test_workers_on_one_device_share_its_weights_and_the_report_says_so(monkeypa
   assert [one.request.id for one in result.completions] == [request.id for request in wanted]
   assert tuple(seen) == result.events
   assert [worker.num_pages for worker in result.workers] == [64, 32]  # what chunks and slots can use at full length
-  assert any(re.fullmatch('early: prefill, tp=1 on .*3, 64 pages of 4 tokens', line) for line in said), said
+  assert any(re.fullmatch('early: prefill, tp=1 on .*3, 64 pages of 4 tokens in float32', line) for line in said), said
   assert result.report.backend == 'engine' and result.report.calibrated
 
 

@@ -40,7 +40,7 @@ def assert_exact(cluster: Cluster, requests, policy=None, caches=EXACT):
 
 
 def assert_live_pages_moved(cluster: Cluster, served):
-  """Each request's tokens moved once, and no more than fill the pages of its prompt; the smaller ones if they differ."""
+  """Each request's tokens moved once, and no more than fill the pages of its prompt, the smaller ones of both sides."""
   unit = math.gcd(*(spec.page_size for spec in cluster.specs))
   tokens = {request.id: 0 for request in served.requests}
   for order, _ in served.transfers():
@@ -135,39 +135,25 @@ def test_workers_of_unlike_page_layouts_are_exact(model, prefill_tp, decode_tp, 
   assert_live_pages_moved(cluster, served)
 
 
-PAGES = [  # model, prefill tp, decode tp, and tokens a page of both
-  (TINY, 1, 1, 16, 1),
-  (TINY, 1, 2, 4, 16),
-  (TINY_12_12, 3, 2, 6, 4),
-  (TINY_8_2, 4, 1, 1, 16),
-]
-
-
-@pytest.mark.parametrize('model, prefill_tp, decode_tp, ours, theirs', PAGES, ids=lambda x: getattr(x, 'name', None))
-def test_workers_of_unlike_page_sizes_are_exact(model, prefill_tp, decode_tp, ours, theirs):
-  differing = [{'page_size': size, 'num_pages': 384 // size} for size in (ours, theirs)]
-  cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, differing=differing)
-  assert [worker.pages.page_size for worker in cluster.workers.values()] == [ours, theirs]
-  served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)))
-  assert_live_pages_moved(cluster, served)
-
-
-CACHES = [  # model, prefill tp, decode tp, and dtype and tokens a page of both
-  (TINY, 1, 1, ('int8', 'int8'), (4, 4)),
+POOLS = [  # model, prefill tp, decode tp, and dtype and tokens a page of both
+  (TINY, 1, 1, ('int8', 'int8'), (16, 1)),
+  (TINY_12_12, 3, 2, ('float32', 'float32'), (6, 4)),
   (TINY_12_12, 1, 3, ('float32', 'int8'), (4, 16)),
   (TINY, 2, 1, ('int8', 'float32'), (16, 4)),
-  (TINY_8_2, 1, 4, ('bfloat16', 'int8'), (4, 4)),
-  (TINY, 1, 1, ('float16', 'bfloat16'), (1, 4)),
+  (TINY_8_2, 1, 4, ('bfloat16', 'float16'), (1, 4)),
 ]
 
 
-@pytest.mark.parametrize('model, prefill_tp, decode_tp, caches, sizes', CACHES, ids=lambda x: getattr(x, 'name', None))
-def test_lossy_caches_lose_what_a_loop_with_the_same_conversions_does(model, prefill_tp, decode_tp, caches, sizes):
+@pytest.mark.parametrize('model, prefill_tp, decode_tp, caches, sizes', POOLS, ids=lambda x: getattr(x, 'name', None))
+def test_workers_of_unlike_pools_give_what_a_loop_with_the_same_conversions_does(
+  model, prefill_tp, decode_tp, caches, sizes
+):
   differing = [
     {'kv_dtype': dtype, 'page_size': size, 'num_pages': 384 // size} for dtype, size in zip(caches, sizes, strict=True)
   ]
   cluster = build('1P1D', prefill_tp, decode_tp, model, max_sequences=2, differing=differing)
-  assert [worker.pages.dtype.name for worker in cluster.workers.values()] == list(caches)
+  pools = [(worker.pages.dtype.name, worker.pages.page_size) for worker in cluster.workers.values()]
+  assert pools == list(zip(caches, sizes, strict=True))
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)), caches=caches)
   assert_live_pages_moved(cluster, served)
 

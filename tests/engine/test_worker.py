@@ -119,7 +119,7 @@ def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair)
     'both0/remember', 'both0/admit', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex1', 'both0/decodex2',
   }  # fmt: skip
   ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
-  assert ways == {f'prefill{i}→decode{j}/{size} pages' for i in range(2) for j in range(2) for size in (1, 4)}
+  assert ways == {f'prefill{i}→decode{j}/{size} units' for i in range(2) for j in range(2) for size in (1, 4)}
 
 
 def test_a_reset_worker_is_a_new_incarnation_with_empty_pages(one_and_one):

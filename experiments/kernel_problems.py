@@ -20,11 +20,17 @@ class Problem:
   arguments: Mapping[str, Any]
   bars: Mapping[str, float] = dataclasses.field(default_factory=dict)  # % by device
   candidates: Sequence[Mapping[str, Any]] = ()  # parameters to try
+  beside: str = ''  # the row of ours that a published kernel is shown with
 
   def build(self) -> Case:
     """The call."""
     module, function = self.case.split(':')
     return getattr(importlib.import_module(module), function)(**self.arguments)
+
+  def to_time(self) -> 'Problem':
+    """The same where a device is here to time it: whole, and reading what an estimate has to know beforehand."""
+    kept = {name: value for name, value in self.arguments.items() if name not in ('static', 'kv_heads')}
+    return dataclasses.replace(self, arguments=kept) if self.beside else self
 
 
 def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None = None, tpu7x: float | None = None):
@@ -70,13 +76,26 @@ _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 
 
-def _anchor(name: str, function: str, **arguments: Any) -> Problem:
-  return Problem(name, f'experiments.kernel_anchors:{function}', arguments)
+def _anchor(beside: str, name: str, function: str, **arguments: Any) -> Problem:
+  return Problem(name, f'experiments.kernel_anchors:{function}', arguments, beside=beside)
 
 
+def _splash(block_q: int, block_kv: int, compute: int) -> Problem:
+  name = f'JAX splash, blocks of {block_q} × {block_kv}, {compute} at once, one kv head'
+  sizes = {'block_q': block_q, 'block_kv': block_kv, 'compute': compute}
+  return _anchor(_PREFILL, name, 'splash_prefill', **sizes, kv_heads=1, static=True)
+
+
+def _paged(page_size: int, block_tokens: int) -> Problem:
+  name = f'JAX paged, page {page_size}, {block_tokens} tokens a block, one kv head'
+  sizes = {'page_size': page_size, 'block_tokens': block_tokens}
+  return _anchor(f'decode 32/8, page {page_size}', name, 'paged_decode', **sizes, kv_heads=1, static=True)
+
+
+_PREFILL = 'prefill 32/8, 4096 tokens'
 _NONE: Mapping[str, float] = {}
 BARS = (
-  _prefill('prefill 32/8, 4096 tokens', _bars(80, 45, 80, 45)),
+  _prefill(_PREFILL, _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
   _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), share=2, head_dim=64),
   _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), blocks=4, **_SMALL_HEADS),
@@ -87,17 +106,27 @@ BARS = (
   _matmul('matmul w8a8', _NONE, kind='w8a8'),
 )
 
-# Those that read lengths or masks as they run have no estimate: the compiler counts what they skip as skipped always.
 ANCHORS = (
-  _anchor('JAX flash attention, blocks as they come', 'flash_prefill'),
-  *(_anchor(f'JAX flash attention, blocks of {block}', 'flash_prefill', block=block) for block in (512, 1024)),
-  _anchor('tokamax attention', 'tokamax_prefill'),
-)
-TIMED_ANCHORS = (
-  *ANCHORS,
-  *(_anchor(f'JAX splash attention, blocks of {block}', 'splash_prefill', block=block) for block in (512, 1024)),
-  _anchor('JAX paged attention', 'paged_decode'),
-  _anchor('JAX ragged paged attention', 'ragged_decode'),
+  _anchor(_PREFILL, 'JAX flash, as it comes', 'flash_prefill'),
+  *(_anchor(_PREFILL, f'JAX flash, blocks of {block}', 'flash_prefill', block=block) for block in (512, 1024)),
+  _splash(1024, 1024, 512),
+  _splash(256, 2048, 1024),
+  _anchor(_PREFILL, 'tokamax', 'tokamax_prefill'),
+  *(_paged(page_size, tokens) for page_size in (16, 64, 128) for tokens in (512, 2048)),
+  *(
+    _anchor(
+      f'decode 32/8, page {size}',
+      f'JAX ragged paged, page {size}, 2048 tokens a block',
+      'ragged_decode',
+      page_size=size,
+      static=True,
+    )
+    for size in (16, 64, 128)
+  ),
+  *(
+    _anchor(f'matmul {kind}', f'XLA {kind[:4]}', 'xla_matmul', kind=kind[:4])
+    for kind in ('int4, one scale a column', 'int8')
+  ),
 )
 
 # Small enough for the tests, and one of each kernel: what they cost must not grow unnoticed.

@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import logging
 import pathlib
 import random
 import re
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
   elif _TUNE.value and here.platform == 'tpu':
     tune(console, problems, (here.name,), timed)
   elif _TUNE.value:
-    tune(console, problems, _DEVICES.value, estimated)
+    tune(console, problems, _DEVICES.value, estimated, _JOBS.value)
   elif here.platform == 'tpu':
     time_all(console, problems, here)
   else:
@@ -153,6 +154,7 @@ def tune(
   problems: Sequence[Problem],
   names: Sequence[str],
   measure: Measure,
+  jobs: int = 1,
   tables: pathlib.Path = pathlib.Path(static_cost.__file__).parent,
 ) -> None:
   """Measure problems with all parameters that are worth a try, and keep the best of each, and the best small form.
@@ -162,6 +164,7 @@ def tune(
     problems: Those to tune.
     names: The devices.
     measure: `estimated`, or `timed` where the device is here, which then is the only one of `names`.
+    jobs: Measurements at once.
     tables: The folder of which `<kernel>/tuning.json` is written.
   """
   for problem in problems:
@@ -172,7 +175,7 @@ def tune(
       }
       if not tries:
         continue
-      with concurrent.futures.ThreadPoolExecutor(1 if measure is timed else _JOBS.value) as pool:
+      with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         found = dict(zip(tries, pool.map(measure, tries.values(), itertools.repeat(name)), strict=True))
       good = {config: figure for config, figure in found.items() if not isinstance(figure, str)}
       if not good:
@@ -247,6 +250,7 @@ def compile_all(console: Console) -> None:
   product = list(itertools.product(_DEVICES.value, problems))
   wanted = product if _SAMPLE.value is None else sample(product, _SAMPLE.value, _SEED.value)
   tried: dict[tuple[str, str], list[bool]] = {}
+  logging.getLogger('pallas_kernels').setLevel(logging.WARNING)  # not a line for each choice
   for name, problem in wanted:
     works = tried.setdefault((_kernel(problem), name), [])
     try:

@@ -107,21 +107,26 @@ def paged_decode(
 ) -> Case:
   """JAX's paged attention; its work is that of `kv_heads` of 8."""
 
-  def kernel(lengths, tables, buffer, first_flag, *others, **options):
-    del lengths, first_flag
-    steps = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
-    last = batch * kv_heads - 1
-    # The next block is also fetched after the last one of a sequence, unless nothing comes after it.
-    more = steps < last if context <= block_tokens else None
-    conditions = {'prefetch_first_block': steps == 0, 'prefetch_next_block': more}
-    with _when(paged, conditions):
-      known = _Reads(lambda _: jnp.int32(context)), tables, buffer, _Reads(lambda _: jnp.int32(0))
-      unpatched(*known, *others, **options)
+  def sequence(lengths, tables, buffer, first, *others, **options):
+    del lengths, first
+    known = _Reads(lambda _: jnp.int32(context)), tables, buffer, _Reads(lambda _: jnp.int32(0))
+    whole(*known, *others, **options)
 
-  unpatched = paged.paged_flash_attention_kernel_inline_seq_dim
+  def block(*references, program_ids, **options):
+    _, b, h, i = program_ids
+    step = (b * kv_heads + h) * blocks + i
+    last = batch * kv_heads * blocks - 1
+    with _when(paged, {'prefetch_first_block': step == 0, 'prefetch_next_block': step < last}):
+      part(*references, program_ids=program_ids, **options)
+
+  blocks = -(-context // block_tokens)
+  whole, part = paged.paged_flash_attention_kernel_inline_seq_dim, paged.paged_flash_attention_kernel
 
   def call(*arguments):
-    with _instead(paged, 'paged_flash_attention_kernel_inline_seq_dim', kernel if static else unpatched):
+    with (
+      _instead(paged, 'paged_flash_attention_kernel_inline_seq_dim', sequence if static else whole),
+      _instead(paged, 'paged_flash_attention_kernel', block if static else part),
+    ):
       # Past its jit, which would remember what was traced here.
       return paged.paged_attention.__wrapped__(*arguments, pages_per_compute_block=block_tokens // page_size)
 

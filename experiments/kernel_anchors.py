@@ -116,7 +116,7 @@ def paged_decode(
     _, b, h, i = program_ids
     step = (b * kv_heads + h) * blocks + i
     last = batch * kv_heads * blocks - 1
-    with _when(paged, {'prefetch_first_block': step == 0, 'prefetch_next_block': step < last}):
+    with _when(paged, {'prefetch_first_block': lambda: step == 0, 'prefetch_next_block': lambda: step < last}):
       part(*references, program_ids=program_ids, **options)
 
   blocks = -(-context // block_tokens)
@@ -149,14 +149,22 @@ def ragged_decode(
 
   def kernel(lengths, tables, starts, buffer, count, *others, **options):
     del lengths, starts, count
-    first = pl.program_id(1) * queries
+    head, some = pl.program_id(0), pl.program_id(1)
+    inside: dict[str, Any] = {}  # the loops being traced
 
     def over_queries(body, init):
-      last = jax.lax.fori_loop(0, queries, lambda i, slot: body((0, first + i, slot))[2], init[2])
-      return 1, first + queries, last
+      def one(i, slot):
+        inside['query'] = some * queries + i
+        return body((0, inside['query'], slot))[2]
+
+      return 1, (some + 1) * queries, jax.lax.fori_loop(0, queries, one, init[2])
 
     def over_blocks(body, init):
-      return jax.lax.fori_loop(0, -(-context // block_tokens), lambda i, state: (i + 1, body((i, state[1]))[1]), init)
+      def one(i, state):
+        inside['step'] = (head * batch + inside['query']) * blocks + i
+        return i + 1, body((i, state[1]))[1]
+
+      return jax.lax.fori_loop(0, blocks, one, init)
 
     loops = iter((over_queries, over_blocks))  # the outer one is traced first, and the inner one in its body
 
@@ -168,11 +176,12 @@ def ragged_decode(
       _Reads(lambda _: jnp.int32(context)), tables, _Reads(jnp.int32), buffer, _Reads(lambda _: jnp.int32(batch)),
     )  # fmt: skip
     with (
-      _when(ragged, {'prefetch_next_kv_blk': None}),  # the last step of all fetches a block too many
+      _when(ragged, {'prefetch_next_kv_blk': lambda: inside['step'] < pl.num_programs(0) * batch * blocks - 1}),
       mock.patch.object(ragged, 'lax', _Module(jax.lax, while_loop=while_loop)),
     ):
       unpatched(*known, *others, **options)
 
+  blocks = -(-context // block_tokens)
   unpatched = ragged.ragged_paged_attention_kernel
 
   def call(*arguments):
@@ -256,13 +265,13 @@ def _instead(module: Any, name: str, function: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _when(module: Any, conditions: dict[str, Any]) -> Iterator[None]:
-  """Let `pl.when` in a module take other conditions for the functions of these names; None is always."""
+def _when(module: Any, conditions: dict[str, Callable[[], Any]]) -> Iterator[None]:
+  """Let `pl.when` in a module take other conditions for the functions of these names."""
 
   def when(condition):
     def run(function):
-      condition_here = conditions.get(function.__name__, condition)
-      return function() if condition_here is None else pl.when(condition_here)(function)
+      other = conditions.get(function.__name__)
+      return pl.when(condition if other is None else other())(function)
 
     return run
 

@@ -71,15 +71,17 @@ def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
 
 
-def _copy(function: str, name: str) -> Problem:
-  if function == 'append':
-    candidates: list[dict[str, Any]] = [
-      {'tile_rows': 16, 'block_tokens': 64, 'slots': slots, 'ahead': ahead}
-      for slots, ahead in ((8, 4), (16, 8), (32, 16), (64, 32))
-    ]
-  else:
-    candidates = [{'units_in_flight': units} for units in (8, 16, 32, 64)] + [{'direct': False}]
-  return Problem(name, f'pallas_kernels.cases:{function}', {}, candidates=candidates)
+def _append(tokens: int) -> Problem:
+  candidates = [
+    {'tile_rows': 16, 'block_tokens': min(tokens, 256), 'slots': 2 * ahead, 'ahead': ahead} for ahead in (4, 8, 16, 32)
+  ]
+  name = f'append {tokens} tokens, page 16'
+  return Problem(name, 'pallas_kernels.cases:append', {'batch': tokens}, candidates=candidates)
+
+
+def _copy(function: str) -> Problem:
+  candidates: list[dict[str, Any]] = [*({'units_in_flight': units} for units in (8, 16, 32, 64)), {'direct': False}]
+  return Problem(f'{function} 128 pages of 16', f'pallas_kernels.cases:{function}', {}, candidates=candidates)
 
 
 _INT4_CUTS = ((1536, False), (1024, False), (2048, True), (1024, True))
@@ -115,10 +117,8 @@ BARS = (
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),
   _matmul('matmul w8a8', _NONE, kind='w8a8'),
-  _copy('append', 'append 64 tokens, page 16'),
-  _copy('gather', 'gather 128 pages of 16'),
-  _copy('scatter', 'scatter 128 pages of 16'),
-)
+  *map(_append, (16, 64, 512)),
+  *map(_copy, ('gather', 'scatter')),
 
 ANCHORS = (
   _anchor(_PREFILL, 'JAX flash, as it comes', 'flash_prefill'),

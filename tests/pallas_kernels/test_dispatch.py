@@ -9,6 +9,7 @@ from pallas_kernels import cases, devices, dispatch, tuning
 from pallas_kernels.dispatch import Plain, Tuned, choose
 from pallas_kernels.page_copy import pallas_tpu as copy_tpu
 from pallas_kernels.page_copy import pallas_tpu_append
+from pallas_kernels.page_copy.api import IMPLEMENTATIONS as COPIES
 
 V6E = devices.by_name('v6e')
 CPU = devices.Device('cpu', 'cpu')
@@ -85,12 +86,13 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', [*KERNELS, 'page_copy'])
 def test_every_row_of_a_table_can_run_where_it_says(kernel):
   rows = tuning.load(kernel)
   assert rows
-  implementation = KERNELS[kernel]['pallas_tpu']
   for row in rows:
+    implementations = COPIES[row.problem['function']] if kernel == 'page_copy' else KERNELS[kernel]
+    implementation = implementations['pallas_tpu']
     config = implementation.config(**row.config)
     assert implementation.refusal(config, devices.by_name(row.device), row.problem) is None, row
 

@@ -119,6 +119,7 @@ BARS = (
   _matmul('matmul w8a8', _NONE, kind='w8a8'),
   *map(_append, (16, 64, 512)),
   *map(_copy, ('gather', 'scatter')),
+)
 
 ANCHORS = (
   _anchor(_PREFILL, 'JAX flash, as it comes', 'flash_prefill'),

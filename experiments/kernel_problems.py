@@ -80,7 +80,7 @@ def _append(tokens: int) -> Problem:
 
 
 def _copy(function: str) -> Problem:
-  candidates: list[dict[str, Any]] = [*({'units_in_flight': units} for units in (8, 16, 32, 64)), {'direct': False}]
+  candidates: list[dict[str, Any]] = [*({'units_in_flight': units} for units in (32, 64)), {'direct': False}]
   return Problem(f'{function} 128 pages of 16', f'pallas_kernels.cases:{function}', {}, candidates=candidates)
 
 

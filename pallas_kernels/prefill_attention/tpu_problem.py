@@ -20,7 +20,7 @@ class Config:
     tile_tokens: Cached tokens a matrix product, about: whole pages.
     ahead: Tiles whose scores are asked for before the softmax of the present one.
     heads_at_once: Key/value heads in one straight-line piece of code, in the interior.
-    edge_heads_at_once: The same for the edges.
+    edge_heads_at_once: The same for the edges, and where queries come and results go.
     fixed_reference: Whether the interior refers to the edges' maximum; else every block has a running maximum.
   """
 
@@ -126,6 +126,13 @@ class Problem:
   def heads_a_word(self) -> int:
     """Query heads that the kernel reads and writes together: two of 16 bits share a word of memory."""
     return 2 if self.rows_in_place else 1
+
+  @property
+  def heads_in_and_out(self) -> int:
+    """Packed heads whose rows are read, or written, in one piece of code: those of whole tiles of memory."""
+    together = SUBLANES if self.rows_in_place else 1
+    several = range(self.config.edge_heads_at_once, self.heads, self.config.edge_heads_at_once)
+    return next((n for n in several if self.heads % n == 0 and n * self.group % together == 0), self.heads)
 
   @property
   def rows_block(self) -> tuple[int, int, int]:

@@ -375,8 +375,8 @@ class Kernel:
       for u in range(problem.row_tiles):
         body(0, problem.heads, u)
     else:
-      heads = problem.heads_in_and_out
-      _loop(0, problem.row_tiles, lambda u: _loop(0, pieces, lambda i: body(i * heads, heads, u)))
+      heads, tiles = problem.heads_in_and_out, problem.row_tiles
+      _loop(0, tiles * pieces, lambda i: body(_floordiv(i, tiles) * heads, heads, _rem(i, tiles)))
 
   def start(self):
     """Nothing is seen yet; a sink is a logit without a value."""

@@ -13,6 +13,7 @@ the next tiles stand before the softmax of this one, in straight-line code, so t
 Scores are in units of log2(e), folded into the queries, so that a power of two takes the place of the exponential.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ from pallas_kernels.tuning import Facts
 
 _PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied
 
-__all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
+__all__ = ['Config', 'prefill_attention', 'refusal', 'rule', 'shorten']
 
 
 def prefill_attention(
@@ -202,6 +203,12 @@ def rule(device: Device, facts: Facts) -> Config:
     if refusal(config, device, facts) is None:
       return config
   return Config(128, 128, 128, 128, 2, 1, 1)
+
+
+def shorten(config: Config) -> Config:
+  """The same in short pieces of code: one head, and one tile of its cached tokens, at a time."""
+  block_tokens = min(config.block_tokens, config.tile_tokens)
+  return dataclasses.replace(config, block_tokens=block_tokens, heads_at_once=1, edge_heads_at_once=1)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:

@@ -41,10 +41,11 @@ _SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 
 
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  configs = [
+  configs: list[dict[str, Any]] = [
     {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
-    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (2, 1, 1))
+    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (6, 1, 2))
   ]
+  configs.append({'block_tokens': 256, 'ahead': 4, 'heads_at_once': 1, 'edge_heads_at_once': 1})
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 
@@ -65,7 +66,7 @@ def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
 
 
-_INT4_CUTS = ((1536, False), (1024, False), (2048, True), (1024, True))
+_INT4_CUTS = ((1536, False), (1024, False), (768, False), (2048, True), (1024, True))
 _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 

@@ -368,7 +368,7 @@ class Kernel:
   # Rows in, rows out.
 
   def each(self, body):
-    """`body(head, heads, u)` for every piece of code: the packed head with which it begins, how many there are, a tile."""
+    """`body(first, heads, u)` for every piece of code: some packed heads from the first on, of the u-th tile."""
     problem = self.problem
     pieces = problem.heads // problem.heads_in_and_out
     if pieces == 1:

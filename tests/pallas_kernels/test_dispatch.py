@@ -73,7 +73,7 @@ def test_the_environment_may_prefer_the_shorter_program(monkeypatch, caplog):
 
 def test_a_form_that_is_none_is_named(monkeypatch):
   monkeypatch.setenv('PALLAS_KERNELS_FORM', 'tiny')
-  with pytest.raises(ValueError, match="PALLAS_KERNELS_FORM='tiny' is no form .* 'fast' or 'small'"):
+  with pytest.raises(ValueError, match=r"PALLAS_KERNELS_FORM='tiny' is no form .* 'fast' or 'small'"):
     taken(monkeypatch, None, {'dtype': 'int8'})
 
 

@@ -367,15 +367,22 @@ class Kernel:
 
   # Rows in, rows out.
 
-  def each(self, body):
-    """`body(first, heads, u)` for every piece of code: some packed heads from the first on, of the u-th tile."""
+  def each(self, body, joined=False):
+    """`body(first, heads, u)` for every piece of code: some packed heads from the first on, of the u-th tile.
+
+    They are all that there are, tile by tile, or else a loop's; then `joined` has all tiles in each round of it.
+    """
     problem = self.problem
-    pieces = problem.heads // problem.heads_in_and_out
-    if pieces == 1:
-      for u in range(problem.row_tiles):
-        body(0, problem.heads, u)
-    else:
-      heads, tiles = problem.heads_in_and_out, problem.row_tiles
+    heads, tiles = problem.heads_in_and_out, problem.row_tiles
+    pieces = problem.heads // heads
+
+    def all_tiles(i):
+      for u in range(tiles):
+        body(i * heads, heads, u)
+
+    if pieces == 1 or joined:
+      _loop(0, pieces, all_tiles)
+    else:  # one loop: the simulation gives up on two around the transposes of results
       _loop(0, tiles * pieces, lambda i: body(_floordiv(i, tiles) * heads, heads, _rem(i, tiles)))
 
   def start(self):
@@ -430,7 +437,7 @@ class Kernel:
         outs = [self.normalized(first, head + offset, u, end) for offset in range(problem.heads_a_word)]
         self.write_heads(first, head, u, outs, end)
 
-    self.each(give)
+    self.each(give, joined=problem.config.join_results)
 
   def normalized(self, first, head, u, end):
     """[W, rows] of a query head's tile, garbage in rows of padding; the logs of its sums are written on the way.

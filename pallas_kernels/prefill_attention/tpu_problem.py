@@ -22,6 +22,8 @@ class Config:
     heads_at_once: Key/value heads in one straight-line piece of code, in the interior.
     edge_heads_at_once: The same for the edges, and where queries come and results go.
     fixed_reference: Whether the interior refers to the edges' maximum; else every block has a running maximum.
+    join_results: Whether results of all tiles of a head go out in one piece of code: longer, a little faster, and on
+      tpu7x the simulation gives up otherwise, unless a piece holds all heads.
   """
 
   block_rows: int = 512
@@ -32,6 +34,7 @@ class Config:
   heads_at_once: int = 1
   edge_heads_at_once: int = 1
   fixed_reference: bool = True
+  join_results: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

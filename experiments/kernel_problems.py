@@ -45,7 +45,8 @@ def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
     {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
     for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (6, 1, 2))
   ]
-  configs.append({'block_tokens': 256, 'ahead': 4, 'heads_at_once': 1, 'edge_heads_at_once': 1})
+  configs.append(configs[-1] | {'join_results': True})
+  configs.append({'ahead': 4, 'heads_at_once': 1, 'edge_heads_at_once': 1, 'block_tokens': 256})
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 

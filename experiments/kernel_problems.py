@@ -43,10 +43,11 @@ _SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   configs: list[dict[str, Any]] = [
     {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
-    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (6, 1, 2))
+    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4))
   ]
-  configs.append(configs[-1] | {'join_results': True})
-  configs.append({'ahead': 4, 'heads_at_once': 1, 'edge_heads_at_once': 1, 'block_tokens': 256})
+  short = {'heads_at_once': 1, 'outer_heads_at_once': 2}
+  configs.append({'ahead': 4, 'edge_heads_at_once': 1, 'block_tokens': 256, **short})
+  configs.extend({'ahead': 6, 'edge_heads_at_once': 2, 'join_results': join, **short} for join in (False, True))
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 

@@ -208,7 +208,9 @@ def rule(device: Device, facts: Facts) -> Config:
 def shorten(config: Config) -> Config:
   """The same in short pieces of code: one head, and one tile of its cached tokens, at a time."""
   block_tokens = min(config.block_tokens, config.tile_tokens)
-  return dataclasses.replace(config, block_tokens=block_tokens, heads_at_once=1, edge_heads_at_once=1)
+  return dataclasses.replace(
+    config, block_tokens=block_tokens, heads_at_once=1, edge_heads_at_once=1, outer_heads_at_once=1
+  )
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
@@ -221,7 +223,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
   if LANES < config.block_rows >= int(facts['tokens']) + config.tile_rows:
     return f'{config}: blocks of {config.block_rows} rows are too large for {facts["tokens"]} tokens.'
-  if page[1] % config.heads_at_once or page[1] % config.edge_heads_at_once:
+  outer = config.outer_heads_at_once or page[1]
+  if any(page[1] % heads for heads in (config.heads_at_once, config.edge_heads_at_once, outer)):
     return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
   compute = compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype)
   heads, head_dim = int(facts['query_heads']), int(facts['head_dim'])

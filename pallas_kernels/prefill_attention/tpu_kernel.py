@@ -373,7 +373,7 @@ class Kernel:
     They are all that there are, tile by tile, or else a loop's; then `joined` has all tiles in each round of it.
     """
     problem = self.problem
-    heads, tiles = problem.heads_in_and_out, problem.row_tiles
+    heads, tiles = problem.outer_heads, problem.row_tiles
     pieces = problem.heads // heads
 
     def all_tiles(i):
@@ -382,7 +382,7 @@ class Kernel:
 
     if pieces == 1 or joined:
       _loop(0, pieces, all_tiles)
-    else:  # one loop: the simulation gives up on two around the transposes of results
+    else:  # one loop: on two around the transposes of results the simulation gives up
       _loop(0, tiles * pieces, lambda i: body(_floordiv(i, tiles) * heads, heads, _rem(i, tiles)))
 
   def start(self):
@@ -477,8 +477,8 @@ class Kernel:
     """
     problem, half = self.problem, self.problem.query_heads // 2
     words = rows.bitcast(jnp.uint32).reshape(problem.config.block_rows * half, problem.width)
-    start = u * problem.config.tile_rows * half + first * problem.group // 2
-    count = problem.config.tile_rows * half - (problem.heads - problem.heads_in_and_out) * problem.group // 2
+    start = u * problem.config.tile_rows * half + _floordiv(first * problem.group, 2)
+    count = problem.config.tile_rows * half - (problem.heads - problem.outer_heads) * problem.group // 2
     return words.at[pl.ds(start if isinstance(start, int) else pl.multiple_of(start, SUBLANES // 2), count)]
 
   def word_rows(self, head):

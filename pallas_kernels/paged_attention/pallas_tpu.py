@@ -106,18 +106,18 @@ def _list_work(problem: Problem, lengths: jax.Array) -> _Work:
   # Comparing with all sequences is cheaper here than cumulative sums, searches and gathers, each a kernel of its own.
   order = jnp.arange(batch, dtype=jnp.int32)
   starts = jnp.sum(jnp.where(order < order[:, None], count, 0), axis=1)  # places in the list of all
-  total = jnp.sum(count)
-  stops = jnp.stack([jnp.zeros_like(total), total])
+  place = jnp.arange((problem.max_steps + 1) * blocks, dtype=jnp.int32)[None]  # [cores, items]
+  longest = total = jnp.sum(count)
   if problem.cores > 1:  # cores take equal shares of the list, moved to where a sequence ends
-    share = jnp.arange(problem.cores + 1) * total // problem.cores
-    ends = starts + count
-    stops = jnp.max(jnp.where(ends <= share[:, None], ends, 0), axis=1)  # [cores + 1]
-  place = stops[:-1, None] + jnp.arange((problem.max_steps + 1) * blocks, dtype=jnp.int32)  # [cores, items]
-  began = (starts <= place[..., None]) & (count > 0)
-  item = (order << BLOCK_BITS) | (place[..., None] - starts + first)  # of a place in its last sequence to begin
-  item = jnp.max(jnp.where(began, item, 0), axis=-1)
-  item = jnp.where(place < stops[1:, None], item, batch << BLOCK_BITS)
-  steps: Any = -(-jnp.max(stops[1:] - stops[:-1]) // blocks)
+    share = jnp.arange(problem.cores + 1, dtype=jnp.int32) * total // problem.cores
+    stops = jnp.max(jnp.where(starts + count <= share[:, None], starts + count, 0), axis=1)  # [cores + 1]
+    longest = jnp.max(stops[1:] - stops[:-1])
+    place = place + stops[:-1, None]
+    place = jnp.where(place < stops[1:, None], place, total)
+  place = place[..., None]
+  own = (starts <= place) & (place < starts + count)
+  item = jnp.min(jnp.where(own, (order << BLOCK_BITS) | (place - starts + first), batch << BLOCK_BITS), axis=-1)
+  steps: Any = -(-longest // blocks)
   if problem.static_blocks is not None:
     steps = problem.static_steps
   return _Work(item.reshape(-1), steps)

@@ -213,14 +213,15 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: blocks of some MiB, as far as the vector memory goes."""
+  """What to take where nothing near was measured: two to four blocks a step of some MiB, as far as VMEM goes."""
   page, group = page_of(facts), int(facts['query_heads']) // int(facts['kv_heads'])
   rows = int(facts['kv_heads']) // page[1] * group * int(facts['query_tokens'])
   share = next((n for n in (1, 2, 4, 8) if n * rows >= 16), 16)
   token_bytes = page[0] * page[1] * page[3] * jnp.dtype(str(facts['dtype'])).itemsize
-  tokens = min(2048, max(round_up_power(int(facts['context'])), int(facts['page_size'])))
-  blocks = max(min((4 << 20) // (tokens * token_bytes), 4), 1)
-  config = Config(tokens, blocks, share)
+  longest = max(round_up_power(int(facts['context'])), int(facts['page_size']))
+  tokens = min(2048, round_up_power((4 << 20) // token_bytes + 1) // 2, longest)
+  blocks = max(min((8 << 20) // (tokens * token_bytes), 4), 1)
+  config = Config(tokens, blocks, share, joined=2 if page[1] == 1 else 1)
   while refusal(config, device, facts) is not None and config.block_tokens > max(int(facts['page_size']), 128):
     config = dataclasses.replace(config, block_tokens=config.block_tokens // 2)
   return config

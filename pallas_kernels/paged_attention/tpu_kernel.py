@@ -202,18 +202,17 @@ class Step:
     scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, own.shape, axis) for axis in range(2))
     marks: Any = 0.0
-    for first, lanes in self._own_lanes(0):
+    for first, lanes in self._own_lanes():
       of_rows = (row >= first) & (row < first + problem.group * problem.query_tokens)
       marks = jnp.where(of_rows & (lane >= lanes) & (lane < lanes + problem.head_dim), scale, marks)
     own[...] = jnp.broadcast_to(marks, own.shape)
 
-  def _own_lanes(self, which):
-    """First row and first lane of each key/value head in a product, of keys (0) or values (-1)."""
+  def _own_lanes(self):
+    """First row and first lane of each key/value head in a product."""
     problem = self.problem
-    behind = problem.head_dim if problem.page[0] == 1 and which else 0  # values stand behind keys
     for column, head in itertools.product(range(problem.joined * problem.share), range(problem.heads)):
       row = column * problem.column_rows + head * problem.group * problem.query_tokens
-      yield row, column * problem.width + behind + head * problem.head_dim
+      yield row, column * problem.width + head * problem.head_dim
 
   def _columns(self, slot, index, share, which):
     """Keys (0) or values (-1) of the columns that share a product, side by side: `[block, share · W]`."""
@@ -229,8 +228,8 @@ class Step:
     """Scores `[rows, block]` of the queries that share a product."""
     problem, (indices, share) = self.problem, part
     queries = [self.scratch['query'][slot, index, self._rows(share)].astype(jnp.float32) for index in indices]
-    lanes = problem.joined * problem.share * problem.width // problem.head_dim
-    q = jnp.concatenate([jnp.concatenate(queries, axis=0)] * lanes, axis=1) * self.scratch['own'][...]
+    column = jnp.concatenate([jnp.concatenate(queries, axis=0)] * (problem.width // problem.head_dim), axis=1)
+    q = jnp.concatenate([column] * (problem.joined * problem.share), axis=1) * self.scratch['own'][...]
     q = q.astype(self.scratch['query'].dtype)
     keys = jnp.concatenate([self._columns(slot, index, share, 0) for index in indices], axis=1)
     scores = jax.lax.dot_general(
@@ -246,7 +245,7 @@ class Step:
     row = jax.lax.broadcasted_iota(jnp.int32, (rows.shape[0], 1), 0)
     scales: Any = 0.0
     numbers = range(share * problem.share * problem.heads, (share + 1) * problem.share * problem.heads)
-    for (first, _), (index, number) in zip(self._own_lanes(0), itertools.product(indices, numbers), strict=True):
+    for (first, _), (index, number) in zip(self._own_lanes(), itertools.product(indices, numbers), strict=True):
       own = [
         self.scratch['scale'][slot, index, page, which, number : number + 1] for page in range(problem.block_pages)
       ]
@@ -289,13 +288,25 @@ class Step:
     products = jax.lax.dot(
       weights, jnp.concatenate(values, axis=1), precision=_precision(weights.dtype), preferred_element_type=jnp.float32
     )
-    row = jax.lax.broadcasted_iota(jnp.int32, (products.shape[0], 1), 0)
-    out: Any = 0.0
-    for first, lane in self._own_lanes(-1):
-      out = jnp.where(row >= first, products[:, lane : lane + problem.head_dim], out)
+    out = self._own_sums(products)
     for place, index in enumerate(indices):
       rows = slice(place * problem.share_rows, (place + 1) * problem.share_rows)
       self._add(step, slot, index, share, top[rows], total[rows], out[rows])
+
+  def _own_sums(self, products):
+    """Of products with the values of all columns that share one, `[rows, columns · W]`, each row's own `[rows, D]`."""
+    problem = self.problem
+    row = jax.lax.broadcasted_iota(jnp.int32, (products.shape[0], 1), 0)
+    columns: Any = 0.0
+    for column in range(problem.joined * problem.share):
+      own = products[:, column * problem.width : (column + 1) * problem.width]
+      columns = jnp.where(row >= column * problem.column_rows, own, columns)
+    first = problem.head_dim if problem.page[0] == 1 else 0  # values stand behind keys
+    out = columns[:, first : first + problem.head_dim]
+    for head in range(1, problem.heads):
+      of_head = row % problem.column_rows >= head * problem.group * problem.query_tokens
+      out = jnp.where(of_head, columns[:, head * problem.head_dim : (head + 1) * problem.head_dim], out)
+    return out
 
   def _add(self, step, slot, index, share, top, total, out) -> None:
     """Add a block's part to what its sequence has so far, and give out the sum."""

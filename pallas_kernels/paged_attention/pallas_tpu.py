@@ -155,7 +155,9 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
   scratch = {
     'page': pltpu.VMEM((2, blocks, problem.block_pages, *problem.page), pages.dtype),
     'query': pltpu.VMEM((2, blocks, rows, head_dim), q.dtype),
-    'own': pltpu.VMEM((problem.joined * problem.share_rows, problem.joined * problem.share * problem.width), jnp.float32),
+    'own': pltpu.VMEM(
+      (problem.joined * problem.share_rows, problem.joined * problem.share * problem.width), jnp.float32
+    ),
     'top': pltpu.VMEM((rows, LANES), jnp.float32),
     'total': pltpu.VMEM((rows, LANES), jnp.float32),
     'sum': pltpu.VMEM((rows, head_dim), jnp.float32),

@@ -159,9 +159,9 @@ class Step:
     pl.when(step >= 2)(functools.partial(self._results, step - 2, wait=True))  # whose room this step's take
     slot = step % 2
     parts = self._parts()
-    scores = self._scores(slot, parts[0])
+    scores = self._scores(step, slot, parts[0])
     for part, following in itertools.zip_longest(parts, parts[1:]):
-      coming = self._scores(slot, following) if following else None
+      coming = self._scores(step, slot, following) if following else None
       self._weigh(step, slot, part, scores)
       scores = coming
     self._results(step, wait=False)
@@ -224,18 +224,27 @@ class Step:
     ]
     return jnp.concatenate(columns, axis=1).astype(self.scratch['query'].dtype)
 
-  def _scores(self, slot, part):
+  def _scores(self, step, slot, part):
     """Scores `[rows, block]` of the queries that share a product."""
     problem, (indices, share) = self.problem, part
     queries = [self.scratch['query'][slot, index, self._rows(share)].astype(jnp.float32) for index in indices]
     column = jnp.concatenate([jnp.concatenate(queries, axis=0)] * (problem.width // problem.head_dim), axis=1)
     q = jnp.concatenate([column] * (problem.joined * problem.share), axis=1) * self.scratch['own'][...]
     q = q.astype(self.scratch['query'].dtype)
-    keys = jnp.concatenate([self._columns(slot, index, share, 0) for index in indices], axis=1)
+    keys = [self._columns(slot, index, share, 0) for index in indices]
+    if len(keys) > 1:  # what one block holds of a token may be anything where another block has that token
+      keys = [self._seen(step, index, of_block) for index, of_block in zip(indices, keys, strict=True)]
+    keys = jnp.concatenate(keys, axis=1)
     scores = jax.lax.dot_general(
       q, keys, (((1,), (1,)), ((), ())), precision=_precision(q.dtype), preferred_element_type=jnp.float32
     )
     return self._scale(scores, slot, part, 0, True)
+
+  def _seen(self, step, index, tokens):
+    """`[block, X]` with zeros for tokens of which no query sees anything: what is there may be anything."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (self.problem.block_tokens, 1), 0)
+    first, stop = self._span(step, index)
+    return jnp.where((token >= first) & (token < stop), tokens, 0)
 
   def _scale(self, rows, slot, part, which, visible):
     """`[rows, block]` times the scales of each row's head and each visible token, of keys (0) or values (1)."""
@@ -279,11 +288,7 @@ class Step:
     weights = jnp.exp2(scores - top)
     total = weights.sum(-1, keepdims=True)
 
-    token = jax.lax.broadcasted_iota(jnp.int32, (problem.block_tokens, 1), 0)
-    values = []
-    for index in indices:
-      first, stop = self._span(step, index)
-      values.append(jnp.where((token >= first) & (token < stop), self._columns(slot, index, share, -1), 0))
+    values = [self._seen(step, index, self._columns(slot, index, share, -1)) for index in indices]
     weights = self._scale(weights, slot, part, 1, visible).astype(self.scratch['query'].dtype)
     products = jax.lax.dot(
       weights, jnp.concatenate(values, axis=1), precision=_precision(weights.dtype), preferred_element_type=jnp.float32

@@ -17,8 +17,8 @@ class Config:
   block_tokens: int = 2048  # cached tokens of one sequence that are attended to at once
   blocks: int = 1  # such blocks a grid step; several where heads are few
   share: int = 4  # page columns (heads, or what is packed into their lanes) whose queries share a product
-  joined: int = 1  # blocks that share products too; worth it where one column does not fill the matrix units
   copy_tokens: int = 128  # tokens whose pages are copied together; what is read of a block is a multiple of these
+  joined: int = 1  # blocks that share products too; worth it where one column does not fill the matrix units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _decode(
   return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, configs)
 
 
-_SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_SMALL_HEADS: Mapping[str, Any] = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
 _FEW_HEADS = ((2048, 4, 4), (2048, 4, 4, 2))
 
 

@@ -231,10 +231,10 @@ class Step:
     column = jnp.concatenate([jnp.concatenate(queries, axis=0)] * (problem.width // problem.head_dim), axis=1)
     q = jnp.concatenate([column] * (problem.joined * problem.share), axis=1) * self.scratch['own'][...]
     q = q.astype(self.scratch['query'].dtype)
-    keys = [self._columns(slot, index, share, 0) for index in indices]
-    if len(keys) > 1:  # what one block holds of a token may be anything where another block has that token
-      keys = [self._seen(step, index, of_block) for index, of_block in zip(indices, keys, strict=True)]
-    keys = jnp.concatenate(keys, axis=1)
+    blocks = [self._columns(slot, index, share, 0) for index in indices]
+    if len(blocks) > 1:  # what one block holds of a token may be anything where another block has that token
+      blocks = [self._seen(step, index, block) for index, block in zip(indices, blocks, strict=True)]
+    keys = jnp.concatenate(blocks, axis=1)
     scores = jax.lax.dot_general(
       q, keys, (((1,), (1,)), ((), ())), precision=_precision(q.dtype), preferred_element_type=jnp.float32
     )

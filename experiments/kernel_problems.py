@@ -32,12 +32,17 @@ def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None 
   return {device: bar for device, bar in bars.items() if bar is not None}
 
 
-def _decode(name: str, bars: Mapping[str, float], blocks: int = 1, share: int = 4, **arguments: Any) -> Problem:
-  config: dict[str, Any] = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
-  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, [config])
+def _decode(
+  name: str, bars: Mapping[str, float], cuts: Sequence[tuple[int, ...]] = ((1024, 2, 4), (2048, 1, 4)), **arguments: Any
+) -> Problem:
+  """A row of decode; cuts are tokens a block, blocks a step, columns that share a product and maybe blocks that do."""
+  names = ('block_tokens', 'blocks', 'share', 'joined')
+  configs: list[dict[str, Any]] = [dict(zip(names, cut, strict=False)) for cut in cuts]
+  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, configs)
 
 
-_SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_SMALL_HEADS: Mapping[str, Any] = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_FEW_HEADS = ((2048, 4, 4), (2048, 4, 4, 2))
 
 
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
@@ -81,9 +86,10 @@ _NONE: Mapping[str, float] = {}
 BARS = (
   _prefill('prefill 32/8, 4096 tokens', _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
-  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), share=2, head_dim=64),
-  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), blocks=4, **_SMALL_HEADS),
-  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), dtype='int8'),
+  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), ((2048, 2, 4), (2048, 2, 2)), head_dim=64),
+  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), _FEW_HEADS, flat=True, **_SMALL_HEADS),
+  _decode('decode 8/1', _NONE, _FEW_HEADS, query_heads=8, kv_heads=1),
+  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), ((2048, 1, 4), (2048, 2, 4)), dtype='int8'),
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),

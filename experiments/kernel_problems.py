@@ -38,19 +38,27 @@ def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None 
   return {device: bar for device, bar in bars.items() if bar is not None}
 
 
-def _decode(name: str, bars: Mapping[str, float], blocks: int = 1, share: int = 4, **arguments: Any) -> Problem:
-  config: dict[str, Any] = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
-  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, [config])
+def _decode(
+  name: str, bars: Mapping[str, float], cuts: Sequence[tuple[int, ...]] = ((1024, 2, 4), (2048, 1, 4)), **arguments: Any
+) -> Problem:
+  """A row of decode; cuts are tokens a block, blocks a step, columns that share a product and maybe blocks that do."""
+  names = ('block_tokens', 'blocks', 'share', 'joined')
+  configs: list[dict[str, Any]] = [dict(zip(names, cut, strict=False)) for cut in cuts]
+  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, configs)
 
 
-_SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_SMALL_HEADS: Mapping[str, Any] = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_FEW_HEADS = ((2048, 4, 4), (2048, 4, 4, 2))
 
 
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  configs = [
+  configs: list[dict[str, Any]] = [
     {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
-    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (2, 1, 1))
+    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4))
   ]
+  short = {'heads_at_once': 1, 'outer_heads_at_once': 2}
+  configs.append({'ahead': 4, 'edge_heads_at_once': 1, 'block_tokens': 256, **short})
+  configs.extend({'ahead': 6, 'edge_heads_at_once': 2, 'join_results': join, **short} for join in (False, True))
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 
@@ -84,7 +92,7 @@ def _copy(function: str) -> Problem:
   return Problem(f'{function} 128 pages of 16', f'pallas_kernels.cases:{function}', {}, candidates=candidates)
 
 
-_INT4_CUTS = ((1536, False), (1024, False), (2048, True), (1024, True))
+_INT4_CUTS = ((1536, False), (1024, False), (768, False), (2048, True), (1024, True))
 _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 
@@ -110,9 +118,10 @@ _NONE: Mapping[str, float] = {}
 BARS = (
   _prefill(_PREFILL, _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
-  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), share=2, head_dim=64),
-  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), blocks=4, **_SMALL_HEADS),
-  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), dtype='int8'),
+  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), ((2048, 2, 4), (2048, 2, 2)), head_dim=64),
+  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), _FEW_HEADS, flat=True, **_SMALL_HEADS),
+  _decode('decode 8/1', _NONE, _FEW_HEADS, query_heads=8, kv_heads=1),
+  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), ((2048, 1, 4), (2048, 2, 4)), dtype='int8'),
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),

@@ -34,8 +34,12 @@ def decode(
   query_tokens: int = 1,
   config: dict[str, Any] | None = None,
   static: bool = True,
+  flat: bool = False,
 ) -> Case:
-  """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
+  """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known.
+
+  `flat` is with queries and results as projections give and take them, heads side by side.
+  """
   layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
   pages = _pool(batch * slots, layout, dtype)
@@ -45,10 +49,13 @@ def decode(
   scales = _scales(pages, kv_heads)
   facts = arguments.describe(layout, q, pages, tables) | {'query_tokens': query_tokens}
 
-  def call(q, pages, tables, lengths, scales):
+  given = jax.ShapeDtypeStruct((*q.shape[:-2], query_heads * head_dim), q.dtype) if flat else q
+
+  def call(given, pages, tables, lengths, scales):
     run = _tpu_kernel('paged_attention', PAGED_ATTENTION, facts, config)
-    known = context if static else None
-    return run(q, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
+    known, heads = context if static else None, given.reshape(q.shape)
+    out = run(heads, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
+    return out.reshape(given.shape)
 
   tokens = batch * context
   moved = _bytes(q, q, tables, lengths) + tokens * 2 * kv_heads * (
@@ -56,7 +63,7 @@ def decode(
   )
   flops = 4 * tokens * query_tokens * query_heads * head_dim
   integers = {2: lambda: _tables(batch, slots, pages), 3: lambda: jnp.full(batch, context, jnp.int32)}
-  inputs = (q, pages, tables, lengths, scales)
+  inputs = (given, pages, tables, lengths, scales)
   return Case(call, inputs, flops, moved, integers=integers, kernel='paged_attention', facts=facts)
 
 

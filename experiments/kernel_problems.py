@@ -20,11 +20,17 @@ class Problem:
   arguments: Mapping[str, Any]
   bars: Mapping[str, float] = dataclasses.field(default_factory=dict)  # % by device
   candidates: Sequence[Mapping[str, Any]] = ()  # parameters to try
+  beside: str = ''  # the row of ours that a published kernel is shown with
 
   def build(self) -> Case:
     """The call."""
     module, function = self.case.split(':')
     return getattr(importlib.import_module(module), function)(**self.arguments)
+
+  def to_time(self) -> 'Problem':
+    """The same where a device is here to time it: whole, and reading what an estimate has to know beforehand."""
+    kept = {name: value for name, value in self.arguments.items() if name not in ('static', 'kv_heads')}
+    return dataclasses.replace(self, arguments=kept) if self.beside else self
 
 
 def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None = None, tpu7x: float | None = None):
@@ -32,19 +38,27 @@ def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None 
   return {device: bar for device, bar in bars.items() if bar is not None}
 
 
-def _decode(name: str, bars: Mapping[str, float], blocks: int = 1, share: int = 4, **arguments: Any) -> Problem:
-  config: dict[str, Any] = {'block_tokens': 2048, 'blocks': blocks, 'share': share, 'copy_tokens': 128}
-  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, [config])
+def _decode(
+  name: str, bars: Mapping[str, float], cuts: Sequence[tuple[int, ...]] = ((1024, 2, 4), (2048, 1, 4)), **arguments: Any
+) -> Problem:
+  """A row of decode; cuts are tokens a block, blocks a step, columns that share a product and maybe blocks that do."""
+  names = ('block_tokens', 'blocks', 'share', 'joined')
+  configs: list[dict[str, Any]] = [dict(zip(names, cut, strict=False)) for cut in cuts]
+  return Problem(name, 'pallas_kernels.cases:decode', arguments, bars, configs)
 
 
-_SMALL_HEADS = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_SMALL_HEADS: Mapping[str, Any] = {'query_heads': 9, 'kv_heads': 3, 'head_dim': 64}
+_FEW_HEADS = ((2048, 4, 4), (2048, 4, 4, 2))
 
 
 def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
-  configs = [
+  configs: list[dict[str, Any]] = [
     {'ahead': ahead, 'heads_at_once': heads, 'edge_heads_at_once': edges}
-    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4), (2, 1, 1))
+    for ahead, heads, edges in ((4, 2, 8), (4, 8, 8), (2, 1, 4))
   ]
+  short = {'heads_at_once': 1, 'outer_heads_at_once': 2}
+  configs.append({'ahead': 4, 'edge_heads_at_once': 1, 'block_tokens': 256, **short})
+  configs.extend({'ahead': 6, 'edge_heads_at_once': 2, 'join_results': join, **short} for join in (False, True))
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 
@@ -65,39 +79,78 @@ def _matmul(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:matmul', arguments, bars, candidates)
 
 
-_INT4_CUTS = ((1536, False), (1024, False), (2048, True), (1024, True))
+def _append(tokens: int) -> Problem:
+  candidates = [
+    {'tile_rows': 16, 'block_tokens': min(tokens, 256), 'slots': 2 * ahead, 'ahead': ahead} for ahead in (4, 8, 16, 32)
+  ]
+  name = f'append {tokens} tokens, page 16'
+  return Problem(name, 'pallas_kernels.cases:append', {'batch': tokens}, candidates=candidates)
+
+
+def _copy(function: str) -> Problem:
+  candidates: list[dict[str, Any]] = [*({'units_in_flight': units} for units in (32, 64)), {'direct': False}]
+  return Problem(f'{function} 128 pages of 16', f'pallas_kernels.cases:{function}', {}, candidates=candidates)
+
+
+_INT4_CUTS = ((1536, False), (1024, False), (768, False), (2048, True), (1024, True))
 _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 
 
-def _anchor(name: str, function: str, **arguments: Any) -> Problem:
-  return Problem(name, f'experiments.kernel_anchors:{function}', arguments)
+def _anchor(beside: str, name: str, function: str, **arguments: Any) -> Problem:
+  return Problem(name, f'experiments.kernel_anchors:{function}', arguments, beside=beside)
 
 
+def _splash(block_q: int, block_kv: int, compute: int) -> Problem:
+  name = f'JAX splash, blocks of {block_q} × {block_kv}, {compute} at once, one kv head'
+  sizes = {'block_q': block_q, 'block_kv': block_kv, 'compute': compute}
+  return _anchor(_PREFILL, name, 'splash_prefill', **sizes, kv_heads=1, static=True)
+
+
+def _paged(page_size: int, block_tokens: int) -> Problem:
+  name = f'JAX paged, page {page_size}, {block_tokens} tokens a block, one kv head'
+  sizes = {'page_size': page_size, 'block_tokens': block_tokens}
+  return _anchor(f'decode 32/8, page {page_size}', name, 'paged_decode', **sizes, kv_heads=1, static=True)
+
+
+_PREFILL = 'prefill 32/8, 4096 tokens'
 _NONE: Mapping[str, float] = {}
 BARS = (
-  _prefill('prefill 32/8, 4096 tokens', _bars(80, 45, 80, 45)),
+  _prefill(_PREFILL, _bars(80, 45, 80, 45)),
   *(_decode(f'decode 32/8, page {size}', _bars(100, 98, 100, 93), page_size=size) for size in (16, 64, 128)),
-  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), share=2, head_dim=64),
-  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), blocks=4, **_SMALL_HEADS),
-  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), dtype='int8'),
+  _decode('decode 32/8, heads of 64', _bars(98, 95, 95, 75), ((2048, 2, 4), (2048, 2, 2)), head_dim=64),
+  _decode('decode 9/3, heads of 64', _bars(95, 90, 95, 68), _FEW_HEADS, flat=True, **_SMALL_HEADS),
+  _decode('decode 8/1', _NONE, _FEW_HEADS, query_heads=8, kv_heads=1),
+  _decode('decode 32/8, int8 pages', _bars(97, 90, 95, 72), ((2048, 1, 4), (2048, 2, 4)), dtype='int8'),
   _matmul('matmul int4, one scale a column', _bars(95, 90)),
   _matmul('matmul int4, groups of 128', _bars(95, 90), group_size=128),
   _matmul('matmul int8', _NONE, kind='int8'),
   _matmul('matmul w8a8', _NONE, kind='w8a8'),
+  *map(_append, (16, 64, 512)),
+  *map(_copy, ('gather', 'scatter')),
 )
 
-# Those that read lengths or masks as they run have no estimate: the compiler counts what they skip as skipped always.
 ANCHORS = (
-  _anchor('JAX flash attention, blocks as they come', 'flash_prefill'),
-  *(_anchor(f'JAX flash attention, blocks of {block}', 'flash_prefill', block=block) for block in (512, 1024)),
-  _anchor('tokamax attention', 'tokamax_prefill'),
-)
-TIMED_ANCHORS = (
-  *ANCHORS,
-  *(_anchor(f'JAX splash attention, blocks of {block}', 'splash_prefill', block=block) for block in (512, 1024)),
-  _anchor('JAX paged attention', 'paged_decode'),
-  _anchor('JAX ragged paged attention', 'ragged_decode'),
+  _anchor(_PREFILL, 'JAX flash, as it comes', 'flash_prefill'),
+  *(_anchor(_PREFILL, f'JAX flash, blocks of {block}', 'flash_prefill', block=block) for block in (512, 1024)),
+  _splash(1024, 1024, 512),
+  _splash(256, 2048, 1024),
+  _anchor(_PREFILL, 'tokamax', 'tokamax_prefill'),
+  *(_paged(page_size, tokens) for page_size in (16, 64, 128) for tokens in (512, 2048)),
+  *(
+    _anchor(
+      f'decode 32/8, page {size}',
+      f'JAX ragged paged, page {size}, 2048 tokens a block',
+      'ragged_decode',
+      page_size=size,
+      static=True,
+    )
+    for size in (16, 64, 128)
+  ),
+  *(
+    _anchor(f'matmul {kind}', f'XLA {kind[:4]}', 'xla_matmul', kind=kind[:4])
+    for kind in ('int4, one scale a column', 'int8')
+  ),
 )
 
 # Small enough for the tests, and one of each kernel: what they cost must not grow unnoticed.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import arguments, devices, dispatch
 from pallas_kernels.layouts import PageLayout
+from pallas_kernels.page_copy import api as copy_api
 from pallas_kernels.page_copy import append_tokens, gather_pages, scatter_pages
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
@@ -16,6 +17,7 @@ from pallas_kernels.quantized_matmul import api as matmul_api
 from pallas_kernels.quantized_matmul import pallas_tpu as matmul_tpu
 from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 from pallas_kernels.static_cost import Case
+from pallas_kernels.tiles import sublanes
 
 _POOL_BYTES = 4 << 30
 _TPU = devices.by_name('v5e')  # pages are laid out alike on all of them
@@ -32,8 +34,12 @@ def decode(
   query_tokens: int = 1,
   config: dict[str, Any] | None = None,
   static: bool = True,
+  flat: bool = False,
 ) -> Case:
-  """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known."""
+  """A decode step whose sequences all have the same context; in whole blocks, if its trip counts are to be known.
+
+  `flat` is with queries and results as projections give and take them, heads side by side.
+  """
   layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
   pages = _pool(batch * slots, layout, dtype)
@@ -43,10 +49,13 @@ def decode(
   scales = _scales(pages, kv_heads)
   facts = arguments.describe(layout, q, pages, tables) | {'query_tokens': query_tokens}
 
-  def call(q, pages, tables, lengths, scales):
+  given = jax.ShapeDtypeStruct((*q.shape[:-2], query_heads * head_dim), q.dtype) if flat else q
+
+  def call(given, pages, tables, lengths, scales):
     run = _tpu_kernel('paged_attention', PAGED_ATTENTION, facts, config)
-    known = context if static else None
-    return run(q, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
+    known, heads = context if static else None, given.reshape(q.shape)
+    out = run(heads, pages, tables, lengths, scales=scales, softmax_scale=head_dim**-0.5, static_length=known)
+    return out.reshape(given.shape)
 
   tokens = batch * context
   moved = _bytes(q, q, tables, lengths) + tokens * 2 * kv_heads * (
@@ -54,7 +63,7 @@ def decode(
   )
   flops = 4 * tokens * query_tokens * query_heads * head_dim
   integers = {2: lambda: _tables(batch, slots, pages), 3: lambda: jnp.full(batch, context, jnp.int32)}
-  inputs = (q, pages, tables, lengths, scales)
+  inputs = (given, pages, tables, lengths, scales)
   return Case(call, inputs, flops, moved, integers=integers, kernel='paged_attention', facts=facts)
 
 
@@ -125,6 +134,75 @@ def copy(
   each = functools.partial(jnp.arange, batch, dtype=jnp.int32)
   integers: dict[int, Any] = {3: each, 4: lambda: each() % page_size, 5: lambda: 2 * each()}
   return Case(call, inputs, 0, moved, donated=(0,), integers=integers, kernel='page_copy')
+
+
+def append(
+  batch: int = 64,
+  kv_heads: int = 8,
+  head_dim: int = 128,
+  page_size: int = 16,
+  dtype: str = 'bfloat16',
+  config: dict[str, Any] | None = None,
+) -> Case:
+  """A token of each sequence appended, each to a page of its own; at least, its tile is read and written."""
+  layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
+  pages = _pool(batch * 128, layout, dtype)
+  tokens = jax.ShapeDtypeStruct((batch, kv_heads, head_dim), dtype)
+  numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  facts = copy_api.problem('append_tokens', pages, layout, pages.dtype, count=batch)
+
+  def call(pages, k, v, page, offset):
+    run = _tpu_kernel('page_copy', copy_api.IMPLEMENTATIONS['append_tokens'], facts, config)
+    block = run.keywords['config'].block_tokens
+    if batch % block:
+      raise ValueError(f'{batch} tokens are not whole blocks of {block}, so the runs of a block are not known.')
+    return run(pages, k, v, page, offset, None, layout=layout, static_runs=block)[0]
+
+  tile_bytes = math.prod(layout.page_shape) * pages.dtype.itemsize * sublanes(pages.dtype) // page_size
+  each = functools.partial(jnp.arange, batch, dtype=jnp.int32)
+  inputs = (pages, tokens, tokens, numbers, numbers)
+  integers: dict[int, Any] = {3: each, 4: lambda: each() % page_size}
+  moved = _bytes(tokens, tokens) + 2 * batch * tile_bytes
+  return Case(call, inputs, 0, moved, donated=(0,), integers=integers, kernel='page_copy', facts=facts)
+
+
+def gather(**sizes: Any) -> Case:
+  """Pages of one layer copied into one array; see `_copy_of_pages`."""
+  return _copy_of_pages('gather_pages', **sizes)
+
+
+def scatter(**sizes: Any) -> Case:
+  """Pages of one layer put back; see `_copy_of_pages`."""
+  return _copy_of_pages('scatter_pages', **sizes)
+
+
+def _copy_of_pages(
+  function: str,
+  count: int = 128,
+  kv_heads: int = 8,
+  head_dim: int = 128,
+  page_size: int = 16,
+  dtype: str = 'bfloat16',
+  config: dict[str, Any] | None = None,
+) -> Case:
+  """`count` pages, of which all numbers are in the pool; each is read and written once."""
+  layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
+  pages = _pool(64 * count, layout, dtype)
+  ids = jax.ShapeDtypeStruct((count,), jnp.int32)
+  facts = copy_api.problem(function, pages, layout, pages.dtype, count=count)
+  values = jax.ShapeDtypeStruct((count, 1, *layout.page_shape), dtype)
+
+  def call(pages, ids, values):
+    run = _tpu_kernel('page_copy', copy_api.IMPLEMENTATIONS[function], facts, config)
+    if function == 'gather_pages':
+      return run((pages,), ids, None, dtype=pages.dtype, scaled=False, layout=layout)[0]
+    return run((pages,), ids, values, None, None, layout=layout, all_valid=True)[0][0]
+
+  inputs = (pages, ids, None if function == 'gather_pages' else values)
+  donated = () if function == 'gather_pages' else (0,)
+  integers = {1: functools.partial(jnp.arange, count, dtype=jnp.int32)}
+  moved = 2 * _bytes(values)
+  return Case(call, inputs, 0, moved, donated=donated, integers=integers, kernel='page_copy', facts=facts)
 
 
 def matmul(

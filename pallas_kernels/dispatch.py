@@ -27,13 +27,15 @@ class Tuned(Generic[Config]):
   """An implementation with parameters, which may refuse a problem.
 
   `run` takes `config` and `device` beside the kernel's own arguments. `refusal(config, device, facts)` says why it
-  cannot, or None. `rule(device, facts)` is what to take where no row of the table will do.
+  cannot, or None. `rule(device, facts)` is what to take where no row of the table will do, and `shorten(config)` the
+  same as a shorter program, where there is one.
   """
 
   run: Callable[..., Any]
   config: type[Config]
   rule: Callable[[Device, tuning.Facts], Config]
   refusal: Callable[[Config, Device, tuning.Facts], str | None]
+  shorten: Callable[[Config], Config] = lambda config: config
 
 
 def choose(
@@ -79,16 +81,15 @@ def _parameters(
   if isinstance(implementation, Plain):
     return implementation.run, 'without parameters'
   candidates = []
-  row = tuning.nearest(tuning.load(kernel), device.name, facts)
+  form = tuning.form()
+  preferred = ', small form' if form == 'small' else ''
+  row = tuning.nearest(tuning.load(kernel), device.name, facts, form)
   if row is not None:
-    candidates.append(
-      (
-        implementation.config(**row[0].config),
-        'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}',
-      )
-    )
+    source = 'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}'
+    candidates.append((implementation.config(**row[0].config), source + preferred))
   if device.platform == 'tpu':
-    candidates.append((implementation.rule(device, facts), 'by rule'))
+    config = implementation.rule(device, facts)
+    candidates.append((implementation.shorten(config) if form == 'small' else config, 'by rule' + preferred))
   refusal: str | None = (
     f"it is for TPUs, and this is {device.name}; on other devices take implementation=None or 'xla'."
   )

@@ -5,10 +5,13 @@ import functools
 import importlib.resources
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 Facts = Mapping[str, int | str]  # what a choice depends on: sizes as numbers, kinds as words
+FORM = 'PALLAS_KERNELS_FORM'  # of the environment: which of two equally near rows to take
+FORMS = ('fast', 'small')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +33,37 @@ def load(kernel: str) -> tuple[Row, ...]:
   return tuple(Row(**row) for row in json.loads(file.read_text(encoding='utf-8')))
 
 
-def nearest(rows: tuple[Row, ...], device: str, facts: Facts) -> tuple[Row, bool] | None:
+def form() -> str:
+  """What the environment prefers: 'fast', the best estimate, or 'small', the shortest program.
+
+  The estimates know no instruction fetch, so a chip may like the shorter of two programs better.
+
+  Raises:
+    ValueError: if it says something else.
+  """
+  wanted = os.environ.get(FORM, FORMS[0])
+  if wanted not in FORMS:
+    raise ValueError(f'{FORM}={wanted!r} is no form of a kernel; set it to {" or ".join(map(repr, FORMS))}.')
+  return wanted
+
+
+def nearest(rows: tuple[Row, ...], device: str, facts: Facts, form: str = 'fast') -> tuple[Row, bool] | None:
   """The row of this device that is most like a problem, and whether it is just that problem.
 
-  Words must be equal; numbers count by how many doublings lie between them. Of equally near rows the first counts.
+  Words must be equal; numbers count by how many doublings lie between them. Of equally near rows the first counts, or
+  in the small form that with the fewest bundles.
   """
   near = [
     (_doublings(row.problem, facts), row) for row in rows if row.device == device and _same_words(row.problem, facts)
   ]
   if not near:
     return None
-  distance, row = min(near, key=lambda pair: pair[0])
+  distance, row = min(near, key=lambda pair: (pair[0], _bundles(pair[1]) if form == 'small' else 0))
   return row, distance == 0
+
+
+def _bundles(row: Row) -> float:
+  return row.figures.get('bundles', math.inf)
 
 
 def _same_words(one: Facts, other: Facts) -> bool:

@@ -259,11 +259,35 @@ def _implementations(function: str, tpu: Any) -> dict[str, Plain | Tuned]:
   }
 
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {
   'gather_pages': _implementations('gather_pages', pallas_tpu),
   'scatter_pages': _implementations('scatter_pages', pallas_tpu),
   'append_tokens': _implementations('append_tokens', pallas_tpu_append),
 }
+
+
+def problem(
+  function: str,
+  pages: jax.Array | jax.ShapeDtypeStruct,
+  layout: PageLayout,
+  values: jnp.dtype,
+  scaled: tuple[bool, bool] = (False, False),
+  count: int = 1,
+  layers: int = 1,
+) -> dict[str, int | str]:
+  """What a choice depends on: `count` pages or tokens of a dtype, of which (they, the pages) have scales."""
+  return {
+    'function': function,
+    'dtype': pages.dtype.name,
+    'values': jnp.dtype(values).name,
+    'scaled': ('neither', 'pages', 'values', 'both')[2 * scaled[0] + scaled[1]],
+    'layout': layout.name,
+    'kv_heads': layout.kv_heads,
+    'head_dim': layout.head_dim,
+    'page_size': layout.page_size,
+    'layers': layers,
+    'tokens': count,
+  }
 
 
 def _choose(
@@ -276,17 +300,6 @@ def _choose(
   count: int,
   layers: int = 1,
 ) -> Callable[..., Any]:
-  """The implementation to call, for `count` pages or tokens of a dtype, of which (they, the pages) have scales."""
-  facts = {
-    'function': function,
-    'dtype': pages.dtype.name,
-    'values': jnp.dtype(values).name,
-    'scaled': ('neither', 'pages', 'values', 'both')[2 * scaled[0] + scaled[1]],
-    'layout': layout.name,
-    'kv_heads': layout.kv_heads,
-    'head_dim': layout.head_dim,
-    'page_size': layout.page_size,
-    'layers': layers,
-    'tokens': count,
-  }
-  return choose('page_copy', _IMPLEMENTATIONS[function], implementation, facts)
+  """The implementation to call; see `problem`."""
+  facts = problem(function, pages, layout, values, scaled, count, layers)
+  return choose('page_copy', IMPLEMENTATIONS[function], implementation, facts)

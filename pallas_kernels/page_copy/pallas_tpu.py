@@ -25,6 +25,7 @@ from pallas_kernels.tiles import padded_bytes, page_of, sublanes
 from pallas_kernels.tuning import Facts
 
 Layers = Sequence[jax.Array]
+_COPIES = 64  # at once: enough to hide their latency
 _TILE_ELEMENTS = 64 * 1024  # converted in one go: 64 registers of float32
 
 
@@ -49,7 +50,7 @@ class Config:
 
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing near was measured: about 64 copies in flight, and all cores."""
-  return Config(units_in_flight=max(2, min(32, 64 // int(facts['layers']))), cores=device.cores)
+  return Config(units_in_flight=max(2, min(32, _COPIES // int(facts['layers']))), cores=device.cores)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
@@ -60,13 +61,16 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   page_size = int(facts['page_size'])
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
     return f'Mosaic has no {" or ".join(unknown)}; it has float32, bfloat16, int8 and fp8.'
+  layers = int(facts['layers'])
+  if (copies := config.units_in_flight * layers) > max(_COPIES, 2 * layers):
+    return f'{config.units_in_flight} pages of {layers} layers are {copies} copies at once, of which {_COPIES} will do.'
   if len(dtypes) == 1 and facts['scaled'] in ('both', 'neither'):
     return None
   for dtype in dtypes:
     if page_size % sublanes(dtype):
       return f'{page_size} tokens a page are not whole tiles of {sublanes(dtype)} rows of {dtype}.'
   page_bytes = sum(padded_bytes(page_of(facts), dtype) for dtype in dtypes)
-  if (needed := vmem_bytes(config, int(facts['layers']), page_bytes)) > device.vmem_bytes:
+  if (needed := vmem_bytes(config, layers, page_bytes)) > device.vmem_bytes:
     return f'two pages need {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
   return None
 

@@ -26,6 +26,7 @@ from pallas_kernels.tiles import page_of, sublanes
 from pallas_kernels.tuning import Facts
 
 _AHEAD, _FULL, _LATE = 0, 1, 2  # a run's tile is read some runs ahead, never, or after all earlier writes
+_MOST_VMEM = 16 * 2**20  # the smallest that a device gives a kernel unasked
 _PAGE, _ROW, _SOURCE, _FIRST, _END, _KIND, _COUNT = range(7)  # rows of the plan
 
 
@@ -74,6 +75,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'{config.ahead} tiles ahead leave none of {config.slots} to write.'
   if page_size % config.tile_rows or config.tile_rows % sublanes(dtype):
     return f'tiles of {config.tile_rows} rows do not cut pages of {page_size} tokens of {dtype} into whole tiles.'
+  if (needed := vmem_bytes(config, page_of(facts), dtype)) > _MOST_VMEM:
+    return f'blocks and tiles need {needed >> 20} MiB of vector memory, of which {_MOST_VMEM >> 20} are for a copy.'
   return None
 
 

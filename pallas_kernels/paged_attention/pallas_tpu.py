@@ -104,49 +104,39 @@ def _list_work(problem: Problem, lengths: jax.Array) -> _Work:
     first = jnp.maximum(lengths - problem.query_tokens + 1 - problem.sliding_window, 0) // tokens
   count = jnp.where(lengths > 0, -(-lengths // tokens) - first, 0)
   # Comparing with all sequences is cheaper here than cumulative sums, searches and gathers, each a kernel of its own.
-  order = jnp.arange(batch)
-  ends = jnp.sum(jnp.where(order <= order[:, None], count, 0), axis=1)
-  stops = jnp.stack([jnp.zeros_like(ends[-1]), ends[-1]])
+  order = jnp.arange(batch, dtype=jnp.int32)
+  starts = jnp.sum(jnp.where(order < order[:, None], count, 0), axis=1)  # places in the list of all
+  place = jnp.arange((problem.max_steps + 1) * blocks, dtype=jnp.int32)[None]  # [cores, items]
+  longest = total = jnp.sum(count)
   if problem.cores > 1:  # cores take equal shares of the list, moved to where a sequence ends
-    share = jnp.arange(problem.cores + 1) * ends[-1] // problem.cores
-    stops = jnp.max(jnp.where(ends <= share[:, None], ends, 0), axis=1)  # [cores + 1]
-  place = stops[:-1, None] + jnp.arange((problem.max_steps + 1) * blocks)  # [cores, items]
-  sequence = jnp.sum(place[..., None] >= ends, axis=-1, dtype=jnp.int32)
-  own = sequence[..., None] == order
-  block = place + jnp.sum(jnp.where(own, first - ends + count, 0), axis=-1)
-  sequence = jnp.where(place < stops[1:, None], sequence, batch)
-  block = jnp.where(sequence < batch, block, 0)
-  steps: Any = -(-jnp.max(stops[1:] - stops[:-1]) // blocks)
+    share = jnp.arange(problem.cores + 1, dtype=jnp.int32) * total // problem.cores
+    stops = jnp.max(jnp.where(starts + count <= share[:, None], starts + count, 0), axis=1)  # [cores + 1]
+    longest = jnp.max(stops[1:] - stops[:-1])
+    place = place + stops[:-1, None]
+    place = jnp.where(place < stops[1:, None], place, total)
+  place = place[..., None]
+  own = (starts <= place) & (place < starts + count)
+  item = jnp.min(jnp.where(own, (order << BLOCK_BITS) | (place - starts + first), batch << BLOCK_BITS), axis=-1)
+  steps: Any = -(-longest // blocks)
   if problem.static_blocks is not None:
     steps = problem.static_steps
-  return _Work(((sequence << BLOCK_BITS) | block).reshape(-1), steps)
+  return _Work(item.reshape(-1), steps)
 
 
 def _rows(problem: Problem, q: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Queries `[B, Q, H, D]` as rows `[B, C·R, W]`, scaled, each with zeros in the lanes that are not its own head's."""
-  batch, tokens, _, head_dim = q.shape
-  scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
-  q = (q.astype(jnp.float32) * scale).astype(compute_dtype(q.dtype, dtype))
-  q = q.reshape(batch, tokens, problem.columns, problem.heads, problem.group, head_dim).transpose(0, 2, 3, 4, 1, 5)
-  lanes = [
-    jnp.pad(q[:, :, e], ((0, 0),) * 4 + ((e * head_dim, problem.width - (e + 1) * head_dim),))
-    for e in range(problem.heads)
-  ]
-  q = jnp.stack(lanes, 2).reshape(batch, problem.columns, -1, problem.width)
+  """Queries `[B, Q, H, D]` as rows `[B, C·R, D]`, those of a head next to each other."""
+  batch, _, _, head_dim = q.shape
+  q = q.astype(compute_dtype(q.dtype, dtype)).swapaxes(1, 2).reshape(batch, problem.columns, -1, head_dim)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, problem.column_rows - q.shape[2]), (0, 0)))
-  return q.reshape(batch, problem.rows, problem.width)
+  return q.reshape(batch, problem.rows, head_dim)
 
 
 def _unrows(problem: Problem, rows: jax.Array) -> jax.Array:
-  """Results `[B, C·R, W]` of the rows as `[B, Q, H, D]`, from the lanes of each row's own head."""
-  batch, _, width = rows.shape
-  head_dim = problem.head_dim
+  """Results `[B, C·R, X]` of the rows as `[B, Q, H, X]`."""
+  batch, _, size = rows.shape
   real = problem.heads * problem.group * problem.query_tokens
-  rows = rows.reshape(batch, problem.columns, problem.column_rows, width)[:, :, :real]
-  rows = rows.reshape(batch, problem.columns, problem.heads, problem.group, problem.query_tokens, width)
-  first = problem.width - head_dim if problem.page[0] == 1 else 0  # values stand behind keys
-  heads = [rows[:, :, e, ..., first + e * head_dim : first + (e + 1) * head_dim] for e in range(problem.heads)]
-  return jnp.stack(heads, 2).transpose(0, 4, 1, 2, 3, 5).reshape(batch, problem.query_tokens, -1, head_dim)
+  rows = rows.reshape(batch, problem.columns, problem.column_rows, size)[:, :, :real]
+  return rows.reshape(batch, problem.query_heads, problem.query_tokens, size).swapaxes(1, 2)
 
 
 def _of_heads(problem: Problem, values: jax.Array) -> jax.Array:
@@ -157,17 +147,20 @@ def _of_heads(problem: Problem, values: jax.Array) -> jax.Array:
 
 
 def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse, interpret):
-  """Results of the rows by name: 'out' `[B, C·R, W]` and maybe 'lse' `[B, C·R, 128]`; unwritten for empty sequences."""
-  blocks, rows, width = problem.config.blocks, problem.rows, problem.width
+  """Results of the rows by name: 'out' `[B, C·R, D]` and maybe 'lse' `[B, C·R, 128]`; unwritten for empty sequences."""
+  blocks, rows, head_dim = problem.config.blocks, problem.rows, problem.head_dim
   hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   operands = {'q': q, 'pages': pages}
   in_specs = {'q': hbm, 'pages': hbm}
   scratch = {
     'page': pltpu.VMEM((2, blocks, problem.block_pages, *problem.page), pages.dtype),
-    'query': pltpu.VMEM((2, blocks, rows, width), q.dtype),
+    'query': pltpu.VMEM((2, blocks, rows, head_dim), q.dtype),
+    'own': pltpu.VMEM(
+      (problem.joined * problem.share_rows, problem.joined * problem.share * problem.width), jnp.float32
+    ),
     'top': pltpu.VMEM((rows, LANES), jnp.float32),
     'total': pltpu.VMEM((rows, LANES), jnp.float32),
-    'sum': pltpu.VMEM((rows, width), jnp.float32),
+    'sum': pltpu.VMEM((rows, head_dim), jnp.float32),
     'arrived': pltpu.SemaphoreType.DMA((4, 2, blocks)),  # page numbers, queries, pages and scales, of each block
   }
   prefetched = {'lengths': lengths, 'items': work.items}
@@ -186,7 +179,7 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
   if sinks is not None:
     operands['sinks'] = _of_heads(problem, sinks.astype(jnp.float32) * LOG2_E)
     in_specs['sinks'] = pl.BlockSpec((rows, LANES), lambda *_: (0, 0))
-  shapes = {'out': jax.ShapeDtypeStruct((problem.batch, rows, width), q.dtype)}
+  shapes = {'out': jax.ShapeDtypeStruct((problem.batch, rows, head_dim), q.dtype)}
   if return_lse:
     shapes['lse'] = jax.ShapeDtypeStruct((problem.batch, rows, LANES), jnp.float32)
   for name, shape in shapes.items():
@@ -222,14 +215,15 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: blocks of some MiB, as far as the vector memory goes."""
+  """What to take where nothing near was measured: two to four blocks a step of some MiB, as far as VMEM goes."""
   page, group = page_of(facts), int(facts['query_heads']) // int(facts['kv_heads'])
   rows = int(facts['kv_heads']) // page[1] * group * int(facts['query_tokens'])
   share = next((n for n in (1, 2, 4, 8) if n * rows >= 16), 16)
   token_bytes = page[0] * page[1] * page[3] * jnp.dtype(str(facts['dtype'])).itemsize
-  tokens = min(2048, max(round_up_power(int(facts['context'])), int(facts['page_size'])))
-  blocks = max(min((4 << 20) // (tokens * token_bytes), 4), 1)
-  config = Config(tokens, blocks, share)
+  longest = max(round_up_power(int(facts['context'])), int(facts['page_size']))
+  tokens = min(2048, round_up_power((4 << 20) // token_bytes + 1) // 2, longest)
+  blocks = max(min((8 << 20) // (tokens * token_bytes), 4), 1)
+  config = Config(tokens, blocks, share, joined=2 if page[1] == 1 else 1)
   while refusal(config, device, facts) is not None and config.block_tokens > max(int(facts['page_size']), 128):
     config = dataclasses.replace(config, block_tokens=config.block_tokens // 2)
   return config

@@ -25,9 +25,9 @@ class Step:
   problem: Problem
   # The kernel's references, by name:
   prefetched: Any  # lengths [B], items [cores · items] and maybe tables [B · blocks · pages], in scalar memory
-  operands: Any  # q [B, C·R, W], pages [P, A, C, G, W], maybe scales [P, 2, K, G] and tables in HBM; sinks [C·R, 128]
-  results: Any  # out [B, C·R, W] and maybe lse [B, C·R, 128] in HBM
-  scratch: Any  # two slots of blocks' pages, queries, results; the softmax's top, total and sum of each row; semaphores
+  operands: Any  # q [B, C·R, D], pages [P, A, C, G, W], maybe scales [P, 2, K, G] and tables in HBM; sinks [C·R, 128]
+  results: Any  # out [B, C·R, D] and maybe lse [B, C·R, 128] in HBM
+  scratch: Any  # two slots of blocks' pages, queries, results; each row's own lanes, top, total and sum; semaphores
   core: Any  # which of the cores runs the step
 
   def run(self) -> None:
@@ -39,6 +39,7 @@ class Step:
       pl.when((step == 0) & (steps > 0))(functools.partial(self._look_up, step))
       pl.when(step + 1 < steps)(functools.partial(self._look_up, step + 1))
     pl.when(step < steps)(functools.partial(self._start, step))
+    pl.when(step == 0)(self._mark_lanes)
     pl.when(step > 0)(functools.partial(self._attend, step - 1))
 
     @pl.when(step == steps)
@@ -156,17 +157,24 @@ class Step:
   def _attend(self, step) -> None:
     self._wait(step)
     pl.when(step >= 2)(functools.partial(self._results, step - 2, wait=True))  # whose room this step's take
-    problem = self.problem
     slot = step % 2
-    parts = [
-      (index, share) for index in range(problem.config.blocks) for share in range(problem.columns // problem.share)
-    ]
-    scores = self._scores(slot, *parts[0])
-    for place, (index, share) in enumerate(parts):
-      coming = self._scores(slot, *parts[place + 1]) if place + 1 < len(parts) else None
-      self._join(step, slot, index, share, scores)
+    parts = self._parts()
+    scores = self._scores(step, slot, parts[0])
+    for part, following in itertools.zip_longest(parts, parts[1:]):
+      coming = self._scores(step, slot, following) if following else None
+      self._weigh(step, slot, part, scores)
       scores = coming
     self._results(step, wait=False)
+
+  def _parts(self) -> list[tuple[range, int]]:
+    """What shares a product: blocks, and which share of their columns."""
+    blocks, joined = self.problem.config.blocks, self.problem.joined
+    firsts, shares = range(0, blocks, joined), range(self.problem.columns // self.problem.share)
+    return [(range(first, first + joined), share) for first in firsts for share in shares]
+
+  def _rows(self, share) -> slice:
+    """The query rows of a sequence that belong to a share."""
+    return slice(share * self.problem.share_rows, (share + 1) * self.problem.share_rows)
 
   def _results(self, step, wait: bool) -> None:
     """Start the copies of the results of sequences that end here, or wait for them."""
@@ -188,6 +196,24 @@ class Step:
       else:
         pl.when((sequence < self.problem.batch) & (self._owner(item + 1) != sequence))(copy)
 
+  def _mark_lanes(self) -> None:
+    """What queries are multiplied by where they stand in the lanes of their own keys; 0 in all other lanes."""
+    problem, own = self.problem, self.scratch['own']
+    scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, own.shape, axis) for axis in range(2))
+    marks: Any = 0.0
+    for first, lanes in self._own_lanes():
+      of_rows = (row >= first) & (row < first + problem.group * problem.query_tokens)
+      marks = jnp.where(of_rows & (lane >= lanes) & (lane < lanes + problem.head_dim), scale, marks)
+    own[...] = jnp.broadcast_to(marks, own.shape)
+
+  def _own_lanes(self):
+    """First row and first lane of each key/value head in a product."""
+    problem = self.problem
+    for column, head in itertools.product(range(problem.joined * problem.share), range(problem.heads)):
+      row = column * problem.column_rows + head * problem.group * problem.query_tokens
+      yield row, column * problem.width + head * problem.head_dim
+
   def _columns(self, slot, index, share, which):
     """Keys (0) or values (-1) of the columns that share a product, side by side: `[block, share · W]`."""
     problem = self.problem
@@ -198,65 +224,99 @@ class Step:
     ]
     return jnp.concatenate(columns, axis=1).astype(self.scratch['query'].dtype)
 
-  def _scores(self, slot, index, share):
+  def _scores(self, step, slot, part):
     """Scores `[rows, block]` of the queries that share a product."""
-    problem = self.problem
-    rows = slice(share * problem.share_rows, (share + 1) * problem.share_rows)
-    q = self.scratch['query'][slot, index, rows]
-    own = [q.astype(jnp.float32) * self._owns(column).astype(jnp.float32) for column in range(problem.share)]
-    q = jnp.concatenate(own, axis=1).astype(q.dtype)
-    keys = self._columns(slot, index, share, 0)
+    problem, (indices, share) = self.problem, part
+    queries = [self.scratch['query'][slot, index, self._rows(share)].astype(jnp.float32) for index in indices]
+    column = jnp.concatenate([jnp.concatenate(queries, axis=0)] * (problem.width // problem.head_dim), axis=1)
+    q = jnp.concatenate([column] * (problem.joined * problem.share), axis=1) * self.scratch['own'][...]
+    q = q.astype(self.scratch['query'].dtype)
+    blocks = [self._columns(slot, index, share, 0) for index in indices]
+    if len(blocks) > 1:  # what one block holds of a token may be anything where another block has that token
+      blocks = [self._seen(step, index, block) for index, block in zip(indices, blocks, strict=True)]
+    keys = jnp.concatenate(blocks, axis=1)
     scores = jax.lax.dot_general(
       q, keys, (((1,), (1,)), ((), ())), precision=_precision(q.dtype), preferred_element_type=jnp.float32
     )
-    return self._scale(scores, slot, index, share, 0, True)
+    return self._scale(scores, slot, part, 0, True)
 
-  def _scale(self, rows, slot, index, share, which, visible):
+  def _seen(self, step, index, tokens):
+    """`[block, X]` with zeros for tokens of which no query sees anything: what is there may be anything."""
+    token = jax.lax.broadcasted_iota(jnp.int32, (self.problem.block_tokens, 1), 0)
+    first, stop = self._span(step, index)
+    return jnp.where((token >= first) & (token < stop), tokens, 0)
+
+  def _scale(self, rows, slot, part, which, visible):
     """`[rows, block]` times the scales of each row's head and each visible token, of keys (0) or values (1)."""
     if 'scale' not in self.scratch:
       return rows
-    problem = self.problem
-    row = jax.lax.broadcasted_iota(jnp.int32, (problem.share_rows, 1), 0)
+    problem, (indices, share) = self.problem, part
+    row = jax.lax.broadcasted_iota(jnp.int32, (rows.shape[0], 1), 0)
     scales: Any = 0.0
-    for column, head in itertools.product(range(problem.share), range(problem.heads)):
-      number = (share * problem.share + column) * problem.heads + head
+    numbers = range(share * problem.share * problem.heads, (share + 1) * problem.share * problem.heads)
+    for (first, _), (index, number) in zip(self._own_lanes(), itertools.product(indices, numbers), strict=True):
       own = [
         self.scratch['scale'][slot, index, page, which, number : number + 1] for page in range(problem.block_pages)
       ]
-      first = column * problem.column_rows + head * problem.group * problem.query_tokens
       scales = jnp.where(row >= first, jnp.concatenate(own, axis=1), scales)
     return rows * jnp.where(visible, scales, 0)  # of hidden tokens they may be anything
 
-  def _owns(self, column):
-    """Which rows of those that share a product belong to a column, `[rows, 1]`."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (self.problem.share_rows, 1), 0)
-    first = column * self.problem.column_rows
-    return (row >= first) & (row < first + self.problem.column_rows)
-
-  def _visible(self, step, index):
-    """Which tokens of the block the rows see: `[1, block]`, or `[rows, block]` for several query tokens."""
+  def _visible(self, step, indices):
+    """Which tokens of their blocks the rows see: `[1, block]` if all see the same, else `[rows, block]`."""
     problem = self.problem
-    start = self._block(step, index) * problem.block_tokens
-    length = self._length(step, index) - start
     token = jax.lax.broadcasted_iota(jnp.int32, (1, problem.block_tokens), 1)
-    behind: Any = 0  # how far a row's position lies behind the last
-    if problem.query_tokens > 1:
-      row = jax.lax.broadcasted_iota(jnp.int32, (problem.share_rows, 1), 0)
-      behind = problem.query_tokens - 1 - (row % problem.column_rows) % problem.query_tokens
-    visible = token < length - behind
+    row = jax.lax.broadcasted_iota(jnp.int32, (problem.joined * problem.share_rows, 1), 0)
+    length: Any = None
+    for place, index in enumerate(indices):
+      left = self._length(step, index) - self._block(step, index) * problem.block_tokens
+      length = left if length is None else jnp.where(row >= place * problem.share_rows, left, length)
+    if problem.query_tokens > 1:  # a row's position lies so far behind the last
+      length -= problem.query_tokens - 1 - (row % problem.column_rows) % problem.query_tokens
+    visible = token < length
     if problem.sliding_window is not None:
-      visible &= token >= length - behind - problem.sliding_window
+      visible &= token >= length - problem.sliding_window
     return visible
 
-  def _join(self, step, slot, index, share, scores) -> None:
-    """Join a block's part to what its sequence has so far, and give out the sum."""
-    problem, state = self.problem, self.scratch
-    rows = slice(share * problem.share_rows, (share + 1) * problem.share_rows)
-    item = self._item(step, index)
+  def _weigh(self, step, slot, part, scores) -> None:
+    """Weigh the values of blocks by themselves, so that nothing waits for the blocks before, and add them to those."""
+    problem, (indices, share) = self.problem, part
     if problem.soft_cap is not None:
       scores = jnp.tanh(scores) * (problem.soft_cap * LOG2_E)
-    visible = self._visible(step, index)
+    visible = self._visible(step, indices)
     scores = jnp.where(visible, scores, HIDDEN)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp2(scores - top)
+    total = weights.sum(-1, keepdims=True)
+
+    values = [self._seen(step, index, self._columns(slot, index, share, -1)) for index in indices]
+    weights = self._scale(weights, slot, part, 1, visible).astype(self.scratch['query'].dtype)
+    products = jax.lax.dot(
+      weights, jnp.concatenate(values, axis=1), precision=_precision(weights.dtype), preferred_element_type=jnp.float32
+    )
+    out = self._own_sums(products)
+    for place, index in enumerate(indices):
+      rows = slice(place * problem.share_rows, (place + 1) * problem.share_rows)
+      self._add(step, slot, index, share, top[rows], total[rows], out[rows])
+
+  def _own_sums(self, products):
+    """Of products with the values of all columns that share one, `[rows, columns · W]`, each row's own `[rows, D]`."""
+    problem = self.problem
+    row = jax.lax.broadcasted_iota(jnp.int32, (products.shape[0], 1), 0)
+    columns: Any = 0.0
+    for column in range(problem.joined * problem.share):
+      own = products[:, column * problem.width : (column + 1) * problem.width]
+      columns = jnp.where(row >= column * problem.column_rows, own, columns)
+    first = problem.head_dim if problem.page[0] == 1 else 0  # values stand behind keys
+    out = columns[:, first : first + problem.head_dim]
+    for head in range(1, problem.heads):
+      of_head = row % problem.column_rows >= head * problem.group * problem.query_tokens
+      out = jnp.where(of_head, columns[:, head * problem.head_dim : (head + 1) * problem.head_dim], out)
+    return out
+
+  def _add(self, step, slot, index, share, top, total, out) -> None:
+    """Add a block's part to what its sequence has so far, and give out the sum."""
+    problem, state, rows = self.problem, self.scratch, self._rows(share)
+    item = self._item(step, index)
     before = self._owner(jnp.maximum(item - 1, 0))
     fresh = (step * problem.config.blocks + index == 0) | (before != self._owner(item))
     old_top: Any = NOTHING
@@ -265,29 +325,16 @@ class Step:
       old_top, old_total = self.operands['sinks'][rows, :1], 1.0
     old_top = jnp.where(fresh, old_top, state['top'][rows, :1])
     old_total = jnp.where(fresh, old_total, state['total'][rows, :1])
-    top = jnp.maximum(old_top, scores.max(-1, keepdims=True))
-    weights = jnp.exp2(scores - top)
-    kept = jnp.exp2(old_top - top)
-    total = old_total * kept + weights.sum(-1, keepdims=True)
-
-    token = jax.lax.broadcasted_iota(jnp.int32, (problem.block_tokens, 1), 0)
-    first, stop = self._span(step, index)
-    values = jnp.where((token >= first) & (token < stop), self._columns(slot, index, share, -1), 0)
-    weights = self._scale(weights, slot, index, share, 1, visible)
-    products = jax.lax.dot(
-      weights.astype(values.dtype), values, precision=_precision(values.dtype), preferred_element_type=jnp.float32
-    )
-    added = sum(
-      jnp.where(self._owns(column), products[:, column * problem.width : (column + 1) * problem.width], 0)
-      for column in range(problem.share)
-    )
-    out = jnp.where(fresh, 0, state['sum'][rows]) * kept + added
-    state['top'][rows] = jnp.broadcast_to(top, (problem.share_rows, LANES))
+    new_top = jnp.maximum(old_top, top)
+    kept, share_of_new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
+    total = old_total * kept + total * share_of_new
+    out = jnp.where(fresh, 0, state['sum'][rows]) * kept + out * share_of_new
+    state['top'][rows] = jnp.broadcast_to(new_top, (problem.share_rows, LANES))
     state['total'][rows] = jnp.broadcast_to(total, (problem.share_rows, LANES))
     state['sum'][rows] = out
     state['out'][slot, index, rows] = (out / jnp.where(total > 0, total, 1)).astype(state['out'].dtype)
     if 'lse' in state:
-      lse = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+      lse = jnp.where(total > 0, (new_top + jnp.log2(total)) / LOG2_E, -jnp.inf)
       state['lse'][slot, index, rows] = jnp.broadcast_to(lse, (problem.share_rows, LANES))
 
 

@@ -5,7 +5,7 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import LANES, SUBLANES, round_up
+from pallas_kernels.tiles import LANES, SUBLANES, padded_bytes, round_up
 
 PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else blocks look theirs up
 
@@ -18,6 +18,7 @@ class Config:
   blocks: int = 1  # such blocks a grid step; several where heads are few
   share: int = 4  # page columns (heads, or what is packed into their lanes) whose queries share a product
   copy_tokens: int = 128  # tokens whose pages are copied together; what is read of a block is a multiple of these
+  joined: int = 1  # blocks that share products too; worth it where one column does not fill the matrix units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,17 @@ class Problem:
     return next(n for n in range(min(self.config.share, self.columns), 0, -1) if self.columns % n == 0)
 
   @property
+  def joined(self) -> int:
+    """Blocks that share a product."""
+    return math.gcd(self.config.joined, self.config.blocks)
+
+  @property
   def column_rows(self) -> int:
-    """Query rows of one column, padded so that those which share a product fill whole sublanes."""
-    return round_up(self.heads * self.group * self.query_tokens, SUBLANES // math.gcd(self.share, SUBLANES))
+    """Query rows of one column; padded so that rows of different products lie in different sublanes."""
+    rows = self.heads * self.group * self.query_tokens
+    if self.share == self.columns:
+      return rows
+    return round_up(rows, SUBLANES // math.gcd(self.share, SUBLANES))
 
   @property
   def rows(self) -> int:
@@ -79,7 +88,7 @@ class Problem:
 
   @property
   def share_rows(self) -> int:
-    """Query rows that share a product."""
+    """Query rows of a sequence that share a product."""
     return self.share * self.column_rows
 
   @property
@@ -131,14 +140,17 @@ class Problem:
 
   def vmem_bytes(self, page_dtype: jnp.dtype, q_dtype: jnp.dtype) -> int:
     """Vector memory that the kernel needs: what it keeps, and room for what the compiler keeps between products."""
-    blocks, tokens, rows, width = self.config.blocks, self.block_tokens, self.rows, self.width
+    blocks, tokens, width = self.config.blocks, self.block_tokens, self.width
     pages = 2 * blocks * self.block_pages * math.prod(self.page) * page_dtype.itemsize
     scales = 2 * blocks * 2 * self.columns * self.heads * tokens * 4 if page_dtype.itemsize == 1 else 0
-    queries_and_results = 4 * blocks * rows * width * q_dtype.itemsize + 2 * blocks * rows * LANES * 4
-    state = rows * (width + 2 * LANES) * 4
-    scores = 6 * max(self.share_rows, SUBLANES) * tokens * 4
-    values = 2 * self.share * width * tokens * q_dtype.itemsize
-    return pages + scales + queries_and_results + state + scores + values + (1 << 20)
+    queries_and_results = padded_bytes((4 * blocks, self.rows, self.head_dim), q_dtype)
+    logs_of_sums = padded_bytes((2 * blocks, self.rows, LANES), jnp.dtype(jnp.float32))
+    rows, lanes = self.joined * self.share_rows, self.joined * self.share * width
+    state = padded_bytes((self.rows, self.head_dim + 2 * LANES), jnp.dtype(jnp.float32))
+    own = padded_bytes((rows, lanes), jnp.dtype(jnp.float32))
+    scores = 6 * max(rows, SUBLANES) * tokens * 4
+    values = 2 * lanes * tokens * q_dtype.itemsize
+    return pages + scales + queries_and_results + logs_of_sums + state + own + scores + values + (1 << 20)
 
 
 def round_up_power(value: int) -> int:

@@ -18,7 +18,9 @@ from pallas_kernels.dispatch import Plain, Tuned, choose
 from pallas_kernels.prefill_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
-  'pallas_tpu': Tuned(pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal),
+  'pallas_tpu': Tuned(
+    pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
+  ),
   'xla': Plain(xla.prefill_attention),
   'reference': Plain(reference.prefill_attention),
 }

@@ -13,6 +13,7 @@ the next tiles stand before the softmax of this one, in straight-line code, so t
 Scores are in units of log2(e), folded into the queries, so that a power of two takes the place of the exponential.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ from pallas_kernels.tuning import Facts
 
 _PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the time; else a sequence's are copied
 
-__all__ = ['Config', 'prefill_attention', 'refusal', 'rule']
+__all__ = ['Config', 'prefill_attention', 'refusal', 'rule', 'shorten']
 
 
 def prefill_attention(
@@ -204,6 +205,14 @@ def rule(device: Device, facts: Facts) -> Config:
   return Config(128, 128, 128, 128, 2, 1, 1)
 
 
+def shorten(config: Config) -> Config:
+  """The same in short pieces of code: one head, and one tile of its cached tokens, at a time."""
+  block_tokens = min(config.block_tokens, config.tile_tokens)
+  return dataclasses.replace(
+    config, block_tokens=block_tokens, heads_at_once=1, edge_heads_at_once=1, outer_heads_at_once=1
+  )
+
+
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
   dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
@@ -214,7 +223,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
   if LANES < config.block_rows >= int(facts['tokens']) + config.tile_rows:
     return f'{config}: blocks of {config.block_rows} rows are too large for {facts["tokens"]} tokens.'
-  if page[1] % config.heads_at_once or page[1] % config.edge_heads_at_once:
+  outer = config.outer_heads_at_once or page[1]
+  if any(page[1] % heads for heads in (config.heads_at_once, config.edge_heads_at_once, outer)):
     return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
   compute = compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype)
   heads, head_dim = int(facts['query_heads']), int(facts['head_dim'])

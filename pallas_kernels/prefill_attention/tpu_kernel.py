@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ def _cdiv(a, b):
 def _floordiv(a, b):
   """Of what is not negative."""
   return a // b if isinstance(a, int) else jax.lax.div(a, jnp.int32(b))
+
+
+def _rem(a, b):
+  """Of what is not negative."""
+  return a % b if isinstance(a, int) else jax.lax.rem(a, jnp.int32(b))
 
 
 def _max(a, b):
@@ -195,7 +201,7 @@ class Kernel:
 
   def add(self, scores, values, head, u, g, own, running):
     """Add tiles of scores `[S, rows]` and their values `[W, S]` to the sums of the rows that are `own` `[1, rows]`."""
-    at = (head, u, slice(None), pl.ds(g * self.problem.config.tile_rows, self.problem.config.tile_rows))
+    at = self.place(head, u, g)
     top, total, sums = self.top[at], self.total[at], self.sums[at]
     if running:
       old = top
@@ -237,11 +243,16 @@ class Kernel:
 
     _loop(0, problem.heads // config.heads_at_once, some_heads)
 
-  def edges(self, walk, slot, block, length, at_once):
-    """A block that some row does not see whole: tile by tile, those that are seen at all."""
+  def edges(self, walk, slot, block, length, exact):
+    """A block that some row does not see whole: tile by tile, those that are seen at all.
+
+    What is done again for `exact` sums is rare: short code, a query head at a time.
+    """
     problem, config = self.problem, self.problem.config
     first_u = _floordiv(walk.low - self.first_row, config.tile_rows)
     end_u = _cdiv(walk.high - self.first_row, config.tile_rows)
+    at_once = 1 if exact else config.edge_heads_at_once
+    steps = problem.query_heads if exact else problem.heads // at_once
 
     def some_heads(i, tile, u):
       token = block * problem.block_tokens + tile * problem.tile_tokens
@@ -251,11 +262,12 @@ class Kernel:
       visible = token <= position
       if problem.sliding_window is not None:
         visible &= token > position - problem.sliding_window
-      heads = [i * at_once + h for h in range(at_once)]
+      heads = [_floordiv(i, problem.group)] if exact else [i * at_once + h for h in range(at_once)]
+      groups = [_rem(i, problem.group)] if exact else range(problem.group)
       values = [
         jnp.where(token < length, self.values(slot, head, tile, 1), 0).T.astype(self.queries.dtype) for head in heads
       ]
-      items = [(h, g) for h in range(len(heads)) for g in range(problem.group)]
+      items = [(h, g) for h in range(len(heads)) for g in groups]
       products = [functools.partial(self.scores, slot, heads[h], [tile], u, g) for h, g in items]
       for (h, g), (scores,) in zip(items, _ahead(products, config.ahead), strict=True):
         self.add([jnp.where(visible, scores, HIDDEN)], values[h], heads[h], u, g, own, running=True)
@@ -268,8 +280,7 @@ class Kernel:
       if problem.sliding_window is not None:
         past = token + problem.tile_tokens - 1 + problem.sliding_window - walk.before - self.first_row
         seen_until = _min(end_u, _cdiv(_max(past, 0), config.tile_rows))
-      head_steps = problem.heads // at_once
-      _loop(seen_from, _max(seen_until, seen_from), lambda u: _loop(0, head_steps, lambda i: some_heads(i, tile, u)))
+      _loop(seen_from, _max(seen_until, seen_from), lambda u: _loop(0, steps, lambda i: some_heads(i, tile, u)))
 
     _loop(0, problem.tiles, some_rows)
 
@@ -302,13 +313,12 @@ class Kernel:
       work(walk.block(i), slot)
 
     def edge(i):
-      step(i, lambda block, slot: self.edges(walk, slot, block, length, at_once))
+      step(i, lambda block, slot: self.edges(walk, slot, block, length, exact))
 
     def interior(i):
       step(i, lambda block, slot: self.interior(walk, slot))
 
     edges = walk.steps if exact else walk.edges
-    at_once = 1 if exact else self.problem.config.edge_heads_at_once  # what is rarely done is short
     _loop(0, edges, edge)
     if not exact:
       _loop(edges, walk.steps, interior)
@@ -357,90 +367,134 @@ class Kernel:
 
   # Rows in, rows out.
 
+  def each(self, body, joined=False):
+    """`body(first, heads, u)` for every piece of code: some packed heads from the first on, of the u-th tile.
+
+    They are all that there are, tile by tile, or else a loop's; then `joined` has all tiles in each round of it.
+    """
+    problem = self.problem
+    heads, tiles = problem.outer_heads, problem.row_tiles
+    pieces = problem.heads // heads
+
+    def all_tiles(i):
+      for u in range(tiles):
+        body(i * heads, heads, u)
+
+    if pieces == 1 or joined:
+      _loop(0, pieces, all_tiles)
+    else:  # one loop: on two around the transposes of results the simulation gives up
+      _loop(0, tiles * pieces, lambda i: body(_floordiv(i, tiles) * heads, heads, _rem(i, tiles)))
+
   def start(self):
     """Nothing is seen yet; a sink is a logit without a value."""
-    if self.sinks is None:
-      self.top[...] = jnp.full_like(self.top, NOTHING)
-      self.total[...] = jnp.zeros_like(self.total)
-      return
     problem = self.problem
-    self.sums[...] = jnp.zeros_like(self.sums)
-    once = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, problem.config.tile_rows), 0) == 0
-    for head in range(problem.query_heads):
-      for u in range(problem.row_tiles):
-        at = self.place(head, u)
-        self.top[at] = jnp.full(once.shape, self.sinks[head] * LOG2_E, jnp.float32)
+
+    def start_heads(first, heads, u):
+      at = pl.ds(first, heads), u
+      lanes = (heads, *self.top.shape[2:])
+      if self.sinks is None:
+        self.top[at] = jnp.full(lanes, NOTHING, jnp.float32)
+        self.total[at] = jnp.zeros(lanes, jnp.float32)
+        return
+      self.sums[at] = jnp.zeros((heads, *self.sums.shape[2:]), jnp.float32)
+      once = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, problem.config.tile_rows), 0) == 0
+      for head in range(heads * problem.group):
+        c, g = divmod(head, problem.group)
+        at = self.place(first + c, u, g)
+        self.top[at] = jnp.full(once.shape, self.sinks[first * problem.group + head] * LOG2_E, jnp.float32)
         self.total[at] = once.astype(jnp.float32)
 
-  def place(self, head, u):
-    """Where a query head's rows of a tile lie in the scratch."""
-    c, g = divmod(head, self.problem.group)
-    return c, u, slice(None), slice(g * self.problem.config.tile_rows, (g + 1) * self.problem.config.tile_rows)
+    self.each(start_heads)
+
+  def place(self, head, u, g):
+    """Where the rows of a tile lie in the scratch, of the g-th query head of a packed head."""
+    return head, u, slice(None), self.tile(g)
+
+  def tile(self, i):
+    """The i-th rows of a tile, which begin a vector."""
+    rows = self.problem.config.tile_rows
+    return pl.ds(i * rows if isinstance(i, int) else pl.multiple_of(i * rows, rows), rows)
 
   def take_queries(self):
     """Queries of the block, scaled, each in the lanes of its own key/value head."""
     problem = self.problem
     scale = problem.softmax_scale * LOG2_E if problem.soft_cap is None else problem.softmax_scale / problem.soft_cap
-    for u in range(problem.row_tiles):
-      for head in range(0, problem.query_heads, problem.heads_a_word):
-        for offset, q in enumerate(self.read_heads(head, u)):
+
+    def take(first, heads, u):
+      for head in range(0, heads * problem.group, problem.heads_a_word):
+        for offset, q in enumerate(self.read_heads(first, head, u)):
           c, g = divmod(head + offset, problem.group)
-          self.queries[c, u, g] = (q * scale).astype(self.queries.dtype)
+          self.queries[first + c, u, g] = (q * scale).astype(self.queries.dtype)
+
+    self.each(take)
 
   def give_out(self, end):
     """Divide by the sums and write the rows; `end` is the first row of padding."""
     problem = self.problem
-    for u in range(problem.row_tiles):
-      for head in range(0, problem.query_heads, problem.heads_a_word):
-        outs = [self.normalized(head + offset, u, end) for offset in range(problem.heads_a_word)]
-        self.write_heads(head, u, outs, end)
 
-  def normalized(self, head, u, end):
-    """[W, rows] of a query head's tile, garbage in rows of padding; the logs of its sums are written on the way."""
-    at, rows = self.place(head, u), self.problem.config.tile_rows
+    def give(first, heads, u):
+      for head in range(0, heads * problem.group, problem.heads_a_word):
+        outs = [self.normalized(first, head + offset, u, end) for offset in range(problem.heads_a_word)]
+        self.write_heads(first, head, u, outs, end)
+
+    self.each(give, joined=problem.config.join_results)
+
+  def normalized(self, first, head, u, end):
+    """[W, rows] of a query head's tile, garbage in rows of padding; the logs of its sums are written on the way.
+
+    Query heads count from those of the packed head `first`, here and below.
+    """
+    c, g = divmod(head, self.problem.group)
+    at = self.place(first + c, u, g)
     real = self.row_numbers(u) < end
     total = jnp.where(real, self.total[at].sum(0, keepdims=True), 1)
     if self.lse is not None:
       lse = (self.top[at][:1] + jnp.log2(total)) * (1 / LOG2_E)
-      self.lse[head : head + 1, pl.ds(u * rows, rows)] = jnp.where(real, lse, -jnp.inf)
+      self.lse[pl.ds(first * self.problem.group + head, 1), self.tile(u)] = jnp.where(real, lse, -jnp.inf)
     return self.sums[at] * (1 / total)
 
-  def read_heads(self, head, u):
+  def read_heads(self, first, head, u):
     """[rows, W] float32 of one query head's tile, or of two that share their 32-bit words."""
-    rows = self.problem.config.tile_rows
     if not self.problem.rows_in_place:
-      return [self.q[head, pl.ds(u * rows, rows)].astype(jnp.float32)]
-    words = self.words(self.q)[self.word_rows(head, u)]
+      return [self.q[first * self.problem.group + head, self.tile(u)].astype(jnp.float32)]
+    words = self.words(self.q, first, u)[self.word_rows(head)]
     return [pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)]
 
-  def write_heads(self, head, u, outs, end):
+  def write_heads(self, first, head, u, outs, end):
     """The reverse, of `[W, rows]` each; rows of padding become zeros."""
-    rows, real = self.problem.config.tile_rows, self.row_numbers(u) < end
+    real = self.row_numbers(u) < end
     if not self.problem.rows_in_place:
-      self.out[head, pl.ds(u * rows, rows)] = jnp.where(real, outs[0], 0).T.astype(self.out.dtype)
+      at = first * self.problem.group + head, self.tile(u)
+      self.out[at] = jnp.where(real, outs[0], 0).T.astype(self.out.dtype)
       return
     low, high = (pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for out in outs)
-    self.words(self.out)[self.word_rows(head, u)] = jnp.where(real, (low >> 16) | high, jnp.uint32(0)).T
+    self.words(self.out, first, u)[self.word_rows(head)] = jnp.where(real, (low >> 16) | high, jnp.uint32(0)).T
 
-  def words(self, rows):
-    """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`: two heads one above the other share a word."""
-    words = self.problem.config.block_rows * self.problem.query_heads // 2
-    return rows.bitcast(jnp.uint32).reshape(words, self.problem.width)
+  def words(self, rows, first, u):
+    """Rows `[T, H, D]` of 16 bits as words `[T H / 2, D]`, from some of a tile's on.
 
-  def word_rows(self, head, u):
-    stride = self.problem.query_heads // 2
-    return pl.ds(u * self.problem.config.tile_rows * stride + head // 2, self.problem.config.tile_rows, stride=stride)
+    Two heads one above the other share a word; SUBLANES of them lie together, so `first` has to begin such heads.
+    """
+    problem, half = self.problem, self.problem.query_heads // 2
+    words = rows.bitcast(jnp.uint32).reshape(problem.config.block_rows * half, problem.width)
+    start = u * problem.config.tile_rows * half + _floordiv(first * problem.group, 2)
+    count = problem.config.tile_rows * half - (problem.heads - problem.outer_heads) * problem.group // 2
+    return words.at[pl.ds(start if isinstance(start, int) else pl.multiple_of(start, SUBLANES // 2), count)]
+
+  def word_rows(self, head):
+    return pl.ds(head // 2, self.problem.config.tile_rows, stride=self.problem.query_heads // 2)
 
   def overflowed(self, end):
     """Whether a row's sum is beyond what can be trusted."""
     problem = self.problem
-    worst = jnp.zeros((SUBLANES, problem.config.tile_rows), jnp.float32)
+    worst = jnp.float32(0)
     for u in range(problem.row_tiles):
       real = self.row_numbers(u) < end
-      for head in range(problem.query_heads):
-        total = self.total[self.place(head, u)]
-        worst = jnp.maximum(worst, jnp.where(real, jnp.where(total < _OVERFLOW, 0.0, 1.0), 0.0))
-    return jnp.max(worst) > 0
+      beyond = jnp.zeros((SUBLANES, problem.config.tile_rows), jnp.float32)
+      for head, g in itertools.product(range(problem.heads), range(problem.group)):
+        beyond = jnp.maximum(beyond, jnp.where(self.total[self.place(head, u, g)] < _OVERFLOW, 0.0, 1.0))
+      worst = jnp.maximum(worst, jnp.max(jnp.where(real, beyond, 0.0)))
+    return worst > 0
 
 
 def _by_sublane(x):

@@ -21,7 +21,10 @@ class Config:
     ahead: Tiles whose scores are asked for before the softmax of the present one.
     heads_at_once: Key/value heads in one straight-line piece of code, in the interior.
     edge_heads_at_once: The same for the edges.
+    outer_heads_at_once: The same, about, where queries come and results go; all of them if None.
     fixed_reference: Whether the interior refers to the edges' maximum; else every block has a running maximum.
+    join_results: Whether results of all tiles of a head go out in one piece of code: longer, a little faster, and on
+      tpu7x the simulation gives up otherwise, unless a piece holds all heads.
   """
 
   block_rows: int = 512
@@ -31,7 +34,9 @@ class Config:
   ahead: int = 2
   heads_at_once: int = 1
   edge_heads_at_once: int = 1
+  outer_heads_at_once: int | None = None
   fixed_reference: bool = True
+  join_results: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +131,13 @@ class Problem:
   def heads_a_word(self) -> int:
     """Query heads that the kernel reads and writes together: two of 16 bits share a word of memory."""
     return 2 if self.rows_in_place else 1
+
+  @property
+  def outer_heads(self) -> int:
+    """Packed heads whose rows are read, or written, in one piece of code: those of whole tiles of memory."""
+    together = SUBLANES if self.rows_in_place else 1
+    several = range(self.config.outer_heads_at_once or self.heads, self.heads)
+    return next((n for n in several if self.heads % n == 0 and n * self.group % together == 0), self.heads)
 
   @property
   def rows_block(self) -> tuple[int, int, int]:

@@ -31,6 +31,7 @@ from pallas_kernels.tuning import Facts
 _BYTE_BIAS = 8  # what a stored four-bit value is above the value that it stands for
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
 _HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
+_SHORT_BLOCK_N = 768  # columns of a body of under 6,000 bundles, at 64 rows
 _LONGEST_BODY = 64 * 2048 * 4096  # rows times weights of a grid step
 
 
@@ -523,6 +524,11 @@ def rule(device: Device, facts: Facts) -> Config:
     else:
       config = dataclasses.replace(config, block_m=config.block_m // 2)
   return config
+
+
+def shorten(config: Config) -> Config:
+  """The same in shorter bodies."""
+  return dataclasses.replace(config, block_n=min(config.block_n, _SHORT_BLOCK_N))
 
 
 def quantized_matmul(

@@ -9,6 +9,7 @@ from pallas_kernels import cases, devices, dispatch, tuning
 from pallas_kernels.dispatch import Plain, Tuned, choose
 from pallas_kernels.page_copy import pallas_tpu as copy_tpu
 from pallas_kernels.page_copy import pallas_tpu_append
+from pallas_kernels.page_copy.api import IMPLEMENTATIONS as COPIES
 
 V6E = devices.by_name('v6e')
 CPU = devices.Device('cpu', 'cpu')
@@ -53,6 +54,30 @@ def test_parameters_come_from_the_row_or_the_nearest_or_the_rule(monkeypatch, fa
   assert taken(monkeypatch, None, facts) == ('tpu', Config(block))
 
 
+def test_the_environment_may_prefer_the_shorter_program(monkeypatch, caplog):
+  rows = tuple(
+    dataclasses.replace(row, figures={'bundles': 100 * int(row.config['block'])} if row.config['block'] < 64 else {})
+    for row in ROWS
+  )
+  short = {'pallas_tpu': dataclasses.replace(IMPLEMENTATIONS['pallas_tpu'], shorten=lambda config: Config(2))}
+  monkeypatch.setattr(tuning, 'load', lambda kernel: rows)
+  for form, blocks in {'fast': (64, 40, 8), 'small': (16, 40, 2)}.items():
+    monkeypatch.setenv('PALLAS_KERNELS_FORM', form)
+    for block, facts in zip(
+      blocks, ({'dtype': 'int8', 'batch': 64}, {'dtype': 'int8', 'batch': 4}, {'dtype': 'float32'}), strict=True
+    ):
+      dispatch._log.cache_clear()
+      with caplog.at_level(logging.INFO, 'pallas_kernels'):
+        assert choose('a kernel', short, None, facts, V6E)() == ('tpu', Config(block))
+      assert (', small form, for ' in caplog.records[-1].message) == (form == 'small')
+
+
+def test_a_form_that_is_none_is_named(monkeypatch):
+  monkeypatch.setenv('PALLAS_KERNELS_FORM', 'tiny')
+  with pytest.raises(ValueError, match=r"PALLAS_KERNELS_FORM='tiny' is no form .* 'fast' or 'small'"):
+    taken(monkeypatch, None, {'dtype': 'int8'})
+
+
 def test_other_devices_take_plain_xla(monkeypatch):
   assert taken(monkeypatch, None, {'dtype': 'int8'}, CPU) == ('xla', None)
   assert taken(monkeypatch, ('pallas_tpu', 'xla'), {'dtype': 'int8'}, CPU) == ('xla', None)
@@ -85,14 +110,27 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize('kernel', KERNELS)
+@pytest.mark.parametrize('kernel', [*KERNELS, 'page_copy'])
 def test_every_row_of_a_table_can_run_where_it_says(kernel):
   rows = tuning.load(kernel)
   assert rows
-  implementation = KERNELS[kernel]['pallas_tpu']
   for row in rows:
+    implementations = COPIES[row.problem['function']] if kernel == 'page_copy' else KERNELS[kernel]
+    implementation = implementations['pallas_tpu']
     config = implementation.config(**row.config)
     assert implementation.refusal(config, devices.by_name(row.device), row.problem) is None, row
+
+
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_a_long_program_has_a_short_one_beside_it(kernel):
+  rows = tuning.load(kernel)
+  long = 6000  # bundles, from which on a chip may wait for its instructions
+  firsts = {(row.device, tuple(row.problem.items())): row for row in reversed(rows)}
+  for row in firsts.values():
+    fast, small = (tuning.nearest(rows, row.device, row.problem, form) for form in ('fast', 'small'))
+    assert fast == (row, True) and small[1] and small[0].problem == row.problem
+    assert small[0].figures['bundles'] < long, row
+    assert small[0].figures['percent'] <= row.figures['percent']
 
 
 def test_rules_have_something_for_every_device():
@@ -108,7 +146,9 @@ def test_rules_have_something_for_every_device():
   attentions = [KERNELS[name]['pallas_tpu'] for name in ('paged_attention', 'prefill_attention')]
   for device in (devices.by_name(name) for name in ('v5e', 'v5p', 'v6e', 'tpu7x')):
     for implementation in (copies, appends, *attentions):
-      assert implementation.refusal(implementation.rule(device, facts), device, facts) is None, device.name
+      config = implementation.rule(device, facts)
+      assert implementation.refusal(config, device, facts) is None, device.name
+      assert implementation.refusal(implementation.shorten(config), device, facts) is None, device.name
 
 
 def test_an_unknown_device_is_named():

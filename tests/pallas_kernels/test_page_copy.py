@@ -350,6 +350,16 @@ def test_the_rule_keeps_appends_within_16_mib_of_vmem(page, tokens):
     assert pallas_tpu_append.vmem_bytes(config, page, dtype) <= 16 * 2**20
 
 
+def test_what_suits_one_layer_or_small_pages_is_refused_where_it_is_too_much():
+  v6e = devices.by_name('v6e')
+  many = pallas_tpu.Config(units_in_flight=32)
+  assert pallas_tpu.refusal(many, v6e, FACTS | {'layers': 2}) is None
+  assert '96 copies at once' in pallas_tpu.refusal(many, v6e, FACTS | {'layers': 3})
+  large = pallas_tpu_append.Config(16, block_tokens=64, slots=32, ahead=16)
+  assert pallas_tpu_append.refusal(large, v6e, FACTS) is None
+  assert 'MiB of vector memory' in pallas_tpu_append.refusal(large, v6e, FACTS | {'kv_heads': 64, 'head_dim': 256})
+
+
 POOL = jax.ShapeDtypeStruct((P, 2, 3, 32, 16), jnp.float32)
 INT8 = jax.ShapeDtypeStruct(POOL.shape, jnp.int8)
 SCALES = jax.ShapeDtypeStruct((P, 2, 3, 32), jnp.float32)

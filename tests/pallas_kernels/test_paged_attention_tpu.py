@@ -88,6 +88,16 @@ def case(**options):
     case(lengths=[26, 8], dtype='int8', layout='paired', heads=(4, 2), query_tokens=2),
     case(lengths=[19], dtype='float8_e4m3fn', with_sinks=True),
     case(lengths=[64], config=Config(16, copy_tokens=8), heads=(16, 1), page_size=1),
+    case(lengths=[50, 0, 9, 16], config=Config(16, blocks=4, copy_tokens=8, joined=2), heads=(3, 1), with_sinks=True),
+    case(
+      lengths=[30, 5, 17],
+      config=Config(8, blocks=4, share=2, copy_tokens=8, joined=2),
+      heads=(8, 4),
+      dtype='int8',
+      layout='paired',
+      sliding_window=11,
+      query_tokens=2,
+    ),
   ],
   ids=lambda options: ' '.join(
     f'{name}={value}' for name, value in options.items() if name not in ('config', 'device')
@@ -116,7 +126,13 @@ def test_it_gives_what_the_textbook_does_for_odd_shapes(seed):
     page_size=page_size,
     layout=layout,
     query_tokens=int(rng.integers(1, 4)),
-    config=Config(page_size * int(rng.choice([2, 8])), int(rng.integers(1, 3)), int(rng.integers(1, 5)), page_size * 2),
+    config=Config(
+      page_size * int(rng.choice([2, 8])),
+      int(rng.integers(1, 4)),
+      int(rng.integers(1, 5)),
+      page_size * 2,
+      joined=int(rng.integers(1, 4)),
+    ),
     device=dataclasses.replace(V6E, cores=int(rng.integers(1, 3))),
     with_sinks=bool(rng.integers(2)),
     sliding_window=[None, 1, 17][rng.integers(3)],

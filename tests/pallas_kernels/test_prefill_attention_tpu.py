@@ -15,7 +15,7 @@ from pallas_kernels.prefill_attention import pallas_tpu
 from pallas_kernels.prefill_attention.pallas_tpu import Config
 from pallas_kernels.prefill_attention.tpu_kernel import Kernel
 
-CONFIG = Config(block_rows=16, tile_rows=8, block_tokens=16, tile_tokens=8, heads_at_once=1, edge_heads_at_once=1)
+CONFIG = Config(block_rows=16, tile_rows=8, block_tokens=16, tile_tokens=8, outer_heads_at_once=1)
 SCALE = 0.3
 QUICKLY = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}  # compiled, not run
 CHUNKS = ((0, 0), (3, 5), (40, 9), (0, 0), (0, 1), (2, 30), (0, 0))  # (cached before, new) tokens
@@ -126,7 +126,8 @@ def test_odd_shapes_cut_in_odd_ways(seed):
     page_size=int(rng.choice([2, 4, 6])), window=rng.choice([None, 5, 33]), padding=int(rng.integers(0, 9)),
   )  # fmt: skip
   tile = int(rng.choice([8, 24]))
-  config = Config(tile * int(rng.integers(1, 3)), tile, 48, 24, int(rng.integers(0, 4)), kv_heads, 1, seed % 2 == 0)
+  cut = tile * int(rng.integers(1, 3)), tile, 48, 24, int(rng.integers(0, 4)), kv_heads, 1
+  config = Config(*cut, 1 if seed else None, fixed_reference=seed % 2 == 0, join_results=seed > 1)
   check(case, config)
 
 
@@ -141,9 +142,10 @@ def test_a_key_that_stands_out_in_the_interior_is_done_again_exactly(monkeypatch
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='no interpreter of this JAX writes through a bitcast')
 def test_rows_of_two_heads_a_word_are_read_and_written_in_place():
   case = make(3, chunks=((0, 20), (3, 5)), heads=16, kv_heads=4, head_dim=128)
-  out, log_sums = run(case, Config(16, 16, 16, 8, 2, 2, 4), dtype=jnp.bfloat16)
-  np.testing.assert_allclose(out, case.out, rtol=5e-2, atol=5e-2)
-  np.testing.assert_allclose(log_sums, case.log_sums, rtol=3e-2, atol=5e-2)
+  for config in (Config(16, 16, 16, 8, 2, 2, 4), Config(16, 8, 16, 8, 2, 1, 1, 1)):
+    out, log_sums = run(case, config, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(out, case.out, rtol=5e-2, atol=5e-2)
+    np.testing.assert_allclose(log_sums, case.log_sums, rtol=3e-2, atol=5e-2)
 
 
 def test_copies_and_products_do_not_race(monkeypatch):

@@ -194,14 +194,26 @@ class Case:
   page_size: int
   seed: int
   decode_steps: int = 1
+  decode_page_size: int | None = None  # the same if None
 
   @property
   def workers(self):
-    sizes = SIZES | {'num_pages': 128 // self.page_size}
+    sizes, decode = (
+      SIZES | {'num_pages': 128 // size, 'page_size': size} for size in (self.page_size, self.decode_size)
+    )
     if self.split.endswith('C'):
       return colocated_pool(int(self.split[:-1]), **sizes)
     num_prefill, num_decode = parse_split(self.split)
-    return prefill_pool(num_prefill, **sizes) + decode_pool(num_decode, **sizes)
+    return prefill_pool(num_prefill, **sizes) + decode_pool(num_decode, **decode)
+
+  @property
+  def decode_size(self) -> int:
+    return self.decode_page_size or self.page_size
+
+  @property
+  def name(self) -> str:
+    sizes = self.page_size if self.decode_size == self.page_size else f'{self.page_size}to{self.decode_size}'
+    return f'{self.split}-page{sizes}-{self.decode_steps}steps'
 
   @property
   def policy(self):
@@ -239,7 +251,8 @@ CASES = [
     for decode_steps in (1, 4)
   )
 ]
-EVERY_CASE = pytest.mark.parametrize('case', CASES, ids=lambda c: f'{c.split}-page{c.page_size}-{c.decode_steps}steps')
+CASES += [Case('1P1D', 16, 24, 1, 1), Case('2P1D', 1, 25, 4, 16), Case('3P2D', 6, 26, 2, 4)]
+EVERY_CASE = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 
 
 def _check_pages(state: ClusterState, transfers: dict[int, TransferOrder]) -> None:
@@ -314,7 +327,7 @@ def test_tokens_asked_for_are_delivered_or_counted_as_wasted(case):
 def test_prompts_are_computed_once_and_their_pages_sent_once(case):
   events = case.run()
   next_start: Counter[str] = Counter()
-  sent: dict[str, list[int]] = {}
+  sent: dict[str, int] = {}
   held: dict[str, tuple[int, ...]] = {}
   for _, order in started(events):
     if isinstance(order, StepOrder):
@@ -323,10 +336,14 @@ def test_prompts_are_computed_once_and_their_pages_sent_once(case):
         next_start[chunk.request.id] += chunk.length
         held[chunk.request.id] = chunk.pages
     elif isinstance(order, TransferOrder):
-      sent.setdefault(order.request, []).extend(order.source_pages)
+      assert order.start == sent.get(order.request, 0)
+      sent[order.request] = order.start + order.tokens
+      first, end = order.start // case.page_size, -(-sent[order.request] // case.page_size)
+      assert order.source_pages == held[order.request][first:end]
   requests = {event.request.id: event.request for event in events if isinstance(event, Arrived)}
   assert next_start == {name: request.prompt_len for name, request in requests.items()}
-  assert all(tuple(pages) == held[name] for name, pages in sent.items())
+  unit = math.gcd(case.page_size, case.decode_size)
+  assert all(tokens == -(-requests[name].prompt_len // unit) * unit for name, tokens in sent.items())
   decoded = {name for _, order in started(events) if isinstance(order, StepOrder) for name in _decodes(order)}
   assert decoded <= sent.keys() if not case.split.endswith('C') else not sent
 

@@ -1,6 +1,7 @@
 """Prompts on their way through the cluster, order by order and page by page."""
 
 import dataclasses
+import math
 import random
 
 import pytest
@@ -110,25 +111,31 @@ def test_the_chunks_of_a_prompt_send_the_pages_they_complete():
   assert cluster.phase('a') is Phase.DECODING
 
 
-@pytest.mark.parametrize('seed', range(20))
-def test_however_a_prompt_is_cut_each_page_is_sent_once_and_in_order(seed):
+@pytest.mark.parametrize('seed', range(40))
+def test_however_a_prompt_is_cut_each_token_is_sent_once_and_in_order(seed):
   rng = random.Random(seed)
-  page_size, prompt_len = rng.choice([1, 3, 4, 16, 64]), rng.randint(1, 60)
+  ours = rng.choice([1, 3, 4, 16, 64])
+  theirs, prompt_len = ours if seed % 2 else rng.choice([1, 2, 6, 8, 64]), rng.randint(1, 60)
+  unit = math.gcd(ours, theirs)
   sizes = SIZES | {'num_pages': 70, 'max_step_tokens': 60}
-  cluster = Driver(prefill_pool(1, **sizes) + decode_pool(1, **sizes), page_size)
+  cluster = Driver(prefill_pool(1, page_size=ours, **sizes) + decode_pool(1, **sizes), page_size=theirs)
   cluster.arrive('a', prompt_len, max_tokens=5)
-  sent, start = [], 0
+  sent, start = 0, 0
   while start < prompt_len:
     length = rng.randint(1, prompt_len - start)
     step, *transfers = cluster.start(Step('prefill0', (Chunk('a', start, length, 'decode0'),)))
     start += length
     for transfer in transfers:
-      sent += zip(transfer.source_pages, transfer.target_pages, strict=True)
+      end = transfer.start + transfer.tokens
+      assert (transfer.start, transfer.tokens % unit) == (sent, 0) and end <= -(-start // unit) * unit
+      assert transfer.source_pages == tuple(range(sent // ours, -(-end // ours)))
+      assert transfer.target_pages == tuple(range(sent // theirs, -(-end // theirs)))
+      sent = end
+    assert start - sent < unit  # nothing waits that could travel
     cluster.end(step, {'a': 1} if start == prompt_len else {})
     for transfer in transfers:
       cluster.end(transfer)
-  num_pages = -(-prompt_len // page_size)
-  assert sent == [(page, page) for page in range(num_pages)]
+  assert sent == -(-prompt_len // unit) * unit
   assert cluster.phase('a') is Phase.DECODING
 
 

@@ -131,6 +131,20 @@ def test_workers_that_share_a_device_share_it_with_the_baseline_too():
   assert [worker.num_pages for worker in systems[0].config.workers] == [128]
 
 
+def test_divisions_have_the_bytes_of_unlike_pools_in_the_pages_of_the_one_that_decodes():
+  workers = pdjax.prefill_pool(1, num_pages=64) + pdjax.decode_pool(1, num_pages=24, page_size=16, kv_dtype='int8')
+  run = dataclasses.replace(config(), workers=workers)
+  systems, _ = colocated_systems([run], TINY, [16])
+  expected = 64 * 4 * TINY.cached_token_bytes('float32') + 24 * 16 * TINY.cached_token_bytes('int8')
+  for system in systems:
+    sizes = {(worker.page_size, worker.kv_dtype) for worker in system.config.workers}
+    assert sizes == {(16, 'int8')}
+    copies = [worker.tp / mesh_shape(TINY, worker.tp)[0] for worker in system.config.workers]
+    pages = sum(worker.num_pages * share for worker, share in zip(system.config.workers, copies, strict=True))
+    page = 16 * TINY.cached_token_bytes('int8')
+    assert expected - len(copies) * page < pages * page <= expected
+
+
 def test_a_split_is_made_of_workers_like_the_first_of_each_role():
   run = config('1P1D', prefill_tp=1, decode_tp=2)
   split = with_split(run, '2P3D')

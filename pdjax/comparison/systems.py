@@ -141,6 +141,7 @@ def colocated_systems(
   fused = min(worker.max_fused_steps for worker in decodes)
   decode_steps = min(getattr(config.policy, 'decode_steps', 1), fused)
   sizes = _budgets(configs, budgets)
+  like = decodes[0]  # whose pages the baseline has
   systems, missing = [], {}
   for count in range(1, len(used) + 1):
     if len(used) % count:
@@ -149,12 +150,12 @@ def colocated_systems(
     division = f'{count}C tp{tp}'
     try:
       mesh_shape(model, tp)
-      num_pages = _equal_pages(configs, model, count, tp)
+      num_pages = _equal_pages(configs, model, count, tp, like)
     except ValueError as error:
       missing[division] = str(error)
       continue
     pool = colocated_pool(
-      count, tp=tp, num_pages=num_pages,
+      count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype,
       max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
       max_step_tokens=_largest_pass(configs), max_chunks=max(worker.max_chunks for worker in prefills),
       max_fused_steps=fused,
@@ -230,16 +231,26 @@ def _budgets(configs: Sequence[ServingConfig], budgets: Sequence[int] | None) ->
   return sorted(set(budgets))
 
 
-def _equal_pages(configs: Sequence[ServingConfig], model: ModelSpec, count: int, tp: int) -> int | Literal['auto']:
-  """Pages of each of `count` workers, so that together they have the bytes of the richest run's pools."""
+def _equal_pages(
+  configs: Sequence[ServingConfig], model: ModelSpec, count: int, tp: int, like: WorkerSpec
+) -> int | Literal['auto']:
+  """Pages of each of `count` workers, so that together they have the bytes of the richest run's pools.
+
+  They have the page size and the dtype of `like`, a worker of the first run.
+  """
   if any(worker.num_pages == 'auto' for config in configs for worker in config.workers):
     return 'auto'
 
   def copies(tp: int) -> float:  # devices over which a page lies, each with its share of the heads
     return tp / mesh_shape(model, tp)[0]
 
-  whole = max(sum(int(worker.num_pages) * copies(worker.tp) for worker in config.workers) for config in configs)
-  each = int(whole / (count * copies(tp)))
+  def page_bytes(worker: WorkerSpec) -> float:
+    assert worker.page_size and worker.kv_dtype
+    return worker.page_size * model.cached_token_bytes(worker.kv_dtype) * copies(worker.tp)
+
+  whole = max(sum(int(worker.num_pages) * page_bytes(worker) for worker in config.cluster) for config in configs)
+  (page,) = (page_bytes(dataclasses.replace(one, tp=tp)) for one in configs[0].cluster if one.name == like.name)
+  each = int(whole / (count * page))
   if each < 1:
-    raise ValueError(f'the {whole:g} pages of the config leave none for each of {count} workers.')
+    raise ValueError(f'the pages of the config leave none for each of {count} workers.')
   return each

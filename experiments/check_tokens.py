@@ -50,12 +50,15 @@ def golden_cases() -> list[dict]:
 def ways(page_size: int) -> dict[str, _Way]:
   """Every way of serving by name, with as many pages of that size as the cases need."""
   sizes = SIZES | {'num_pages': POOL_TOKENS // page_size}
+  larger = sizes | {'page_size': 4 * page_size, 'num_pages': POOL_TOKENS // page_size // 4}
   disaggregated = Disaggregated()
   return {
     'colocated': (colocated_pool(1, **sizes), Colocated(token_budget=128)),
     'colocated tp3': (colocated_pool(1, tp=3, **sizes), Colocated(token_budget=128, decode_steps=4)),
     '1P1D tp1→tp3': (prefill_pool(1, tp=1, **sizes) + decode_pool(1, tp=3, **sizes), disaggregated),
     '1P1D tp3→tp1': (prefill_pool(1, tp=3, **sizes) + decode_pool(1, tp=1, **sizes), Disaggregated(decode_steps=4)),
+    '1P1D pages ×4': (prefill_pool(1, **sizes) + decode_pool(1, tp=3, **larger), disaggregated),
+    '1P1D pages ÷4': (prefill_pool(1, tp=3, **larger) + decode_pool(1, **sizes), disaggregated),
     '2P2D': (prefill_pool(2, **sizes) + decode_pool(2, **sizes), disaggregated),
   }
 

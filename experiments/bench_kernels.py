@@ -204,7 +204,7 @@ def estimated(problem: Problem, device: str) -> Figure | str:
 
 def timed(problem: Problem, device: str) -> Figure | str:
   """By the time that it takes on the device that is here."""
-  case = problem.build()
+  case = problem.to_time().build()
   try:
     seconds = _seconds(case)
   except Exception as error:  # parameters that do not compile are no candidates

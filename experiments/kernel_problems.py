@@ -29,8 +29,14 @@ class Problem:
 
   def to_time(self) -> 'Problem':
     """The same where a device is here to time it: whole, and reading what an estimate has to know beforehand."""
-    kept = {name: value for name, value in self.arguments.items() if name not in ('static', 'kv_heads')}
-    return dataclasses.replace(self, arguments=kept) if self.beside else self
+    if self.beside:
+      kept = {name: value for name, value in self.arguments.items() if name not in ('static', 'kv_heads')}
+      return dataclasses.replace(self, arguments=kept)
+    read = {
+      'pallas_kernels.cases:decode': {'static': False},
+      'pallas_kernels.cases:prefill': {'static': False, 'tokens': self.arguments.get('context', 4096)},
+    }
+    return dataclasses.replace(self, arguments={**self.arguments, **read.get(self.case, {})})
 
 
 def _bars(v5e: float | None = None, v6e: float | None = None, v5p: float | None = None, tpu7x: float | None = None):

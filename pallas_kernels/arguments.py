@@ -28,6 +28,8 @@ def check_queries_and_pages(
   """
   if q.ndim not in shapes:
     raise ValueError(f'q {q.shape} is not {" or ".join(shapes.values())}; reshape it.')
+  if not q.size or not pages.size:
+    raise ValueError(f'q {q.shape} or pages {pages.shape} hold nothing; leave out the call.')
   if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.name in QUANTIZED:
     raise ValueError(f'q is {q.dtype}, expected float32, bfloat16 or float16; cast it.')
   layout = PageLayout.of(pages.shape, q.shape[-1])
@@ -88,6 +90,8 @@ def check_sequences(sequences: int, **arrays: jax.Array) -> None:
     if array.shape != shape:
       expected = str(shape).replace("'", '')
       raise ValueError(f'{name} {array.shape} do not belong to {sequences} sequences: expected {expected}.')
+    if not array.size:
+      raise ValueError(f'{name} {array.shape} hold nothing; give at least one sequence and a page to each.')
     if not jnp.issubdtype(array.dtype, jnp.integer):
       raise ValueError(f'{name} are {array.dtype}, expected int32; cast them.')
 

@@ -68,7 +68,9 @@ def choose(
     found = _parameters(kernel, implementations[name], device, facts)
     if not isinstance(found, str):
       run, taken = found
-      _log(kernel, name, taken, device.name, tuple(facts.items()), tuple(reasons))
+      chosen_here = device.platform in _AUTOMATIC or bool(reasons)
+      level = logging.INFO if chosen_here else logging.DEBUG  # where there is one way there is nothing to tell
+      _log(level, kernel, name, taken, device.name, tuple(facts.items()), tuple(reasons))
       return run
     reasons.append(f'{name}: {found}')
   raise ValueError(f'{kernel} cannot run on {device.name} as asked for. {" ".join(reasons)}')
@@ -93,16 +95,19 @@ def _parameters(
   refusal: str | None = (
     f"it is for TPUs, and this is {device.name}; on other devices take implementation=None or 'xla'."
   )
+  passed_over = ''
   for config, source in candidates:
     refusal = implementation.refusal(config, device, facts)
     if refusal is None:
-      return functools.partial(implementation.run, config=config, device=device), f'{config} {source}'
+      run = functools.partial(implementation.run, config=config, device=device)
+      return run, f'{config} {source}{passed_over}'
+    passed_over += f', not {source}: {refusal}'
   return refusal or 'nothing fits it.'
 
 
 @functools.cache
-def _log(kernel: str, name: str, taken: str, device: str, facts: tuple, reasons: tuple[str, ...]) -> None:
+def _log(level: int, kernel: str, name: str, taken: str, device: str, facts: tuple, reasons: tuple[str, ...]) -> None:
   """Say once what was taken for a problem, and what was not."""
   passed_over = f' (not {"; ".join(reasons)})' if reasons else ''
   problem = ', '.join(f'{name} {value}' for name, value in facts)
-  _LOGGER.info('%s on %s takes %s, %s, for %s%s', kernel, device, name, taken, problem, passed_over)
+  _LOGGER.log(level, '%s on %s takes %s, %s, for %s%s', kernel, device, name, taken, problem, passed_over)

@@ -11,7 +11,9 @@ from pallas_kernels.dispatch import Plain, Tuned, choose
 from pallas_kernels.paged_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
-  'pallas_tpu': Tuned(pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal),
+  'pallas_tpu': Tuned(
+    pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
+  ),
   'xla': Plain(xla.paged_attention),
   'reference': Plain(reference.paged_attention),
 }

@@ -58,7 +58,7 @@ def paged_attention(
     device: To run on.
     interpret: As for `pallas_call`.
     static_length: Promises that each sequence is so long, which must be whole blocks. Trip counts are known at trace
-      time then, as a static cost needs them; the program is the same.
+      time then, as a static cost needs them; what they are for other lengths is left out.
   """
   queries = q if q.ndim == 4 else q[:, None]
   problem = Problem(
@@ -108,9 +108,10 @@ def _list_work(problem: Problem, lengths: jax.Array) -> _Work:
   starts = jnp.sum(jnp.where(order < order[:, None], count, 0), axis=1)  # places in the list of all
   place = jnp.arange((problem.max_steps + 1) * blocks, dtype=jnp.int32)[None]  # [cores, items]
   longest = total = jnp.sum(count)
-  if problem.cores > 1:  # cores take equal shares of the list, moved to where a sequence ends
+  if problem.cores > 1:  # cores take equal shares of the list, moved to the nearest end of a sequence
     share = jnp.arange(problem.cores + 1, dtype=jnp.int32) * total // problem.cores
-    stops = jnp.max(jnp.where(starts + count <= share[:, None], starts + count, 0), axis=1)  # [cores + 1]
+    middle = starts + (count + 1) // 2
+    stops = jnp.max(jnp.where(middle <= share[:, None], starts + count, 0), axis=1)  # [cores + 1]
     longest = jnp.max(stops[1:] - stops[:-1])
     place = place + stops[:-1, None]
     place = jnp.where(place < stops[1:, None], place, total)
@@ -227,6 +228,11 @@ def rule(device: Device, facts: Facts) -> Config:
   while refusal(config, device, facts) is not None and config.block_tokens > max(int(facts['page_size']), 128):
     config = dataclasses.replace(config, block_tokens=config.block_tokens // 2)
   return config
+
+
+def shorten(config: Config) -> Config:
+  """The same in short pieces of code: one block a step."""
+  return dataclasses.replace(config, blocks=1)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:

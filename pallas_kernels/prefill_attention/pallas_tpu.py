@@ -69,7 +69,7 @@ def prefill_attention(
     device: To run on.
     interpret: As for `pallas_call`.
     static_lengths: Promises that the chunks are whole prompts of these lengths. Trip counts are known at trace time
-      then, as a static cost needs them; the program is the same.
+      then, as a static cost needs them; what they are for other lengths is left out.
   """
   problem = Problem(
     config=config,
@@ -223,9 +223,6 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'{config}: tile_rows must be whole lanes of {LANES}, and divide block_rows.'
   if LANES < config.block_rows >= int(facts['tokens']) + config.tile_rows:
     return f'{config}: blocks of {config.block_rows} rows are too large for {facts["tokens"]} tokens.'
-  outer = config.outer_heads_at_once or page[1]
-  if any(page[1] % heads for heads in (config.heads_at_once, config.edge_heads_at_once, outer)):
-    return f'{config}: the heads at once must divide the {page[1]} heads of a page.'
   compute = compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype)
   heads, head_dim = int(facts['query_heads']), int(facts['head_dim'])
   problem = Problem(config, int(facts['tokens']), heads, head_dim, page, compute, dtype)

@@ -233,7 +233,7 @@ class Kernel:
     tiles = range(problem.tiles)
 
     def some_heads(i):
-      heads = [i * config.heads_at_once + h for h in range(config.heads_at_once)]
+      heads = [i * problem.heads_at_once + h for h in range(problem.heads_at_once)]
       values = [self.values(slot, head, 0, len(tiles)).T.astype(self.queries.dtype) for head in heads]
       own = [self.own(walk, u) for u in range(problem.row_tiles)]
       items = [(h, u, g) for h in range(len(heads)) for u in range(problem.row_tiles) for g in range(problem.group)]
@@ -241,7 +241,7 @@ class Kernel:
       for (h, u, g), scores in zip(items, _ahead(products, config.ahead), strict=True):
         self.add(scores, values[h], heads[h], u, g, own[u], running=not config.fixed_reference)
 
-    _loop(0, problem.heads // config.heads_at_once, some_heads)
+    _loop(0, problem.heads // problem.heads_at_once, some_heads)
 
   def edges(self, walk, slot, block, length, exact):
     """A block that some row does not see whole: tile by tile, those that are seen at all.
@@ -251,7 +251,7 @@ class Kernel:
     problem, config = self.problem, self.problem.config
     first_u = _floordiv(walk.low - self.first_row, config.tile_rows)
     end_u = _cdiv(walk.high - self.first_row, config.tile_rows)
-    at_once = 1 if exact else config.edge_heads_at_once
+    at_once = 1 if exact else problem.edge_heads_at_once
     steps = problem.query_heads if exact else problem.heads // at_once
 
     def some_heads(i, tile, u):

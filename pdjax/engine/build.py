@@ -17,12 +17,12 @@ from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.pages import choose_layout
-from pdjax.kv.transfer import DevicePut, Transport
+from pdjax.kv.transfer import TRANSPORTS, Transport
 from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, devices_needed
+from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec, carve_devices, devices_needed
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 
@@ -160,7 +160,7 @@ def build_engine(
   if getattr(config.policy, 'moves_kv', True):
     for source, target in itertools.permutations(workers, 2):
       if source.spec.role.prefills and target.spec.role.decodes:
-        transport = DevicePut(source, target, config.transfer)
+        transport = TRANSPORTS[_transport_name(config.transfer, source, target)](source, target, config.transfer)
         transports[source.spec.name, target.spec.name] = transport
         compile_programs(f'{source.spec.name}→{target.spec.name}', transport.compile)
   compiled = time.perf_counter()
@@ -171,3 +171,11 @@ def build_engine(
   say(f'warm-up took {measured - begin:.1f} s, of which compiling {compiled - loaded:.1f} s')
   warm_up = WarmUp(loaded - begin, compiled - loaded, measured - compiled, program_s, chip, link)
   return Built(Engine(workers, transports), specs, names, warm_up)
+
+
+def _transport_name(spec: TransferSpec, source: Worker, target: Worker) -> str:
+  """Device to device, if it is left open and both workers have devices of one kind."""
+  if spec.transport != 'auto':
+    return spec.transport
+  ours, theirs = (worker.mesh.devices.flat[0].platform for worker in (source, target))
+  return 'device_put' if ours == theirs else 'host_staged'

@@ -10,6 +10,7 @@ from pdjax.types.model import KV_DTYPE_BYTES
 
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
+TransportName = Literal['auto', 'device_put', 'host_staged']
 
 
 class DeviceError(RuntimeError):
@@ -119,14 +120,20 @@ class TransferSpec:
 
   Attributes:
     max_batch_pages: Most pages gathered into one array. Bounds the staging memory of one batch.
+    transport: 'device_put' from device to device of one process; 'host_staged' over the host's memory, for devices that
+      cannot address each other; 'auto' takes the first where both workers have devices of one kind.
 
   Raises:
-    ValueError: if that is not positive.
+    ValueError: if the pages are not positive or the transport is unknown.
   """
 
   max_batch_pages: int = 256
+  transport: TransportName = 'auto'
 
   def __post_init__(self):
+    if self.transport not in get_args(TransportName):
+      names = ', '.join(map(repr, get_args(TransportName)))
+      raise ValueError(f'transport is {self.transport!r}, expected one of {names}.')
     if self.max_batch_pages < 1:
       raise ValueError(f'max_batch_pages is {self.max_batch_pages}, expected at least 1 page.')
 

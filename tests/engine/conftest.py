@@ -10,12 +10,12 @@ from tests.engine.cluster import Cluster
 from tests.tiny import config
 
 
-def build(*args, differing=None, **kwargs) -> Cluster:
+def build(*args, differing=None, transfer=TransferSpec(max_batch_pages=4), **kwargs) -> Cluster:
   """A tiny cluster with few sizes of transfer batches; `differing` are fields of each worker that are its own."""
   run = config(*args, **kwargs)
   each = differing or ({},) * len(run.workers)
   workers = [dataclasses.replace(one, **fields) for one, fields in zip(run.workers, each, strict=True)]
-  return Cluster(dataclasses.replace(run, workers=workers, transfer=TransferSpec(max_batch_pages=4)))
+  return Cluster(dataclasses.replace(run, workers=workers, transfer=transfer))
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.types import Request, SamplingParams
+from pdjax.types import Request, SamplingParams, TransferSpec
 from tests.engine.cluster import Cluster, live_pages
 from tests.engine.conftest import build
 from tests.engine.plain import EXACT, generate
@@ -156,6 +156,12 @@ def test_workers_of_unlike_pools_give_what_a_loop_with_the_same_conversions_does
   assert pools == list(zip(caches, sizes, strict=True))
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)), caches=caches)
   assert_live_pages_moved(cluster, served)
+
+
+def test_pages_that_go_over_the_host_are_exact():
+  cluster = build('1P1D', 1, 2, TINY_8_2, max_sequences=2, transfer=TransferSpec(4, 'host_staged'))
+  assert {type(way).__name__ for way in cluster.transports.values()} == {'HostStaged'}
+  assert_live_pages_moved(cluster, assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 17, 40))))
 
 
 def test_a_colocated_worker_with_int8_pages_loses_what_a_loop_with_them_does():

@@ -2,5 +2,8 @@
 
 from pdjax.kv.transfer.base import Parcel, Transport
 from pdjax.kv.transfer.device_put import DevicePut
+from pdjax.kv.transfer.host_staged import HostStaged
 
-__all__ = ['DevicePut', 'Parcel', 'Transport']
+TRANSPORTS = {'device_put': DevicePut, 'host_staged': HostStaged}  # as `TransferSpec.transport` names them
+
+__all__ = ['TRANSPORTS', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']

@@ -19,13 +19,13 @@ class PagePool(Protocol):
   page_shapes: KVPages
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Parcel:
   """Cached tokens on their way, in batches of units.
 
   Attributes:
     batches: Of each batch, the units' places `[n, 2]` in the target's pool (page, first token there) and its pieces on
-      the target's devices.
+      the target's devices; at the latest when `wait` has returned.
     wire_bytes: Bytes of the arrays that were put onto target devices.
   """
 

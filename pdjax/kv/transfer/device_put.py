@@ -1,244 +1,30 @@
-"""KV between two meshes of one process, as pieces that fit both cuts of the heads.
+"""Pieces from device to device of one process.
 
-A `device_put` between unlike shardings waits for its source and goes through the host. So each source device gathers
-the pages asked for and cuts its heads into pieces of gcd(heads per source shard, heads per target shard); every piece
-goes from one device to one device, which returns at once; and each target device joins its pieces and writes them.
-
-What is gathered are units, tokens of the greatest common divisor of both page sizes, so that no token too many moves
-between pools of unlike pages. Units travel in batches whose sizes are powers of four, so that few programs serve every
-count. Between unlike dtypes they are converted once: on the source if they are smaller then, else on the target.
-Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
+A `device_put` between unlike shardings waits for its source and goes through the host; from one device to one device it
+returns at once.
 """
 
-import dataclasses
-import math
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import get_args
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
-from pdjax.kv.transfer.base import PagePool, Parcel, places
-from pdjax.sharding import replicated
-from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
-
-# Pieces are units with an axis of copies before all others: one copy leaves, `group` arrive.
-_HEADS_AXIS = 1 + Units.HEADS_AXIS
-_PIECE_SPEC = PartitionSpec(None, *Units.SPEC)  # on the source
-_LANDED_SPEC = PartitionSpec('group', *Units.SPEC)  # on the target
+from pdjax.kv.transfer.base import Parcel
+from pdjax.kv.transfer.pieces import ByPieces
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """How KV heads cut over one mesh map to heads cut over another.
-
-  Attributes:
-    piece_heads: Heads of one piece.
-    source_pieces: Pieces of one source shard.
-    target_pieces: Pieces of one target shard.
-  """
-
-  piece_heads: int
-  source_pieces: int
-  target_pieces: int
-
-  @classmethod
-  def between(cls, kv_heads: int, source_shards: int, target_shards: int) -> 'Cut':
-    """The coarsest pieces that fit both cuts."""
-    source, target = kv_heads // source_shards, kv_heads // target_shards
-    piece = math.gcd(source, target)
-    return cls(piece, source // piece, target // piece)
-
-  def source_of(self, target_shard: int, piece: int) -> tuple[int, int]:
-    """The (source shard, piece there) that is piece `piece` of a target shard."""
-    return divmod(target_shard * self.target_pieces + piece, self.source_pieces)
-
-
-def batch_sizes(pages: int, sizes: Sequence[int]) -> list[int]:
-  """The fewest of the ascending `sizes`, powers of four, that add up to `pages`, largest first."""
-  batches = []
-  for size in reversed(sizes):
-    batches += [size] * (pages // size)
-    pages %= size
-  return batches
-
-
-class DevicePut:
+class DevicePut(ByPieces):
   """The way from one worker's pool to another's in the same process."""
-
-  def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
-    """Plan the pieces.
-
-    Raises:
-      ValueError: if the pools hold keys and values of unlike models, or in a dtype that does not travel.
-    """
-    ours, theirs = source.page_shapes, target.page_shapes
-    if _model(ours) != _model(theirs):
-      raise ValueError(
-        f'pools of unlike models: layers, key/value heads and head size are {_model(ours)} and {_model(theirs)}; give '
-        'both workers one model.'
-      )
-    dtypes: list[KVDtypeName] = []
-    for pool in (ours, theirs):
-      name = next((name for name in get_args(KVDtypeName) if name == pool.dtype.name), None)
-      if name is None:
-        raise ValueError(f'a pool is {pool.dtype.name}, expected one of {", ".join(get_args(KVDtypeName))}.')
-      dtypes.append(name)
-    self._source = source
-    self._target = target
-    self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
-    self.dtype = jnp.dtype(wire_dtype(*dtypes))
-    self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
-    most = min(spec.max_batch_pages, *(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs)))
-    self._sizes = tuple(4**power for power in range(most.bit_length()) if 4**power <= most)
-    self._gathers: dict[int, jax.stages.Compiled] = {}
-    self._scatters: dict[int, jax.stages.Compiled] = {}
-    self._fillers: dict[int, list[Units]] = {}
-
-  # -------------------------------------------------------------------------- programs
-
-  def compile(self) -> dict[str, float]:
-    """Compile the gather and scatter of every batch size, and run each once; seconds of compiling by program.
-
-    Both pools are empty still, so it moves nothing that counts.
-    """
-
-    def timed(size: int) -> float:
-      begin = time.perf_counter()
-      self._gathers[size] = self._lower_gather(size).compile()
-      self._scatters[size] = self._lower_scatter(size).compile()
-      self._fillers[size] = self._make_fillers(size)
-      return time.perf_counter() - begin
-
-    with ThreadPoolExecutor(2) as pool:
-      seconds = {f'{size} units': s for size, s in zip(self._sizes, pool.map(timed, self._sizes), strict=True)}
-    for size in self._sizes:
-      ours, theirs = (
-        range(-(-size * self.unit // pool.page_shapes.page_size)) for pool in (self._source, self._target)
-      )
-      self.receive(self.send(ours, theirs, 0, size * self.unit)).block_until_ready()
-    return seconds
-
-  def _lower_gather(self, size: int) -> jax.stages.Lowered:
-    cut = self.cut
-
-    def pieces(pages: KVPages, places: jax.Array) -> tuple[Units, ...]:
-      whole = gather(pages, places, self.unit, self.dtype)
-      parts = jax.tree.map(lambda x: jnp.split(x[None], cut.source_pieces, axis=_HEADS_AXIS), whole)
-      return tuple(
-        jax.tree.map(lambda part, piece=piece: part[piece], parts, is_leaf=lambda x: isinstance(x, list))
-        for piece in range(cut.source_pieces)
-      )
-
-    local = jax.shard_map(
-      pieces,
-      mesh=self._source.mesh,
-      in_specs=(LAYER_SPEC, PartitionSpec()),
-      out_specs=(_PIECE_SPEC,) * cut.source_pieces,
-      check_vma=False,
-    )
-    return jax.jit(local).lower(self._source.page_shapes, self._places(self._source, size))
-
-  def _lower_scatter(self, size: int) -> jax.stages.Lowered:
-    group = self._target.mesh.shape['group']
-
-    def join(pages: KVPages, places: jax.Array, pieces: tuple[Units, ...]) -> tuple[KVPages, jax.Array]:
-      units = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=_HEADS_AXIS), *pieces)
-      if group > 1:  # the others brought zeros
-        units = jax.tree.map(lambda x: jax.lax.psum(x, 'group'), units)
-      return scatter(pages, places, jax.tree.map(lambda x: x[0], units)), places[0]
-
-    local = jax.shard_map(
-      join,
-      mesh=self._target.mesh,
-      in_specs=(LAYER_SPEC, PartitionSpec(), _LANDED_SPEC),
-      out_specs=(LAYER_SPEC, PartitionSpec()),
-      check_vma=False,
-    )
-    landed = (self._landed(size),) * self.cut.target_pieces
-    return jax.jit(local, donate_argnums=0).lower(self._target.page_shapes, self._places(self._target, size), landed)
-
-  def _places(self, pool: PagePool, size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=replicated(pool.mesh))
-
-  def _landed(self, size: int) -> Units:
-    """Shapes of the pieces of one batch that share an array on the target's mesh."""
-    mesh = self._target.mesh
-    heads, sharding = mesh.shape['kv'] * self.cut.piece_heads, NamedSharding(mesh, _LANDED_SPEC)
-    shapes = self._source.page_shapes
-    return Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
-
-  def _make_fillers(self, size: int) -> list[Units]:
-    """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
-
-    def zeros(leaf: jax.ShapeDtypeStruct, device: jax.Device) -> jax.Array:
-      return jax.device_put(np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), device)
-
-    landed = self._landed(size)
-    devices = self._target.mesh.devices[:, 1:].flat
-    return [jax.tree.map(lambda leaf, device=device: zeros(leaf, device), landed) for device in devices]
-
-  # -------------------------------------------------------------------------- moving
 
   def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
-    sources = places(source_pages, self._source.page_shapes.page_size, start, tokens, self.unit)
-    targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
-    batches = []
-    wire_bytes = 0
-    first = 0
-    for size in batch_sizes(len(sources), self._sizes):
-      gathered = self._gathers[size](self._source.pages, sources[first : first + size])
-      pieces, put_bytes = self._put(gathered, size)
-      batches.append((targets[first : first + size], pieces))
-      wire_bytes += put_bytes
-      first += size
-    return Parcel(tuple(batches), wire_bytes)
-
-  def _put(self, gathered: Sequence[Units], size: int) -> tuple[tuple[Units, ...], int]:
-    """Send every piece to its device; the pieces as arrays on the target's mesh, and the bytes that were put."""
-    source, target = self._source.mesh.devices, self._target.mesh.devices
     put_bytes = 0
 
-    def land(shape: jax.ShapeDtypeStruct, piece: int, leaves: list[jax.Array], fillers: list[jax.Array]) -> jax.Array:
-      """One piece of every target shard, of one leaf of units."""
+    def put(piece: jax.Array, device: jax.Device) -> jax.Array:
       nonlocal put_bytes
-      arrays = []
-      for target_shard in range(target.shape[0]):
-        source_shard, source_piece = self.cut.source_of(target_shard, piece)
-        data = _shard_on(leaves[source_piece], source[source_shard, 0])
-        arrays.append(jax.device_put(data, target[target_shard, 0]))
-        put_bytes += arrays[-1].nbytes
-      return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [*arrays, *fillers])
+      array = jax.device_put(piece, device)
+      put_bytes += array.nbytes
+      return array
 
-    shapes, tree = jax.tree.flatten(self._landed(size))
-    leaves = [jax.tree.leaves(units) for units in gathered]
-    fillers = [jax.tree.leaves(units) for units in self._fillers[size]]
-    landed = []
-    for piece in range(self.cut.target_pieces):
-      parts = [
-        land(shape, piece, [units[leaf] for units in leaves], [units[leaf] for units in fillers])
-        for leaf, shape in enumerate(shapes)
-      ]
-      landed.append(jax.tree.unflatten(tree, parts))
-    return tuple(landed), put_bytes
-
-  def receive(self, parcel: Parcel) -> jax.Array:
-    """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
-    for targets, pieces in parcel.batches:
-      self._target.pages, written = self._scatters[len(targets)](self._target.pages, targets, pieces)
-    return written
-
-
-def _model(pages: KVPages) -> tuple[int, int, int]:
-  """Layers, key/value heads and head size."""
-  return len(pages.layers), pages.kv_heads, pages.head_dim
-
-
-def _shard_on(array: jax.Array, device: jax.Device) -> jax.Array:
-  return next(shard.data for shard in array.addressable_shards if shard.device == device)
+    gathered = self.gather(source_pages, target_pages, start, tokens)
+    batches = tuple((batch.targets, self.land(batch, put)) for batch in gathered)
+    return Parcel(batches, put_bytes)

@@ -12,8 +12,8 @@ import pytest
 
 from pallas_kernels import PageLayout
 from pdjax.kv import KVPages, page_bytes
-from pdjax.kv.transfer import DevicePut
-from pdjax.kv.transfer.device_put import Cut, batch_sizes
+from pdjax.kv.transfer import DevicePut, HostStaged
+from pdjax.kv.transfer.pieces import Cut, batch_sizes
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
@@ -179,9 +179,10 @@ SPANS = [
 ]
 
 
+@pytest.mark.parametrize('way', [DevicePut, HostStaged])
 @pytest.mark.parametrize('page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens', SPANS)
 def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
-  page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens
+  page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens, way
 ):
   model, rng = TINY_12_12, np.random.default_rng(3)
   ends = (page_size, dtype, jax.devices()[:tp]), (target_size, target_dtype, jax.devices()[-target_tp:])
@@ -189,7 +190,7 @@ def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
     Pool.random(model, devices, 90 // size + 5, seed, jnp.dtype(name), page_size=size)
     for seed, (size, name, devices) in enumerate(ends)
   )
-  transport = DevicePut(source, target, TransferSpec(max_batch_pages=16))
+  transport = way(source, target, TransferSpec(max_batch_pages=16))
   transport.compile()
   token = np.arange(start, start + tokens)
   pages, targets = (
@@ -200,6 +201,7 @@ def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
   place = targets[token // target_size - start // target_size], token % target_size
   expected = target.numbers()
   parcel = transport.send(pages.tolist(), targets.tolist(), start, tokens)
+  parcel.wait()
   transport.receive(parcel).block_until_ready()
 
   smaller = dtype if jnp.dtype(dtype).itemsize <= jnp.dtype(target_dtype).itemsize else target_dtype

@@ -1,0 +1,63 @@
+"""Pieces through a host buffer, for meshes whose devices cannot address each other.
+
+The thread that waits for a parcel copies piece after piece out of its device into the one buffer of the way, and from
+there to the target's device. So the host holds no more than one piece, whatever travels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from pdjax.kv.pages import Units
+from pdjax.kv.transfer.base import PagePool, Parcel
+from pdjax.kv.transfer.pieces import ByPieces, Gathered
+from pdjax.types.cluster import TransferSpec
+
+_ALIGNMENT = (
+  64  # bytes: an array that begins at a multiple of them is not copied to a CPU device but becomes its memory
+)
+_OFFSET = 16  # where the buffer begins, past such a multiple; any dtype may begin there
+
+
+class HostStaged(ByPieces):
+  """The way from one worker's pool to another's over this host's memory."""
+
+  def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
+    super().__init__(source, target, spec)
+    self._buffer = np.empty(0, np.uint8)
+
+  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> 'StagedParcel':
+    """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
+    gathered = self.gather(source_pages, target_pages, start, tokens)
+    return StagedParcel((), self.wire_bytes(gathered), gathered, lambda batch: self.land(batch, self.stage))
+
+  def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
+    """Carry one piece over; blocks until it is there, so that the buffer is free again."""
+    here = np.asarray(piece)
+    if self._buffer.nbytes < here.nbytes:
+      self._buffer = unaligned(here.nbytes)
+    staged = self._buffer[: here.nbytes].view(here.dtype).reshape(here.shape)
+    np.copyto(staged, here)
+    return jax.device_put(staged, device).block_until_ready()
+
+
+@dataclasses.dataclass(eq=False)
+class StagedParcel(Parcel):
+  """Gathered units that travel when they are waited for."""
+
+  gathered: list[Gathered]
+  carry: Callable[[Gathered], tuple[Units, ...]]
+
+  def wait(self) -> None:
+    """Carry every piece over."""
+    self.batches = tuple((batch.targets, self.carry(batch)) for batch in self.gathered)
+    self.gathered.clear()
+
+
+def unaligned(size: int) -> np.ndarray:
+  """So many bytes of host memory that no array on a CPU device will share: such memory begins elsewhere."""
+  room = np.empty(size + 2 * _ALIGNMENT, np.uint8)
+  first = (_OFFSET - room.ctypes.data) % _ALIGNMENT
+  return room[first : first + size]

@@ -1,0 +1,50 @@
+"""What is particular to the way over the host's memory; what it moves is tested beside `DevicePut`."""
+
+import jax
+import numpy as np
+import pytest
+
+from pdjax.kv.transfer import HostStaged
+from pdjax.kv.transfer.host_staged import unaligned
+from pdjax.types import TransferSpec
+from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool
+from tests.tiny import TINY_12_12
+
+
+@pytest.mark.parametrize('size', [1, 63, 64, 4096, 1 << 20])
+def test_a_buffer_that_is_written_again_changes_no_array_made_of_it(size):
+  buffer = unaligned(size)
+  assert buffer.nbytes == size and buffer.ctypes.data % 64
+  buffer[:] = 1
+  array = jax.device_put(buffer, jax.devices()[1]).block_until_ready()
+  buffer[:] = 2
+  assert (np.asarray(array) == 1).all()
+
+
+def test_memory_that_is_aligned_may_be_shared_with_a_device_so_it_is_no_buffer():
+  room = np.empty(4096 + 64, np.uint8)
+  aligned = room[-room.ctypes.data % 64 :][:4096]
+  array = jax.device_put(aligned, jax.devices()[1], may_alias=False).block_until_ready()
+  shared = array.unsafe_buffer_pointer() == aligned.ctypes.data
+  array = jax.device_put(unaligned(4096), jax.devices()[1]).block_until_ready()
+  assert shared and array.unsafe_buffer_pointer() % 64 == 0
+
+
+def test_no_more_than_one_piece_is_on_the_host_and_nothing_travels_before_it_is_waited_for():
+  devices = jax.devices()
+  source = Pool.random(TINY_12_12, devices[:3], 32, 1)
+  target = Pool.random(TINY_12_12, devices[-2:], 32, 2)
+  transport = HostStaged(source, target, TransferSpec(max_batch_pages=4))
+  transport.compile()
+  before = target.values()
+  parcel = transport.send(list(range(9)), list(range(20, 29)), 0, 9 * PAGE_SIZE)
+  assert parcel.batches == ()
+  parcel.wait()
+  assert [len(targets) for targets, _ in parcel.batches] == [4, 4, 1] and not parcel.gathered
+  heads = transport.cut.piece_heads
+  assert transport._buffer.nbytes == 4 * 2 * TINY_12_12.num_layers * heads * PAGE_SIZE * TINY_12_12.head_dim * 4
+  for layer, unchanged in zip(target.values(), before, strict=True):
+    np.testing.assert_array_equal(layer, unchanged)
+  transport.receive(parcel).block_until_ready()
+  for ours, theirs in zip(source.values(), target.values(), strict=True):
+    np.testing.assert_array_equal(ours[:9], theirs[20:29])

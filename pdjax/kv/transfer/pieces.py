@@ -129,7 +129,9 @@ class ByPieces:
       ours, theirs = (
         range(-(-size * self.unit // pool.page_shapes.page_size)) for pool in (self._source, self._target)
       )
-      self.receive(self.send(ours, theirs, 0, size * self.unit)).block_until_ready()
+      parcel = self.send(ours, theirs, 0, size * self.unit)
+      parcel.wait()
+      self.receive(parcel).block_until_ready()
     return seconds
 
   def _lower_gather(self, size: int) -> jax.stages.Lowered:

@@ -36,7 +36,7 @@ from rich.table import Table
 from experiments import kernel_problems
 from experiments.kernel_problems import SMALL_BUNDLES, Problem
 from experiments.rows import row, save_rows
-from pallas_kernels import devices, static_cost
+from pallas_kernels import devices, static_cost, tuning
 
 _ONLY = flags.DEFINE_string('only', '', 'A regular expression: rows whose name it matches.')
 _DEVICES = flags.DEFINE_list('devices', ['v5e', 'v6e', 'v5p', 'tpu7x'], 'TPUs to compile for, if none is here.')
@@ -214,7 +214,19 @@ def timed(problem: Problem, device: str) -> Figure | str:
     'percent': percent, 'microseconds': round(1e6 * seconds, 1), 'on': jax.devices()[0].device_kind,
     'date': datetime.date.today().isoformat(),
   }  # fmt: skip
-  return Figure((seconds,), figures)
+  bundles = _known_bundles(problem, case, device)
+  if bundles is None:
+    return Figure((seconds,), figures)
+  return Figure((seconds,), figures | {'bundles': bundles}, bundles < SMALL_BUNDLES)
+
+
+def _known_bundles(problem: Problem, case: static_cost.Case, device: str) -> int | None:
+  """How long the program of a problem is, if it was estimated before with these parameters."""
+  wanted = problem.arguments.get('config', {})
+  for known in tuning.load(case.kernel):
+    if (known.device, known.problem) == (device, case.facts) and wanted.items() <= known.config.items():
+      return known.figures.get('bundles')
+  return None
 
 
 def _candidates(problem: Problem, device: devices.Device) -> list[dict[str, Any]]:

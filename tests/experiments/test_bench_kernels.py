@@ -99,6 +99,7 @@ def test_a_tpu_that_is_here_times_the_candidates(tmp_path, monkeypatch):
   figures = row['figures']
   assert figures['microseconds'] == 2.0 and figures['date'] == datetime.date.today().isoformat()
   assert figures['on'] == jax.devices()[0].device_kind and figures['percent'] > 0
+  assert figures['bundles'] == 1131  # as it was estimated
 
 
 def test_a_sample_is_the_same_each_time_and_spread_evenly():

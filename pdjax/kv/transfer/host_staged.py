@@ -15,9 +15,7 @@ from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.pieces import ByPieces, Gathered
 from pdjax.types.cluster import TransferSpec
 
-_ALIGNMENT = (
-  64  # bytes: an array that begins at a multiple of them is not copied to a CPU device but becomes its memory
-)
+_ALIGNMENT = 64  # bytes: host memory that begins at a multiple of them a CPU device shares instead of copying it
 _OFFSET = 16  # where the buffer begins, past such a multiple; any dtype may begin there
 
 

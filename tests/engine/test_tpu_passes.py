@@ -47,8 +47,8 @@ def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: in
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, rules.spec(*axes[name])))
 
   weights = jax.tree_util.tree_map_with_path(placed, weight_shapes(model, BFLOAT16))
-  spec = WorkerSpec('tpu', tp=tp, num_pages=num_pages, max_sequences=64)
-  return Unallocated(spec, model, mesh, weights, PAGE_SIZE, BFLOAT16, lambda request: 16)
+  spec = WorkerSpec('tpu', tp=tp, num_pages=num_pages, max_sequences=64, page_size=PAGE_SIZE, kv_dtype='bfloat16')
+  return Unallocated(spec, model, mesh, weights, lambda request: 16)
 
 
 def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tuple) -> None:

@@ -10,6 +10,7 @@ count. Between unlike dtypes they are converted once: on the source if they are 
 Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
 """
 
+import abc
 import dataclasses
 import math
 import time
@@ -76,7 +77,7 @@ def batch_sizes(pages: int, sizes: Sequence[int]) -> list[int]:
   return batches
 
 
-class ByPieces:
+class ByPieces(abc.ABC):
   """A transport, all but the way that pieces take."""
 
   def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
@@ -238,9 +239,9 @@ class ByPieces:
     leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(len(batch.targets)))]
     return pieces * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
+  @abc.abstractmethod
   def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
     """Put cached tokens on their way; see `Transport`."""
-    raise NotImplementedError
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""

@@ -114,8 +114,8 @@ class Timed:
     self._left_s: float | None = None
     self.turn_s: list[float] = []
 
-  def submit(self, order: Order) -> None:
-    self._backend.submit(order)
+  def submit(self, orders: Sequence[Order]) -> None:
+    self._backend.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     if self._left_s is not None:

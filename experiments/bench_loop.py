@@ -10,6 +10,7 @@ policy, and hands the next pass over: what a device would wait for if it were in
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 from absl import app, flags
 from rich.console import Console
@@ -38,9 +39,9 @@ class NullBackend:
     self._orders: list[Order] = []
     self._now_s = 0.0
 
-  def submit(self, order: Order) -> None:
-    """Keep the order for the next turn."""
-    self._orders.append(order)
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Keep the orders for the next turn."""
+    self._orders += orders
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
     """End the oldest pass of every worker, and all else."""

@@ -16,7 +16,9 @@ from pdjax.serving.messages import (
   Started,
   StepOrder,
   TransferOrder,
+  Trip,
   Turn,
+  WorkerBack,
   WorkerLost,
 )
 from pdjax.types.cluster import WorkerSpec, wire_dtype
@@ -53,8 +55,12 @@ class Simulator:
     self._ends_s: dict[int, float] = {}
     self._left: dict[str, int] = {}  # tokens each request will still generate
 
-  def submit(self, order: Order) -> None:
-    """Work out when the order will end and push that on the heap."""
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Work out when each order will end and push that on the heap."""
+    for order in orders:
+      self._submit(order)
+
+  def _submit(self, order: Order) -> None:
     match order:
       case StepOrder():
         seconds = self._cost.step_seconds(
@@ -74,7 +80,7 @@ class Simulator:
         began_s = self._begin((('way out', order.source),), seconds, order.id, ready_s)
         source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
         wire_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
-        self._push(order.id, lambda: Done(order.id, began_s, self._ends_s.pop(order.id), wire_bytes=wire_bytes))
+        self._push(order.id, lambda: self._transfer_done(order, began_s, wire_bytes))
       case EndOrder():
         self._ends_s[order.id] = now_s = self._now_s
         self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
@@ -103,6 +109,10 @@ class Simulator:
 
   def _push(self, order: int, event: Callable[[], Event]) -> None:
     heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
+
+  def _transfer_done(self, order: TransferOrder, began_s: float, wire_bytes: int) -> Done:
+    ended_s = self._ends_s.pop(order.id)
+    return Done(order.id, began_s, ended_s, wire_bytes=wire_bytes, trip=Trip(began_s, ended_s, pieces=1))
 
   def _step_done(self, order: StepOrder, began_s: float) -> Done:
     results = []
@@ -142,7 +152,7 @@ class Replay(Simulator):
     super().__init__(model, workers, cost=_NoCost())
     self._turns_s = []
     self._outcomes: dict[int, Event] = {}
-    self._losses: dict[int, list[tuple[int, WorkerLost]]] = {}  # by turn, with their places among its ends
+    self._losses: dict[int, list[tuple[int, WorkerLost | WorkerBack]]] = {}  # by turn, with their places among its ends
     place = 0
     for event in events:
       match event:
@@ -152,12 +162,12 @@ class Replay(Simulator):
         case Done() | Failed():
           self._outcomes[event.order] = event
           place += 1
-        case WorkerLost():
+        case WorkerLost() | WorkerBack():
           self._losses.setdefault(len(self._turns_s) - 1, []).append((place, event))
           place += 1
     self._turn = -1
 
-  def submit(self, order: Order) -> None:
+  def _submit(self, order: Order) -> None:
     """Push the recorded end of the order; one whose end was never seen stays under way."""
     outcome = self._outcomes.get(order.id)
     if outcome is not None:

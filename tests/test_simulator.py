@@ -22,8 +22,10 @@ from pdjax.serving.messages import (
   Started,
   StepOrder,
   TransferOrder,
+  Trip,
   Turn,
   Withdrawn,
+  WorkerBack,
   WorkerLost,
 )
 from pdjax.simulator import Replay, Simulator, started
@@ -54,8 +56,7 @@ class ByHand(Driver):
 
   def start(self, action):
     orders = super().start(action)
-    for order in orders:
-      self.simulator.submit(order)
+    self.simulator.submit(orders)
     return orders
 
   def wait(self, until_s: float = math.inf) -> list[Event]:
@@ -98,8 +99,8 @@ def test_a_transfer_begins_when_its_chunk_has_ended_and_the_link_is_free():
   assert seen == [
     Done(0, 0.0, 6.0, (Result('a', (0,)),)),
     Done(2, 6.0, 8.0, (Result('b', (0,)),)),
-    Done(1, 6.0, 10.0, wire_bytes=8 * token_bytes),  # two whole pages of four tokens, half a second a token
-    Done(3, 10.0, 12.0, wire_bytes=4 * token_bytes),  # ready at 8
+    Done(1, 6.0, 10.0, wire_bytes=8 * token_bytes, trip=Trip(6.0, 10.0, 1)),  # two pages, half a second a token
+    Done(3, 10.0, 12.0, wire_bytes=4 * token_bytes, trip=Trip(10.0, 12.0, 1)),  # ready at 8
   ]
 
 
@@ -424,6 +425,7 @@ class Unlucky(Simulator):
   def __init__(self, *args, seed: int):
     super().__init__(*args)
     self._rng = random.Random(seed)
+    self._lives = dict.fromkeys(self._workers, 1)
 
   def wait(self, until_s: float):
     now_s, events = super().wait(until_s)
@@ -431,7 +433,9 @@ class Unlucky(Simulator):
     for event in events:
       luck = self._rng.random()
       if luck < 0.02:
-        happened.append(WorkerLost(self._rng.choice(list(self._workers)), now_s, 'lost'))
+        lost = self._rng.choice(list(self._workers))
+        self._lives[lost] += 1
+        happened += [WorkerLost(lost, now_s, 'lost'), WorkerBack(lost, now_s, self._lives[lost])]
       happened.append(Failed(event.order, now_s, 'failed') if luck > 0.97 else event)
     return now_s, happened
 

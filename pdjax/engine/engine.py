@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from pdjax.engine.mailbox import Mailbox, Waiter
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import Parcel, Transport
-from pdjax.serving.messages import Done, EndOrder, Event, Failed, Order, StepOrder, TransferOrder, WorkerLost
+from pdjax.serving.messages import (
+  Done,
+  EndOrder,
+  Event,
+  Failed,
+  Order,
+  StepOrder,
+  TransferOrder,
+  Trip,
+  WorkerBack,
+  WorkerLost,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +28,7 @@ class _Landed:
   order: TransferOrder
   parcel: Parcel
   began_s: float
-  incarnations: tuple[int, int]
+  trip: Trip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +102,12 @@ class Engine:
     for waiter in (*self._passes.values(), *self._transfers.values()):
       waiter.close()
 
-  def submit(self, order: Order) -> None:
-    """Dispatch an order; what goes wrong comes back as an event."""
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Dispatch the orders of one action; what goes wrong comes back as an event."""
+    for order in orders:
+      self._submit(order)
+
+  def _submit(self, order: Order) -> None:
     try:
       match order:
         case StepOrder():
@@ -192,27 +207,21 @@ class Engine:
       return []
     worker.reset()
     self._last_pass.pop(broken.worker, None)
-    return [WorkerLost(broken.worker, broken.ended_s, broken.error)]
+    return [
+      WorkerLost(broken.worker, broken.ended_s, broken.error),
+      WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
+    ]
 
   # -------------------------------------------------------------------------- transfers
 
   def _send(self, order: TransferOrder) -> None:
-    source, target = self.workers[order.source], self.workers[order.target]
     dispatched_s = self._mailbox.now_s()
     before = self._last_pass.get(order.source)
     transport = self._transports[order.source, order.target]
     parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens)
-    incarnations = (source.incarnation, target.incarnation)
-    self._transfers[order.source].add(functools.partial(self._watch, order, before, parcel, dispatched_s, incarnations))
+    self._transfers[order.source].add(functools.partial(self._watch, order, before, parcel, dispatched_s))
 
-  def _watch(
-    self,
-    order: TransferOrder,
-    before: Pending | None,
-    parcel: Parcel,
-    dispatched_s: float,
-    incarnations: tuple[int, int],
-  ) -> None:
+  def _watch(self, order: TransferOrder, before: Pending | None, parcel: Parcel, dispatched_s: float) -> None:
     """On the source's waiting thread for transfers: block until the pieces are there and say so."""
     try:
       began_s = dispatched_s
@@ -220,27 +229,34 @@ class Engine:
         for array in before.arrays():
           array.block_until_ready()
         began_s = max(dispatched_s, self._mailbox.now_s())
+      parcel.wait_gathered()
+      wire_began_s = self._mailbox.now_s()
       parcel.wait()
     except Exception as error:
       message = describe(error)
       self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message))
       return
-    landed = _Landed(order, parcel, began_s, incarnations)
-    self._mailbox.post(lambda _: landed)
+    self._mailbox.post(
+      lambda arrived_s: _Landed(order, parcel, began_s, Trip(wire_began_s, arrived_s, parcel.num_pieces))
+    )
 
   def _receive(self, landed: _Landed) -> None:
     """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
     order = landed.order
-    if (self.workers[order.source].incarnation, self.workers[order.target].incarnation) != landed.incarnations:
+    if self._incarnations(order) != order.incarnations:
       return  # a worker was lost meanwhile, and the transfer with it
     try:
       written = self._transports[order.source, order.target].receive(landed.parcel)
     except Exception as error:
-      self._post_broken(order.target, landed.incarnations[1], describe(error))
+      self._post_broken(order.target, order.incarnations[1], describe(error))
       return
-    job = functools.partial(self._note_written, order.target, landed.incarnations[1], written.block_until_ready)
+    job = functools.partial(self._note_written, order.target, order.incarnations[1], written.block_until_ready)
     self._passes[order.target].add(job)
-    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=landed.parcel.wire_bytes))
+    fields = {'wire_bytes': landed.parcel.wire_bytes, 'trip': landed.trip}
+    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, **fields))
+
+  def _incarnations(self, order: TransferOrder) -> tuple[int, int]:
+    return self.workers[order.source].incarnation, self.workers[order.target].incarnation
 
   def _note_written(self, target: str, incarnation: int, block: Callable[[], object]) -> None:
     """On the target's waiting thread: the next pass begins no sooner than the pieces are written."""

@@ -101,7 +101,8 @@ def event_to_json(event: Event) -> dict[str, Any]:
     case Started(now_s, order):
       return {'event': kind, 'now_s': now_s, 'order': _order(order)}
     case Done():
-      return {'event': kind, **_fields(event), 'results': [_result(result) for result in event.results]}
+      results = [_result(result) for result in event.results]
+      return {'event': kind, **_fields(event), 'results': results, 'trip': event.trip and _fields(event.trip)}
     case Occupancy():
       return {'event': kind, **_fields(event), 'workers': [_fields(use) for use in event.workers]}
     case _:

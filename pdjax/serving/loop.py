@@ -42,8 +42,11 @@ class Policy(Protocol):
 class Backend(Protocol):
   """What carries orders out: the engine on devices, or the simulator."""
 
-  def submit(self, order: Order) -> None:
-    """Begin an order. Never raises and never waits; what goes wrong comes back as an event."""
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Begin the orders that one action became: a pass comes together with the transfers that leave with it.
+
+    Never raises and never waits; what goes wrong comes back as an event.
+    """
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Wait until something happened or `until_s` has come; the time now, and all that ended up to it, in order."""
@@ -75,8 +78,9 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
       yield event
     while actions := state.must() or policy.decide(state):
       for action in actions:
-        for order in state.start(action):
-          backend.submit(order)
+        orders = state.start(action)
+        backend.submit(orders)
+        for order in orders:
           yield Started(now_s, order)
       for event in arrivals.due(now_s, ()):  # whoever is withdrawn by now is not served on
         state.apply(event, now_s)

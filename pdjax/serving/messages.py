@@ -117,13 +117,14 @@ class DecodeOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOrder:
-  """`Step`, ready to run."""
+  """`Step`, ready to run, by that life of the worker whose pages it names."""
 
   id: int
   worker: str
   chunks: tuple[ChunkOrder, ...] = ()
   decodes: tuple[DecodeOrder, ...] = ()
   steps: int = 1
+  incarnation: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,6 +141,8 @@ class TransferOrder:
     start: The first token, at the begin of a page of the smaller size.
     tokens: How many; whole pages of the smaller size, so that some at the end may be past the sequence.
     after: The order that computes the last of them, if it has not ended.
+    incarnations: The lives of source and target whose pages these are.
+    layers: The first layer that travels and the one after the last; None is all of them.
   """
 
   id: int
@@ -151,6 +154,8 @@ class TransferOrder:
   start: int
   tokens: int
   after: int | None = None
+  incarnations: tuple[int, int] = (1, 1)
+  layers: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -219,16 +224,33 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Trip:
+  """When the pieces of a transfer were where.
+
+  Attributes:
+    wire_began_s: When the first left its device.
+    arrived_s: When the last was on the target's devices.
+    pieces: How many arrays there were.
+  """
+
+  wire_began_s: float
+  arrived_s: float
+  pieces: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Done:
   """An order ended well.
 
   Attributes:
     order: Its id.
-    began_s: When the worker or link turned to it: after it was handed over and after all that stood before it.
-    ended_s: When its outcome was on the host.
+    began_s: When the worker or link turned to it: after it was handed over and after all that stood before it; a link
+      turns to a transfer once what it moves is computed.
+    ended_s: When its outcome was on the host; of a transfer, when passes of the target find what it moved.
     results: A step's tokens, for each request that got any.
     wasted_tokens: Tokens computed past a request's end and thrown away.
     wire_bytes: Bytes that a transfer put onto target devices.
+    trip: How a transfer went, between those two times.
   """
 
   order: int
@@ -237,6 +259,7 @@ class Done:
   results: tuple[Result, ...] = ()
   wasted_tokens: int = 0
   wire_bytes: int = 0
+  trip: Trip | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -250,11 +273,20 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerLost:
-  """A worker's pages are gone; it comes back empty, and every request that had pages there ends with the error."""
+  """A worker's pages are gone, and every request that had pages there ends with the error; it may come back."""
 
   worker: str
   ended_s: float
   error: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerBack:
+  """A lost worker takes orders again, its pages and slots empty, in another life that orders name."""
+
+  worker: str
+  ended_s: float
+  incarnation: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -292,4 +324,4 @@ class Occupancy:
   workers: tuple[WorkerUse, ...]
 
 
-Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | Finished | Occupancy
+Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | WorkerBack | Finished | Occupancy

@@ -28,6 +28,7 @@ from pdjax.serving.messages import (
   Transfer,
   TransferOrder,
   Withdrawn,
+  WorkerBack,
   WorkerLost,
   WorkerUse,
 )
@@ -144,6 +145,8 @@ class WorkerState:
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
+    incarnation: Which of its lives this is; the backend says when another begins.
+    up: Whether it takes orders: it was not lost, or is back.
   """
 
   def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int):
@@ -157,6 +160,8 @@ class WorkerState:
     self.prefilling: dict[str, RequestState] = {}
     self.decoding: dict[str, RequestState] = {}
     self.queued_tokens = 0
+    self.incarnation = 1
+    self.up = True
 
   @property
   def num_pages(self) -> int:
@@ -186,8 +191,9 @@ class Room:
     return len(self._state.workers[worker].free_slots) - self._slots.get(worker, 0)
 
   def orders(self, worker: str) -> int:
-    """Passes that may still be handed over."""
-    return MAX_ORDERS - len(self._state.workers[worker].orders)
+    """Passes that may still be handed over; none to a worker that is lost."""
+    place = self._state.workers[worker]
+    return MAX_ORDERS - len(place.orders) if place.up else 0
 
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
@@ -195,6 +201,8 @@ class Room:
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
+    if not self._state.workers[worker].up:
+      return False
     needed = self._state.pages_needed(request, worker, decodes=decodes)
     return needed <= self.pages(worker) and (not decodes or self._state.slots_needed(request) <= self.slots(worker))
 
@@ -319,7 +327,7 @@ class ClusterState:
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    if self._in_flight or not self.requests:
+    if self._in_flight or not self.requests or not all(worker.up for worker in self.workers.values()):
       return
     waits = ', '.join(
       f'{name} ({entry.phase.value}, {self.pages_needed(name, self.decode_workers[0].name, decodes=True)} pages)'
@@ -344,8 +352,11 @@ class ClusterState:
         self._done(event, now_s)
       case Failed(order, _, error):
         self._fail(order, error, now_s)
-      case WorkerLost(worker, _, error):
-        self._lose(worker, error, now_s)
+      case WorkerLost(name, _, error):
+        self._lose(name, error, now_s)
+      case WorkerBack(name, _, incarnation):
+        worker = self.workers[name]
+        worker.incarnation, worker.up = incarnation, True
       case Withdrawn(request):
         self._withdraw(request)
 
@@ -594,6 +605,7 @@ class ClusterState:
         self._finish_all(entry, error, now_s)
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
+    self.workers[worker].up = False
     for order in list(self._in_flight.values()):
       if (isinstance(order, StepOrder) and order.worker == worker) or (
         isinstance(order, TransferOrder) and worker in (order.source, order.target)
@@ -671,12 +683,15 @@ class ClusterState:
       if transfer is not None:
         transfers.append(transfer)
     steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
-    order = StepOrder(step_id, worker.name, tuple(chunk_orders), self._start_decodes(decodes, steps), steps)
+    decode_orders = self._start_decodes(decodes, steps)
+    order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation)
     worker.orders.append(order)
     return order, *transfers
 
   def _check_step(self, step: Step, worker: WorkerState) -> list[RequestState]:
     """The sequences a step decodes; raise for what is wrong with the step as a whole."""
+    if not worker.up:
+      raise PolicyError(f'{step!r}: worker {worker.name!r} is lost; wait until it is back.')
     if len(worker.orders) >= MAX_ORDERS:
       raise PolicyError(
         f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
@@ -821,8 +836,9 @@ class ClusterState:
     entry.transfers += 1
     order_id = self._order_id()
     return TransferOrder(
-      order_id, entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start, after
-    )
+      order_id, entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start, after,
+      (source.incarnation, target.incarnation),
+    )  # fmt: skip
 
   def _start_transfer(self, action: Transfer) -> TransferOrder:
     entry = self._find(action, action.request)

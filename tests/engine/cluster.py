@@ -88,6 +88,7 @@ class Cluster:
     engine = Engine(list(self.workers.values()), self.transports)
     for worker in self.workers.values():
       worker._progress.clear()
+      state.workers[worker.spec.name].incarnation = worker.incarnation
     compiled_before = len(compiled)
     try:
       prepare(engine)
@@ -132,8 +133,8 @@ class Impatient:
   def __init__(self, engine: Engine):
     self._engine = engine
 
-  def submit(self, order) -> None:
-    self._engine.submit(order)
+  def submit(self, orders) -> None:
+    self._engine.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     now_s, events = self._engine.wait(min(until_s, DEADLINE_S))

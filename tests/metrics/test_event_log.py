@@ -16,6 +16,7 @@ from pdjax.serving.messages import (
   Result,
   Started,
   Withdrawn,
+  WorkerBack,
   WorkerLost,
   WorkerUse,
 )
@@ -32,6 +33,7 @@ def _everything(disaggregated, stamps):
     Started(3.0, EndOrder(9, 's', 'cancelled', 'no longer wanted')),
     Failed(10, 3.0, 'boom'),
     WorkerLost('p', 3.0, 'boom'),
+    WorkerBack('p', 3.5, 2),
     Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
   ]
 

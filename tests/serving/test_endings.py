@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from pdjax.serving import ALL, Cancel, Chunk, Phase, Step, Transfer
-from pdjax.serving.messages import EndOrder, Failed, Order, StepOrder, TransferOrder, Withdrawn, WorkerLost
+from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Step, Transfer
+from pdjax.serving.messages import EndOrder, Failed, Order, StepOrder, TransferOrder, Withdrawn, WorkerBack, WorkerLost
 from pdjax.types import colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver
 
@@ -224,7 +224,7 @@ def _runs_on(order: Order, worker: str) -> bool:
   return isinstance(order, StepOrder) and order.worker == worker
 
 
-def test_a_lost_worker_leaves_the_others_alone_and_serves_again():
+def test_a_lost_worker_leaves_the_others_alone_and_serves_again_once_it_is_back():
   workers = prefill_pool(2, **SIZES) + decode_pool(1, **SIZES)
   cluster = Driver(workers)
   orders = []
@@ -236,7 +236,12 @@ def test_a_lost_worker_leaves_the_others_alone_and_serves_again():
   assert [end.request for end in cluster.finished] == ['a']
   assert cluster.phase('b') is Phase.PREFILLING and cluster.phase('c') is Phase.WAITING
   assert cluster.free_pages('prefill0') == 16
+  with pytest.raises(PolicyError, match="'prefill0' is lost"):
+    cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
+  assert cluster.state.room().orders('prefill0') == 0 and not cluster.state.room().fits('c', 'prefill0', decodes=False)
+  cluster.apply(WorkerBack('prefill0', 1.5, incarnation=2))
   (again,) = cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
+  assert again.incarnation == 2
   cluster.end(again, {'c': 1}, {'c': 'stop'})
   cluster.end(orders[1][0], {'b': 1}, {'b': 'stop'})
   cluster.assert_idle()

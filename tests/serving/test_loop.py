@@ -1,6 +1,7 @@
 """The loop with a backend and a policy that follow a script."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
@@ -42,8 +43,8 @@ class ScriptedBackend:
     self.until_s: list[float] = []
     self.orders: list[Order] = []
 
-  def submit(self, order: Order) -> None:
-    self.orders.append(order)
+  def submit(self, orders: Sequence[Order]) -> None:
+    self.orders += orders
 
   def wait(self, until_s: float):
     self.until_s.append(until_s)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -27,10 +27,18 @@ class Parcel:
     batches: Of each batch, the units' places `[n, 2]` in the target's pool (page, first token there) and its pieces on
       the target's devices; at the latest when `wait` has returned.
     wire_bytes: Bytes of the arrays that were put onto target devices.
+    num_pieces: How many arrays that are.
+    gathered: The pieces on the source's devices.
   """
 
   batches: tuple[tuple[np.ndarray, tuple[Units, ...]], ...]
   wire_bytes: int
+  num_pieces: int
+  gathered: Any
+
+  def wait_gathered(self) -> None:
+    """Block until every piece can leave its device."""
+    jax.block_until_ready(self.gathered)
 
   def wait(self) -> None:
     """Block until every piece is there."""

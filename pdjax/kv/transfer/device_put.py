@@ -27,4 +27,4 @@ class DevicePut(ByPieces):
 
     gathered = self.gather(source_pages, target_pages, start, tokens)
     batches = tuple((batch.targets, self.land(batch, put)) for batch in gathered)
-    return Parcel(batches, put_bytes)
+    return Parcel(batches, put_bytes, self.num_pieces(gathered), [batch.pieces for batch in gathered])

@@ -5,6 +5,7 @@ there to the target's device. So the host holds no more than one piece, whatever
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,7 +30,9 @@ class HostStaged(ByPieces):
   def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> 'StagedParcel':
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
     gathered = self.gather(source_pages, target_pages, start, tokens)
-    return StagedParcel((), self.wire_bytes(gathered), gathered, lambda batch: self.land(batch, self.stage))
+    carry = functools.partial(self.land, put=self.stage)
+    pieces = [batch.pieces for batch in gathered]
+    return StagedParcel((), self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry)
 
   def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Carry one piece over; blocks until it is there, so that the buffer is free again."""
@@ -45,13 +48,14 @@ class HostStaged(ByPieces):
 class StagedParcel(Parcel):
   """Gathered units that travel when they are waited for."""
 
-  gathered: list[Gathered]
+  staged: list[Gathered]
   carry: Callable[[Gathered], tuple[Units, ...]]
 
   def wait(self) -> None:
     """Carry every piece over."""
-    self.batches = tuple((batch.targets, self.carry(batch)) for batch in self.gathered)
-    self.gathered.clear()
+    self.batches = tuple((batch.targets, self.carry(batch)) for batch in self.staged)
+    self.staged.clear()
+    self.gathered = ()
 
 
 def unaligned(size: int) -> np.ndarray:

@@ -233,6 +233,11 @@ class ByPieces(abc.ABC):
       landed.append(jax.tree.unflatten(tree, parts))
     return tuple(landed)
 
+  def num_pieces(self, batches: Sequence[Gathered]) -> int:
+    """Arrays of batches that go from one device to another."""
+    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(len(batch.targets)))]
+    return self.cut.target_pieces * self._target.mesh.shape['kv'] * len(leaves)
+
   def wire_bytes(self, batches: Sequence[Gathered]) -> int:
     """Bytes that batches put onto target devices."""
     pieces = self.cut.target_pieces * self._target.mesh.shape['kv']

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pdjax.serving import ClusterState, Phase
 from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
-from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import ModelSpec, Request, SamplingParams, TransferSpec, WorkerSpec, decode_pool, prefill_pool
 
 TINY = ModelSpec(
   name='tiny', num_layers=2, embed_dim=24, query_heads=6, kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=96,
@@ -17,8 +17,14 @@ ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
 class Driver:
   """Starts actions and ends their orders; tokens are 7 unless a test says otherwise."""
 
-  def __init__(self, workers: tuple[WorkerSpec, ...] = ONE_OF_EACH, page_size: int = 4, model: ModelSpec = TINY):
-    self.state = ClusterState(model, workers, page_size)
+  def __init__(
+    self,
+    workers: tuple[WorkerSpec, ...] = ONE_OF_EACH,
+    page_size: int = 4,
+    model: ModelSpec = TINY,
+    transfer: TransferSpec = TransferSpec(),
+  ):
+    self.state = ClusterState(model, workers, page_size, transfer)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 
@@ -62,10 +68,12 @@ class Driver:
     """Nothing is left: every page and every slot is free, and no order or request is known."""
     for worker in self.state.workers.values():
       assert worker.allocator.num_free == worker.num_pages, f'{worker.name} kept pages'
+      for staging in (worker.staging_out, worker.staging_in):
+        assert staging.free_bytes == staging.num_bytes, f'{worker.name} kept staging'
       assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
       assert not worker.orders and not worker.prefilling and not worker.decoding
       assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
-    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled
+    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled and not self.state._due
 
 
 def snapshot(state: ClusterState) -> dict:

@@ -27,12 +27,20 @@ class HostStaged(ByPieces):
     super().__init__(source, target, spec)
     self._buffer = np.empty(0, np.uint8)
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> 'StagedParcel':
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> 'StagedParcel':
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
-    gathered = self.gather(source_pages, target_pages, start, tokens)
+    layers = layers or self.all_layers
+    gathered = self.gather(source_pages, target_pages, start, tokens, layers)
     carry = functools.partial(self.land, put=self.stage)
     pieces = [batch.pieces for batch in gathered]
-    return StagedParcel((), self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry)
+    return StagedParcel((), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry)
 
   def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Carry one piece over; blocks until it is there, so that the buffer is free again."""

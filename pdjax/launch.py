@@ -121,7 +121,7 @@ def simulate(
   workers, carved = size_simulated(config, model)
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
-  state = ClusterState(model, workers, config.page_size)
+  state = ClusterState(model, workers, config.page_size, transfer=config.transfer, faults=config.faults)
   simulator = Simulator(model, workers, cost, arrivals.output_len)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
   completions = complete(events, has_text=False)
@@ -249,8 +249,15 @@ class Deployment:
 
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
-    finds_stops = self.opened.tokenizer is not None
-    return ClusterState(self.opened.model, self.built.workers, self.config.page_size, finds_stops=finds_stops)
+    config = self.config
+    return ClusterState(
+      self.opened.model,
+      self.built.workers,
+      config.page_size,
+      finds_stops=self.opened.tokenizer is not None,
+      transfer=config.transfer,
+      faults=config.faults,
+    )
 
   def report(
     self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None

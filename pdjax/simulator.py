@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.cost.cost_model import CostModel
 from pdjax.serving.messages import (
+  AbandonOrder,
   Done,
   EndOrder,
   Event,
@@ -81,7 +82,7 @@ class Simulator:
         source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
         wire_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
         self._push(order.id, lambda: self._transfer_done(order, began_s, wire_bytes))
-      case EndOrder():
+      case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
         self._ends_s[order.id] = now_s = self._now_s
         self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
 
@@ -122,8 +123,8 @@ class Simulator:
         self._left[chunk.request.id] = self._limit(chunk.request)
         results.append(self._generate(chunk.request.id, 1))
     for decode in order.decodes:
-      if decode.admission is not None and not decode.admission.tokens:
-        self._left[decode.request] = self._limit(decode.admission.request)
+      if decode.admission is not None:
+        self._left[decode.request] = self._limit(decode.admission.request) - len(decode.admission.tokens)
       tokens = min(order.steps, self._left.get(decode.request, 0))
       wasted += order.steps - tokens
       if tokens:

@@ -261,7 +261,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         if isinstance(order, StepOrder):
           spans.append(_step_span(order, event))
           for chunk in order.chunks:
-            for draft in samples[chunk.request.id]:
+            for draft in samples.get(chunk.request.id) or [requests[chunk.request.id]]:
               draft.chunk(event)
           for result in event.results:
             wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdjax.serving.messages import (
+  Abandon,
+  AbandonOrder,
   Action,
   Admission,
   All,
@@ -23,8 +25,10 @@ from pdjax.serving.messages import (
   Occupancy,
   Order,
   Reject,
+  Resend,
   Step,
   StepOrder,
+  TimerDue,
   Transfer,
   TransferOrder,
   Withdrawn,
@@ -33,7 +37,10 @@ from pdjax.serving.messages import (
   WorkerUse,
 )
 from pdjax.serving.page_allocator import PageAllocator
-from pdjax.types.cluster import WorkerSpec
+from pdjax.serving.timers import Timers
+from pdjax.serving.transfers import Transfers
+from pdjax.types.cluster import TransferSpec, WorkerSpec
+from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import MAX_STOP_TOKENS, FinishReason, Request
 
@@ -57,6 +64,7 @@ class Phase(enum.Enum):
   MOVING = 'moving'  # its KV on the way, the prompt all computed
   DECODING = 'decoding'  # in a slot
   FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
+  RESTARTING = 'restarting'  # to begin again, once orders about it have ended
   ENDING = 'ending'  # cancelled or rejected, to be confirmed
   FINISHED = 'finished'
 
@@ -74,7 +82,7 @@ class RequestState:
     started: Prompt tokens handed to the worker.
     tokens: Tokens generated and delivered.
     steps_in_flight: Most tokens that orders under way can bring it.
-    transfers: Transfers of its pages under way.
+    transfers: Transfers of its pages under way or to be tried again.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
     tokens_sent: Tokens of its prompt that were sent on.
@@ -82,6 +90,9 @@ class RequestState:
     admitted: Whether a pass has put it into its slot.
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
     samples: The samples of its prompt, if there are several.
+    delivered: The tokens it had when it was last begun again.
+    attempts: How often it was begun.
+    number: Its place in the order of arrival.
   """
 
   request: Request
@@ -100,11 +111,19 @@ class RequestState:
   admitted: bool = False
   copy: tuple[int, int] | None = None
   samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
+  delivered: tuple[int, ...] = ()
+  attempts: int = 1
+  number: int = 0
+
+  @property
+  def prefill_len(self) -> int:
+    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
+    return self.request.prompt_len + max(len(self.delivered) - 1, 0)
 
   @property
   def prompt_left(self) -> int:
-    """Prompt tokens that no pass was given yet."""
-    return self.request.prompt_len - self.started
+    """Tokens of these that no pass was given yet."""
+    return self.prefill_len - self.started
 
   @property
   def tokens_left(self) -> int:
@@ -147,6 +166,8 @@ class WorkerState:
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
     incarnation: Which of its lives this is; the backend says when another begins.
     up: Whether it takes orders: it was not lost, or is back.
+    lost: Why it is not up.
+    given_up: Whether nobody waits for it to come back any more.
   """
 
   def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int):
@@ -162,6 +183,8 @@ class WorkerState:
     self.queued_tokens = 0
     self.incarnation = 1
     self.up = True
+    self.lost = ''
+    self.given_up = False
 
   @property
   def num_pages(self) -> int:
@@ -228,7 +251,16 @@ class ClusterState:
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
   """
 
-  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int, *, finds_stops: bool = True):
+  def __init__(
+    self,
+    model: ModelSpec,
+    workers: Sequence[WorkerSpec],
+    page_size: int,
+    *,
+    finds_stops: bool = True,
+    transfer: TransferSpec = TransferSpec(),
+    faults: FaultSpec = FaultSpec(),
+  ):
     """Start with every page free.
 
     Args:
@@ -236,6 +268,8 @@ class ClusterState:
       workers: The cluster, `num_pages` filled in.
       page_size: Tokens per page of workers that have no page size of their own.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
+      transfer: How KV travels.
+      faults: What is done when something fails.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, or a phase has no worker.
@@ -261,7 +295,14 @@ class ClusterState:
     self._in_flight: dict[int, Order] = {}
     self._must: dict[str, Action] = {}
     self._finished: list[Finished] = []
+    self._tasks: list[Action] = []
+    self._now_s = 0.0
+    self._faults = faults
+    self._deadline_s = transfer.deadline_s
+    self._timers = Timers()
+    self._transfers = Transfers(self._timers, transfer.deadline_s, faults)
     self._next_order = 0
+    self._next_number = 0
     self._uses = dict.fromkeys(self.workers, (0, 0))
     self._num_waiting = 0
 
@@ -291,7 +332,7 @@ class ClusterState:
     return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
 
   def _whole_pages(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> int:
-    tokens = entry.request.prompt_len + (entry.limit - 1 if decodes else 0)
+    tokens = entry.request.prompt_len + entry.limit - 1 if decodes else entry.prefill_len
     return -(-tokens // worker.page_size)
 
   def _shared_pages(self, entry: RequestState, worker: WorkerState) -> int:
@@ -299,9 +340,28 @@ class ClusterState:
     return (entry.request.prompt_len - 1) // worker.page_size
 
   def must(self) -> list[Action]:
-    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn."""
-    actions, self._must = list(self._must.values()), {}
+    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed."""
+    actions = [*(task for task in self._tasks if self._is_wanted(task)), *self._must.values()]
+    self._tasks, self._must = [], {}
     return actions
+
+  def _is_wanted(self, task: Action) -> bool:
+    match task:
+      case Abandon(transfer):
+        return self._transfers.get(transfer) is not None
+      case Resend(transfer):
+        return self._transfers.waits_again(transfer)
+    return True
+
+  @property
+  def next_timer_s(self) -> float:
+    """When something is due that no backend tells of; infinity if nothing is."""
+    return self._timers.next_s
+
+  def timers_due(self, now_s: float) -> list[TimerDue]:
+    """What is due by now; ask once a turn, when all that ended up to now was applied."""
+    self._now_s = now_s
+    return self._timers.take(now_s)
 
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
@@ -327,7 +387,9 @@ class ClusterState:
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    if self._in_flight or not self.requests or not all(worker.up for worker in self.workers.values()):
+    if self._in_flight or not self.requests:
+      return
+    if not all(worker.up or worker.given_up for worker in self.workers.values()):
       return
     waits = ', '.join(
       f'{name} ({entry.phase.value}, {self.pages_needed(name, self.decode_workers[0].name, decodes=True)} pages)'
@@ -343,22 +405,27 @@ class ClusterState:
 
   # -------------------------------------------------------------------------- events
 
-  def apply(self, event: Event, now_s: float) -> None:
-    """Take note of what happened."""
+  def apply(self, event: Event, now_s: float) -> bool:
+    """Take note of what happened; whether it counts: of an order that is over, nothing counts any more."""
+    self._now_s = now_s
     match event:
       case Arrived(request):
         self._arrive(request, now_s)
       case Done():
-        self._done(event, now_s)
-      case Failed(order, _, error):
-        self._fail(order, error, now_s)
+        return self._done(event, now_s)
+      case Failed():
+        return self._fail(event, now_s)
+      case TimerDue():
+        return self._due(event, now_s)
       case WorkerLost(name, _, error):
         self._lose(name, error, now_s)
       case WorkerBack(name, _, incarnation):
         worker = self.workers[name]
-        worker.incarnation, worker.up = incarnation, True
+        worker.incarnation, worker.up, worker.lost, worker.given_up = incarnation, True, '', False
+        self._timers.cancel('patience', name)
       case Withdrawn(request):
         self._withdraw(request)
+    return True
 
   def _arrive(self, request: Request, now_s: float) -> None:
     limit = max(request.token_limit(self.model.context_len), 1)
@@ -366,6 +433,8 @@ class ClusterState:
     for name in entries:
       if name in self.requests or name in self._samples:
         raise ValueError(f'request {name!r} is being served already; ids must be unique.')
+    for one in entries.values():
+      one.number, self._next_number = self._next_number, self._next_number + 1
     self.requests |= entries
     entry = entries[request.id]
     if len(entries) > 1:
@@ -406,10 +475,14 @@ class ClusterState:
         f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
       )
     slots = self.slots_needed(request.id)
-    places = [(self.prefill_workers, False)]
+    places = [] if entry.computed else [(self.prefill_workers, False)]
     if entry.limit > 1 or slots > 1:
       places.append((self.decode_workers, True))
-    for workers, decodes in places:
+    for there, decodes in places:
+      workers = [worker for worker in there if not worker.given_up]
+      if not workers:
+        lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
+        return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
       needs = {w.name: self.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
       roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
       if not roomy:
@@ -429,25 +502,35 @@ class ClusterState:
         )
     return None
 
-  def _done(self, event: Done, now_s: float) -> None:
+  def _done(self, event: Done, now_s: float) -> bool:
     order = self._in_flight.pop(event.order, None)
     match order:
       case StepOrder():
         self._step_ended(order)
         for result in event.results:
           self._got(result.request, result.tokens, result.finish_reason, now_s)
+        for chunk in order.chunks:
+          entry = self.requests.get(chunk.request.id)
+          if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
+            entry.computed = entry.computed or chunk.restores
+            self._settle(entry)
       case TransferOrder():
-        self._transfer_ended(order)
-        if entry := self._carrier(order.request):
+        if entry := self._transfer_ended(order):
           self._settle(entry)
       case EndOrder():
         if entry := self.requests.get(order.request):
           self._finish(entry, order.finish_reason, now_s, order.reason if order.finish_reason == 'rejected' else None)
+      case AbandonOrder(_, transfer):
+        if attempt := self._transfers.get(transfer):
+          del self._in_flight[transfer]
+          self._transfer_failed(attempt.order, attempt.error, False, now_s)
+    return order is not None
 
   def _step_ended(self, order: StepOrder) -> None:
     worker = self.workers[order.worker]
     first = worker.orders.popleft()
     assert first.id == order.id, f'order {order.id} of {worker.name!r} ended before order {first.id}'
+    self._transfers.pass_ended(order.id, self._now_s)
     for chunk in order.chunks:
       worker.queued_tokens -= chunk.length
       if chunk.is_last and (entry := self.requests.get(chunk.request.id)):
@@ -456,16 +539,14 @@ class ClusterState:
       if entry := self.requests.get(decode.request):
         entry.steps_in_flight -= order.steps
 
-  def _transfer_ended(self, order: TransferOrder) -> None:
+  def _transfer_ended(self, order: TransferOrder) -> RequestState | None:
+    """Let go of a transfer's pages; who needed it, if anybody still does."""
     self.workers[order.source].allocator.drop(order.source_pages)
     self.workers[order.target].allocator.drop(order.target_pages)
-    if entry := self._carrier(order.request):
+    entry = self.requests.get(self._transfers.end(order.id).request)
+    if entry is not None:
       entry.transfers -= 1
-
-  def _carrier(self, name: str) -> RequestState | None:
-    """The request that carries a prompt which was under way in the name of this one; None if it has ended."""
-    samples = self._samples.get(name)
-    return self.requests.get(name) if samples is None else samples.carrier
+    return entry
 
   def _got(self, request: str, tokens: Sequence[int], reason: FinishReason | None, now_s: float) -> None:
     entry = self.requests.get(request)
@@ -480,6 +561,9 @@ class ClusterState:
 
   def _settle(self, entry: RequestState) -> None:
     """Put a request whose prompt is computed where it belongs now."""
+    if entry.phase is Phase.RESTARTING:
+      self._begin_again(entry)
+      return
     followed = entry.samples is not None and entry.samples.carrier is entry and bool(entry.samples.following)
     if entry.phase is Phase.DECODING and not followed:
       return
@@ -488,7 +572,8 @@ class ClusterState:
     name = entry.request.id
     if entry.target is None:
       entry.phase = Phase.PREFILLED
-      self.prefilled[name] = entry
+      if not any(worker.given_up for worker in self.decode_workers) or not self._refuse_unfit(entry, self._now_s):
+        self._file(self.prefilled, entry)
     elif entry.transfers:
       entry.phase = Phase.MOVING
     else:
@@ -519,6 +604,9 @@ class ClusterState:
       self.workers[entry.target].free_slots.append(entry.slot)
     entry.pages, entry.slot, entry.phase = {}, None, Phase.FINISHED
     del self.requests[name]
+    self._transfers.forget(name)
+    if reason in ('cancelled', 'error'):
+      self._give_up(name, error or reason)
     if entry.samples is not None:
       self._sample_ended(name, entry.samples)
     self._finished.append(Finished(now_s, name, reason, tuple(entry.tokens), error))
@@ -575,6 +663,7 @@ class ClusterState:
     samples.carrier = heir
     heir.worker, heir.started, heir.tokens_sent = entry.worker, entry.started, entry.tokens_sent
     heir.computed, heir.transfers = True, entry.transfers
+    self._transfers.hand_on(entry.request.id, heir.request.id)
     if entry.worker is not None and entry.worker != entry.target:
       heir.pages[entry.worker] = entry.pages.pop(entry.worker)
     self._settle(heir)
@@ -586,34 +675,174 @@ class ClusterState:
         self._finish(other, 'error', now_s, error)
     self._finish(entry, 'error', now_s, error)
 
-  def _fail(self, order_id: int, error: str, now_s: float) -> None:
-    order = self._in_flight.pop(order_id, None)
+  def _fail(self, event: Failed, now_s: float) -> bool:
+    order = self._in_flight.pop(event.order, None)
+    names = []
     match order:
       case StepOrder():
         self._step_ended(order)
         names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
       case TransferOrder():
-        self._transfer_ended(order)
-        carrier = self._carrier(order.request)
-        names = [] if carrier is None else [carrier.request.id]
+        self._transfer_failed(order, event.error, event.corrupt, now_s)
       case EndOrder():
         names = [order.request]
-      case _:
-        return
+      case AbandonOrder():
+        raise AssertionError(f'{order} failed ({event.error}); it must not, for its pages cannot be given to others')
     for name in names:
       if entry := self.requests.get(name):
-        self._finish_all(entry, error, now_s)
+        self._finish_all(entry, event.error, now_s)
+    return order is not None
+
+  # -------------------------------------------------------------------------- faults
+
+  def _due(self, event: TimerDue, now_s: float) -> bool:
+    match event:
+      case TimerDue(_, 'deadline', int(order)):
+        return self._abandon(order, f'the transfer did not end within {self._deadline_s:g} s')
+      case TimerDue(_, 'retry', int(order)):
+        self._tasks.append(Resend(order))
+      case TimerDue(_, 'patience', str(name)):
+        self.workers[name].given_up = True
+        for entry in [*self.waiting.values(), *self.prefilled.values()]:
+          self._refuse_unfit(entry, now_s)
+    return True
+
+  def _refuse_unfit(self, entry: RequestState, now_s: float) -> bool:
+    """End a request with an error if nobody is left who can serve it; whether it was."""
+    problem = self._unfit_for(entry)
+    if problem is not None:
+      self._finish_all(entry, problem, now_s)
+    return problem is not None
+
+  def _abandon(self, order: int, error: str) -> bool:
+    """Ask for a transfer's end; whether it was not asked for before."""
+    attempt = self._transfers.abandon(order)
+    if attempt is None:
+      return False
+    attempt.error = error
+    self._tasks.append(Abandon(order))
+    return True
+
+  def _give_up(self, request: str, error: str) -> None:
+    """No transfer of a request is needed any more."""
+    self._transfers.forget(request)
+    for attempt in self._transfers.of(request):
+      self._abandon(attempt.order.id, error)
+
+  def _transfer_failed(self, order: TransferOrder, error: str, corrupt: bool, now_s: float) -> None:
+    attempt = self._transfers.get(order.id)
+    entry = self._transfer_ended(order)
+    if entry is None or entry.phase is Phase.ENDING:
+      return
+    if entry.phase is Phase.RESTARTING:
+      self._begin_again(entry)
+      return
+    assert attempt is not None
+    answer = self._faults.corruption if corrupt else self._faults.transfer
+    if answer == 'fail':
+      self._finish_all(entry, error, now_s)
+    elif answer == 'retry' and self._transfers.try_again(attempt, now_s):
+      entry.transfers += 1
+    else:
+      self._restart(entry, error, now_s)
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
-    self.workers[worker].up = False
-    for order in list(self._in_flight.values()):
-      if (isinstance(order, StepOrder) and order.worker == worker) or (
-        isinstance(order, TransferOrder) and worker in (order.source, order.target)
-      ):
-        self._fail(order.id, error, now_s)
+    place = self.workers[worker]
+    place.up, place.lost = False, error
+    self._timers.set('patience', worker, now_s + self._faults.patience_s)
+    for order in [order for order in self._in_flight.values() if worker in _places(order)]:
+      del self._in_flight[order.id]
+      if isinstance(order, StepOrder):
+        self._step_ended(order)
+      elif isinstance(order, TransferOrder):
+        self._transfer_ended(order)
+    for attempt in self._transfers.forget_worker(worker):
+      self.requests[attempt.request].transfers -= 1
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
-      if entry.phase is not Phase.FINISHED:
+      if entry.phase in (Phase.FINISHED, Phase.WAITING, Phase.ENDING, Phase.FOLLOWING):
+        continue  # it ended, or was begun again, with one before it; the end of the others is under way
+      if entry.phase is Phase.RESTARTING:
+        self._begin_again(entry)
+      elif self._faults.worker == 'fail':
         self._finish_all(entry, error, now_s)
+      elif entry.target == worker and self._is_whole(entry):
+        self._lose_target(entry, error, now_s)
+      else:
+        self._restart(entry, error, now_s)
+
+  def _is_whole(self, entry: RequestState) -> bool:
+    """Whether all that was computed of a prompt is still where it was, and can be sent from there."""
+    if entry.worker is None or entry.phase not in (Phase.PREFILLING, Phase.MOVING):
+      return False
+    source = self.workers[entry.worker]
+    return source.up and not source.role.decodes and entry.worker in entry.pages
+
+  def _lose_target(self, entry: RequestState, error: str, now_s: float) -> None:
+    """Keep a prompt where it is computed; what was to become of it elsewhere is to be decided anew."""
+    if not self._count_attempt(entry):
+      self._finish_all(entry, error, now_s)
+      return
+    carries = entry.samples is not None and entry.samples.carrier is entry
+    for one in [entry, *(entry.samples.following.values() if entry.samples is not None and carries else ())]:
+      self._leave(one, one.target)
+    entry.tokens_sent = 0
+    if entry.phase is Phase.MOVING:
+      self._settle(entry)
+
+  def _leave(self, entry: RequestState, worker: str | None) -> None:
+    """Let go of what a request holds on a worker."""
+    if worker == entry.target and worker is not None:
+      self._release_copied(entry)
+      if entry.slot is not None:
+        self.workers[worker].free_slots.append(entry.slot)
+      entry.target = entry.slot = None
+    if worker in entry.pages:
+      self.workers[worker].allocator.drop(entry.pages.pop(worker))
+
+  def _count_attempt(self, entry: RequestState) -> bool:
+    """Whether a request may be begun once more."""
+    entry.attempts += 1
+    return entry.attempts <= self._faults.max_attempts
+
+  def _restart(self, entry: RequestState, error: str, now_s: float) -> None:
+    """Begin a request again, and each of those that wait for its prompt by itself."""
+    group = [entry]
+    if entry.samples is not None and entry.samples.carrier is entry:
+      group += entry.samples.following.values()
+      entry.samples.following.clear()
+    for one in group:
+      if not self._count_attempt(one):
+        self._finish(one, 'error', now_s, error)
+        continue
+      self._unschedule(one)
+      one.phase = Phase.RESTARTING
+      self._give_up(one.request.id, error)
+      one.transfers = len(self._transfers.of(one.request.id))
+      self._begin_again(one)
+
+  def _begin_again(self, entry: RequestState) -> None:
+    """Let a request wait like one that has just come, in its old place, once no order is about it any more."""
+    name = entry.request.id
+    if entry.transfers or any(
+      isinstance(order, StepOrder) and _is_in(name, order) for order in self._in_flight.values()
+    ):
+      return
+    self._leave(entry, entry.target)
+    for place in list(entry.pages):
+      self._leave(entry, place)
+    entry.worker, entry.started, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0
+    entry.computed = entry.admitted = False
+    entry.delivered = tuple(entry.tokens)
+    entry.phase = Phase.WAITING
+    if not self._refuse_unfit(entry, self._now_s):
+      self._file(self.waiting, entry)
+
+  def _file(self, queue: dict[str, RequestState], entry: RequestState) -> None:
+    """Put a request into a queue; one that was begun again before those that came after it."""
+    later = [] if entry.attempts == 1 else [other for other in queue.values() if other.number > entry.number]
+    queue[entry.request.id] = entry
+    for other in later:
+      queue[other.request.id] = queue.pop(other.request.id)
 
   # -------------------------------------------------------------------------- actions
 
@@ -632,10 +861,16 @@ class ClusterState:
         orders = self._start_end(action, 'cancelled')
       case Reject():
         orders = self._start_end(action, 'rejected')
+      case Abandon():
+        orders = (self._start_abandon(action),)
+      case Resend():
+        orders = (self._start_resend(action),)
       case _:
         raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel or Reject.')
     for order in orders:
       self._in_flight[order.id] = order
+      if isinstance(order, TransferOrder) and self._transfers.get(order.id) is None:
+        self._transfers.begin(order, 1, self._now_s, waits=order.after in self._in_flight)
     return orders
 
   def _order_id(self) -> int:
@@ -666,7 +901,27 @@ class ClusterState:
     self._unschedule_all(entries)
     for entry in entries:
       entry.phase = Phase.ENDING
+      self._give_up(entry.request.id, reason)
     return tuple(EndOrder(self._order_id(), entry.request.id, reason, action.reason) for entry in entries)
+
+  def _start_abandon(self, action: Abandon) -> AbandonOrder:
+    attempt = self._transfers.get(action.transfer)
+    if attempt is None:
+      raise PolicyError(f'{action!r}: no transfer of that id is under way.')
+    self._transfers.abandon(action.transfer)
+    return AbandonOrder(self._order_id(), action.transfer, attempt.order.source, attempt.order.target)
+
+  def _start_resend(self, action: Resend) -> TransferOrder:
+    attempt = self._transfers.take_again(action.transfer)
+    if attempt is None:
+      raise PolicyError(f'{action!r}: no transfer of that id is to be tried again.')
+    before = attempt.order
+    after = before.after if before.after in self._in_flight else None
+    order = dataclasses.replace(before, id=self._order_id(), request=attempt.request, after=after)
+    self.workers[order.source].allocator.hold(order.source_pages)
+    self.workers[order.target].allocator.hold(order.target_pages)
+    self._transfers.begin(order, attempt.number + 1, self._now_s, waits=after is not None)
+    return order
 
   def _start_step(self, step: Step) -> tuple[Order, ...]:
     worker = self._find_worker(step, step.worker)
@@ -793,24 +1048,24 @@ class ClusterState:
 
   def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
     entry = self.requests[chunk.request]
-    stays = worker.role.decodes and chunk.send_to is None
     if entry.phase is Phase.WAITING:
       del self.waiting[chunk.request]
       entry.phase, entry.worker = Phase.PREFILLING, worker.name
       worker.prefilling[chunk.request] = entry
       worker.queued_tokens += entry.prompt_left
-      self._reserve(entry, worker, decodes=stays)
+      self._reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
       if chunk.send_to is not None:
         self._reserve(entry, self.workers[chunk.send_to], decodes=True)
+    stays = entry.target == worker.name
     entry.started += chunk.length
     slot = None
     if entry.prompt_left == 0:
       del worker.prefilling[chunk.request]
-      entry.steps_in_flight += 1
-      if stays:  # its next token can be computed before its first is known here: both stay on the device
+      entry.steps_in_flight += not entry.delivered
+      if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
         entry.phase, entry.admitted, slot = Phase.DECODING, True, entry.slot
         worker.decoding[chunk.request] = entry
-    return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot)
+    return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
 
   def _send_chunk(self, chunk: Chunk, worker: WorkerState, after: int) -> TransferOrder | None:
     """The transfer of what a chunk completes: pages of the smaller of both sizes."""
@@ -858,7 +1113,7 @@ class ClusterState:
     del self.prefilled[action.request]
     entry.phase = Phase.MOVING
     self._reserve(entry, target, decodes=True)
-    return self._move(entry, source, target, entry.request.prompt_len, None)
+    return self._move(entry, source, target, entry.prefill_len, None)
 
   def _start_decodes(self, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
     orders = []
@@ -873,6 +1128,23 @@ class ClusterState:
       orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
       entry.steps_in_flight += steps
     return tuple(orders)
+
+
+def _places(order: Order) -> tuple[str, ...]:
+  """The workers that an order needs."""
+  match order:
+    case StepOrder():
+      return (order.worker,)
+    case TransferOrder() | AbandonOrder():
+      return order.source, order.target
+  return ()
+
+
+def _is_in(request: str, order: StepOrder) -> bool:
+  """Whether a pass computes something of a request."""
+  return any(chunk.request.id == request for chunk in order.chunks) or any(
+    decode.request == request for decode in order.decodes
+  )
 
 
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:

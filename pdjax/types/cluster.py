@@ -122,15 +122,23 @@ class TransferSpec:
     max_batch_pages: Most pages gathered into one array. Bounds the staging memory of one batch.
     transport: 'device_put' from device to device of one process; 'host_staged' over the host's memory, for devices that
       cannot address each other; 'auto' takes the first where both workers have devices of one kind.
+    deadline_s: Seconds from when what is moved is computed until a transfer that has not ended is given up; what comes
+      then is said by `FaultSpec`.
+    checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so
+      that pages damaged at random pass with odds of 2^-64. Costs a read of the pages on either side.
 
   Raises:
-    ValueError: if the pages are not positive or the transport is unknown.
+    ValueError: if the pages or the deadline are not positive or the transport is unknown.
   """
 
   max_batch_pages: int = 256
   transport: TransportName = 'auto'
+  deadline_s: float = 60.0
+  checksums: bool = False
 
   def __post_init__(self):
+    if not self.deadline_s > 0:
+      raise ValueError(f'deadline_s is {self.deadline_s}, expected more than 0 seconds; inf waits for ever.')
     if self.transport not in get_args(TransportName):
       names = ', '.join(map(repr, get_args(TransportName)))
       raise ValueError(f'transport is {self.transport!r}, expected one of {names}.')

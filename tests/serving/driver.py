@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from pdjax.serving import ClusterState, Phase
 from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
-from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import FaultSpec, ModelSpec, Request, SamplingParams, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types.faults import ALL_FAIL
 
 TINY = ModelSpec(
   name='tiny', num_layers=2, embed_dim=24, query_heads=6, kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=96,
@@ -15,10 +16,16 @@ ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
 
 
 class Driver:
-  """Starts actions and ends their orders; tokens are 7 unless a test says otherwise."""
+  """Starts actions and ends their orders; tokens are 7, and nothing is tried twice, unless a test says otherwise."""
 
-  def __init__(self, workers: tuple[WorkerSpec, ...] = ONE_OF_EACH, page_size: int = 4, model: ModelSpec = TINY):
-    self.state = ClusterState(model, workers, page_size)
+  def __init__(
+    self,
+    workers: tuple[WorkerSpec, ...] = ONE_OF_EACH,
+    page_size: int = 4,
+    model: ModelSpec = TINY,
+    faults: FaultSpec = ALL_FAIL,
+  ):
+    self.state = ClusterState(model, workers, page_size, faults=faults)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 

@@ -250,7 +250,7 @@ class Deployment:
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
     config = self.config
-    return ClusterState(
+    state = ClusterState(
       self.opened.model,
       self.built.workers,
       config.page_size,
@@ -258,6 +258,9 @@ class Deployment:
       transfer=config.transfer,
       faults=config.faults,
     )
+    for name, worker in self.built.engine.workers.items():
+      state.workers[name].incarnation = worker.incarnation
+    return state
 
   def report(
     self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None

@@ -1,4 +1,4 @@
-"""When something fails: those it concerns learn why, all others are served, and nothing is held or hangs."""
+"""When something fails and nothing is tried twice: those it concerns learn why, all others are served, nothing hangs."""
 
 import dataclasses
 import itertools
@@ -12,6 +12,7 @@ from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
 from pdjax.serving.messages import Done, Failed, Started, WorkerLost
 from pdjax.types import Request, SamplingParams
+from pdjax.types.faults import ALL_FAIL
 from tests.engine.cluster import Cluster, Served
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay
@@ -56,6 +57,16 @@ def assert_others_exact(cluster: Cluster, served: Served, failed: set[str]):
 
 def orders_with(served: Served, event: type) -> list:
   return [one for one in served.events if isinstance(one, event)]
+
+
+@pytest.fixture
+def one_and_one(one_and_one) -> Cluster:
+  return one_and_one.changed(faults=ALL_FAIL)
+
+
+@pytest.fixture
+def colocated(colocated) -> Cluster:
+  return colocated.changed(faults=ALL_FAIL)
 
 
 @pytest.fixture(params=['one_and_one', 'colocated'])

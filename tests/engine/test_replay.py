@@ -30,7 +30,10 @@ def replay(cluster: Cluster, served: Served, record: tuple[Event, ...], num_page
   """What the loop does with a record, from fresh arrivals and a fresh state."""
   specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in cluster.specs]
   backend = Replay(cluster.model, specs, record)
-  state = ClusterState(cluster.model, specs, cluster.config.page_size)
+  config = cluster.config
+  state = ClusterState(cluster.model, specs, config.page_size, transfer=config.transfer, faults=config.faults)
+  for name, incarnation in served.incarnations.items():
+    state.workers[name].incarnation = incarnation
   return tuple(serve(Listed(served.requests), served.policy, backend, state))
 
 

@@ -111,6 +111,8 @@ class Engine:
       self._submit(order)
 
   def _submit(self, order: Order) -> None:
+    if self._is_stale(order):
+      return  # for a life of a worker that is over, and with it all its orders, as the loop is about to learn
     try:
       match order:
         case StepOrder():
@@ -268,6 +270,14 @@ class Engine:
     self._passes[order.target].add(job)
     fields = {'wire_bytes': landed.parcel.wire_bytes, 'trip': landed.trip}
     self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, **fields))
+
+  def _is_stale(self, order: Order) -> bool:
+    match order:
+      case StepOrder():
+        return order.incarnation != self.workers[order.worker].incarnation
+      case TransferOrder():
+        return order.incarnations != self._incarnations(order)
+    return False
 
   def _give_up(self, transfer: int) -> None:
     """Whatever of a transfer still lands is not written."""

@@ -569,7 +569,6 @@ class ClusterState:
       return
     if not entry.computed or entry.phase in (Phase.ENDING, Phase.FINISHED):
       return
-    name = entry.request.id
     if entry.target is None:
       entry.phase = Phase.PREFILLED
       if not any(worker.given_up for worker in self.decode_workers) or not self._refuse_unfit(entry, self._now_s):

@@ -16,7 +16,7 @@ from pdjax.types.model import ModelSpec, RopeScaling
 from pdjax.types.request import SLO, Completion, FinishReason, Request, SamplingParams, TokenLogprob
 
 __all__ = [
-  'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FaultSpec', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request', 'Role',
-  'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool',
+  'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FaultSpec', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request',
+  'Role', 'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool',
   'parse_split', 'prefill_pool',
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""When something fails and nothing is tried twice: those it concerns learn why, all others are served, nothing hangs."""
+"""When things fail and nothing is tried twice: who it concerns learns why, all others are served, and nothing hangs."""
 
 import dataclasses
 import itertools

@@ -1,10 +1,11 @@
 """The fault matrix as one table: when something goes wrong (rows), what (columns), or why a cell is empty."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.serving.messages import Arrived, Done, Event, Order, StepOrder, TransferOrder, Withdrawn
-from pdjax.types import FaultSpec, Request, SamplingParams
+from pdjax.serving.state import ClusterState
+from pdjax.types import FaultSpec, Request, SamplingParams, WorkerSpec
 from tests.faults.injection import Asking, Injector, Seen
 from tests.faults.shadow import Fault
 from tests.tiny import prompt
@@ -97,7 +98,27 @@ class Cell:
       prompt(40, 9),
       SamplingParams(max_tokens=8, temperature=0.8, seed=3, repetition_penalty=1.2, ignore_eos=True),
     )
-    return [*_others(FULL.get(self.column, (9, 30, 3, 17)), self.column), victim][:: 1 if self.row == 'queued' else -1]
+    return [*_others(self.lengths, self.column), victim][:: 1 if self.row == 'queued' else -1]
+
+  @property
+  def lengths(self) -> Sequence[int]:
+    """Of the bystanders' prompts."""
+    return FULL[self.column][0] if self.column in FULL else (9, 30, 3, 17)
+
+  def sized(self, workers: Iterable[WorkerSpec]) -> list[WorkerSpec]:
+    """The workers with as many of their pages as the column lets them have."""
+    pages = FULL[self.column][1] if self.column in FULL else {}
+    return [dataclasses.replace(one, num_pages=pages.get(one.role, one.num_pages)) for one in workers]
+
+  def is_full(self, state: ClusterState) -> bool:
+    """Whether nobody has room for the victim, where the column says so."""
+    sides = {'prefill': state.prefill_workers, 'decode': state.decode_workers}
+    room = state.room()
+    return VICTIM in state.requests and not any(
+      room.fits(VICTIM, worker.name, decodes=role == 'decode')
+      for role in FULL.get(self.column, ((), {}))[1]
+      for worker in sides[role]
+    )
 
   @property
   def faults(self) -> FaultSpec:
@@ -271,10 +292,10 @@ COLUMNS = {
   'slow link': Column(_link(stalled=False), empty=_BEHIND),
   'stalled link': Column(_link(stalled=True), empty=_BEHIND),
 }
-FULL = {  # prompts of those who take the room
-  'decode full': (6,) * 14,
-  'prefill full': (60,) * 12,
-  'both full': (40,) * 22,
+FULL = {  # prompts of those who take the room, and pages of each worker by role
+  'decode full': ((6,) * 14, {'decode': 24}),
+  'prefill full': ((40,) * 12, {'prefill': 16}),
+  'both full': ((40,) * 16, {'prefill': 16, 'decode': 20}),
 }
 
 

@@ -1,5 +1,6 @@
 """What holds however a run went: the right tokens, every page back, every request ended once, in bounded time."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -52,5 +53,6 @@ def assert_right(
     else:
       assert end.tokens == expected[: len(end.tokens)], f'{end.request} got {end.tokens}, not of {expected}'
   assert_all_is_free(state)
-  assert state.next_timer_s == float('inf')
+  assert not state._transfers
+  assert state.next_timer_s == math.inf or not all(worker.up for worker in state.workers.values())
   return {end.request: end.finish_reason for end in ends}

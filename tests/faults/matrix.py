@@ -295,7 +295,7 @@ COLUMNS = {
 FULL = {  # prompts of those who take the room, and pages of each worker by role
   'decode full': ((6,) * 14, {'decode': 24}),
   'prefill full': ((40,) * 12, {'prefill': 16}),
-  'both full': ((40,) * 16, {'prefill': 16, 'decode': 20}),
+  'both full': ((40,) * 16, {'prefill': 16, 'decode': 21}),
 }
 
 

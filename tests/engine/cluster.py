@@ -38,6 +38,7 @@ class Served:
   requests: tuple[Request, ...]
   policy: Policy
   incarnations: dict[str, int]  # of the workers, as it began
+  state: ClusterState
 
   @functools.cached_property
   def by_id(self) -> dict[str, Completion]:
@@ -116,7 +117,7 @@ class Cluster:
       engine.close()
     assert compiled[compiled_before:] == [], 'something was compiled while the clock ran'
     report = Report.from_events(events, workers=self.specs)
-    served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations)
+    served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations, state)
     assert_all_is_free(state)
     if served.report.failed == 0:
       assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'

@@ -175,7 +175,7 @@ class Injector:
         told.append(event)
     told += [event for due_s, event in self._later if due_s <= self.now_s]
     self._later = [item for item in self._later if item[0] > self.now_s]
-    return self.now_s, sorted(told, key=_told_when)
+    return self.now_s, sorted(told, key=told_when)
 
   def _look(self, what: Order | Event) -> None:
     if not self.acted and self.moment(self.seen, what):
@@ -212,6 +212,6 @@ class Injector:
         seen.ended.append(event)
 
 
-def _told_when(event: Event) -> tuple[float, int]:
+def told_when(event: Event) -> tuple[float, int]:
   """As a backend tells of what has ended; that a worker is gone, it learns last."""
   return (event.ended_s, event.order) if isinstance(event, Done | Failed) else (math.inf, 0)

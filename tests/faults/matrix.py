@@ -130,6 +130,9 @@ class Cell:
     if self.row == 'done but unacknowledged':
       _told(lambda times: times.backoff_s)(self, injector, arrivals)
     COLUMNS[self.column].set_up(self, injector, arrivals)
+    if self.row == 'transfer half done':
+      fails = injector.on_transfer
+      injector.on_transfer = lambda seen, order: fails(seen, order) or ('slow' if seen.index(order) == 1 else None)
 
   @property
   def transfer(self) -> int | None:
@@ -169,7 +172,7 @@ def _abort(cell: Cell, injector: Injector, arrivals: Asking) -> None:
 
 def _storm(cell: Cell, injector: Injector, arrivals: Asking) -> None:
   """Many more than there is room for come and go, some at once, some twice, some with a few tokens."""
-  storm = [Request(f'storm{i}', prompt(20 + i % 30, i), SamplingParams(max_tokens=30)) for i in range(60)]
+  storm = [Request(f'storm{i}', prompt(20 + i % 5, i % 5), SamplingParams(max_tokens=30)) for i in range(60)]
   arrivals.push(*map(Arrived, storm), *(Withdrawn(one.id) for one in storm[::3]))
   arrivals.push(*(Withdrawn(one.id) for one in storm[::2]))
   arrivals.push(Withdrawn(VICTIM))

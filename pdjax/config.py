@@ -99,6 +99,16 @@ class ServingConfig:
     return DTYPE_BYTES[self.dtype]
 
   @property
+  def moves_kv(self) -> bool:
+    """Whether the policy may send KV from worker to worker."""
+    return getattr(self.policy, 'moves_kv', True)
+
+  @property
+  def staging_bytes(self) -> int:
+    """Memory of a worker for what is on its way out of it, and as much for what is on its way in."""
+    return self.transfer.staging_bytes if self.moves_kv else 0
+
+  @property
   def cluster(self) -> tuple[WorkerSpec, ...]:
     """The workers with their page size and dtype of cached keys and values filled in."""
     return tuple(

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdjax.config import ServingConfig
+from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.metrics import EventLog, Report, draw
+from pdjax.metrics.counters import prometheus_text
 from pdjax.serving.loop import Arrivals, Backend, serve
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn
 from pdjax.serving.state import ClusterState
@@ -121,7 +123,8 @@ def simulate(
   workers, carved = size_simulated(config, model)
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
-  state = ClusterState(model, workers, config.page_size, transfer=config.transfer, faults=config.faults)
+  config = dataclasses.replace(config, transfer=choose_granularity(config.transfer, model, workers, cost))
+  state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
   simulator = Simulator(model, workers, cost, arrivals.output_len)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
   completions = complete(events, has_text=False)
@@ -151,6 +154,7 @@ def size_simulated(
     config.dtype_bytes,
     memory,
     one_memory=getattr(config.cost, 'shared_host', False),
+    staging_bytes=config.staging_bytes,
   )
   return workers, carved
 
@@ -249,16 +253,16 @@ class Deployment:
 
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
-    config = self.config
+    config, built = self.config, self.built
     state = ClusterState(
       self.opened.model,
-      self.built.workers,
+      built.workers,
       config.page_size,
+      built.transfer,
       finds_stops=self.opened.tokenizer is not None,
-      transfer=config.transfer,
       faults=config.faults,
     )
-    for name, worker in self.built.engine.workers.items():
+    for name, worker in built.engine.workers.items():
       state.workers[name].incarnation = worker.incarnation
     return state
 
@@ -266,9 +270,9 @@ class Deployment:
     self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None
   ) -> Report:
     """The report of what was served here; `workdir` gets it as `report.json`."""
-    warm_up = self.built.warm_up
+    warm_up, config = self.built.warm_up, dataclasses.replace(self.config, transfer=self.built.transfer)
     return _report(
-      self.config, self.opened, self.built.workers, events, completions, workdir, 'engine',
+      config, self.opened, self.built.workers, events, completions, workdir, 'engine',
       warmup_s=warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
       calibrated=True,
       environment={'devices': self.built.devices, 'warm_up': dataclasses.asdict(warm_up)},
@@ -497,6 +501,7 @@ def _report(
   if workdir is not None:
     report.save(pathlib.Path(workdir) / 'report.json')
     draw(report, workdir)
+    (pathlib.Path(workdir) / 'metrics.prom').write_text(prometheus_text(report.timeline), encoding='utf-8')
   return report
 
 

@@ -54,6 +54,7 @@ class Simulator:
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
+    self._began_s: dict[int, float] = {}  # of passes
     self._left: dict[str, int] = {}  # tokens each request will still generate
 
   def submit(self, orders: Sequence[Order]) -> None:
@@ -71,17 +72,17 @@ class Simulator:
           [decode.context for decode in order.decodes],
           order.steps,
         )
+        if order.layer_groups:  # a program for each, and one before and after them
+          seconds += (1 + len(order.layer_groups)) * getattr(self._cost, 'dispatch_s', 0.0)
         began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
+        self._began_s[order.id] = began_s
         self._push(order.id, lambda: self._step_done(order, began_s))
       case TransferOrder():
         seconds = self._cost.transfer_seconds(
-          self._model, self._workers[order.source], self._workers[order.target], order.tokens
+          self._model, self._workers[order.source], self._workers[order.target], order.tokens * self._share(order)
         )
-        ready_s = self._ends_s.get(order.after, 0.0) if order.after is not None else 0.0
-        began_s = self._begin((('way out', order.source),), seconds, order.id, ready_s)
-        source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
-        wire_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
-        self._push(order.id, lambda: self._transfer_done(order, began_s, wire_bytes))
+        began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
+        self._push(order.id, lambda: self._transfer_done(order, began_s))
       case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
         self._ends_s[order.id] = now_s = self._now_s
         self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
@@ -111,9 +112,25 @@ class Simulator:
   def _push(self, order: int, event: Callable[[], Event]) -> None:
     heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
 
-  def _transfer_done(self, order: TransferOrder, began_s: float, wire_bytes: int) -> Done:
+  def _share(self, order: TransferOrder) -> float:
+    """The layers that travel, as a share of all."""
+    first, stop = order.layers or (0, self._model.num_layers)
+    return (stop - first) / self._model.num_layers
+
+  def _ready_s(self, order: TransferOrder) -> float:
+    """When what it moves is computed: with its pass, or in the middle of it if it moves the first layers."""
+    if order.after is None or order.after not in self._ends_s:
+      return 0.0
+    began_s, ended_s = self._began_s[order.after], self._ends_s[order.after]
+    _, stop = order.layers or (0, self._model.num_layers)
+    return began_s + (ended_s - began_s) * stop / self._model.num_layers
+
+  def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     ended_s = self._ends_s.pop(order.id)
-    return Done(order.id, began_s, ended_s, wire_bytes=wire_bytes, trip=Trip(began_s, ended_s, pieces=1))
+    source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
+    all_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
+    trip = Trip(began_s, ended_s, pieces=1)
+    return Done(order.id, began_s, ended_s, wire_bytes=round(all_bytes * self._share(order)), trip=trip)
 
   def _step_done(self, order: StepOrder, began_s: float) -> Done:
     results = []
@@ -129,6 +146,7 @@ class Simulator:
       wasted += order.steps - tokens
       if tokens:
         results.append(self._generate(decode.request, tokens))
+    del self._began_s[order.id]
     return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
 
   def _limit(self, request: Request) -> int:

@@ -1,11 +1,29 @@
-"""Eight virtual CPU devices for every test that computes, made before JAX starts; and the longest files first."""
+"""Eight virtual CPU devices for every test that computes, made before JAX starts; and the longest files first.
+
+What one process compiles none other compiles again: a cache of programs that lasts as long as the run.
+"""
+
+import os
+import tempfile
 
 import jax
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
+CACHE = 'PDJAX_TEST_CACHE'  # in the environment, which the processes that share the work inherit
+
 LONGEST = ('test_golden.py', 'test_notebooks.py', 'test_tokens.py', 'test_tpu_programs.py', 'test_worker.py')
+
+
+def pytest_configure(config):
+  """Make the cache, or take that of the process that began the run."""
+  if CACHE not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix='pdjax-tests-')
+    os.environ[CACHE] = folder.name
+    config.add_cleanup(folder.cleanup)
+  jax.config.update('jax_compilation_cache_dir', os.environ[CACHE])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,10 @@ from pdjax.types.model import ModelSpec
 
 
 class CostModel(Protocol):
-  """Predicts the seconds of a pass and of a transfer."""
+  """Predicts the seconds of a pass and of a transfer.
+
+  It may say with an attribute `dispatch_s` what each further program of a pass costs that runs in groups of layers.
+  """
 
   def step_seconds(
     self,
@@ -28,5 +31,5 @@ class CostModel(Protocol):
       steps: Decode steps in the pass.
     """
 
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: int) -> float:
-    """Seconds to move the KV of so many tokens, whole pages counted."""
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
+    """Seconds to move the KV of so many tokens, whole pages counted; of fewer tokens where only some layers travel."""

@@ -18,6 +18,7 @@ def size_pools(
   memory_bytes: float,
   *,
   one_memory: bool = False,
+  staging_bytes: int = 0,
 ) -> tuple[WorkerSpec, ...]:
   """Replace `num_pages='auto'` by what fits, and make sure that all the rest does.
 
@@ -32,6 +33,7 @@ def size_pools(
     memory_bytes: Bytes that weights and pages may fill on each device, or on all together with `one_memory`; infinity
       if unknown.
     one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
+    staging_bytes: Bytes on their way out of a worker, and as many on their way into one; kept free where pages travel.
 
   Raises:
     ValueError: if weights and pages do not fit; both figures are in the message.
@@ -52,9 +54,11 @@ def size_pools(
     assert worker.page_size and worker.kv_dtype
     whole = worker.page_size * model.cached_token_bytes(worker.kv_dtype)
     page_bytes[worker.name] = whole / mesh_shape(model, worker.tp)[0]
+  staging: dict[int, float] = {}
   for worker in workers:
     for device in devices[worker.name]:
       memory = memory_of(device)
+      staging[memory] = staging.get(memory, 0) + _directions(worker, workers) * staging_bytes / worker.tp
       if isinstance(worker.num_pages, int):
         pools[memory] = pools.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
       else:
@@ -66,10 +70,11 @@ def size_pools(
         f'{model.name} needs {_gb(used)} of weights, but {_gb(memory_bytes)} may be filled {where}; use fewer workers '
         'or more devices, a smaller dtype or model, or free memory.'
       )
-    if used + pools.get(memory, 0) > memory_bytes:
+    if used + staging[memory] + pools.get(memory, 0) > memory_bytes:
       raise ValueError(
-        f'weights ({_gb(used)}) and pages ({_gb(pools[memory])}) do not fit {where}, where {_gb(memory_bytes)} may be '
-        "filled; lower num_pages or set it to 'auto', or use more devices."
+        f'weights ({_gb(used)}), pages ({_gb(pools.get(memory, 0))}) and staging ({_gb(staging[memory])}) do not fit '
+        f"{where}, where {_gb(memory_bytes)} may be filled; lower num_pages or set it to 'auto', lower "
+        'TransferSpec.staging_bytes, or use more devices.'
       )
 
   def sized(worker: WorkerSpec) -> WorkerSpec:
@@ -78,7 +83,7 @@ def size_pools(
     if memory_bytes == float('inf'):
       raise ValueError(f'the devices do not say how much memory they have; give worker {worker.name!r} a num_pages.')
     memories = [memory_of(device) for device in devices[worker.name]]
-    free = min((memory_bytes - weights[one] - pools.get(one, 0)) / automatic[one] for one in memories)
+    free = min((memory_bytes - weights[one] - staging[one] - pools.get(one, 0)) / automatic[one] for one in memories)
     fits = int(free / page_bytes[worker.name])
     if fits < 1:
       raise ValueError(
@@ -91,6 +96,13 @@ def size_pools(
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)
+
+
+def _directions(worker: WorkerSpec, workers: Sequence[WorkerSpec]) -> int:
+  """In how many directions pages may travel: out of a worker that prefills, into one that decodes."""
+  others = [other for other in workers if other is not worker]
+  out = worker.role.prefills and any(other.role.decodes for other in others)
+  return out + (worker.role.decodes and any(other.role.prefills for other in others))
 
 
 def _gb(size: float) -> str:

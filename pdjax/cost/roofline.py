@@ -30,6 +30,11 @@ class Roofline:
     """Whether its constants were measured on the machine at hand."""
     return self.chip.calibrated
 
+  @property
+  def dispatch_s(self) -> float:
+    """Seconds that each further program of a pass costs."""
+    return self.chip.step_overhead_s
+
   def step_seconds(
     self,
     model: ModelSpec,
@@ -59,7 +64,7 @@ class Roofline:
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: int) -> float:
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
     """Seconds to move the KV of so many tokens; see `CostModel`."""
     links = 1 if self.shared_host else min(source.tp, target.tp)
     kv_dtype = source.kv_dtype

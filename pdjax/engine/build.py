@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import psutil
 
 from pdjax.config import ServingConfig
+from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
+from pdjax.cost.roofline import Roofline
 from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import LimitOf, Worker
@@ -50,10 +52,19 @@ class WarmUp:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-  """An engine that is ready, its workers with `num_pages` filled in, the devices of each by name, and what it took."""
+  """An engine that is ready, and what it took to get there.
+
+  Attributes:
+    engine: The engine.
+    workers: Its workers, `num_pages` filled in.
+    transfer: How KV travels, `layers_from` filled in.
+    devices: The devices of each worker by name.
+    warm_up: What was done.
+  """
 
   engine: Engine
   workers: tuple[WorkerSpec, ...]
+  transfer: TransferSpec
   devices: dict[str, list[str]]
   warm_up: WarmUp
 
@@ -128,6 +139,7 @@ def build_engine(
     config.dtype_bytes,
     device_memory_bytes(devices[0]),
     one_memory=devices[0].platform == 'cpu',
+    staging_bytes=config.staging_bytes,
   )
   names = {name: [str(devices[index]) for index in mesh] for name, mesh in carved.items()}
 
@@ -137,14 +149,21 @@ def build_engine(
   for spec in specs:  # what cannot be is refused before anything is loaded
     choose_layout(model, spec.page_size or config.page_size, meshes[carved[spec.name]], spec.page_layout)
   weights = load_weights(checkpoint, model, meshes, dtype)
+  loaded = time.perf_counter()
+  say(f'weights loaded in {loaded - begin:.1f} s')
+  used = sorted({index for mesh in carved.values() for index in mesh})
+  chip = measure_chip(devices[used[0]], dtype, config.precision)
+  link = measure_link(devices[used[0]], devices[used[-1]])
+  measured = time.perf_counter()
+  cost = Roofline(chip, link, config.dtype_bytes, shared_host=devices[0].platform == 'cpu')
+  transfer = choose_granularity(config.transfer, model, specs, cost)
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer))
+    sends = transfer if config.moves_kv else None
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer, sends))
     pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
-  loaded = time.perf_counter()
-  say(f'weights loaded in {loaded - begin:.1f} s')
 
   program_s: dict[str, float] = {}
   transports: dict[tuple[str, str], Transport] = {}
@@ -157,20 +176,16 @@ def build_engine(
 
   for worker in workers:
     compile_programs(worker.spec.name, functools.partial(worker.compile, config.precision))
-  if getattr(config.policy, 'moves_kv', True):
+  if config.moves_kv:
     for source, target in itertools.permutations(workers, 2):
       if source.spec.role.prefills and target.spec.role.decodes:
-        transport = TRANSPORTS[_transport_name(config.transfer, source, target)](source, target, config.transfer)
+        transport = TRANSPORTS[_transport_name(transfer, source, target)](source, target, transfer)
         transports[source.spec.name, target.spec.name] = transport
         compile_programs(f'{source.spec.name}→{target.spec.name}', transport.compile)
   compiled = time.perf_counter()
-  used = sorted({index for mesh in carved.values() for index in mesh})
-  chip = measure_chip(devices[used[0]], dtype, config.precision)
-  link = measure_link(devices[used[0]], devices[used[-1]])
-  measured = time.perf_counter()
-  say(f'warm-up took {measured - begin:.1f} s, of which compiling {compiled - loaded:.1f} s')
-  warm_up = WarmUp(loaded - begin, compiled - loaded, measured - compiled, program_s, chip, link)
-  return Built(Engine(workers, transports), specs, names, warm_up)
+  say(f'warm-up took {compiled - begin:.1f} s, of which compiling {compiled - measured:.1f} s')
+  warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)
+  return Built(Engine(workers, transports), specs, transfer, names, warm_up)
 
 
 def _transport_name(spec: TransferSpec, source: Worker, target: Worker) -> str:

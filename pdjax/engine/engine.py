@@ -79,7 +79,6 @@ class Engine:
     self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
     self._transfers = Waiters('transfers', self._post_crash)
     self._under_way: dict[int, TransferOrder] = {}  # those whose pieces are to be written
-    self._last_pass: dict[str, Pending] = {}
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def start_clock(self) -> None:
@@ -106,17 +105,30 @@ class Engine:
       waiter.close()
 
   def submit(self, orders: Sequence[Order]) -> None:
-    """Dispatch the orders of one action; what goes wrong comes back as an event."""
-    for order in orders:
-      self._submit(order)
+    """Dispatch the orders of one action; what goes wrong comes back as an event.
 
-  def _submit(self, order: Order) -> None:
+    A transfer of some layers of a pass is dispatched right behind these: behind more, it would wait for them.
+    """
+    by_layers = [order for order in orders if isinstance(order, TransferOrder) and order.layers is not None]
+    sent: set[int] = set()
+
+    def send(layers: tuple[int, int]) -> None:
+      for transfer in by_layers:
+        if transfer.layers == layers:
+          sent.add(transfer.id)
+          self._submit(transfer)
+
+    for order in orders:
+      if order.id not in sent:
+        self._submit(order, send)
+
+  def _submit(self, order: Order, after: Callable[[tuple[int, int]], None] = lambda layers: None) -> None:
     if self._is_stale(order):
       return  # for a life of a worker that is over, and with it all its orders, as the loop is about to learn
     try:
       match order:
         case StepOrder():
-          self._dispatch(order)
+          self._dispatch(order, after)
         case TransferOrder():
           self._send(order)
         case EndOrder():
@@ -185,11 +197,10 @@ class Engine:
 
   # -------------------------------------------------------------------------- passes
 
-  def _dispatch(self, order: StepOrder) -> None:
+  def _dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None]) -> None:
     worker = self.workers[order.worker]
     dispatched_s = self._mailbox.now_s()
-    pending = worker.dispatch(order)
-    self._last_pass[order.worker] = pending
+    pending = worker.dispatch(order, after)
     job = functools.partial(self._collect, worker, worker.incarnation, order, pending, dispatched_s)
     self._passes[order.worker].add(job)
 
@@ -218,7 +229,6 @@ class Engine:
     for order in list(self._under_way.values()):
       if broken.worker in (order.source, order.target):
         self._give_up(order.id)
-    self._last_pass.pop(broken.worker, None)
     return [
       WorkerLost(broken.worker, broken.ended_s, broken.error),
       WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
@@ -227,32 +237,23 @@ class Engine:
   # -------------------------------------------------------------------------- transfers
 
   def _send(self, order: TransferOrder) -> None:
-    dispatched_s = self._mailbox.now_s()
-    before = self._last_pass.get(order.source)
     transport = self._transports[order.source, order.target]
-    parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens)
+    parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens, order.layers)
     self._under_way[order.id] = order
-    self._transfers.add(order.id, functools.partial(self._watch, order, before, parcel, dispatched_s))
+    self._transfers.add(order.id, functools.partial(self._watch, order, parcel))
 
-  def _watch(self, order: TransferOrder, before: Pending | None, parcel: Parcel, dispatched_s: float) -> None:
+  def _watch(self, order: TransferOrder, parcel: Parcel) -> None:
     """On a waiting thread of its own: block until the pieces are there and say so."""
     try:
-      began_s = dispatched_s
-      if before is not None:
-        for array in before.arrays():
-          array.block_until_ready()
-        began_s = max(dispatched_s, self._mailbox.now_s())
       parcel.wait_gathered()
-      wire_began_s = self._mailbox.now_s()
+      began_s = self._mailbox.now_s()
       parcel.wait()
     except Exception as error:
       message = describe(error)
       corrupt = isinstance(error, CorruptError)
       self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message, corrupt))
       return
-    self._mailbox.post(
-      lambda arrived_s: _Landed(order, parcel, began_s, Trip(wire_began_s, arrived_s, parcel.num_pieces))
-    )
+    self._mailbox.post(lambda arrived_s: _Landed(order, parcel, began_s, Trip(began_s, arrived_s, parcel.num_pieces)))
 
   def _receive(self, landed: _Landed) -> None:
     """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
@@ -268,8 +269,8 @@ class Engine:
       return
     job = functools.partial(self._note_written, order.target, order.incarnations[1], written.block_until_ready)
     self._passes[order.target].add(job)
-    fields = {'wire_bytes': landed.parcel.wire_bytes, 'trip': landed.trip}
-    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, **fields))
+    wire_bytes, trip = landed.parcel.wire_bytes, landed.trip
+    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=wire_bytes, trip=trip))
 
   def _is_stale(self, order: Order) -> bool:
     match order:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import append_tokens, paged_attention, prefill_attention
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.kv.pages import LAYER_SPEC, KVPages
+from pdjax.model.layers import Attend
 from pdjax.model.sampling import Chosen, Sampling, sample
-from pdjax.model.transformer import Transformer, Weights, bind
+from pdjax.model.transformer import Transformer, Weights, bind, bind_blocks, run_blocks
 from pdjax.sharding import MESH_AXES, ShardingRules, replicated
 from pdjax.types.model import ModelSpec
 
@@ -43,11 +45,26 @@ class Passes:
 
   def prefill(self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks) -> tuple[KVPages, Slots, Chosen]:
     """Run prompt chunks; also returns each sequence's next token `[C]`, which counts if the chunk is its last."""
-    model = bind(self.model, weights)
-    rows = _chunk_rows(chunks, pages)
-    x, pages = self._run(model, pages, chunks.tokens, rows, chunks, None)
-    first = self._first_tokens(model, x, chunks, slots)
-    return pages, _admit_chunks(slots, chunks, first.tokens), first
+    x, pages = self._run(weights, pages, chunks.tokens, _chunk_rows(chunks, pages), chunks, None)
+    return pages, *self.finish(weights, slots, x, chunks)
+
+  def begin(self, weights: Weights, chunks: Chunks) -> jax.Array:
+    """The first of the programs that a prefill pass in groups of layers consists of: `[T, E]`."""
+    x = bind(self.model, weights).embedded(chunks.tokens)
+    return jax.lax.with_sharding_constraint(x, replicated(self.mesh))
+
+  def layers(
+    self, first: int, weights: Sequence[Weights], pages: KVPages, x: jax.Array, chunks: Chunks
+  ) -> tuple[KVPages, jax.Array]:
+    """The layers from `first` on, one item of weights for each, and only their pages; also `[T, E]`."""
+    blocks, rows = bind_blocks(self.model, weights, first), _chunk_rows(chunks, pages)
+    x, pages = self._run_blocks(functools.partial(run_blocks, blocks, x), pages, rows, chunks, None)
+    return pages, jax.lax.with_sharding_constraint(x, replicated(self.mesh))
+
+  def finish(self, weights: Weights, slots: Slots, x: jax.Array, chunks: Chunks) -> tuple[Slots, Chosen]:
+    """The last of them: each sequence's next token `[C]`."""
+    first = self._first_tokens(bind(self.model, weights), x, chunks, slots)
+    return _admit_chunks(slots, chunks, first.tokens), first
 
   def decode(
     self, weights: Weights, pages: KVPages, slots: Slots, ids: jax.Array, steps: jax.Array
@@ -57,7 +74,7 @@ class Passes:
 
     def one_step(step, carry):
       pages, slots, rows, out = carry
-      x, pages = self._run(model, pages, rows.tokens, _decode_rows(rows, pages), None, rows)
+      x, pages = self._run(weights, pages, rows.tokens, _decode_rows(rows, pages), None, rows)
       chosen, slots, rows = self._next_tokens(model, x, slots, ids, rows)
       return pages, slots, rows, jax.tree.map(lambda all, new: all.at[step].set(new), out, chosen)
 
@@ -75,7 +92,7 @@ class Passes:
     chunk_rows, decode_rows = _chunk_rows(chunks, pages), _decode_rows(sequences, pages)
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chunk_rows, decode_rows)
     packed = jnp.concatenate([chunks.tokens, sequences.tokens])
-    x, pages = self._run(model, pages, packed, rows, chunks, sequences)
+    x, pages = self._run(weights, pages, packed, rows, chunks, sequences)
     first = self._first_tokens(model, x, chunks, slots)
     chosen, slots, sequences = self._next_tokens(model, x[chunks.tokens.shape[0] :], slots, ids, sequences)
     slots = _admit_chunks(slots.put(ids, sequences), chunks, first.tokens)
@@ -101,7 +118,7 @@ class Passes:
 
   def _run(
     self,
-    model: Transformer,
+    weights: Weights,
     pages: KVPages,
     tokens: jax.Array,
     rows: 'Rows',
@@ -109,6 +126,18 @@ class Passes:
     slots: Sequences | None,
   ) -> tuple[jax.Array, KVPages]:
     """Every block over packed tokens: chunks first, then one token of each slot."""
+    run = functools.partial(bind(self.model, weights), tokens)
+    return self._run_blocks(run, pages, rows, chunks, slots)
+
+  def _run_blocks(
+    self,
+    run: Callable[[jax.Array, Sequence[Any], Attend], tuple[jax.Array, tuple[Any, ...]]],
+    pages: KVPages,
+    rows: 'Rows',
+    chunks: Chunks | None,
+    slots: Sequences | None,
+  ) -> tuple[jax.Array, KVPages]:
+    """The blocks that `run` takes positions, pages and what attends through."""
     split = 0 if chunks is None else chunks.tokens.shape[0]
 
     def attend(window, q, k, v, layer, rows, chunks, slots):
@@ -136,7 +165,7 @@ class Passes:
       return local(q, k, v, layer, rows, chunks, slots)
 
     pools = list(zip(pages.layers, pages.scales or itertools.repeat(None), strict=False))
-    x, appended = model(tokens, rows.position, pools, attend_everywhere)
+    x, appended = run(rows.position, pools, attend_everywhere)
     layers, scales = zip(*appended, strict=True)
     return x, dataclasses.replace(pages, layers=layers, scales=scales if pages.scales else ())
 

@@ -21,7 +21,7 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.messages import Admission, ChunkOrder, Result, StepOrder
 from pdjax.sharding import replicated
-from pdjax.types.cluster import WorkerSpec, bucket_for
+from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import FinishReason, Request, TokenLogprob
 
@@ -64,9 +64,6 @@ class Pending:
   first: Chosen | None
   tokens: Chosen | None
 
-  def arrays(self) -> list[jax.Array]:
-    return [chosen.tokens for chosen in (self.first, self.tokens) if chosen is not None]
-
 
 class Worker:
   """Runs passes on one mesh, in the order of dispatch."""
@@ -79,6 +76,7 @@ class Worker:
     weights: Weights,
     limit_of: LimitOf,
     tokenizer: Tokenizer | None = None,
+    transfer: TransferSpec | None = None,
   ):
     """Make an empty worker.
 
@@ -89,6 +87,7 @@ class Worker:
       weights: The model's weights on that mesh.
       limit_of: How many tokens a request generates at most.
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
+      transfer: How what it computes travels; None if it stays.
     """
     assert isinstance(spec.num_pages, int) and spec.page_size and spec.kv_dtype
     self.spec = spec
@@ -100,6 +99,8 @@ class Worker:
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
+    self._layered_from = None if transfer is None or spec.role.decodes else transfer.layered_from
+    self._group_starts = {} if transfer is None else self._programs_of_groups(transfer.groups(model.num_layers))
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
     self.page_shapes = KVPages.shapes(
@@ -143,6 +144,9 @@ class Worker:
     if role.prefills:
       kind, *batch = ('fused', self.spec.max_sequences) if role.decodes else ('prefill',)
       keys += [(kind, tokens, *batch) for tokens in self.spec.token_buckets]
+    for tokens in self._layered_buckets():
+      parts = sorted({(start, stop - first) for (first, stop), start in self._group_starts.items()})
+      keys += [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
     if role.decodes:
       keys += [('decode', batch) for batch in self.spec.batch_buckets]
 
@@ -157,7 +161,10 @@ class Worker:
     for key in keys:
       if key[0] in ('decode', 'fused'):
         self._run(('admit',), *self._one_token('admit'))
-      self._run(key, *self._one_token(*key))
+      if key[0] == 'begin':
+        self._run_groups(self._one_token('prefill', key[1])[0], tuple(self._group_starts), lambda group: None)
+      elif key[0] not in ('layers', 'finish'):
+        self._run(key, *self._one_token(*key))
     jax.block_until_ready((self.pages, self.slots))
     return seconds
 
@@ -166,12 +173,19 @@ class Worker:
     call: Callable
     state: tuple = (self.weights, self.pages, self.slots)
     donated: tuple[int, ...] = (1, 2)
-    match key[0]:
-      case 'copy':
+    match key:
+      case ('copy',):
         call, state, donated = copy, (self.pages,), (0,)
-      case 'admit' | 'remember' as name:
+      case ('admit' | 'remember' as name,):
         call, state, donated = Slots.put if name == 'admit' else Slots.remember, (self.slots,), (0,)
-      case name:
+      case ('begin', _):
+        call, state, donated = passes.begin, (self.weights,), ()
+      case ('layers', _, start, count):
+        call = functools.partial(passes.layers, start)
+        state, donated = (self._layer_weights(start, start + count), self.pages.part(start, start + count)), (1, 2)
+      case ('finish', _):
+        call, state, donated = passes.finish, (self.weights, self.slots), (1,)
+      case (name, *_):
         call = getattr(passes, name)
     sharding = replicated(self.mesh)
     arguments = jax.tree.map(
@@ -186,6 +200,11 @@ class Worker:
         chunks = self._pack_chunks((), tokens)
         chunks.offsets[1:], chunks.lengths[:1] = 1, 1
         return (chunks,)
+      case ('begin', tokens):
+        return self._one_token('prefill', tokens)
+      case ('layers' | 'finish', tokens, *_):
+        x = jax.ShapeDtypeStruct((tokens, self.model.embed_dim), jax.tree.leaves(self.weights)[0].dtype)
+        return x, *self._one_token('prefill', tokens)
       case ('decode', batch):
         return self._pack_ids((0,), batch), np.int32(1)
       case ('fused', tokens, batch):
@@ -201,7 +220,10 @@ class Worker:
     raise AssertionError(key)
 
   def program(self, *key: Any) -> jax.stages.Compiled:
-    """A compiled pass: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`."""
+    """A compiled pass: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`.
+
+    Or a part of one: `'begin', tokens`, `'layers', tokens, first, count` or `'finish', tokens`.
+    """
     return self._programs[key]
 
   def _run(self, key: tuple, *arguments: Any) -> list[Any]:
@@ -217,10 +239,39 @@ class Worker:
     self.pages, self.slots, *out = program(self.weights, self.pages, self.slots, *arguments)
     return out
 
+  def _layered_buckets(self) -> list[int]:
+    """The sizes of passes that may run in groups of layers."""
+    if self._layered_from is None:
+      return []
+    return [tokens for tokens in self.spec.token_buckets if tokens >= self._layered_from]
+
+  def _programs_of_groups(self, groups: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """For each group of layers, where the first begins that the same program serves: as long, with equal windows."""
+    starts: dict[tuple, int] = {}
+    windows = [tuple(map(self.model.window, range(*group))) for group in groups]
+    return {group: starts.setdefault(window, group[0]) for group, window in zip(groups, windows, strict=True)}
+
+  def _layer_weights(self, first: int, stop: int) -> list[Weights]:
+    return [self.weights['layers'][layer] for layer in range(first, stop)]
+
+  def _run_groups(
+    self, chunks: Chunks, groups: Sequence[tuple[int, int]], after: Callable[[tuple[int, int]], None]
+  ) -> Chosen:
+    """Hand a prefill pass to the devices group of layers by group; `after` is called behind each."""
+    size = chunks.tokens.shape[0]
+    x = self.program('begin', size)(self.weights, chunks)
+    for first, stop in groups:
+      program = self.program('layers', size, self._group_starts[first, stop], stop - first)
+      part, x = program(self._layer_weights(first, stop), self.pages.part(first, stop), x, chunks)
+      self.pages = self.pages.with_part(first, part)
+      after((first, stop))
+    self.slots, chosen = self.program('finish', size)(self.weights, self.slots, x, chunks)
+    return chosen
+
   # -------------------------------------------------------------------------- running
 
-  def dispatch(self, order: StepOrder) -> Pending:
-    """Hand a pass to the devices and return at once."""
+  def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
+    """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any."""
     admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
     if admitted:
       self._admit(admitted)
@@ -241,6 +292,8 @@ class Worker:
       if self.spec.role.decodes:
         batch = self.spec.max_sequences
         first, tokens = self._run(('fused', size, batch), chunks, self._pack_ids(ids, batch))
+      elif order.layer_groups:
+        first = self._run_groups(chunks, order.layer_groups, after)
       else:
         (first,) = self._run(('prefill', size), chunks)
     return Pending(first, tokens)

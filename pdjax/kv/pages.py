@@ -55,6 +55,16 @@ class KVPages:
     """Of every element."""
     return self.layers[0].dtype
 
+  def part(self, first: int, stop: int) -> 'KVPages':
+    """The layers from `first` up to `stop`."""
+    return dataclasses.replace(self, layers=self.layers[first:stop], scales=self.scales[first:stop])
+
+  def with_part(self, first: int, part: 'KVPages') -> 'KVPages':
+    """All layers, those from `first` on replaced by a part."""
+    stop = first + len(part.layers)
+    layers = (*self.layers[:first], *part.layers, *self.layers[stop:])
+    return dataclasses.replace(self, layers=layers, scales=(*self.scales[:first], *part.scales, *self.scales[stop:]))
+
   @classmethod
   def shapes(
     cls,

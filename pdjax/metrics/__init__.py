@@ -9,8 +9,8 @@ from pdjax.metrics.page import save_html as save_html
 from pdjax.metrics.perfetto import save_trace as save_trace
 from pdjax.metrics.report import Account as Account
 from pdjax.metrics.report import Report as Report
-from pdjax.metrics.report import Stats as Stats
 from pdjax.metrics.report import Utilisation as Utilisation
+from pdjax.metrics.stats import Stats as Stats
 from pdjax.metrics.table import print_report as print_report
 from pdjax.metrics.table import render as render
 from pdjax.metrics.timeline import BusySpan as BusySpan

@@ -13,7 +13,8 @@ from typing import Any
 
 from pdjax.metrics import charts
 from pdjax.metrics.colours import DARK, FONT, LIGHT, PARTS, PHASES, SYSTEMS, vega_config
-from pdjax.metrics.report import Report, Stats
+from pdjax.metrics.report import Report
+from pdjax.metrics.stats import Stats
 from pdjax.metrics.wording import headline, listed, number, per_second, percent, plain, sentences, short, totals
 
 _LATENCIES = (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('ITL', 'itl'), ('E2E', 'e2el'), ('hand-off', 'handoff'))

@@ -3,6 +3,7 @@
 The format is the Trace Event Format (JSON): https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -87,6 +88,11 @@ def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
   args: dict[str, Any] = {'order': span.order}
   if span.kind == 'transfer':
     args |= {'request': span.requests[0], 'target': span.target, 'wire_bytes': span.wire_bytes}
+    if span.trip is not None:
+      stamps = (span.submitted_s, span.began_s, span.trip.wire_began_s, span.trip.arrived_s, span.ended_s)
+      parts = ('queued_us', 'posted_us', 'wire_us', 'admitting_us')
+      args |= dict(zip(parts, (_microseconds(b - a) for a, b in itertools.pairwise(stamps)), strict=True))
+      args['pieces'] = span.trip.pieces
   else:
     if span.num_prompts:
       args |= {'prompts': ' '.join(span.requests[: span.num_prompts]), 'prompt_tokens': span.prompt_tokens}

@@ -13,34 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
+from pdjax.metrics.transfers import TransferFigures
 from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role, WorkerSpec, split_name
 from pdjax.types.request import SLO
 
 _MOST_ERRORS = 3  # that a report's notes tell
 _LONGEST_ERROR = 240  # characters
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stats:
-  """A latency over many requests, in milliseconds; None where there was nothing to measure."""
-
-  mean_ms: float | None = None
-  median_ms: float | None = None
-  std_ms: float | None = None
-  p50_ms: float | None = None
-  p90_ms: float | None = None
-  p99_ms: float | None = None
-
-  @classmethod
-  def of_seconds(cls, values_s: Sequence[float]) -> 'Stats':
-    """Statistics of these seconds; percentiles interpolate linearly."""
-    if not len(values_s):
-      return cls()
-    values_ms = np.asarray(values_s, np.float64) * 1e3
-    p50, p90, p99 = (float(p) for p in np.percentile(values_ms, (50, 90, 99)))
-    return cls(float(values_ms.mean()), p50, float(values_ms.std()), p50, p90, p99)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,6 +116,7 @@ class Report:
     utilisation: One entry per worker.
     wire_bytes: Bytes that transfers put onto target devices.
     num_transfers: Transfers that ended well.
+    transfers: What they cost, and how much of it was hidden.
     wasted_tokens: Tokens computed and thrown away.
     finish_reasons: How many requests ended how; `unfinished` if the log stops before.
     slo: The run's latency limits, if any.
@@ -179,6 +161,7 @@ class Report:
   utilisation: tuple[Utilisation, ...]
   wire_bytes: int
   num_transfers: int
+  transfers: TransferFigures
   wasted_tokens: int
   finish_reasons: Mapping[str, int]
   slo: SLO | None
@@ -275,6 +258,7 @@ class Report:
       utilisation=tuple(_utilisation(worker, timeline) for worker in workers),
       wire_bytes=sum(request.wire_bytes for request in timeline.requests),
       num_transfers=sum(request.num_transfers for request in timeline.requests),
+      transfers=TransferFigures.of(timeline),
       wasted_tokens=timeline.wasted_tokens,
       finish_reasons=finish_reasons,
       slo=slo,
@@ -354,6 +338,7 @@ class Report:
       'utilisation': {use.worker: _without(dataclasses.asdict(use), 'worker') for use in self.utilisation},
       'wire_bytes': self.wire_bytes,
       'num_transfers': self.num_transfers,
+      'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
       'wasted_tokens': self.wasted_tokens,
       'goodput_share': self.goodput_share,
       'finish_reasons': self.finish_reasons,

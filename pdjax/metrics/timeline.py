@@ -12,10 +12,10 @@ from pdjax.serving.messages import (
   Failed,
   Finished,
   Occupancy,
-  Order,
   Started,
   StepOrder,
   TransferOrder,
+  Trip,
   Turn,
 )
 from pdjax.types.request import SLO, FinishReason, Request
@@ -183,6 +183,8 @@ class BusySpan:
     output_tokens: Tokens a step brought.
     target: Where a transfer goes.
     wire_bytes: Bytes a transfer put onto target devices.
+    submitted_s: When the order was given.
+    trip: When a transfer's pieces were where.
   """
 
   worker: str
@@ -196,6 +198,8 @@ class BusySpan:
   output_tokens: int = 0
   target: str | None = None
   wire_bytes: int = 0
+  submitted_s: float = 0.0
+  trip: Trip | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,6 +212,7 @@ class Timeline:
     occupancy: How full the cluster was, whenever that changed.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
+    failed_transfers: The request of each transfer that did not end well.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -215,6 +220,7 @@ class Timeline:
   occupancy: tuple[Occupancy, ...] = ()
   host_lags_s: tuple[float, ...] = ()
   wasted_tokens: int = 0
+  failed_transfers: tuple[str, ...] = ()
 
   @property
   def start_s(self) -> float:
@@ -241,7 +247,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   """
   requests: dict[str, _Draft] = {}
   samples: dict[str, list[_Draft]] = {}
-  orders: dict[int, Order] = {}
+  orders: dict[int, Started] = {}
+  failed_transfers: list[str] = []
   spans: list[BusySpan] = []
   occupancy: list[Occupancy] = []
   host_lags_s: list[float] = []
@@ -253,24 +260,27 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       case Turn():
         now_s = event.now_s
       case Started():
-        orders[event.order.id] = event.order
+        orders[event.order.id] = event
       case Done():
         host_lags_s.append(now_s - event.ended_s)
         wasted_tokens += event.wasted_tokens
-        order = orders.pop(event.order)
+        started = orders.pop(event.order)
+        order = started.order
         if isinstance(order, StepOrder):
-          spans.append(_step_span(order, event))
+          spans.append(_step_span(order, event, started.now_s))
           for chunk in order.chunks:
             for draft in samples.get(chunk.request.id) or [requests[chunk.request.id]]:
               draft.chunk(event)
           for result in event.results:
             wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)
         elif isinstance(order, TransferOrder):
-          spans.append(_transfer_span(order, event))
+          spans.append(_transfer_span(order, event, started.now_s))
           requests[order.request].transfer(event)
       case Failed():
         host_lags_s.append(now_s - event.ended_s)
-        orders.pop(event.order, None)
+        failed = orders.pop(event.order, None)
+        if failed is not None and isinstance(failed.order, TransferOrder):
+          failed_transfers.append(failed.order.request)
       case Arrived():
         drafts = samples[event.request.id] = [_Draft(sample) for sample in event.request.samples()]
         requests |= {draft.request.id: draft for draft in drafts}
@@ -285,10 +295,11 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
     occupancy=tuple(occupancy),
     host_lags_s=tuple(host_lags_s),
     wasted_tokens=wasted_tokens,
+    failed_transfers=tuple(failed_transfers),
   )
 
 
-def _step_span(order: StepOrder, done: Done) -> BusySpan:
+def _step_span(order: StepOrder, done: Done, submitted_s: float) -> BusySpan:
   kind: SpanKind = 'decode' if not order.chunks else 'fused' if order.decodes else 'prefill'
   return BusySpan(
     worker=order.worker,
@@ -300,10 +311,11 @@ def _step_span(order: StepOrder, done: Done) -> BusySpan:
     num_prompts=len(order.chunks),
     prompt_tokens=sum(chunk.length for chunk in order.chunks),
     output_tokens=sum(len(result.tokens) for result in done.results),
+    submitted_s=submitted_s,
   )
 
 
-def _transfer_span(order: TransferOrder, done: Done) -> BusySpan:
+def _transfer_span(order: TransferOrder, done: Done, submitted_s: float) -> BusySpan:
   return BusySpan(
     worker=order.source,
     kind='transfer',
@@ -313,6 +325,8 @@ def _transfer_span(order: TransferOrder, done: Done) -> BusySpan:
     requests=(order.request,),
     target=order.target,
     wire_bytes=done.wire_bytes,
+    submitted_s=submitted_s,
+    trip=done.trip,
   )
 
 

@@ -66,6 +66,8 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   yield 'KV moved', byte_count(report.wire_bytes)
   yield 'transfers', f'{report.num_transfers:,}'
+  if report.transfers.overlap_share is not None:
+    yield 'wire time hidden', percent(report.transfers.overlap_share)
   yield 'host lag mean / p99', f'{number(report.host_lag.mean_ms, 2)} / {number(report.host_lag.p99_ms, 2)} ms'
   if report.warmup_s is not None:
     yield 'warm-up', f'{report.warmup_s:.1f} s'

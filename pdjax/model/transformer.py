@@ -29,19 +29,29 @@ class Transformer(nnx.Module):
     self, tokens: jax.Array, positions: jax.Array, pages: Sequence[Any], attend: Attend
   ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Run packed tokens `[T]` through every block; `[T, E]`, and the pages of every layer as `attend` leaves them."""
-    x = self.embed[...][tokens]
-    turned = turn(positions, self.model)
-    new_pages = []
-    for block, layer in zip(self.layers, pages, strict=True):
-      x, layer = block(x, turned, layer, attend)
-      new_pages.append(layer)
-    return x, tuple(new_pages)
+    return run_blocks(self.layers, self.embedded(tokens), positions, pages, attend)
+
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """What the first block is given, `[T, E]`."""
+    return self.embed[...][tokens]
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Logits `[B, V]` in float32 of the rows `[B, E]`."""
     x = rms_norm(x, self.final_norm[...], self.model.norm_eps)
     matrix = self.embed if self.model.tied_embeddings else self.unembed
     return project(x, matrix[...], jnp.dtype(jnp.float32))
+
+
+def run_blocks(
+  blocks: Sequence[Block], x: jax.Array, positions: jax.Array, pages: Sequence[Any], attend: Attend
+) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Run `[T, E]` through some blocks in turn; the same again, and the pages of each as `attend` leaves them."""
+  turned = turn(positions, blocks[0].model)
+  new_pages = []
+  for block, layer in zip(blocks, pages, strict=True):
+    x, layer = block(x, turned, layer, attend)
+    new_pages.append(layer)
+  return x, tuple(new_pages)
 
 
 def _abstract(model: ModelSpec, dtype: jnp.dtype) -> Transformer:
@@ -52,6 +62,16 @@ def bind(model: ModelSpec, weights: Weights) -> Transformer:
   """The model with these weights, for use under `jit`."""
   graph, state = nnx.split(_abstract(model, jax.tree.leaves(weights)[0].dtype))
   nnx.replace_by_pure_dict(state, weights)
+  return nnx.merge(graph, state)
+
+
+def bind_blocks(model: ModelSpec, weights: Sequence[Weights], first: int) -> Sequence[Block]:
+  """The blocks from layer `first` on with these weights, one item a layer, for use under `jit`."""
+  layers = range(first, first + len(weights))
+  dtype = jax.tree.leaves(weights)[0].dtype
+  graph, state = nnx.split(nnx.eval_shape(lambda: nnx.List([Block(model, layer, dtype) for layer in layers])))
+  layer_weights: Any = dict(enumerate(weights))
+  nnx.replace_by_pure_dict(state, layer_weights)
   return nnx.merge(graph, state)
 
 

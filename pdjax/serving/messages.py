@@ -149,7 +149,10 @@ class DecodeOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOrder:
-  """`Step`, ready to run, by that life of the worker whose pages it names."""
+  """`Step`, ready to run, by that life of the worker whose pages it names.
+
+  `layer_groups` are those to run it in, as (first, one after the last); none where nothing leaves layer by layer.
+  """
 
   id: int
   worker: str
@@ -157,6 +160,7 @@ class StepOrder:
   decodes: tuple[DecodeOrder, ...] = ()
   steps: int = 1
   incarnation: int = 1
+  layer_groups: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,6 +179,7 @@ class TransferOrder:
     after: The order that computes the last of them, if it has not ended.
     incarnations: The lives of source and target whose pages these are.
     layers: The first layer that travels and the one after the last; None is all of them.
+    staging_bytes: What it takes of the staging memory of either side while it is under way.
   """
 
   id: int
@@ -188,6 +193,7 @@ class TransferOrder:
   after: int | None = None
   incarnations: tuple[int, int] = (1, 1)
   layers: tuple[int, int] | None = None
+  staging_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Who holds which page of one place; a page is free when nobody holds it."""
+"""Who holds which page of one place, and how many bytes are on their way out of it and into it."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -44,3 +44,21 @@ class PageAllocator:
       self._holders[page] -= 1
       if self._holders[page] == 0:
         self._free.append(page)
+
+
+class Staging:
+  """A budget of bytes for what is on its way: gathered on one side, not yet written on the other."""
+
+  def __init__(self, num_bytes: int):
+    self.num_bytes = num_bytes
+    self.free_bytes = num_bytes
+
+  def take(self, num_bytes: int) -> None:
+    """Count bytes as taken."""
+    assert 0 <= num_bytes <= self.free_bytes, f'{num_bytes} bytes wanted, {self.free_bytes} free'
+    self.free_bytes -= num_bytes
+
+  def give_back(self, num_bytes: int) -> None:
+    """Count bytes as free again."""
+    self.free_bytes += num_bytes
+    assert self.free_bytes <= self.num_bytes, 'more bytes came back than were taken'

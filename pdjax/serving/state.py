@@ -36,10 +36,10 @@ from pdjax.serving.messages import (
   WorkerLost,
   WorkerUse,
 )
-from pdjax.serving.page_allocator import PageAllocator
+from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
-from pdjax.types.cluster import TransferSpec, WorkerSpec
+from pdjax.types.cluster import TransferSpec, WorkerSpec, wire_dtype
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import MAX_STOP_TOKENS, FinishReason, Request
@@ -85,7 +85,9 @@ class RequestState:
     transfers: Transfers of its pages under way or to be tried again.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
+    tokens_due: Tokens of its prompt that can be sent on, those under way to be computed counted.
     tokens_sent: Tokens of its prompt that were sent on.
+    last_step: The order that computes the last of those due.
     computed: Whether its whole prompt is computed.
     admitted: Whether a pass has put it into its slot.
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
@@ -106,7 +108,9 @@ class RequestState:
   transfers: int = 0
   pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   slot: int | None = None
+  tokens_due: int = 0
   tokens_sent: int = 0
+  last_step: int | None = None
   computed: bool = False
   admitted: bool = False
   copy: tuple[int, int] | None = None
@@ -159,6 +163,8 @@ class WorkerState:
   Attributes:
     page_size: Tokens per page.
     allocator: Its pages.
+    staging_out: Bytes for what is on its way from here.
+    staging_in: Bytes for what is on its way to here.
     free_slots: Places free among the sequences that decode at once.
     orders: Passes in flight, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
@@ -170,12 +176,13 @@ class WorkerState:
     given_up: Whether nobody waits for it to come back any more.
   """
 
-  def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int):
+  def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int, staging_bytes: int):
     self.spec = spec
     self.name = spec.name
     self.page_size = page_size
     self.role = spec.role
     self.allocator = PageAllocator(num_pages)
+    self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
     self.free_slots = deque(range(spec.max_sequences))
     self.orders: deque[StepOrder] = deque()
     self.prefilling: dict[str, RequestState] = {}
@@ -256,9 +263,9 @@ class ClusterState:
     model: ModelSpec,
     workers: Sequence[WorkerSpec],
     page_size: int,
+    transfer: TransferSpec = TransferSpec(),
     *,
     finds_stops: bool = True,
-    transfer: TransferSpec = TransferSpec(),
     faults: FaultSpec = FaultSpec(),
   ):
     """Start with every page free.
@@ -267,14 +274,16 @@ class ClusterState:
       model: The model served.
       workers: The cluster, `num_pages` filled in.
       page_size: Tokens per page of workers that have no page size of their own.
+      transfer: How KV travels; with `granularity='auto'` and no `layers_from`, chunk by chunk.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
-      transfer: How KV travels.
       faults: What is done when something fails.
 
     Raises:
-      ValueError: if a worker's pages are still 'auto', names repeat, or a phase has no worker.
+      ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
+        no page of a prefill worker.
     """
     self.model = model
+    self.transfer = transfer
     self._finds_stops = finds_stops
     self.workers: dict[str, WorkerState] = {}
     for spec in workers:
@@ -282,20 +291,23 @@ class ClusterState:
         raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
       if not isinstance(spec.num_pages, int):
         raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-      self.workers[spec.name] = WorkerState(spec, spec.num_pages, spec.page_size or page_size)
+      self.workers[spec.name] = WorkerState(spec, spec.num_pages, spec.page_size or page_size, transfer.staging_bytes)
     self.prefill_workers = [worker for worker in self.workers.values() if worker.role.prefills]
     self.decode_workers = [worker for worker in self.workers.values() if worker.role.decodes]
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
+    self._check_staging()
     self.requests: dict[str, RequestState] = {}
     self._samples: dict[str, Samples] = {}  # by the id of each, ended or not
     self.waiting: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self._in_flight: dict[int, Order] = {}
     self._must: dict[str, Action] = {}
+    self._due: dict[str, RequestState] = {}  # those with tokens to send on that staging had no room for
+    self._staging_freed = False
     self._finished: list[Finished] = []
-    self._tasks: list[Action] = []
+    self._tasks: list[Abandon | Resend] = []
     self._now_s = 0.0
     self._faults = faults
     self._deadline_s = transfer.deadline_s
@@ -305,6 +317,15 @@ class ClusterState:
     self._next_number = 0
     self._uses = dict.fromkeys(self.workers, (0, 0))
     self._num_waiting = 0
+
+  def _check_staging(self) -> None:
+    for source in self.prefill_workers:
+      for target in self.decode_workers:
+        if source is not target and (needed := self._unit_bytes(source, target)) > self.transfer.staging_bytes:
+          raise ValueError(
+            f'staging_bytes is {self.transfer.staging_bytes}, but one unit of {self._unit(source, target)} tokens from '
+            f'{source.name!r} to {target.name!r} has {needed} bytes; raise TransferSpec.staging_bytes.'
+          )
 
   # -------------------------------------------------------------------------- what policies ask
 
@@ -340,18 +361,32 @@ class ClusterState:
     return (entry.request.prompt_len - 1) // worker.page_size
 
   def must(self) -> list[Action]:
-    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed."""
-    actions = [*(task for task in self._tasks if self._is_wanted(task)), *self._must.values()]
-    self._tasks, self._must = [], {}
+    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed,
+    send what is due.
+    """
+    actions = [*self._take_tasks(), *self._must.values()]
+    self._must = {}
+    if self._staging_freed and not actions:
+      self._staging_freed = False
+      return [Transfer(name, entry.target) for name, entry in self._due.items() if entry.target is not None]
     return actions
 
-  def _is_wanted(self, task: Action) -> bool:
-    match task:
-      case Abandon(transfer):
-        return self._transfers.get(transfer) is not None
-      case Resend(transfer):
-        return self._transfers.waits_again(transfer)
-    return True
+  def _take_tasks(self) -> list[Action]:
+    """Transfers to give up, and else one to try again if staging has room for it; then this is asked again."""
+    tasks: list[Action] = []
+    wait: list[Abandon | Resend] = []
+    for task in self._tasks:
+      if isinstance(task, Abandon):
+        tasks += [task] if self._transfers.get(task.transfer) else []
+      elif (attempt := self._transfers.get_again(task.transfer)) is not None:
+        order = attempt.order
+        room = self.workers[order.source].staging_out, self.workers[order.target].staging_in
+        if tasks or min(one.free_bytes for one in room) < order.staging_bytes:
+          wait.append(task)
+        else:
+          tasks.append(task)
+    self._tasks = wait
+    return tasks
 
   @property
   def next_timer_s(self) -> float:
@@ -416,7 +451,7 @@ class ClusterState:
       case Failed():
         return self._fail(event, now_s)
       case TimerDue():
-        return self._due(event, now_s)
+        return self._timer_due(event, now_s)
       case WorkerLost(name, _, error):
         self._lose(name, error, now_s)
       case WorkerBack(name, _, incarnation):
@@ -540,9 +575,13 @@ class ClusterState:
         entry.steps_in_flight -= order.steps
 
   def _transfer_ended(self, order: TransferOrder) -> RequestState | None:
-    """Let go of a transfer's pages; who needed it, if anybody still does."""
-    self.workers[order.source].allocator.drop(order.source_pages)
-    self.workers[order.target].allocator.drop(order.target_pages)
+    """Let go of what a transfer held; who needed it, if anybody still does."""
+    source, target = self.workers[order.source], self.workers[order.target]
+    source.allocator.drop(order.source_pages)
+    target.allocator.drop(order.target_pages)
+    source.staging_out.give_back(order.staging_bytes)
+    target.staging_in.give_back(order.staging_bytes)
+    self._staging_freed = bool(self._due)
     entry = self.requests.get(self._transfers.end(order.id).request)
     if entry is not None:
       entry.transfers -= 1
@@ -573,7 +612,7 @@ class ClusterState:
       entry.phase = Phase.PREFILLED
       if not any(worker.given_up for worker in self.decode_workers) or not self._refuse_unfit(entry, self._now_s):
         self._file(self.prefilled, entry)
-    elif entry.transfers:
+    elif entry.transfers or entry.request.id in self._due:
       entry.phase = Phase.MOVING
     else:
       self._begin_decoding(entry)
@@ -649,6 +688,7 @@ class ClusterState:
         self._hand_on(entry, samples)
     self.waiting.pop(name, None)
     self.prefilled.pop(name, None)
+    self._due.pop(name, None)
     if entry.worker is not None and name in self.workers[entry.worker].prefilling:
       del self.workers[entry.worker].prefilling[name]
       self.workers[entry.worker].queued_tokens -= entry.prompt_left
@@ -661,8 +701,10 @@ class ClusterState:
     del samples.following[heir.request.id]
     samples.carrier = heir
     heir.worker, heir.started, heir.tokens_sent = entry.worker, entry.started, entry.tokens_sent
-    heir.computed, heir.transfers = True, entry.transfers
+    heir.computed, heir.transfers, heir.tokens_due = True, entry.transfers, entry.tokens_due
     self._transfers.hand_on(entry.request.id, heir.request.id)
+    if entry.request.id in self._due:
+      self._due[heir.request.id] = heir
     if entry.worker is not None and entry.worker != entry.target:
       heir.pages[entry.worker] = entry.pages.pop(entry.worker)
     self._settle(heir)
@@ -694,7 +736,7 @@ class ClusterState:
 
   # -------------------------------------------------------------------------- faults
 
-  def _due(self, event: TimerDue, now_s: float) -> bool:
+  def _timer_due(self, event: TimerDue, now_s: float) -> bool:
     match event:
       case TimerDue(_, 'deadline', int(order)):
         return self._abandon(order, f'the transfer did not end within {self._deadline_s:g} s')
@@ -784,7 +826,8 @@ class ClusterState:
     carries = entry.samples is not None and entry.samples.carrier is entry
     for one in [entry, *(entry.samples.following.values() if entry.samples is not None and carries else ())]:
       self._leave(one, one.target)
-    entry.tokens_sent = 0
+    self._due.pop(entry.request.id, None)
+    entry.tokens_due = entry.tokens_sent = 0
     if entry.phase is Phase.MOVING:
       self._settle(entry)
 
@@ -829,7 +872,7 @@ class ClusterState:
     self._leave(entry, entry.target)
     for place in list(entry.pages):
       self._leave(entry, place)
-    entry.worker, entry.started, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0
+    entry.worker, entry.started, entry.tokens_due, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0, 0
     entry.computed = entry.admitted = False
     entry.delivered = tuple(entry.tokens)
     entry.phase = Phase.WAITING
@@ -855,7 +898,7 @@ class ClusterState:
       case Step():
         orders = self._start_step(action)
       case Transfer():
-        orders = (self._start_transfer(action),)
+        orders = self._start_transfer(action)
       case Cancel():
         orders = self._start_end(action, 'cancelled')
       case Reject():
@@ -917,8 +960,11 @@ class ClusterState:
     before = attempt.order
     after = before.after if before.after in self._in_flight else None
     order = dataclasses.replace(before, id=self._order_id(), request=attempt.request, after=after)
-    self.workers[order.source].allocator.hold(order.source_pages)
-    self.workers[order.target].allocator.hold(order.target_pages)
+    source, target = self.workers[order.source], self.workers[order.target]
+    source.allocator.hold(order.source_pages)
+    target.allocator.hold(order.target_pages)
+    source.staging_out.take(order.staging_bytes)
+    target.staging_in.take(order.staging_bytes)
     self._transfers.begin(order, attempt.number + 1, self._now_s, waits=after is not None)
     return order
 
@@ -933,12 +979,11 @@ class ClusterState:
     transfers = []
     for chunk in step.chunks:
       chunk_orders.append(self._start_chunk(chunk, worker))
-      transfer = self._send_chunk(chunk, worker, step_id)
-      if transfer is not None:
-        transfers.append(transfer)
+      transfers += self._send_chunk(chunk, worker, step_id)
+    groups = () if all(order.layers is None for order in transfers) else self.transfer.groups(self.model.num_layers)
     steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
     decode_orders = self._start_decodes(decodes, steps)
-    order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation)
+    order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
     worker.orders.append(order)
     return order, *transfers
 
@@ -1066,37 +1111,94 @@ class ClusterState:
         worker.decoding[chunk.request] = entry
     return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
 
-  def _send_chunk(self, chunk: Chunk, worker: WorkerState, after: int) -> TransferOrder | None:
-    """The transfer of what a chunk completes: pages of the smaller of both sizes."""
+  # -------------------------------------------------------------------------- sending on
+
+  def _send_chunk(self, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
+    """The transfers of what a chunk completes: pages of the smaller of both sizes, once they are to travel."""
     if chunk.send_to is None:
-      return None
+      return []
     entry, target = self.requests[chunk.request], self.workers[chunk.send_to]
-    unit = math.gcd(worker.page_size, target.page_size)
-    complete = entry.started // unit * unit if entry.prompt_left else entry.started
-    return self._move(entry, worker, target, complete, after) if complete > entry.tokens_sent else None
+    unit = self._unit(worker, target)
+    if not entry.prompt_left:
+      entry.tokens_due = entry.started
+    elif self.transfer.granularity != 'request':
+      entry.tokens_due = entry.started // unit * unit
+    entry.last_step = step
+    return self._send_due(entry, step, layered=self._goes_by_layers(chunk, worker))
+
+  def _goes_by_layers(self, chunk: Chunk, worker: WorkerState) -> bool:
+    """Whether a chunk that begins now is to travel layer by layer."""
+    layered_from, is_last = self.transfer.layered_from, self.requests[chunk.request].prompt_left == 0
+    if layered_from is None or worker.role.decodes:  # a pass that may have decodes in it runs whole
+      return False
+    return chunk.length >= layered_from and (is_last or self.transfer.granularity == 'layers')
+
+  def _send_due(self, entry: RequestState, after: int | None, *, layered: bool = False) -> list[TransferOrder]:
+    """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
+    assert entry.worker is not None and entry.target is not None
+    source, target = self.workers[entry.worker], self.workers[entry.target]
+    unit, unit_bytes = self._unit(source, target), self._unit_bytes(source, target)
+    # Half of it at most, so that one part is gathered while another is on the wire.
+    most = max(unit_bytes, self.transfer.staging_bytes // 2)
+    left = entry.tokens_due - entry.tokens_sent
+    orders: list[TransferOrder] = []
+    while left > 0:
+      room = min(source.staging_out.free_bytes, target.staging_in.free_bytes, most)
+      units = min(-(-left // unit), room // unit_bytes)
+      if not units:
+        break
+      tokens = min(units * unit, left)
+      groups: Sequence[tuple[int, int] | None] = self.transfer.groups(self.model.num_layers) if layered else (None,)
+      orders += [self._move(entry, source, target, tokens, after, layers) for layers in groups]
+      entry.tokens_sent += tokens
+      left -= tokens
+    if left > 0:
+      self._due[entry.request.id] = entry
+    else:
+      self._due.pop(entry.request.id, None)
+    return orders
+
+  def _unit(self, source: WorkerState, target: WorkerState) -> int:
+    """Tokens of the largest piece that pages of both are made of."""
+    return math.gcd(source.page_size, target.page_size)
+
+  def _unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
+    ours, theirs = (worker.spec.kv_dtype or 'float32' for worker in (source, target))
+    return self._unit(source, target) * self.model.cached_token_bytes(wire_dtype(ours, theirs))
 
   def _move(
-    self, entry: RequestState, source: WorkerState, target: WorkerState, end: int, after: int | None
+    self,
+    entry: RequestState,
+    source: WorkerState,
+    target: WorkerState,
+    tokens: int,
+    after: int | None,
+    layers: tuple[int, int] | None,
   ) -> TransferOrder:
-    """The transfer of the prompt's tokens up to `end` that were not sent before."""
-    start, unit = entry.tokens_sent, math.gcd(source.page_size, target.page_size)
-    entry.tokens_sent = end
-    end = -(-end // unit) * unit
+    """The transfer of the next so many tokens of a prompt, up to a whole unit."""
+    start, unit = entry.tokens_sent, self._unit(source, target)
+    end = -(-(start + tokens) // unit) * unit
     source_pages, target_pages = (
       entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
     )
     source.allocator.hold(source_pages)
     target.allocator.hold(target_pages)
+    num_bytes = (end - start) // unit * self._unit_bytes(source, target)
+    if layers is not None:
+      num_bytes = num_bytes * (layers[1] - layers[0]) // self.model.num_layers
+    source.staging_out.take(num_bytes)
+    target.staging_in.take(num_bytes)
     entry.transfers += 1
-    order_id = self._order_id()
     return TransferOrder(
-      order_id, entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start, after,
-      (source.incarnation, target.incarnation),
+      self._order_id(), entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start,
+      after, (source.incarnation, target.incarnation), layers, num_bytes,
     )  # fmt: skip
 
-  def _start_transfer(self, action: Transfer) -> TransferOrder:
+  def _start_transfer(self, action: Transfer) -> tuple[TransferOrder, ...]:
     entry = self._find(action, action.request)
     target = self._find_worker(action, action.target)
+    if action.request in self._due and entry.target == action.target:
+      return tuple(self._send_due(entry, entry.last_step if entry.last_step in self._in_flight else None))
     if entry.phase is not Phase.PREFILLED:
       raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
     if not target.role.decodes:
@@ -1107,12 +1209,10 @@ class ClusterState:
         f'{action!r}: it needs {self._needs(action.request, target.name, decodes=True)} on {target.name!r}, '
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
-    assert entry.worker is not None
-    source = self.workers[entry.worker]
     del self.prefilled[action.request]
-    entry.phase = Phase.MOVING
+    entry.phase, entry.tokens_due = Phase.MOVING, entry.prefill_len
     self._reserve(entry, target, decodes=True)
-    return self._move(entry, source, target, entry.prefill_len, None)
+    return tuple(self._send_due(entry, None))
 
   def _start_decodes(self, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
     orders = []

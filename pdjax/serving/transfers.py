@@ -87,9 +87,9 @@ class Transfers:
     self._timers.cancel('retry', order)
     return self._again.pop(order, None)
 
-  def waits_again(self, order: int) -> bool:
-    """Whether an attempt is still to be repeated."""
-    return order in self._again
+  def get_again(self, order: int) -> Attempt | None:
+    """The attempt that is to be repeated, if it still is."""
+    return self._again.get(order)
 
   def of(self, request: str) -> list[Attempt]:
     """Those under way that a request needs."""

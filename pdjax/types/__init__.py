@@ -17,6 +17,6 @@ from pdjax.types.request import SLO, Completion, FinishReason, Request, Sampling
 
 __all__ = [
   'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FaultSpec', 'FinishReason', 'LinkSpec', 'ModelSpec', 'Request',
-  'Role', 'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool',
-  'parse_split', 'prefill_pool',
+  'Role', 'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool',
+  'decode_pool', 'parse_split', 'prefill_pool',
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from pdjax.types.model import KV_DTYPE_BYTES
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
 TransportName = Literal['auto', 'device_put', 'host_staged']
+GranularityName = Literal['auto', 'request', 'chunk', 'layers']
 
 
 class DeviceError(RuntimeError):
@@ -118,32 +120,65 @@ def wire_dtype(source: KVDtypeName, target: KVDtypeName) -> KVDtypeName:
 class TransferSpec:
   """How KV pages travel.
 
+  What of a prompt travels when is its granularity. It matters for prompts that have a place to decode when they begin;
+  others travel whole once they have one.
+
   Attributes:
-    max_batch_pages: Most pages gathered into one array. Bounds the staging memory of one batch.
     transport: 'device_put' from device to device of one process; 'host_staged' over the host's memory, for devices that
       cannot address each other; 'auto' takes the first where both workers have devices of one kind.
+    granularity: 'request' sends a prompt when all of it is computed; 'chunk' sends each chunk while the next is
+      computed; 'layers' sends each chunk in groups of layers, one while the next is computed (Patel et al. 2024), for
+      which prefill workers run their passes in such groups. 'auto' sends chunk by chunk, and the last chunk of a prompt
+      layer by layer if it is long enough: nothing hides the end of it, and short ones lose more by many small programs.
+    layer_groups: Groups of layers to send a chunk in.
+    layers_from: With 'auto', tokens of a last chunk that is long enough; None asks the cost model.
+    piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
+    staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
+      fit waits for its turn.
     deadline_s: Seconds from when what is moved is computed until a transfer that has not ended is given up; what comes
       then is said by `FaultSpec`.
     checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so
       that pages damaged at random pass with odds of 2^-64. Costs a read of the pages on either side.
 
   Raises:
-    ValueError: if the pages or the deadline are not positive or the transport is unknown.
+    ValueError: if a size is not positive or a name is unknown.
   """
 
-  max_batch_pages: int = 256
   transport: TransportName = 'auto'
+  granularity: GranularityName = 'auto'
+  layer_groups: int = 4
+  layers_from: int | None = None
+  piece_bytes: int = 4 * 2**20
+  staging_bytes: int = 256 * 2**20
   deadline_s: float = 60.0
   checksums: bool = False
 
   def __post_init__(self):
     if not self.deadline_s > 0:
       raise ValueError(f'deadline_s is {self.deadline_s}, expected more than 0 seconds; inf waits for ever.')
-    if self.transport not in get_args(TransportName):
-      names = ', '.join(map(repr, get_args(TransportName)))
-      raise ValueError(f'transport is {self.transport!r}, expected one of {names}.')
-    if self.max_batch_pages < 1:
-      raise ValueError(f'max_batch_pages is {self.max_batch_pages}, expected at least 1 page.')
+    for name, names in (('transport', TransportName), ('granularity', GranularityName)):
+      if getattr(self, name) not in get_args(names):
+        expected = ', '.join(map(repr, get_args(names)))
+        raise ValueError(f'{name} is {getattr(self, name)!r}, expected one of {expected}.')
+    for size in ('layer_groups', 'layers_from', 'piece_bytes', 'staging_bytes'):
+      if getattr(self, size) is not None and getattr(self, size) < 1:
+        raise ValueError(f'{size} is {getattr(self, size)}, expected at least 1.')
+
+  def groups(self, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """The groups of layers as (first, one after the last), in order; some are a layer longer if they must be."""
+    count = min(self.layer_groups, num_layers)
+    bounds = [num_layers * group // count for group in range(count + 1)]
+    return tuple(itertools.pairwise(bounds))
+
+  @property
+  def layered_from(self) -> int | None:
+    """Tokens of a chunk from which it may travel layer by layer; None if none does."""
+    match self.granularity:
+      case 'layers':
+        return 1
+      case 'auto':
+        return self.layers_from
+    return None
 
 
 def buckets(largest: int, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:

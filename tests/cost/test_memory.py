@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit_are_refused_with_both_figures_and_the_remedies(
 def test_an_explicit_pool_that_does_not_fit_is_refused_with_the_figures():
   with pytest.raises(ValueError) as error:
     _size((WorkerSpec('w', num_pages=10_000),), 20e9)
-  assert 'weights (16.1 GB) and pages (21 GB) do not fit on device 0' in str(error.value)
+  assert 'weights (16.1 GB), pages (21 GB) and staging (0 GB) do not fit on device 0' in str(error.value)
   assert "20 GB may be filled; lower num_pages or set it to 'auto'" in str(error.value)
 
 

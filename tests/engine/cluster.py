@@ -63,7 +63,7 @@ class Cluster:
     self.model: ModelSpec = config.model
     built = build_engine(config, self.model, Cached(self.model), self._limit_of, tokenizer=byte_tokenizer())
     built.engine.close()
-    self.specs, self.warm_up = built.workers, built.warm_up
+    self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
     self.workers = built.engine.workers
     self.transports = built.engine._transports
 
@@ -81,12 +81,12 @@ class Cluster:
     other = object.__new__(Cluster)
     other.__dict__ |= self.__dict__
     other.config = dataclasses.replace(self.config, **fields)
+    other.transfer = fields.get('transfer', self.transfer)
     return other
 
   def empty_state(self) -> ClusterState:
     """Nothing has arrived yet."""
-    config = self.config
-    return ClusterState(self.model, self.specs, config.page_size, transfer=config.transfer, faults=config.faults)
+    return ClusterState(self.model, self.specs, self.config.page_size, self.transfer, faults=self.config.faults)
 
   def serve(
     self,
@@ -132,7 +132,11 @@ class Cluster:
     moved = []
     for order, done in served.transfers():
       dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)
-      moved.append((order.tokens * self.model.cached_token_bytes(dtype), done.wire_bytes))
+      first, stop = order.layers or (0, self.model.num_layers)
+      layer_bytes = self.model.cached_token_bytes(dtype) // self.model.num_layers
+      moved.append((order.tokens * (stop - first) * layer_bytes, done.wire_bytes))
+      assert done.wire_bytes == order.staging_bytes
+      assert done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s and done.trip.pieces > 0
     assert all(expected == actual for expected, actual in moved), moved
     assert served.report.wire_bytes == sum(actual for _, actual in moved)
 
@@ -141,6 +145,7 @@ def assert_all_is_free(state: ClusterState) -> None:
   """Every page and every slot is back, and nothing is left to do."""
   for worker in state.workers.values():
     assert worker.allocator.num_free == worker.num_pages, worker.name
+    assert all(one.free_bytes == one.num_bytes for one in (worker.staging_out, worker.staging_in)), worker.name
     assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences)), worker.name
     assert not worker.orders and not worker.prefilling and not worker.decoding and worker.queued_tokens == 0
   assert not state.unfinished and not state.waiting and not state.prefilled

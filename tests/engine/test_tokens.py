@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pdjax.kv.transfer import TRANSPORTS
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.types import Request, SamplingParams, TransferSpec
 from tests.engine.cluster import Cluster, live_pages
@@ -42,10 +43,12 @@ def assert_exact(cluster: Cluster, requests, policy=None, caches=EXACT):
 def assert_live_pages_moved(cluster: Cluster, served):
   """Each request's tokens moved once, and no more than fill the pages of its prompt, the smaller ones of both sides."""
   unit = math.gcd(*(spec.page_size for spec in cluster.specs))
-  tokens = {request.id: 0 for request in served.requests}
+  num_layers = cluster.model.num_layers
+  moved = {request.id: 0 for request in served.requests}  # tokens of one layer
   for order, _ in served.transfers():
-    tokens[order.request] += order.tokens
-  assert tokens == {request.id: unit * live_pages(request, unit) for request in served.requests}
+    first, stop = order.layers or (0, num_layers)
+    moved[order.request] += (stop - first) * order.tokens
+  assert moved == {request.id: num_layers * unit * live_pages(request, unit) for request in served.requests}
 
 
 def test_two_prefill_and_two_decode_workers_are_exact(two_and_two):
@@ -103,20 +106,28 @@ def test_prompts_that_wait_for_a_place_to_decode_are_moved_later_and_exact(two_a
 
 # ---------------------------------------------------------------------------- meshes and page sizes
 
-MESHES = [  # model, prefill tp, decode tp, page size
-  (TINY, 1, 2, 16),
-  (TINY, 2, 1, 1),
-  (TINY_12_12, 4, 2, 4),
-  (TINY_8_2, 2, 4, 4),
+MESHES = [  # model, prefill tp, decode tp, page size, granularity and transport
+  (TINY, 1, 2, 16, 'layers', 'device_put'),
+  (TINY, 2, 1, 1, 'request', 'host_staged'),
+  (TINY_12_12, 4, 2, 4, 'chunk', 'host_staged'),
+  (TINY_8_2, 2, 4, 4, 'layers', 'host_staged'),
 ]
 
 
-@pytest.mark.parametrize('model, prefill_tp, decode_tp, page_size', MESHES, ids=lambda x: getattr(x, 'name', None))
-def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size):
-  cluster = build('1P1D', prefill_tp, decode_tp, model, page_size, max_sequences=2, num_pages=256 // page_size)
+@pytest.mark.parametrize(
+  'model, prefill_tp, decode_tp, page_size, granularity, transport', MESHES, ids=lambda x: getattr(x, 'name', None)
+)
+def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size, granularity, transport):
+  transfer = TransferSpec(transport, granularity, piece_bytes=4096)
+  sizes = {'max_sequences': 2, 'num_pages': 256 // page_size}
+  cluster = build('1P1D', prefill_tp, decode_tp, model, page_size, transfer=transfer, **sizes)
+  assert {type(way) for way in cluster.transports.values()} == {TRANSPORTS[transport]}
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 40)))
   assert_live_pages_moved(cluster, served)
   assert served.report.notes == ()
+  by_layers = {order.layers is not None for order, _ in served.transfers()}
+  assert by_layers <= {granularity == 'layers'} | {False}  # those that wait for a slot travel whole
+  assert (True in by_layers) == (granularity == 'layers')
 
 
 LAYOUTS = [  # model, prefill tp, decode tp, and the page layouts of both
@@ -158,10 +169,13 @@ def test_workers_of_unlike_pools_give_what_a_loop_with_the_same_conversions_does
   assert_live_pages_moved(cluster, served)
 
 
-def test_pages_that_go_over_the_host_are_exact():
-  cluster = build('1P1D', 1, 2, TINY_8_2, max_sequences=2, transfer=TransferSpec(4, 'host_staged'))
-  assert {type(way).__name__ for way in cluster.transports.values()} == {'HostStaged'}
-  assert_live_pages_moved(cluster, assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 17, 40))))
+def test_no_token_changes_with_room_on_the_way_for_little_at_once(one_and_one):
+  unit_bytes = 4 * one_and_one.model.cached_token_bytes('float32')
+  narrow = one_and_one.only('prefill0', 'decode0')
+  narrow.transfer = dataclasses.replace(narrow.transfer, staging_bytes=2 * unit_bytes)
+  served = assert_exact(narrow, mixed_requests())
+  assert_live_pages_moved(narrow, served)
+  assert all(order.tokens == 4 for order, _ in served.transfers())
 
 
 def test_a_colocated_worker_with_int8_pages_loses_what_a_loop_with_them_does():

@@ -26,9 +26,10 @@ class FaultyWay(DevicePut):
     self.faults: deque[Fault | None] = deque()
     self.released = threading.Event()
     self._fault: Fault | None = None
-    for size in self._sizes:  # what is compiled for checksums is compiled now
-      ours, theirs = (range(-(-size * self.unit // p.page_shapes.page_size)) for p in (self._source, self._target))
-      DevicePut.send(self, ours, theirs, 0, size * self.unit).wait()
+    for layers, sizes in self._sizes.items():  # what is compiled for checksums is compiled now
+      for size in sizes:
+        ours, theirs = (range(-(-size * self.unit // p.page_shapes.page_size)) for p in (self._source, self._target))
+        DevicePut.send(self, ours, theirs, 0, size * self.unit, (0, layers)).wait()
 
   def send(self, *args, **kwargs) -> Parcel:
     self._fault = fault = self.faults.popleft() if self.faults else None

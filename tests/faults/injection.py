@@ -100,15 +100,23 @@ class Seen:
   prefill: str | None = None
   decode: str | None = None
   tokens: int = 0
-  starts: list[int] = dataclasses.field(default_factory=list)  # of its transfers, each once
-  tries: dict[int, int] = dataclasses.field(default_factory=dict)  # by those
+  tries: dict[object, int] = dataclasses.field(default_factory=dict)  # at each of its transfers
   open: dict[int, TransferOrder] = dataclasses.field(default_factory=dict)
   ended: list[Done] = dataclasses.field(default_factory=list)  # of its transfers
   computed: bool = False
 
   def index(self, order: TransferOrder) -> int:
     """Which of its transfers an order is, a further try at one being the same."""
-    return self.starts.index(order.start)
+    return list(self.tries).index(what_of(order))
+
+  def is_first_try(self, order: TransferOrder) -> bool:
+    """Whether a transfer is not tried again."""
+    return self.tries[what_of(order)] == 1
+
+
+def what_of(order: TransferOrder) -> object:
+  """What of its request a transfer moves."""
+  return order.start, order.layers
 
 
 class Injector:
@@ -196,9 +204,7 @@ class Injector:
       case TransferOrder() if order.request == seen.victim:
         seen.decode = order.target
         seen.open[order.id] = order
-        if order.start not in seen.starts:
-          seen.starts.append(order.start)
-        seen.tries[order.start] = seen.tries.get(order.start, 0) + 1
+        seen.tries[what_of(order)] = seen.tries.get(what_of(order), 0) + 1
       case AbandonOrder():
         seen.open.pop(order.transfer, None)
 

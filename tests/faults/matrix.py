@@ -140,7 +140,7 @@ class Cell:
 
   def is_first_try(self, seen: Seen, order: TransferOrder) -> bool:
     """Whether an order is the first try at the row's transfer."""
-    return seen.index(order) == self.transfer and seen.tries[order.start] == 1
+    return seen.index(order) == self.transfer and seen.is_first_try(order)
 
 
 @dataclasses.dataclass(frozen=True)

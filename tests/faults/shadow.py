@@ -19,7 +19,6 @@ from pdjax.serving.messages import (
   Result,
   StepOrder,
   TransferOrder,
-  Trip,
   WorkerBack,
   WorkerLost,
 )
@@ -78,10 +77,10 @@ class ShadowSimulator(Simulator):
     self._page_sizes = page_sizes
     self._slow_s = slow_s
     self._checksums = checksums
-    self._pages: dict[tuple[str, int], object] = {}  # by worker and place: page · page size + offset
+    self._pages: dict[tuple[str, int], list[object]] = {}  # layer by layer, by worker and page · page size + offset
     self._slots: dict[tuple[str, int], _Sequence] = {}
     self._results: dict[int, tuple[tuple[Result, ...], int]] = {}
-    self._contents: dict[int, list[object]] = {}  # of transfers that may still be written
+    self._contents: dict[int, list[list[object]]] = {}  # of transfers that may still be written
     self._stalled: dict[int, TransferOrder] = {}
 
   def lose(self, worker: str, error: str = 'it is gone') -> tuple[WorkerLost, WorkerBack]:
@@ -96,7 +95,7 @@ class ShadowSimulator(Simulator):
       case StepOrder():
         if order.incarnation != self.incarnations[order.worker]:
           return  # handed over before anyone knew
-        self._results[order.id] = self._run(order)
+        self._results[order.id] = self._results_of(order)
       case TransferOrder():
         lives = self.incarnations[order.source], self.incarnations[order.target]
         if order.incarnations != lives:
@@ -120,45 +119,44 @@ class ShadowSimulator(Simulator):
 
   def _begin_faulty(self, order: TransferOrder, fault: Fault) -> None:
     seconds = self._cost.transfer_seconds(
-      self._model, self._workers[order.source], self._workers[order.target], order.tokens
+      self._model, self._workers[order.source], self._workers[order.target], order.tokens * self._share(order)
     ) + (self._slow_s if fault == 'slow' else 0)
-    ready_s = self._ends_s.get(order.after, 0.0) if order.after is not None else 0.0
-    began_s = self._begin((('way out', order.source),), seconds, order.id, ready_s)
+    began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
 
     def end() -> Event:
       if fault == 'slow' or (fault in ('corrupts', 'permutes') and not self._checksums):
-        return self._transfer_done(order, began_s, 0)
+        return self._transfer_done(order, began_s)
       self._contents.pop(order.id, None)
       ended_s = self._ends_s.pop(order.id)
       return Failed(order.id, ended_s, 'the link broke' if fault == 'fails' else 'damaged', fault != 'fails')
 
     self._push(order.id, end)
 
-  def _transfer_done(self, order: TransferOrder, began_s: float, wire_bytes: int) -> Done:
+  def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     contents = self._contents.pop(order.id, None)
     if contents is not None and order.incarnations[1] == self.incarnations[order.target]:
-      size = self._page_sizes[order.target]
-      for position, token in enumerate(contents, order.start):
+      size, layers = self._page_sizes[order.target], slice(*(order.layers or (0, None)))
+      for position, sent in enumerate(contents, order.start):
         page = order.target_pages[position // size - order.start // size]
-        self._pages[order.target, page * size + position % size] = token
-    ended_s = self._ends_s.pop(order.id)
-    return Done(order.id, began_s, ended_s, wire_bytes=wire_bytes, trip=Trip(began_s, ended_s, pieces=1))
+        held = self._at(order.target, page * size + position % size)
+        held[layers] = sent[layers]
+    return super()._transfer_done(order, began_s)
 
-  def _sent(self, order: TransferOrder, fault: Fault | None) -> list[object]:
+  def _sent(self, order: TransferOrder, fault: Fault | None) -> list[list[object]]:
     size = self._page_sizes[order.source]
     contents = []
     for position in range(order.start, order.start + order.tokens):
       page = order.source_pages[position // size - order.start // size]
-      contents.append(self._pages.get((order.source, page * size + position % size)))
+      contents.append(list(self._at(order.source, page * size + position % size)))
     if fault == 'corrupts':
-      contents[0] = 'damaged'
+      contents[0] = ['damaged'] * self._model.num_layers
     elif fault == 'permutes':
       contents.reverse()
     return contents
 
   # -------------------------------------------------------------------------- passes
 
-  def _run(self, order: StepOrder) -> tuple[tuple[Result, ...], int]:
+  def _results_of(self, order: StepOrder) -> tuple[tuple[Result, ...], int]:
     name, results, wasted = order.worker, [], 0
     for decode in order.decodes:
       if (new := decode.admission) is not None:
@@ -204,16 +202,20 @@ class ShadowSimulator(Simulator):
 
   def _write(self, worker: str, pages: Sequence[int], position: int, token: object) -> None:
     size = self._page_sizes[worker]
-    self._pages[worker, pages[position // size] * size + position % size] = token
+    self._at(worker, pages[position // size] * size + position % size)[:] = [token] * self._model.num_layers
+
+  def _at(self, worker: str, place: int) -> list[object]:
+    return self._pages.setdefault((worker, place), [None] * self._model.num_layers)
 
   def _read(self, worker: str, pages: Sequence[int], count: int) -> list[object]:
     size = self._page_sizes[worker]
-    return [self._pages.get((worker, pages[i // size] * size + i % size)) for i in range(count)]
+    held = (self._at(worker, pages[i // size] * size + i % size) for i in range(count))
+    return [layers[0] if len(set(layers)) == 1 else tuple(layers) for layers in held]
 
   def _copy(self, worker: str, source: int, target: int) -> None:
     size = self._page_sizes[worker]
     for offset in range(size):
-      self._pages[worker, target * size + offset] = self._pages.get((worker, source * size + offset))
+      self._at(worker, target * size + offset)[:] = self._at(worker, source * size + offset)
 
   # -------------------------------------------------------------------------- a link that comes back
 
@@ -221,5 +223,5 @@ class ShadowSimulator(Simulator):
     """Let stalled transfers go on, and take a second."""
     for order in self._stalled.values():
       self._ends_s[order.id] = self._now_s + 1.0
-      self._push(order.id, lambda order=order: self._transfer_done(order, self._now_s, 0))
+      self._push(order.id, lambda order=order: self._transfer_done(order, self._now_s))
     self._stalled.clear()

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pdjax.engine.engine import Engine
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
-from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec
+from pdjax.types import FaultSpec, Request, SamplingParams
 from tests.faults.chaos import Chaos
 from tests.faults.engine_faults import FaultyEngine
 from tests.faults.injection import Asking
@@ -133,13 +133,13 @@ class OnSimulator(AnyFaults):
   plain = staticmethod(plain_on_simulator)
 
   def begin(self, name: str) -> None:
-    workers, policy = CLUSTERS[name]
+    workers, policy, transfer = CLUSTERS[name]
     workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
     self.arrivals = Open([])
     sizes = {worker.name: worker.page_size for worker in workers}
     simulator = ShadowSimulator(TINY, workers, HandCost(), page_sizes=sizes, slow_s=30.0)
     self.backend = Chaos(simulator, self.take_fault, self.take_end, late_s=130.0, patience_s=200.0)
-    transfer = TransferSpec(deadline_s=100.0, checksums=True)
+    transfer = dataclasses.replace(transfer, deadline_s=100.0, checksums=True)
     faults = dataclasses.replace(FAULTS, backoff_s=1.0)
     self.state = ClusterState(TINY, workers, 4, transfer=transfer, faults=faults)
     self.run = watched(serve(self.arrivals, policy, self.backend, self.state), self.state, most_turns=100_000)

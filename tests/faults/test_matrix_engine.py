@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from pdjax.types import Request, TransferSpec
+from pdjax.types import Request
 from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared
 from tests.engine.plain import generate
@@ -23,7 +23,8 @@ BOUND_S = 20.0
 @functools.cache
 def cluster() -> Cluster:
   """Two workers of each kind, whose transfers are checked and can be made to fail."""
-  ours = shared('2P2D').changed(transfer=TransferSpec(max_batch_pages=4, deadline_s=TIMES.deadline_s, checksums=True))
+  ours = shared('2P2D')
+  ours = ours.changed(transfer=dataclasses.replace(ours.transfer, deadline_s=TIMES.deadline_s, checksums=True))
   ours.transports = {way: FaultyWay(one) for way, one in ours.transports.items()}
   return ours
 

@@ -21,13 +21,20 @@ from tests.tiny import SIZES, TINY, prompt
 
 SHARE = 0.05
 DEADLINE_S = 100.0
-CLUSTERS = {
-  '2P2D': (prefill_pool(2, **SIZES) + decode_pool(2, **SIZES), Disaggregated(max_prefill_tokens=24)),
+PAGE_BYTES = 4 * TINY.cached_token_bytes('float32')
+CLUSTERS = {  # workers, policy, and how KV travels
+  '2P2D': (prefill_pool(2, **SIZES) + decode_pool(2, **SIZES), Disaggregated(max_prefill_tokens=24), TransferSpec()),
   '3P1D of unlike pages': (
     prefill_pool(3, **SIZES | {'num_pages': 24}) + decode_pool(1, page_size=8, **SIZES | {'max_sequences': 6}),
     Disaggregated(max_prefill_tokens=32, decode_steps=3),
+    TransferSpec(granularity='layers', layer_groups=2, staging_bytes=16 * PAGE_BYTES),
   ),
-  '2C': (colocated_pool(2, **SIZES), Colocated(token_budget=24)),
+  '1P2D of whole requests': (
+    prefill_pool(1, **SIZES) + decode_pool(2, **SIZES),
+    Disaggregated(max_prefill_tokens=24),
+    TransferSpec(granularity='request', staging_bytes=5 * PAGE_BYTES),
+  ),
+  '2C': (colocated_pool(2, **SIZES), Colocated(token_budget=24), TransferSpec()),
 }
 
 
@@ -81,7 +88,7 @@ def some_requests(count: int, rng: random.Random) -> list[Request]:
 @pytest.mark.parametrize('seed', range(2))
 def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
   rng = random.Random(seed)
-  workers, policy = CLUSTERS[name]
+  workers, policy, transfer = CLUSTERS[name]
   workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
   arrivals = Leaving(some_requests(500, rng), rng)
   sizes = {worker.name: worker.page_size for worker in workers}
@@ -96,10 +103,8 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
   )
 
   def empty_state() -> ClusterState:
-    transfer = TransferSpec(deadline_s=DEADLINE_S, checksums=True)
-    return ClusterState(
-      TINY, workers, 4, transfer=transfer, faults=FaultSpec(corruption='retry', max_attempts=20, backoff_s=1.0)
-    )
+    travels = dataclasses.replace(transfer, deadline_s=DEADLINE_S, checksums=True)
+    return ClusterState(TINY, workers, 4, travels, faults=FaultSpec(corruption='retry', max_attempts=20, backoff_s=1.0))
 
   state = empty_state()
   events = list(watched(serve(arrivals, policy, backend, state), state, most_turns=100_000))

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from pdjax.metrics import table
-from pdjax.metrics.report import Report, Stats
+from pdjax.metrics.report import Report
+from pdjax.metrics.stats import Stats
 from pdjax.types.cluster import Role, WorkerSpec
 from pdjax.types.request import SLO
 

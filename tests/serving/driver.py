@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 from pdjax.serving import ClusterState, Phase
 from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
-from pdjax.types import FaultSpec, ModelSpec, Request, SamplingParams, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import (
+  FaultSpec,
+  ModelSpec,
+  Request,
+  SamplingParams,
+  TransferSpec,
+  WorkerSpec,
+  decode_pool,
+  prefill_pool,
+)
 from pdjax.types.faults import ALL_FAIL
 
 TINY = ModelSpec(
@@ -23,9 +32,10 @@ class Driver:
     workers: tuple[WorkerSpec, ...] = ONE_OF_EACH,
     page_size: int = 4,
     model: ModelSpec = TINY,
+    transfer: TransferSpec = TransferSpec(),
     faults: FaultSpec = ALL_FAIL,
   ):
-    self.state = ClusterState(model, workers, page_size, faults=faults)
+    self.state = ClusterState(model, workers, page_size, transfer, faults=faults)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 
@@ -69,10 +79,12 @@ class Driver:
     """Nothing is left: every page and every slot is free, and no order or request is known."""
     for worker in self.state.workers.values():
       assert worker.allocator.num_free == worker.num_pages, f'{worker.name} kept pages'
+      for staging in (worker.staging_out, worker.staging_in):
+        assert staging.free_bytes == staging.num_bytes, f'{worker.name} kept staging'
       assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
       assert not worker.orders and not worker.prefilling and not worker.decoding
       assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
-    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled
+    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled and not self.state._due
 
 
 def snapshot(state: ClusterState) -> dict:

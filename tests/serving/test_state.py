@@ -11,6 +11,8 @@ from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, EndOrder,
 from pdjax.types import WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver
 
+EIGHT = 8 * TINY.cached_token_bytes('float32')  # bytes of two pages
+
 
 def test_one_prompt_goes_through_two_workers():
   cluster = Driver()
@@ -20,7 +22,7 @@ def test_one_prompt_goes_through_two_workers():
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
   assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1)),))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (5, 6), 0, 8, after=0)
+  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (5, 6), 0, 8, after=0, staging_bytes=EIGHT)
   assert cluster.phase('a') is Phase.PREFILLING and not cluster.state.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 8)  # 6 and 6 + 3 tokens
@@ -59,7 +61,7 @@ def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
   assert cluster.free_pages('prefill0') == 14 and cluster.free_pages('decode0') == 16
 
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (0, 1), 0, 8, after=None)
+  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (0, 1), 0, 8, after=None, staging_bytes=EIGHT)
   assert cluster.phase('a') is Phase.MOVING and not cluster.state.prefilled
   cluster.end(transfer)
   assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16

@@ -61,8 +61,18 @@ def test_pools_number_their_workers_after_the_role():
 
 
 def test_a_transfer_refuses_batches_of_no_page():
-  with pytest.raises(ValueError, match='max_batch_pages is 0, expected at least 1'):
-    TransferSpec(max_batch_pages=0)
+  with pytest.raises(ValueError, match='piece_bytes is 0, expected at least 1'):
+    TransferSpec(piece_bytes=0)
+  with pytest.raises(ValueError, match="granularity is 'token', expected one of 'auto', 'request', 'chunk', 'layers'"):
+    TransferSpec(granularity='token')
+
+
+@pytest.mark.parametrize('num_layers, layer_groups', [(1, 4), (2, 4), (4, 4), (30, 4), (7, 3), (5, 1)])
+def test_groups_of_layers_are_as_many_as_asked_for_and_differ_by_one_at_most(num_layers, layer_groups):
+  groups = TransferSpec(layer_groups=layer_groups).groups(num_layers)
+  assert [layer for first, stop in groups for layer in range(first, stop)] == list(range(num_layers))
+  lengths = [stop - first for first, stop in groups]
+  assert len(groups) == min(num_layers, layer_groups) and max(lengths) - min(lengths) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,17 @@
 """Moving pages from one worker's pool to another's."""
 
-from pdjax.kv.transfer.base import Parcel, Transport
+from collections.abc import Callable
+
+from pdjax.kv.transfer.base import PagePool, Parcel, Transport
 from pdjax.kv.transfer.checksums import CorruptError
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
+from pdjax.types.cluster import TransferSpec
 
-TRANSPORTS = {'device_put': DevicePut, 'host_staged': HostStaged}  # as `TransferSpec.transport` names them
+TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] = {
+  'device_put': DevicePut,
+  'host_staged': HostStaged,
+}
+"""By the names of `TransferSpec.transport`."""
 
 __all__ = ['TRANSPORTS', 'CorruptError', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']

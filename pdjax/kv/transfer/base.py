@@ -27,6 +27,7 @@ class Parcel:
   Attributes:
     batches: Of each batch, the units' places `[n, 2]` in the target's pool (page, first token there) and its pieces on
       the target's devices; at the latest when `wait` has returned.
+    layers: The first layer of these and the one after the last.
     wire_bytes: Bytes of the arrays that were put onto target devices.
     num_pieces: How many arrays that are.
     gathered: The pieces on the source's devices.
@@ -34,6 +35,7 @@ class Parcel:
   """
 
   batches: tuple[tuple[np.ndarray, tuple[Units, ...]], ...]
+  layers: tuple[int, int]
   wire_bytes: int
   num_pieces: int
   gathered: Any
@@ -60,7 +62,14 @@ class Transport(Protocol):
   def compile(self) -> dict[str, float]:
     """Compile every size of batch and run each once between pools that are empty still; seconds by program."""
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way.
 
     Args:
@@ -68,6 +77,7 @@ class Transport(Protocol):
       target_pages: The same on the target.
       start: The first token of the sequence.
       tokens: How many; both are multiples of the unit that both page sizes are made of.
+      layers: The first layer that travels and the one after the last, a group of the `TransferSpec`; None is all.
     """
 
   def receive(self, parcel: Parcel) -> jax.Array:

@@ -37,8 +37,8 @@ class Checked:
     Raises:
       CorruptError: if it is not what left.
     """
-    found = [checksums(landed) for _, landed in self._pairs]
-    differ = [np.any(np.asarray(ours) != np.asarray(theirs), axis=1) for (ours, _), theirs in zip(self._pairs, found)]
+    pairs = [(sums, checksums(landed)) for sums, landed in self._pairs]
+    differ = [np.any(np.asarray(ours) != np.asarray(theirs), axis=1) for ours, theirs in pairs]
     if any(map(np.any, differ)):
       damaged, all_units = sum(int(one.sum()) for one in differ), sum(one.size for one in differ)
       raise CorruptError(f'{damaged} of {all_units} pieces of pages are not those that were sent')

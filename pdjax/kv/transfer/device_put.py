@@ -16,7 +16,14 @@ from pdjax.kv.transfer.pieces import ByPieces
 class DevicePut(ByPieces):
   """The way from one worker's pool to another's in the same process."""
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
     put_bytes = 0
     way = self.checked(self.put)
@@ -27,11 +34,12 @@ class DevicePut(ByPieces):
       put_bytes += array.nbytes
       return array
 
-    gathered = self.gather(source_pages, target_pages, start, tokens)
+    layers = layers or self.all_layers
+    gathered = self.gather(source_pages, target_pages, start, tokens, layers)
     batches = tuple((batch.targets, self.land(batch, put)) for batch in gathered)
     checked = way if isinstance(way, Checked) else None
     pieces = [batch.pieces for batch in gathered]
-    return Parcel(batches, put_bytes, self.num_pieces(gathered), pieces, checked=checked)
+    return Parcel(batches, layers, put_bytes, self.num_pieces(gathered), pieces, checked=checked)
 
   def put(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Carry one piece over; it need not be computed yet."""

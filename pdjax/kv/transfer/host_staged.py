@@ -30,15 +30,23 @@ class HostStaged(ByPieces):
     self._buffer = np.empty(0, np.uint8)
     self._lock = threading.Lock()
 
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> 'StagedParcel':
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> 'StagedParcel':
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
-    gathered = self.gather(source_pages, target_pages, start, tokens)
+    layers = layers or self.all_layers
+    gathered = self.gather(source_pages, target_pages, start, tokens, layers)
     way = self.checked(self.stage)
     carry = functools.partial(self.land, put=way)
     pieces = [batch.pieces for batch in gathered]
     checked = way if isinstance(way, Checked) else None
     return StagedParcel(
-      (), self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry, checked=checked
+      (), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry, checked=checked
     )
 
   def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:

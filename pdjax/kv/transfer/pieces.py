@@ -29,6 +29,7 @@ from pdjax.kv.transfer.checksums import Checked
 from pdjax.sharding import replicated
 from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
 
+Shape = tuple[int, int]  # of a batch: its layers and units
 # Pieces are units with an axis of copies before all others: one copy leaves, `group` arrive.
 _HEADS_AXIS = 1 + Units.HEADS_AXIS
 _PIECE_SPEC = PartitionSpec(None, *Units.SPEC)  # on the source
@@ -42,7 +43,13 @@ class Gathered:
   """A batch of units on the source's devices."""
 
   targets: np.ndarray  # [n, 2], their places in the target's pool
+  layers: int
   pieces: tuple[Units, ...]  # the source pieces of every shard
+
+  @property
+  def shape(self) -> 'Shape':
+    """Layers and units."""
+    return self.layers, len(self.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +76,11 @@ class Cut:
   def source_of(self, target_shard: int, piece: int) -> tuple[int, int]:
     """The (source shard, piece there) that is piece `piece` of a target shard."""
     return divmod(target_shard * self.target_pieces + piece, self.source_pieces)
+
+
+def batch_bounds(wanted: int, most: int) -> tuple[int, ...]:
+  """The powers of four up to `most`, ascending, as far as `wanted` goes; at least one of them."""
+  return tuple(4**power for power in range(most.bit_length()) if 4**power <= min(max(wanted, 1), most))
 
 
 def batch_sizes(pages: int, sizes: Sequence[int]) -> list[int]:
@@ -107,11 +119,14 @@ class ByPieces(abc.ABC):
     self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
-    most = min(spec.max_batch_pages, *(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs)))
-    self._sizes = tuple(4**power for power in range(most.bit_length()) if 4**power <= most)
-    self._gathers: dict[int, jax.stages.Compiled] = {}
-    self._scatters: dict[int, jax.stages.Compiled] = {}
-    self._fillers: dict[int, list[Units]] = {}
+    self.all_layers = (0, len(ours.layers))
+    groups = () if spec.layered_from is None else spec.groups(len(ours.layers))
+    most = min(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs))
+    shapes = {stop - first for first, stop in (self.all_layers, *groups)}
+    self._sizes = {layers: batch_bounds(spec.piece_bytes // self.unit_bytes(layers), most) for layers in shapes}
+    self._gathers: dict[Shape, jax.stages.Compiled] = {}
+    self._scatters: dict[Shape, jax.stages.Compiled] = {}
+    self._fillers: dict[Shape, list[Units]] = {}
 
   # -------------------------------------------------------------------------- programs
 
@@ -121,26 +136,29 @@ class ByPieces(abc.ABC):
     Both pools are empty still, so it moves nothing that counts.
     """
 
-    def timed(size: int) -> float:
+    def timed(shape: Shape) -> float:
       begin = time.perf_counter()
-      self._gathers[size] = self._lower_gather(size).compile()
-      self._scatters[size] = self._lower_scatter(size).compile()
-      self._fillers[size] = self._make_fillers(size)
+      self._gathers[shape] = self._lower_gather(shape).compile()
+      self._scatters[shape] = self._lower_scatter(shape).compile()
+      self._fillers[shape] = self._make_fillers(shape)
       return time.perf_counter() - begin
 
+    shapes = [(layers, size) for layers, sizes in self._sizes.items() for size in sizes]
+    names = [f'{size} units' if layers == self.all_layers[1] else f'{size} units of {layers} layers'
+             for layers, size in shapes]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
-      seconds = {f'{size} units': s for size, s in zip(self._sizes, pool.map(timed, self._sizes), strict=True)}
-    for size in self._sizes:
+      seconds = dict(zip(names, pool.map(timed, shapes), strict=True))
+    for layers, size in shapes:
       ours, theirs = (
         range(-(-size * self.unit // pool.page_shapes.page_size)) for pool in (self._source, self._target)
       )
-      parcel = self.send(ours, theirs, 0, size * self.unit)
+      parcel = self.send(ours, theirs, 0, size * self.unit, (0, layers))
       parcel.wait()
       self.receive(parcel).block_until_ready()
     return seconds
 
-  def _lower_gather(self, size: int) -> jax.stages.Lowered:
-    cut = self.cut
+  def _lower_gather(self, shape: Shape) -> jax.stages.Lowered:
+    cut, (layers, size) = self.cut, shape
 
     def pieces(pages: KVPages, places: jax.Array) -> tuple[Units, ...]:
       whole = gather(pages, places, self.unit, self.dtype)
@@ -157,9 +175,10 @@ class ByPieces(abc.ABC):
       out_specs=(_PIECE_SPEC,) * cut.source_pieces,
       check_vma=False,
     )
-    return jax.jit(local).lower(self._source.page_shapes, self._places(self._source, size))
+    return jax.jit(local).lower(self._source.page_shapes.part(0, layers), self._places(self._source, size))
 
-  def _lower_scatter(self, size: int) -> jax.stages.Lowered:
+  def _lower_scatter(self, shape: Shape) -> jax.stages.Lowered:
+    layers, size = shape
     group = self._target.mesh.shape['group']
 
     def join(pages: KVPages, places: jax.Array, pieces: tuple[Units, ...]) -> tuple[KVPages, jax.Array]:
@@ -175,47 +194,56 @@ class ByPieces(abc.ABC):
       out_specs=(LAYER_SPEC, PartitionSpec()),
       check_vma=False,
     )
-    landed = (self._landed(size),) * self.cut.target_pieces
-    return jax.jit(local, donate_argnums=0).lower(self._target.page_shapes, self._places(self._target, size), landed)
+    landed = (self._landed(shape),) * self.cut.target_pieces
+    pages = self._target.page_shapes.part(0, layers)
+    return jax.jit(local, donate_argnums=0).lower(pages, self._places(self._target, size), landed)
 
   def _places(self, pool: PagePool, size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size, 2), jnp.int32, sharding=replicated(pool.mesh))
 
-  def _landed(self, size: int) -> Units:
+  def unit_bytes(self, layers: int) -> int:
+    """Bytes of one unit of the largest array that travels: the values of a piece."""
+    shapes = self._source.page_shapes
+    return layers * 2 * self.cut.piece_heads * self.unit * shapes.head_dim * self.dtype.itemsize
+
+  def _landed(self, shape: Shape) -> Units:
     """Shapes of the pieces of one batch that share an array on the target's mesh."""
+    layers, size = shape
     mesh = self._target.mesh
     heads, sharding = mesh.shape['kv'] * self.cut.piece_heads, NamedSharding(mesh, _LANDED_SPEC)
-    shapes = self._source.page_shapes
+    shapes = self._source.page_shapes.part(0, layers)
     return Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
 
-  def _make_fillers(self, size: int) -> list[Units]:
+  def _make_fillers(self, shape: Shape) -> list[Units]:
     """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
 
     def zeros(leaf: jax.ShapeDtypeStruct, device: jax.Device) -> jax.Array:
       return jax.device_put(np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), device)
 
-    landed = self._landed(size)
+    landed = self._landed(shape)
     devices = self._target.mesh.devices[:, 1:].flat
     return [jax.tree.map(lambda leaf, device=device: zeros(leaf, device), landed) for device in devices]
 
   # -------------------------------------------------------------------------- moving
 
-  def gather(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> list[Gathered]:
+  def gather(
+    self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int, layers: tuple[int, int]
+  ) -> list[Gathered]:
     """Dispatch the gathers of a span of tokens, in batches; they wait for passes under way, and nobody for them."""
+    count, pages = layers[1] - layers[0], self._source.pages.part(*layers)
     sources = places(source_pages, self._source.page_shapes.page_size, start, tokens, self.unit)
     targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
     batches = []
     first = 0
-    for size in batch_sizes(len(sources), self._sizes):
-      pieces = self._gathers[size](self._source.pages, sources[first : first + size])
-      batches.append(Gathered(targets[first : first + size], pieces))
+    for size in batch_sizes(len(sources), self._sizes[count]):
+      pieces = self._gathers[count, size](pages, sources[first : first + size])
+      batches.append(Gathered(targets[first : first + size], count, pieces))
       first += size
     return batches
 
   def land(self, batch: Gathered, put: Callable[[jax.Array, jax.Device], jax.Array]) -> tuple[Units, ...]:
     """The pieces of a batch as arrays on the target's mesh, each put on its device by `put`."""
     source, target = self._source.mesh.devices, self._target.mesh.devices
-    size = len(batch.targets)
 
     def joined(shape: Any, piece: int, leaves: list[jax.Array], fillers: list[jax.Array]) -> jax.Array:
       """One piece of every target shard, of one leaf of units."""
@@ -225,9 +253,9 @@ class ByPieces(abc.ABC):
         arrays.append(put(_shard_on(leaves[source_piece], source[source_shard, 0]), target[target_shard, 0]))
       return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [*arrays, *fillers])
 
-    shapes, tree = jax.tree.flatten(self._landed(size))
+    shapes, tree = jax.tree.flatten(self._landed(batch.shape))
     leaves = [jax.tree.leaves(units) for units in batch.pieces]
-    fillers = [jax.tree.leaves(units) for units in self._fillers[size]]
+    fillers = [jax.tree.leaves(units) for units in self._fillers[batch.shape]]
     landed = []
     for piece in range(self.cut.target_pieces):
       parts = [
@@ -239,23 +267,33 @@ class ByPieces(abc.ABC):
 
   def num_pieces(self, batches: Sequence[Gathered]) -> int:
     """Arrays of batches that go from one device to another."""
-    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(len(batch.targets)))]
+    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(batch.shape))]
     return self.cut.target_pieces * self._target.mesh.shape['kv'] * len(leaves)
 
   def wire_bytes(self, batches: Sequence[Gathered]) -> int:
     """Bytes that batches put onto target devices."""
     pieces = self.cut.target_pieces * self._target.mesh.shape['kv']
-    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(len(batch.targets)))]
+    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(batch.shape))]
     return pieces * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
   @abc.abstractmethod
-  def send(self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int) -> Parcel:
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
     """Put cached tokens on their way; see `Transport`."""
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
+    first, stop = parcel.layers
     for targets, pieces in parcel.batches:
-      self._target.pages, written = self._scatters[len(targets)](self._target.pages, targets, pieces)
+      pages = self._target.pages.part(first, stop)
+      pages, written = self._scatters[stop - first, len(targets)](pages, targets, pieces)
+      self._target.pages = self._target.pages.with_part(first, pages)
     return written
 
 

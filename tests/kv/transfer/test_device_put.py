@@ -60,6 +60,11 @@ class Pool:
     return numbers.transpose(1, 4, 0, 2, 3, 5)
 
 
+def four_units_at_most(source: Pool, target: Pool) -> TransferSpec:
+  """Batches of one unit and of four."""
+  return TransferSpec(piece_bytes=4 * DevicePut(source, target, TransferSpec()).unit_bytes(len(source.pages.layers)))
+
+
 # ---------------------------------------------------------------------------- plans
 
 
@@ -115,7 +120,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   devices = jax.devices()
   source = Pool.random(model, devices[:source_tp], 11, seed=1, layout=source_layout)
   target = Pool.random(model, devices[-target_tp:], 17, seed=2, layout=target_layout)
-  transport = DevicePut(source, target, TransferSpec(max_batch_pages=4))
+  transport = DevicePut(source, target, four_units_at_most(source, target))
   seconds = transport.compile()
   assert set(seconds) == {'1 units', '4 units'}
 
@@ -190,7 +195,7 @@ def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
     Pool.random(model, devices, 90 // size + 5, seed, jnp.dtype(name), page_size=size)
     for seed, (size, name, devices) in enumerate(ends)
   )
-  transport = way(source, target, TransferSpec(max_batch_pages=16))
+  transport = way(source, target, four_units_at_most(source, target))
   transport.compile()
   token = np.arange(start, start + tokens)
   pages, targets = (

@@ -6,8 +6,7 @@ import pytest
 
 from pdjax.kv.transfer import HostStaged
 from pdjax.kv.transfer.host_staged import unaligned
-from pdjax.types import TransferSpec
-from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool
+from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY_12_12
 
 
@@ -34,7 +33,7 @@ def test_no_more_than_one_piece_is_on_the_host_and_nothing_travels_before_it_is_
   devices = jax.devices()
   source = Pool.random(TINY_12_12, devices[:3], 32, 1)
   target = Pool.random(TINY_12_12, devices[-2:], 32, 2)
-  transport = HostStaged(source, target, TransferSpec(max_batch_pages=4))
+  transport = HostStaged(source, target, four_units_at_most(source, target))
   transport.compile()
   before = target.values()
   parcel = transport.send(list(range(9)), list(range(20, 29)), 0, 9 * PAGE_SIZE)

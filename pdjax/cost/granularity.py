@@ -1,0 +1,43 @@
+"""From which length on a chunk travels faster layer by layer than whole."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from pdjax.cost.cost_model import CostModel
+from pdjax.types.cluster import TransferSpec, WorkerSpec
+from pdjax.types.model import ModelSpec
+
+_PROGRAMS_A_GROUP = 3  # its layers, a gather and a scatter
+
+
+def choose_granularity(
+  spec: TransferSpec, model: ModelSpec, workers: Sequence[WorkerSpec], cost: CostModel
+) -> TransferSpec:
+  """The spec with `layers_from` filled in, if it is left to the cost model; chunk by chunk if no length gains.
+
+  Whole, a prompt's last chunk is on the wire for all of its transfer after its pass has ended; in groups of layers only
+  the last group is, at the price of more programs. That pays from some length on: the shortest power of two of tokens
+  for which every way from worker to worker is predicted to gain.
+  """
+  if spec.granularity != 'auto' or spec.layers_from is not None:
+    return spec
+  groups = len(spec.groups(model.num_layers))
+  price_s = groups * _PROGRAMS_A_GROUP * getattr(cost, 'dispatch_s', 0.0)
+  ways = [
+    (source, target)
+    for source, target in itertools.permutations(workers, 2)
+    if source.role.prefills and not source.role.decodes and target.role.decodes
+  ]
+
+  def gains(tokens: int) -> bool:
+    def gained_s(source: WorkerSpec, target: WorkerSpec) -> float:
+      whole_s, last_s = (cost.transfer_seconds(model, source, target, part) for part in (tokens, tokens / groups))
+      return whole_s - last_s - price_s
+
+    return groups > 1 and all(gained_s(*way) > 0 for way in ways)
+
+  most = max((source.max_step_tokens for source, _ in ways), default=0)
+  lengths = [2**power for power in range(most.bit_length())]
+  layers_from = next((tokens for tokens in lengths if gains(tokens)), None)
+  return dataclasses.replace(spec, layers_from=layers_from, granularity='auto' if layers_from else 'chunk')

@@ -523,7 +523,8 @@ class ClusterState:
       if not roomy:
         largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
         return (
-          f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones'
+          f'{request.prompt_len} prompt tokens{f", {len(entry.delivered)} delivered ones" if entry.delivered else ""} '
+          f'and up to {entry.limit} generated ones'
           f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
           f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
           f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '

@@ -151,12 +151,12 @@ def test_a_pass_that_dies_with_its_pages_loses_the_worker(one_and_one, monkeypat
   calls = itertools.count()
   dispatch = Worker.dispatch
 
-  def dispatch_and_die(worker, order):
+  def dispatch_and_die(worker, order, *after):
     if order.decodes and next(calls) == 1:
       for layer in worker.pages.layers:
         layer.delete()
       raise RuntimeError('the device is on fire')
-    return dispatch(worker, order)
+    return dispatch(worker, order, *after)
 
   monkeypatch.setattr(Worker, 'dispatch', dispatch_and_die)
   served = one_and_one.serve(some_requests())
@@ -181,8 +181,8 @@ def test_passes_of_a_lost_worker_are_not_heard_of_again(cluster, monkeypatch):
   dispatch, collect = Worker.dispatch, Worker.collect
   decodes = itertools.count()
 
-  def dispatch_and_count(worker, order):
-    pending = dispatch(worker, order)
+  def dispatch_and_count(worker, order, *after):
+    pending = dispatch(worker, order, *after)
     if order.decodes and next(decodes) == 1:
       next_dispatched.set()
     return pending

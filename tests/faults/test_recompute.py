@@ -1,14 +1,13 @@
 """A request that begins again on devices goes on as if nothing had been: tokens, text, samples, and where it ends."""
 
 import dataclasses
-import functools
 
 import pytest
 
 from pdjax.serving.messages import Done, Started, StepOrder, WorkerLost
 from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster
-from tests.engine.conftest import build
+from tests.engine.conftest import shared_colocated
 from tests.engine.plain import answer
 from tests.engine.test_replay import replay
 from tests.faults.engine_faults import FaultyEngine
@@ -25,17 +24,12 @@ ASKED = {
     GREEDY, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3, temperature=0.7, seed=4
   ),
   'logprobs': dataclasses.replace(GREEDY, logprobs=2),
-  'three samples': dataclasses.replace(GREEDY, n=3, temperature=1.0, seed=5),
+  'two samples': dataclasses.replace(GREEDY, n=2, temperature=1.0, seed=5),
   "to the context's end": dataclasses.replace(GREEDY, max_tokens=200),
 }
 
 
-@functools.cache
-def colocated() -> Cluster:
-  return build('2C', page_size=16, max_sequences=4)
-
-
-@pytest.fixture(params=[disaggregated, colocated], ids=['2P2D', '2C'])
+@pytest.fixture(params=[disaggregated, shared_colocated], ids=['2P2D', '2C'])
 def cluster(request) -> Cluster:
   return request.param()
 

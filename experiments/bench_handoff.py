@@ -1,0 +1,162 @@
+r"""What handing a prompt over costs: whole, chunk by chunk, layer by layer, and beside a colocated worker.
+
+python -m experiments.bench_handoff
+python -m experiments.bench_handoff --prompt_len=256 --rounds=9 --json=handoff.json
+
+One request at a time, SmolLM2-135M in float32 on CPU, one prefill and one decode worker of one device each, and a
+colocated worker with the same chunks. Every way takes its turn within every round; figures are medians of the rounds.
+
+* exposed: from the end of the prompt's last pass until the decode worker has all of it (ms; 0 if it has it before)
+* hidden: the share of wire time, pieces ready to arrived, in which the source computed the prompt
+* second token: from arrival to the second token (ms), and its ratio to that of the colocated worker
+"""
+
+import dataclasses
+import statistics
+from typing import Any
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.rows import row, save_rows
+from pdjax.config import ServingConfig
+from pdjax.launch import Deployment, deploy, open_model
+from pdjax.metrics import Report
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving import ClusterState, Policy, serve
+from pdjax.serving.messages import Finished
+from pdjax.types import Request, SamplingParams, TransferSpec, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types.cluster import GranularityName
+from pdjax.workload import Listed, RandomTokens
+
+_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2', 'Model to serve, as a config takes it.')
+_PROMPT_LEN = flags.DEFINE_integer('prompt_len', 1024, 'Tokens of a prompt.', lower_bound=1)
+_CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens of a chunk.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds, in each of which every way takes its turn.', lower_bound=1)
+_TRANSPORT = flags.DEFINE_enum('transport', 'device_put', ['device_put', 'host_staged'], 'How KV travels.')
+_LAYER_GROUPS = flags.DEFINE_integer('layer_groups', 4, 'Groups of layers.', lower_bound=1)
+_CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
+_JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
+
+GRANULARITIES: tuple[GranularityName, ...] = ('request', 'chunk', 'layers', 'auto')
+OUTPUT_LEN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class HandOff:
+  """One prompt's way: seconds, the share of wire time that was hidden, and the tokens it got."""
+
+  second_token_s: float
+  exposed_s: float = 0.0
+  hidden: float = 0.0
+  tokens: tuple[int, ...] = ()
+
+
+class Served:
+  """A deployed cluster that answers one prompt at a time."""
+
+  def __init__(self, workers: tuple[WorkerSpec, ...], policy: Policy, transfer: TransferSpec):
+    config = ServingConfig(
+      checkpoint=_CHECKPOINT.value,
+      workers=workers,
+      policy=policy,
+      transfer=transfer,
+      max_context=_PROMPT_LEN.value + OUTPUT_LEN,
+      platform='cpu',
+      compilation_cache=_CACHE.value,
+    )
+    self._deployment: Deployment = deploy(config, open_model(config))
+    self.transfer = self._deployment.built.transfer
+
+  def answer(self, number: int, transfer: TransferSpec) -> HandOff:
+    """Serve prompt `number` by itself, its KV travelling as `transfer` says."""
+    built, config = self._deployment.built, self._deployment.config
+    model = self._deployment.opened.model
+    prompt = tuple(RandomTokens(_PROMPT_LEN.value, model.vocab_size, number))
+    request = Request('r', prompt, SamplingParams(max_tokens=OUTPUT_LEN, ignore_eos=True))
+    state = ClusterState(model, built.workers, config.page_size, transfer)
+    built.engine.start_clock()
+    events = tuple(serve(Listed([request]), config.policy, built.engine, state))
+    report = Report.from_events(events, workers=built.workers)
+    (timeline,) = report.timeline.requests
+    (tokens,) = (event.tokens for event in events if isinstance(event, Finished))
+    second_s = timeline.token_times_s[1] - timeline.arrival_s
+    if not report.num_transfers:
+      return HandOff(second_s, tokens=tokens)
+    spans = report.timeline.spans
+    computed_s = max(span.ended_s for span in spans if span.kind == 'prefill')
+    admitted_s = max(span.ended_s for span in spans if span.kind == 'transfer')
+    return HandOff(second_s, max(0.0, admitted_s - computed_s), report.transfers.overlap_share or 0.0, tokens)
+
+  def close(self) -> None:
+    """End its threads."""
+    self._deployment.built.engine.close()
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  chunk = _CHUNK.value
+  sizes: dict[str, Any] = {'max_step_tokens': chunk, 'max_sequences': 1, 'max_chunks': 1, 'num_pages': 256}
+  transport: Any = _TRANSPORT.value
+  spec = TransferSpec(transport, layer_groups=_LAYER_GROUPS.value)
+  apart = prefill_pool(1, devices=(0,), **sizes) + decode_pool(1, devices=(1,), **sizes)
+  # Compiled for layer groups, an engine sends in any granularity: what travels when is decided by the state.
+  layered = dataclasses.replace(spec, granularity='layers')
+  disaggregated = Served(apart, Disaggregated(max_prefill_tokens=chunk), layered)
+  colocated = Served(colocated_pool(1, devices=(0,), **sizes), Colocated(token_budget=chunk + 1), spec)
+  auto = Served(apart, Disaggregated(max_prefill_tokens=chunk), spec)
+  try:
+    ways: dict[str, tuple[Served, TransferSpec]] = {
+      'colocated': (colocated, spec),
+      **{name: (disaggregated, dataclasses.replace(spec, granularity=name)) for name in GRANULARITIES[:-1]},
+      'auto': (auto, auto.transfer),
+    }
+    found: dict[str, list[HandOff]] = {name: [] for name in ways}
+    for number in range(-1, _ROUNDS.value):  # the first round is not counted
+      for name, (served, transfer) in ways.items():
+        found[name].append(served.answer(max(number, 0), transfer))
+  finally:
+    for served in (disaggregated, colocated, auto):
+      served.close()
+  _show(found, auto.transfer)
+
+
+def _show(found: dict[str, list[HandOff]], auto: TransferSpec) -> None:
+  same = all(
+    one.tokens == first.tokens for ways in zip(*found.values(), strict=True) for first in ways[:1] for one in ways
+  )
+
+  def median(name: str, field: str) -> float:
+    return statistics.median(getattr(one, field) for one in found[name][1:])
+
+  def ratio(name: str, field: str, to: str) -> float:
+    """Median of the ratios within a round."""
+    pairs = zip(found[name][1:], found[to][1:], strict=True)
+    return statistics.median(getattr(one, field) / getattr(other, field) for one, other in pairs)
+
+  table = Table('way', 'exposed ms', 'of whole', 'hidden', 'second token ms', 'of colocated', box=None)
+  rows = []
+  for name in found:
+    second_s = median(name, 'second_token_s')
+    relative = ratio(name, 'second_token_s', 'colocated')
+    cells = ['-', '-', '-']
+    if name != 'colocated':
+      exposed_s, of_whole = median(name, 'exposed_s'), ratio(name, 'exposed_s', 'request')
+      cells = [f'{exposed_s * 1e3:.1f}', f'{of_whole:.2f}', f'{median(name, "hidden"):.0%}']
+      rows.append(row(f'exposed hand-off, {name}', exposed_s * 1e3, 'ms', peer='request',
+                      peer_value=median('request', 'exposed_s') * 1e3))  # fmt: skip
+    rows.append(row(f'second token, {name}', second_s * 1e3, 'ms', peer='colocated',
+                    peer_value=median('colocated', 'second_token_s') * 1e3))  # fmt: skip
+    table.add_row(name, *cells, f'{second_s * 1e3:.0f}', f'{relative:.3f}')
+  console = Console(highlight=False)
+  console.print(f'prompts of {_PROMPT_LEN.value} tokens in chunks of {_CHUNK.value}, {_TRANSPORT.value}')
+  console.print(table)
+  console.print(f'auto is {auto.granularity}, layers from {auto.layers_from} tokens of the last chunk')
+  console.print(f'tokens {"all equal" if same else "[red]differ[/]"}')
+  save_rows(_JSON.value, rows)
+
+
+if __name__ == '__main__':
+  app.run(main)

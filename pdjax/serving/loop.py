@@ -40,7 +40,12 @@ class Policy(Protocol):
 
 
 class Backend(Protocol):
-  """What carries orders out: the engine on devices, or the simulator."""
+  """What carries orders out: the engine on devices, or the simulator.
+
+  Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; what is told of it
+  after that counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
+  over, in any of these ways, none of its pages is read or written for it any more.
+  """
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Begin the orders that one action became: a pass comes together with the transfers that leave with it.

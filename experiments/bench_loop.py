@@ -20,7 +20,7 @@ from experiments.rows import row, save_rows
 from pdjax.metrics import EventLog
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
-from pdjax.serving.messages import Done, EndOrder, Event, Order, Result, StepOrder, TransferOrder, Turn
+from pdjax.serving.messages import AbandonOrder, Done, EndOrder, Event, Order, Result, StepOrder, TransferOrder, Turn
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 
@@ -64,7 +64,7 @@ class NullBackend:
       case StepOrder():
         first = [Result(chunk.request.id, (_TOKEN,)) for chunk in order.chunks if chunk.is_last]
         return (*first, *(Result(decode.request, (_TOKEN,) * order.steps) for decode in order.decodes))
-      case TransferOrder() | EndOrder():
+      case TransferOrder() | EndOrder() | AbandonOrder():
         return ()
 
 

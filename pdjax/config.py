@@ -14,6 +14,7 @@ from pdjax.cost.roofline import Roofline
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
 from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
+from pdjax.types.faults import FaultSpec
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
@@ -38,6 +39,7 @@ class ServingConfig:
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
     transfer: How KV travels.
+    faults: What is done for requests when a transfer or a worker fails.
     cost: What the simulator asks how long things take.
     slo: Latency limits that goodput is counted against.
     platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds. CPU devices are virtual, as many as the workers need.
@@ -57,6 +59,7 @@ class ServingConfig:
   kv_dtype: KVDtypeName | None = None
   max_context: int | None = None
   transfer: TransferSpec = TransferSpec()
+  faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()
   slo: SLO | None = None
   platform: str | None = None

@@ -124,7 +124,7 @@ def simulate(
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   config = dataclasses.replace(config, transfer=choose_granularity(config.transfer, model, workers, cost))
-  state = ClusterState(model, workers, config.page_size, config.transfer)
+  state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
   simulator = Simulator(model, workers, cost, arrivals.output_len)
   events = _serve(arrivals, config, simulator, state, workdir, watch)
   completions = complete(events, has_text=False)
@@ -253,11 +253,18 @@ class Deployment:
 
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
-    finds_stops = self.opened.tokenizer is not None
-    built = self.built
-    return ClusterState(
-      self.opened.model, built.workers, self.config.page_size, built.transfer, finds_stops=finds_stops
+    config, built = self.config, self.built
+    state = ClusterState(
+      self.opened.model,
+      built.workers,
+      config.page_size,
+      built.transfer,
+      finds_stops=self.opened.tokenizer is not None,
+      faults=config.faults,
     )
+    for name, worker in built.engine.workers.items():
+      state.workers[name].incarnation = worker.incarnation
+    return state
 
   def report(
     self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None

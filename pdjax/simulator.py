@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.cost.cost_model import CostModel
 from pdjax.serving.messages import (
+  AbandonOrder,
   Done,
   EndOrder,
   Event,
@@ -82,7 +83,7 @@ class Simulator:
         )
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
-      case EndOrder():
+      case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
         self._ends_s[order.id] = now_s = self._now_s
         self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
 
@@ -139,8 +140,8 @@ class Simulator:
         self._left[chunk.request.id] = self._limit(chunk.request)
         results.append(self._generate(chunk.request.id, 1))
     for decode in order.decodes:
-      if decode.admission is not None and not decode.admission.tokens:
-        self._left[decode.request] = self._limit(decode.admission.request)
+      if decode.admission is not None:
+        self._left[decode.request] = self._limit(decode.admission.request) - len(decode.admission.tokens)
       tokens = min(order.steps, self._left.get(decode.request, 0))
       wasted += order.steps - tokens
       if tokens:

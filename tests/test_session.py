@@ -34,7 +34,7 @@ from pdjax.serving.messages import (
   Withdrawn,
   WorkerLost,
 )
-from pdjax.types import Request, SamplingParams
+from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.workload import Live
 from tests.engine.cluster import Cluster, assert_all_is_free
 from tests.engine.conftest import shared
@@ -67,13 +67,13 @@ def begin(cluster, monkeypatch):
 
   monkeypatch.setattr(Deployment, 'empty_state', remember)
 
-  def make(policy=None, broken: bool = False, **kwargs) -> pdjax.Session:
+  def make(policy=None, broken: bool = False, faults: FaultSpec = FaultSpec(), **kwargs) -> pdjax.Session:
     if broken:
       monkeypatch.setattr(Deployment, 'empty_state', empty_state)
     for worker in cluster.workers.values():
       worker._progress.clear()
     engine = Engine(list(cluster.workers.values()), cluster.transports)
-    config = dataclasses.replace(cluster.config, policy=policy or cluster.config.policy)
+    config = dataclasses.replace(cluster.config, policy=policy or cluster.config.policy, faults=faults)
     built = Built(engine, cluster.specs, {}, cluster.warm_up)
     return pdjax.Session(Deployment(config, OpenedModel(cluster.model, None, byte_tokenizer()), built), **kwargs)
 
@@ -529,7 +529,8 @@ def test_an_idle_session_sleeps(begin, monkeypatch):
     assert session.submit(ask('b')).result(WAIT_S).finish_reason == 'length'
 
 
-def test_a_lost_worker_ends_the_requests_it_held_and_no_others(begin, monkeypatch):
+@pytest.mark.parametrize('worker', ['recompute', 'fail'])
+def test_a_lost_worker_ends_what_it_held_or_begins_it_again_as_the_config_says(begin, monkeypatch, worker):
   collect = Worker.collect
 
   def fail_once(worker, order, pending):
@@ -540,14 +541,19 @@ def test_a_lost_worker_ends_the_requests_it_held_and_no_others(begin, monkeypatc
 
   lost: list[str] = []
   monkeypatch.setattr(Worker, 'collect', fail_once)
-  with begin() as session:
+  with begin(faults=FaultSpec(worker=worker)) as session:
     held = session.submit(endless('held'))
-    with pytest.raises(pdjax.RequestError, match="request 'held' ended with 'error': RuntimeError: the device is on"):
-      list(held)
+    if worker == 'fail':
+      with pytest.raises(pdjax.RequestError, match="request 'held' ended with 'error': RuntimeError: the device is on"):
+        list(held)
+    else:
+      pieces = list(held)
+      assert tuple(token for piece in pieces for token in piece.tokens) == expected(held.request)
+      assert ''.join(piece.text for piece in pieces) == held.result().text
     later = session.submit(ask('later'))
     assert later.result(WAIT_S).token_ids == expected(later.request)
   assert lost == ['decode0'] and sum(isinstance(event, WorkerLost) for event in session.events) == 1
-  assert held.result().finish_reason == 'error'
+  assert held.result().finish_reason == ('error' if worker == 'fail' else 'length')
 
 
 @pytest.mark.parametrize('where', ['collect', 'rebuild'])

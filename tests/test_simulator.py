@@ -13,6 +13,7 @@ from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ALL, Chunk, ClusterState, PolicyError, Step, StuckError, Transfer, serve
 from pdjax.serving.messages import (
+  AbandonOrder,
   Arrived,
   Done,
   Event,
@@ -29,7 +30,16 @@ from pdjax.serving.messages import (
   WorkerLost,
 )
 from pdjax.simulator import Replay, Simulator, started
-from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
+from pdjax.types import (
+  Request,
+  SamplingParams,
+  TransferSpec,
+  WorkerSpec,
+  colocated_pool,
+  decode_pool,
+  parse_split,
+  prefill_pool,
+)
 from pdjax.workload import Bursty, Listed, Uniform, WorkloadContext
 from tests.serving.driver import SIZES, TINY, Driver
 
@@ -227,7 +237,8 @@ class Case:
     return workload.arrivals(WorkloadContext(TINY.vocab_size, TINY.context_len))
 
   def state(self) -> ClusterState:
-    return ClusterState(TINY, self.workers, self.page_size)
+    # by hand a transfer takes as many seconds as it likes
+    return ClusterState(TINY, self.workers, self.page_size, transfer=TransferSpec(deadline_s=math.inf))
 
   def simulator(self, arrivals) -> Simulator:
     return Simulator(TINY, self.workers, HandCost(), arrivals.output_len)
@@ -281,14 +292,17 @@ def _serve_checked(arrivals, policy, backend, state) -> list[Event]:
   """Serve, holding the books up to the log after every turn."""
   events: list[Event] = []
   transfers: dict[int, TransferOrder] = {}
+  given_up: dict[int, int] = {}
   for event in serve(arrivals, policy, backend, state):
     match event:
       case Turn():
         _check_pages(state, transfers)
       case Started(_, TransferOrder() as order):
         transfers[order.id] = order
+      case Started(_, AbandonOrder(order, transfer)):
+        given_up[order] = transfer
       case Done(order) | Failed(order):
-        transfers.pop(order, None)
+        transfers.pop(given_up.get(order, order), None)
       case WorkerLost(lost):
         transfers = {id: order for id, order in transfers.items() if lost not in (order.source, order.target)}
     events.append(event)
@@ -426,6 +440,11 @@ class Unlucky(Simulator):
     super().__init__(*args)
     self._rng = random.Random(seed)
     self._lives = dict.fromkeys(self._workers, 1)
+    self._given_up: set[int] = set()
+
+  def submit(self, orders):
+    super().submit(orders)
+    self._given_up |= {order.id for order in orders if isinstance(order, AbandonOrder)}
 
   def wait(self, until_s: float):
     now_s, events = super().wait(until_s)
@@ -436,7 +455,8 @@ class Unlucky(Simulator):
         lost = self._rng.choice(list(self._workers))
         self._lives[lost] += 1
         happened += [WorkerLost(lost, now_s, 'lost'), WorkerBack(lost, now_s, self._lives[lost])]
-      happened.append(Failed(event.order, now_s, 'failed') if luck > 0.97 else event)
+      fails = luck > 0.97 and event.order not in self._given_up  # that never fails
+      happened.append(Failed(event.order, now_s, 'failed') if fails else event)
     return now_s, happened
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from pdjax.engine.mailbox import Mailbox, Waiter
+from pdjax.engine.mailbox import Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
-from pdjax.kv.transfer import Parcel, Transport
+from pdjax.kv.transfer import CorruptError, Parcel, Transport
 from pdjax.serving.messages import (
+  AbandonOrder,
   Done,
   EndOrder,
   Event,
@@ -66,8 +67,8 @@ class Engine:
   """Carries orders out on devices.
 
   Every program is dispatched by the thread that calls `submit` and `wait`, so the order on each device is the order of
-  decisions. Beside it each worker has one thread that waits for its passes in that order, and one that waits for the
-  transfers that leave it; they post what ended, and when, to one mailbox.
+  decisions. Beside it each worker has one thread that waits for its passes in that order, and each transfer has one
+  while it is under way; they post what ended, and when, to one mailbox.
   """
 
   def __init__(self, workers: Sequence[Worker], transports: dict[tuple[str, str], Transport]):
@@ -76,7 +77,8 @@ class Engine:
     self._transports = transports
     self._mailbox = Mailbox()
     self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
-    self._transfers = {name: Waiter(f'{name}-transfers', self._post_crash) for name in self.workers}
+    self._transfers = Waiters('transfers', self._post_crash)
+    self._under_way: dict[int, TransferOrder] = {}  # those whose pieces are to be written
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def start_clock(self) -> None:
@@ -98,7 +100,8 @@ class Engine:
 
   def close(self) -> None:
     """Wait for what is under way and end the threads."""
-    for waiter in (*self._passes.values(), *self._transfers.values()):
+    self._transfers.close()
+    for waiter in self._passes.values():
       waiter.close()
 
   def submit(self, orders: Sequence[Order]) -> None:
@@ -120,6 +123,8 @@ class Engine:
         self._submit(order, send)
 
   def _submit(self, order: Order, after: Callable[[tuple[int, int]], None] = lambda layers: None) -> None:
+    if self._is_stale(order):
+      return  # for a life of a worker that is over, and with it all its orders, as the loop is about to learn
     try:
       match order:
         case StepOrder():
@@ -129,6 +134,10 @@ class Engine:
         case EndOrder():
           for worker in self.workers.values():
             worker.forget(order.request)
+          now_s = self._mailbox.now_s()
+          self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
+        case AbandonOrder():  # its gather was dispatched before all that its pages are given to next
+          self._give_up(order.transfer)
           now_s = self._mailbox.now_s()
           self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
     except Exception as error:  # whatever it is, the loop goes on and the requests learn of it
@@ -217,6 +226,9 @@ class Engine:
     if worker.incarnation != broken.incarnation:
       return []
     worker.reset()
+    for order in list(self._under_way.values()):
+      if broken.worker in (order.source, order.target):
+        self._give_up(order.id)
     return [
       WorkerLost(broken.worker, broken.ended_s, broken.error),
       WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
@@ -227,23 +239,27 @@ class Engine:
   def _send(self, order: TransferOrder) -> None:
     transport = self._transports[order.source, order.target]
     parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens, order.layers)
-    self._transfers[order.source].add(functools.partial(self._watch, order, parcel))
+    self._under_way[order.id] = order
+    self._transfers.add(order.id, functools.partial(self._watch, order, parcel))
 
   def _watch(self, order: TransferOrder, parcel: Parcel) -> None:
-    """On the source's waiting thread for transfers: block until the pieces are there and say so."""
+    """On a waiting thread of its own: block until the pieces are there and say so."""
     try:
       parcel.wait_gathered()
       began_s = self._mailbox.now_s()
       parcel.wait()
     except Exception as error:
       message = describe(error)
-      self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message))
+      corrupt = isinstance(error, CorruptError)
+      self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message, corrupt))
       return
     self._mailbox.post(lambda arrived_s: _Landed(order, parcel, began_s, Trip(began_s, arrived_s, parcel.num_pieces)))
 
   def _receive(self, landed: _Landed) -> None:
     """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
     order = landed.order
+    if self._under_way.pop(order.id, None) is None:
+      return  # it was given up
     if self._incarnations(order) != order.incarnations:
       return  # a worker was lost meanwhile, and the transfer with it
     try:
@@ -255,6 +271,19 @@ class Engine:
     self._passes[order.target].add(job)
     wire_bytes, trip = landed.parcel.wire_bytes, landed.trip
     self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=wire_bytes, trip=trip))
+
+  def _is_stale(self, order: Order) -> bool:
+    match order:
+      case StepOrder():
+        return order.incarnation != self.workers[order.worker].incarnation
+      case TransferOrder():
+        return order.incarnations != self._incarnations(order)
+    return False
+
+  def _give_up(self, transfer: int) -> None:
+    """Whatever of a transfer still lands is not written."""
+    self._under_way.pop(transfer, None)
+    self._transfers.forget(transfer)
 
   def _incarnations(self, order: TransferOrder) -> tuple[int, int]:
     return self.workers[order.source].incarnation, self.workers[order.target].incarnation

@@ -49,6 +49,70 @@ class Mailbox:
     return self._last_s
 
 
+class Waiters:
+  """Threads that each run one job at a time, as many as there are jobs that block: none waits for another's end.
+
+  Args:
+    name: Of the threads.
+    crashed: Told what a job raised.
+  """
+
+  def __init__(self, name: str, crashed: Callable[[BaseException], None]):
+    self._name = name
+    self._crashed = crashed
+    self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
+    self._condition = threading.Condition()
+    self._left: set[int] = set()  # jobs whose end is waited for
+    self._running: set[threading.Thread] = set()
+    self._threads: list[threading.Thread] = []
+    self._idle = 0
+
+  def add(self, key: int, job: Callable[[], None]) -> None:
+    """Run this at once, on a thread that is idle or else on a new one."""
+    with self._condition:
+      self._left.add(key)
+      if self._idle:
+        self._idle -= 1
+      else:
+        self._threads.append(threading.Thread(target=self._run, name=f'pdjax-{self._name}', daemon=True))
+        self._threads[-1].start()
+    self._jobs.put((key, job))
+
+  def forget(self, key: int) -> None:
+    """Wait no longer for the end of a job; if it never ends, only its thread is lost."""
+    with self._condition:
+      self._left.discard(key)
+      self._condition.notify_all()
+
+  def close(self) -> None:
+    """Wait for the jobs that are left, all but forgotten ones, and end the threads."""
+    with self._condition:
+      self._condition.wait_for(lambda: not self._left)
+      lost = set(self._running)
+    for _ in self._threads:
+      self._jobs.put(None)
+    for thread in self._threads:
+      if thread not in lost:
+        thread.join()
+
+  def _run(self) -> None:
+    while (item := self._jobs.get()) is not None:
+      key, job = item
+      with self._condition:
+        wanted = key in self._left
+        self._running.add(threading.current_thread())
+      try:
+        if wanted:
+          job()
+      except BaseException as error:
+        self._crashed(error)
+      with self._condition:
+        self._running.remove(threading.current_thread())
+        self._left.discard(key)
+        self._idle += 1
+        self._condition.notify_all()
+
+
 class Waiter:
   """A thread that runs jobs in order; each blocks until something is ready and posts it.
 

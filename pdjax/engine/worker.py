@@ -412,7 +412,7 @@ class Worker:
     end = 0
     for row, chunk in enumerate(chunks):
       stop = chunk.start + chunk.length
-      new['tokens'][end : end + chunk.length] = chunk.request.prompt[chunk.start : stop]
+      new['tokens'][end : end + chunk.length] = chunk.token_ids
       end += chunk.length
       new['offsets'][row + 1 :] = end
       new['lengths'][row] = stop

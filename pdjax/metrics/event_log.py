@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdjax.serving.messages import (
+  AbandonOrder,
   Admission,
   Arrived,
   ChunkOrder,
@@ -125,7 +126,7 @@ def _order(order: Order) -> dict[str, Any]:
   match order:
     case StepOrder():
       return {**named, 'chunks': [_chunk(c) for c in order.chunks], 'decodes': [_decode(d) for d in order.decodes]}
-    case TransferOrder() | EndOrder():
+    case TransferOrder() | EndOrder() | AbandonOrder():
       return named
 
 

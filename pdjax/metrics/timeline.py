@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from pdjax.serving.messages import (
+  AbandonOrder,
   Arrived,
   Done,
   Event,
@@ -14,6 +15,7 @@ from pdjax.serving.messages import (
   Occupancy,
   Started,
   StepOrder,
+  TimerDue,
   TransferOrder,
   Trip,
   Turn,
@@ -249,6 +251,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   samples: dict[str, list[_Draft]] = {}
   orders: dict[int, Started] = {}
   failed_transfers: list[str] = []
+  late: set[int] = set()
   spans: list[BusySpan] = []
   occupancy: list[Occupancy] = []
   host_lags_s: list[float] = []
@@ -269,18 +272,24 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         if isinstance(order, StepOrder):
           spans.append(_step_span(order, event, started.now_s))
           for chunk in order.chunks:
-            for draft in samples[chunk.request.id]:
+            for draft in samples.get(chunk.request.id) or [requests[chunk.request.id]]:
               draft.chunk(event)
           for result in event.results:
             wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)
         elif isinstance(order, TransferOrder):
           spans.append(_transfer_span(order, event, started.now_s))
           requests[order.request].transfer(event)
+        elif isinstance(order, AbandonOrder) and order.transfer in late:
+          given_up = orders.pop(order.transfer, None)  # none if it has ended after all
+          if given_up is not None and isinstance(given_up.order, TransferOrder):
+            failed_transfers.append(given_up.order.request)
       case Failed():
         host_lags_s.append(now_s - event.ended_s)
         failed = orders.pop(event.order, None)
         if failed is not None and isinstance(failed.order, TransferOrder):
           failed_transfers.append(failed.order.request)
+      case TimerDue(_, 'deadline', int(overdue)):
+        late.add(overdue)
       case Arrived():
         drafts = samples[event.request.id] = [_Draft(sample) for sample in event.request.samples()]
         requests |= {draft.request.id: draft for draft in drafts}

@@ -74,7 +74,7 @@ def fill_prefills(
     if send_to is not None:
       room.take(request, send_to, decodes=True)
     batches.add(entry, worker, send_to)
-    room.take_tokens(worker.name, entry.request.prompt_len)
+    room.take_tokens(worker.name, entry.prefill_len)
   return batches.chunks
 
 

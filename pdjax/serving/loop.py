@@ -40,7 +40,12 @@ class Policy(Protocol):
 
 
 class Backend(Protocol):
-  """What carries orders out: the engine on devices, or the simulator."""
+  """What carries orders out: the engine on devices, or the simulator.
+
+  Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; what is told of it
+  after that counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
+  over, in any of these ways, none of its pages is read or written for it any more.
+  """
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Begin the orders that one action became: a pass comes together with the transfers that leave with it.
@@ -56,21 +61,24 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
   """Serve requests until none can come and none is left; yield all that happens, in order.
 
   The clock is read once a turn; the policy is asked until it wants nothing more. Before it, a turn does what must be
-  done: refuse what can never run, end what was withdrawn.
+  done: refuse what can never run, end what was withdrawn, give up or try again what failed.
 
   Raises:
     PolicyError: if an action cannot be done.
     StuckError: if requests wait for what can never come.
   """
   while not arrivals.closed or state.unfinished:
-    next_s = arrivals.next_s()
+    next_s = min(arrivals.next_s(), state.next_timer_s)
     if math.isinf(next_s):
       state.check_progress()
     now_s, events = backend.wait(next_s)
     yield Turn(now_s)
     for event in events:
-      state.apply(event, now_s)
-      yield event
+      if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
+        yield event
+    for event in state.timers_due(now_s):  # what has ended by now is not late
+      if state.apply(event, now_s):
+        yield event
     finished = state.take_finished()
     yield from finished
     for event in arrivals.due(now_s, finished):

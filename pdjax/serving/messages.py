@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
+from typing import Literal
 
 from pdjax.types.request import FinishReason, Request, TokenLogprob
 
@@ -67,7 +69,21 @@ class Reject:
   reason: str
 
 
-Action = Step | Transfer | Cancel | Reject
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abandon:
+  """Give up a transfer under way, by the id of its order. The state itself asks for it; a policy need not."""
+
+  transfer: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resend:
+  """Try a transfer that failed once more, by the id of its order. Only the state itself asks for it."""
+
+  transfer: int
+
+
+Action = Step | Transfer | Cancel | Reject | Abandon | Resend
 
 # ---------------------------------------------------------------------------- orders: with all numbers filled in
 
@@ -77,6 +93,8 @@ class ChunkOrder:
   """A chunk with the pages of its sequence on the worker, `pages[i]` holding tokens `i·page_size` and up.
 
   `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
+  `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
+  prompt, as if they were part of it, and no token comes of that; the sequence is admitted with them.
   """
 
   request: Request
@@ -84,11 +102,25 @@ class ChunkOrder:
   length: int
   pages: tuple[int, ...]
   slot: int | None = None
+  delivered: tuple[int, ...] = ()
 
   @property
   def is_last(self) -> bool:
     """Whether the chunk ends its prompt, so that the first token comes of it."""
-    return self.start + self.length == self.request.prompt_len
+    return not self.delivered and self.start + self.length == self.request.prompt_len
+
+  @property
+  def restores(self) -> bool:
+    """Whether all that a request begun again had cached is there once the chunk is computed."""
+    return bool(self.delivered) and self.start + self.length == self.request.prompt_len + len(self.delivered) - 1
+
+  @property
+  def token_ids(self) -> Sequence[int]:
+    """What is computed."""
+    prompt, end = self.request.prompt, self.start + self.length
+    if end <= len(prompt):
+      return prompt[self.start : end]
+    return (*prompt[self.start :], *self.delivered[max(self.start - len(prompt), 0) :])[: self.length]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,7 +206,21 @@ class EndOrder:
   reason: str
 
 
-Order = StepOrder | TransferOrder | EndOrder
+@dataclasses.dataclass(frozen=True, slots=True)
+class AbandonOrder:
+  """Give up a transfer under way.
+
+  Its `Done` says that no page of the transfer is read or written any more, now or later, and comes soon whatever has
+  become of the transfer. What the transfer brought before that counts, if its own `Done` comes first.
+  """
+
+  id: int
+  transfer: int
+  source: str
+  target: str
+
+
+Order = StepOrder | TransferOrder | EndOrder | AbandonOrder
 
 # ---------------------------------------------------------------------------- events: what happened
 
@@ -270,16 +316,47 @@ class Done:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failed:
-  """An order did not end well; every request in it ends with the error."""
+  """An order did not end well, and no page of it is read or written any more.
+
+  Every request of a pass ends with the error; what becomes of that of a transfer, `FaultSpec` says.
+
+  Attributes:
+    order: Its id.
+    ended_s: When that was known.
+    error: What went wrong, in a line.
+    corrupt: Whether a transfer brought other pages than were sent; none of them was written.
+  """
 
   order: int
   ended_s: float
   error: str
+  corrupt: bool = False
+
+
+TimerName = Literal['deadline', 'retry', 'patience']
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TimerDue:
+  """The time has come for what the state waited with.
+
+  Attributes:
+    due_s: When that was.
+    timer: 'deadline' of a transfer that has not ended, 'retry' of one that failed, 'patience' with a lost worker.
+    about: The id of the transfer's order, or the name of the worker.
+  """
+
+  due_s: float
+  timer: TimerName
+  about: int | str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerLost:
-  """A worker's pages are gone, and every request that had pages there ends with the error; it may come back."""
+  """A worker's pages are gone, and orders that name it are over; it may come back.
+
+  What becomes of the requests that had pages there, `FaultSpec` says.
+  """
 
   worker: str
   ended_s: float
@@ -330,4 +407,4 @@ class Occupancy:
   workers: tuple[WorkerUse, ...]
 
 
-Event = Turn | Arrived | Withdrawn | Started | Done | Failed | WorkerLost | WorkerBack | Finished | Occupancy
+Event = Turn | Arrived | Withdrawn | Started | Done | Failed | TimerDue | WorkerLost | WorkerBack | Finished | Occupancy

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdjax.serving.messages import (
+  Abandon,
+  AbandonOrder,
   Action,
   Admission,
   All,
@@ -23,8 +25,10 @@ from pdjax.serving.messages import (
   Occupancy,
   Order,
   Reject,
+  Resend,
   Step,
   StepOrder,
+  TimerDue,
   Transfer,
   TransferOrder,
   Withdrawn,
@@ -33,7 +37,10 @@ from pdjax.serving.messages import (
   WorkerUse,
 )
 from pdjax.serving.page_allocator import PageAllocator, Staging
+from pdjax.serving.timers import Timers
+from pdjax.serving.transfers import Transfers
 from pdjax.types.cluster import TransferSpec, WorkerSpec, wire_dtype
+from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import MAX_STOP_TOKENS, FinishReason, Request
 
@@ -57,6 +64,7 @@ class Phase(enum.Enum):
   MOVING = 'moving'  # its KV on the way, the prompt all computed
   DECODING = 'decoding'  # in a slot
   FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
+  RESTARTING = 'restarting'  # to begin again, once orders about it have ended
   ENDING = 'ending'  # cancelled or rejected, to be confirmed
   FINISHED = 'finished'
 
@@ -74,7 +82,7 @@ class RequestState:
     started: Prompt tokens handed to the worker.
     tokens: Tokens generated and delivered.
     steps_in_flight: Most tokens that orders under way can bring it.
-    transfers: Transfers of its pages under way.
+    transfers: Transfers of its pages under way or to be tried again.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
     tokens_due: Tokens of its prompt that can be sent on, those under way to be computed counted.
@@ -84,6 +92,9 @@ class RequestState:
     admitted: Whether a pass has put it into its slot.
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
     samples: The samples of its prompt, if there are several.
+    delivered: The tokens it had when it was last begun again.
+    attempts: How often it was begun.
+    number: Its place in the order of arrival.
   """
 
   request: Request
@@ -104,11 +115,19 @@ class RequestState:
   admitted: bool = False
   copy: tuple[int, int] | None = None
   samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
+  delivered: tuple[int, ...] = ()
+  attempts: int = 1
+  number: int = 0
+
+  @property
+  def prefill_len(self) -> int:
+    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
+    return self.request.prompt_len + max(len(self.delivered) - 1, 0)
 
   @property
   def prompt_left(self) -> int:
-    """Prompt tokens that no pass was given yet."""
-    return self.request.prompt_len - self.started
+    """Tokens of these that no pass was given yet."""
+    return self.prefill_len - self.started
 
   @property
   def tokens_left(self) -> int:
@@ -153,6 +172,8 @@ class WorkerState:
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
     incarnation: Which of its lives this is; the backend says when another begins.
     up: Whether it takes orders: it was not lost, or is back.
+    lost: Why it is not up.
+    given_up: Whether nobody waits for it to come back any more.
   """
 
   def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int, staging_bytes: int):
@@ -169,6 +190,8 @@ class WorkerState:
     self.queued_tokens = 0
     self.incarnation = 1
     self.up = True
+    self.lost = ''
+    self.given_up = False
 
   @property
   def num_pages(self) -> int:
@@ -243,6 +266,7 @@ class ClusterState:
     transfer: TransferSpec = TransferSpec(),
     *,
     finds_stops: bool = True,
+    faults: FaultSpec = FaultSpec(),
   ):
     """Start with every page free.
 
@@ -252,6 +276,7 @@ class ClusterState:
       page_size: Tokens per page of workers that have no page size of their own.
       transfer: How KV travels; with `granularity='auto'` and no `layers_from`, chunk by chunk.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
+      faults: What is done when something fails.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -282,7 +307,14 @@ class ClusterState:
     self._due: dict[str, RequestState] = {}  # those with tokens to send on that staging had no room for
     self._staging_freed = False
     self._finished: list[Finished] = []
+    self._tasks: list[Abandon | Resend] = []
+    self._now_s = 0.0
+    self._faults = faults
+    self._deadline_s = transfer.deadline_s
+    self._timers = Timers()
+    self._transfers = Transfers(self._timers, transfer.deadline_s, faults)
     self._next_order = 0
+    self._next_number = 0
     self._uses = dict.fromkeys(self.workers, (0, 0))
     self._num_waiting = 0
 
@@ -321,7 +353,7 @@ class ClusterState:
     return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
 
   def _whole_pages(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> int:
-    tokens = entry.request.prompt_len + (entry.limit - 1 if decodes else 0)
+    tokens = entry.request.prompt_len + entry.limit - 1 if decodes else entry.prefill_len
     return -(-tokens // worker.page_size)
 
   def _shared_pages(self, entry: RequestState, worker: WorkerState) -> int:
@@ -329,12 +361,42 @@ class ClusterState:
     return (entry.request.prompt_len - 1) // worker.page_size
 
   def must(self) -> list[Action]:
-    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, send what is due."""
-    actions, self._must = list(self._must.values()), {}
+    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed,
+    send what is due.
+    """
+    actions = [*self._take_tasks(), *self._must.values()]
+    self._must = {}
     if self._staging_freed and not actions:
       self._staging_freed = False
       return [Transfer(name, entry.target) for name, entry in self._due.items() if entry.target is not None]
     return actions
+
+  def _take_tasks(self) -> list[Action]:
+    """Transfers to give up, and else one to try again if staging has room for it; then this is asked again."""
+    tasks: list[Action] = []
+    wait: list[Abandon | Resend] = []
+    for task in self._tasks:
+      if isinstance(task, Abandon):
+        tasks += [task] if self._transfers.get(task.transfer) else []
+      elif (attempt := self._transfers.get_again(task.transfer)) is not None:
+        order = attempt.order
+        room = self.workers[order.source].staging_out, self.workers[order.target].staging_in
+        if tasks or min(one.free_bytes for one in room) < order.staging_bytes:
+          wait.append(task)
+        else:
+          tasks.append(task)
+    self._tasks = wait
+    return tasks
+
+  @property
+  def next_timer_s(self) -> float:
+    """When something is due that no backend tells of; infinity if nothing is."""
+    return self._timers.next_s
+
+  def timers_due(self, now_s: float) -> list[TimerDue]:
+    """What is due by now; ask once a turn, when all that ended up to now was applied."""
+    self._now_s = now_s
+    return self._timers.take(now_s)
 
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
@@ -360,7 +422,9 @@ class ClusterState:
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    if self._in_flight or not self.requests or not all(worker.up for worker in self.workers.values()):
+    if self._in_flight or not self.requests:
+      return
+    if not all(worker.up or worker.given_up for worker in self.workers.values()):
       return
     waits = ', '.join(
       f'{name} ({entry.phase.value}, {self.pages_needed(name, self.decode_workers[0].name, decodes=True)} pages)'
@@ -376,22 +440,27 @@ class ClusterState:
 
   # -------------------------------------------------------------------------- events
 
-  def apply(self, event: Event, now_s: float) -> None:
-    """Take note of what happened."""
+  def apply(self, event: Event, now_s: float) -> bool:
+    """Take note of what happened; whether it counts: of an order that is over, nothing counts any more."""
+    self._now_s = now_s
     match event:
       case Arrived(request):
         self._arrive(request, now_s)
       case Done():
-        self._done(event, now_s)
-      case Failed(order, _, error):
-        self._fail(order, error, now_s)
+        return self._done(event, now_s)
+      case Failed():
+        return self._fail(event, now_s)
+      case TimerDue():
+        return self._timer_due(event, now_s)
       case WorkerLost(name, _, error):
         self._lose(name, error, now_s)
       case WorkerBack(name, _, incarnation):
         worker = self.workers[name]
-        worker.incarnation, worker.up = incarnation, True
+        worker.incarnation, worker.up, worker.lost, worker.given_up = incarnation, True, '', False
+        self._timers.cancel('patience', name)
       case Withdrawn(request):
         self._withdraw(request)
+    return True
 
   def _arrive(self, request: Request, now_s: float) -> None:
     limit = max(request.token_limit(self.model.context_len), 1)
@@ -399,6 +468,8 @@ class ClusterState:
     for name in entries:
       if name in self.requests or name in self._samples:
         raise ValueError(f'request {name!r} is being served already; ids must be unique.')
+    for one in entries.values():
+      one.number, self._next_number = self._next_number, self._next_number + 1
     self.requests |= entries
     entry = entries[request.id]
     if len(entries) > 1:
@@ -439,16 +510,21 @@ class ClusterState:
         f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
       )
     slots = self.slots_needed(request.id)
-    places = [(self.prefill_workers, False)]
+    places = [] if entry.computed else [(self.prefill_workers, False)]
     if entry.limit > 1 or slots > 1:
       places.append((self.decode_workers, True))
-    for workers, decodes in places:
+    for there, decodes in places:
+      workers = [worker for worker in there if not worker.given_up]
+      if not workers:
+        lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
+        return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
       needs = {w.name: self.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
       roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
       if not roomy:
         largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
         return (
-          f'{request.prompt_len} prompt tokens and up to {entry.limit} generated ones'
+          f'{request.prompt_len} prompt tokens{f", {len(entry.delivered)} delivered ones" if entry.delivered else ""} '
+          f'and up to {entry.limit} generated ones'
           f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
           f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
           f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
@@ -462,25 +538,35 @@ class ClusterState:
         )
     return None
 
-  def _done(self, event: Done, now_s: float) -> None:
+  def _done(self, event: Done, now_s: float) -> bool:
     order = self._in_flight.pop(event.order, None)
     match order:
       case StepOrder():
         self._step_ended(order)
         for result in event.results:
           self._got(result.request, result.tokens, result.finish_reason, now_s)
+        for chunk in order.chunks:
+          entry = self.requests.get(chunk.request.id)
+          if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
+            entry.computed = entry.computed or chunk.restores
+            self._settle(entry)
       case TransferOrder():
-        self._transfer_ended(order)
-        if entry := self._carrier(order.request):
+        if entry := self._transfer_ended(order):
           self._settle(entry)
       case EndOrder():
         if entry := self.requests.get(order.request):
           self._finish(entry, order.finish_reason, now_s, order.reason if order.finish_reason == 'rejected' else None)
+      case AbandonOrder(_, transfer):
+        if attempt := self._transfers.get(transfer):
+          del self._in_flight[transfer]
+          self._transfer_failed(attempt.order, attempt.error, False, now_s)
+    return order is not None
 
   def _step_ended(self, order: StepOrder) -> None:
     worker = self.workers[order.worker]
     first = worker.orders.popleft()
     assert first.id == order.id, f'order {order.id} of {worker.name!r} ended before order {first.id}'
+    self._transfers.pass_ended(order.id, self._now_s)
     for chunk in order.chunks:
       worker.queued_tokens -= chunk.length
       if chunk.is_last and (entry := self.requests.get(chunk.request.id)):
@@ -489,20 +575,18 @@ class ClusterState:
       if entry := self.requests.get(decode.request):
         entry.steps_in_flight -= order.steps
 
-  def _transfer_ended(self, order: TransferOrder) -> None:
+  def _transfer_ended(self, order: TransferOrder) -> RequestState | None:
+    """Let go of what a transfer held; who needed it, if anybody still does."""
     source, target = self.workers[order.source], self.workers[order.target]
     source.allocator.drop(order.source_pages)
     target.allocator.drop(order.target_pages)
     source.staging_out.give_back(order.staging_bytes)
     target.staging_in.give_back(order.staging_bytes)
     self._staging_freed = bool(self._due)
-    if entry := self._carrier(order.request):
+    entry = self.requests.get(self._transfers.end(order.id).request)
+    if entry is not None:
       entry.transfers -= 1
-
-  def _carrier(self, name: str) -> RequestState | None:
-    """The request that carries a prompt which was under way in the name of this one; None if it has ended."""
-    samples = self._samples.get(name)
-    return self.requests.get(name) if samples is None else samples.carrier
+    return entry
 
   def _got(self, request: str, tokens: Sequence[int], reason: FinishReason | None, now_s: float) -> None:
     entry = self.requests.get(request)
@@ -517,16 +601,19 @@ class ClusterState:
 
   def _settle(self, entry: RequestState) -> None:
     """Put a request whose prompt is computed where it belongs now."""
+    if entry.phase is Phase.RESTARTING:
+      self._begin_again(entry)
+      return
     followed = entry.samples is not None and entry.samples.carrier is entry and bool(entry.samples.following)
     if entry.phase is Phase.DECODING and not followed:
       return
     if not entry.computed or entry.phase in (Phase.ENDING, Phase.FINISHED):
       return
-    name = entry.request.id
     if entry.target is None:
       entry.phase = Phase.PREFILLED
-      self.prefilled[name] = entry
-    elif entry.transfers or name in self._due:
+      if not any(worker.given_up for worker in self.decode_workers) or not self._refuse_unfit(entry, self._now_s):
+        self._file(self.prefilled, entry)
+    elif entry.transfers or entry.request.id in self._due:
       entry.phase = Phase.MOVING
     else:
       self._begin_decoding(entry)
@@ -556,6 +643,9 @@ class ClusterState:
       self.workers[entry.target].free_slots.append(entry.slot)
     entry.pages, entry.slot, entry.phase = {}, None, Phase.FINISHED
     del self.requests[name]
+    self._transfers.forget(name)
+    if reason in ('cancelled', 'error'):
+      self._give_up(name, error or reason)
     if entry.samples is not None:
       self._sample_ended(name, entry.samples)
     self._finished.append(Finished(now_s, name, reason, tuple(entry.tokens), error))
@@ -613,6 +703,7 @@ class ClusterState:
     samples.carrier = heir
     heir.worker, heir.started, heir.tokens_sent = entry.worker, entry.started, entry.tokens_sent
     heir.computed, heir.transfers, heir.tokens_due = True, entry.transfers, entry.tokens_due
+    self._transfers.hand_on(entry.request.id, heir.request.id)
     if entry.request.id in self._due:
       self._due[heir.request.id] = heir
     if entry.worker is not None and entry.worker != entry.target:
@@ -626,34 +717,175 @@ class ClusterState:
         self._finish(other, 'error', now_s, error)
     self._finish(entry, 'error', now_s, error)
 
-  def _fail(self, order_id: int, error: str, now_s: float) -> None:
-    order = self._in_flight.pop(order_id, None)
+  def _fail(self, event: Failed, now_s: float) -> bool:
+    order = self._in_flight.pop(event.order, None)
+    names = []
     match order:
       case StepOrder():
         self._step_ended(order)
         names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
       case TransferOrder():
-        self._transfer_ended(order)
-        carrier = self._carrier(order.request)
-        names = [] if carrier is None else [carrier.request.id]
+        self._transfer_failed(order, event.error, event.corrupt, now_s)
       case EndOrder():
         names = [order.request]
-      case _:
-        return
+      case AbandonOrder():
+        raise AssertionError(f'{order} failed ({event.error}); it must not, for its pages cannot be given to others')
     for name in names:
       if entry := self.requests.get(name):
-        self._finish_all(entry, error, now_s)
+        self._finish_all(entry, event.error, now_s)
+    return order is not None
+
+  # -------------------------------------------------------------------------- faults
+
+  def _timer_due(self, event: TimerDue, now_s: float) -> bool:
+    match event:
+      case TimerDue(_, 'deadline', int(order)):
+        return self._abandon(order, f'the transfer did not end within {self._deadline_s:g} s')
+      case TimerDue(_, 'retry', int(order)):
+        self._tasks.append(Resend(order))
+      case TimerDue(_, 'patience', str(name)):
+        self.workers[name].given_up = True
+        for entry in [*self.waiting.values(), *self.prefilled.values()]:
+          self._refuse_unfit(entry, now_s)
+    return True
+
+  def _refuse_unfit(self, entry: RequestState, now_s: float) -> bool:
+    """End a request with an error if nobody is left who can serve it; whether it was."""
+    problem = self._unfit_for(entry)
+    if problem is not None:
+      self._finish_all(entry, problem, now_s)
+    return problem is not None
+
+  def _abandon(self, order: int, error: str) -> bool:
+    """Ask for a transfer's end; whether it was not asked for before."""
+    attempt = self._transfers.abandon(order)
+    if attempt is None:
+      return False
+    attempt.error = error
+    self._tasks.append(Abandon(order))
+    return True
+
+  def _give_up(self, request: str, error: str) -> None:
+    """No transfer of a request is needed any more."""
+    self._transfers.forget(request)
+    for attempt in self._transfers.of(request):
+      self._abandon(attempt.order.id, error)
+
+  def _transfer_failed(self, order: TransferOrder, error: str, corrupt: bool, now_s: float) -> None:
+    attempt = self._transfers.get(order.id)
+    entry = self._transfer_ended(order)
+    if entry is None or entry.phase is Phase.ENDING:
+      return
+    if entry.phase is Phase.RESTARTING:
+      self._begin_again(entry)
+      return
+    assert attempt is not None
+    answer = self._faults.corruption if corrupt else self._faults.transfer
+    if answer == 'fail':
+      self._finish_all(entry, error, now_s)
+    elif answer == 'retry' and self._transfers.try_again(attempt, now_s):
+      entry.transfers += 1
+    else:
+      self._restart(entry, error, now_s)
 
   def _lose(self, worker: str, error: str, now_s: float) -> None:
-    self.workers[worker].up = False
-    for order in list(self._in_flight.values()):
-      if (isinstance(order, StepOrder) and order.worker == worker) or (
-        isinstance(order, TransferOrder) and worker in (order.source, order.target)
-      ):
-        self._fail(order.id, error, now_s)
+    place = self.workers[worker]
+    place.up, place.lost = False, error
+    self._timers.set('patience', worker, now_s + self._faults.patience_s)
+    for order in [order for order in self._in_flight.values() if worker in _places(order)]:
+      del self._in_flight[order.id]
+      if isinstance(order, StepOrder):
+        self._step_ended(order)
+      elif isinstance(order, TransferOrder):
+        self._transfer_ended(order)
+    for attempt in self._transfers.forget_worker(worker):
+      self.requests[attempt.request].transfers -= 1
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
-      if entry.phase is not Phase.FINISHED:
+      if entry.phase in (Phase.FINISHED, Phase.WAITING, Phase.ENDING, Phase.FOLLOWING):
+        continue  # it ended, or was begun again, with one before it; the end of the others is under way
+      if entry.phase is Phase.RESTARTING:
+        self._begin_again(entry)
+      elif self._faults.worker == 'fail':
         self._finish_all(entry, error, now_s)
+      elif entry.target == worker and self._is_whole(entry):
+        self._lose_target(entry, error, now_s)
+      else:
+        self._restart(entry, error, now_s)
+
+  def _is_whole(self, entry: RequestState) -> bool:
+    """Whether all that was computed of a prompt is still where it was, and can be sent from there."""
+    if entry.worker is None or entry.phase not in (Phase.PREFILLING, Phase.MOVING):
+      return False
+    source = self.workers[entry.worker]
+    return source.up and not source.role.decodes and entry.worker in entry.pages
+
+  def _lose_target(self, entry: RequestState, error: str, now_s: float) -> None:
+    """Keep a prompt where it is computed; what was to become of it elsewhere is to be decided anew."""
+    if not self._count_attempt(entry):
+      self._finish_all(entry, error, now_s)
+      return
+    carries = entry.samples is not None and entry.samples.carrier is entry
+    for one in [entry, *(entry.samples.following.values() if entry.samples is not None and carries else ())]:
+      self._leave(one, one.target)
+    self._due.pop(entry.request.id, None)
+    entry.tokens_due = entry.tokens_sent = 0
+    if entry.phase is Phase.MOVING:
+      self._settle(entry)
+
+  def _leave(self, entry: RequestState, worker: str | None) -> None:
+    """Let go of what a request holds on a worker."""
+    if worker == entry.target and worker is not None:
+      self._release_copied(entry)
+      if entry.slot is not None:
+        self.workers[worker].free_slots.append(entry.slot)
+      entry.target = entry.slot = None
+    if worker in entry.pages:
+      self.workers[worker].allocator.drop(entry.pages.pop(worker))
+
+  def _count_attempt(self, entry: RequestState) -> bool:
+    """Whether a request may be begun once more."""
+    entry.attempts += 1
+    return entry.attempts <= self._faults.max_attempts
+
+  def _restart(self, entry: RequestState, error: str, now_s: float) -> None:
+    """Begin a request again, and each of those that wait for its prompt by itself."""
+    group = [entry]
+    if entry.samples is not None and entry.samples.carrier is entry:
+      group += entry.samples.following.values()
+      entry.samples.following.clear()
+    for one in group:
+      if not self._count_attempt(one):
+        self._finish(one, 'error', now_s, error)
+        continue
+      self._unschedule(one)
+      one.phase = Phase.RESTARTING
+      self._give_up(one.request.id, error)
+      one.transfers = len(self._transfers.of(one.request.id))
+      self._begin_again(one)
+
+  def _begin_again(self, entry: RequestState) -> None:
+    """Let a request wait like one that has just come, in its old place, once no order is about it any more."""
+    name = entry.request.id
+    if entry.transfers or any(
+      isinstance(order, StepOrder) and _is_in(name, order) for order in self._in_flight.values()
+    ):
+      return
+    self._leave(entry, entry.target)
+    for place in list(entry.pages):
+      self._leave(entry, place)
+    entry.worker, entry.started, entry.tokens_due, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0, 0
+    entry.computed = entry.admitted = False
+    entry.delivered = tuple(entry.tokens)
+    entry.phase = Phase.WAITING
+    if not self._refuse_unfit(entry, self._now_s):
+      self._file(self.waiting, entry)
+
+  def _file(self, queue: dict[str, RequestState], entry: RequestState) -> None:
+    """Put a request into a queue; one that was begun again before those that came after it."""
+    later = [] if entry.attempts == 1 else [other for other in queue.values() if other.number > entry.number]
+    queue[entry.request.id] = entry
+    for other in later:
+      queue[other.request.id] = queue.pop(other.request.id)
 
   # -------------------------------------------------------------------------- actions
 
@@ -672,10 +904,16 @@ class ClusterState:
         orders = self._start_end(action, 'cancelled')
       case Reject():
         orders = self._start_end(action, 'rejected')
+      case Abandon():
+        orders = (self._start_abandon(action),)
+      case Resend():
+        orders = (self._start_resend(action),)
       case _:
         raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel or Reject.')
     for order in orders:
       self._in_flight[order.id] = order
+      if isinstance(order, TransferOrder) and self._transfers.get(order.id) is None:
+        self._transfers.begin(order, 1, self._now_s, waits=order.after in self._in_flight)
     return orders
 
   def _order_id(self) -> int:
@@ -706,7 +944,30 @@ class ClusterState:
     self._unschedule_all(entries)
     for entry in entries:
       entry.phase = Phase.ENDING
+      self._give_up(entry.request.id, reason)
     return tuple(EndOrder(self._order_id(), entry.request.id, reason, action.reason) for entry in entries)
+
+  def _start_abandon(self, action: Abandon) -> AbandonOrder:
+    attempt = self._transfers.get(action.transfer)
+    if attempt is None:
+      raise PolicyError(f'{action!r}: no transfer of that id is under way.')
+    self._transfers.abandon(action.transfer)
+    return AbandonOrder(self._order_id(), action.transfer, attempt.order.source, attempt.order.target)
+
+  def _start_resend(self, action: Resend) -> TransferOrder:
+    attempt = self._transfers.take_again(action.transfer)
+    if attempt is None:
+      raise PolicyError(f'{action!r}: no transfer of that id is to be tried again.')
+    before = attempt.order
+    after = before.after if before.after in self._in_flight else None
+    order = dataclasses.replace(before, id=self._order_id(), request=attempt.request, after=after)
+    source, target = self.workers[order.source], self.workers[order.target]
+    source.allocator.hold(order.source_pages)
+    target.allocator.hold(order.target_pages)
+    source.staging_out.take(order.staging_bytes)
+    target.staging_in.take(order.staging_bytes)
+    self._transfers.begin(order, attempt.number + 1, self._now_s, waits=after is not None)
+    return order
 
   def _start_step(self, step: Step) -> tuple[Order, ...]:
     worker = self._find_worker(step, step.worker)
@@ -832,24 +1093,24 @@ class ClusterState:
 
   def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
     entry = self.requests[chunk.request]
-    stays = worker.role.decodes and chunk.send_to is None
     if entry.phase is Phase.WAITING:
       del self.waiting[chunk.request]
       entry.phase, entry.worker = Phase.PREFILLING, worker.name
       worker.prefilling[chunk.request] = entry
       worker.queued_tokens += entry.prompt_left
-      self._reserve(entry, worker, decodes=stays)
+      self._reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
       if chunk.send_to is not None:
         self._reserve(entry, self.workers[chunk.send_to], decodes=True)
+    stays = entry.target == worker.name
     entry.started += chunk.length
     slot = None
     if entry.prompt_left == 0:
       del worker.prefilling[chunk.request]
-      entry.steps_in_flight += 1
-      if stays:  # its next token can be computed before its first is known here: both stay on the device
+      entry.steps_in_flight += not entry.delivered
+      if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
         entry.phase, entry.admitted, slot = Phase.DECODING, True, entry.slot
         worker.decoding[chunk.request] = entry
-    return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot)
+    return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
 
   # -------------------------------------------------------------------------- sending on
 
@@ -950,7 +1211,7 @@ class ClusterState:
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
     del self.prefilled[action.request]
-    entry.phase, entry.tokens_due = Phase.MOVING, entry.request.prompt_len
+    entry.phase, entry.tokens_due = Phase.MOVING, entry.prefill_len
     self._reserve(entry, target, decodes=True)
     return tuple(self._send_due(entry, None))
 
@@ -967,6 +1228,23 @@ class ClusterState:
       orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
       entry.steps_in_flight += steps
     return tuple(orders)
+
+
+def _places(order: Order) -> tuple[str, ...]:
+  """The workers that an order needs."""
+  match order:
+    case StepOrder():
+      return (order.worker,)
+    case TransferOrder() | AbandonOrder():
+      return order.source, order.target
+  return ()
+
+
+def _is_in(request: str, order: StepOrder) -> bool:
+  """Whether a pass computes something of a request."""
+  return any(chunk.request.id == request for chunk in order.chunks) or any(
+    decode.request == request for decode in order.decodes
+  )
 
 
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:

@@ -135,6 +135,10 @@ class TransferSpec:
     piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
     staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
       fit waits for its turn.
+    deadline_s: Seconds from when what is moved is computed until a transfer that has not ended is given up; what comes
+      then is said by `FaultSpec`.
+    checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so
+      that pages damaged at random pass with odds of 2^-64. Costs a read of the pages on either side.
 
   Raises:
     ValueError: if a size is not positive or a name is unknown.
@@ -146,8 +150,12 @@ class TransferSpec:
   layers_from: int | None = None
   piece_bytes: int = 4 * 2**20
   staging_bytes: int = 256 * 2**20
+  deadline_s: float = 60.0
+  checksums: bool = False
 
   def __post_init__(self):
+    if not self.deadline_s > 0:
+      raise ValueError(f'deadline_s is {self.deadline_s}, expected more than 0 seconds; inf waits for ever.')
     for name, names in (('transport', TransportName), ('granularity', GranularityName)):
       if getattr(self, name) not in get_args(names):
         expected = ', '.join(map(repr, get_args(names)))

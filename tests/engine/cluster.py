@@ -11,7 +11,7 @@ from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
 from pdjax.launch import complete
 from pdjax.metrics import Report
-from pdjax.serving.loop import Arrivals, Policy, serve
+from pdjax.serving.loop import Arrivals, Backend, Policy, serve
 from pdjax.serving.messages import Done, Event, Started, TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
@@ -38,6 +38,8 @@ class Served:
   report: Report
   requests: tuple[Request, ...]
   policy: Policy
+  incarnations: dict[str, int]  # of the workers, as it began
+  state: ClusterState
 
   @functools.cached_property
   def by_id(self) -> dict[str, Completion]:
@@ -76,31 +78,48 @@ class Cluster:
     part.transports = {way: one for way, one in self.transports.items() if set(way) <= set(names)}
     return part
 
+  def changed(self, **fields) -> 'Cluster':
+    """The same workers under a config of which some fields differ, such as `faults`."""
+    other = object.__new__(Cluster)
+    other.__dict__ |= self.__dict__
+    other.config = dataclasses.replace(self.config, **fields)
+    other.transfer = fields.get('transfer', self.transfer)
+    return other
+
+  def empty_state(self) -> ClusterState:
+    """Nothing has arrived yet."""
+    return ClusterState(self.model, self.specs, self.config.page_size, self.transfer, faults=self.config.faults)
+
   def serve(
     self,
     requests: Iterable[Request],
     policy: Policy | None = None,
     prepare: Callable[[Engine], None] = lambda engine: None,
     arrivals: Arrivals | None = None,
+    wrap: Callable[[Engine], Backend] = lambda engine: engine,
   ) -> Served:
-    """Serve requests; `prepare` may tamper with the engine before its clock starts, `arrivals` withdraw some."""
+    """Serve requests; `prepare` may tamper with the engine before its clock starts, `arrivals` withdraw some.
+
+    `wrap` may put something between the engine and the loop.
+    """
     requests = tuple(requests)
     policy = policy or self.config.policy
-    state = ClusterState(self.model, self.specs, self.config.page_size, self.transfer)
+    state = self.empty_state()
     engine = Engine(list(self.workers.values()), self.transports)
-    for worker in self.workers.values():
+    incarnations = {name: worker.incarnation for name, worker in self.workers.items()}
+    for name, worker in self.workers.items():
       worker._progress.clear()
-      state.workers[worker.spec.name].incarnation = worker.incarnation
+      state.workers[name].incarnation = worker.incarnation
     compiled_before = len(compiled)
     try:
       prepare(engine)
       engine.start_clock()
-      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine), state))
+      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(wrap(engine)), state))
     finally:
       engine.close()
     assert compiled[compiled_before:] == [], 'something was compiled while the clock ran'
     report = Report.from_events(events, workers=self.specs)
-    served = Served(events, complete(events, has_text=True), report, requests, policy)
+    served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations, state)
     assert_all_is_free(state)
     if served.report.failed == 0:
       assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'
@@ -137,7 +156,7 @@ def assert_all_is_free(state: ClusterState) -> None:
 class Impatient:
   """An engine that does not wait for ever."""
 
-  def __init__(self, engine: Engine):
+  def __init__(self, engine: Backend):
     self._engine = engine
 
   def submit(self, orders) -> None:

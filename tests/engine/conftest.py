@@ -24,6 +24,12 @@ def shared(split: str) -> Cluster:
   return build(split)
 
 
+@functools.cache
+def shared_colocated() -> Cluster:
+  """Two workers that do both, two sequences each, pages of 16 tokens; once for all tests of a process."""
+  return build('2C', page_size=16, max_sequences=2)
+
+
 @pytest.fixture(scope='session')
 def two_and_two() -> Cluster:
   """Two prefill workers and two decode workers of one device each, pages of 4 tokens."""
@@ -39,7 +45,7 @@ def one_and_one(two_and_two: Cluster) -> Cluster:
 @pytest.fixture(scope='session')
 def colocated_pair() -> Cluster:
   """Two workers that do both, two sequences each, pages of 16 tokens."""
-  return build('2C', page_size=16, max_sequences=2)
+  return shared_colocated()
 
 
 @pytest.fixture(scope='session')

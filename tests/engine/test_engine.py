@@ -1,4 +1,4 @@
-"""When something fails: those it concerns learn why, all others are served, and nothing is held or hangs."""
+"""When things fail and nothing is tried twice: who it concerns learns why, all others are served, and nothing hangs."""
 
 import dataclasses
 import itertools
@@ -12,6 +12,7 @@ from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
 from pdjax.serving.messages import Done, Failed, Started, WorkerLost
 from pdjax.types import Request, SamplingParams
+from pdjax.types.faults import ALL_FAIL
 from tests.engine.cluster import Cluster, Served
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay
@@ -56,6 +57,16 @@ def assert_others_exact(cluster: Cluster, served: Served, failed: set[str]):
 
 def orders_with(served: Served, event: type) -> list:
   return [one for one in served.events if isinstance(one, event)]
+
+
+@pytest.fixture
+def one_and_one(one_and_one) -> Cluster:
+  return one_and_one.changed(faults=ALL_FAIL)
+
+
+@pytest.fixture
+def colocated(colocated) -> Cluster:
+  return colocated.changed(faults=ALL_FAIL)
 
 
 @pytest.fixture(params=['one_and_one', 'colocated'])
@@ -140,12 +151,12 @@ def test_a_pass_that_dies_with_its_pages_loses_the_worker(one_and_one, monkeypat
   calls = itertools.count()
   dispatch = Worker.dispatch
 
-  def dispatch_and_die(worker, order):
+  def dispatch_and_die(worker, order, *after):
     if order.decodes and next(calls) == 1:
       for layer in worker.pages.layers:
         layer.delete()
       raise RuntimeError('the device is on fire')
-    return dispatch(worker, order)
+    return dispatch(worker, order, *after)
 
   monkeypatch.setattr(Worker, 'dispatch', dispatch_and_die)
   served = one_and_one.serve(some_requests())
@@ -170,8 +181,8 @@ def test_passes_of_a_lost_worker_are_not_heard_of_again(cluster, monkeypatch):
   dispatch, collect = Worker.dispatch, Worker.collect
   decodes = itertools.count()
 
-  def dispatch_and_count(worker, order):
-    pending = dispatch(worker, order)
+  def dispatch_and_count(worker, order, *after):
+    pending = dispatch(worker, order, *after)
     if order.decodes and next(decodes) == 1:
       next_dispatched.set()
     return pending

@@ -1,14 +1,16 @@
 """One queue with the clock of the run: stamps and turns never contradict each other."""
 
+import functools
 import itertools
 import math
+import queue
 import threading
 import time
 
 import pytest
 
 from pdjax.engine.engine import Engine
-from pdjax.engine.mailbox import Mailbox, Waiter
+from pdjax.engine.mailbox import Mailbox, Waiter, Waiters
 
 
 def test_a_turn_finds_what_was_posted_before_it_in_order():
@@ -131,3 +133,44 @@ def test_an_interrupt_ends_a_wait_and_what_it_notes_is_of_the_turn(one_and_one):
   waker.join()
   engine.close()
   assert events == [] and len(noted) == 1 and noted[0] < now_s
+
+
+def test_a_job_that_never_ends_holds_up_no_other_and_no_end():
+  ended, stall = queue.SimpleQueue(), threading.Event()
+  waiters = Waiters('test', ended.put)
+  waiters.add(0, stall.wait)
+  for key in range(1, 20):
+    waiters.add(key, functools.partial(ended.put, key))
+  assert {ended.get(timeout=10) for _ in range(19)} == set(range(1, 20))
+  waiters.forget(0)
+  waiters.close()
+  stall.set()
+
+
+def test_threads_that_have_nothing_to_wait_for_wait_for_the_next():
+  waiters = Waiters('test', lambda error: None)
+  for key in range(30):
+    done = threading.Event()
+    waiters.add(key, done.set)
+    assert done.wait(10)
+    while waiters._left:
+      time.sleep(1e-4)
+  assert len(waiters._threads) == 1
+  waiters.close()
+  assert not waiters._threads[0].is_alive()
+
+
+def test_closing_waits_for_what_is_under_way():
+  ended = []
+  waiters = Waiters('test', lambda error: None)
+  waiters.add(0, lambda: (time.sleep(0.05), ended.append(0)))
+  waiters.close()
+  assert ended == [0]
+
+
+def test_a_job_that_raises_is_told_of():
+  told: queue.SimpleQueue = queue.SimpleQueue()
+  waiters = Waiters('test', told.put)
+  waiters.add(0, lambda: 1 / 0)
+  assert isinstance(told.get(timeout=10), ZeroDivisionError)
+  waiters.close()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.policies import Disaggregated
-from pdjax.serving.loop import serve
+from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.messages import Done, Event, StepOrder, Turn
 from pdjax.serving.state import ClusterState, PolicyError, StuckError
 from pdjax.simulator import Replay, started
@@ -28,10 +28,20 @@ def some_requests() -> list[Request]:
 
 def replay(cluster: Cluster, served: Served, record: tuple[Event, ...], num_pages: int | None = None):
   """What the loop does with a record, from fresh arrivals and a fresh state."""
+  return replay_from(cluster, served, record, Listed(served.requests), num_pages)
+
+
+def replay_from(
+  cluster: Cluster, served: Served, record: tuple[Event, ...], arrivals: Arrivals, num_pages: int | None = None
+):
+  """The same, from arrivals that are no list."""
   specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in cluster.specs]
   backend = Replay(cluster.model, specs, record)
-  state = ClusterState(cluster.model, specs, cluster.config.page_size)
-  return tuple(serve(Listed(served.requests), served.policy, backend, state))
+  config = cluster.config
+  state = ClusterState(cluster.model, specs, config.page_size, cluster.transfer, faults=config.faults)
+  for name, incarnation in served.incarnations.items():
+    state.workers[name].incarnation = incarnation
+  return tuple(serve(arrivals, served.policy, backend, state))
 
 
 def faithful(cluster: Cluster, served: Served, record: tuple[Event, ...]) -> bool:

@@ -67,7 +67,8 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   }  # fmt: skip
   assert arrived[1]['slo']['ttft_ms'] == 5 and arrived[1]['session'] == 'c'
   prefill, transfer, decode, _, end = [line['order'] for line in lines if line['event'] == 'Started']
-  assert prefill['chunks'] == [{'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'slot': None}]
+  (chunk,) = prefill['chunks']
+  assert chunk == {'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'slot': None, 'delivered': []}
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
   assert decode['decodes'][0]['admission'] == {
     'request': 'r', 'pages': [7, 8], 'tokens': [100], 'copy': None,

@@ -4,7 +4,17 @@ from collections.abc import Mapping
 
 from pdjax.serving import ClusterState, Phase
 from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
-from pdjax.types import ModelSpec, Request, SamplingParams, TransferSpec, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import (
+  FaultSpec,
+  ModelSpec,
+  Request,
+  SamplingParams,
+  TransferSpec,
+  WorkerSpec,
+  decode_pool,
+  prefill_pool,
+)
+from pdjax.types.faults import ALL_FAIL
 
 TINY = ModelSpec(
   name='tiny', num_layers=2, embed_dim=24, query_heads=6, kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=96,
@@ -15,7 +25,7 @@ ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
 
 
 class Driver:
-  """Starts actions and ends their orders; tokens are 7 unless a test says otherwise."""
+  """Starts actions and ends their orders; tokens are 7, and nothing is tried twice, unless a test says otherwise."""
 
   def __init__(
     self,
@@ -23,8 +33,9 @@ class Driver:
     page_size: int = 4,
     model: ModelSpec = TINY,
     transfer: TransferSpec = TransferSpec(),
+    faults: FaultSpec = ALL_FAIL,
   ):
-    self.state = ClusterState(model, workers, page_size, transfer)
+    self.state = ClusterState(model, workers, page_size, transfer, faults=faults)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 

@@ -9,6 +9,7 @@ import pytest
 from pdjax.metrics import Report
 from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Reject, Step, Transfer, serve
 from pdjax.serving.messages import (
+  AbandonOrder,
   Arrived,
   Done,
   Event,
@@ -389,6 +390,7 @@ class Memory:
     self._pages: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
     self._sequences: dict[str, list] = {}  # request, its pages, cached tokens, generated tokens
     self._moving: dict[int, tuple[TransferOrder, list]] = {}
+    self._given_up: dict[int, int] = {}
     self.shared = 0
 
   def follow(self, event: Event) -> None:
@@ -397,6 +399,10 @@ class Memory:
         self._step(order)
       case Started(_, TransferOrder() as order):
         self._moving[order.id] = order, [dict(self._pages.get((order.source, p), {})) for p in order.source_pages]
+      case Started(_, AbandonOrder(order, transfer)):
+        self._given_up[order] = transfer
+      case Done(order) if order in self._given_up:
+        self._moving.pop(self._given_up[order], None)
       case Done(order) if order in self._moving:
         moved, contents = self._moving.pop(order)
         self._pages |= {(moved.target, page): held for page, held in zip(moved.target_pages, contents, strict=True)}
@@ -404,7 +410,7 @@ class Memory:
   def _step(self, order: StepOrder) -> None:
     for chunk in order.chunks:
       for position in range(chunk.start, chunk.start + chunk.length):
-        self._write(order.worker, chunk.pages, position, chunk.request.id)
+        self._write(order.worker, chunk.pages, position, owner_of(chunk.request, position))
       if chunk.slot is not None:
         self._sequences[chunk.request.id] = [chunk.request, chunk.pages, chunk.request.prompt_len, 1]
     for decode in order.decodes:
@@ -422,17 +428,20 @@ class Memory:
       if sequence[3] >= self._lengths[request.id]:
         return
       for position in range(sequence[2]):
-        owner = (request.sample_of or request.id) if position < request.prompt_len else request.id
         held = self._pages[order.worker, pages[position // self._page_size]][position % self._page_size]
-        assert held == (owner, position), f'{request.id} reads {held} at {position}'
+        assert held == (owner_of(request, position), position), f'{request.id} reads {held} at {position}'
       position = sequence[2]
-      owner = (request.sample_of or request.id) if position < request.prompt_len else request.id
-      self._write(order.worker, pages, position, owner)
+      self._write(order.worker, pages, position, owner_of(request, position))
       sequence[2], sequence[3] = sequence[2] + 1, sequence[3] + 1
 
   def _write(self, worker: str, pages: tuple[int, ...], position: int, owner: str) -> None:
     held = self._pages.setdefault((worker, pages[position // self._page_size]), {})
     held[position % self._page_size] = owner, position
+
+
+def owner_of(request: Request, position: int) -> str:
+  """Whose a token is; those of the prompt are all samples', whichever computed it."""
+  return request.sample_of or request.id if position < request.prompt_len else request.id
 
 
 def check_books(state, memory: Memory) -> None:

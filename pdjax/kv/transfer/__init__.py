@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pdjax.kv.transfer.base import PagePool, Parcel, Transport
+from pdjax.kv.transfer.checksums import CorruptError
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
 from pdjax.types.cluster import TransferSpec
@@ -13,4 +14,4 @@ TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] =
 }
 """By the names of `TransferSpec.transport`."""
 
-__all__ = ['TRANSPORTS', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']
+__all__ = ['TRANSPORTS', 'CorruptError', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']

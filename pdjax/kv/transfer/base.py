@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pdjax.kv.pages import KVPages, Units
+from pdjax.kv.transfer.checksums import Checked
 
 
 class PagePool(Protocol):
@@ -30,6 +31,7 @@ class Parcel:
     wire_bytes: Bytes of the arrays that were put onto target devices.
     num_pieces: How many arrays that are.
     gathered: The pieces on the source's devices.
+    checked: Tells whether what arrived is what was sent; None if nobody looks.
   """
 
   batches: tuple[tuple[np.ndarray, tuple[Units, ...]], ...]
@@ -37,14 +39,21 @@ class Parcel:
   wire_bytes: int
   num_pieces: int
   gathered: Any
+  checked: Checked | None = dataclasses.field(default=None, kw_only=True)
 
   def wait_gathered(self) -> None:
     """Block until every piece can leave its device."""
     jax.block_until_ready(self.gathered)
 
   def wait(self) -> None:
-    """Block until every piece is there."""
+    """Block until every piece is there.
+
+    Raises:
+      CorruptError: if they are not those that were sent.
+    """
     jax.block_until_ready([pieces for _, pieces in self.batches])
+    if self.checked is not None:
+      self.checked.compare()
 
 
 class Transport(Protocol):

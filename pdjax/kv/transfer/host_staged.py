@@ -6,6 +6,7 @@ there to the target's device. So the host holds no more than one piece, whatever
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from pdjax.kv.pages import Units
 from pdjax.kv.transfer.base import PagePool, Parcel
+from pdjax.kv.transfer.checksums import Checked
 from pdjax.kv.transfer.pieces import ByPieces, Gathered
 from pdjax.types.cluster import TransferSpec
 
@@ -26,6 +28,7 @@ class HostStaged(ByPieces):
   def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
     super().__init__(source, target, spec)
     self._buffer = np.empty(0, np.uint8)
+    self._lock = threading.Lock()
 
   def send(
     self,
@@ -38,18 +41,24 @@ class HostStaged(ByPieces):
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
     layers = layers or self.all_layers
     gathered = self.gather(source_pages, target_pages, start, tokens, layers)
-    carry = functools.partial(self.land, put=self.stage)
+    way = self.checked(self.stage)
+    carry = functools.partial(self.land, put=way)
     pieces = [batch.pieces for batch in gathered]
-    return StagedParcel((), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry)
+    checked = way if isinstance(way, Checked) else None
+    return StagedParcel(
+      (), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry, checked=checked
+    )
 
   def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Carry one piece over; blocks until it is there, so that the buffer is free again."""
-    here = np.asarray(piece)
-    if self._buffer.nbytes < here.nbytes:
-      self._buffer = unaligned(here.nbytes)
-    staged = self._buffer[: here.nbytes].view(here.dtype).reshape(here.shape)
-    np.copyto(staged, here)
-    return jax.device_put(staged, device).block_until_ready()
+    piece.block_until_ready()  # others may use the buffer until then
+    with self._lock:
+      here = np.asarray(piece)
+      if self._buffer.nbytes < here.nbytes:
+        self._buffer = unaligned(here.nbytes)
+      staged = self._buffer[: here.nbytes].view(here.dtype).reshape(here.shape)
+      np.copyto(staged, here)
+      return jax.device_put(staged, device).block_until_ready()
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,6 +73,7 @@ class StagedParcel(Parcel):
     self.batches = tuple((batch.targets, self.carry(batch)) for batch in self.staged)
     self.staged.clear()
     self.gathered = ()
+    super().wait()
 
 
 def unaligned(size: int) -> np.ndarray:

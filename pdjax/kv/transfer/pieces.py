@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel, places
+from pdjax.kv.transfer.checksums import Checked
 from pdjax.sharding import replicated
 from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
 
@@ -33,6 +34,8 @@ Shape = tuple[int, int]  # of a batch: its layers and units
 _HEADS_AXIS = 1 + Units.HEADS_AXIS
 _PIECE_SPEC = PartitionSpec(None, *Units.SPEC)  # on the source
 _LANDED_SPEC = PartitionSpec('group', *Units.SPEC)  # on the target
+
+Put = Callable[[jax.Array, jax.Device], jax.Array]  # carries one piece to its device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,7 @@ class ByPieces(abc.ABC):
       dtypes.append(name)
     self._source = source
     self._target = target
+    self.checked: Callable[[Put], Put] = Checked if spec.checksums else lambda put: put
     self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens

@@ -1,0 +1,55 @@
+"""What is done for requests when a transfer or a worker fails: plain data of a config."""
+
+import dataclasses
+from typing import Literal, get_args
+
+OnTransfer = Literal['retry', 'recompute', 'fail']
+OnCorruption = Literal['retry', 'recompute', 'fail']
+OnWorker = Literal['recompute', 'fail']
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FaultSpec:
+  """What is done for a request when something under it fails. Tokens that were delivered are never delivered again.
+
+  To 'retry' is to send the same pages once more, a little later each time. To 'recompute' is to begin again on whatever
+  worker has room, with the tokens delivered so far taken as part of the prompt; a request keeps its place in the order
+  of arrival. To 'fail' is to end the request with the error. Attempts are bounded, so every request ends: a transfer
+  that was tried `max_attempts` times is computed again, and a request that was begun `max_attempts` times ends with the
+  error.
+
+  Attributes:
+    transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
+    corruption: When pages arrive that are not those that were sent, which only `TransferSpec.checksums` finds.
+    worker: When a worker is lost that holds pages of the request. With 'recompute', a prompt that is still whole on the
+      prefill worker is not computed again but sent to another place.
+    max_attempts: Most times that one transfer is tried, and that one request is begun.
+    backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on.
+    patience_s: Seconds for which requests wait for a lost worker to come back if no other can serve them; then they end
+      with the error, and so do those that come later, at once, until it is back.
+
+  Raises:
+    ValueError: if an answer is unknown, or a number out of range.
+  """
+
+  transfer: OnTransfer = 'retry'
+  corruption: OnCorruption = 'fail'
+  worker: OnWorker = 'recompute'
+  max_attempts: int = 3
+  backoff_s: float = 0.05
+  patience_s: float = 60.0
+
+  def __post_init__(self):
+    for field, answers in (('transfer', OnTransfer), ('corruption', OnCorruption), ('worker', OnWorker)):
+      if getattr(self, field) not in get_args(answers):
+        names = ', '.join(map(repr, get_args(answers)))
+        raise ValueError(f'faults.{field} is {getattr(self, field)!r}, expected one of {names}.')
+    if self.max_attempts < 1:
+      raise ValueError(f'faults.max_attempts is {self.max_attempts}, expected at least 1.')
+    if not self.backoff_s >= 0:
+      raise ValueError(f'faults.backoff_s is {self.backoff_s}, expected 0 or more seconds.')
+    if not self.patience_s > 0:
+      raise ValueError(f'faults.patience_s is {self.patience_s}, expected more than 0 seconds; inf waits for ever.')
+
+
+ALL_FAIL = FaultSpec(transfer='fail', worker='fail')  # nothing is tried twice

@@ -1,0 +1,65 @@
+"""A backend under which anything may go wrong at any time, as whoever asks for it says."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pdjax.serving.messages import Done, Event, Order, TransferOrder
+from tests.faults.injection import Breakable, told_when
+from tests.faults.shadow import Fault
+
+End = Literal['late', 'twice', 'lost']
+
+
+class Chaos:
+  """Stands between a loop and a backend.
+
+  Args:
+    backend: Carries out what it can.
+    fault: What is to happen to the next transfer.
+    end: What is to become of the next completion of one.
+    late_s: How late it is then.
+    patience_s: Waits end after so long, so that whoever drives the loop gets a word in.
+  """
+
+  def __init__(
+    self,
+    backend: Breakable,
+    fault: Callable[[], Fault | None],
+    end: Callable[[], End | None],
+    late_s: float,
+    patience_s: float = float('inf'),
+  ):
+    self.backend = backend
+    self.now_s = 0.0
+    self._end = end
+    self._late_s = late_s
+    self._patience_s = patience_s
+    self._transfers: set[int] = set()
+    self._later: list[tuple[float, Event]] = []
+    backend.fault_of = lambda order: fault()
+
+  def lose(self, worker: str, down_s: float) -> None:
+    """A worker dies now and is back then."""
+    lost, back = self.backend.lose(worker)
+    self._later += [(self.now_s, lost), (self.now_s + down_s, back)]
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    self._transfers |= {order.id for order in orders if isinstance(order, TransferOrder)}
+    self.backend.submit(orders)
+
+  def wait(self, until_s: float) -> tuple[float, list[Event]]:
+    until_s = min([until_s, self.now_s + self._patience_s, *(due_s for due_s, _ in self._later)])
+    self.now_s, events = self.backend.wait(until_s)
+    told = []
+    for event in events:
+      end = self._end() if isinstance(event, Done) and event.order in self._transfers else None
+      if end in (None, 'twice'):
+        told.append(event)
+      if end in ('twice', 'late') and isinstance(event, Done):
+        late = Done(
+          event.order, event.began_s, event.ended_s + self._late_s, wire_bytes=event.wire_bytes, trip=event.trip
+        )
+        self._later.append((late.ended_s, late))
+    told += [event for due_s, event in self._later if due_s <= self.now_s]
+    self._later = [item for item in self._later if item[0] > self.now_s]
+    return self.now_s, sorted(told, key=told_when)

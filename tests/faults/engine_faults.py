@@ -1,0 +1,91 @@
+"""The engine with transfers that fail on demand, over the compiled programs of a transport that works."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from pdjax.engine.engine import Engine, _Broken
+from pdjax.kv.transfer import DevicePut, Parcel
+from pdjax.kv.transfer.checksums import Checked
+from pdjax.serving.messages import Event, Order, TransferOrder, WorkerBack, WorkerLost
+from tests.faults.shadow import Fault
+
+STALL_S = 20.0  # longer than any test waits
+SLOW_S = 0.1
+
+
+class FaultyWay(DevicePut):
+  """A way between two pools that does to each transfer what it was told to do."""
+
+  def __init__(self, way: DevicePut, checksums: bool = True):
+    self.__dict__ |= way.__dict__
+    self.checked = Checked if checksums else lambda put: put
+    self.faults: deque[Fault | None] = deque()
+    self.released = threading.Event()
+    self._fault: Fault | None = None
+    for layers, sizes in self._sizes.items():  # what is compiled for checksums is compiled now
+      for size in sizes:
+        ours, theirs = (range(-(-size * self.unit // p.page_shapes.page_size)) for p in (self._source, self._target))
+        DevicePut.send(self, ours, theirs, 0, size * self.unit, (0, layers)).wait()
+
+  def send(self, *args, **kwargs) -> Parcel:
+    self._fault = fault = self.faults.popleft() if self.faults else None
+    if fault == 'refused':
+      raise RuntimeError('the transport refused it')
+    try:
+      parcel = super().send(*args, **kwargs)
+    finally:
+      self._fault = None
+    if fault is not None:
+      parcel.wait = self._waits(fault, parcel.wait)  # type: ignore[method-assign]
+    return parcel
+
+  def put(self, piece: jax.Array, device: jax.Device) -> jax.Array:
+    if self._fault in ('corrupts', 'permutes'):
+      here = np.array(piece)
+      if self._fault == 'permutes':
+        here[:] = here[:, ::-1]
+        here[0, 0], here[0, -1] = here[0, -1].copy(), here[0, 0].copy()
+      if self._fault == 'corrupts' or here.shape[1] == 1:
+        here.reshape(-1).view(np.uint8)[3] ^= 1
+      return jax.device_put(here, device)
+    return super().put(piece, device)
+
+  def _waits(self, fault: Fault, wait: Callable[[], None]) -> Callable[[], None]:
+    def waits() -> None:
+      self.released.wait(STALL_S if fault == 'stalls' else SLOW_S)
+      if fault == 'fails':
+        raise RuntimeError('the link broke')
+      wait()
+
+    return waits
+
+
+class FaultyEngine:
+  """An engine whose workers can be lost and whose transfers can fail."""
+
+  def __init__(self, engine: Engine):
+    self.fault_of: Callable[[TransferOrder], Fault | None] = lambda order: None
+    self._engine = engine
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    for order in orders:
+      if isinstance(order, TransferOrder) and not self._engine._is_stale(order):
+        self._engine._transports[order.source, order.target].faults.append(self.fault_of(order))
+    self._engine.submit(orders)
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    return self._engine.wait(until_s)
+
+  def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
+    incarnation = self._engine.workers[worker].incarnation
+    lost, back = self._engine._rebuild(_Broken(worker, incarnation, 'it is gone', self._engine._mailbox.now_s()))
+    assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
+    return lost, back
+
+  def release(self) -> None:
+    for way in self._engine._transports.values():
+      way.released.set()

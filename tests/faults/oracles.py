@@ -1,0 +1,58 @@
+"""What holds however a run went: the right tokens, every page back, every request ended once, in bounded time."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from pdjax.serving import ClusterState
+from pdjax.serving.messages import Done, Event, Finished, TransferOrder, Turn
+from pdjax.types import Request
+from tests.engine.cluster import assert_all_is_free
+
+
+def watched(events: Iterable[Event], state: ClusterState, most_turns: int) -> Iterator[Event]:
+  """The events, with the pages looked at in every turn; raises where there are more turns than a run can need."""
+  turns = 0
+  for event in events:
+    if isinstance(event, Turn):
+      turns += 1
+      assert turns <= most_turns, f'{turns} turns, and no end'
+      assert_held(state)
+    yield event
+
+
+def assert_held(state: ClusterState) -> None:
+  """No page of a transfer that is not over is free, and none can be taken from it."""
+  for order in state._in_flight.values():
+    if isinstance(order, TransferOrder):
+      for worker, pages in ((order.source, order.source_pages), (order.target, order.target_pages)):
+        assert not set(pages) & set(state.workers[worker].allocator._free), f'{order} lost pages on {worker}'
+
+
+def assert_right(
+  events: Iterable[Event],
+  requests: Iterable[Request],
+  state: ClusterState,
+  plain: Callable[[Request], tuple[int, ...]],
+) -> dict[str, str]:
+  """Hold a run up to what must be; how each request ended."""
+  events = tuple(events)
+  ends = [event for event in events if isinstance(event, Finished)]
+  assert Counter(end.request for end in ends) == Counter(one.id for one in requests), 'each ends once'
+  delivered: dict[str, list[int]] = {}
+  for event in events:
+    if isinstance(event, Done):
+      for result in event.results:
+        delivered.setdefault(result.request, []).extend(result.tokens)
+  by_id = {one.id: one for one in requests}
+  for end in ends:
+    expected = plain(by_id[end.request])
+    if end.finish_reason in ('length', 'stop'):
+      assert end.tokens == expected, f'{end.request} got {end.tokens}, not {expected}'
+      assert tuple(delivered[end.request]) == expected, 'nothing is delivered twice'
+    else:
+      assert end.tokens == expected[: len(end.tokens)], f'{end.request} got {end.tokens}, not of {expected}'
+  assert_all_is_free(state)
+  assert not state._transfers
+  assert state.next_timer_s == math.inf or not all(worker.up for worker in state.workers.values())
+  return {end.request: end.finish_reason for end in ends}

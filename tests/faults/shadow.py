@@ -1,0 +1,227 @@
+"""A simulator whose pages hold something: each token depends on every token that a pass finds in its sequence's pages.
+
+So a page that was freed too early, given to two, written too late or never sent shows in the tokens, as on devices. A
+pass happens when it is handed over and a transfer reads its pages then, as programs are dispatched; what a transfer
+brings is written when it ends.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pdjax.serving.messages import (
+  AbandonOrder,
+  Done,
+  Event,
+  Failed,
+  Order,
+  Result,
+  StepOrder,
+  TransferOrder,
+  WorkerBack,
+  WorkerLost,
+)
+from pdjax.simulator import Simulator
+from pdjax.types import ModelSpec, Request
+
+Fault = Literal['refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes']
+
+
+def next_token(sequence: Sequence[object], model: ModelSpec) -> int:
+  """What follows a sequence; never the token that ends it."""
+  return 2 + zlib.crc32(repr(list(sequence)).encode()) % (model.vocab_size - 2)
+
+
+def plain_tokens(model: ModelSpec, request: Request, output_len: int | None = None) -> tuple[int, ...]:
+  """What a request of one sample gets where nothing fails."""
+  tokens: list[int] = []
+  limit = request.token_limit(model.context_len, lambda _: output_len)
+  while len(tokens) < limit:
+    tokens.append(next_token((*request.prompt, *tokens), model))
+  return tuple(tokens)
+
+
+@dataclasses.dataclass
+class _Sequence:
+  """What is in a slot."""
+
+  request: Request
+  pages: tuple[int, ...]
+  cached: int
+  last: int
+  generated: int
+
+
+class ShadowSimulator(Simulator):
+  """The simulator with contents of pages, and with transfers and workers that fail on demand.
+
+  Args:
+    page_sizes: Tokens per page of each worker.
+    fault_of: What goes wrong with a transfer.
+    slow_s: How much longer a slow one takes.
+    checksums: Whether pages that are not those that were sent are found.
+  """
+
+  def __init__(
+    self,
+    *args,
+    page_sizes: dict[str, int],
+    fault_of: Callable[[TransferOrder], Fault | None] = lambda order: None,
+    slow_s: float = 5.0,
+    checksums: bool = True,
+  ):
+    super().__init__(*args)
+    self.incarnations = dict.fromkeys(self._workers, 1)
+    self.fault_of = fault_of
+    self._page_sizes = page_sizes
+    self._slow_s = slow_s
+    self._checksums = checksums
+    self._pages: dict[tuple[str, int], list[object]] = {}  # layer by layer, by worker and page · page size + offset
+    self._slots: dict[tuple[str, int], _Sequence] = {}
+    self._results: dict[int, tuple[tuple[Result, ...], int]] = {}
+    self._contents: dict[int, list[list[object]]] = {}  # of transfers that may still be written
+    self._stalled: dict[int, TransferOrder] = {}
+
+  def lose(self, worker: str, error: str = 'it is gone') -> tuple[WorkerLost, WorkerBack]:
+    """A worker dies now with all it holds, and begins another life; what its orders still bring is for nobody."""
+    self.incarnations[worker] += 1
+    self._pages = {place: token for place, token in self._pages.items() if place[0] != worker}
+    self._slots = {place: one for place, one in self._slots.items() if place[0] != worker}
+    return WorkerLost(worker, self._now_s, error), WorkerBack(worker, self._now_s, self.incarnations[worker])
+
+  def _submit(self, order: Order) -> None:
+    match order:
+      case StepOrder():
+        if order.incarnation != self.incarnations[order.worker]:
+          return  # handed over before anyone knew
+        self._results[order.id] = self._results_of(order)
+      case TransferOrder():
+        lives = self.incarnations[order.source], self.incarnations[order.target]
+        if order.incarnations != lives:
+          return
+        fault = self.fault_of(order)
+        if fault == 'refused':
+          self._ends_s[order.id] = self._now_s
+          self._push(order.id, lambda: Failed(order.id, self._ends_s.pop(order.id), 'the transport refused it'))
+          return
+        self._contents[order.id] = self._sent(order, fault)
+        if fault == 'stalls':
+          self._stalled[order.id] = order
+          return
+        if fault is not None:
+          self._begin_faulty(order, fault)
+          return
+      case AbandonOrder():
+        self._contents.pop(order.transfer, None)
+        self._stalled.pop(order.transfer, None)
+    super()._submit(order)
+
+  def _begin_faulty(self, order: TransferOrder, fault: Fault) -> None:
+    seconds = self._cost.transfer_seconds(
+      self._model, self._workers[order.source], self._workers[order.target], order.tokens * self._share(order)
+    ) + (self._slow_s if fault == 'slow' else 0)
+    began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
+
+    def end() -> Event:
+      if fault == 'slow' or (fault in ('corrupts', 'permutes') and not self._checksums):
+        return self._transfer_done(order, began_s)
+      self._contents.pop(order.id, None)
+      ended_s = self._ends_s.pop(order.id)
+      return Failed(order.id, ended_s, 'the link broke' if fault == 'fails' else 'damaged', fault != 'fails')
+
+    self._push(order.id, end)
+
+  def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
+    contents = self._contents.pop(order.id, None)
+    if contents is not None and order.incarnations[1] == self.incarnations[order.target]:
+      size, layers = self._page_sizes[order.target], slice(*(order.layers or (0, None)))
+      for position, sent in enumerate(contents, order.start):
+        page = order.target_pages[position // size - order.start // size]
+        held = self._at(order.target, page * size + position % size)
+        held[layers] = sent[layers]
+    return super()._transfer_done(order, began_s)
+
+  def _sent(self, order: TransferOrder, fault: Fault | None) -> list[list[object]]:
+    size = self._page_sizes[order.source]
+    contents = []
+    for position in range(order.start, order.start + order.tokens):
+      page = order.source_pages[position // size - order.start // size]
+      contents.append(list(self._at(order.source, page * size + position % size)))
+    if fault == 'corrupts':
+      contents[0] = ['damaged'] * self._model.num_layers
+    elif fault == 'permutes':
+      contents.reverse()
+    return contents
+
+  # -------------------------------------------------------------------------- passes
+
+  def _results_of(self, order: StepOrder) -> tuple[tuple[Result, ...], int]:
+    name, results, wasted = order.worker, [], 0
+    for decode in order.decodes:
+      if (new := decode.admission) is not None:
+        if new.copy is not None:
+          self._copy(name, *new.copy)
+        last = new.tokens[-1] if new.tokens else new.request.prompt[-1]
+        cached = new.request.prompt_len + len(new.tokens) - 1
+        self._slots[name, decode.slot] = _Sequence(new.request, new.pages, cached, last, len(new.tokens))
+    for chunk in order.chunks:
+      for position, token in enumerate(chunk.token_ids, chunk.start):
+        self._write(name, chunk.pages, position, token)
+      if chunk.is_last:
+        token = next_token(self._read(name, chunk.pages, chunk.request.prompt_len), self._model)
+        results.append(self._result(chunk.request, (token,), 1))
+        if chunk.slot is not None:
+          self._slots[name, chunk.slot] = _Sequence(chunk.request, chunk.pages, chunk.request.prompt_len, token, 1)
+    started_here = {chunk.request.id for chunk in order.chunks}
+    for decode in order.decodes:
+      assert decode.request not in started_here
+      sequence = self._slots[name, decode.slot]
+      assert sequence.request.id == decode.request
+      tokens = self._decode(name, sequence, order.steps)
+      wasted += order.steps - len(tokens)
+      if tokens:
+        results.append(self._result(sequence.request, tokens, sequence.generated))
+    return tuple(results), wasted
+
+  def _decode(self, worker: str, sequence: _Sequence, steps: int) -> tuple[int, ...]:
+    tokens = []
+    for _ in range(min(steps, self._limit(sequence.request) - sequence.generated)):
+      self._write(worker, sequence.pages, sequence.cached, sequence.last)
+      sequence.cached += 1
+      sequence.last = next_token(self._read(worker, sequence.pages, sequence.cached), self._model)
+      sequence.generated += 1
+      tokens.append(sequence.last)
+    return tuple(tokens)
+
+  def _result(self, request: Request, tokens: tuple[int, ...], generated: int) -> Result:
+    return Result(request.id, tokens, 'length' if generated >= self._limit(request) else None)
+
+  def _step_done(self, order: StepOrder, began_s: float) -> Done:
+    return Done(order.id, began_s, self._ends_s.pop(order.id), *self._results.pop(order.id))
+
+  def _write(self, worker: str, pages: Sequence[int], position: int, token: object) -> None:
+    size = self._page_sizes[worker]
+    self._at(worker, pages[position // size] * size + position % size)[:] = [token] * self._model.num_layers
+
+  def _at(self, worker: str, place: int) -> list[object]:
+    return self._pages.setdefault((worker, place), [None] * self._model.num_layers)
+
+  def _read(self, worker: str, pages: Sequence[int], count: int) -> list[object]:
+    size = self._page_sizes[worker]
+    held = (self._at(worker, pages[i // size] * size + i % size) for i in range(count))
+    return [layers[0] if len(set(layers)) == 1 else tuple(layers) for layers in held]
+
+  def _copy(self, worker: str, source: int, target: int) -> None:
+    size = self._page_sizes[worker]
+    for offset in range(size):
+      self._at(worker, target * size + offset)[:] = self._at(worker, source * size + offset)
+
+  # -------------------------------------------------------------------------- a link that comes back
+
+  def release(self) -> None:
+    """Let stalled transfers go on, and take a second."""
+    for order in self._stalled.values():
+      self._ends_s[order.id] = self._now_s + 1.0
+      self._push(order.id, lambda order=order: self._transfer_done(order, self._now_s))
+    self._stalled.clear()

@@ -1,0 +1,61 @@
+"""The fault matrix on devices: a tiny random model, compiled once, over a transport that fails on demand."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from pdjax.types import Request
+from tests.engine.cluster import Cluster
+from tests.engine.conftest import shared
+from tests.engine.plain import generate
+from tests.engine.test_replay import replay_from
+from tests.faults.engine_faults import FaultyEngine, FaultyWay
+from tests.faults.injection import Again, Asking, Injector
+from tests.faults.matrix import COLUMNS, VICTIM, Cell, Times, cells
+from tests.faults.oracles import assert_right
+from tests.tiny import TINY
+
+TIMES = Times(deadline_s=0.4, late_s=0.6, down_s=0.1, backoff_s=0.01)
+BOUND_S = 20.0
+
+
+@functools.cache
+def cluster() -> Cluster:
+  """Two workers of each kind, whose transfers are checked and can be made to fail."""
+  ours = shared('2P2D')
+  ours = ours.changed(transfer=dataclasses.replace(ours.transfer, deadline_s=TIMES.deadline_s, checksums=True))
+  ours.transports = {way: FaultyWay(one) for way, one in ours.transports.items()}
+  return ours
+
+
+def plain(request: Request) -> tuple[int, ...]:
+  return generate(TINY, dataclasses.replace(request, id='alone', arrival_s=0.0, sample_of=None))[0]
+
+
+@pytest.mark.parametrize(('row', 'column'), cells())
+def test_cell(row, column):
+  cell = Cell(row, column, TIMES)
+  arrivals = Asking(cell.requests)
+  injectors = []
+
+  def wrap(engine) -> Injector:
+    injectors.append(Injector(FaultyEngine(engine), VICTIM))
+    cell.set_up(injectors[0], arrivals)
+    return injectors[0]
+
+  def see(engine) -> None:
+    for way in ours.transports.values():
+      way.faults.clear()
+      way.released.clear()
+
+  ours = cluster().changed(faults=cell.faults)
+  ours.specs = tuple(cell.sized(ours.specs))
+  served = ours.serve((), ours.config.policy, prepare=see, arrivals=arrivals, wrap=wrap)
+  (injector,) = injectors
+  ends = assert_right(served.events, arrivals.requests.values(), served.state, plain)
+  assert injector.acted == 1, 'the moment never came'
+  assert ends[VICTIM] in COLUMNS[column].ends
+  assert {reason for name, reason in ends.items() if name.startswith(('other', 'greedy'))} <= {'length'}
+  assert injector.now_s < BOUND_S
+  assert replay_from(ours, served, served.events, Again(arrivals.answers)) == served.events

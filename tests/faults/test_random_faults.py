@@ -1,0 +1,119 @@
+"""Five percent of everything goes wrong, for hundreds of requests at a time."""
+
+import dataclasses
+import random
+from collections import Counter
+
+import pytest
+
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving import ClusterState, serve
+from pdjax.serving.messages import AbandonOrder, Failed, Started, TimerDue, Withdrawn, WorkerLost
+from pdjax.simulator import Replay
+from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
+from tests.faults.chaos import Chaos
+from tests.faults.injection import Again, Asking
+from tests.faults.oracles import assert_right, watched
+from tests.faults.shadow import ShadowSimulator
+from tests.faults.test_matrix_simulated import plain
+from tests.test_simulator import HandCost
+from tests.tiny import SIZES, TINY, prompt
+
+SHARE = 0.05
+DEADLINE_S = 100.0
+PAGE_BYTES = 4 * TINY.cached_token_bytes('float32')
+CLUSTERS = {  # workers, policy, and how KV travels
+  '2P2D': (prefill_pool(2, **SIZES) + decode_pool(2, **SIZES), Disaggregated(max_prefill_tokens=24), TransferSpec()),
+  '3P1D of unlike pages': (
+    prefill_pool(3, **SIZES | {'num_pages': 24}) + decode_pool(1, page_size=8, **SIZES | {'max_sequences': 6}),
+    Disaggregated(max_prefill_tokens=32, decode_steps=3),
+    TransferSpec(granularity='layers', layer_groups=2, staging_bytes=16 * PAGE_BYTES),
+  ),
+  '1P2D of whole requests': (
+    prefill_pool(1, **SIZES) + decode_pool(2, **SIZES),
+    Disaggregated(max_prefill_tokens=24),
+    TransferSpec(granularity='request', staging_bytes=5 * PAGE_BYTES),
+  ),
+  '2C': (colocated_pool(2, **SIZES), Colocated(token_budget=24), TransferSpec()),
+}
+
+
+class Leaving(Asking):
+  """Some of the requests, or of their samples, are withdrawn some time after they came."""
+
+  def __init__(self, requests, rng: random.Random):
+    super().__init__(requests)
+    samples = [sample for request in requests for sample in request.samples()]
+    leaving = rng.sample(samples, round(SHARE * len(samples)))
+    self._leaving = sorted((one.arrival_s + rng.uniform(0, 300), one.id) for one in leaving)
+
+  @property
+  def closed(self) -> bool:
+    return super().closed and not self._leaving
+
+  def next_s(self) -> float:
+    return min([super().next_s(), *(time_s for time_s, _ in self._leaving[:1])])
+
+  def due(self, now_s, finished=()):
+    gone = [name for time_s, name in self._leaving if time_s <= now_s]
+    if gone:
+      del self._leaving[: len(gone)]
+      self.push(*map(Withdrawn, gone))
+    return super().due(now_s, finished)
+
+
+class Dying(Chaos):
+  """Now and then a worker dies, too."""
+
+  def __init__(self, *args, rng: random.Random, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._rng = rng
+
+  def wait(self, until_s):
+    if self._rng.random() < 0.01:
+      self.lose(self._rng.choice(list(self.backend.incarnations)), self._rng.choice((0.0, 50.0)))
+    return super().wait(until_s)
+
+
+def some_requests(count: int, rng: random.Random) -> list[Request]:
+  now_s, requests = 0.0, []
+  for index in range(count):
+    now_s += rng.expovariate(1 / 25)
+    sampling = SamplingParams(max_tokens=rng.choice((1, 4, 12)), n=rng.choice((1, 1, 1, 2, 3)), ignore_eos=True)
+    requests.append(Request(f'r{index}', prompt(rng.randint(1, 48), index), sampling, now_s))
+  return requests
+
+
+@pytest.mark.parametrize('name', CLUSTERS)
+@pytest.mark.parametrize('seed', range(2))
+def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
+  rng = random.Random(seed)
+  workers, policy, transfer = CLUSTERS[name]
+  workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
+  arrivals = Leaving(some_requests(500, rng), rng)
+  sizes = {worker.name: worker.page_size for worker in workers}
+  simulator = ShadowSimulator(TINY, workers, HandCost(), arrivals.output_len, page_sizes=sizes, slow_s=30.0)
+  faults = ('refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes')
+  backend = Dying(
+    simulator,
+    lambda: rng.choice(faults) if rng.random() < SHARE else None,
+    lambda: rng.choice(('late', 'twice', 'lost')) if rng.random() < SHARE else None,
+    late_s=130.0,
+    rng=rng,
+  )
+
+  def empty_state() -> ClusterState:
+    travels = dataclasses.replace(transfer, deadline_s=DEADLINE_S, checksums=True)
+    return ClusterState(TINY, workers, 4, travels, faults=FaultSpec(corruption='retry', max_attempts=20, backoff_s=1.0))
+
+  state = empty_state()
+  events = list(watched(serve(arrivals, policy, backend, state), state, most_turns=100_000))
+  ends = Counter(assert_right(events, arrivals.requests.values(), state, plain).values())
+  assert set(ends) <= {'length', 'cancelled'} and ends['length'] > 0.9 * ends.total()
+  happened = Counter(type(event) for event in events)
+  assert happened[WorkerLost] >= 10
+  if name != '2C':
+    assert happened[Failed] >= 10 and happened[TimerDue] >= 20
+    assert sum(isinstance(event, Started) and isinstance(event.order, AbandonOrder) for event in events) >= 10
+  again = Replay(TINY, workers, events)
+  assert list(serve(Again(arrivals.answers), policy, again, empty_state())) == events

@@ -1,0 +1,33 @@
+"""What a config may say about faults."""
+
+import pytest
+
+from pdjax.config import apply_overrides
+from pdjax.types import FaultSpec, TransferSpec
+from tests.tiny import config
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'transfer': 'again'}, "faults.transfer is 'again', expected one of 'retry', 'recompute', 'fail'"),
+    ({'corruption': 'ignore'}, "faults.corruption is 'ignore', expected one of 'retry', 'recompute', 'fail'"),
+    ({'worker': 'retry'}, "faults.worker is 'retry', expected one of 'recompute', 'fail'"),
+    ({'max_attempts': 0}, 'faults.max_attempts is 0, expected at least 1'),
+    ({'backoff_s': -1.0}, 'faults.backoff_s is -1.0, expected 0 or more seconds'),
+    ({'patience_s': 0.0}, 'faults.patience_s is 0.0, expected more than 0 seconds'),
+  ],
+)
+def test_what_makes_no_sense_is_refused_with_what_would(fields, words):
+  with pytest.raises(ValueError, match=words):
+    FaultSpec(**fields)
+
+
+def test_a_deadline_is_a_time_to_come():
+  with pytest.raises(ValueError, match=r'deadline_s is 0\.0, expected more than 0 seconds'):
+    TransferSpec(deadline_s=0.0)
+
+
+def test_faults_are_set_from_the_command_line():
+  changed = apply_overrides(config(), ['faults.transfer=fail', 'faults.patience_s=inf', 'transfer.checksums=true'])
+  assert changed.faults == FaultSpec(transfer='fail', patience_s=float('inf')) and changed.transfer.checksums

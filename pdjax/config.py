@@ -98,7 +98,7 @@ class ServingConfig:
   def _check_processes(self) -> None:
     if self.transfer.transport not in ('auto', 'cross_process'):
       raise ValueError(
-        f'transport is {self.transfer.transport!r}, but between processes KV travels by \'cross_process\'; set that or '
+        f"transport is {self.transfer.transport!r}, but between processes KV travels by 'cross_process'; set that or "
         "'auto', or leave processes out."
       )
     sharing = [worker.name for worker in self.workers if worker.devices is not None]

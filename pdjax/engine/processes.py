@@ -81,9 +81,7 @@ def build_processes(
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, in {len(peers)} processes')
   warm_up = WarmUp(load_s, compiled - measured - load_s, measured - begin, program_s, chip, link)
-  engine = ProcessEngine(
-    peers, dict.fromkeys(peers, 1), clocks, limit_of(model, output_len), handshake.revive, closed
-  )
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, limit_of(model, output_len), handshake.revive, closed)
   devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
   return Built(engine, tuple(specs.values()), handshake.transfer, devices, warm_up)
 

@@ -68,7 +68,7 @@ class RayWorker:
       if self._process is None:
         from pdjax.engine.worker_process import WorkerProcess  # JAX begins here
 
-        self._process = WorkerProcess()
+        self._process = WorkerProcess(node_host=import_ray().util.get_node_ip_address())
     return getattr(self._process, method)(*args)
 
   def take(self, count: int, message: Message) -> None:
@@ -166,7 +166,9 @@ class RayProcesses:
     try:
       begin = time.perf_counter()
       self._connect(cluster, workers)
-      say(f'Ray {ray.__version__} {"started" if cluster.address is None else "reached"} in {time.perf_counter() - begin:.1f} s')
+      say(
+        f'Ray {ray.__version__} {"started" if cluster.address is None else "reached"} in {time.perf_counter() - begin:.1f} s'
+      )
       bundles = [cluster.resources(worker.tp, platform) for worker in workers]
       group = ray.util.placement_group(bundles, strategy=cluster.strategy)
       self._close_calls.append(lambda: ray.util.remove_placement_group(group))

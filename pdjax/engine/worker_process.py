@@ -21,7 +21,7 @@ from pdjax.engine.fingerprint import fingerprint
 from pdjax.engine.peers import Assignment, Loaded, Message, News, Pull, Settle, StartClock, Submit, node_name
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
-from pdjax.kv.transfer.cross_process import Half, Receiver, RemotePool, Sender, Server, describe_pool
+from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
@@ -38,10 +38,12 @@ class WorkerProcess:
 
   Args:
     devices: Which devices the worker has; None makes them, as `prepare_devices` does.
+    node_host: This host's address in its network.
   """
 
-  def __init__(self, devices: Sequence[jax.Device] | None = None):
+  def __init__(self, devices: Sequence[jax.Device] | None = None, node_host: str = LOOPBACK):
     self._devices = list(devices or ())
+    self._node_host = node_host
     self._limits: dict[str, int] = {}
     self._news: list[News] = []
     self._changed = threading.Condition()
@@ -64,7 +66,7 @@ class WorkerProcess:
       self._devices = list(found[:num_devices])
     names = tuple(map(str, self._devices))
     first = self._devices[0]
-    self._server = Server(first, host)
+    self._server = Server(first, self._node_host if host == 'node' else host)
     memory = device_memory_bytes(first)
     self._machine = Machine(node_name(), os.getpid(), first.platform, names, memory, self._server.address)
     return self._machine

@@ -20,7 +20,7 @@ from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer
 from tests.tiny import TINY, TINY_8_2, config, requests
 
-SPEC = TransferSpec(max_batch_pages=4)
+SPEC = TransferSpec(granularity='chunk', piece_bytes=4096)
 
 
 @pytest.fixture(scope='module')

@@ -101,7 +101,7 @@ class Processes:
   def serve(self, requests, prepare: Callable[[], None] = lambda: None, arrivals=None) -> Served:
     """Serve requests; every page and slot is free in the end."""
     requests = tuple(requests)
-    state = ClusterState(self.config.model, self.built.workers, self.config.page_size)
+    state = ClusterState(self.config.model, self.built.workers, self.config.page_size, self.built.transfer)
     engine = self.built.engine
     try:
       engine.start_clock()

@@ -292,7 +292,9 @@ class CrossProcess(ByPieces):
 
   def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
     super().__init__(source, target, spec)
-    ours, theirs = (_server_of(side, pool.mesh.devices.flat[0]) for side, pool in (('source', source), ('target', target)))
+    ours, theirs = (
+      _server_of(side, pool.mesh.devices.flat[0]) for side, pool in (('source', source), ('target', target))
+    )
     self.sender = Sender(source, target, spec, ours)
     self.receiver = Receiver(source, target, spec, theirs, ours.address)
 

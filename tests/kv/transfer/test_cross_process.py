@@ -19,10 +19,9 @@ from pdjax.kv.transfer.cross_process import CrossProcess, Receiver, RemotePool, 
 from pdjax.sharding import make_mesh
 from pdjax.types import TransferSpec
 from pdjax.types.cluster import DeviceError
-from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool
+from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
-SPEC = TransferSpec(max_batch_pages=4)
 OURS, THEIRS, TOKENS = [7, 2, 10, 0, 5, 3], [16, 1, 4, 8, 0, 11], 6 * PAGE_SIZE
 
 
@@ -59,8 +58,9 @@ def halves(model=TINY_12_12, source_tp=3, target_tp=2, **kwargs) -> Halves:
   target = Pool.random(model, devices[-target_tp:], 17, seed=2, **kwargs)
   servers = Server(devices[0]), Server(devices[-1])
   theirs, ours = (RemotePool.of(model, describe_pool(pool)) for pool in (target, source))
-  sender = Sender(source, theirs, SPEC, servers[0])
-  receiver = Receiver(ours, target, SPEC, servers[1], servers[0].address)
+  spec = four_units_at_most(source, target)
+  sender = Sender(source, theirs, spec, servers[0])
+  receiver = Receiver(ours, target, spec, servers[1], servers[0].address)
   sender.compile()
   receiver.compile()
   return Halves(source, target, sender, receiver)
@@ -98,7 +98,8 @@ def test_both_halves_work_out_the_same_pieces(model, tp, target_tp):
   pools = [Pool.random(model, devices, 9, 0) for devices in (jax.devices()[:tp], jax.devices()[-target_tp:])]
   here, there = (RemotePool.of(model, describe_pool(pool)) for pool in pools)
   server = Server(jax.devices()[0])
-  ends = Sender(pools[0], there, SPEC, server), Receiver(here, pools[1], SPEC, server, server.address)
+  spec = TransferSpec(granularity='layers', layer_groups=2)
+  ends = Sender(pools[0], there, spec, server), Receiver(here, pools[1], spec, server, server.address)
   assert ends[0].plan() == ends[1].plan()
   assert describe_pool(there) == describe_pool(pools[1])
   with pytest.raises(AssertionError, match='not here'):
@@ -129,7 +130,7 @@ def test_what_nobody_will_pull_is_let_go(way):
 
 
 def test_both_halves_in_one_process_are_a_transport(way):
-  transport = CrossProcess(way.source, way.target, SPEC)
+  transport = CrossProcess(way.source, way.target, four_units_at_most(way.source, way.target))
   assert set(transport.compile()) == {'1 units', '4 units'}
   parcel = transport.send(OURS, THEIRS, 0, TOKENS)
   parcel.wait_gathered()

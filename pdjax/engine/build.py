@@ -24,7 +24,7 @@ from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec, carve_devices, devices_needed
+from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed
 from pdjax.types.model import ModelSpec
 
 

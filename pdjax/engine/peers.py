@@ -1,4 +1,4 @@
-"""What a controller and the processes of its workers say to each other: plain data, and the handle it is said through."""
+"""What a controller and the processes of its workers say to each other: plain data, and what it is said through."""
 
 import dataclasses
 import pathlib

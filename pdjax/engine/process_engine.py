@@ -5,6 +5,7 @@ soon as that is heard here the target is told to pull it.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -164,13 +165,13 @@ class ProcessEngine:
         case _Returned():
           self._come_back(item)
         case _Raise() | _Interrupt():
-          self._mailbox.post(lambda _, item=item: item)
+          self._mailbox.post(functools.partial(_same, item))
     for name, place in self._places.items():
       place.peer.tell(StartClock(self._start_s + place.clock_s))
       if not place.up:  # what a new state cannot know
-        self._mailbox.post(lambda s, name=name: WorkerLost(name, s, 'it was lost before this run'))
+        self._post_event(WorkerLost(name, 0.0, 'it was lost before this run'))
       elif place.incarnation > 1:
-        self._mailbox.post(lambda s, name=name, life=place.incarnation: WorkerBack(name, s, life))
+        self._post_event(WorkerBack(name, 0.0, place.incarnation))
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
@@ -192,6 +193,10 @@ class ProcessEngine:
     finally:
       self._closed_all()
 
+  def _post_event(self, event: Done | WorkerLost | WorkerBack) -> None:
+    """Have the next wait bring an event, as of now."""
+    self._mailbox.post(lambda ended_s: dataclasses.replace(event, ended_s=ended_s))
+
   # -------------------------------------------------------------------------- orders
 
   def submit(self, orders: Sequence[Order]) -> None:
@@ -211,7 +216,7 @@ class ProcessEngine:
           for name in self._places:
             sent.setdefault(name, []).append(order)
           began_s = self._mailbox.now_s()
-          self._mailbox.post(lambda ended_s, order=order, began_s=began_s: Done(order.id, began_s, ended_s))
+          self._post_event(Done(order.id, began_s, began_s))
     for name, some in sent.items():
       self._tell(name, Submit(tuple(some), tuple(numbers.get(name, ())), self._limits(some)))
 
@@ -314,20 +319,20 @@ class ProcessEngine:
       try:
         while not self._closing:
           for news in place.peer.listen():
-            self._mailbox.post(lambda s, news=news, process=process: _Heard(name, process, news, s))
+            self._mailbox.post(functools.partial(_Heard, name, process, news))
         return
       except Exception as error:
         if self._closing:
           return
         message = str(error) if isinstance(error, PeerLost) else f'{type(error).__name__}: {error}'
-      self._mailbox.post(lambda s, message=message, process=process: _Gone(name, process, message, s))
+      self._mailbox.post(functools.partial(_Gone, name, process, message))
       try:
         life = self._return(name, place, message)
       except BaseException as error:
         if not self._closing:
-          self._mailbox.post(lambda _, error=error: _Raise(error))
+          self._mailbox.post(functools.partial(_same, _Raise(error)))
         return
-      self._mailbox.post(lambda s, process=process, life=life: _Returned(name, process + 1, life, s))
+      self._mailbox.post(functools.partial(_Returned, name, process + 1, life))
 
   def _return(self, name: str, place: _Place, message: str) -> int:
     """Have a new process made for a lost worker; the life that begins in it."""
@@ -349,3 +354,7 @@ class ProcessEngine:
     place.up = False
     self._drop_transfers(gone.worker)
     return [WorkerLost(gone.worker, gone.ended_s, gone.error)]
+
+
+def _same(item: object, stamp_s: float) -> object:
+  return item

@@ -1,6 +1,5 @@
 """Makes a backend out of a config whose workers are in processes of their own: load, compile, handshake."""
 
-import dataclasses
 import itertools
 import threading
 import time

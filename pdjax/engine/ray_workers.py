@@ -166,9 +166,8 @@ class RayProcesses:
     try:
       begin = time.perf_counter()
       self._connect(cluster, workers)
-      say(
-        f'Ray {ray.__version__} {"started" if cluster.address is None else "reached"} in {time.perf_counter() - begin:.1f} s'
-      )
+      done = 'started' if cluster.address is None else 'reached'
+      say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
       bundles = [cluster.resources(worker.tp, platform) for worker in workers]
       group = ray.util.placement_group(bundles, strategy=cluster.strategy)
       self._close_calls.append(lambda: ray.util.remove_placement_group(group))
@@ -176,8 +175,8 @@ class RayProcesses:
         ray.get(group.ready(), timeout=_PLACE_S)
       except ray.exceptions.GetTimeoutError:
         raise DeviceError(
-          f'the workers need {bundles} of the Ray cluster, which has {ray.available_resources()} free; lower the number '
-          'of workers, tp or processes.cpus, or use a larger cluster.'
+          f'the workers need {bundles} of the Ray cluster, which has {ray.available_resources()} free; lower the '
+          'number of workers, tp or processes.cpus, or use a larger cluster.'
         ) from None
       self.peers = {
         worker.name: RayPeer(worker.name, functools.partial(self._start, group, index, bundle), ray)

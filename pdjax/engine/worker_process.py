@@ -167,6 +167,10 @@ class WorkerProcess:
 
   # -------------------------------------------------------------------------- measuring
 
+  def pid(self) -> int:
+    """This process."""
+    return os.getpid()
+
   def clock(self) -> float:
     """What this process's clock shows."""
     return time.perf_counter()
@@ -233,7 +237,8 @@ class WorkerProcess:
     self.engine.take(orders, numbers)
 
   def _limit_of(self, request: Request) -> int:
-    return min(request.token_limit(self._assignment.model.context_len), self._limits.get(request.id, math.inf))
+    limit = request.token_limit(self._assignment.model.context_len)
+    return min(limit, self._limits.get(request.id, limit))
 
   def _run(self) -> None:
     """The thread that dispatches: whatever happens, goes to whoever listens."""

@@ -16,7 +16,7 @@ from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO, Completion, FinishReason, Request, SamplingParams, TokenLogprob
 
 __all__ = [
-  'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FinishReason', 'LinkSpec', 'ModelSpec', 'RayCluster', 'Request', 'Role',
-  'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool',
-  'parse_split', 'prefill_pool',
+  'SLO', 'ChipSpec', 'Completion', 'DeviceError', 'FinishReason', 'LinkSpec', 'ModelSpec', 'RayCluster', 'Request',
+  'Role', 'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool',
+  'decode_pool', 'parse_split', 'prefill_pool',
 ]  # fmt: skip

@@ -116,8 +116,8 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
   ):
     if found != expected:
       raise HandshakeError(
-        f'the process of worker {spec.name!r} has {what} {found!r}, but the controller expects {expected!r}; start both '
-        'from one config.'
+        f'the process of worker {spec.name!r} has {what} {found!r}, but the controller expects {expected!r}; start '
+        'both from one config.'
       )
 
 

@@ -15,11 +15,11 @@ class RayCluster:
     address: A Ray cluster that is there, `'host:port'`, or 'auto' for the one of this machine; None starts one here and
       stops it in the end.
     host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster.
-      Whoever reaches it can pull what is offered: docs/security.md says what to set before it is not this machine's own.
+      Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
     strategy: How Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
-    accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform, and
-      nothing on CPU.
+    accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
+      says, and nothing on CPU.
 
   Raises:
     ValueError: if the host is no address, the strategy is unknown or the cores are negative.

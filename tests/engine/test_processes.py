@@ -1,6 +1,5 @@
 """Workers in processes of their own, with threads in the place of processes: what they say to each other and when."""
 
-import collections
 import dataclasses
 import math
 import time
@@ -13,11 +12,10 @@ from pdjax.engine.process_engine import ProcessEngine
 from pdjax.engine.processes import build_processes, clock_offset, limit_of
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.model.checkpoint import RandomCheckpoint
-from pdjax.serving.messages import Finished, StepOrder, TransferOrder, WorkerBack, WorkerLost
+from pdjax.serving.messages import StepOrder, TransferOrder, WorkerBack, WorkerLost
 from pdjax.types import TransferSpec
 from pdjax.types.handshake import HandshakeError
-from tests.engine.plain import generate
-from tests.engine.thread_peers import Processes, ThreadPeer
+from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, requests
 
 SPEC = TransferSpec(granularity='chunk', piece_bytes=4096)
@@ -33,28 +31,13 @@ def processes():
 
 @pytest.fixture(scope='module')
 def unequal():
-  """A prefill process of two devices and a decode process of four, which share no page size and no cut of heads."""
+  """A prefill process of two devices and a decode process of four, unlike in page size and cut; KV goes by layers."""
   run = config('1P1D', 2, 4, model=TINY_8_2)
   workers = [dataclasses.replace(one, page_size=size) for one, size in zip(run.workers, (4, 1), strict=True)]
-  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=SPEC))
+  spec = TransferSpec(granularity='layers', layer_groups=2, piece_bytes=4096)
+  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=spec))
   yield built
   built.built.engine.close()
-
-
-def plain(served, model=TINY) -> dict:
-  return {request.id: generate(model, request) for request in served.requests}
-
-
-def assert_right_or_failed(served) -> list[str]:
-  """Every request ended once, with the tokens of a plain loop or with an error; those that failed."""
-  ends = collections.Counter(event.request for event in served.events if isinstance(event, Finished))
-  assert ends == collections.Counter(request.id for request in served.requests)
-  failed = [name for name, one in served.by_id.items() if one.error]
-  expected = plain(served)
-  assert {name: got for name, got in served.tokens().items() if name not in failed} == {
-    name: tokens for name, tokens in expected.items() if name not in failed
-  }
-  return failed
 
 
 # ---------------------------------------------------------------------------- serving
@@ -70,6 +53,7 @@ def test_tokens_are_those_of_a_plain_loop_and_every_byte_is_counted(processes):
 
 def test_unequal_processes_are_exact(unequal):
   served = unequal.serve(requests((1, 3, 16, 17, 40, 5)))
+  assert {order.layers for order, _ in served.transfers()} == {(0, 1), (1, 2)}
   assert served.tokens() == plain(served, TINY_8_2)
 
 
@@ -251,7 +235,7 @@ def test_a_process_with_other_weights_is_refused_naming_both(monkeypatch):
   monkeypatch.setattr(
     peers['decode0'].process, '_open_checkpoint', lambda assignment: RandomCheckpoint(assignment.model, seed=1)
   )
-  with pytest.raises(HandshakeError, match="'prefill0' has weights that sum to [0-9a-f]{16}, but worker 'decode0' has"):
+  with pytest.raises(HandshakeError, match=r"'prefill0' has weights that sum to \w{16}, but worker 'decode0' has"):
     build_processes(run, run.model, peers)
   for peer in peers.values():
     peer.close()

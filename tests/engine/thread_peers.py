@@ -1,5 +1,6 @@
 """Workers' processes that are none: each a thread of this one with devices of its own, to test all but the process."""
 
+import collections
 import dataclasses
 import threading
 import time
@@ -16,10 +17,12 @@ from pdjax.engine.worker_process import WorkerProcess
 from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.serving.loop import serve
-from pdjax.serving.messages import WorkerBack
+from pdjax.serving.messages import Finished, WorkerBack
 from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free
+from tests.engine.plain import generate
+from tests.tiny import TINY
 
 
 class Reborn(WorkerProcess):
@@ -120,3 +123,19 @@ class Processes:
     assert_all_is_free(state)
     report = Report.from_events(events, workers=self.built.workers)
     return Served(events, complete(events, has_text=False), report, requests, policy)
+
+
+def plain(served, model=TINY) -> dict:
+  return {request.id: generate(model, request) for request in served.requests}
+
+
+def assert_right_or_failed(served) -> list[str]:
+  """Every request ended once, with the tokens of a plain loop or with an error; those that failed."""
+  ends = collections.Counter(event.request for event in served.events if isinstance(event, Finished))
+  assert ends == collections.Counter(request.id for request in served.requests)
+  failed = [name for name, one in served.by_id.items() if one.error]
+  expected = plain(served)
+  assert {name: got for name, got in served.tokens().items() if name not in failed} == {
+    name: tokens for name, tokens in expected.items() if name not in failed
+  }
+  return failed

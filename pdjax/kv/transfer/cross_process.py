@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pdjax.kv.pages import KVPages
 from pdjax.kv.transfer.base import PagePool, Parcel, places
 from pdjax.kv.transfer.pieces import ByPieces, Shape, batch_sizes
 from pdjax.sharding import MESH_AXES
-from pdjax.types.cluster import DeviceError, TransferSpec
+from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
 from pdjax.types.handshake import PoolShape, WayPlan
 from pdjax.types.model import ModelSpec
 
@@ -41,8 +41,8 @@ class RemotePool:
   def of(cls, model: ModelSpec, shape: PoolShape) -> 'RemotePool':
     """The pool that another process described."""
     mesh = AbstractMesh(shape.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    dtype = jnp.dtype(shape.dtype)
-    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, mesh, shape.layout))
+    dtype, layout = jnp.dtype(shape.dtype), cast(PageLayoutName, shape.layout)
+    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, cast(Mesh, mesh), layout))
 
   @property
   def pages(self) -> KVPages:
@@ -50,11 +50,12 @@ class RemotePool:
     raise AssertionError('the pages of another process are not here')
 
 
-def describe_pool(pool: PagePool) -> PoolShape:
+def describe_pool(pool: PagePool | RemotePool) -> PoolShape:
   """What another process must know of a pool."""
   shapes = pool.page_shapes
   mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
-  return PoolShape(shapes.num_pages, shapes.page_size, shapes.dtype.name, shapes.layout.name, mesh)
+  dtype = cast(KVDtypeName, shapes.dtype.name)
+  return PoolShape(shapes.num_pages, shapes.page_size, dtype, shapes.layout.name, mesh)
 
 
 # ---------------------------------------------------------------------------- where pieces are pulled from
@@ -166,8 +167,8 @@ class Offer:
 class Sender(Half):
   """The source's half: gathers pages of this process and offers them to another."""
 
-  def __init__(self, source: PagePool, target: RemotePool, spec: TransferSpec, server: Server):
-    super().__init__(source, target, spec)
+  def __init__(self, source: PagePool, target: PagePool | RemotePool, spec: TransferSpec, server: Server):
+    super().__init__(source, cast(PagePool, target), spec)
     self._server = server
 
   def prepare(self, shape: Shape) -> None:
@@ -211,8 +212,8 @@ class Sender(Half):
 class Receiver(Half):
   """The target's half: pulls pieces that another process offers, and writes them into pages of this one."""
 
-  def __init__(self, source: RemotePool, target: PagePool, spec: TransferSpec, server: Server, address: str):
-    super().__init__(source, target, spec)
+  def __init__(self, source: PagePool | RemotePool, target: PagePool, spec: TransferSpec, server: Server, address: str):
+    super().__init__(cast(PagePool, source), target, spec)
     self._server = server
     self.address = address  # the source's, which changes when its process is another
 

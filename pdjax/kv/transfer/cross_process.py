@@ -9,7 +9,7 @@ before anything is pulled.
 
 import dataclasses
 import functools
-import threading
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from pdjax.types.handshake import PoolShape, WayPlan
 from pdjax.types.model import ModelSpec
 
 LOOPBACK = '127.0.0.1'
-_MAX_BATCHES = 1 << 16  # of one transfer: its number and that of a batch make one number together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,24 +143,24 @@ class Offer:
 
   Attributes:
     number: Of the transfer.
-    batches: The pieces of each batch, or their shapes.
+    pieces: The pieces of all its batches, or their shapes.
   """
 
   number: int
-  batches: tuple[tuple[Any, ...], ...]
+  pieces: tuple[Any, ...]
 
   def without_arrays(self) -> 'Offer':
     """The same, so that whoever keeps it keeps no device memory."""
-    return Offer(self.number, tuple(tuple(map(_shape_of, batch)) for batch in self.batches))
+    return Offer(self.number, tuple(map(_shape_of, self.pieces)))
 
   @property
   def manifest(self) -> tuple[tuple[tuple[int, ...], str], ...]:
     """Shape and dtype of each piece, for the target to compare with what it expects."""
-    return tuple((tuple(piece.shape), piece.dtype.name) for batch in self.batches for piece in batch)
+    return tuple((tuple(piece.shape), piece.dtype.name) for piece in self.pieces)
 
   def wait(self) -> None:
     """Block until every piece can leave its device."""
-    jax.block_until_ready(self.batches)
+    jax.block_until_ready(self.pieces)
 
 
 class Sender(Half):
@@ -198,15 +197,13 @@ class Sender(Half):
       source_pages: As `Transport.send` takes them, and so the others.
     """
     gathered = self.gather(source_pages, target_pages, start, tokens, layers or self.all_layers)
-    offer = Offer(number, tuple(tuple(self.leaving(batch)) for batch in gathered))
-    for index, pieces in enumerate(offer.batches):
-      self._server.offer(_batch_number(number, index), pieces)
+    offer = Offer(number, tuple(piece for batch in gathered for piece in self.leaving(batch)))
+    self._server.offer(number, offer.pieces)
     return offer
 
   def withdraw(self, offer: Offer) -> None:
     """Let go of what was offered and will not be pulled."""
-    for index, shapes in enumerate(offer.without_arrays().batches):
-      self._server.withdraw(_batch_number(offer.number, index), shapes)
+    self._server.withdraw(offer.number, offer.without_arrays().pieces)
 
 
 class Receiver(Half):
@@ -254,27 +251,21 @@ class Receiver(Half):
     count = layers[1] - layers[0]
     sizes = batch_sizes(len(targets), self._sizes[count])
     expected = [self.arriving((count, size)) for size in sizes]
-    wanted = tuple((tuple(shape.shape), shape.dtype.name) for shapes in expected for shape in shapes)
+    shapes = [shape for of_batch in expected for shape in of_batch]
+    wanted = tuple((tuple(shape.shape), shape.dtype.name) for shape in shapes)
     if wanted != manifest:
       raise ValueError(f'transfer {number} offers pieces of {_brief(manifest)}, expected {_brief(wanted)}.')
-    batches = []
-    pulled = []
-    first = 0
-    for index, (size, shapes) in enumerate(zip(sizes, expected, strict=True)):
-      arrays = self._server.pull(self.address, _batch_number(number, index), shapes)
-      batches.append((targets[first : first + size], self.assemble((count, size), arrays)))
-      pulled += arrays
+    pulled = self._server.pull(self.address, number, shapes)
+    batches, rest, first = [], iter(pulled), 0
+    for size, of_batch in zip(sizes, expected, strict=True):
+      arrived = list(itertools.islice(rest, len(of_batch)))
+      batches.append((targets[first : first + size], self.assemble((count, size), arrived)))
       first += size
     return Parcel(tuple(batches), layers, sum(array.nbytes for array in pulled), len(pulled), ())
 
 
 def _shape_of(piece: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(piece.shape, piece.dtype, sharding=piece.sharding)
-
-
-def _batch_number(number: int, index: int) -> int:
-  assert index < _MAX_BATCHES
-  return number * _MAX_BATCHES + index
 
 
 def _brief(manifest: Sequence[tuple[tuple[int, ...], str]]) -> str:
@@ -313,22 +304,16 @@ class CrossProcess(ByPieces):
     layers: tuple[int, int] | None = None,
   ) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
-    offer = self.sender.offer(_next_number(), source_pages, target_pages, start, tokens, layers)
+    offer = self.sender.offer(next(_numbers), source_pages, target_pages, start, tokens, layers)
     parcel = self.receiver.pull(offer.number, offer.manifest, target_pages, start, tokens, layers)
-    return dataclasses.replace(parcel, gathered=offer.batches)
+    return dataclasses.replace(parcel, gathered=offer.pieces)
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
     return self.receiver.receive(parcel)
 
 
-_numbers_lock = threading.Lock()
-_numbers = iter(range(1, 1 << 40))
-
-
-def _next_number() -> int:
-  with _numbers_lock:
-    return next(_numbers)
+_numbers = itertools.count(1)  # of transfers within this process
 
 
 @functools.cache

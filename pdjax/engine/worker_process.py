@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pdjax
 from pdjax.engine.build import device_memory_bytes, prepare_devices
 from pdjax.engine.calibration import measure_chip
 from pdjax.engine.engine import describe
@@ -30,7 +29,7 @@ from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
 from pdjax.types.hardware import ChipSpec
 from pdjax.types.request import Request
 
-_VERSIONED = ('jax', 'jaxlib')  # what must be alike where KV is exchanged, beside pdjax
+_VERSIONED = ('pdjax', 'jax', 'jaxlib')  # what must be alike where KV is exchanged
 
 
 class WorkerProcess:
@@ -95,7 +94,7 @@ class WorkerProcess:
     self.engine = WorkerEngine(worker)
     self._thread = threading.Thread(target=self._run, name='pdjax-worker', daemon=True)
     self._thread.start()
-    versions = ('pdjax', pdjax.__version__), *((name, importlib.metadata.version(name)) for name in _VERSIONED)
+    versions = tuple((name, _version(name)) for name in _VERSIONED)
     hello = Hello(
       spec.name, worker.incarnation, self._machine, versions, model, fingerprint(weights), assignment.dtype,
       describe_pool(worker),
@@ -252,3 +251,10 @@ class WorkerProcess:
       with self._changed:
         self._error = error
         self._changed.notify_all()
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'not installed'

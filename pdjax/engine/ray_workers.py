@@ -30,19 +30,12 @@ _STORE_BYTES = 80 * 2**20  # the least that Ray takes: no KV goes through its ob
 
 
 def import_ray() -> types.ModuleType:
-  """Ray, its calls guarded by a token, and nothing sent about its use.
-
-  What the environment says of either counts. A token is made up where there is none, so that a cluster which is started
-  here has one that nobody else knows.
+  """Ray, with nothing sent about its use, unless the environment says otherwise.
 
   Raises:
     DeviceError: if it is not installed.
   """
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-  os.environ.setdefault('RAY_AUTH_MODE', 'token')
-  written = pathlib.Path('~/.ray/auth_token').expanduser()
-  if 'RAY_AUTH_TOKEN' not in os.environ and 'RAY_AUTH_TOKEN_PATH' not in os.environ and not written.exists():
-    os.environ['RAY_AUTH_TOKEN'] = secrets.token_hex(32)
   try:
     import ray
   except ImportError as error:
@@ -51,6 +44,16 @@ def import_ray() -> types.ModuleType:
       'leave processes out of the config.'
     ) from error
   return ray
+
+
+def make_token() -> None:
+  """Have a token that nobody else knows guard the cluster which is started next, if there is none yet.
+
+  That Ray wants one is its own default. By itself it would leave the token in a file that others may read.
+  """
+  written = pathlib.Path('~/.ray/auth_token').expanduser()
+  if 'RAY_AUTH_TOKEN' not in os.environ and 'RAY_AUTH_TOKEN_PATH' not in os.environ and not written.exists():
+    os.environ['RAY_AUTH_TOKEN'] = secrets.token_hex(32)
 
 
 class RayWorker:
@@ -192,6 +195,7 @@ class RayProcesses:
       raise DeviceError('Ray is in use in this process already; end the other run, or call ray.shutdown().')
     options: dict[str, Any] = {'namespace': f'pdjax-{uuid.uuid4().hex[:8]}', 'log_to_driver': False}
     if cluster.address is None:
+      make_token()
       cpus = max(os.cpu_count() or 1, int(-(-cluster.cpus * len(workers) // 1)))
       options |= {
         'address': 'local', 'num_cpus': cpus, 'object_store_memory': _STORE_BYTES, 'include_dashboard': False,

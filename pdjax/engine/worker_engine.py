@@ -1,5 +1,6 @@
 """One worker's part of an engine whose workers are in processes of their own."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -109,18 +110,22 @@ class WorkerEngine(Engine):
       self._fail(number, error)
       return
     self._pulls.add(number)
-    # A thread of its own, because a pull whose source has forgotten it never ends, and others must go on.
-    watch = functools.partial(self._await, number, order, parcel, pulled_s)
-    threading.Thread(target=watch, name=f'pdjax-pull-{number}', daemon=True).start()
+    self._watch_apart(number, self._await, order, parcel, pulled_s)
 
   def settle(self, number: int, pulled: bool) -> None:
     """Let go of a transfer, whichever end of it this is; pieces that arrive from now on are not written."""
     self._pulls.discard(number)
     sender, offer = self._offers.pop(number, (None, None))
     if sender is not None and offer is not None and not pulled:
-      sender.withdraw(offer)
+      with contextlib.suppress(Exception):  # then some memory stays taken, and all goes on
+        sender.withdraw(offer)
 
   # -------------------------------------------------------------------------- inside
+
+  def _watch_apart(self, number: int, watch: Callable[..., None], *arguments: Any) -> None:
+    """Wait for one end of a transfer on a thread of its own: a pull may never end, and others must go on."""
+    name = f'pdjax-transfer-{number}'
+    threading.Thread(target=watch, args=(number, *arguments), name=name, daemon=True).start()
 
   def _tell(self, news: News) -> None:
     self._mailbox.post(lambda _: news)
@@ -139,10 +144,10 @@ class WorkerEngine(Engine):
       return
     self._offers[number] = sender, offer.without_arrays()
     self._tell(Offered(number, offer.manifest))
-    self._transfers[order.source].add(functools.partial(self._watch_offer, number, offer))
+    self._watch_apart(number, self._watch_offer, offer)
 
   def _watch_offer(self, number: int, offer: Offer) -> None:
-    """On the waiting thread for transfers: block until the pieces can leave and say so."""
+    """On a thread of its own: block until the pieces can leave and say so."""
     try:
       offer.wait()
     except Exception as error:

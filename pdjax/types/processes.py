@@ -22,7 +22,7 @@ class RayCluster:
       says, and nothing on CPU.
 
   Raises:
-    ValueError: if the host is no address, the strategy is unknown or the cores are negative.
+    ValueError: if the host is no address, the strategy is unknown or the cores are not positive.
   """
 
   address: str | None = None
@@ -41,8 +41,8 @@ class RayCluster:
         ) from None
     if self.strategy not in get_args(Strategy):
       raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
-    if self.cpus < 0:
-      raise ValueError(f'cpus is {self.cpus}, expected no negative number of cores.')
+    if self.cpus <= 0:
+      raise ValueError(f'cpus is {self.cpus}, expected more than 0 cores; a part of one will do, such as 0.1.')
 
   def resources(self, tp: int, platform: str | None) -> dict[str, float]:
     """What Ray sets aside for a worker of so many devices."""

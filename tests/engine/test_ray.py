@@ -25,7 +25,7 @@ from tests.tiny import TINY, config, requests
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = dataclasses.replace(
-  config('1P1D'), transfer=TransferSpec(granularity='chunk', piece_bytes=4096), processes=RayCluster()
+  config('1P1D'), transfer=TransferSpec(granularity='chunk', piece_bytes=4096), processes=RayCluster(cpus=0.5)
 )
 LOST_WITHIN_S = 2.0  # of a kill: 0.02 s on a quiet machine
 
@@ -146,7 +146,7 @@ def test_a_cluster_that_is_there_is_used_and_left(cluster):
   address = import_ray().get_runtime_context().gcs_address
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.run', '--config=tests/engine/ray_config.py', f'--ray_address={address}',
-     '--set=processes.cpus=0'],
+     '--set=processes.cpus=0.25'],
     cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr

@@ -3,12 +3,13 @@ r"""How fast KV travels, beside what could carry the same bytes at best, in the 
 python -m experiments.bench_transfer --transport=cross_process
 python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json=transfer.json
 
-`cross_process`: two processes on this machine, and beside it a bare pull of `jax.experimental.transfer`: the same arrays
-offered under one number. "pulled" is from the pull to the last piece on its device; "in all" begins with the gather and
-ends when the target's pages are written.
+`cross_process`: two processes on this machine, and beside it a bare pull of `jax.experimental.transfer`, arrays of the
+same shapes offered under one number. "pulled" is from the pull to the last piece on its device; "in all" begins with
+the gather and ends when the target's pages are written.
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -25,10 +26,11 @@ from rich.table import Table
 
 from experiments.rows import row, save_rows
 from pdjax.kv.pages import KVPages
+from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
-from pdjax.types.handshake import PoolShape
+from pdjax.types.handshake import Manifest, PoolShape
 
 FLAGS = flags.FLAGS
 _TRANSPORT = flags.DEFINE_multi_enum('transport', ['cross_process'], ['cross_process'], 'What to measure.')
@@ -40,7 +42,6 @@ _SOURCE = flags.DEFINE_bool('source', False, 'Be the process that KV leaves; the
 _MODEL = ModelSpec.smollm2_135m()
 _PAGE_SIZE = 16
 _GRANULARITY = TransferSpec(granularity='request')
-_BARE = 1 << 40  # numbers of bare pulls begin here
 
 
 class _Pool:
@@ -77,19 +78,16 @@ def serve_source() -> None:
   answer({'address': server.address, 'pool': _plain(describe_pool(pool))})
   for line in sys.stdin:
     request = json.loads(line)
-    number, pages = request['number'], list(range(request['pages']))
+    number = request['number']
     if request['what'] == 'kv':
+      pages = range(request['pages'])
       offer = sender.offer(number, pages, pages, 0, len(pages) * _PAGE_SIZE)
       answer(offer.manifest)
-      if request['ready']:
-        offer.wait()
-      answer('ready')
-      continue
-    arrays = [
-      jax.device_put(np.ones(shape, np.dtype(dtype)), jax.devices()[0]).block_until_ready()
-      for shape, dtype in request['manifest']
-    ]
-    server.offer(number, arrays)
+      offer.wait()
+    else:
+      device = jax.devices()[0]
+      arrays = [jax.device_put(np.ones(shape, np.dtype(dtype)), device) for shape, dtype in request['manifest']]
+      server.offer(number, jax.block_until_ready(arrays))
     answer('ready')
 
 
@@ -98,8 +96,8 @@ def _plain(pool: PoolShape) -> list[Any]:
 
 
 def _from_plain(plain: list[Any]) -> PoolShape:
-  *rest, mesh = plain
-  return PoolShape(*rest, tuple(mesh))
+  num_pages, page_size, dtype, layout, (kv, group) = plain
+  return PoolShape(num_pages, page_size, dtype, layout, (kv, group))
 
 
 class _Source:
@@ -134,43 +132,66 @@ def _other_process() -> Iterator[_Source]:
       process.kill()
 
 
+class _Way:
+  """From the other process to this one, with the seconds that each kind of transfer takes."""
+
+  def __init__(self, source: _Source, num_pages: int):
+    self._source, self._pool, self._server = source, _Pool(num_pages), Server(jax.devices()[0])
+    said = source.ask({'pages': num_pages, 'pool': _plain(describe_pool(self._pool))})
+    self._address: str = said['address']
+    remote = RemotePool.of(_MODEL, _from_plain(said['pool']))
+    self._receiver = Receiver(remote, self._pool, _GRANULARITY, self._server, self._address)
+    self._receiver.compile()
+    self._numbers = itertools.count(1)
+
+  def bare(self, pages: int) -> float:
+    """Seconds to pull arrays of the shapes of so many pages' pieces."""
+    number = next(self._numbers)
+    shapes = self._receiver.expected(pages * _PAGE_SIZE)
+    manifest = [(list(shape.shape), shape.dtype.name) for shape in shapes]
+    self._source.ask({'what': 'bare', 'number': number, 'manifest': manifest})
+    begin = time.perf_counter()
+    jax.block_until_ready(self._server.pull(self._address, number, shapes))
+    return time.perf_counter() - begin
+
+  def pulled(self, pages: int) -> float:
+    """Seconds to pull so many pages that have been gathered."""
+    number, manifest = self._offered(pages)
+    self._source.more()
+    begin = time.perf_counter()
+    self._pull(number, manifest, pages).wait()
+    return time.perf_counter() - begin
+
+  def in_all(self, pages: int) -> float:
+    """Seconds from asking for so many pages until they are written."""
+    begin = time.perf_counter()
+    parcel = self._pull(*self._offered(pages), pages)
+    parcel.wait()
+    self._receiver.receive(parcel).block_until_ready()
+    seconds = time.perf_counter() - begin
+    self._source.more()
+    return seconds
+
+  def _offered(self, pages: int) -> tuple[int, Manifest]:
+    number = next(self._numbers)
+    said = self._source.ask({'what': 'kv', 'number': number, 'pages': pages})
+    return number, tuple((tuple(shape), dtype) for shape, dtype in said)
+
+  def _pull(self, number: int, manifest: Manifest, pages: int) -> Parcel:
+    return self._receiver.pull(number, manifest, range(pages), 0, pages * _PAGE_SIZE)
+
+
 def cross_process(sizes_mib: list[float], repeats: int) -> Iterator[tuple[float, float, float, float]]:
   """For each size: its MiB, and GB/s of a bare pull, of our pull, and of ours from gather to written pages."""
-  most = max(map(pages_of, sizes_mib))
-  pool, server = _Pool(most), Server(jax.devices()[0])
   with _other_process() as source:
-    said = source.ask({'pages': most, 'pool': _plain(describe_pool(pool))})
-    remote = RemotePool.of(_MODEL, _from_plain(said['pool']))
-    receiver = Receiver(remote, pool, _GRANULARITY, server, said['address'])
-    receiver.compile()
-    number = 0
+    way = _Way(source, max(map(pages_of, sizes_mib)))
     for mib in sizes_mib:
-      pages = list(range(pages_of(mib)))
-      tokens = len(pages) * _PAGE_SIZE
-      seconds: dict[str, list[float]] = {'bare': [], 'pulled': [], 'in all': []}
-      for repeat in range(repeats + 1):
-        for kind in ('pulled', 'bare', 'in all'):  # in turns, so that all meet the same neighbours
-          number += 1
-          begin = time.perf_counter()
-          if kind == 'bare':
-            source.ask({'what': 'bare', 'number': _BARE + number, 'pages': 0, 'manifest': manifest})
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shapes = [jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding) for shape, dtype in manifest]
-            begin = time.perf_counter()
-            jax.block_until_ready(server.pull(said['address'], _BARE + number, shapes))
-          else:
-            request = {'what': 'kv', 'number': number, 'pages': len(pages), 'ready': kind == 'pulled'}
-            manifest = tuple((tuple(shape), dtype) for shape, dtype in source.ask(request))
-            source.more()
-            begin = time.perf_counter() if kind == 'pulled' else begin
-            parcel = receiver.pull(number, manifest, pages, 0, tokens)
-            parcel.wait()
-            if kind == 'in all':
-              receiver.receive(parcel).block_until_ready()
-          if repeat:  # the first of each is slow
-            seconds[kind].append(time.perf_counter() - begin)
-      size = tokens * _MODEL.cached_token_bytes('float32')
-      bare, pulled, whole = (size / statistics.median(seconds[kind]) / 1e9 for kind in ('bare', 'pulled', 'in all'))
+      pages = pages_of(mib)
+      size = pages * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
+      kinds = way.bare, way.pulled, way.in_all
+      rounds = [[kind(pages) for kind in kinds] for _ in range(repeats + 1)]  # in turns: all meet the same neighbours
+      medians = map(statistics.median, zip(*rounds[1:], strict=True))  # the first of each is slow
+      bare, pulled, whole = (size / seconds / 1e9 for seconds in medians)
       yield size / 2**20, bare, pulled, whole
 
 

@@ -7,10 +7,8 @@ from typing import Any, Protocol
 
 from pdjax.serving.messages import Event, Order, TransferOrder
 from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec
-from pdjax.types.handshake import Hello
+from pdjax.types.handshake import Hello, Manifest
 from pdjax.types.model import ModelSpec
-
-Manifest = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each piece of a transfer
 
 
 class PeerLost(DeviceError):
@@ -101,7 +99,7 @@ class Settle:
 
   Attributes:
     number: Of the transfer.
-    pulled: Whether all its pieces have been pulled.
+    pulled: Whether its pieces have been pulled, or will be.
   """
 
   number: int

@@ -104,10 +104,11 @@ class _Place:
 
 @dataclasses.dataclass
 class _Transfer:
-  """A transfer under way, of which the source and the target tell one half each."""
+  """A transfer under way, of which the source and the target tell one half each; `pulling` once the target is told."""
 
   number: int
   order: TransferOrder
+  pulling: bool = False
   gathered: Gathered | None = None
   written: Written | None = None
 
@@ -282,33 +283,38 @@ class ProcessEngine:
     order = transfer.order
     match news:
       case Offered():
+        transfer.pulling = True
         self._tell(order.target, Pull(transfer.number, order, news.manifest))
       case Gathered():
         transfer.gathered = news
       case Written():
         transfer.written = news
       case TransferFailed():
-        self._settle(transfer, pulled=False)
+        self._settle(transfer)
         return [Failed(order.id, heard_s, news.error)]
     gathered, written = transfer.gathered, transfer.written
     if gathered is None or written is None:
       return []
-    self._settle(transfer, pulled=True)
+    self._settle(transfer)
     trip = Trip(max(gathered.ready_s, written.pulled_s), written.arrived_s, written.pieces)
     return [Done(order.id, gathered.ready_s, heard_s, wire_bytes=written.wire_bytes, trip=trip)]
 
-  def _settle(self, transfer: _Transfer, *, pulled: bool) -> None:
-    """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own."""
+  def _settle(self, transfer: _Transfer) -> None:
+    """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
+
+    A pull that has begun is left to end, for one whose pieces are taken away never does.
+    """
+    source, target = transfer.order.source, transfer.order.target
     del self._transfers[transfer.order.id], self._by_number[transfer.number]
-    ends = (transfer.order.source,) if pulled else (transfer.order.source, transfer.order.target)
-    for name in ends:
+    pulled = transfer.pulling and self.workers[target].up
+    for name in (source, target):
       self._tell(name, Settle(transfer.number, pulled))
 
   def _drop_transfers(self, worker: str) -> None:
     """End every transfer from or to a worker that was lost."""
     for transfer in [*self._transfers.values()]:
       if worker in (transfer.order.source, transfer.order.target):
-        self._settle(transfer, pulled=False)
+        self._settle(transfer)
 
   # -------------------------------------------------------------------------- processes that end
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdjax.engine.engine import Engine, describe
-from pdjax.engine.peers import Gathered, Manifest, News, Offered, TransferFailed, Written
+from pdjax.engine.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
 from pdjax.serving.messages import EndOrder, Order, StepOrder, TransferOrder
+from pdjax.types.handshake import Manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +100,7 @@ class WorkerEngine(Engine):
     self.submit(meant)
 
   def pull(self, number: int, order: TransferOrder, manifest: Manifest) -> None:
-    """Begin to pull a transfer."""
-    if order.incarnations[1] != self.worker.incarnation:
-      return
+    """Begin to pull a transfer; one for another life of this worker too, so that its source need not keep it."""
     pulled_s = self._mailbox.now_s()
     where = order.target_pages, order.start, order.tokens, order.layers
     try:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pdjax.types.cluster import KVDtypeName, WorkerSpec
 from pdjax.types.model import ModelSpec
 
+Manifest = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each array that a transfer offers
+
 
 class HandshakeError(ValueError):
   """Processes do not fit together; the message names both values."""

@@ -23,7 +23,7 @@ from pdjax.kv.transfer.base import PagePool, Parcel, places
 from pdjax.kv.transfer.pieces import ByPieces, Shape, batch_sizes
 from pdjax.sharding import MESH_AXES
 from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
-from pdjax.types.handshake import PoolShape, WayPlan
+from pdjax.types.handshake import Manifest, PoolShape, WayPlan
 from pdjax.types.model import ModelSpec
 
 LOOPBACK = '127.0.0.1'
@@ -154,7 +154,7 @@ class Offer:
     return Offer(self.number, tuple(map(_shape_of, self.pieces)))
 
   @property
-  def manifest(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+  def manifest(self) -> Manifest:
     """Shape and dtype of each piece, for the target to compare with what it expects."""
     return tuple((tuple(piece.shape), piece.dtype.name) for piece in self.pieces)
 
@@ -230,7 +230,7 @@ class Receiver(Half):
   def pull(
     self,
     number: int,
-    manifest: tuple[tuple[tuple[int, ...], str], ...],
+    manifest: Manifest,
     target_pages: Sequence[int],
     start: int,
     tokens: int,
@@ -249,26 +249,30 @@ class Receiver(Half):
     targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
     layers = layers or self.all_layers
     count = layers[1] - layers[0]
-    sizes = batch_sizes(len(targets), self._sizes[count])
-    expected = [self.arriving((count, size)) for size in sizes]
-    shapes = [shape for of_batch in expected for shape in of_batch]
+    shapes = self.expected(tokens, layers)
     wanted = tuple((tuple(shape.shape), shape.dtype.name) for shape in shapes)
     if wanted != manifest:
       raise ValueError(f'transfer {number} offers pieces of {_brief(manifest)}, expected {_brief(wanted)}.')
     pulled = self._server.pull(self.address, number, shapes)
     batches, rest, first = [], iter(pulled), 0
-    for size, of_batch in zip(sizes, expected, strict=True):
-      arrived = list(itertools.islice(rest, len(of_batch)))
+    for size in batch_sizes(len(targets), self._sizes[count]):
+      arrived = list(itertools.islice(rest, len(self.arriving((count, size)))))
       batches.append((targets[first : first + size], self.assemble((count, size), arrived)))
       first += size
     return Parcel(tuple(batches), layers, sum(array.nbytes for array in pulled), len(pulled), ())
+
+  def expected(self, tokens: int, layers: tuple[int, int] | None = None) -> list[jax.ShapeDtypeStruct]:
+    """Shape, dtype and device of all that is offered for so many tokens."""
+    first, stop = layers or self.all_layers
+    sizes = batch_sizes(tokens // self.unit, self._sizes[stop - first])
+    return [piece for size in sizes for piece in self.arriving((stop - first, size))]
 
 
 def _shape_of(piece: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(piece.shape, piece.dtype, sharding=piece.sharding)
 
 
-def _brief(manifest: Sequence[tuple[tuple[int, ...], str]]) -> str:
+def _brief(manifest: Manifest) -> str:
   """Pieces in words, those alike counted."""
   kinds = dict.fromkeys(manifest, 0)
   for kind in manifest:

@@ -71,7 +71,7 @@ def cluster():
   except BaseException:
     processes.close()
     raise
-  yield Processes(run, processes.peers, built)
+  yield Processes(run, processes.peers, built, deadline_s=240.0)
   built.engine.close()
 
 
@@ -112,7 +112,7 @@ def test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once(cluster, 
   begin = time.perf_counter()
   served = cluster.serve(requests((9, 17, 4, 40, 12, 30), max_tokens=12))
   assert killed_s, 'nobody was killed'
-  assert time.perf_counter() - begin < 120.0
+  assert time.perf_counter() - begin < 240.0  # a few seconds, unless others take the cores
   assert_right_or_failed(served)
   (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
   assert lost.worker == worker and 'is gone' in lost.error

@@ -93,6 +93,7 @@ class Processes:
   config: ServingConfig
   peers: dict[str, ThreadPeer]
   built: Built
+  deadline_s: float = 60.0  # of a run, the return of what was lost included
 
   @classmethod
   def of(cls, config: ServingConfig) -> 'Processes':
@@ -110,10 +111,10 @@ class Processes:
       engine.start_clock()
       prepare()
       policy = self.config.policy
-      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine), state))
+      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine, self.deadline_s), state))
       while not all(worker.up for worker in state.workers.values()):  # for whoever serves next
-        now_s, more = engine.wait(60.0)
-        assert now_s < 60.0 and more
+        now_s, more = engine.wait(self.deadline_s)
+        assert now_s < self.deadline_s and more
         for event in more:
           state.apply(event, now_s)
           events += (event,) if isinstance(event, WorkerBack) else ()

@@ -306,7 +306,7 @@ class ProcessEngine:
     """
     source, target = transfer.order.source, transfer.order.target
     del self._transfers[transfer.order.id], self._by_number[transfer.number]
-    pulled = transfer.pulling and self.workers[target].up
+    pulled = transfer.pulling and self._places[target].up
     for name in (source, target):
       self._tell(name, Settle(transfer.number, pulled))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pdjax.kv.transfer.base import PagePool, Parcel, Transport
 from pdjax.kv.transfer.checksums import CorruptError
+from pdjax.kv.transfer.cross_process import CrossProcess
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
 from pdjax.types.cluster import TransferSpec
@@ -11,7 +12,8 @@ from pdjax.types.cluster import TransferSpec
 TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] = {
   'device_put': DevicePut,
   'host_staged': HostStaged,
+  'cross_process': CrossProcess,
 }
 """By the names of `TransferSpec.transport`."""
 
-__all__ = ['TRANSPORTS', 'CorruptError', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']
+__all__ = ['TRANSPORTS', 'CorruptError', 'CrossProcess', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']

@@ -1,6 +1,6 @@
 """Checksums of what travels: taken where it leaves and where it has arrived, and compared before it is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,14 @@ class Checked:
   too, so that pages in another order are found as damaged ones are: random damage passes with odds of 2^-64.
   """
 
-  def __init__(self, put: Callable[[jax.Array, jax.Device], jax.Array]):
+  def __init__(
+    self,
+    put: Callable[[jax.Array, jax.Device], jax.Array] = jax.device_put,
+    pairs: Iterable[tuple[jax.Array, jax.Array]] = (),
+  ):
+    """Begin with pairs of checksums that were taken elsewhere and pieces that have come from there."""
     self._put = put
-    self._pairs: list[tuple[jax.Array, jax.Array]] = []
+    self._pairs = list(pairs)
 
   def __call__(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Put a piece `[1, n, ...]` on a device."""

@@ -146,6 +146,7 @@ class ProcessEngine:
     self._transfers: dict[int, _Transfer] = {}  # by order
     self._by_number: dict[int, _Transfer] = {}
     self._next_number = 1
+    self._clock = threading.Lock()
     self._start_s = 0.0
     self._closing = False
     self._threads = [
@@ -164,7 +165,10 @@ class ProcessEngine:
     self._transfers.clear()
     self._by_number.clear()
     before = self._mailbox.collect(-math.inf)[1]
-    self._start_s = self._mailbox.start_clock()
+    with self._clock:
+      self._start_s = self._mailbox.start_clock()
+      for place in self._places.values():
+        place.peer.tell(StartClock(self._start_s + place.clock_s))
     for item in before:  # what happened between two runs
       match item:
         case _Gone():
@@ -174,7 +178,6 @@ class ProcessEngine:
         case _Raise() | _Interrupt():
           self._mailbox.post(functools.partial(_same, item))
     for name, place in self._places.items():
-      place.peer.tell(StartClock(self._start_s + place.clock_s))
       if not place.up:  # what a new state cannot know
         self._post_event(WorkerLost(name, 0.0, 'it was lost before this run'))
       elif place.incarnation > 1:
@@ -358,7 +361,8 @@ class ProcessEngine:
     if self._revive is None:
       raise PeerLost(f'worker {name!r} is lost and stays so: {message}')
     life, place.clock_s = self._revive(name, place.incarnation + 1)
-    place.peer.tell(StartClock(self._start_s + place.clock_s))
+    with self._clock:  # of the run that is under way now
+      place.peer.tell(StartClock(self._start_s + place.clock_s))
     return life
 
   def _come_back(self, item: _Returned) -> WorkerBack:

@@ -78,8 +78,10 @@ class RayWorker:
     """Hand on messages in the order in which they are counted: Ray may bring two that overtook each other."""
     self._held[count] = message
     while self._next in self._held:
-      self._process.take(self._held.pop(self._next))
+      due = self._held.pop(self._next)
       self._next += 1
+      if self._process is not None:  # else it was meant for a process before this one
+        self._process.take(due)
 
 
 class RayPeer:

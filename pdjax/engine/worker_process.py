@@ -195,7 +195,12 @@ class WorkerProcess:
   # -------------------------------------------------------------------------- serving
 
   def take(self, message: Message) -> None:
-    """Do what the controller says, after all it said before; returns at once."""
+    """Do what the controller says, after all it said before; returns at once.
+
+    What comes before the weights are loaded was meant for a process before this one.
+    """
+    if not hasattr(self, 'engine'):
+      return
     engine = self.engine
     match message:
       case StartClock(start_s):

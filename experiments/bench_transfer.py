@@ -1,14 +1,16 @@
 r"""How fast KV travels, beside what could carry the same bytes at best, in the same run.
 
-python -m experiments.bench_transfer --transport=cross_process
+python -m experiments.bench_transfer
 python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json=transfer.json
 
-`cross_process`: two processes on this machine, and beside it a bare pull of `jax.experimental.transfer`, arrays of the
-same shapes offered under one number. "pulled" is from the pull to the last piece on its device; "in all" begins with
-the gather and ends when the target's pages are written.
+`device_put` and `host_staged`: from gathered pieces on one device to the last of them on another, beside a plain copy of
+as many bytes into a standing buffer. `cross_process`: two processes on this machine, and beside it a bare pull of
+`jax.experimental.transfer`, arrays of the same shapes offered under one number. "pulled" is from the pull to the last
+piece on its device; "in all" begins with the gather and ends when the target's pages are written.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -25,15 +27,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.rows import row, save_rows
+from pdjax.engine.build import prepare_devices
 from pdjax.kv.pages import KVPages
-from pdjax.kv.transfer import Parcel
+from pdjax.kv.transfer import TRANSPORTS, DevicePut, Parcel
 from pdjax.kv.transfer.cross_process import Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
+from pdjax.types.cluster import TransportName
 from pdjax.types.handshake import Manifest, PoolShape
 
 FLAGS = flags.FLAGS
-_TRANSPORT = flags.DEFINE_multi_enum('transport', ['cross_process'], ['cross_process'], 'What to measure.')
+_TRANSPORTS = ['device_put', 'host_staged', 'cross_process']
+_TRANSPORT = flags.DEFINE_multi_enum('transport', _TRANSPORTS, _TRANSPORTS, 'What to measure; all by default.')
 _MIB = flags.DEFINE_list('mib', ['8', '32', '96'], 'Sizes of a transfer in MiB.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Transfers of which the median counts.', lower_bound=1)
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to this file.')
@@ -45,10 +50,10 @@ _GRANULARITY = TransferSpec(granularity='request')
 
 
 class _Pool:
-  """Pages on the first device of this process."""
+  """Pages on a device of this process, by default the first."""
 
-  def __init__(self, num_pages: int):
-    self.mesh = make_mesh(_MODEL, jax.devices()[:1])
+  def __init__(self, num_pages: int, device: jax.Device | None = None):
+    self.mesh = make_mesh(_MODEL, [device or jax.devices()[0]])
     self.page_shapes = KVPages.shapes(_MODEL, num_pages, _PAGE_SIZE, np.dtype(np.float32), self.mesh, 'plain')
     rng = np.random.default_rng(0)
     self.pages = jax.tree.map(
@@ -210,7 +215,61 @@ def cross_process_rows(console: Console) -> list[dict[str, Any]]:
   return rows
 
 
-MEASURED: dict[str, Callable[[Console], list[dict[str, Any]]]] = {'cross_process': cross_process_rows}
+# ---------------------------------------------------------------------------- within this process
+
+
+def in_process(transport: TransportName, sizes_mib: list[float], repeats: int) -> Iterator[tuple[float, float, float]]:
+  """For each size: its MiB, and GB/s of a plain copy into a standing buffer, and of pieces once they are gathered."""
+  most = max(map(pages_of, sizes_mib))
+  source, target = (_Pool(most, device) for device in jax.devices()[:2])
+  way = TRANSPORTS[transport](source, target, _GRANULARITY)
+  way.compile()
+  for mib in sizes_mib:
+    pages = list(range(pages_of(mib)))
+    size = len(pages) * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
+    plain, standing = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    seconds: dict[str, list[float]] = {'plain': [], 'sent': []}
+    for repeat in range(repeats + 1):
+      begin = time.perf_counter()
+      np.copyto(standing, plain)
+      copied_s = time.perf_counter() - begin
+      sent_s = _sent_s(way, pages)
+      if repeat:  # the first of each is slow
+        seconds['plain'].append(copied_s)
+        seconds['sent'].append(sent_s)
+    copied, sent = (size / statistics.median(seconds[kind]) / 1e9 for kind in ('plain', 'sent'))
+    yield size / 2**20, copied, sent
+
+
+def _sent_s(way: Any, pages: list[int]) -> float:
+  """Seconds of the pieces of some pages from device to device, gathered before."""
+  batches = way.gather(pages, pages, 0, len(pages) * _PAGE_SIZE, way.all_layers)
+  jax.block_until_ready([batch.pieces for batch in batches])
+  carry = way.put if isinstance(way, DevicePut) else way.stage
+  begin = time.perf_counter()
+  jax.block_until_ready([way.land(batch, carry) for batch in batches])
+  return time.perf_counter() - begin
+
+
+def in_process_rows(transport: TransportName, console: Console) -> list[dict[str, Any]]:
+  """Measure, print a table, and return its rows."""
+  table = Table(title=f'{transport}, within this process')
+  for column in ('MiB', 'plain copy GB/s', 'sent GB/s', 'of a copy'):
+    table.add_column(column, justify='right')
+  rows = []
+  for mib, copied, sent in in_process(transport, [float(size) for size in _MIB.value], _REPEATS.value):
+    table.add_row(f'{mib:.1f}', f'{copied:.2f}', f'{sent:.2f}', f'{sent / copied:.0%}')
+    peer = 'a copy into a standing buffer'
+    rows.append(row(f'{transport}, {mib:.0f} MiB', sent, 'GB/s', peer=peer, peer_value=copied))
+  console.print(table)
+  return rows
+
+
+MEASURED: dict[str, Callable[[Console], list[dict[str, Any]]]] = {
+  'device_put': functools.partial(in_process_rows, 'device_put'),
+  'host_staged': functools.partial(in_process_rows, 'host_staged'),
+  'cross_process': cross_process_rows,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -219,6 +278,7 @@ def main(argv: list[str]) -> None:
   if _SOURCE.value:
     serve_source()
     return
+  prepare_devices('cpu', 2)
   rows: list[dict[str, Any]] = []
   for transport in dict.fromkeys(_TRANSPORT.value):
     rows += MEASURED[transport](Console())

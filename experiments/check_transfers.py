@@ -4,8 +4,9 @@ python -m experiments.check_transfers
 python -m experiments.check_transfers --covering
 
 Random models on virtual CPU devices, in float32: 12 key/value heads for tp 1 to 4, and 2 of them on 4 devices, where
-each head has two copies. By default every combination; with --covering so few that each two values meet. Prints what
-differs; the exit status is 1 if anything does. SmolLM2 itself is checked by experiments.check_tokens.
+each head has two copies. Both ends of `cross_process` are in this process, with a socket between them. By default every
+combination; with --covering so few that each two values meet. Prints what differs; the exit status is 1 if anything
+does. SmolLM2 itself is checked by experiments.check_tokens.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from rich.console import Console
 from pdjax.engine.build import prepare_devices
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.kv.transfer import TRANSPORTS, Transport
+from pdjax.kv.transfer import TRANSPORTS, CrossProcess, Transport
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
@@ -75,7 +76,7 @@ def product() -> list[Case]:
   tps: tuple[Tp, ...] = (1, 2, 3, 4, 'replicated')
   pages = 1, 16, 64
   granularities: tuple[GranularityName, ...] = ('request', 'chunk', 'layers')
-  transports: tuple[TransportName, ...] = ('device_put', 'host_staged')
+  transports: tuple[TransportName, ...] = ('device_put', 'host_staged', 'cross_process')
   cases = itertools.starmap(Case, itertools.product(tps, tps, pages, pages, granularities, transports))
   return [case for case in cases if case.model is TWELVE or not {3, 4} & {case.source_tp, case.target_tp}]
 
@@ -154,7 +155,7 @@ class Pools:
 
   @functools.cache  # noqa: B019
   def _way(self, source: Worker, target: Worker, transport: TransportName) -> Transport:
-    way = TRANSPORTS[transport](source, target, _spec('layers'))
+    way = {**TRANSPORTS, 'cross_process': CrossProcess}[transport](source, target, _spec('layers'))
     way.compile()
     return way
 

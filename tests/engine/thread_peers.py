@@ -22,6 +22,7 @@ from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free
 from tests.engine.plain import generate
+from tests.quick import quick_compiles
 from tests.tiny import TINY
 
 
@@ -100,13 +101,15 @@ class Processes:
     assert config.model is not None
     devices = iter(jax.devices())
     peers = {one.name: ThreadPeer(one.name, [next(devices) for _ in range(one.tp)]) for one in config.workers}
-    return cls(config, peers, build_processes(config, config.model, peers))
+    with quick_compiles():
+      return cls(config, peers, build_processes(config, config.model, peers))
 
   def serve(self, requests, prepare: Callable[[], None] = lambda: None, arrivals=None) -> Served:
     """Serve requests; every page and slot is free in the end."""
     requests = tuple(requests)
     state = ClusterState(self.config.model, self.built.workers, self.config.page_size, self.built.transfer)
     engine = self.built.engine
+    incarnations = dict(engine.incarnations)
     try:
       engine.start_clock()
       prepare()
@@ -123,7 +126,7 @@ class Processes:
         peer.on_tell, peer.on_news = lambda message: message, lambda news: (news,)
     assert_all_is_free(state)
     report = Report.from_events(events, workers=self.built.workers)
-    return Served(events, complete(events, has_text=False), report, requests, policy)
+    return Served(events, complete(events, has_text=False), report, requests, policy, incarnations, state)
 
 
 def plain(served, model=TINY) -> dict:

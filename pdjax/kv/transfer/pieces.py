@@ -129,6 +129,8 @@ class ByPieces(abc.ABC):
     self._gathers: dict[Shape, jax.stages.Compiled] = {}
     self._scatters: dict[Shape, jax.stages.Compiled] = {}
     self._fillers: dict[Shape, list[Units]] = {}
+    self._shapes: dict[Shape, Units] = {}  # worked out once: every transfer asks for them
+    self._arriving: dict[Shape, list[jax.ShapeDtypeStruct]] = {}
 
   # -------------------------------------------------------------------------- programs
 
@@ -241,11 +243,15 @@ class ByPieces(abc.ABC):
 
   def _landed(self, shape: Shape) -> Units:
     """Shapes of the pieces of one batch that share an array on the target's mesh."""
+    if shape in self._shapes:
+      return self._shapes[shape]
     layers, size = shape
     mesh = self._target.mesh
     heads, sharding = mesh.shape['kv'] * self.cut.piece_heads, NamedSharding(mesh, _LANDED_SPEC)
     shapes = self._source.page_shapes.part(0, layers)
-    return Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
+    found = Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
+    self._shapes[shape] = found
+    return found
 
   def _make_fillers(self, shape: Shape) -> list[Units]:
     """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
@@ -293,13 +299,16 @@ class ByPieces(abc.ABC):
 
   def arriving(self, shape: Shape) -> list[jax.ShapeDtypeStruct]:
     """Shape, dtype and target device of every piece of a batch, in the same order."""
+    if shape in self._arriving:
+      return self._arriving[shape]
     leaves = jax.tree.leaves(self._landed(shape))
-    return [
+    found = self._arriving[shape] = [
       jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=SingleDeviceSharding(device))
       for _ in range(self.cut.target_pieces)
       for leaf in leaves
       for device in self._target.mesh.devices[:, 0]
     ]
+    return found
 
   def assemble(self, shape: Shape, arrived: Sequence[jax.Array]) -> tuple[Units, ...]:
     """Arrays on the target's mesh out of the pieces of a batch, in the same order."""

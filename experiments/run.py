@@ -4,6 +4,7 @@ python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo
 python -m experiments.run --config=configs/smollm2_cpu.py --set=policy.decode_steps=1 --goodput "ttft:500 tpot:50"
 python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the capital of France?"
 python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
+python -m experiments.run --config=configs/smollm2_ray.py --ray_address=10.0.0.1:6379
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --workdir=out \
     --compare --rates=8,16,24,32 --splits=2P1D,1P2D --budgets=128,256,512
@@ -33,7 +34,7 @@ from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
 from pdjax.serving.messages import Done, Event, Finished
 from pdjax.serving.state import PolicyError, StuckError
-from pdjax.types import SLO, Completion, DeviceError, Request, SamplingParams
+from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, read_requests, write_completions
 
 FLAGS = flags.FLAGS
@@ -57,6 +58,9 @@ _RATES = flags.DEFINE_list('rates', None, 'With --compare: requests per second t
 _SPLITS = flags.DEFINE_list('splits', None, 'With --compare: splits to try instead of the config\'s, "2P1D,1P2D".')
 _BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: most tokens of a pass to try, "256,512".')
 _FIGURE = flags.DEFINE_string('figure', None, 'Also draw the run as one picture: a file that ends in .svg or .png.')
+_RAY_ADDRESS = flags.DEFINE_string(
+  'ray_address', None, 'Run every worker in a process of its own on this Ray cluster, host:port or auto.'
+)
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
@@ -156,6 +160,8 @@ def _config() -> ServingConfig:
     raise ValueError('--prompt wants an answer, and the simulator gives none; use --backend=engine.')
   if _PROMPT.value is None and FLAGS['max_tokens'].present:
     raise ValueError('--max_tokens goes with --prompt; requests and workloads say it themselves.')
+  if _RAY_ADDRESS.value is not None and _BACKEND.value == 'simulator':
+    raise ValueError('--ray_address wants processes, and the simulator has none; use --backend=engine.')
   if _CALIBRATE.value and _BACKEND.value == 'engine':
     raise ValueError('--calibrate goes with --backend=simulator; the engine is measured anyway.')
   if _COMPARE.value and (_PROMPT.value is not None or _REQUESTS.value is not None):
@@ -168,6 +174,9 @@ def _config() -> ServingConfig:
   config = apply_overrides(load_config(_CONFIG.value), _SET.value)
   if _GOODPUT.value is not None:
     config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))
+  if _RAY_ADDRESS.value is not None:
+    processes = dataclasses.replace(config.processes or RayCluster(), address=_RAY_ADDRESS.value)
+    config = dataclasses.replace(config, processes=processes)
   if _CACHE.value is not None:
     config = dataclasses.replace(config, compilation_cache=_CACHE.value)
   return config

@@ -15,6 +15,7 @@ from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
 from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
+from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
 
@@ -40,6 +41,7 @@ class ServingConfig:
     transfer: How KV travels.
     cost: What the simulator asks how long things take.
     slo: Latency limits that goodput is counted against.
+    processes: Where each worker has a process of its own; None keeps them all in this one.
     platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds. CPU devices are virtual, as many as the workers need.
     compilation_cache: Folder where compiled programs are kept from run to run; None keeps none.
 
@@ -59,6 +61,7 @@ class ServingConfig:
   transfer: TransferSpec = TransferSpec()
   cost: CostModel = Roofline()
   slo: SLO | None = None
+  processes: RayCluster | None = None
   platform: str | None = None
   compilation_cache: str | None = None
 
@@ -89,6 +92,21 @@ class ServingConfig:
       raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
+    if self.processes is not None:
+      self._check_processes()
+
+  def _check_processes(self) -> None:
+    if self.transfer.transport not in ('auto', 'cross_process'):
+      raise ValueError(
+        f"transport is {self.transfer.transport!r}, but between processes KV travels by 'cross_process'; set that or "
+        "'auto', or leave processes out."
+      )
+    sharing = [worker.name for worker in self.workers if worker.devices is not None]
+    if sharing:
+      raise ValueError(
+        f'the workers {", ".join(sharing)} name their devices, but in processes of their own each has its own, counted '
+        'from 0; leave devices out, or processes.'
+      )
 
   @property
   def dtype_bytes(self) -> int:

@@ -28,7 +28,7 @@ from pdjax.types.request import Completion, Request, SamplingParams
 from pdjax.workload import Given, WorkloadContext
 
 if TYPE_CHECKING:
-  from pdjax.engine.build import Built
+  from pdjax.engine.built import Built
   from pdjax.model.checkpoint import Checkpoint
   from pdjax.model.tokenizer import Tokenizer
 
@@ -290,18 +290,36 @@ def deploy(
     ValueError: if there are no weights, or the config does not fit the devices or their memory.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  from pdjax.engine.build import build_engine  # JAX begins here
-  from pdjax.model.checkpoint import RandomCheckpoint
-
   model = opened.model
   if opened.checkpoint is None and config.checkpoint != 'random':
     raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
+  if config.processes is not None:
+    return Deployment(config, opened, _build_processes(config, model, output_len, say))
+  from pdjax.engine.build import build_engine  # JAX begins here
+  from pdjax.model.checkpoint import RandomCheckpoint
+
   checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
 
   def limit_of(request: Request) -> int:
     return request.token_limit(model.context_len, output_len)
 
   return Deployment(config, opened, build_engine(config, model, checkpoint, limit_of, say, opened.tokenizer))
+
+
+def _build_processes(
+  config: ServingConfig, model: ModelSpec, output_len: Callable[[str], int | None], say: Say
+) -> 'Built':
+  """As `deploy`, each worker in a process of its own; this one holds no devices."""
+  from pdjax.engine.processes import build_processes
+  from pdjax.engine.ray_workers import RayProcesses
+
+  assert config.processes is not None
+  processes = RayProcesses(config.processes, config.workers, config.platform, say)
+  try:
+    return build_processes(config, model, processes.peers, output_len, say, closed=processes.close)
+  except BaseException:
+    processes.close()
+    raise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from experiments.load_config import load_config
 from pdjax.config import ServingConfig, apply_overrides, parse_value
 from pdjax.policies import Disaggregated, MostFreePages
-from pdjax.types import SLO, Role, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import SLO, RayCluster, Role, TransferSpec, WorkerSpec, decode_pool, prefill_pool
 from pdjax.workload import Fixed, Poisson, Uniform
 from tests.serving.driver import TINY
 
@@ -44,6 +44,14 @@ def _raises(words: str):
     (
       {'policy': Disaggregated(decode_steps=17)},
       'decode_steps=17, but a worker takes at most 16 in one pass; lower it or raise max_fused_steps',
+    ),
+    (
+      {'processes': RayCluster(), 'transfer': TransferSpec('host_staged')},
+      "transport is 'host_staged', but between processes KV travels by 'cross_process'; set that or 'auto'",
+    ),
+    (
+      {'processes': RayCluster(), 'workers': (WorkerSpec('a', devices=(1,)), WorkerSpec('b'))},
+      'the workers a name their devices, but in processes of their own each has its own',
     ),
     ({'model': None}, 'neither a model nor a checkpoint'),
     ({'model': None, 'checkpoint': 'random'}, 'neither a model nor a checkpoint'),

@@ -124,7 +124,8 @@ def test_only_the_engine_and_what_stands_above_it_see_both_wings():
 def test_the_engine_takes_no_decisions():
   for module in _of({'pdjax.engine'}):
     seen = {name for name in OURS[module] if _unit(name) in DECIDES}
-    assert seen <= {'pdjax.serving.messages', 'pdjax.config', 'pdjax.cost.memory'}, f'{module} imports {seen}'
+    sizes = {'pdjax.cost.memory', 'pdjax.cost.granularity', 'pdjax.cost.roofline'}
+    assert seen <= {'pdjax.serving.messages', 'pdjax.config', *sizes}, f'{module} imports {seen}'
 
 
 def test_the_face_hands_out_what_it_says_and_from_where_it_says():
@@ -172,6 +173,12 @@ def test_every_module_that_decides_loads_without_jax():
   units = DECIDES | {'pdjax.types', 'pdjax.comparison', 'pdjax.launch', 'pdjax.session'}
   loaded = _fresh('\n'.join(f'import {module}' for module in _of(units)))
   assert 'numpy' in loaded and not loaded & {'jax', 'jaxlib', 'flax', 'pallas_kernels'}
+
+
+def test_the_controller_of_other_processes_loads_without_jax():
+  modules = ('peers', 'process_engine', 'processes', 'ray_workers', 'built')
+  loaded = _fresh('\n'.join(f'import pdjax.engine.{module}' for module in modules))
+  assert 'psutil' not in loaded and not loaded & {'jax', 'jaxlib', 'flax', 'pallas_kernels', 'ray'}
 
 
 def test_importing_pdjax_loads_nothing_else():

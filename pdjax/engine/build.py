@@ -1,6 +1,5 @@
 """Makes an engine out of a config: devices, meshes, weights, pools, and every program compiled."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +14,7 @@ from pdjax.config import ServingConfig
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
+from pdjax.engine.built import Built, WarmUp
 from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import LimitOf, Worker
@@ -24,49 +24,8 @@ from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec, carve_devices, devices_needed
-from pdjax.types.hardware import ChipSpec, LinkSpec
+from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed
 from pdjax.types.model import ModelSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmUp:
-  """What was done before the clock ran.
-
-  Attributes:
-    load_s: Seconds to load the weights.
-    compile_s: Seconds until every program was compiled.
-    measure_s: Seconds to measure the device.
-    program_s: Seconds of each program; they compile side by side.
-    chip: What the first device was measured to do.
-    link: What lies between the first device and the last.
-  """
-
-  load_s: float
-  compile_s: float
-  measure_s: float
-  program_s: dict[str, float]
-  chip: ChipSpec
-  link: LinkSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class Built:
-  """An engine that is ready, and what it took to get there.
-
-  Attributes:
-    engine: The engine.
-    workers: Its workers, `num_pages` filled in.
-    transfer: How KV travels, `layers_from` filled in.
-    devices: The devices of each worker by name.
-    warm_up: What was done.
-  """
-
-  engine: Engine
-  workers: tuple[WorkerSpec, ...]
-  transfer: TransferSpec
-  devices: dict[str, list[str]]
-  warm_up: WarmUp
 
 
 def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:

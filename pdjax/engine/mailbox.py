@@ -21,10 +21,11 @@ class Mailbox:
     self._start_s = time.perf_counter()
     self._last_s = 0.0
 
-  def start_clock(self) -> None:
-    """Let the run begin now, at 0 s."""
+  def start_clock(self, start_s: float | None = None) -> float:
+    """Let the run begin now, at 0 s, or when `time.perf_counter` showed `start_s`; what it showed at 0 s."""
     with self._condition:
-      self._start_s, self._last_s = time.perf_counter(), 0.0
+      self._start_s, self._last_s = time.perf_counter() if start_s is None else start_s, 0.0
+      return self._start_s
 
   def now_s(self) -> float:
     """Seconds since the run began."""

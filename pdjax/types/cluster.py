@@ -11,7 +11,7 @@ from pdjax.types.model import KV_DTYPE_BYTES
 
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
-TransportName = Literal['auto', 'device_put', 'host_staged']
+TransportName = Literal['auto', 'device_put', 'host_staged', 'cross_process']
 GranularityName = Literal['auto', 'request', 'chunk', 'layers']
 
 
@@ -125,7 +125,8 @@ class TransferSpec:
 
   Attributes:
     transport: 'device_put' from device to device of one process; 'host_staged' over the host's memory, for devices that
-      cannot address each other; 'auto' takes the first where both workers have devices of one kind.
+      cannot address each other; 'cross_process' over sockets, for workers in processes of their own, where it is the
+      only one. 'auto' takes that between processes, and else the first where both workers have devices of one kind.
     granularity: 'request' sends a prompt when all of it is computed; 'chunk' sends each chunk while the next is
       computed; 'layers' sends each chunk in groups of layers, one while the next is computed (Patel et al. 2024), for
       which prefill workers run their passes in such groups. 'auto' sends chunk by chunk, and the last chunk of a prompt

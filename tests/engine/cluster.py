@@ -137,16 +137,17 @@ def assert_all_is_free(state: ClusterState) -> None:
 class Impatient:
   """An engine that does not wait for ever."""
 
-  def __init__(self, engine: Engine):
+  def __init__(self, engine: Engine, deadline_s: float = DEADLINE_S):
     self._engine = engine
+    self._deadline_s = deadline_s
 
   def submit(self, orders) -> None:
     self._engine.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
-    now_s, events = self._engine.wait(min(until_s, DEADLINE_S))
-    if now_s >= DEADLINE_S:
-      raise TimeoutError(f'nothing ended within {DEADLINE_S} s.')
+    now_s, events = self._engine.wait(min(until_s, self._deadline_s))
+    if now_s >= self._deadline_s:
+      raise TimeoutError(f'nothing ended within {self._deadline_s} s.')
     return now_s, events
 
 

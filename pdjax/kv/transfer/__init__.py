@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pdjax.kv.transfer.base import PagePool, Parcel, Transport
+from pdjax.kv.transfer.cross_process import CrossProcess
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
 from pdjax.types.cluster import TransferSpec
@@ -10,7 +11,8 @@ from pdjax.types.cluster import TransferSpec
 TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] = {
   'device_put': DevicePut,
   'host_staged': HostStaged,
+  'cross_process': CrossProcess,
 }
 """By the names of `TransferSpec.transport`."""
 
-__all__ = ['TRANSPORTS', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']
+__all__ = ['TRANSPORTS', 'CrossProcess', 'DevicePut', 'HostStaged', 'Parcel', 'Transport']

@@ -12,6 +12,7 @@ Where the target copies its heads over several devices, a piece crosses once and
 
 import abc
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel, places
@@ -123,6 +124,8 @@ class ByPieces(abc.ABC):
     self._gathers: dict[Shape, jax.stages.Compiled] = {}
     self._scatters: dict[Shape, jax.stages.Compiled] = {}
     self._fillers: dict[Shape, list[Units]] = {}
+    self._shapes: dict[Shape, Units] = {}  # worked out once: every transfer asks for them
+    self._arriving: dict[Shape, list[jax.ShapeDtypeStruct]] = {}
 
   # -------------------------------------------------------------------------- programs
 
@@ -131,27 +134,58 @@ class ByPieces(abc.ABC):
 
     Both pools are empty still, so it moves nothing that counts.
     """
+    seconds = self.compile_programs()
+    self.rehearse_all()
+    return seconds
+
+  def compile_programs(self) -> dict[str, float]:
+    """Compile what every size of batch needs; seconds by program."""
 
     def timed(shape: Shape) -> float:
       begin = time.perf_counter()
-      self._gathers[shape] = self._lower_gather(shape).compile()
-      self._scatters[shape] = self._lower_scatter(shape).compile()
-      self._fillers[shape] = self._make_fillers(shape)
+      self.prepare(shape)
       return time.perf_counter() - begin
 
-    shapes = [(layers, size) for layers, sizes in self._sizes.items() for size in sizes]
     names = [f'{size} units' if layers == self.all_layers[1] else f'{size} units of {layers} layers'
-             for layers, size in shapes]  # fmt: skip
+             for layers, size in self.shapes]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
-      seconds = dict(zip(names, pool.map(timed, shapes), strict=True))
-    for layers, size in shapes:
-      ours, theirs = (
-        range(-(-size * self.unit // pool.page_shapes.page_size)) for pool in (self._source, self._target)
-      )
-      parcel = self.send(ours, theirs, 0, size * self.unit, (0, layers))
-      parcel.wait()
-      self.receive(parcel).block_until_ready()
-    return seconds
+      return dict(zip(names, pool.map(timed, self.shapes), strict=True))
+
+  def rehearse_all(self) -> None:
+    """Run every program once, between pools that are empty still."""
+    for shape in self.shapes:
+      self.rehearse(shape)
+
+  @property
+  def shapes(self) -> list[Shape]:
+    """Every size that a batch may have."""
+    return [(layers, size) for layers, sizes in self._sizes.items() for size in sizes]
+
+  def prepare(self, shape: Shape) -> None:
+    """Compile what one size of batch needs."""
+    self.prepare_source(shape)
+    self.prepare_target(shape)
+
+  def prepare_source(self, shape: Shape) -> None:
+    """Compile what the source runs."""
+    self._gathers[shape] = self._lower_gather(shape).compile()
+
+  def prepare_target(self, shape: Shape) -> None:
+    """Compile what the target runs, and put there what it needs."""
+    self._scatters[shape] = self._lower_scatter(shape).compile()
+    self._fillers[shape] = self._make_fillers(shape)
+
+  def rehearse(self, shape: Shape) -> None:
+    """Run the programs of one size of batch once."""
+    layers, size = shape
+    ours, theirs = (self._first_pages(pool, size) for pool in (self._source, self._target))
+    parcel = self.send(ours, theirs, 0, size * self.unit, (0, layers))
+    parcel.wait()
+    self.receive(parcel).block_until_ready()
+
+  def _first_pages(self, pool: PagePool, size: int) -> range:
+    """As many pages as a batch takes."""
+    return range(-(-size * self.unit // pool.page_shapes.page_size))
 
   def _lower_gather(self, shape: Shape) -> jax.stages.Lowered:
     cut, (layers, size) = self.cut, shape
@@ -204,11 +238,15 @@ class ByPieces(abc.ABC):
 
   def _landed(self, shape: Shape) -> Units:
     """Shapes of the pieces of one batch that share an array on the target's mesh."""
+    if shape in self._shapes:
+      return self._shapes[shape]
     layers, size = shape
     mesh = self._target.mesh
     heads, sharding = mesh.shape['kv'] * self.cut.piece_heads, NamedSharding(mesh, _LANDED_SPEC)
     shapes = self._source.page_shapes.part(0, layers)
-    return Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
+    found = Units.shapes(shapes, size, heads, self.unit, self.dtype, mesh.shape['group'], sharding)
+    self._shapes[shape] = found
+    return found
 
   def _make_fillers(self, shape: Shape) -> list[Units]:
     """Zeros on every target device that no piece is put on, row by row of the mesh; they stay there."""
@@ -239,27 +277,48 @@ class ByPieces(abc.ABC):
 
   def land(self, batch: Gathered, put: Callable[[jax.Array, jax.Device], jax.Array]) -> tuple[Units, ...]:
     """The pieces of a batch as arrays on the target's mesh, each put on its device by `put`."""
-    source, target = self._source.mesh.devices, self._target.mesh.devices
+    ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
+    return self.assemble(batch.shape, [put(piece, _device_of(expected)) for piece, expected in ways])
 
-    def joined(shape: Any, piece: int, leaves: list[jax.Array], fillers: list[jax.Array]) -> jax.Array:
-      """One piece of every target shard, of one leaf of units."""
-      arrays = []
-      for target_shard in range(target.shape[0]):
-        source_shard, source_piece = self.cut.source_of(target_shard, piece)
-        arrays.append(put(_shard_on(leaves[source_piece], source[source_shard, 0]), target[target_shard, 0]))
-      return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [*arrays, *fillers])
-
-    shapes, tree = jax.tree.flatten(self._landed(batch.shape))
+  def leaving(self, batch: Gathered) -> list[jax.Array]:
+    """The pieces of a batch, each on the source device that has it: by piece, leaf of units and target shard."""
+    source = self._source.mesh.devices
     leaves = [jax.tree.leaves(units) for units in batch.pieces]
-    fillers = [jax.tree.leaves(units) for units in self._fillers[batch.shape]]
-    landed = []
+    pieces = []
     for piece in range(self.cut.target_pieces):
-      parts = [
-        joined(shape, piece, [units[leaf] for units in leaves], [units[leaf] for units in fillers])
-        for leaf, shape in enumerate(shapes)
-      ]
-      landed.append(jax.tree.unflatten(tree, parts))
-    return tuple(landed)
+      for leaf in range(len(leaves[0])):
+        for target_shard in range(self._target.mesh.shape['kv']):
+          source_shard, source_piece = self.cut.source_of(target_shard, piece)
+          pieces.append(_shard_on(leaves[source_piece][leaf], source[source_shard, 0]))
+    return pieces
+
+  def arriving(self, shape: Shape) -> list[jax.ShapeDtypeStruct]:
+    """Shape, dtype and target device of every piece of a batch, in the same order."""
+    if shape in self._arriving:
+      return self._arriving[shape]
+    leaves = jax.tree.leaves(self._landed(shape))
+    found = self._arriving[shape] = [
+      jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=SingleDeviceSharding(device))
+      for _ in range(self.cut.target_pieces)
+      for leaf in leaves
+      for device in self._target.mesh.devices[:, 0]
+    ]
+    return found
+
+  def assemble(self, shape: Shape, arrived: Sequence[jax.Array]) -> tuple[Units, ...]:
+    """Arrays on the target's mesh out of the pieces of a batch, in the same order."""
+    leaves, tree = jax.tree.flatten(self._landed(shape))
+    fillers = [jax.tree.leaves(units) for units in self._fillers[shape]]
+    shards, rest = self._target.mesh.shape['kv'], iter(arrived)
+
+    def joined(index: int, leaf: Any) -> jax.Array:
+      arrays = [*itertools.islice(rest, shards), *(units[index] for units in fillers)]
+      return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+    return tuple(
+      jax.tree.unflatten(tree, [joined(index, leaf) for index, leaf in enumerate(leaves)])
+      for _ in range(self.cut.target_pieces)
+    )
 
   def num_pieces(self, batches: Sequence[Gathered]) -> int:
     """Arrays of batches that go from one device to another."""
@@ -296,6 +355,11 @@ class ByPieces(abc.ABC):
 def _model(pages: KVPages) -> tuple[int, int, int]:
   """Layers, key/value heads and head size."""
   return len(pages.layers), pages.kv_heads, pages.head_dim
+
+
+def _device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
+  (device,) = piece.sharding.device_set
+  return device
 
 
 def _shard_on(array: jax.Array, device: jax.Device) -> jax.Array:

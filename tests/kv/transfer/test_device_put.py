@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import PageLayout
 from pdjax.kv import KVPages, page_bytes
-from pdjax.kv.transfer import DevicePut, HostStaged
+from pdjax.kv.transfer import CrossProcess, DevicePut, HostStaged
 from pdjax.kv.transfer.pieces import Cut, batch_sizes
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
@@ -184,7 +184,7 @@ SPANS = [
 ]
 
 
-@pytest.mark.parametrize('way', [DevicePut, HostStaged])
+@pytest.mark.parametrize('way', [DevicePut, HostStaged, CrossProcess])
 @pytest.mark.parametrize('page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens', SPANS)
 def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
   page_size, target_size, dtype, target_dtype, tp, target_tp, start, tokens, way

@@ -1,0 +1,68 @@
+"""What building a cluster gives: a backend that is ready to serve, and what it took."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pdjax.serving.messages import Event, Order
+from pdjax.types.cluster import TransferSpec, WorkerSpec
+from pdjax.types.hardware import ChipSpec, LinkSpec
+
+
+class Serving(Protocol):
+  """A backend on devices, of this process or of others."""
+
+  def start_clock(self) -> object:
+    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Begin the orders of one action; see `pdjax.serving.Backend`."""
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Wait until something happened or `until_s` has come; see `pdjax.serving.Backend`."""
+
+  def interrupt(self, note: Callable[[float], None]) -> None:
+    """From any thread: call `note` with the time now and end the wait under way, or else the next."""
+
+  def close(self) -> None:
+    """Wait for what is under way, and end what serves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+  """What was done before the clock ran.
+
+  Attributes:
+    load_s: Seconds to load the weights.
+    compile_s: Seconds until every program was compiled.
+    measure_s: Seconds to measure the device.
+    program_s: Seconds of each program; they compile side by side.
+    chip: What the first device was measured to do.
+    link: What lies between the first device and the last.
+  """
+
+  load_s: float
+  compile_s: float
+  measure_s: float
+  program_s: dict[str, float]
+  chip: ChipSpec
+  link: LinkSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A backend that is ready, and what it took to get there.
+
+  Attributes:
+    engine: The backend.
+    workers: Its workers, `num_pages` filled in.
+    transfer: How KV travels, `layers_from` filled in.
+    devices: The devices of each worker by name.
+    warm_up: What was done.
+  """
+
+  engine: Serving
+  workers: tuple[WorkerSpec, ...]
+  transfer: TransferSpec
+  devices: dict[str, list[str]]
+  warm_up: WarmUp

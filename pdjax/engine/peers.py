@@ -1,0 +1,196 @@
+"""What a controller and the processes of its workers say to each other: plain data, and what it is said through."""
+
+import dataclasses
+import pathlib
+import socket
+from typing import Any, Protocol
+
+from pdjax.serving.messages import Event, Order, TransferOrder
+from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec
+from pdjax.types.handshake import Hello, Manifest
+from pdjax.types.model import ModelSpec
+
+
+class PeerLost(DeviceError):
+  """A worker's process is gone."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Assignment:
+  """All that a process must know to become a worker.
+
+  Attributes:
+    spec: The worker, all counts filled in.
+    incarnation: Which of its lives this is.
+    model: The model's shape, as it is served.
+    checkpoint: Its weights, as `ServingConfig.checkpoint` names them; every host must have them there.
+    dtype: Of weights.
+    precision: Of matrix products.
+    transfer: How KV travels.
+    moves_kv: Whether it does.
+    compilation_cache: Folder where compiled programs are kept; None keeps none.
+  """
+
+  spec: WorkerSpec
+  incarnation: int
+  model: ModelSpec
+  checkpoint: str
+  dtype: str
+  precision: str
+  transfer: TransferSpec
+  moves_kv: bool
+  compilation_cache: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+  """A worker whose weights are loaded and whose passes are compiled.
+
+  Attributes:
+    hello: What others must know of it.
+    load_s: Seconds to load the weights.
+    compile_s: Seconds until every pass was compiled.
+    program_s: Seconds of each program.
+  """
+
+  hello: Hello
+  load_s: float
+  compile_s: float
+  program_s: dict[str, float]
+
+
+# ---------------------------------------------------------------------------- to a worker's process, in order
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartClock:
+  """A run begins; it began when the process's clock showed `start_s`."""
+
+  start_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submit:
+  """Orders of one action: passes of this worker, transfers that leave it, requests to forget.
+
+  Attributes:
+    orders: The orders.
+    numbers: A number for each transfer among them, by order; no other transfer has it, whatever the run.
+    limits: Most tokens of requests that a trace cuts short, by request.
+  """
+
+  orders: tuple[Order, ...]
+  numbers: tuple[tuple[int, int], ...] = ()
+  limits: tuple[tuple[str, int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pull:
+  """Fetch what another worker offers under a number, and write it into pages of this one."""
+
+  number: int
+  order: TransferOrder
+  manifest: Manifest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settle:
+  """A transfer is over: what is held for it may go, and what comes of it is not written.
+
+  Attributes:
+    number: Of the transfer.
+    pulled: Whether its pieces have been pulled, or will be.
+  """
+
+  number: int
+  pulled: bool
+
+
+Message = StartClock | Submit | Pull | Settle
+
+# ---------------------------------------------------------------------------- from a worker's process
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offered:
+  """The pieces of a transfer may be pulled; their devices may still be computing them."""
+
+  number: int
+  manifest: Manifest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gathered:
+  """The pieces of a transfer could leave their devices at `ready_s`."""
+
+  number: int
+  ready_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+  """Passes of the target find from now on what a transfer moved.
+
+  Attributes:
+    number: Of the transfer.
+    pulled_s: When the pull began.
+    arrived_s: When its last piece was there.
+    wire_bytes: Bytes of all pieces.
+    pieces: How many there were.
+  """
+
+  number: int
+  pulled_s: float
+  arrived_s: float
+  wire_bytes: int
+  pieces: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferFailed:
+  """A transfer did not end well on one of its ends."""
+
+  number: int
+  error: str
+
+
+News = Event | Offered | Gathered | Written | TransferFailed
+
+
+class Peer(Protocol):
+  """A worker's process, as its controller sees it. What one thread tells arrives in that order."""
+
+  name: str
+
+  def ask(self, method: str, *args: Any) -> Any:
+    """Call a method of its `WorkerProcess` and wait for the answer.
+
+    Raises:
+      PeerLost: if the process is gone.
+    """
+
+  def tell(self, message: Message) -> None:
+    """Send a message; returns at once and never raises: that a process is gone shows in `listen`."""
+
+  def listen(self) -> tuple[News, ...]:
+    """Wait until something happened there, or a while.
+
+    Raises:
+      PeerLost: if the process is gone.
+    """
+
+  def restart(self) -> None:
+    """Wait until there is an empty process again where one was lost.
+
+    Raises:
+      PeerLost: if there will be none.
+    """
+
+  def close(self) -> None:
+    """End the process."""
+
+
+def node_name() -> str:
+  """This host, by a name that another does not have; processes that share it share a clock."""
+  boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
+  return f'{socket.gethostname()}/{boot.read_text().strip()}' if boot.exists() else socket.gethostname()

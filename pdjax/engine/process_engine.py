@@ -1,0 +1,370 @@
+"""The backend whose workers are in processes of their own: sends them orders, and brings their news into one order.
+
+It computes nothing and never loads JAX. KV goes from process to process: the source offers it under a number, and as
+soon as that is heard here the target is told to pull it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from pdjax.engine.mailbox import Mailbox
+from pdjax.engine.peers import (
+  Gathered,
+  Message,
+  News,
+  Offered,
+  Peer,
+  PeerLost,
+  Pull,
+  Settle,
+  StartClock,
+  Submit,
+  TransferFailed,
+  Written,
+)
+from pdjax.serving.messages import (
+  Done,
+  EndOrder,
+  Event,
+  Failed,
+  Order,
+  StepOrder,
+  TransferOrder,
+  Trip,
+  WorkerBack,
+  WorkerLost,
+)
+from pdjax.types.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heard:
+  """News of one of a worker's processes, with the time at which it came."""
+
+  worker: str
+  process: int
+  news: News
+  heard_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gone:
+  """A worker's process is gone."""
+
+  worker: str
+  process: int
+  error: str
+  ended_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Returned:
+  """A worker has a process again, which knows the others."""
+
+  worker: str
+  process: int
+  incarnation: int
+  ended_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Raise:
+  """Nothing more can be done."""
+
+  error: BaseException
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interrupt:
+  """Ends a wait; what it is about was noted elsewhere."""
+
+
+@dataclasses.dataclass
+class _Place:
+  """What is known of a worker.
+
+  Attributes:
+    peer: Its process.
+    incarnation: Which of its lives this is; a failed pass begins another one in the same process.
+    process: How many processes it has had.
+    up: Whether it takes orders.
+    clock_s: What its clock shows when the controller's shows 0.
+  """
+
+  peer: Peer
+  incarnation: int
+  clock_s: float
+  process: int = 1
+  up: bool = True
+
+
+@dataclasses.dataclass
+class _Transfer:
+  """A transfer under way, of which the source and the target tell one half each; `pulling` once the target is told."""
+
+  number: int
+  order: TransferOrder
+  pulling: bool = False
+  gathered: Gathered | None = None
+  written: Written | None = None
+
+
+class ProcessEngine:
+  """Carries orders out in other processes."""
+
+  def __init__(
+    self,
+    peers: Mapping[str, Peer],
+    incarnations: Mapping[str, int],
+    clocks_s: Mapping[str, float],
+    limit_of: Callable[[Request], int | None] = lambda request: None,
+    revive: Callable[[str, int], tuple[int, float]] | None = None,
+    closed: Callable[[], None] = lambda: None,
+  ):
+    """Serve with processes that know one another.
+
+    Args:
+      peers: The process of each worker.
+      incarnations: Which of its lives each worker is in.
+      clocks_s: What each process's clock shows when the controller's shows 0.
+      limit_of: Most tokens of a request that a trace cuts short; None for others.
+      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it; the life, and
+        what its clock shows.
+        It raises `PeerLost` where that cannot be. None lets a lost worker be lost for good.
+      closed: Called when all is over.
+    """
+    self._places = {name: _Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
+    self._limit_of = limit_of
+    self._revive = revive
+    self._closed_all = closed
+    self._mailbox = Mailbox()
+    self._transfers: dict[int, _Transfer] = {}  # by order
+    self._by_number: dict[int, _Transfer] = {}
+    self._next_number = 1
+    self._clock = threading.Lock()
+    self._start_s = 0.0
+    self._closing = False
+    self._threads = [
+      threading.Thread(target=self._listen, args=(name,), name=f'pdjax-{name}', daemon=True) for name in peers
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def start_clock(self) -> None:
+    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
+    self._transfers.clear()
+    self._by_number.clear()
+    before = self._mailbox.collect(-math.inf)[1]
+    with self._clock:
+      self._start_s = self._mailbox.start_clock()
+      for place in self._places.values():
+        place.peer.tell(StartClock(self._start_s + place.clock_s))
+    for item in before:  # what happened between two runs
+      match item:
+        case _Gone():
+          self._lose(item)
+        case _Returned():
+          self._come_back(item)
+        case _Raise() | _Interrupt():
+          self._mailbox.post(functools.partial(_same, item))
+    for name, place in self._places.items():
+      if not place.up:  # what a new state cannot know
+        self._post_event(WorkerLost(name, 0.0, 'it was lost before this run'))
+      elif place.incarnation > 1:
+        self._post_event(WorkerBack(name, 0.0, place.incarnation))
+
+  def interrupt(self, note: Callable[[float], None]) -> None:
+    """From any thread: call `note` with the time now and end the wait under way, or else the next."""
+
+    def make(stamp_s: float) -> object:
+      note(stamp_s)
+      return _Interrupt()
+
+    self._mailbox.post(make)
+
+  def close(self) -> None:
+    """End the processes and the threads."""
+    self._closing = True
+    try:
+      for place in self._places.values():
+        place.peer.close()
+      for thread in self._threads:
+        thread.join(10.0)
+    finally:
+      self._closed_all()
+
+  def _post_event(self, event: Done | WorkerLost | WorkerBack) -> None:
+    """Have the next wait bring an event, as of now."""
+    self._mailbox.post(lambda ended_s: dataclasses.replace(event, ended_s=ended_s))
+
+  # -------------------------------------------------------------------------- orders
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Send the orders of one action; what goes wrong comes back as an event."""
+    sent: dict[str, list[Order]] = {}
+    numbers: dict[str, list[tuple[int, int]]] = {}
+    for order in orders:
+      match order:
+        case StepOrder():
+          sent.setdefault(order.worker, []).append(order)
+        case TransferOrder():
+          number, self._next_number = self._next_number, self._next_number + 1
+          transfer = self._transfers[order.id] = self._by_number[number] = _Transfer(number, order)
+          sent.setdefault(order.source, []).append(order)
+          numbers.setdefault(order.source, []).append((order.id, transfer.number))
+        case EndOrder():
+          for name in self._places:
+            sent.setdefault(name, []).append(order)
+          began_s = self._mailbox.now_s()
+          self._post_event(Done(order.id, began_s, began_s))
+    for name, some in sent.items():
+      self._tell(name, Submit(tuple(some), tuple(numbers.get(name, ())), self._limits(some)))
+
+  def _limits(self, orders: Sequence[Order]) -> tuple[tuple[str, int], ...]:
+    limits = []
+    for order in orders:
+      if isinstance(order, StepOrder):
+        requests = [chunk.request for chunk in order.chunks]
+        requests += [decode.admission.request for decode in order.decodes if decode.admission is not None]
+        limits += [(one.id, limit) for one in requests if (limit := self._limit_of(one)) is not None]
+    return tuple(limits)
+
+  def _tell(self, name: str, message: Message) -> None:
+    place = self._places[name]
+    if place.up:  # what a lost worker was to do, failed with it
+      place.peer.tell(message)
+
+  # -------------------------------------------------------------------------- news
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Wait until an order ended, an interrupt or `until_s` has come."""
+    while True:
+      now_s, items = self._mailbox.collect(until_s)
+      events: list[Event] = []
+      interrupted = False
+      for item in items:
+        match item:
+          case _Heard():
+            place = self._places[item.worker]
+            if place.up and item.process == place.process:
+              events += self._hear(item.worker, item.news, item.heard_s)
+          case _Gone():
+            events += self._lose(item)
+          case _Returned():
+            events.append(self._come_back(item))
+          case _Raise():
+            raise item.error
+          case _Interrupt():
+            interrupted = True
+          case _:
+            events.append(item)
+      if events or interrupted or now_s >= until_s:
+        return now_s, events
+
+  def _hear(self, worker: str, news: News, heard_s: float) -> list[Event]:
+    """What news of a worker mean for the loop."""
+    match news:
+      case Offered() | Gathered() | Written() | TransferFailed():
+        transfer = self._by_number.get(news.number)
+        return [] if transfer is None else self._hear_of(transfer, news, heard_s)
+      case WorkerLost():
+        self._drop_transfers(worker)
+        return [dataclasses.replace(news, ended_s=heard_s)]
+      case WorkerBack():
+        self._places[worker].incarnation = news.incarnation
+        return [dataclasses.replace(news, ended_s=heard_s)]
+      case Done() | Failed():
+        return [dataclasses.replace(news, ended_s=heard_s)]
+    raise AssertionError(news)
+
+  def _hear_of(self, transfer: _Transfer, news: News, heard_s: float) -> list[Event]:
+    """What news of a transfer that is not over mean."""
+    order = transfer.order
+    match news:
+      case Offered():
+        transfer.pulling = True
+        self._tell(order.target, Pull(transfer.number, order, news.manifest))
+      case Gathered():
+        transfer.gathered = news
+      case Written():
+        transfer.written = news
+      case TransferFailed():
+        self._settle(transfer)
+        return [Failed(order.id, heard_s, news.error)]
+    gathered, written = transfer.gathered, transfer.written
+    if gathered is None or written is None:
+      return []
+    self._settle(transfer)
+    trip = Trip(max(gathered.ready_s, written.pulled_s), written.arrived_s, written.pieces)
+    return [Done(order.id, gathered.ready_s, heard_s, wire_bytes=written.wire_bytes, trip=trip)]
+
+  def _settle(self, transfer: _Transfer) -> None:
+    """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
+
+    A pull that has begun is left to end, for one whose pieces are taken away never does.
+    """
+    source, target = transfer.order.source, transfer.order.target
+    del self._transfers[transfer.order.id], self._by_number[transfer.number]
+    pulled = transfer.pulling and self._places[target].up
+    for name in (source, target):
+      self._tell(name, Settle(transfer.number, pulled))
+
+  def _drop_transfers(self, worker: str) -> None:
+    """End every transfer from or to a worker that was lost."""
+    for transfer in [*self._transfers.values()]:
+      if worker in (transfer.order.source, transfer.order.target):
+        self._settle(transfer)
+
+  # -------------------------------------------------------------------------- processes that end
+
+  def _listen(self, name: str) -> None:
+    """On a thread for each worker: post what its process tells, and see to it that there is another one."""
+    place = self._places[name]
+    for process in itertools.count(1):
+      try:
+        while not self._closing:
+          for news in place.peer.listen():
+            self._mailbox.post(functools.partial(_Heard, name, process, news))
+        return
+      except Exception as error:
+        if self._closing:
+          return
+        message = str(error) if isinstance(error, PeerLost) else f'{type(error).__name__}: {error}'
+      self._mailbox.post(functools.partial(_Gone, name, process, message))
+      try:
+        life = self._return(name, place, message)
+      except BaseException as error:
+        if not self._closing:
+          self._mailbox.post(functools.partial(_same, _Raise(error)))
+        return
+      self._mailbox.post(functools.partial(_Returned, name, process + 1, life))
+
+  def _return(self, name: str, place: _Place, message: str) -> int:
+    """Have a new process made for a lost worker; the life that begins in it."""
+    if self._revive is None:
+      raise PeerLost(f'worker {name!r} is lost and stays so: {message}')
+    life, place.clock_s = self._revive(name, place.incarnation + 1)
+    with self._clock:  # of the run that is under way now
+      place.peer.tell(StartClock(self._start_s + place.clock_s))
+    return life
+
+  def _come_back(self, item: _Returned) -> WorkerBack:
+    place = self._places[item.worker]
+    place.up, place.process, place.incarnation = True, item.process, item.incarnation
+    return WorkerBack(item.worker, item.ended_s, item.incarnation)
+
+  def _lose(self, gone: _Gone) -> list[Event]:
+    place = self._places[gone.worker]
+    if not place.up or gone.process != place.process:
+      return []
+    place.up = False
+    self._drop_transfers(gone.worker)
+    return [WorkerLost(gone.worker, gone.ended_s, gone.error)]
+
+
+def _same(item: object, stamp_s: float) -> object:
+  return item

@@ -1,0 +1,260 @@
+"""Makes a backend out of a config whose workers are in processes of their own: load, compile, handshake."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pdjax.config import ServingConfig
+from pdjax.cost.granularity import choose_granularity
+from pdjax.cost.memory import size_pools
+from pdjax.cost.roofline import Roofline
+from pdjax.engine.built import Built, WarmUp
+from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
+from pdjax.engine.process_engine import ProcessEngine
+from pdjax.types.cluster import WorkerSpec
+from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
+from pdjax.types.hardware import LinkSpec
+from pdjax.types.model import ModelSpec
+from pdjax.types.request import Request
+
+_LINK_BYTES = 8 * 2**20
+_PINGS = 16  # of which the quickest tells how two clocks differ
+_MAX_REVIVALS = 3  # in a row that fail before a worker is given up
+
+
+def build_processes(
+  config: ServingConfig,
+  model: ModelSpec,
+  peers: Mapping[str, Peer],
+  output_len: Callable[[str], int | None] = lambda request: None,
+  say: Callable[[str], None] = lambda line: None,
+  closed: Callable[[], None] = lambda: None,
+) -> Built:
+  """Load and compile everything a config needs, each worker in its process, and have them know one another.
+
+  Args:
+    config: The run.
+    model: The model's shape, as it is to be served.
+    peers: An empty process for each worker.
+    output_len: How many tokens a request really generates, where that is known, by its id.
+    say: Told in a line what is being done.
+    closed: Called when the backend is closed, after its processes.
+
+  Raises:
+    ValueError: if the workers do not fit their devices, the model's heads or the memory.
+    HandshakeError: if the processes do not fit together.
+    DeviceError: if a process has no such devices, or no way to send KV to another.
+    PeerLost: if a process ends meanwhile.
+  """
+  with ThreadPoolExecutor(max(1, len(peers))) as pool:
+
+    def everywhere(ask: Callable[[str], Any]) -> dict[str, Any]:
+      return dict(zip(peers, pool.map(ask, peers), strict=True))
+
+    begin = time.perf_counter()
+    handshake = Handshake(config, model, peers)
+    machines: dict[str, Machine] = everywhere(handshake.begin)
+    specs = handshake.specs = _size_pools(config, model, machines)
+    first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
+    chip = peers[first].ask('measure', config.dtype, config.precision)
+    link = handshake.measure_link(first, last)
+    measured = time.perf_counter()
+    on_cpu = machines[first].platform == 'cpu'
+    cost = Roofline(chip, link, config.dtype_bytes, shared_host=on_cpu)
+    handshake.transfer = choose_granularity(config.transfer, model, tuple(specs.values()), cost)
+    loaded: dict[str, Loaded] = everywhere(lambda name: handshake.load(name, 1))
+    for name, spec in specs.items():
+      pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
+      where = f'{", ".join(machines[name].devices)} of process {machines[name].pid}'
+      say(f'{name}: {spec.role.value}, tp={spec.tp} on {where}, {pages}')
+    check_together([one.hello for one in loaded.values()])
+    program_s = {f'{name}/{key}': s for name, one in loaded.items() for key, s in one.program_s.items()}
+    load_s = max(one.load_s for one in loaded.values())
+    say(f'weights loaded and {len(program_s)} programs compiled in {time.perf_counter() - measured:.1f} s')
+    for source, target in handshake.ways:
+      program_s.update(handshake.connect(source, target))
+    clocks = everywhere(lambda name: clock_offset(peers[name], machines[name].node))
+  compiled = time.perf_counter()
+  say(f'warm-up took {compiled - begin:.1f} s, in {len(peers)} processes')
+  warm_up = WarmUp(load_s, compiled - measured - load_s, measured - begin, program_s, chip, link)
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, limit_of(model, output_len), handshake.revive, closed)
+  devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
+  return Built(engine, tuple(specs.values()), handshake.transfer, devices, warm_up)
+
+
+def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, Machine]) -> dict[str, WorkerSpec]:
+  """The workers with all counts filled in, by what there is where they run."""
+  sized: dict[str, WorkerSpec] = {}
+  on_cpu = any(machine.platform == 'cpu' for machine in machines.values())
+  groups = itertools.groupby(
+    sorted(config.cluster, key=lambda one: machines[one.name].node if on_cpu else one.name),
+    key=lambda one: machines[one.name].node if on_cpu else one.name,
+  )
+  for _, group in groups:
+    workers = tuple(group)
+    counter = itertools.count()
+    devices = {one.name: tuple(itertools.islice(counter, one.tp)) for one in workers}
+    memory = min(machines[one.name].memory_bytes for one in workers)
+    staging = config.staging_bytes
+    for spec in size_pools(
+      workers, devices, model, config.dtype_bytes, memory, one_memory=on_cpu, staging_bytes=staging
+    ):
+      sized[spec.name] = spec
+  return {worker.name: sized[worker.name] for worker in config.workers}
+
+
+def limit_of(model: ModelSpec, output_len: Callable[[str], int | None]) -> Callable[[Request], int | None]:
+  """Tells most tokens of a request that a trace cuts short, and None of others."""
+
+  def limit(request: Request) -> int | None:
+    least = request.token_limit(model.context_len, output_len)
+    return None if least == request.token_limit(model.context_len) else least
+
+  return limit
+
+
+def clock_offset(peer: Peer, node: str) -> float:
+  """What a process's clock shows when the controller's shows 0; processes of one host have one clock.
+
+  Otherwise it is known to half of the quickest answer's time.
+  """
+  if node == node_name():
+    return 0.0
+  answers = []
+  for _ in range(_PINGS):
+    asked_s = time.perf_counter()
+    shown_s = peer.ask('clock')
+    answered_s = time.perf_counter()
+    answers.append((answered_s - asked_s, shown_s - (asked_s + answered_s) / 2))
+  return min(answers)[1]
+
+
+class Handshake:
+  """Has processes become workers that know one another, at the start and whenever one was lost.
+
+  Attributes:
+    specs: The workers; their counts are to be filled in before any of them is loaded.
+    transfer: How KV travels; the same goes for `layers_from`.
+    ways: From which worker to which.
+  """
+
+  def __init__(self, config: ServingConfig, model: ModelSpec, peers: Mapping[str, Peer]):
+    self._config = config
+    self._model = model
+    self._peers = peers
+    self.specs = {spec.name: spec for spec in config.cluster}
+    self.transfer = config.transfer
+    self.ways: Sequence[tuple[str, str]] = [
+      (source.name, target.name)
+      for source, target in itertools.permutations(config.workers, 2)
+      if config.moves_kv and source.role.prefills and target.role.decodes
+    ]
+    self._lock = threading.Lock()
+    self._machines: dict[str, Machine] = {}
+    self._hellos: dict[str, Hello] = {}
+    self._number = itertools.count(1 << 46)  # of what is lent to measure, beyond those of transfers
+
+  def begin(self, name: str) -> Machine:
+    """Have an empty process make its devices ready."""
+    config = self._config
+    host = '127.0.0.1' if config.processes is None else config.processes.host
+    machine = self._peers[name].ask('machine', config.platform, self.specs[name].tp, host)
+    with self._lock:
+      self._machines[name] = machine
+    return machine
+
+  def load(self, name: str, incarnation: int) -> Loaded:
+    """Have a process become a worker, and see that it is the one that was asked for."""
+    config, spec = self._config, self.specs[name]
+    assert config.checkpoint is not None
+    assignment = Assignment(
+      spec, incarnation, self._model, config.checkpoint, config.dtype, config.precision, self.transfer,
+      config.moves_kv, config.compilation_cache,
+    )  # fmt: skip
+    loaded = self._peers[name].ask('load', assignment)
+    check_worker(loaded.hello, spec)
+    with self._lock:
+      self._hellos[name] = loaded.hello
+    return loaded
+
+  def connect(self, source: str, target: str) -> dict[str, float]:
+    """Make a way ready at both ends; seconds of each program.
+
+    Raises:
+      HandshakeError: if the two do not cut what travels alike, or cannot reach each other.
+    """
+    ours, theirs = self._hellos[source], self._hellos[target]
+    address = ours.machine.address
+    if ours.machine.node != theirs.machine.node and address.startswith(('127.', '[::1]')):
+      raise HandshakeError(
+        f'worker {source!r} on {ours.machine.node} lets KV be pulled at {address} only, which {target!r} on '
+        f"{theirs.machine.node} cannot reach; set processes.host='node', and read docs/security.md before."
+      )
+    with ThreadPoolExecutor(2) as pool:  # either compiles for itself
+      ends = [pool.submit(self._peers[source].ask, 'send_to', theirs)]
+      ends.append(pool.submit(self._peers[target].ask, 'receive_from', ours))
+      (sent, send_s), (received, receive_s) = (end.result() for end in ends)
+    check_plans(source, target, sent, received)
+    return {f'{source}→{target}/{name}': s for seconds in (send_s, receive_s) for name, s in seconds.items()}
+
+  def measure_link(self, source: str, target: str) -> LinkSpec:
+    """What a pull between two processes carries."""
+
+    def seconds(size: int) -> float:
+      found = []
+      for _ in range(3):
+        number = next(self._number)
+        self._peers[source].ask('lend', number, size)
+        found.append(self._peers[target].ask('fetch', self._machines[source].address, number, size))
+      return min(found)
+
+    small_s, large_s = seconds(4), seconds(_LINK_BYTES)
+    return LinkSpec(_LINK_BYTES / max(large_s - small_s, 1e-6), small_s, source='measured at warm-up')
+
+  def revive(self, name: str, incarnation: int) -> tuple[int, float]:
+    """Have the new process of a lost worker take its place; its life, and what its clock shows.
+
+    Raises:
+      PeerLost: if there is no process any more, or each new one is lost at once.
+      HandshakeError: if it does not fit the others.
+    """
+    peer = self._peers[name]
+    with self._lock:
+      self._hellos.pop(name, None)
+    for left in reversed(range(_MAX_REVIVALS)):
+      try:
+        peer.restart()
+        machine = self.begin(name)
+        loaded = self.load(name, incarnation)
+        with self._lock:
+          others = [hello for other, hello in self._hellos.items() if other != name]
+        check_together([loaded.hello, *others])
+        self._connect_again(name)
+        return incarnation, clock_offset(peer, machine.node)
+      except PeerLost as error:
+        if not left:
+          raise PeerLost(f'worker {name!r} was lost {_MAX_REVIVALS} times while it came back; last: {error}') from error
+    raise AssertionError
+
+  def _connect_again(self, name: str) -> None:
+    """Every way from and to a worker; those that are lost themselves connect when they come back."""
+    for source, target in self.ways:
+      if name in (source, target):
+        with self._lock:
+          known = source in self._hellos and target in self._hellos
+        if known:
+          try:
+            self.connect(source, target)
+          except PeerLost:
+            if self._is_lost(name):
+              raise
+
+  def _is_lost(self, name: str) -> bool:
+    try:
+      self._peers[name].ask('clock')
+    except PeerLost:
+      return True
+    return False

@@ -1,0 +1,243 @@
+"""The same worker in a Ray actor: another process, another host.
+
+Ray places the processes, watches them and says at once when one is gone; orders and news travel as Ray calls. KV never
+does.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import pathlib
+import secrets
+import threading
+import time
+import types
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pdjax.engine.peers import Message, News, PeerLost
+from pdjax.types.cluster import DeviceError, WorkerSpec
+from pdjax.types.processes import RayCluster
+
+_LISTEN_S = 5.0  # of one call that waits for news
+_PLACE_S = 60.0  # until Ray has set aside what the workers need
+_START_S = 120.0  # until a process is there
+_CLOSE_S = 10.0  # until a process has ended its threads
+_GROUPS = {'orders': 1, 'news': 1, 'control': 4}  # threads for each kind of call
+_STORE_BYTES = 80 * 2**20  # the least that Ray takes: no KV goes through its object store
+
+
+def import_ray() -> types.ModuleType:
+  """Ray, with nothing sent about its use, unless the environment says otherwise.
+
+  Raises:
+    DeviceError: if it is not installed.
+  """
+  os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+  try:
+    import ray
+  except ImportError as error:
+    raise DeviceError(
+      f'workers in processes of their own need Ray, which is not there ({error}); run `pip install pdjax[cluster]`, or '
+      'leave processes out of the config.'
+    ) from error
+  return ray
+
+
+def make_token() -> None:
+  """Have a token that nobody else knows guard the cluster which is started next, if there is none yet.
+
+  That Ray wants one is its own default. By itself it would leave the token in a file that others may read.
+  """
+  written = pathlib.Path('~/.ray/auth_token').expanduser()
+  if 'RAY_AUTH_TOKEN' not in os.environ and 'RAY_AUTH_TOKEN_PATH' not in os.environ and not written.exists():
+    os.environ['RAY_AUTH_TOKEN'] = secrets.token_hex(32)
+
+
+class RayWorker:
+  """What Ray runs in a worker's process: a `WorkerProcess`, and the order of what it is told."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._process: Any = None
+    self._held: dict[int, Message] = {}
+    self._next = 0
+
+  def call(self, method: str, *args: Any) -> Any:
+    """Call a method of the worker's process."""
+    with self._lock:
+      if self._process is None:
+        from pdjax.engine.worker_process import WorkerProcess  # JAX begins here
+
+        self._process = WorkerProcess(node_host=import_ray().util.get_node_ip_address())
+    return getattr(self._process, method)(*args)
+
+  def take(self, count: int, message: Message) -> None:
+    """Hand on messages in the order in which they are counted: Ray may bring two that overtook each other."""
+    self._held[count] = message
+    while self._next in self._held:
+      due = self._held.pop(self._next)
+      self._next += 1
+      if self._process is not None:  # else it was meant for a process before this one
+        self._process.take(due)
+
+
+class RayPeer:
+  """A worker's actor, as its controller sees it.
+
+  Args:
+    name: The worker's name.
+    start: Starts an actor by a name that none had before.
+    ray: Ray.
+  """
+
+  def __init__(self, name: str, start: Callable[[str], Any], ray: types.ModuleType):
+    self.name = name
+    self._start = start
+    self._ray = ray
+    self._lock = threading.Lock()
+    self._lives = itertools.count(1)
+    self._begin()
+
+  def _begin(self) -> None:
+    actor = self._start(f'{self.name}-{next(self._lives)}')
+    with self._lock:
+      self._actor, self._counts = actor, itertools.count()
+
+  def ask(self, method: str, *args: Any) -> Any:
+    """Call a method of its `WorkerProcess` and wait for the answer."""
+    return self._get(self._method('call', 'control').remote(method, *args))
+
+  def tell(self, message: Message) -> None:
+    """Send a message; a process that is gone shows in `listen`."""
+    with self._lock, contextlib.suppress(self._ray.exceptions.RayError):
+      self._method('take', 'orders', num_returns=0).remote(next(self._counts), message)
+
+  def listen(self) -> tuple[News, ...]:
+    """Wait until something happened there, or a while."""
+    return self._get(self._method('call', 'news').remote('listen', _LISTEN_S))
+
+  def restart(self) -> None:
+    """Have Ray start another process in the place of the lost one."""
+    try:
+      self._begin()
+      self._ray.get(self._actor.__ray_ready__.remote(), timeout=_START_S)
+    except (self._ray.exceptions.RayError, ValueError) as error:
+      raise PeerLost(f'there is no new process for worker {self.name!r}: {_first_line(error)}') from error
+
+  def close(self) -> None:
+    """End the process."""
+    with contextlib.suppress(Exception):
+      self._ray.get(self._method('call', 'control').remote('close'), timeout=_CLOSE_S)
+    with contextlib.suppress(Exception):
+      self._ray.kill(self._actor)
+
+  def _method(self, name: str, group: str, **options: Any) -> Any:
+    return getattr(self._actor, name).options(concurrency_group=group, **options)
+
+  def _get(self, answer: Any) -> Any:
+    try:
+      return self._ray.get(answer)
+    except self._ray.exceptions.RayTaskError as error:
+      raise error.cause from None
+    except self._ray.exceptions.RayError as error:
+      raise PeerLost(f'the process of worker {self.name!r} is gone ({_first_line(error)})') from error
+
+
+class RayProcesses:
+  """An empty process for each worker, on a Ray cluster that is there or on one that is started here for them.
+
+  Args:
+    cluster: Which.
+    workers: The workers.
+    platform: Of the config.
+    say: Told in a line what is being done.
+
+  Raises:
+    DeviceError: if Ray is not installed, cannot be reached or has no room for the workers.
+  """
+
+  def __init__(
+    self,
+    cluster: RayCluster,
+    workers: Sequence[WorkerSpec],
+    platform: str | None,
+    say: Callable[[str], None] = lambda line: None,
+  ):
+    ray = self._ray = import_ray()
+    self._close_calls: list[Callable[[], object]] = []
+    try:
+      begin = time.perf_counter()
+      self._connect(cluster, workers)
+      done = 'started' if cluster.address is None else 'reached'
+      say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
+      bundles = [cluster.resources(worker.tp, platform) for worker in workers]
+      group = ray.util.placement_group(bundles, strategy=cluster.strategy)
+      self._close_calls.append(lambda: ray.util.remove_placement_group(group))
+      try:
+        ray.get(group.ready(), timeout=_PLACE_S)
+      except ray.exceptions.GetTimeoutError:
+        raise DeviceError(
+          f'the workers need {bundles} of the Ray cluster, which has {ray.available_resources()} free; lower the '
+          'number of workers, tp or processes.cpus, or use a larger cluster.'
+        ) from None
+      self.peers = {
+        worker.name: RayPeer(worker.name, functools.partial(self._start, group, index, bundle), ray)
+        for index, (worker, bundle) in enumerate(zip(workers, bundles, strict=True))
+      }
+    except BaseException:
+      self.close()
+      raise
+
+  def _connect(self, cluster: RayCluster, workers: Sequence[WorkerSpec]) -> None:
+    ray = self._ray
+    if ray.is_initialized():
+      raise DeviceError('Ray is in use in this process already; end the other run, or call ray.shutdown().')
+    options: dict[str, Any] = {'namespace': f'pdjax-{uuid.uuid4().hex[:8]}', 'log_to_driver': False}
+    if cluster.address is None:
+      make_token()
+      cpus = max(os.cpu_count() or 1, int(-(-cluster.cpus * len(workers) // 1)))
+      options |= {
+        'address': 'local', 'num_cpus': cpus, 'object_store_memory': _STORE_BYTES, 'include_dashboard': False,
+        '_node_ip_address': '127.0.0.1',
+      }  # fmt: skip
+    else:
+      options |= {'address': cluster.address}
+    try:
+      ray.init(configure_logging=False, **options)
+    except Exception as error:
+      where = 'started here' if cluster.address is None else f'reached at {cluster.address!r}'
+      raise DeviceError(
+        f'Ray cannot be {where} ({_first_line(error)}); docs/security.md says what a client needs.'
+      ) from error
+    self._close_calls.append(ray.shutdown)
+
+  def _start(self, group: Any, index: int, bundle: dict[str, float], name: str) -> Any:
+    """An actor in one of the places that were set aside; when it is lost, its controller decides what then."""
+    ray = self._ray
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, index)
+    others = {name: amount for name, amount in bundle.items() if name not in ('CPU', 'GPU')}
+    actor = ray.remote(concurrency_groups=_GROUPS)(RayWorker).options(
+      name=name,
+      num_cpus=bundle['CPU'],
+      num_gpus=bundle.get('GPU', 0),
+      resources=others,
+      scheduling_strategy=strategy,
+      max_restarts=0,  # by itself Ray tells a second later that an actor is lost which it starts anew
+      max_task_retries=0,
+    )
+    return actor.remote()
+
+  def close(self) -> None:
+    """Give everything back, and end Ray if it was started here."""
+    calls, self._close_calls = self._close_calls, []
+    for call in reversed(calls):
+      with contextlib.suppress(Exception):
+        call()
+
+
+def _first_line(error: BaseException) -> str:
+  text = str(error).strip()
+  return text.splitlines()[0] if text else type(error).__name__

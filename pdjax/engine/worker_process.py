@@ -1,0 +1,265 @@
+"""What runs in the process of one worker: the worker, its part of the engine, and its ends of the ways to others."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdjax.engine.build import device_memory_bytes, prepare_devices
+from pdjax.engine.calibration import measure_chip
+from pdjax.engine.engine import describe
+from pdjax.engine.fingerprint import fingerprint
+from pdjax.engine.peers import Assignment, Loaded, Message, News, Pull, Settle, StartClock, Submit, node_name
+from pdjax.engine.worker import Worker
+from pdjax.engine.worker_engine import WorkerEngine
+from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
+from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from pdjax.model.weights import load_weights
+from pdjax.sharding import make_mesh
+from pdjax.types.cluster import DeviceError
+from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
+from pdjax.types.hardware import ChipSpec
+from pdjax.types.request import Request
+
+_VERSIONED = ('pdjax', 'jax', 'jaxlib')  # what must be alike where KV is exchanged
+
+
+class WorkerProcess:
+  """Serves one controller, whose calls may come from several threads; `take` is called by one at a time.
+
+  Args:
+    devices: Which devices the worker has; None makes them, as `prepare_devices` does.
+    node_host: This host's address in its network.
+  """
+
+  def __init__(self, devices: Sequence[jax.Device] | None = None, node_host: str = LOOPBACK):
+    self._devices = list(devices or ())
+    self._node_host = node_host
+    self._limits: dict[str, int] = {}
+    self._news: list[News] = []
+    self._changed = threading.Condition()
+    self._error: BaseException | None = None
+    self._closed = False
+    self._lent: list[jax.Array] = []
+
+  # -------------------------------------------------------------------------- beginning
+
+  def machine(self, platform: str | None, num_devices: int, host: str) -> Machine:
+    """Where this is; its devices are made ready, and what others pull is offered at that address.
+
+    Raises:
+      DeviceError: if there are not so many devices of the platform, or they have no transfer server.
+    """
+    if not self._devices:
+      found = prepare_devices(platform, num_devices)
+      if len(found) < num_devices:
+        raise DeviceError(f'the worker needs {num_devices} devices, but its process has {len(found)}; lower tp.')
+      self._devices = list(found[:num_devices])
+    names = tuple(map(str, self._devices))
+    first = self._devices[0]
+    self._server = Server(first, self._node_host if host == 'node' else host)
+    memory = device_memory_bytes(first)
+    self._machine = Machine(node_name(), os.getpid(), first.platform, names, memory, self._server.address)
+    return self._machine
+
+  def load(self, assignment: Assignment) -> Loaded:
+    """Load the weights and compile every pass.
+
+    Raises:
+      HandshakeError: if the checkpoint here is of another model.
+    """
+    self._assignment = assignment
+    spec, model = assignment.spec, assignment.model
+    if assignment.compilation_cache:
+      jax.config.update('jax_compilation_cache_dir', assignment.compilation_cache)
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    begin = time.perf_counter()
+    checkpoint = self._open_checkpoint(assignment)
+    mesh = make_mesh(model, self._devices)
+    weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(assignment.dtype))[None]
+    sends = assignment.transfer if assignment.moves_kv else None
+    worker = Worker(spec, model, mesh, weights, self._limit_of, checkpoint.tokenizer(), sends)
+    worker.incarnation = assignment.incarnation
+    loaded = time.perf_counter()
+    program_s = self.compile_worker(worker)
+    compile_s = time.perf_counter() - loaded
+    self.engine = WorkerEngine(worker)
+    self._thread = threading.Thread(target=self._run, name='pdjax-worker', daemon=True)
+    self._thread.start()
+    versions = tuple((name, _version(name)) for name in _VERSIONED)
+    hello = Hello(
+      spec.name, worker.incarnation, self._machine, versions, model, fingerprint(weights), assignment.dtype,
+      describe_pool(worker),
+    )  # fmt: skip
+    return Loaded(hello, loaded - begin, compile_s, program_s)
+
+  def compile_worker(self, worker: Worker) -> dict[str, float]:
+    """Compile every pass; seconds by program."""
+    return worker.compile(self._assignment.precision)
+
+  def compile_half(self, half: Half) -> dict[str, float]:
+    """Compile what one end of a way needs; seconds by program."""
+    return half.compile_programs()
+
+  def _open_checkpoint(self, assignment: Assignment) -> Checkpoint:
+    model = assignment.model
+    if assignment.checkpoint == 'random':
+      return RandomCheckpoint(model)
+    checkpoint = open_checkpoint(assignment.checkpoint)
+    found = dataclasses.replace(checkpoint.spec, name=model.name, context_len=model.context_len)
+    if found != model:
+      raise HandshakeError(
+        f'checkpoint {assignment.checkpoint!r} at worker {assignment.spec.name!r} holds {found}, but the controller '
+        f'serves {model}; give every host the same checkpoint.'
+      )
+    return checkpoint
+
+  def send_to(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
+    """Be ready to send KV to another worker; how it is cut, and the seconds of each program."""
+    engine, name = self.engine, other.worker
+    if name not in engine.senders:
+      remote = RemotePool.of(other.model, other.pool)
+      return self._prepare(Sender(engine.worker, remote, self._assignment.transfer, self._server), engine.senders, name)
+    return engine.senders[name].plan(), {}
+
+  def receive_from(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
+    """Be ready to pull KV from another worker, or from its new life; how it is cut, and the seconds of each program."""
+    engine, name = self.engine, other.worker
+    if name not in engine.receivers:
+      remote = RemotePool.of(other.model, other.pool)
+      receiver = Receiver(remote, engine.worker, self._assignment.transfer, self._server, other.machine.address)
+      return self._prepare(receiver, engine.receivers, name)
+    receiver = engine.receivers[name]
+    receiver.address = other.machine.address
+    return receiver.plan(), {}
+
+  def _prepare(self, half: Half, halves: dict, name: str) -> tuple[WayPlan, dict[str, float]]:
+    """Compile half a way. Its programs run once between orders, for they replace the worker's pages."""
+    seconds = self.compile_half(half)
+    self._between_orders(half.rehearse_all)
+    halves[name] = half
+    return half.plan(), seconds
+
+  def _between_orders(self, do) -> None:
+    done = threading.Event()
+    errors: list[BaseException] = []
+
+    def call() -> None:
+      try:
+        do()
+      except BaseException as error:
+        errors.append(error)
+      done.set()
+
+    self.engine.call(call)
+    done.wait()
+    if errors:
+      raise errors[0]
+
+  # -------------------------------------------------------------------------- measuring
+
+  def pid(self) -> int:
+    """This process."""
+    return os.getpid()
+
+  def clock(self) -> float:
+    """What this process's clock shows."""
+    return time.perf_counter()
+
+  def measure(self, dtype: str, precision: str) -> ChipSpec:
+    """What the worker's first device does."""
+    return measure_chip(self._devices[0], jnp.dtype(dtype), precision)
+
+  def lend(self, number: int, num_bytes: int) -> None:
+    """Offer so many bytes, to measure how long they travel."""
+    array = jax.device_put(np.zeros(num_bytes, np.uint8), self._devices[0]).block_until_ready()
+    self._server.offer(number, [array])
+
+  def fetch(self, address: str, number: int, num_bytes: int) -> float:
+    """Seconds to pull bytes that another process lends."""
+    sharding = jax.sharding.SingleDeviceSharding(self._devices[0])
+    begin = time.perf_counter()
+    jax.block_until_ready(
+      self._server.pull(address, number, [jax.ShapeDtypeStruct((num_bytes,), np.uint8, sharding=sharding)])
+    )
+    return time.perf_counter() - begin
+
+  # -------------------------------------------------------------------------- serving
+
+  def take(self, message: Message) -> None:
+    """Do what the controller says, after all it said before; returns at once.
+
+    What comes before the weights are loaded was meant for a process before this one.
+    """
+    if not hasattr(self, 'engine'):
+      return
+    engine = self.engine
+    match message:
+      case StartClock(start_s):
+        engine.call(self._limits.clear)
+        engine.call(functools.partial(engine.start_clock_at, start_s))
+      case Submit(orders, numbers, limits):
+        engine.call(functools.partial(self._submit, orders, dict(numbers), dict(limits)))
+      case Pull(number, order, manifest):
+        engine.call(functools.partial(engine.pull, number, order, manifest))
+      case Settle(number, pulled):
+        engine.call(functools.partial(engine.settle, number, pulled))
+
+  def listen(self, timeout_s: float) -> tuple[News, ...]:
+    """Wait for news, at most so long.
+
+    Raises:
+      RuntimeError: if the process can do nothing any more.
+    """
+    with self._changed:
+      self._changed.wait_for(lambda: self._news or self._error or self._closed, timeout_s)
+      if self._error is not None and not self._news:
+        raise RuntimeError(describe(self._error)) from self._error  # type: ignore[arg-type]
+      news, self._news = tuple(self._news), []
+      return news
+
+  def close(self) -> None:
+    """End the threads; passes under way are waited for."""
+    self._closed = True
+    with self._changed:
+      self._changed.notify_all()
+    if hasattr(self, 'engine'):
+      self.engine.stop()
+      self._thread.join()
+      self.engine.close()
+
+  def _submit(self, orders, numbers: dict[int, int], limits: dict[str, int]) -> None:
+    self._limits.update(limits)
+    self.engine.take(orders, numbers)
+
+  def _limit_of(self, request: Request) -> int:
+    limit = request.token_limit(self._assignment.model.context_len)
+    return min(limit, self._limits.get(request.id, limit))
+
+  def _run(self) -> None:
+    """The thread that dispatches: whatever happens, goes to whoever listens."""
+    try:
+      while not self._closed:
+        _, news = self.engine.wait(math.inf)
+        with self._changed:
+          self._news += news
+          self._changed.notify_all()
+    except BaseException as error:
+      with self._changed:
+        self._error = error
+        self._changed.notify_all()
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return 'not installed'

@@ -1,0 +1,326 @@
+"""Pieces from one process to another, over the transfer server that comes with JAX.
+
+A way has two halves, each of which knows of the other side only what `RemotePool` says: the source gathers and offers
+its pieces under numbers that somebody gave the transfer, the target pulls them, piece by piece, each onto the device
+where it belongs. Both work out the same pieces. A pull must not begin before its pieces were offered: one of a number
+that nobody offered never ends. A piece of another dtype is reinterpreted silently, so both sides compare what they cut
+before anything is pulled.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from pdjax.kv.pages import KVPages
+from pdjax.kv.transfer.base import PagePool, Parcel, places
+from pdjax.kv.transfer.pieces import ByPieces, Shape, batch_sizes
+from pdjax.sharding import MESH_AXES
+from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
+from pdjax.types.handshake import Manifest, PoolShape, WayPlan
+from pdjax.types.model import ModelSpec
+
+LOOPBACK = '127.0.0.1'
+
+
+@dataclasses.dataclass(frozen=True)
+class RemotePool:
+  """The pool of a worker in another process: its shapes, and no bytes."""
+
+  mesh: AbstractMesh
+  page_shapes: KVPages
+
+  @classmethod
+  def of(cls, model: ModelSpec, shape: PoolShape) -> 'RemotePool':
+    """The pool that another process described."""
+    mesh = AbstractMesh(shape.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    dtype, layout = jnp.dtype(shape.dtype), cast(PageLayoutName, shape.layout)
+    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, cast(Mesh, mesh), layout))
+
+  @property
+  def pages(self) -> KVPages:
+    """The bytes, which are elsewhere."""
+    raise AssertionError('the pages of another process are not here')
+
+
+def describe_pool(pool: PagePool | RemotePool) -> PoolShape:
+  """What another process must know of a pool."""
+  shapes = pool.page_shapes
+  mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
+  dtype = cast(KVDtypeName, shapes.dtype.name)
+  return PoolShape(shapes.num_pages, shapes.page_size, dtype, shapes.layout.name, mesh)
+
+
+# ---------------------------------------------------------------------------- where pieces are pulled from
+
+
+class Server:
+  """Offers arrays of this process to others, and pulls theirs; anyone who can connect may pull what is offered.
+
+  Args:
+    device: Any of the devices whose arrays travel.
+    host: The address to listen at; on others it cannot be reached.
+
+  Raises:
+    DeviceError: if JAX has no transfer server for such devices; the message says why.
+  """
+
+  def __init__(self, device: jax.Device, host: str = LOOPBACK):
+    listen = f'[{host}]:0' if ':' in host else f'{host}:0'
+    try:
+      from jax.experimental import transfer
+
+      self._server = transfer.start_transfer_server(device.client, listen, [listen], transfer_size=_CHUNK_BYTES)
+    except Exception as error:
+      reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+      raise DeviceError(
+        f"transport 'cross_process' is not available: JAX {jax.__version__} starts no transfer server for "
+        f'{device.platform} devices at {host} ({reason}); use another version of JAX, or keep all workers in one '
+        'process.'
+      ) from error
+    self._connections: dict[str, Any] = {}
+
+  @property
+  def address(self) -> str:
+    """Where others connect to, host and port."""
+    return self._server.address()
+
+  def offer(self, number: int, arrays: Sequence[jax.Array]) -> None:
+    """Let someone pull these arrays, once; they need not be ready yet, and stay in memory until then."""
+    self._server.await_pull(number, list(arrays))
+
+  def pull(self, address: str, number: int, shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """Begin to pull what is offered at an address; return at once."""
+    if address not in self._connections:
+      self._connections[address] = self._server.connect(address)
+    return self._connections[address].pull(number, list(shapes))
+
+  def forget(self, address: str) -> None:
+    """Connect anew if ever something is pulled from there again."""
+    self._connections.pop(address, None)
+
+  def withdraw(self, number: int, shapes: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """Let go of arrays that nobody will pull any more, by pulling them here."""
+    self.pull(self.address, number, shapes)
+
+
+_CHUNK_BYTES = 16 * 2**20  # that the server copies at once; it keeps eight of them
+
+
+# ---------------------------------------------------------------------------- both halves
+
+
+class Half(ByPieces):
+  """One end of a way between processes."""
+
+  def plan(self) -> WayPlan:
+    """What both ends must have worked out alike."""
+    cut = self.cut
+    pieces = cut.source_pieces, cut.target_pieces
+    return WayPlan(self.unit, self.dtype.name, cut.piece_heads, pieces, tuple(sorted(self.shapes)))
+
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
+    """Half a way sends nothing by itself."""
+    raise AssertionError('half a way between processes sends nothing by itself')
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+  """Pieces of one transfer that lie ready for the target.
+
+  Attributes:
+    number: Of the transfer.
+    pieces: The pieces of all its batches, or their shapes.
+  """
+
+  number: int
+  pieces: tuple[Any, ...]
+
+  def without_arrays(self) -> 'Offer':
+    """The same, so that whoever keeps it keeps no device memory."""
+    return Offer(self.number, tuple(map(_shape_of, self.pieces)))
+
+  @property
+  def manifest(self) -> Manifest:
+    """Shape and dtype of each piece, for the target to compare with what it expects."""
+    return tuple((tuple(piece.shape), piece.dtype.name) for piece in self.pieces)
+
+  def wait(self) -> None:
+    """Block until every piece can leave its device."""
+    jax.block_until_ready(self.pieces)
+
+
+class Sender(Half):
+  """The source's half: gathers pages of this process and offers them to another."""
+
+  def __init__(self, source: PagePool, target: PagePool | RemotePool, spec: TransferSpec, server: Server):
+    super().__init__(source, cast(PagePool, target), spec)
+    self._server = server
+
+  def prepare(self, shape: Shape) -> None:
+    """Compile what the source runs."""
+    self.prepare_source(shape)
+
+  def rehearse(self, shape: Shape) -> None:
+    """Gather once."""
+    layers, size = shape
+    ours, theirs = (self._first_pages(pool, size) for pool in (self._source, self._target))
+    for batch in self.gather(ours, theirs, 0, size * self.unit, (0, layers)):
+      jax.block_until_ready(self.leaving(batch))
+
+  def offer(
+    self,
+    number: int,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Offer:
+    """Gather cached tokens and offer them; return at once, even if passes that compute them are under way.
+
+    Args:
+      number: Of the transfer; no other transfer that this process offers may ever have it.
+      source_pages: As `Transport.send` takes them, and so the others.
+    """
+    gathered = self.gather(source_pages, target_pages, start, tokens, layers or self.all_layers)
+    offer = Offer(number, tuple(piece for batch in gathered for piece in self.leaving(batch)))
+    self._server.offer(number, offer.pieces)
+    return offer
+
+  def withdraw(self, offer: Offer) -> None:
+    """Let go of what was offered and will not be pulled."""
+    self._server.withdraw(offer.number, offer.without_arrays().pieces)
+
+
+class Receiver(Half):
+  """The target's half: pulls pieces that another process offers, and writes them into pages of this one."""
+
+  def __init__(self, source: PagePool | RemotePool, target: PagePool, spec: TransferSpec, server: Server, address: str):
+    super().__init__(cast(PagePool, source), target, spec)
+    self._server = server
+    self.address = address  # the source's, which changes when its process is another
+
+  def prepare(self, shape: Shape) -> None:
+    """Compile what the target runs."""
+    self.prepare_target(shape)
+
+  def rehearse(self, shape: Shape) -> None:
+    """Write zeros into pages that are empty still."""
+    layers, size = shape
+    pages = self._first_pages(self._target, size)
+    targets = places(pages, self._target.page_shapes.page_size, 0, size * self.unit, self.unit)
+    zeros = [jax.device_put(np.zeros(piece.shape, piece.dtype), piece.sharding) for piece in self.arriving(shape)]
+    parcel = Parcel(((targets, self.assemble(shape, zeros)),), (0, layers), 0, len(zeros), ())
+    self.receive(parcel).block_until_ready()
+
+  def pull(
+    self,
+    number: int,
+    manifest: Manifest,
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
+    """Begin to pull what was offered under a number; return at once.
+
+    Args:
+      number: Of the transfer, whose offer somebody has heard of.
+      manifest: What was offered.
+      target_pages: As `Transport.send` takes them, and so the others.
+
+    Raises:
+      ValueError: if something else was offered than these tokens.
+    """
+    targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
+    layers = layers or self.all_layers
+    count = layers[1] - layers[0]
+    shapes = self.expected(tokens, layers)
+    wanted = tuple((tuple(shape.shape), shape.dtype.name) for shape in shapes)
+    if wanted != manifest:
+      raise ValueError(f'transfer {number} offers pieces of {_brief(manifest)}, expected {_brief(wanted)}.')
+    pulled = self._server.pull(self.address, number, shapes)
+    batches, rest, first = [], iter(pulled), 0
+    for size in batch_sizes(len(targets), self._sizes[count]):
+      arrived = list(itertools.islice(rest, len(self.arriving((count, size)))))
+      batches.append((targets[first : first + size], self.assemble((count, size), arrived)))
+      first += size
+    return Parcel(tuple(batches), layers, sum(array.nbytes for array in pulled), len(pulled), ())
+
+  def expected(self, tokens: int, layers: tuple[int, int] | None = None) -> list[jax.ShapeDtypeStruct]:
+    """Shape, dtype and device of all that is offered for so many tokens."""
+    first, stop = layers or self.all_layers
+    sizes = batch_sizes(tokens // self.unit, self._sizes[stop - first])
+    return [piece for size in sizes for piece in self.arriving((stop - first, size))]
+
+
+def _shape_of(piece: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(piece.shape, piece.dtype, sharding=piece.sharding)
+
+
+def _brief(manifest: Manifest) -> str:
+  """Pieces in words, those alike counted."""
+  kinds = dict.fromkeys(manifest, 0)
+  for kind in manifest:
+    kinds[kind] += 1
+  return ', '.join(f'{count}×{dtype}{list(shape)}' for (shape, dtype), count in kinds.items()) or 'nothing'
+
+
+# ---------------------------------------------------------------------------- both in one process
+
+
+class CrossProcess(ByPieces):
+  """Both halves of a way in one process, with a server for each: everything but the other process."""
+
+  def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
+    super().__init__(source, target, spec)
+    ours, theirs = (
+      _server_of(side, pool.mesh.devices.flat[0]) for side, pool in (('source', source), ('target', target))
+    )
+    self.sender = Sender(source, target, spec, ours)
+    self.receiver = Receiver(source, target, spec, theirs, ours.address)
+
+  def prepare(self, shape: Shape) -> None:
+    """Compile what either half runs."""
+    self.sender.prepare(shape)
+    self.receiver.prepare(shape)
+
+  def send(
+    self,
+    source_pages: Sequence[int],
+    target_pages: Sequence[int],
+    start: int,
+    tokens: int,
+    layers: tuple[int, int] | None = None,
+  ) -> Parcel:
+    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    offer = self.sender.offer(next(_numbers), source_pages, target_pages, start, tokens, layers)
+    parcel = self.receiver.pull(offer.number, offer.manifest, target_pages, start, tokens, layers)
+    return dataclasses.replace(parcel, gathered=offer.pieces)
+
+  def receive(self, parcel: Parcel) -> jax.Array:
+    """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
+    return self.receiver.receive(parcel)
+
+
+_numbers = itertools.count(1)  # of transfers within this process
+
+
+@functools.cache
+def _server_of(side: str, device: jax.Device) -> Server:
+  """One server for all sources of this process, and one for all targets."""
+  return Server(device)

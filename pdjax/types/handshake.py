@@ -1,0 +1,161 @@
+"""What processes tell of themselves before they exchange pages, and whether they fit together."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from pdjax.types.cluster import KVDtypeName, WorkerSpec
+from pdjax.types.model import ModelSpec
+
+Manifest = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each array that a transfer offers
+
+
+class HandshakeError(ValueError):
+  """Processes do not fit together; the message names both values."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolShape:
+  """A worker's pool of pages, as far as another process must know it.
+
+  Attributes:
+    num_pages: Pages.
+    page_size: Tokens per page.
+    dtype: Of cached keys and values.
+    layout: How a page holds them, a name of `pallas_kernels.PageLayout`.
+    mesh: Devices over which key/value heads are cut, and over which each cut is copied.
+  """
+
+  num_pages: int
+  page_size: int
+  dtype: KVDtypeName
+  layout: str
+  mesh: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Machine:
+  """Where a process runs.
+
+  Attributes:
+    node: The host, by a name that no other host of the cluster has.
+    pid: The process.
+    platform: Of its devices.
+    devices: Their names.
+    memory_bytes: Bytes that weights and pages may fill on each device; on CPU, on all of the host together.
+    address: Where others pull what it offers.
+  """
+
+  node: str
+  pid: int
+  platform: str
+  devices: tuple[str, ...]
+  memory_bytes: float
+  address: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hello:
+  """What a worker's process tells of itself once its weights are loaded.
+
+  Attributes:
+    worker: The worker's name.
+    incarnation: Which of the worker's lives this is.
+    machine: Where it runs.
+    versions: Of the packages that both sides of a transfer must have in one version, by name.
+    model: The model's shape.
+    weights: Sums over every bit of the weights.
+    dtype: Of the weights.
+    pool: Its pages.
+  """
+
+  worker: str
+  incarnation: int
+  machine: Machine
+  versions: tuple[tuple[str, str], ...]
+  model: ModelSpec
+  weights: str
+  dtype: str
+  pool: PoolShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WayPlan:
+  """In what pieces KV travels from one worker to another, as one end of the way worked it out.
+
+  Attributes:
+    unit: Tokens of a unit.
+    dtype: In which units travel.
+    piece_heads: Key/value heads of a piece.
+    pieces: Pieces of each shard of source and target.
+    batches: Sizes of batches, in layers and units.
+  """
+
+  unit: int
+  dtype: str
+  piece_heads: int
+  pieces: tuple[int, int]
+  batches: tuple[tuple[int, int], ...]
+
+
+def check_worker(hello: Hello, spec: WorkerSpec) -> None:
+  """See that a process holds the pool that the controller counts on.
+
+  Args:
+    hello: What it told.
+    spec: The worker, all counts filled in.
+
+  Raises:
+    HandshakeError: naming what it holds and what was expected.
+  """
+  pool = hello.pool
+  for what, found, expected in (
+    ('name', hello.worker, spec.name),
+    ('num_pages', pool.num_pages, spec.num_pages),
+    ('page_size', pool.page_size, spec.page_size),
+    ('kv_dtype', pool.dtype, spec.kv_dtype),
+    ('page_layout', pool.layout, pool.layout if spec.page_layout == 'auto' else spec.page_layout),
+    ('tp', pool.mesh[0] * pool.mesh[1], spec.tp),
+  ):
+    if found != expected:
+      raise HandshakeError(
+        f'the process of worker {spec.name!r} has {what} {found!r}, but the controller expects {expected!r}; start '
+        'both from one config.'
+      )
+
+
+def check_together(hellos: Sequence[Hello]) -> None:
+  """See that processes serve the same model, with the same weights and software.
+
+  Raises:
+    HandshakeError: naming two workers and both values.
+  """
+  first, *others = hellos
+  for other in others:
+    ours, theirs = dict(first.versions), dict(other.versions)
+    for package in {**ours, **theirs}:
+      _compare(first, other, f'{package} version', ours.get(package), theirs.get(package), 'install one version')
+    _compare(first, other, 'the model', first.model, other.model, 'give both the same checkpoint')
+    _compare(first, other, 'weights in', first.dtype, other.dtype, 'start both from one config')
+    _compare(first, other, 'weights that sum to', first.weights, other.weights, 'give both the same checkpoint')
+
+
+def check_plans(source: str, target: str, ours: WayPlan, theirs: WayPlan) -> None:
+  """See that both ends of a way cut what travels alike.
+
+  Raises:
+    HandshakeError: naming what differs, and both values.
+  """
+  for field in dataclasses.fields(WayPlan):
+    at_source, at_target = getattr(ours, field.name), getattr(theirs, field.name)
+    if at_source != at_target:
+      raise HandshakeError(
+        f'from {source!r} to {target!r}, KV leaves with {field.name} {at_source!r}, but {at_target!r} is expected '
+        'there; start both from one config and one version of pdjax.'
+      )
+
+
+def _compare(first: Hello, other: Hello, what: str, ours: object, theirs: object, remedy: str) -> None:
+  if ours != theirs:
+    raise HandshakeError(
+      f'worker {first.worker!r} has {what} {ours}, but worker {other.worker!r} has {what} {theirs}; {remedy}.'
+    )

@@ -1,0 +1,50 @@
+"""Where the processes of workers run, if each worker has one of its own."""
+
+import dataclasses
+import ipaddress
+from typing import Literal, get_args
+
+Strategy = Literal['PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD']
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RayCluster:
+  """Each worker in a process of its own, which Ray places and watches (`pip install pdjax[cluster]`).
+
+  Attributes:
+    address: A Ray cluster that is there, `'host:port'`, or 'auto' for the one of this machine; None starts one here and
+      stops it in the end.
+    host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster.
+      Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
+    strategy: How Ray spreads the workers over its nodes.
+    cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
+    accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
+      says, and nothing on CPU.
+
+  Raises:
+    ValueError: if the host is no address, the strategy is unknown or the cores are not positive.
+  """
+
+  address: str | None = None
+  host: str = '127.0.0.1'
+  strategy: Strategy = 'PACK'
+  cpus: float = 1.0
+  accelerator: str | None = None
+
+  def __post_init__(self):
+    if self.host != 'node':
+      try:
+        ipaddress.ip_address(self.host)
+      except ValueError:
+        raise ValueError(
+          f"host is {self.host!r}, expected the IP address at which workers let others pull pages, or 'node'."
+        ) from None
+    if self.strategy not in get_args(Strategy):
+      raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
+    if self.cpus <= 0:
+      raise ValueError(f'cpus is {self.cpus}, expected more than 0 cores; a part of one will do, such as 0.1.')
+
+  def resources(self, tp: int, platform: str | None) -> dict[str, float]:
+    """What Ray sets aside for a worker of so many devices."""
+    accelerator = self.accelerator or {'gpu': 'GPU', 'tpu': 'TPU'}.get(platform or '')
+    return {'CPU': self.cpus} | ({accelerator: float(tp)} if accelerator else {})

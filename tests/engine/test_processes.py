@@ -1,0 +1,263 @@
+"""Workers in processes of their own, with threads in the place of processes: what they say to each other and when."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import pytest
+
+from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
+from pdjax.engine.process_engine import ProcessEngine
+from pdjax.engine.processes import build_processes, clock_offset, limit_of
+from pdjax.engine.worker_process import WorkerProcess
+from pdjax.model.checkpoint import RandomCheckpoint
+from pdjax.serving.messages import StepOrder, TransferOrder, WorkerBack, WorkerLost
+from pdjax.types import TransferSpec
+from pdjax.types.handshake import HandshakeError
+from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
+from tests.tiny import TINY, TINY_8_2, config, requests
+
+SPEC = TransferSpec(granularity='chunk', piece_bytes=4096)
+
+
+@pytest.fixture(scope='module')
+def processes():
+  """One prefill and one decode process of one device each."""
+  built = Processes.of(dataclasses.replace(config('1P1D'), transfer=SPEC))
+  yield built
+  built.built.engine.close()
+
+
+@pytest.fixture(scope='module')
+def unequal():
+  """A prefill process of two devices and a decode process of four, unlike in page size and cut; KV goes by layers."""
+  run = config('1P1D', 2, 4, model=TINY_8_2)
+  workers = [dataclasses.replace(one, page_size=size) for one, size in zip(run.workers, (4, 1), strict=True)]
+  spec = TransferSpec(granularity='layers', layer_groups=2, piece_bytes=4096)
+  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=spec))
+  yield built
+  built.built.engine.close()
+
+
+# ---------------------------------------------------------------------------- serving
+
+
+def test_tokens_are_those_of_a_plain_loop_and_every_byte_is_counted(processes):
+  for _ in range(2):  # a second run finds nothing of the first
+    served = processes.serve(requests())
+    assert served.tokens() == plain(served)
+    for order, done in served.transfers():
+      assert done.wire_bytes == order.tokens * TINY.cached_token_bytes('float32')
+
+
+def test_unequal_processes_are_exact(unequal):
+  served = unequal.serve(requests((1, 3, 16, 17, 40, 5)))
+  assert {order.layers for order, _ in served.transfers()} >= {(0, 1), (1, 2)}
+  assert served.tokens() == plain(served, TINY_8_2)
+
+
+def test_a_transfer_has_its_times_in_order_though_two_processes_tell_them(processes):
+  served = processes.serve(requests())
+  assert served.transfers()
+  for _, done in served.transfers():
+    assert 0 < done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s
+    assert done.trip.pieces >= 1
+  stamps = [event.ended_s for event in served.events if hasattr(event, 'ended_s')]
+  assert stamps == sorted(set(stamps))
+
+
+def test_a_pass_and_the_transfers_that_leave_with_it_are_one_message(processes):
+  told = []
+  peer = processes.peers['prefill0']
+  processes.serve(requests((9,)), prepare=lambda: setattr(peer, 'on_tell', lambda m: told.append(m) or m))
+  (submit,) = (message for message in told if isinstance(message, Submit))
+  step, transfer = submit.orders
+  assert isinstance(step, StepOrder) and isinstance(transfer, TransferOrder) and transfer.after == step.id
+  assert [type(message) for message in told] == [Submit, Settle]
+
+
+def test_a_pull_begins_only_once_its_pieces_were_offered(processes):
+  said = []
+  source, target = processes.peers['prefill0'], processes.peers['decode0']
+
+  def prepare():
+    source.on_news = lambda news: said.append(type(news)) or (news,)
+    target.on_tell = lambda message: said.append(type(message)) or message
+
+  processes.serve(requests((9,)), prepare)
+  assert said.index(Offered) < said.index(Pull)
+
+
+def test_a_trace_cuts_requests_short_in_other_processes_too(processes, monkeypatch):
+  lengths = {'r0': 2, 'r3': 1}
+  monkeypatch.setattr(processes.built.engine, '_limit_of', limit_of(TINY, lengths.get))
+  served = processes.serve(requests())
+  assert {name: len(one.token_ids) for name, one in served.by_id.items() if name in lengths} == lengths
+  assert len(served.by_id['r4'].token_ids) > 2
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def test_late_doubled_and_reordered_news_of_transfers_change_nothing(processes):
+  held: list = []
+
+  def disturb(news):
+    match news:
+      case Gathered():
+        held.append(news)
+        return ()  # told after the target's news
+      case Written():
+        held.append(news)
+        return news, news
+    return (news,)
+
+  source, target = processes.peers['prefill0'], processes.peers['decode0']
+
+  def prepare():
+    source.on_news = lambda news: (*disturb(news), *late())
+    target.on_news = disturb
+
+  def late():
+    found, held[:] = [one for one in held if isinstance(one, Gathered)], []
+    return (*found, *found)
+
+  served = processes.serve(requests(), prepare)
+  assert served.tokens() == plain(served)
+
+
+@pytest.mark.parametrize('end', ['prefill0', 'decode0'])
+def test_a_transfer_that_fails_on_either_end_fails_its_request_alone(processes, end):
+  failed: list[int] = []
+
+  def fail_second(news):
+    if isinstance(news, Offered if end == 'prefill0' else Written):
+      failed.append(news.number)
+      if len(failed) == 2:
+        return (TransferFailed(news.number, 'RuntimeError: torn'),)
+    return (news,)
+
+  served = processes.serve(
+    requests((9, 9, 9, 9)), prepare=lambda: setattr(processes.peers[end], 'on_news', fail_second)
+  )
+  assert len(assert_right_or_failed(served)) <= 1
+  assert processes.serve(requests()).report.failed == 0
+
+
+@pytest.mark.parametrize('worker', ['prefill0', 'decode0'])
+@pytest.mark.parametrize('when', [StartClock, Pull, Written, Settle])
+def test_a_killed_process_comes_back_and_everyone_ends_once(processes, worker, when):
+  """Killed at once, when a transfer is pulled, when it is written, when it is over."""
+  peer = processes.peers[worker]
+  seen = []
+
+  def kill_at(kind):
+    def watch(said):
+      if isinstance(said, kind) and not seen:
+        seen.append(said)
+        peer.kill()
+      return said
+
+    return watch
+
+  def prepare():
+    if when is StartClock:
+      seen.append(when)
+      peer.kill()
+      return
+    on_target, on_source = processes.peers['decode0'], processes.peers['prefill0']
+    if when is Written:
+      on_target.on_news = lambda news: (kill_at(Written)(news),)
+    else:
+      (on_target if when is Pull else on_source).on_tell = kill_at(when)
+
+  served = processes.serve(requests((9, 17, 4, 40, 12)), prepare)
+  assert seen
+  assert_right_or_failed(served)
+  (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
+  back = [event for event in served.events if isinstance(event, WorkerBack) and event.worker == worker]
+  assert lost.worker == worker and 'was killed' in lost.error and back
+  after = processes.serve(requests())
+  assert after.tokens() == plain(after)
+
+
+def test_a_pass_that_breaks_begins_another_life_in_the_same_process(processes):
+  worker = processes.peers['decode0'].process.engine.worker
+  collect, broken = worker.collect, []
+
+  def breaking(order, pending):
+    if not broken:
+      broken.append(order)
+      raise RuntimeError('the device fell over')
+    return collect(order, pending)
+
+  before = worker.incarnation
+  try:
+    served = processes.serve(requests((9, 9)), prepare=lambda: setattr(worker, 'collect', breaking))
+  finally:
+    del worker.collect
+  assert [event.error for event in served.events if isinstance(event, WorkerLost)] == [
+    'RuntimeError: the device fell over'
+  ]
+  assert worker.incarnation == before + 1
+  assert_right_or_failed(served)
+  after = processes.serve(requests())
+  assert after.tokens() == plain(after)
+
+
+def test_a_worker_that_cannot_come_back_ends_the_run_with_the_reason():
+  class Silent:
+    name = 'prefill0'
+
+    def ask(self, method, *args):
+      raise PeerLost('gone')
+
+    listen = restart = lambda self: self.ask('')
+    tell = lambda self, message: None  # noqa: E731
+    close = lambda self: None  # noqa: E731
+
+  engine = ProcessEngine({'prefill0': Silent()}, {'prefill0': 1}, {'prefill0': 0.0})
+  events = []
+  with pytest.raises(PeerLost, match="worker 'prefill0' is lost and stays so: gone"):
+    while True:
+      events += engine.wait(math.inf)[1]
+  engine.close()
+
+
+# ---------------------------------------------------------------------------- handshake
+
+
+def test_a_process_with_other_weights_is_refused_naming_both(monkeypatch):
+  run = dataclasses.replace(config('1P1D'), transfer=SPEC)
+  peers = {one.name: ThreadPeer(one.name, [device]) for one, device in zip(run.workers, jax.devices(), strict=False)}
+  monkeypatch.setattr(WorkerProcess, 'compile_worker', lambda self, worker: {})
+  monkeypatch.setattr(
+    peers['decode0'].process, '_open_checkpoint', lambda assignment: RandomCheckpoint(assignment.model, seed=1)
+  )
+  with pytest.raises(HandshakeError, match=r"'prefill0' has weights that sum to \w{16}, but worker 'decode0' has"):
+    build_processes(run, run.model, peers)
+  for peer in peers.values():
+    peer.close()
+
+
+def test_a_process_of_another_model_is_refused_before_its_weights_are_loaded(tmp_path, monkeypatch):
+  from tests.hf import write_folder
+
+  write_folder(tmp_path, RandomCheckpoint(TINY_8_2))
+  run = dataclasses.replace(config('1P1D'), checkpoint=str(tmp_path))
+  peers = {one.name: ThreadPeer(one.name, [device]) for one, device in zip(run.workers, jax.devices(), strict=False)}
+  with pytest.raises(HandshakeError, match=r"checkpoint .* at worker '.*' holds .*query_heads=8.*query_heads=6"):
+    build_processes(run, TINY, peers)
+
+
+def test_clocks_of_other_hosts_are_compared_by_the_quickest_answer():
+  class Far:
+    asked = 0
+
+    def ask(self, method):
+      self.asked += 1
+      time.sleep(0.02 if self.asked % 4 else 0.0)
+      return time.perf_counter() + 100.0
+
+  assert clock_offset(Far(), 'elsewhere') == pytest.approx(100.0, abs=5e-3)

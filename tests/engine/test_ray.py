@@ -1,0 +1,179 @@
+"""Workers in Ray actors: the same tokens, no devices in the controller, and what becomes of killed processes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pdjax.engine import ray_workers
+from pdjax.engine.peers import Pull, StartClock, Submit
+from pdjax.engine.processes import build_processes
+from pdjax.engine.ray_workers import RayProcesses, import_ray
+from pdjax.serving.messages import WorkerBack, WorkerLost
+from pdjax.types import RayCluster, TransferSpec
+from pdjax.types.cluster import DeviceError
+from tests.conftest import CACHE
+from tests.engine.plain import generate
+from tests.engine.thread_peers import Processes, assert_right_or_failed, plain
+from tests.tiny import TINY, config, requests
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUN = dataclasses.replace(
+  config('1P1D'), transfer=TransferSpec(granularity='chunk', piece_bytes=4096), processes=RayCluster(cpus=0.5)
+)
+LOST_WITHIN_S = 2.0  # of a kill: 0.02 s on a quiet machine
+
+
+def test_without_ray_the_reason_and_the_remedy_are_said(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'ray', None)
+  with pytest.raises(DeviceError, match=r'pip install pdjax\[cluster\]'):
+    RayProcesses(RayCluster(), RUN.workers, 'cpu')
+
+
+ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
+
+
+def test_a_run_on_ray_is_the_same_run(tmp_path):
+  """One command: tokens, who holds devices, who listens where, and what is left."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path))],
+    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  facts = json.loads(done.stdout.splitlines()[-1])
+  assert {name: tuple(tokens) for name, tokens in facts['tokens'].items()} == {
+    request.id: generate(TINY, request)[0] for request in requests()
+  }
+  assert not facts['errors']
+  assert facts['transfers'] and facts['moved'] % TINY.cached_token_bytes('float32') == 0
+  assert facts['jax'] == [], 'the controller needs no JAX, and so holds no devices'
+  assert facts['left'] == []
+  workers = [line.rpartition(' of process ')[2].split(',')[0] for line in facts['said'] if ' of process ' in line]
+  assert len(workers) == 2
+  for pid in workers:  # Ray's own port is open to all, and wants a token; the one that KV is pulled from is not
+    assert sum(address.startswith('127.0.0.1:') for address in facts['listening'][pid]) >= 1
+    assert sum(not address.startswith('127.0.0.1:') for address in facts['listening'][pid]) == 1
+
+
+@pytest.fixture(scope='module')
+def cluster():
+  """A cluster of one prefill and one decode actor, which restarts what tests kill."""
+  run = dataclasses.replace(RUN, compilation_cache=os.environ.get(CACHE))
+  processes = RayProcesses(run.processes, run.workers, run.platform)
+  try:
+    built = build_processes(run, run.model, processes.peers, closed=processes.close)
+  except BaseException:
+    processes.close()
+    raise
+  yield Processes(run, processes.peers, built, deadline_s=240.0)
+  built.engine.close()
+
+
+def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int = 1):
+  """SIGKILL a worker's process when the controller tells anyone the `count`th message of a kind."""
+  pid = cluster.peers[worker].ask('pid')
+  said, killed_s = [], []
+  tell = ray_workers.RayPeer.tell
+
+  def watch(self, message):
+    tell(self, message)
+    if isinstance(message, kind):
+      said.append(message)
+      if len(said) == count:
+        os.kill(pid, signal.SIGKILL)
+        killed_s.append(time.perf_counter())
+
+  monkeypatch.setattr(ray_workers.RayPeer, 'tell', watch)
+  return killed_s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'worker, when, count',
+  [
+    ('prefill0', StartClock, 1),
+    ('prefill0', Submit, 2),
+    ('prefill0', Pull, 1),  # with pieces on the way out of it
+    ('prefill0', Pull, 3),
+    ('decode0', StartClock, 1),
+    ('decode0', Pull, 1),  # with pieces on the way into it
+    ('decode0', Pull, 3),
+    ('decode0', Submit, 9),  # while it decodes
+  ],
+)
+def test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once(cluster, monkeypatch, worker, when, count):
+  killed_s = killing(monkeypatch, cluster, worker, when, count)
+  begin = time.perf_counter()
+  served = cluster.serve(requests((9, 17, 4, 40, 12, 30), max_tokens=12))
+  assert killed_s, 'nobody was killed'
+  assert time.perf_counter() - begin < 240.0  # a few seconds, unless others take the cores
+  assert_right_or_failed(served)
+  (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
+  assert lost.worker == worker and 'is gone' in lost.error
+  assert lost.ended_s < killed_s[0] - begin + LOST_WITHIN_S
+  assert [event.worker for event in served.events if isinstance(event, WorkerBack)][-1] == worker
+  monkeypatch.undo()
+  after = cluster.serve(requests())
+  assert after.tokens() == plain(after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['token', 'disabled'])
+def test_a_client_without_the_token_is_refused(cluster, mode, tmp_path):
+  address = import_ray().get_runtime_context().gcs_address
+  environment = {key: value for key, value in os.environ.items() if not key.startswith('RAY_')}
+  environment |= {'HOME': str(tmp_path), 'RAY_AUTH_MODE': mode, 'RAY_USAGE_STATS_ENABLED': '0'}
+  if mode == 'token':
+    environment['RAY_AUTH_TOKEN'] = 'ab' * 32
+  code = f"import ray; ray.init(address='{address}', log_to_driver=False); print('IN', ray.nodes())"
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=180, check=False
+  )
+  assert done.returncode != 0 and 'IN' not in done.stdout
+  assert 'authentication' in done.stderr.lower() or 'token' in done.stderr.lower(), done.stderr[-2000:]
+  assert cluster.serve(requests((5,))).report.failed == 0
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_there_is_used_and_left(cluster):
+  """A second driver on the same cluster, as with --ray_address."""
+  address = import_ray().get_runtime_context().gcs_address
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.run', '--config=tests/engine/ray_config.py', f'--ray_address={address}',
+     '--set=processes.cpus=0.25'],
+    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert '2 of 2 requests completed' in ' '.join(done.stdout.split())
+  assert cluster.serve(requests((5,))).report.failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ray_is_stopped_however_the_command_ends(end):
+  import psutil
+
+  command = subprocess.Popen(
+    [sys.executable, '-m', 'experiments.run', '--config=tests/engine/ray_config.py:max_tokens=40,requests_per_s=0.1'],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+  )  # fmt: skip
+  try:
+    assert command.stdout is not None
+    for line in command.stdout:
+      if line.startswith('warm-up'):
+        break
+    children = psutil.Process(command.pid).children(recursive=True)
+    assert any('raylet' in child.name() for child in children)
+    command.send_signal(end)
+    command.wait(60)
+    _, alive = psutil.wait_procs(children, timeout=90)  # Ray's agents are the last to notice
+    assert alive == []
+  finally:
+    command.kill()
+    command.wait()

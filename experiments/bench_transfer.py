@@ -3,8 +3,8 @@ r"""How fast KV travels, beside what could carry the same bytes at best, in the 
 python -m experiments.bench_transfer
 python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json=transfer.json
 
-`device_put` and `host_staged`: from gathered pieces on one device to the last of them on another, beside a plain copy of
-as many bytes into a standing buffer. `cross_process`: two processes on this machine, and beside it a bare pull of
+`device_put` and `host_staged`: from gathered pieces on one device to the last of them on another, beside a plain copy
+of as many bytes into a standing buffer. `cross_process`: two processes on this machine, and beside it a bare pull of
 `jax.experimental.transfer`, arrays of the same shapes offered under one number. "pulled" is from the pull to the last
 piece on its device; "in all" begins with the gather and ends when the target's pages are written.
 """
@@ -28,8 +28,9 @@ from rich.table import Table
 
 from experiments.rows import row, save_rows
 from pdjax.engine.build import prepare_devices
+from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.kv.pages import KVPages
-from pdjax.kv.transfer import TRANSPORTS, DevicePut, Parcel
+from pdjax.kv.transfer import TRANSPORTS, HostStaged, Parcel
 from pdjax.kv.transfer.cross_process import Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
@@ -245,9 +246,13 @@ def _sent_s(way: Any, pages: list[int]) -> float:
   """Seconds of the pieces of some pages from device to device, gathered before."""
   batches = way.gather(pages, pages, 0, len(pages) * _PAGE_SIZE, way.all_layers)
   jax.block_until_ready([batch.pieces for batch in batches])
-  carry = way.put if isinstance(way, DevicePut) else way.stage
   begin = time.perf_counter()
-  jax.block_until_ready([way.land(batch, carry) for batch in batches])
+  if isinstance(way, HostStaged):
+    jax.block_until_ready([way.carry(batch)[0] for batch in batches])
+  else:
+    pieces = [piece for batch in batches for piece in way.leaving(batch)]
+    arrived = iter(way.put(pieces, [piece.sharding for batch in batches for piece in way.arriving(batch.shape)]))
+    jax.block_until_ready([way.assemble(batch.shape, arrived) for batch in batches])
   return time.perf_counter() - begin
 
 
@@ -278,6 +283,7 @@ def main(argv: list[str]) -> None:
   if _SOURCE.value:
     serve_source()
     return
+  keep_freed_memory()  # as the engine does on CPU
   prepare_devices('cpu', 2)
   rows: list[dict[str, Any]] = []
   for transport in dict.fromkeys(_TRANSPORT.value):

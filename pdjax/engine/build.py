@@ -17,6 +17,7 @@ from pdjax.cost.roofline import Roofline
 from pdjax.engine.built import Built, WarmUp
 from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine, describe
+from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import TRANSPORTS, Transport
@@ -90,6 +91,8 @@ def build_engine(
     jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   devices = prepare_devices(config.platform, devices_needed(config.workers))
+  if devices[0].platform == 'cpu':
+    keep_freed_memory()
   carved = carve_devices(config.workers, len(devices))
   specs = size_pools(
     config.cluster,

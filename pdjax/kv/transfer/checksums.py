@@ -1,6 +1,6 @@
 """Checksums of what travels: taken where it leaves and where it has arrived, and compared before it is written."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,15 @@ class CorruptError(RuntimeError):
 
 
 class Checked:
-  """A way of putting pieces on devices that remembers what left and can tell whether that is what arrived.
+  """Checksums of pieces as they left, beside the pieces as they arrived.
 
   Each unit of a piece has a checksum of 64 bits that depends on every bit and its place, the unit's among the others
   too, so that pages in another order are found as damaged ones are: random damage passes with odds of 2^-64.
   """
 
-  def __init__(
-    self,
-    put: Callable[[jax.Array, jax.Device], jax.Array] = jax.device_put,
-    pairs: Iterable[tuple[jax.Array, jax.Array]] = (),
-  ):
-    """Begin with pairs of checksums that were taken elsewhere and pieces that have come from there."""
-    self._put = put
+  def __init__(self, pairs: Iterable[tuple[jax.Array, jax.Array]]):
+    """Pairs of `checksums` of a piece and what came of it."""
     self._pairs = list(pairs)
-
-  def __call__(self, piece: jax.Array, device: jax.Device) -> jax.Array:
-    """Put a piece `[1, n, ...]` on a device."""
-    sums = checksums(piece)
-    landed = self._put(piece, device)
-    self._pairs.append((sums, landed))
-    return landed
 
   def compare(self) -> None:
     """Read what has arrived.

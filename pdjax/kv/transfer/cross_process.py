@@ -260,7 +260,7 @@ class Receiver(Half):
     pieces, checked = pulled, None
     if self.has_checksums:
       pieces, sums = pulled[: len(pulled) // 2], pulled[len(pulled) // 2 :]
-      checked = Checked(pairs=zip(sums, pieces, strict=True))
+      checked = Checked(zip(sums, pieces, strict=True))
     batches, rest, first = [], iter(pieces), 0
     for size in batch_sizes(len(targets), self._sizes[count]):
       arrived = list(itertools.islice(rest, len(self.arriving((count, size)))))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from pdjax.kv.transfer.base import Parcel
-from pdjax.kv.transfer.checksums import Checked
+from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.pieces import ByPieces
 
 
@@ -25,22 +25,16 @@ class DevicePut(ByPieces):
     layers: tuple[int, int] | None = None,
   ) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
-    put_bytes = 0
-    way = self.checked(self.put)
-
-    def put(piece: jax.Array, device: jax.Device) -> jax.Array:
-      nonlocal put_bytes
-      array = way(piece, device)
-      put_bytes += array.nbytes
-      return array
-
     layers = layers or self.all_layers
     gathered = self.gather(source_pages, target_pages, start, tokens, layers)
-    batches = tuple((batch.targets, self.land(batch, put)) for batch in gathered)
-    checked = way if isinstance(way, Checked) else None
-    pieces = [batch.pieces for batch in gathered]
-    return Parcel(batches, layers, put_bytes, self.num_pieces(gathered), pieces, checked=checked)
+    leaving = [piece for batch in gathered for piece in self.leaving(batch)]
+    arrived = self.put(leaving, [piece.sharding for batch in gathered for piece in self.arriving(batch.shape)])
+    checked = Checked(zip(map(checksums, leaving), arrived, strict=True)) if self.has_checksums else None
+    rest = iter(arrived)
+    batches = tuple((batch.targets, self.assemble(batch.shape, rest)) for batch in gathered)
+    put_bytes = sum(piece.nbytes for piece in arrived)
+    return Parcel(batches, layers, put_bytes, len(arrived), leaving, checked=checked)
 
-  def put(self, piece: jax.Array, device: jax.Device) -> jax.Array:
-    """Carry one piece over; it need not be computed yet."""
-    return jax.device_put(piece, device)
+  def put(self, pieces: Sequence[jax.Array], places: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
+    """Carry pieces over, each to its device; they need not be computed yet."""
+    return jax.device_put(list(pieces), list(places))

@@ -5,7 +5,6 @@ there to the target's device. So the host holds no more than one piece, whatever
 """
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Sequence
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from pdjax.kv.pages import Units
 from pdjax.kv.transfer.base import PagePool, Parcel
-from pdjax.kv.transfer.checksums import Checked
+from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.pieces import ByPieces, Gathered
 from pdjax.types.cluster import TransferSpec
 
@@ -41,15 +40,17 @@ class HostStaged(ByPieces):
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
     layers = layers or self.all_layers
     gathered = self.gather(source_pages, target_pages, start, tokens, layers)
-    way = self.checked(self.stage)
-    carry = functools.partial(self.land, put=way)
     pieces = [batch.pieces for batch in gathered]
-    checked = way if isinstance(way, Checked) else None
-    return StagedParcel(
-      (), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, carry, checked=checked
-    )
+    return StagedParcel((), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, self.carry)
 
-  def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
+  def carry(self, batch: Gathered) -> tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]:
+    """Carry the pieces of a batch over; those too with checksums of what they were, if there are to be any."""
+    ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
+    moved = [(piece, self.stage(piece, expected.sharding)) for piece, expected in ways]
+    pairs = [(checksums(piece), arrived) for piece, arrived in moved] if self.has_checksums else []
+    return self.assemble(batch.shape, (arrived for _, arrived in moved)), pairs
+
+  def stage(self, piece: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
     """Carry one piece over; blocks until it is there, so that the buffer is free again."""
     piece.block_until_ready()  # others may use the buffer until then
     with self._lock:
@@ -58,7 +59,7 @@ class HostStaged(ByPieces):
         self._buffer = unaligned(here.nbytes)
       staged = self._buffer[: here.nbytes].view(here.dtype).reshape(here.shape)
       np.copyto(staged, here)
-      return jax.device_put(staged, device).block_until_ready()
+      return jax.device_put(staged, place).block_until_ready()
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,11 +67,17 @@ class StagedParcel(Parcel):
   """Gathered units that travel when they are waited for."""
 
   staged: list[Gathered]
-  carry: Callable[[Gathered], tuple[Units, ...]]
+  carry: Callable[[Gathered], tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]]
 
   def wait(self) -> None:
     """Carry every piece over."""
-    self.batches = tuple((batch.targets, self.carry(batch)) for batch in self.staged)
+    batches, pairs = [], []
+    for batch in self.staged:
+      units, checked = self.carry(batch)
+      batches.append((batch.targets, units))
+      pairs += checked
+    self.batches = tuple(batches)
+    self.checked = Checked(pairs)
     self.staged.clear()
     self.gathered = ()
     super().wait()

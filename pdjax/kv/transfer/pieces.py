@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -26,7 +26,6 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel, places
-from pdjax.kv.transfer.checksums import Checked
 from pdjax.sharding import replicated
 from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
 
@@ -35,8 +34,6 @@ Shape = tuple[int, int]  # of a batch: its layers and units
 _HEADS_AXIS = 1 + Units.HEADS_AXIS
 _PIECE_SPEC = PartitionSpec(None, *Units.SPEC)  # on the source
 _LANDED_SPEC = PartitionSpec('group', *Units.SPEC)  # on the target
-
-Put = Callable[[jax.Array, jax.Device], jax.Array]  # carries one piece to its device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +114,6 @@ class ByPieces(abc.ABC):
     self._source = source
     self._target = target
     self.has_checksums = spec.checksums
-    self.checked: Callable[[Put], Put] = Checked if spec.checksums else lambda put: put
     self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
@@ -280,11 +276,6 @@ class ByPieces(abc.ABC):
       first += size
     return batches
 
-  def land(self, batch: Gathered, put: Callable[[jax.Array, jax.Device], jax.Array]) -> tuple[Units, ...]:
-    """The pieces of a batch as arrays on the target's mesh, each put on its device by `put`."""
-    ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
-    return self.assemble(batch.shape, [put(piece, _device_of(expected)) for piece, expected in ways])
-
   def leaving(self, batch: Gathered) -> list[jax.Array]:
     """The pieces of a batch, each on the source device that has it: by piece, leaf of units and target shard."""
     source = self._source.mesh.devices
@@ -310,8 +301,8 @@ class ByPieces(abc.ABC):
     ]
     return found
 
-  def assemble(self, shape: Shape, arrived: Sequence[jax.Array]) -> tuple[Units, ...]:
-    """Arrays on the target's mesh out of the pieces of a batch, in the same order."""
+  def assemble(self, shape: Shape, arrived: Iterable[jax.Array]) -> tuple[Units, ...]:
+    """Arrays on the target's mesh out of the next pieces that arrived, as many as a batch has, in the same order."""
     leaves, tree = jax.tree.flatten(self._landed(shape))
     fillers = [jax.tree.leaves(units) for units in self._fillers[shape]]
     shards, rest = self._target.mesh.shape['kv'], iter(arrived)

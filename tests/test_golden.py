@@ -20,7 +20,12 @@ def test_a_plain_loop_gives_the_golden_tokens():
 
 @pytest.mark.parametrize(
   ('way', 'page_size'),
-  [('colocated', 16), ('1P1D tp1→tp3', 1), ('1P1D tp3→tp1', 16), ('2P2D', 64)],
+  [
+    ('colocated', 16),
+    ('1P1D tp1→tp3', 1),
+    pytest.param('1P1D tp3→tp1', 16, marks=pytest.mark.slow),
+    pytest.param('2P2D', 64, marks=pytest.mark.slow),
+  ],
 )
 def test_serving_gives_the_golden_tokens(way, page_size):
   assert serve_golden(way, page_size) == {}

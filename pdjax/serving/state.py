@@ -455,9 +455,7 @@ class ClusterState:
       case WorkerLost(name, _, error):
         self._lose(name, error, now_s)
       case WorkerBack(name, _, incarnation):
-        worker = self.workers[name]
-        worker.incarnation, worker.up, worker.lost, worker.given_up = incarnation, True, '', False
-        self._timers.cancel('patience', name)
+        return self._return(name, incarnation, now_s)
       case Withdrawn(request):
         self._withdraw(request)
     return True
@@ -811,6 +809,16 @@ class ClusterState:
         self._lose_target(entry, error, now_s)
       else:
         self._restart(entry, error, now_s)
+
+  def _return(self, name: str, incarnation: int, now_s: float) -> bool:
+    worker = self.workers[name]
+    if incarnation <= worker.incarnation:
+      return False  # told late, of a life that is over or known
+    if worker.up:  # so that nobody waits for the one before it
+      self._lose(name, f'worker {name!r} began another life', now_s)
+    worker.incarnation, worker.up, worker.lost, worker.given_up = incarnation, True, '', False
+    self._timers.cancel('patience', name)
+    return True
 
   def _is_whole(self, entry: RequestState) -> bool:
     """Whether all that was computed of a prompt is still where it was, and can be sent from there."""

@@ -1,8 +1,9 @@
 """The engine with transfers that fail on demand, over the compiled programs of a transport that works."""
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -55,13 +56,31 @@ class FaultyWay(DevicePut):
     return super().put(piece, device)
 
   def _waits(self, fault: Fault, wait: Callable[[], None]) -> Callable[[], None]:
+    released = self.released
+
     def waits() -> None:
-      self.released.wait(STALL_S if fault == 'stalls' else SLOW_S)
+      released.wait(STALL_S if fault == 'stalls' else SLOW_S)
       if fault == 'fails':
         raise RuntimeError('the link broke')
       wait()
 
     return waits
+
+
+@contextlib.contextmanager
+def fresh(ways: Iterable[FaultyWay]) -> Iterator[None]:
+  """A run in which nothing is wrong yet, and after which no thread waits any more."""
+  for way in ways:
+    way.faults.clear()
+    way.released = threading.Event()
+  try:
+    yield
+  finally:
+    for way in ways:
+      way.released.set()
+    for thread in threading.enumerate():
+      if thread.name == 'pdjax-transfers':
+        thread.join(STALL_S)
 
 
 class FaultyEngine:
@@ -85,7 +104,3 @@ class FaultyEngine:
     lost, back = self._engine._rebuild(_Broken(worker, incarnation, 'it is gone', self._engine._mailbox.now_s()))
     assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
     return lost, back
-
-  def release(self) -> None:
-    for way in self._engine._transports.values():
-      way.released.set()

@@ -35,9 +35,6 @@ class Breakable(Protocol):
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]: ...
 
-  def release(self) -> None:
-    """Let stalled transfers go on."""
-
 
 class Asking(Listed):
   """Requests that were listed and some that come of what happens; it remembers its answers, so that they can be

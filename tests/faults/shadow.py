@@ -81,7 +81,6 @@ class ShadowSimulator(Simulator):
     self._slots: dict[tuple[str, int], _Sequence] = {}
     self._results: dict[int, tuple[tuple[Result, ...], int]] = {}
     self._contents: dict[int, list[list[object]]] = {}  # of transfers that may still be written
-    self._stalled: dict[int, TransferOrder] = {}
 
   def lose(self, worker: str, error: str = 'it is gone') -> tuple[WorkerLost, WorkerBack]:
     """A worker dies now with all it holds, and begins another life; what its orders still bring is for nobody."""
@@ -107,14 +106,12 @@ class ShadowSimulator(Simulator):
           return
         self._contents[order.id] = self._sent(order, fault)
         if fault == 'stalls':
-          self._stalled[order.id] = order
           return
         if fault is not None:
           self._begin_faulty(order, fault)
           return
       case AbandonOrder():
         self._contents.pop(order.transfer, None)
-        self._stalled.pop(order.transfer, None)
     super()._submit(order)
 
   def _begin_faulty(self, order: TransferOrder, fault: Fault) -> None:
@@ -216,12 +213,3 @@ class ShadowSimulator(Simulator):
     size = self._page_sizes[worker]
     for offset in range(size):
       self._at(worker, target * size + offset)[:] = self._at(worker, source * size + offset)
-
-  # -------------------------------------------------------------------------- a link that comes back
-
-  def release(self) -> None:
-    """Let stalled transfers go on, and take a second."""
-    for order in self._stalled.values():
-      self._ends_s[order.id] = self._now_s + 1.0
-      self._push(order.id, lambda order=order: self._transfer_done(order, self._now_s))
-    self._stalled.clear()

@@ -1,5 +1,6 @@
 """Hypothesis drives the loop: requests come and go, transfers fail in every way, workers die, in any order."""
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
 from pdjax.types import FaultSpec, Request, SamplingParams
 from tests.faults.chaos import Chaos
-from tests.faults.engine_faults import FaultyEngine
+from tests.faults.engine_faults import FaultyEngine, fresh
 from tests.faults.injection import Asking
 from tests.faults.oracles import assert_right, watched
 from tests.faults.shadow import ShadowSimulator
@@ -158,9 +159,8 @@ class OnEngine(AnyFaults):
 
   def begin(self, name: str) -> None:
     ours = cluster().changed(faults=FAULTS)
-    for way in ours.transports.values():
-      way.faults.clear()
-      way.released.clear()
+    self.cleaning = contextlib.ExitStack()
+    self.cleaning.enter_context(fresh(ours.transports.values()))
     self.arrivals = Open([])
     self.engine = Engine(list(ours.workers.values()), ours.transports)
     self.state = ours.empty_state()
@@ -178,6 +178,7 @@ class OnEngine(AnyFaults):
     finally:
       if hasattr(self, 'engine'):
         self.engine.close()
+        self.cleaning.close()
 
 
 def drive(machine: type[AnyFaults], examples: int, steps: int) -> int:

@@ -10,7 +10,7 @@ from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay_from
-from tests.faults.engine_faults import FaultyEngine, FaultyWay
+from tests.faults.engine_faults import FaultyEngine, FaultyWay, fresh
 from tests.faults.injection import Again, Asking, Injector
 from tests.faults.matrix import COLUMNS, VICTIM, Cell, Times, cells
 from tests.faults.oracles import assert_right
@@ -44,14 +44,10 @@ def test_cell(row, column):
     cell.set_up(injectors[0], arrivals)
     return injectors[0]
 
-  def see(engine) -> None:
-    for way in ours.transports.values():
-      way.faults.clear()
-      way.released.clear()
-
   ours = cluster().changed(faults=cell.faults)
   ours.specs = tuple(cell.sized(ours.specs))
-  served = ours.serve((), ours.config.policy, prepare=see, arrivals=arrivals, wrap=wrap)
+  with fresh(ours.transports.values()):
+    served = ours.serve((), ours.config.policy, arrivals=arrivals, wrap=wrap)
   (injector,) = injectors
   ends = assert_right(served.events, arrivals.requests.values(), served.state, plain)
   assert injector.acted == 1, 'the moment never came'

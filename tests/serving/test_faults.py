@@ -403,6 +403,15 @@ def test_a_worker_that_comes_back_in_time_is_not_given_up():
   assert cluster.state.next_timer_s == math.inf
 
 
+def test_another_life_of_a_worker_is_the_end_of_the_one_before_even_if_nobody_saw_it_die():
+  cluster = decoding()
+  (step,) = cluster.start(Step('decode0', decodes=ALL))
+  cluster.apply(WorkerBack('decode0', 9.0, 2))
+  assert cluster.phase('a') is Phase.WAITING and not cluster.state.workers['decode0'].orders
+  assert not cluster.state.apply(Done(step.id, 0.0, 9.0), 9.0)
+  assert not cluster.state.apply(WorkerBack('decode0', 9.0, 2), 9.0) and cluster.state.workers['decode0'].up
+
+
 def test_confirmations_that_a_dead_worker_owed_are_waited_for_no_longer():
   cluster, order = moving()
   due(cluster, cluster.now_s + 10.0)

@@ -10,7 +10,6 @@ import numpy as np
 
 from pdjax.engine.engine import Engine, _Broken
 from pdjax.kv.transfer import DevicePut, Parcel
-from pdjax.kv.transfer.checksums import Checked
 from pdjax.serving.messages import Event, Order, TransferOrder, WorkerBack, WorkerLost
 from tests.faults.shadow import Fault
 
@@ -23,7 +22,7 @@ class FaultyWay(DevicePut):
 
   def __init__(self, way: DevicePut, checksums: bool = True):
     self.__dict__ |= way.__dict__
-    self.checked = Checked if checksums else lambda put: put
+    self.has_checksums = checksums
     self.faults: deque[Fault | None] = deque()
     self.released = threading.Event()
     self._fault: Fault | None = None
@@ -44,16 +43,19 @@ class FaultyWay(DevicePut):
       parcel.wait = self._waits(fault, parcel.wait)  # type: ignore[method-assign]
     return parcel
 
-  def put(self, piece: jax.Array, device: jax.Device) -> jax.Array:
+  def put(self, pieces, places) -> list[jax.Array]:
     if self._fault in ('corrupts', 'permutes'):
-      here = np.array(piece)
-      if self._fault == 'permutes':
-        here[:] = here[:, ::-1]
-        here[0, 0], here[0, -1] = here[0, -1].copy(), here[0, 0].copy()
-      if self._fault == 'corrupts' or here.shape[1] == 1:
-        here.reshape(-1).view(np.uint8)[3] ^= 1
-      return jax.device_put(here, device)
-    return super().put(piece, device)
+      return [self._damaged(piece, place) for piece, place in zip(pieces, places, strict=True)]
+    return super().put(pieces, places)
+
+  def _damaged(self, piece: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    here = np.array(piece)
+    if self._fault == 'permutes':
+      here[:] = here[:, ::-1]
+      here[0, 0], here[0, -1] = here[0, -1].copy(), here[0, 0].copy()
+    if self._fault == 'corrupts' or here.shape[1] == 1:
+      here.reshape(-1).view(np.uint8)[3] ^= 1
+    return jax.device_put(here, place)
 
   def _waits(self, fault: Fault, wait: Callable[[], None]) -> Callable[[], None]:
     released = self.released

@@ -262,8 +262,8 @@ class Deployment:
       finds_stops=self.opened.tokenizer is not None,
       faults=config.faults,
     )
-    for name, incarnation in built.engine.incarnations.items():
-      state.workers[name].incarnation = incarnation
+    for name, worker in built.engine.workers.items():
+      state.workers[name].incarnation = worker.incarnation
     return state
 
   def report(

@@ -87,7 +87,7 @@ def size_pools(
     fits = int(free / page_bytes[worker.name])
     if fits < 1:
       raise ValueError(
-        f'worker {worker.name!r} has {_gb(free)} left for pages beside the weights, but one page of '
+        f'worker {worker.name!r} has {_gb(free)} left for pages beside weights and staging, but one page of '
         f'{worker.page_size} tokens takes {_gb(page_bytes[worker.name])}; raise tp, lower page_size or use a larger '
         'device.'
       )

@@ -9,12 +9,18 @@ from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.hardware import ChipSpec, LinkSpec
 
 
+class Living(Protocol):
+  """A worker that may be lost and come back."""
+
+  incarnation: int
+
+
 class Serving(Protocol):
   """A backend on devices, of this process or of others."""
 
   @property
-  def incarnations(self) -> Mapping[str, int]:
-    """In which of its lives each worker is."""
+  def workers(self) -> Mapping[str, Living]:
+    """Each worker by its name, with which of its lives it is in."""
 
   def start_clock(self) -> object:
     """Let a run begin now, at 0 s; all of an earlier one must have ended."""

@@ -81,11 +81,6 @@ class Engine:
     self._under_way: dict[int, TransferOrder] = {}  # those whose pieces are to be written
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
-  @property
-  def incarnations(self) -> dict[str, int]:
-    """In which of its lives each worker is."""
-    return {name: worker.incarnation for name, worker in self.workers.items()}
-
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s; all of an earlier one must have ended."""
     self._mailbox.start_clock()

@@ -148,7 +148,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferFailed:
-  """A transfer did not end well on one of its ends; `corrupt` if other pages came than were sent."""
+  """A transfer did not end well on one of its ends; `corrupt` if other pages arrived than were sent."""
 
   number: int
   error: str

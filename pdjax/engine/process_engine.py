@@ -39,6 +39,7 @@ from pdjax.serving.messages import (
   WorkerBack,
   WorkerLost,
 )
+from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
 
 
@@ -73,19 +74,12 @@ class _Returned:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Raise:
-  """Nothing more can be done."""
-
-  error: BaseException
-
-
-@dataclasses.dataclass(frozen=True)
 class _Interrupt:
   """Ends a wait; what it is about was noted elsewhere."""
 
 
 @dataclasses.dataclass
-class _Place:
+class Place:
   """What is known of a worker.
 
   Attributes:
@@ -93,6 +87,7 @@ class _Place:
     incarnation: Which of its lives this is; a failed pass begins another one in the same process.
     process: How many processes it has had.
     up: Whether it takes orders.
+    lost: Why its last process is gone.
     clock_s: What its clock shows when the controller's shows 0.
   """
 
@@ -101,6 +96,7 @@ class _Place:
   clock_s: float
   process: int = 1
   up: bool = True
+  lost: str = ''
 
 
 @dataclasses.dataclass
@@ -115,7 +111,11 @@ class _Transfer:
 
 
 class ProcessEngine:
-  """Carries orders out in other processes."""
+  """Carries orders out in other processes.
+
+  Attributes:
+    workers: What is known of each worker, by name.
+  """
 
   def __init__(
     self,
@@ -134,11 +134,10 @@ class ProcessEngine:
       clocks_s: What each process's clock shows when the controller's shows 0.
       limit_of: Most tokens of a request that a trace cuts short; None for others.
       revive: Makes a new process, known to the others, for a lost worker, which begins that life in it; the life, and
-        what its clock shows.
-        It raises `PeerLost` where that cannot be. None lets a lost worker be lost for good.
+        what its clock shows. It raises `PeerLost` where that cannot be. None lets a lost worker be lost for good.
       closed: Called when all is over.
     """
-    self._places = {name: _Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
+    self.workers = {name: Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
     self._limit_of = limit_of
     self._revive = revive
     self._closed_all = closed
@@ -155,11 +154,6 @@ class ProcessEngine:
     for thread in self._threads:
       thread.start()
 
-  @property
-  def incarnations(self) -> dict[str, int]:
-    """In which of its lives each worker is."""
-    return {name: place.incarnation for name, place in self._places.items()}
-
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s; all of an earlier one must have ended."""
     self._transfers.clear()
@@ -167,7 +161,7 @@ class ProcessEngine:
     before = self._mailbox.collect(-math.inf)[1]
     with self._clock:
       self._start_s = self._mailbox.start_clock()
-      for place in self._places.values():
+      for place in self.workers.values():
         place.peer.tell(StartClock(self._start_s + place.clock_s))
     for item in before:  # what happened between two runs
       match item:
@@ -175,13 +169,11 @@ class ProcessEngine:
           self._lose(item)
         case _Returned():
           self._come_back(item)
-        case _Raise() | _Interrupt():
-          self._mailbox.post(functools.partial(_same, item))
-    for name, place in self._places.items():
-      if not place.up:  # what a new state cannot know
-        self._post_event(WorkerLost(name, 0.0, 'it was lost before this run'))
-      elif place.incarnation > 1:
-        self._post_event(WorkerBack(name, 0.0, place.incarnation))
+        case _Interrupt():
+          self._mailbox.post(lambda _: _Interrupt())
+    for name, place in self.workers.items():
+      if not place.up:
+        self._post_lost(name, place.lost)
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
@@ -196,16 +188,20 @@ class ProcessEngine:
     """End the processes and the threads."""
     self._closing = True
     try:
-      for place in self._places.values():
+      for place in self.workers.values():
         place.peer.close()
       for thread in self._threads:
         thread.join(10.0)
     finally:
       self._closed_all()
 
-  def _post_event(self, event: Done | WorkerLost | WorkerBack) -> None:
-    """Have the next wait bring an event, as of now."""
-    self._mailbox.post(lambda ended_s: dataclasses.replace(event, ended_s=ended_s))
+  def _post_ended(self, order: int) -> None:
+    """An order is done that was told to processes and of which nothing else is heard."""
+    began_s = self._mailbox.now_s()
+    self._mailbox.post(lambda ended_s: Done(order, began_s, ended_s))
+
+  def _post_lost(self, worker: str, error: str) -> None:
+    self._mailbox.post(lambda ended_s: WorkerLost(worker, ended_s, error))
 
   # -------------------------------------------------------------------------- orders
 
@@ -222,20 +218,16 @@ class ProcessEngine:
           transfer = self._transfers[order.id] = self._by_number[number] = _Transfer(number, order)
           sent.setdefault(order.source, []).append(order)
           numbers.setdefault(order.source, []).append((order.id, transfer.number))
+        case AbandonOrder(transfer=abandoned):
+          if abandoned in self._transfers:
+            self._settle(self._transfers[abandoned])
+          self._post_ended(order.id)
         case EndOrder():
-          for name in self._places:
+          for name in self.workers:
             sent.setdefault(name, []).append(order)
-          self._confirm(order)
-        case AbandonOrder():  # what either end is told next comes behind this, so its pages are nobody's
-          if order.transfer in self._transfers:
-            self._settle(self._transfers[order.transfer])
-          self._confirm(order)
+          self._post_ended(order.id)
     for name, some in sent.items():
       self._tell(name, Submit(tuple(some), tuple(numbers.get(name, ())), self._limits(some)))
-
-  def _confirm(self, order: Order) -> None:
-    began_s = self._mailbox.now_s()
-    self._post_event(Done(order.id, began_s, began_s))
 
   def _limits(self, orders: Sequence[Order]) -> tuple[tuple[str, int], ...]:
     limits = []
@@ -247,7 +239,7 @@ class ProcessEngine:
     return tuple(limits)
 
   def _tell(self, name: str, message: Message) -> None:
-    place = self._places[name]
+    place = self.workers[name]
     if place.up:  # what a lost worker was to do, failed with it
       place.peer.tell(message)
 
@@ -262,15 +254,13 @@ class ProcessEngine:
       for item in items:
         match item:
           case _Heard():
-            place = self._places[item.worker]
+            place = self.workers[item.worker]
             if place.up and item.process == place.process:
               events += self._hear(item.worker, item.news, item.heard_s)
           case _Gone():
             events += self._lose(item)
           case _Returned():
             events.append(self._come_back(item))
-          case _Raise():
-            raise item.error
           case _Interrupt():
             interrupted = True
           case _:
@@ -288,7 +278,7 @@ class ProcessEngine:
         self._drop_transfers(worker)
         return [dataclasses.replace(news, ended_s=heard_s)]
       case WorkerBack():
-        self._places[worker].incarnation = news.incarnation
+        self.workers[worker].incarnation = news.incarnation
         return [dataclasses.replace(news, ended_s=heard_s)]
       case Done() | Failed():
         return [dataclasses.replace(news, ended_s=heard_s)]
@@ -312,8 +302,9 @@ class ProcessEngine:
     if gathered is None or written is None:
       return []
     self._settle(transfer)
-    trip = Trip(max(gathered.ready_s, written.pulled_s), written.arrived_s, written.pieces)
-    return [Done(order.id, gathered.ready_s, heard_s, wire_bytes=written.wire_bytes, trip=trip)]
+    ready_s = min(gathered.ready_s, written.arrived_s)  # the thread that waits for one end may wake after the other's
+    trip = Trip(max(ready_s, written.pulled_s), written.arrived_s, written.pieces)
+    return [Done(order.id, ready_s, heard_s, wire_bytes=written.wire_bytes, trip=trip)]
 
   def _settle(self, transfer: _Transfer) -> None:
     """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
@@ -322,7 +313,7 @@ class ProcessEngine:
     """
     source, target = transfer.order.source, transfer.order.target
     del self._transfers[transfer.order.id], self._by_number[transfer.number]
-    pulled = transfer.pulling and self._places[target].up
+    pulled = transfer.pulling and self.workers[target].up
     for name in (source, target):
       self._tell(name, Settle(transfer.number, pulled))
 
@@ -336,7 +327,7 @@ class ProcessEngine:
 
   def _listen(self, name: str) -> None:
     """On a thread for each worker: post what its process tells, and see to it that there is another one."""
-    place = self._places[name]
+    place = self.workers[name]
     for process in itertools.count(1):
       try:
         while not self._closing:
@@ -346,32 +337,32 @@ class ProcessEngine:
       except Exception as error:
         if self._closing:
           return
-        message = str(error) if isinstance(error, PeerLost) else f'{type(error).__name__}: {error}'
+        message = place.lost = describe_loss(error)
       self._mailbox.post(functools.partial(_Gone, name, process, message))
       try:
         life = self._return(name, place, message)
-      except BaseException as error:
-        if not self._closing:
-          self._mailbox.post(functools.partial(_same, _Raise(error)))
+      except Exception as error:  # what waits for the worker, the loop ends when its patience does
+        place.lost = describe_loss(error)
+        self._post_lost(name, place.lost)
         return
       self._mailbox.post(functools.partial(_Returned, name, process + 1, life))
 
-  def _return(self, name: str, place: _Place, message: str) -> int:
+  def _return(self, name: str, place: Place, message: str) -> int:
     """Have a new process made for a lost worker; the life that begins in it."""
     if self._revive is None:
-      raise PeerLost(f'worker {name!r} is lost and stays so: {message}')
+      raise PeerLost(f'it is lost and stays so: {message}')
     life, place.clock_s = self._revive(name, place.incarnation + 1)
     with self._clock:  # of the run that is under way now
       place.peer.tell(StartClock(self._start_s + place.clock_s))
     return life
 
   def _come_back(self, item: _Returned) -> WorkerBack:
-    place = self._places[item.worker]
+    place = self.workers[item.worker]
     place.up, place.process, place.incarnation = True, item.process, item.incarnation
     return WorkerBack(item.worker, item.ended_s, item.incarnation)
 
   def _lose(self, gone: _Gone) -> list[Event]:
-    place = self._places[gone.worker]
+    place = self.workers[gone.worker]
     if not place.up or gone.process != place.process:
       return []
     place.up = False
@@ -379,5 +370,6 @@ class ProcessEngine:
     return [WorkerLost(gone.worker, gone.ended_s, gone.error)]
 
 
-def _same(item: object, stamp_s: float) -> object:
-  return item
+def describe_loss(error: Exception) -> str:
+  """Why a process is gone, or why there is no new one."""
+  return str(error) if isinstance(error, PeerLost | HandshakeError) else f'{type(error).__name__}: {error}'

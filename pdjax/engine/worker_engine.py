@@ -127,7 +127,7 @@ class WorkerEngine(Engine):
     threading.Thread(target=watch, args=(number, *arguments), name=name, daemon=True).start()
 
   def _is_stale(self, order: Order) -> bool:
-    return False  # such orders were left out already
+    return False  # `take` has looked, as far as one can from here
 
   def _tell(self, news: News) -> None:
     self._mailbox.post(lambda _: news)

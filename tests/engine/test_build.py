@@ -11,7 +11,7 @@ import pytest
 from pdjax import launch
 from pdjax.engine import build
 from pdjax.model.checkpoint import RandomCheckpoint
-from pdjax.types import WorkerSpec
+from pdjax.types import TransferSpec, WorkerSpec
 from pdjax.types.cluster import DeviceError
 from pdjax.workload import Given
 from tests.engine.plain import generate
@@ -65,14 +65,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch):
 
 def test_pages_that_do_not_fit_are_refused_before_anything_is_loaded(monkeypatch):
   monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 2 * TINY.weight_bytes(4) + 1000.0)
-  with pytest.raises(ValueError, match=r'weights \(.* GB\) and pages \(.* GB\) do not fit'):
+  with pytest.raises(ValueError, match=r'weights \(.* GB\), pages \(.* GB\) and staging \(.* GB\) do not fit'):
     build_untouched(config())
 
 
 def test_no_room_for_a_single_page_is_refused_before_anything_is_loaded(monkeypatch):
-  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 2 * TINY.weight_bytes(4) + 1000.0)
+  used = 2 * (TINY.weight_bytes(4) + TransferSpec().staging_bytes)
+  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: used + 1000.0)
   with pytest.raises(
-    ValueError, match="worker 'prefill0' has 5e-07 GB left for pages beside the weights, but one page"
+    ValueError, match="worker 'prefill0' has 5e-07 GB left for pages beside weights and staging, but one page"
   ):
     build_untouched(config(num_pages='auto'))
 

@@ -104,14 +104,23 @@ class Processes:
     with quick_compiles():
       return cls(config, peers, build_processes(config, config.model, peers))
 
+  def changed(self, **fields) -> 'Processes':
+    """The same processes under a config of which some fields differ, such as `faults`."""
+    built = dataclasses.replace(self.built, transfer=fields.get('transfer', self.built.transfer))
+    return Processes(dataclasses.replace(self.config, **fields), self.peers, built, self.deadline_s)
+
   def serve(self, requests, prepare: Callable[[], None] = lambda: None, arrivals=None) -> Served:
     """Serve requests; every page and slot is free in the end."""
     requests = tuple(requests)
-    state = ClusterState(self.config.model, self.built.workers, self.config.page_size, self.built.transfer)
-    engine = self.built.engine
-    incarnations = dict(engine.incarnations)
+    built, engine = self.built, self.built.engine
+    state = ClusterState(
+      self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults
+    )
     try:
       engine.start_clock()
+      incarnations = {name: worker.incarnation for name, worker in engine.workers.items()}
+      for name, incarnation in incarnations.items():
+        state.workers[name].incarnation = incarnation
       prepare()
       policy = self.config.policy
       events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine, self.deadline_s), state))

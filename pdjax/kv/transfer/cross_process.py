@@ -118,7 +118,10 @@ _CHUNK_BYTES = 16 * 2**20  # that the server copies at once; it keeps eight of t
 
 
 class Half(ByPieces):
-  """One end of a way between processes."""
+  """One end of a way between processes.
+
+  With `TransferSpec.checksums`, those of every piece travel behind all pieces.
+  """
 
   def plan(self) -> WayPlan:
     """What both ends must have worked out alike."""
@@ -180,7 +183,8 @@ class Sender(Half):
     layers, size = shape
     ours, theirs = (self._first_pages(pool, size) for pool in (self._source, self._target))
     for batch in self.gather(ours, theirs, 0, size * self.unit, (0, layers)):
-      jax.block_until_ready(self.leaving(batch))
+      pieces = self.leaving(batch)
+      jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.has_checksums else ()))
 
   def offer(
     self,
@@ -227,7 +231,9 @@ class Receiver(Half):
     pages = self._first_pages(self._target, size)
     targets = places(pages, self._target.page_shapes.page_size, 0, size * self.unit, self.unit)
     zeros = [jax.device_put(np.zeros(piece.shape, piece.dtype), piece.sharding) for piece in self.arriving(shape)]
-    parcel = Parcel(((targets, self.assemble(shape, zeros)),), (0, layers), 0, len(zeros), ())
+    checked = Checked((checksums(piece), piece) for piece in zeros) if self.has_checksums else None
+    parcel = Parcel(((targets, self.assemble(shape, zeros)),), (0, layers), 0, len(zeros), (), checked=checked)
+    parcel.wait()
     self.receive(parcel).block_until_ready()
 
   def pull(

@@ -26,7 +26,7 @@ from pdjax.model.weights import load_weights
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import Policy
 from pdjax.sharding import make_mesh
-from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import Request, SamplingParams, TransferSpec, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Given
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'smollm2_greedy.json'
@@ -35,7 +35,7 @@ POOL_TOKENS = 4096
 MAX_CONTEXT = 1024
 SIZES = {'max_step_tokens': 32}
 
-_Way = tuple[tuple[WorkerSpec, ...], Policy]
+_Way = tuple[tuple[WorkerSpec, ...], Policy, TransferSpec]
 
 _WAYS = flags.DEFINE_list('ways', None, 'Ways of serving to check; all by default.')
 _PAGE_SIZES = flags.DEFINE_list('page_sizes', ['1', '16', '64'], 'Tokens per page.')
@@ -51,21 +51,22 @@ def ways(page_size: int) -> dict[str, _Way]:
   """Every way of serving by name, with as many pages of that size as the cases need."""
   sizes = SIZES | {'num_pages': POOL_TOKENS // page_size}
   larger = sizes | {'page_size': 4 * page_size, 'num_pages': POOL_TOKENS // page_size // 4}
-  disaggregated = Disaggregated()
+  default, apart, four = TransferSpec(), Disaggregated(), Disaggregated(decode_steps=4)
+  layers, staged = TransferSpec(granularity='layers'), TransferSpec('host_staged', granularity='request')
   return {
-    'colocated': (colocated_pool(1, **sizes), Colocated(token_budget=128)),
-    'colocated tp3': (colocated_pool(1, tp=3, **sizes), Colocated(token_budget=128, decode_steps=4)),
-    '1P1D tp1→tp3': (prefill_pool(1, tp=1, **sizes) + decode_pool(1, tp=3, **sizes), disaggregated),
-    '1P1D tp3→tp1': (prefill_pool(1, tp=3, **sizes) + decode_pool(1, tp=1, **sizes), Disaggregated(decode_steps=4)),
-    '1P1D pages ×4': (prefill_pool(1, **sizes) + decode_pool(1, tp=3, **larger), disaggregated),
-    '1P1D pages ÷4': (prefill_pool(1, tp=3, **larger) + decode_pool(1, **sizes), disaggregated),
-    '2P2D': (prefill_pool(2, **sizes) + decode_pool(2, **sizes), disaggregated),
+    'colocated': (colocated_pool(1, **sizes), Colocated(token_budget=128), default),
+    'colocated tp3': (colocated_pool(1, tp=3, **sizes), Colocated(token_budget=128, decode_steps=4), default),
+    '1P1D tp1→tp3': (prefill_pool(1, tp=1, **sizes) + decode_pool(1, tp=3, **sizes), apart, layers),
+    '1P1D tp3→tp1': (prefill_pool(1, tp=3, **sizes) + decode_pool(1, tp=1, **sizes), four, staged),
+    '1P1D pages ×4': (prefill_pool(1, **sizes) + decode_pool(1, tp=3, **larger), apart, staged),
+    '1P1D pages ÷4': (prefill_pool(1, tp=3, **larger) + decode_pool(1, **sizes), apart, layers),
+    '2P2D': (prefill_pool(2, **sizes) + decode_pool(2, **sizes), apart, default),
   }
 
 
 def serve_golden(name: str, page_size: int, cache: str | None = None) -> dict[int, tuple[int, ...]]:
   """The cases, by number, whose tokens differ when all are served together: what came instead."""
-  workers, policy = ways(page_size)[name]
+  workers, policy, transfer = ways(page_size)[name]
   cases = golden_cases()
   requests = tuple(
     Request(str(i), tuple(case['prompt_ids']), SamplingParams(max_tokens=len(case['greedy_ids'])))
@@ -75,6 +76,7 @@ def serve_golden(name: str, page_size: int, cache: str | None = None) -> dict[in
     checkpoint='smollm2',
     workers=workers,
     policy=policy,
+    transfer=transfer,
     workload=Given(requests),
     page_size=page_size,
     max_context=MAX_CONTEXT,

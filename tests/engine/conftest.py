@@ -10,7 +10,10 @@ from tests.engine.cluster import Cluster
 from tests.tiny import config
 
 
-def build(*args, differing=None, transfer=TransferSpec(granularity='chunk', piece_bytes=4096), **kwargs) -> Cluster:
+SMALL_PIECES = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)
+
+
+def build(*args, differing=None, transfer=SMALL_PIECES, **kwargs) -> Cluster:
   """A tiny cluster with few sizes of transfer batches; `differing` are fields of each worker that are its own."""
   run = config(*args, **kwargs)
   each = differing or ({},) * len(run.workers)

@@ -8,9 +8,9 @@ import pytest
 
 from pdjax.kv.transfer import TRANSPORTS
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.types import Request, SamplingParams, TransferSpec
+from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster, live_pages
-from tests.engine.conftest import build
+from tests.engine.conftest import SMALL_PIECES, build
 from tests.engine.plain import EXACT, generate
 from tests.tiny import TINY, TINY_8_2, TINY_12_12, prompt
 
@@ -116,7 +116,7 @@ MESHES = [  # model, prefill tp, decode tp, page size, granularity and transport
   'model, prefill_tp, decode_tp, page_size, granularity, transport', MESHES, ids=lambda x: getattr(x, 'name', None)
 )
 def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size, granularity, transport):
-  transfer = TransferSpec(transport, granularity, piece_bytes=4096)
+  transfer = dataclasses.replace(SMALL_PIECES, transport=transport, granularity=granularity)
   sizes = {'max_sequences': 2, 'num_pages': 256 // page_size}
   cluster = build('1P1D', prefill_tp, decode_tp, model, page_size, transfer=transfer, **sizes)
   assert {type(way) for way in cluster.transports.values()} == {TRANSPORTS[transport]}

@@ -14,8 +14,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 CACHE = 'PDJAX_TEST_CACHE'  # in the environment, which the processes that share the work inherit
 
 LONGEST = (
-  'test_golden.py', 'test_notebooks.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py', 'test_worker.py',
-  'test_processes.py', 'test_ray.py', 'test_matrix_engine.py',
+  'test_golden.py', 'test_notebooks.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
+  'test_worker.py', 'test_processes.py', 'test_ray.py', 'test_matrix_engine.py',
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from pdjax.types import TransferSpec
 from tests.engine.cluster import Cluster
 from tests.tiny import config
 
-
 SMALL_PIECES = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)
 
 

@@ -30,15 +30,15 @@ def delayed(function, when=lambda *args: True):
 
 
 def delay_dispatch_of_the_prompt(engine: Engine, monkeypatch) -> None:
-  monkeypatch.setattr(engine, '_dispatch', delayed(engine._dispatch, lambda order: order.chunks))
+  monkeypatch.setattr(engine, '_dispatch', delayed(engine._dispatch, lambda order, after: order.chunks))
 
 
 def delay_collecting_the_prompt(engine: Engine, monkeypatch) -> None:
   monkeypatch.setattr(Worker, 'collect', delayed(Worker.collect, lambda worker, order, pending: order.chunks))
 
 
-def hold_the_way_out_of_the_prefill_worker(engine: Engine, monkeypatch) -> None:
-  engine._transfers['prefill0'].add(lambda: time.sleep(DELAY_S))
+def delay_the_gather(engine: Engine, monkeypatch) -> None:
+  monkeypatch.setattr(Parcel, 'wait_gathered', delayed(Parcel.wait_gathered))
 
 
 def delay_the_pieces(engine: Engine, monkeypatch) -> None:
@@ -58,7 +58,7 @@ def delay_collecting_the_decode_step(engine: Engine, monkeypatch) -> None:
   [
     ('queue', delay_dispatch_of_the_prompt),
     ('prefill', delay_collecting_the_prompt),
-    ('wait', hold_the_way_out_of_the_prefill_worker),
+    ('wait', delay_the_gather),
     ('wire', delay_the_pieces),
     ('admit', hold_the_decode_worker),
     ('step', delay_collecting_the_decode_step),

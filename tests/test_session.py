@@ -51,8 +51,10 @@ def cluster() -> Cluster:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
+  before = set(threading.enumerate())
   yield
-  assert [thread.name for thread in threading.enumerate() if thread.name.startswith('pdjax')] == []
+  new = set(threading.enumerate()) - before
+  assert [thread.name for thread in new if thread.name.startswith('pdjax')] == []
 
 
 @pytest.fixture

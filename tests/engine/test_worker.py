@@ -10,6 +10,7 @@ import pytest
 from pdjax.engine.worker import Worker
 from pdjax.kv import page_bytes
 from pdjax.kv.transfer import DevicePut
+from pdjax.types import TransferSpec
 from tests.engine.cluster import Cluster, compiled
 from tests.tiny import TINY
 
@@ -57,7 +58,8 @@ def test_every_program_has_run_once_before_the_first_request_and_nothing_is_aliv
   fixture, name, request, monkeypatch
 ):
   model = request.getfixturevalue(fixture).workers[name]
-  worker = Worker(model.spec, model.model, model.mesh, model.weights, lambda request: 1)
+  layers = TransferSpec(granularity='layers')
+  worker = Worker(model.spec, model.model, model.mesh, model.weights, lambda request: 1, transfer=layers)
   ran = []
   program = Worker.program
   monkeypatch.setattr(Worker, 'program', lambda worker, *key: [ran.append(key), program(worker, *key)][1])
@@ -73,14 +75,16 @@ def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_po
   larger_source, larger_target = enlarged(two_and_two, 'prefill0'), enlarged(two_and_two, 'decode0')
   small = two_and_two.transports['prefill0', 'decode0']
   large = DevicePut(larger_source, larger_target, two_and_two.config.transfer)
+  shape = (two_and_two.model.num_layers, 4)
   small_scatter, large_scatter = (
-    small._scatters[4].memory_analysis(),
-    large._lower_scatter(4).compile().memory_analysis(),
+    small._scatters[shape].memory_analysis(),
+    large._lower_scatter(shape).compile().memory_analysis(),
   )
   assert small_scatter.alias_size_in_bytes >= pool_bytes(target)
   assert large_scatter.alias_size_in_bytes >= pool_bytes(larger_target)
   assert large_scatter.temp_size_in_bytes <= 1.1 * small_scatter.temp_size_in_bytes
-  small_gather, large_gather = small._gathers[4].memory_analysis(), large._lower_gather(4).compile().memory_analysis()
+  small_gather = small._gathers[shape].memory_analysis()
+  large_gather = large._lower_gather(shape).compile().memory_analysis()
   assert large_gather.temp_size_in_bytes <= 1.1 * small_gather.temp_size_in_bytes
   assert pool_bytes(source) < pool_bytes(larger_source)
 

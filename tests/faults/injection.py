@@ -149,8 +149,8 @@ class Injector:
 
   def say(self, event: Event, after_s: float = 0.0) -> None:
     """Tell the loop this, then."""
-    if isinstance(event, Done):
-      event = dataclasses.replace(event, ended_s=event.ended_s + after_s)
+    if isinstance(event, Done) and after_s:  # a turn before it is told must not find it, in a replay either
+      event = dataclasses.replace(event, ended_s=self.now_s + after_s)
     self._later.append((self.now_s + after_s, event))
 
   def orders_of(self, worker: str) -> list[int]:

@@ -28,16 +28,20 @@ from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed
 from pdjax.types.model import ModelSpec
 
+# JAX has a thread for each CPU device or each core, whichever are more. Where passes keep all of them busy, a copy
+# waits until a worker has nothing more to do: half a second was seen, instead of a fraction of a millisecond.
+SPARE_CPU_DEVICES = 2
+
 
 def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
-  """The devices to carve meshes from; on CPU, as many virtual ones as are needed.
+  """The devices to carve meshes from; on CPU, as many virtual ones as are needed, and some to spare.
 
   Raises:
     DeviceError: if there are none of the platform, or JAX has already started with fewer CPU devices than are needed.
   """
   try:
     asked_for = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
-    jax.config.update('jax_num_cpu_devices', max(needed, asked_for))
+    jax.config.update('jax_num_cpu_devices', max(needed + SPARE_CPU_DEVICES, asked_for))
     if platform == 'cpu':
       jax.config.update('jax_platforms', 'cpu')
   except RuntimeError:

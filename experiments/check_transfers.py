@@ -26,7 +26,7 @@ from rich.console import Console
 from pdjax.engine.build import prepare_devices
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.kv.transfer import TRANSPORTS, CrossProcess, Transport
+from pdjax.kv.transfer import TRANSPORTS, Transport
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
@@ -155,7 +155,7 @@ class Pools:
 
   @functools.cache  # noqa: B019
   def _way(self, source: Worker, target: Worker, transport: TransportName) -> Transport:
-    way = {**TRANSPORTS, 'cross_process': CrossProcess}[transport](source, target, _spec('layers'))
+    way = TRANSPORTS[transport](source, target, _spec('layers'))
     way.compile()
     return way
 

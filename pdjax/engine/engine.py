@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from pdjax.engine.mailbox import Mailbox, Waiter, Waiters
+from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, Parcel, Transport
 from pdjax.serving.messages import (
@@ -58,11 +58,6 @@ class _Crashed:
   error: BaseException
 
 
-@dataclasses.dataclass(frozen=True)
-class _Interrupt:
-  """Ends a wait; what it is about was noted elsewhere."""
-
-
 class Engine:
   """Carries orders out on devices.
 
@@ -91,12 +86,7 @@ class Engine:
 
     A turn at time t comes after all that was noted up to t, and before all that is noted later.
     """
-
-    def make(stamp_s: float) -> object:
-      note(stamp_s)
-      return _Interrupt()
-
-    self._mailbox.post(make)
+    self._mailbox.interrupt(note)
 
   def close(self) -> None:
     """Wait for what is under way and end the threads."""
@@ -188,7 +178,7 @@ class Engine:
             events += self._rebuild(item)
           case _Crashed():
             raise item.error
-          case _Interrupt():
+          case Interrupt():
             interrupted = True
           case _:
             events.append(item)

@@ -1,11 +1,17 @@
 """One queue of what has ended, stamped as it is posted, with the clock of the run."""
 
+import dataclasses
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupt:
+  """Ends a wait; what it is about was noted elsewhere."""
 
 
 class Mailbox:
@@ -36,6 +42,15 @@ class Mailbox:
     with self._condition:
       self._items.append(make(self._stamp()))
       self._condition.notify()
+
+  def interrupt(self, note: Callable[[float], None]) -> None:
+    """Call `note` with a stamp and add an `Interrupt` with it."""
+
+    def make(stamp_s: float) -> Interrupt:
+      note(stamp_s)
+      return Interrupt()
+
+    self.post(make)
 
   def collect(self, until_s: float) -> tuple[float, list[Any]]:
     """Wait until something is there or `until_s` has come; the time, and everything posted so far."""

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from pdjax.engine.mailbox import Mailbox
+from pdjax.engine.mailbox import Interrupt, Mailbox
 from pdjax.engine.peers import (
   Gathered,
   Message,
@@ -71,11 +71,6 @@ class _Returned:
   process: int
   incarnation: int
   ended_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Interrupt:
-  """Ends a wait; what it is about was noted elsewhere."""
 
 
 @dataclasses.dataclass
@@ -169,20 +164,15 @@ class ProcessEngine:
           self._lose(item)
         case _Returned():
           self._come_back(item)
-        case _Interrupt():
-          self._mailbox.post(lambda _: _Interrupt())
+        case Interrupt():
+          self._mailbox.post(lambda _: Interrupt())
     for name, place in self.workers.items():
       if not place.up:
         self._post_lost(name, place.lost)
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
-
-    def make(stamp_s: float) -> object:
-      note(stamp_s)
-      return _Interrupt()
-
-    self._mailbox.post(make)
+    self._mailbox.interrupt(note)
 
   def close(self) -> None:
     """End the processes and the threads."""
@@ -261,7 +251,7 @@ class ProcessEngine:
             events += self._lose(item)
           case _Returned():
             events.append(self._come_back(item))
-          case _Interrupt():
+          case Interrupt():
             interrupted = True
           case _:
             events.append(item)

@@ -310,7 +310,6 @@ class ClusterState:
     self._tasks: list[Abandon | Resend] = []
     self._now_s = 0.0
     self._faults = faults
-    self._deadline_s = transfer.deadline_s
     self._timers = Timers()
     self._transfers = Transfers(self._timers, transfer.deadline_s, faults)
     self._next_order = 0
@@ -738,7 +737,7 @@ class ClusterState:
   def _timer_due(self, event: TimerDue, now_s: float) -> bool:
     match event:
       case TimerDue(_, 'deadline', int(order)):
-        return self._abandon(order, f'the transfer did not end within {self._deadline_s:g} s')
+        return self._abandon(order, f'the transfer did not end within {self.transfer.deadline_s:g} s')
       case TimerDue(_, 'retry', int(order)):
         self._tasks.append(Resend(order))
       case TimerDue(_, 'patience', str(name)):

@@ -269,8 +269,7 @@ class Receiver(Half):
       checked = Checked(zip(sums, pieces, strict=True))
     batches, rest, first = [], iter(pieces), 0
     for size in batch_sizes(len(targets), self._sizes[count]):
-      arrived = list(itertools.islice(rest, len(self.arriving((count, size)))))
-      batches.append((targets[first : first + size], self.assemble((count, size), arrived)))
+      batches.append((targets[first : first + size], self.assemble((count, size), rest)))
       first += size
     return Parcel(tuple(batches), layers, sum(piece.nbytes for piece in pieces), len(pieces), (), checked=checked)
 

@@ -5,6 +5,7 @@ there to the target's device. So the host holds no more than one piece, whatever
 """
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,9 @@ class HostStaged(ByPieces):
     layers = layers or self.all_layers
     gathered = self.gather(source_pages, target_pages, start, tokens, layers)
     pieces = [batch.pieces for batch in gathered]
-    return StagedParcel((), layers, self.wire_bytes(gathered), self.num_pieces(gathered), pieces, gathered, self.carry)
+    expected = [piece for batch in gathered for piece in self.arriving(batch.shape)]
+    wire_bytes = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in expected)
+    return StagedParcel((), layers, wire_bytes, len(expected), pieces, gathered, self.carry)
 
   def carry(self, batch: Gathered) -> tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]:
     """Carry the pieces of a batch over; those too with checksums of what they were, if there are to be any."""

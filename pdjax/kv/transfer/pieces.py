@@ -316,17 +316,6 @@ class ByPieces(abc.ABC):
       for _ in range(self.cut.target_pieces)
     )
 
-  def num_pieces(self, batches: Sequence[Gathered]) -> int:
-    """Arrays of batches that go from one device to another."""
-    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(batch.shape))]
-    return self.cut.target_pieces * self._target.mesh.shape['kv'] * len(leaves)
-
-  def wire_bytes(self, batches: Sequence[Gathered]) -> int:
-    """Bytes that batches put onto target devices."""
-    pieces = self.cut.target_pieces * self._target.mesh.shape['kv']
-    leaves = [leaf for batch in batches for leaf in jax.tree.leaves(self._landed(batch.shape))]
-    return pieces * sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
   @abc.abstractmethod
   def send(
     self,

@@ -36,6 +36,7 @@ from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
 from pdjax.types.cluster import TransportName
 from pdjax.types.handshake import Manifest, PoolShape
+from pdjax.types.span import Span
 
 FLAGS = flags.FLAGS
 _TRANSPORTS = ['device_put', 'host_staged', 'cross_process']
@@ -67,6 +68,12 @@ def pages_of(mib: float) -> int:
   return max(1, round(mib * 2**20 / (_PAGE_SIZE * _MODEL.cached_token_bytes('float32'))))
 
 
+def span_of(pages: int) -> Span:
+  """The first pages of both pools."""
+  numbers = tuple(range(pages))
+  return Span(numbers, numbers, 0, pages * _PAGE_SIZE)
+
+
 # ---------------------------------------------------------------------------- between two processes
 
 
@@ -86,8 +93,7 @@ def serve_source() -> None:
     request = json.loads(line)
     number = request['number']
     if request['what'] == 'kv':
-      pages = range(request['pages'])
-      offer = sender.offer(number, pages, pages, 0, len(pages) * _PAGE_SIZE)
+      offer = sender.offer(number, span_of(request['pages']))
       answer(offer.manifest)
       offer.wait()
     else:
@@ -153,7 +159,7 @@ class _Way:
   def bare(self, pages: int) -> float:
     """Seconds to pull arrays of the shapes of so many pages' pieces."""
     number = next(self._numbers)
-    shapes = self._receiver.expected(pages * _PAGE_SIZE)
+    shapes = self._receiver.expected(span_of(pages))
     manifest = [(list(shape.shape), shape.dtype.name) for shape in shapes]
     self._source.ask({'what': 'bare', 'number': number, 'manifest': manifest})
     begin = time.perf_counter()
@@ -184,7 +190,7 @@ class _Way:
     return number, tuple((tuple(shape), dtype) for shape, dtype in said)
 
   def _pull(self, number: int, manifest: Manifest, pages: int) -> Parcel:
-    return self._receiver.pull(number, manifest, range(pages), 0, pages * _PAGE_SIZE)
+    return self._receiver.pull(number, manifest, span_of(pages))
 
 
 def cross_process(sizes_mib: list[float], repeats: int) -> Iterator[tuple[float, float, float, float]]:
@@ -226,8 +232,8 @@ def in_process(transport: TransportName, sizes_mib: list[float], repeats: int) -
   way = TRANSPORTS[transport](source, target, _GRANULARITY)
   way.compile()
   for mib in sizes_mib:
-    pages = list(range(pages_of(mib)))
-    size = len(pages) * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
+    pages = pages_of(mib)
+    size = pages * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
     plain, standing = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     seconds: dict[str, list[float]] = {'plain': [], 'sent': []}
     for repeat in range(repeats + 1):
@@ -242,9 +248,9 @@ def in_process(transport: TransportName, sizes_mib: list[float], repeats: int) -
     yield size / 2**20, copied, sent
 
 
-def _sent_s(way: Any, pages: list[int]) -> float:
+def _sent_s(way: Any, pages: int) -> float:
   """Seconds of the pieces of some pages from device to device, gathered before."""
-  batches = way.gather(pages, pages, 0, len(pages) * _PAGE_SIZE, way.all_layers)
+  batches = way.gather(span_of(pages))
   jax.block_until_ready([batch.pieces for batch in batches])
   begin = time.perf_counter()
   if isinstance(way, HostStaged):

@@ -32,8 +32,9 @@ from experiments.load_config import load_config
 from pdjax import comparison, launch
 from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
+from pdjax.serving.checks import PolicyError
 from pdjax.serving.messages import Done, Event, Finished
-from pdjax.serving.state import PolicyError, StuckError
+from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, read_requests, write_completions
 

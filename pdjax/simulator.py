@@ -79,7 +79,7 @@ class Simulator:
         self._push(order.id, lambda: self._step_done(order, began_s))
       case TransferOrder():
         seconds = self._cost.transfer_seconds(
-          self._model, self._workers[order.source], self._workers[order.target], order.tokens * self._share(order)
+          self._model, self._workers[order.source], self._workers[order.target], self._whole_tokens(order)
         )
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
@@ -112,25 +112,24 @@ class Simulator:
   def _push(self, order: int, event: Callable[[], Event]) -> None:
     heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
 
-  def _share(self, order: TransferOrder) -> float:
-    """The layers that travel, as a share of all."""
-    first, stop = order.layers or (0, self._model.num_layers)
-    return (stop - first) / self._model.num_layers
+  def _whole_tokens(self, order: TransferOrder) -> float:
+    """Tokens that have as many bytes in all layers as those that travel in some."""
+    return order.span.tokens * order.span.share(self._model.num_layers)
 
   def _ready_s(self, order: TransferOrder) -> float:
     """When what it moves is computed: with its pass, or in the middle of it if it moves the first layers."""
     if order.after is None or order.after not in self._ends_s:
       return 0.0
     began_s, ended_s = self._began_s[order.after], self._ends_s[order.after]
-    _, stop = order.layers or (0, self._model.num_layers)
+    _, stop = order.span.bounds(self._model.num_layers)
     return began_s + (ended_s - began_s) * stop / self._model.num_layers
 
   def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     ended_s = self._ends_s.pop(order.id)
     source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
-    all_bytes = order.tokens * self._model.cached_token_bytes(wire_dtype(source, target))
+    wire_bytes = self._whole_tokens(order) * self._model.cached_token_bytes(wire_dtype(source, target))
     trip = Trip(began_s, ended_s, pieces=1)
-    return Done(order.id, began_s, ended_s, wire_bytes=round(all_bytes * self._share(order)), trip=trip)
+    return Done(order.id, began_s, ended_s, wire_bytes=round(wire_bytes), trip=trip)
 
   def _step_done(self, order: StepOrder, began_s: float) -> Done:
     results = []

@@ -272,8 +272,8 @@ def _check_pages(state: ClusterState, transfers: dict[int, TransferOrder]) -> No
   for name, worker in state.workers.items():
     owned = Counter(page for entry in state.requests.values() for page in entry.pages.get(name, ()))
     assert not owned or owned.most_common(1)[0][1] == 1, f'two requests hold one page of {name}'
-    moving = {page for order in transfers.values() if order.source == name for page in order.source_pages}
-    moving |= {page for order in transfers.values() if order.target == name for page in order.target_pages}
+    moving = {page for order in transfers.values() if order.source == name for page in order.span.source_pages}
+    moving |= {page for order in transfers.values() if order.target == name for page in order.span.target_pages}
     assert worker.allocator.num_free == worker.num_pages - len(owned.keys() | moving)
     slots = [entry.slot for entry in state.requests.values() if entry.target == name and entry.slot is not None]
     assert sorted([*slots, *worker.free_slots]) == list(range(worker.spec.max_sequences))
@@ -351,10 +351,10 @@ def test_prompts_are_computed_once_and_their_pages_sent_once(case):
         next_start[chunk.request.id] += chunk.length
         held[chunk.request.id] = chunk.pages
     elif isinstance(order, TransferOrder):
-      assert order.start == sent.get(order.request, 0)
-      sent[order.request] = order.start + order.tokens
-      first, end = order.start // case.page_size, -(-sent[order.request] // case.page_size)
-      assert order.source_pages == held[order.request][first:end]
+      assert order.span.start == sent.get(order.request, 0)
+      sent[order.request] = order.span.start + order.span.tokens
+      first, end = order.span.start // case.page_size, -(-sent[order.request] // case.page_size)
+      assert order.span.source_pages == held[order.request][first:end]
   requests = {event.request.id: event.request for event in events if isinstance(event, Arrived)}
   assert next_start == {name: request.prompt_len for name, request in requests.items()}
   unit = math.gcd(case.page_size, case.decode_size)

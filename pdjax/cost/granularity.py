@@ -1,11 +1,10 @@
 """From which length on a chunk travels faster layer by layer than whole."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from pdjax.cost.cost_model import CostModel
-from pdjax.types.cluster import TransferSpec, WorkerSpec
+from pdjax.types.cluster import TransferSpec, WorkerSpec, ways
 from pdjax.types.model import ModelSpec
 
 _PROGRAMS_A_GROUP = 3  # its layers, a gather and a scatter
@@ -24,20 +23,16 @@ def choose_granularity(
     return spec
   groups = len(spec.groups(model.num_layers))
   price_s = groups * _PROGRAMS_A_GROUP * getattr(cost, 'dispatch_s', 0.0)
-  ways = [
-    (source, target)
-    for source, target in itertools.permutations(workers, 2)
-    if source.role.prefills and not source.role.decodes and target.role.decodes
-  ]
+  layered = [(source, target) for source, target in ways(workers) if not source.role.decodes]
 
   def gains(tokens: int) -> bool:
     def gained_s(source: WorkerSpec, target: WorkerSpec) -> float:
       whole_s, last_s = (cost.transfer_seconds(model, source, target, part) for part in (tokens, tokens / groups))
       return whole_s - last_s - price_s
 
-    return groups > 1 and all(gained_s(*way) > 0 for way in ways)
+    return groups > 1 and all(gained_s(*way) > 0 for way in layered)
 
-  most = max((source.max_step_tokens for source, _ in ways), default=0)
+  most = max((source.max_step_tokens for source, _ in layered), default=0)
   lengths = [2**power for power in range(most.bit_length())]
   layers_from = next((tokens for tokens in lengths if gains(tokens)), None)
   return dataclasses.replace(spec, layers_from=layers_from, granularity='auto' if layers_from else 'chunk')

@@ -1,9 +1,10 @@
 """How much fits: a device's memory against weights and pages, worked out before anything is loaded."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.cluster import WorkerSpec, ways
 from pdjax.types.model import ModelSpec, mesh_shape
 
 ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the passes
@@ -54,11 +55,12 @@ def size_pools(
     assert worker.page_size and worker.kv_dtype
     whole = worker.page_size * model.cached_token_bytes(worker.kv_dtype)
     page_bytes[worker.name] = whole / mesh_shape(model, worker.tp)[0]
+  directions = collections.Counter(worker for side in zip(*ways(workers), strict=True) for worker in set(side))
   staging: dict[int, float] = {}
   for worker in workers:
     for device in devices[worker.name]:
       memory = memory_of(device)
-      staging[memory] = staging.get(memory, 0) + _directions(worker, workers) * staging_bytes / worker.tp
+      staging[memory] = staging.get(memory, 0) + directions[worker] * staging_bytes / worker.tp
       if isinstance(worker.num_pages, int):
         pools[memory] = pools.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
       else:
@@ -96,13 +98,6 @@ def size_pools(
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)
-
-
-def _directions(worker: WorkerSpec, workers: Sequence[WorkerSpec]) -> int:
-  """In how many directions pages may travel: out of a worker that prefills, into one that decodes."""
-  others = [other for other in workers if other is not worker]
-  out = worker.role.prefills and any(other.role.decodes for other in others)
-  return out + (worker.role.decodes and any(other.role.prefills for other in others))
 
 
 def _gb(size: float) -> str:

@@ -1,7 +1,6 @@
 """Makes an engine out of a config: devices, meshes, weights, pools, and every program compiled."""
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed
+from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed, ways
 from pdjax.types.model import ModelSpec
 
 # JAX has a thread for each CPU device or each core, whichever are more. Where passes keep all of them busy, a copy
@@ -142,12 +141,12 @@ def build_engine(
 
   for worker in workers:
     compile_programs(worker.spec.name, functools.partial(worker.compile, config.precision))
-  if config.moves_kv:
-    for source, target in itertools.permutations(workers, 2):
-      if source.spec.role.prefills and target.spec.role.decodes:
-        transport = TRANSPORTS[_transport_name(transfer, source, target)](source, target, transfer)
-        transports[source.spec.name, target.spec.name] = transport
-        compile_programs(f'{source.spec.name}→{target.spec.name}', transport.compile)
+  by_name = {worker.spec.name: worker for worker in workers}
+  for source_spec, target_spec in ways(specs) if config.moves_kv else ():
+    source, target = by_name[source_spec.name], by_name[target_spec.name]
+    transport = TRANSPORTS[_transport_name(transfer, source, target)](source, target, transfer)
+    transports[source_spec.name, target_spec.name] = transport
+    compile_programs(f'{source_spec.name}→{target_spec.name}', transport.compile)
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, of which compiling {compiled - measured:.1f} s')
   warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)

@@ -99,12 +99,12 @@ class Engine:
 
     A transfer of some layers of a pass is dispatched right behind these: behind more, it would wait for them.
     """
-    by_layers = [order for order in orders if isinstance(order, TransferOrder) and order.layers is not None]
+    by_layers = [order for order in orders if isinstance(order, TransferOrder) and order.span.layers is not None]
     sent: set[int] = set()
 
     def send(layers: tuple[int, int]) -> None:
       for transfer in by_layers:
-        if transfer.layers == layers:
+        if transfer.span.layers == layers:
           sent.add(transfer.id)
           self._submit(transfer)
 
@@ -228,7 +228,7 @@ class Engine:
 
   def _send(self, order: TransferOrder) -> None:
     transport = self._transports[order.source, order.target]
-    parcel = transport.send(order.source_pages, order.target_pages, order.start, order.tokens, order.layers)
+    parcel = transport.send(order.span)
     self._under_way[order.id] = order
     self._transfers.add(order.id, functools.partial(self._watch, order, parcel))
 

@@ -14,7 +14,7 @@ from pdjax.cost.roofline import Roofline
 from pdjax.engine.built import Built, WarmUp
 from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.cluster import WorkerSpec, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
@@ -147,11 +147,8 @@ class Handshake:
     self._peers = peers
     self.specs = {spec.name: spec for spec in config.cluster}
     self.transfer = config.transfer
-    self.ways: Sequence[tuple[str, str]] = [
-      (source.name, target.name)
-      for source, target in itertools.permutations(config.workers, 2)
-      if config.moves_kv and source.role.prefills and target.role.decodes
-    ]
+    pairs = ways(config.workers) if config.moves_kv else []
+    self.ways: Sequence[tuple[str, str]] = [(source.name, target.name) for source, target in pairs]
     self._lock = threading.Lock()
     self._machines: dict[str, Machine] = {}
     self._hellos: dict[str, Hello] = {}

@@ -102,9 +102,8 @@ class WorkerEngine(Engine):
   def pull(self, number: int, order: TransferOrder, manifest: Manifest) -> None:
     """Begin to pull a transfer; one for another life of this worker too, so that its source need not keep it."""
     pulled_s = self._mailbox.now_s()
-    where = order.target_pages, order.start, order.tokens, order.layers
     try:
-      parcel = self.receivers[order.source].pull(number, manifest, *where)
+      parcel = self.receivers[order.source].pull(number, manifest, order.span)
     except Exception as error:
       self._fail(number, error)
       return
@@ -140,7 +139,7 @@ class WorkerEngine(Engine):
     number = self._numbers[order.id]
     try:
       sender = self.senders[order.target]
-      offer = sender.offer(number, order.source_pages, order.target_pages, order.start, order.tokens, order.layers)
+      offer = sender.offer(number, order.span)
     except Exception as error:
       self._fail(number, error)
       return

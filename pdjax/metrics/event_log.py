@@ -126,7 +126,9 @@ def _order(order: Order) -> dict[str, Any]:
   match order:
     case StepOrder():
       return {**named, 'chunks': [_chunk(c) for c in order.chunks], 'decodes': [_decode(d) for d in order.decodes]}
-    case TransferOrder() | EndOrder() | AbandonOrder():
+    case TransferOrder():
+      return {**{name: value for name, value in named.items() if name != 'span'}, **_fields(order.span)}
+    case EndOrder() | AbandonOrder():
       return named
 
 

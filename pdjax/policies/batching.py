@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.policies.placement import Placement
 from pdjax.serving.messages import Chunk
-from pdjax.serving.state import ClusterState, RequestState, Room, WorkerState
+from pdjax.serving.state import ClusterState
+from pdjax.serving.view import RequestState, Room, WorkerState
 
 
 class ChunkBatches:

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
+from pdjax.serving.checks import PolicyError
 from pdjax.serving.messages import ALL, Action, Step
-from pdjax.serving.state import ClusterState, PolicyError, RequestState
+from pdjax.serving.state import ClusterState
+from pdjax.serving.view import RequestState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from pdjax.serving.state import Room, WorkerState
+from pdjax.serving.view import Room, WorkerState
 
 
 class Placement(Protocol):

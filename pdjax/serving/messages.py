@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pdjax.types.request import FinishReason, Request, TokenLogprob
+from pdjax.types.span import Span
 
 
 class All(enum.Enum):
@@ -165,20 +166,16 @@ class StepOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferOrder:
-  """Copy the cached tokens from `start` on of a sequence to another worker; begins once order `after` has ended.
+  """Copy cached tokens of a sequence to another worker; begins once order `after` has ended.
 
   Attributes:
     id: Of the order.
     request: Whose tokens they are.
     source: The worker that has them.
     target: The worker that gets them.
-    source_pages: The pages that hold them there, the first of them page `start // page_size` of the sequence.
-    target_pages: The same on the target, whose pages may be of another size.
-    start: The first token, at the begin of a page of the smaller size.
-    tokens: How many; whole pages of the smaller size, so that some at the end may be past the sequence.
+    span: The tokens, and the pages of either worker that hold them.
     after: The order that computes the last of them, if it has not ended.
     incarnations: The lives of source and target whose pages these are.
-    layers: The first layer that travels and the one after the last; None is all of them.
     staging_bytes: What it takes of the staging memory of either side while it is under way.
   """
 
@@ -186,13 +183,9 @@ class TransferOrder:
   request: str
   source: str
   target: str
-  source_pages: tuple[int, ...]
-  target_pages: tuple[int, ...]
-  start: int
-  tokens: int
+  span: Span
   after: int | None = None
   incarnations: tuple[int, int] = (1, 1)
-  layers: tuple[int, int] | None = None
   staging_bytes: int = 0
 
 

@@ -1,17 +1,14 @@
 """ClusterState: each request's phase and each worker's room, advanced by events and by the orders that start."""
 
 import dataclasses
-import enum
-import math
-from collections import deque
 from collections.abc import Sequence
 
+from pdjax.serving.checks import PolicyError, check_step, describe_needs, find_request, find_worker, why_unfit
 from pdjax.serving.messages import (
   Abandon,
   AbandonOrder,
   Action,
   Admission,
-  All,
   Arrived,
   Cancel,
   Chunk,
@@ -36,227 +33,22 @@ from pdjax.serving.messages import (
   WorkerLost,
   WorkerUse,
 )
-from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
-from pdjax.types.cluster import TransferSpec, WorkerSpec, wire_dtype
+from pdjax.serving.view import ClusterView, Phase, RequestState, Samples, WorkerState
+from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import MAX_STOP_TOKENS, FinishReason, Request
-
-MAX_ORDERS = 2  # passes in flight on one worker: one that runs, one that is ready
-
-
-class PolicyError(RuntimeError):
-  """A policy asked for what the cluster cannot do; the message names the action and what is short."""
+from pdjax.types.request import FinishReason, Request
+from pdjax.types.span import Span
 
 
 class StuckError(RuntimeError):
   """Requests wait for what can never come."""
 
 
-class Phase(enum.Enum):
-  """Where a request stands."""
-
-  WAITING = 'waiting'  # nothing started
-  PREFILLING = 'prefilling'  # some chunk started, more to come or to end
-  PREFILLED = 'prefilled'  # first token delivered, its KV on a worker where it will not decode
-  MOVING = 'moving'  # its KV on the way, the prompt all computed
-  DECODING = 'decoding'  # in a slot
-  FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
-  RESTARTING = 'restarting'  # to begin again, once orders about it have ended
-  ENDING = 'ending'  # cancelled or rejected, to be confirmed
-  FINISHED = 'finished'
-
-
-@dataclasses.dataclass(slots=True)
-class RequestState:
-  """What the cluster knows of one request. Read it in a policy, change it only in `ClusterState`.
-
-  Attributes:
-    request: The request.
-    limit: Most tokens it may generate: its own `max_tokens`, or what is left of the model's context.
-    phase: Where it stands.
-    worker: Where it is prefilled.
-    target: Where it decodes; the same as `worker` when nothing moves.
-    started: Prompt tokens handed to the worker.
-    tokens: Tokens generated and delivered.
-    steps_in_flight: Most tokens that orders under way can bring it.
-    transfers: Transfers of its pages under way or to be tried again.
-    pages: Pages it holds, by worker.
-    slot: Its slot on `target`.
-    tokens_due: Tokens of its prompt that can be sent on, those under way to be computed counted.
-    tokens_sent: Tokens of its prompt that were sent on.
-    last_step: The order that computes the last of those due.
-    computed: Whether its whole prompt is computed.
-    admitted: Whether a pass has put it into its slot.
-    copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
-    samples: The samples of its prompt, if there are several.
-    delivered: The tokens it had when it was last begun again.
-    attempts: How often it was begun.
-    number: Its place in the order of arrival.
-  """
-
-  request: Request
-  limit: int
-  phase: Phase = Phase.WAITING
-  worker: str | None = None
-  target: str | None = None
-  started: int = 0
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  steps_in_flight: int = 0
-  transfers: int = 0
-  pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-  slot: int | None = None
-  tokens_due: int = 0
-  tokens_sent: int = 0
-  last_step: int | None = None
-  computed: bool = False
-  admitted: bool = False
-  copy: tuple[int, int] | None = None
-  samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
-  delivered: tuple[int, ...] = ()
-  attempts: int = 1
-  number: int = 0
-
-  @property
-  def prefill_len(self) -> int:
-    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
-    return self.request.prompt_len + max(len(self.delivered) - 1, 0)
-
-  @property
-  def prompt_left(self) -> int:
-    """Tokens of these that no pass was given yet."""
-    return self.prefill_len - self.started
-
-  @property
-  def tokens_left(self) -> int:
-    """Tokens that may still be asked for, those under way not counted."""
-    return self.limit - len(self.tokens) - self.steps_in_flight
-
-
-@dataclasses.dataclass(slots=True)
-class Samples:
-  """The samples of one prompt.
-
-  One of them carries the prompt: its phase and its pages are the prompt's, and policies see it as a request like any
-  other. The others follow: they hold nothing until the carrier has a place to decode, where pages and slots of all are
-  reserved at once, and begin once the whole prompt is there. They share the carrier's full pages, and begin by copying
-  its page with the prompt's last token. A carrier that ends before that hands the prompt on to a follower.
-
-  Attributes:
-    ids: All of them; the first is the request's own and stands for all where one is withdrawn or cancelled.
-    living: Those that have not ended, by id.
-    carrier: The one that carries the prompt, or did.
-    following: Those that have not begun, by id.
-  """
-
-  ids: tuple[str, ...]
-  living: dict[str, RequestState]
-  carrier: RequestState
-  following: dict[str, RequestState]
-
-
-class WorkerState:
-  """What the cluster knows of one worker.
-
-  Attributes:
-    page_size: Tokens per page.
-    allocator: Its pages.
-    staging_out: Bytes for what is on its way from here.
-    staging_in: Bytes for what is on its way to here.
-    free_slots: Places free among the sequences that decode at once.
-    orders: Passes in flight, oldest first.
-    prefilling: Prompts begun here with tokens left to hand over, in order.
-    decoding: Sequences in its slots.
-    queued_tokens: Prompt tokens of requests begun here that are not computed yet.
-    incarnation: Which of its lives this is; the backend says when another begins.
-    up: Whether it takes orders: it was not lost, or is back.
-    lost: Why it is not up.
-    given_up: Whether nobody waits for it to come back any more.
-  """
-
-  def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int, staging_bytes: int):
-    self.spec = spec
-    self.name = spec.name
-    self.page_size = page_size
-    self.role = spec.role
-    self.allocator = PageAllocator(num_pages)
-    self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
-    self.free_slots = deque(range(spec.max_sequences))
-    self.orders: deque[StepOrder] = deque()
-    self.prefilling: dict[str, RequestState] = {}
-    self.decoding: dict[str, RequestState] = {}
-    self.queued_tokens = 0
-    self.incarnation = 1
-    self.up = True
-    self.lost = ''
-    self.given_up = False
-
-  @property
-  def num_pages(self) -> int:
-    """Pages in all, free or not."""
-    return self.allocator.num_pages
-
-  def decodable(self) -> list[str]:
-    """Sequences that another decode step can bring a token."""
-    return [name for name, entry in self.decoding.items() if entry.tokens_left > 0]
-
-
-class Room:
-  """A scratch view of what is free, so that one part of a decision cannot promise what another took."""
-
-  def __init__(self, state: 'ClusterState'):
-    self._state = state
-    self._pages: dict[str, int] = {}
-    self._slots: dict[str, int] = {}
-    self._tokens: dict[str, int] = {}
-
-  def pages(self, worker: str) -> int:
-    """Free pages."""
-    return self._state.workers[worker].allocator.num_free - self._pages.get(worker, 0)
-
-  def slots(self, worker: str) -> int:
-    """Free places among the sequences that decode at once."""
-    return len(self._state.workers[worker].free_slots) - self._slots.get(worker, 0)
-
-  def orders(self, worker: str) -> int:
-    """Passes that may still be handed over; none to a worker that is lost."""
-    place = self._state.workers[worker]
-    return MAX_ORDERS - len(place.orders) if place.up else 0
-
-  def queued_tokens(self, worker: str) -> int:
-    """Prompt tokens the worker was given and has not finished."""
-    return self._state.workers[worker].queued_tokens + self._tokens.get(worker, 0)
-
-  def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
-    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
-    if not self._state.workers[worker].up:
-      return False
-    needed = self._state.pages_needed(request, worker, decodes=decodes)
-    return needed <= self.pages(worker) and (not decodes or self._state.slots_needed(request) <= self.slots(worker))
-
-  def take(self, request: str, worker: str, *, decodes: bool) -> None:
-    """Count the request's pages, and its slots if it decodes there, as taken."""
-    self._pages[worker] = self._pages.get(worker, 0) + self._state.pages_needed(request, worker, decodes=decodes)
-    if decodes:
-      self._slots[worker] = self._slots.get(worker, 0) + self._state.slots_needed(request)
-
-  def take_tokens(self, worker: str, tokens: int) -> None:
-    """Count prompt tokens as given to the worker."""
-    self._tokens[worker] = self._tokens.get(worker, 0) + tokens
-
-
-class ClusterState:
-  """Everything a policy may look at.
-
-  Attributes:
-    model: The model served.
-    workers: Each worker by name, in the order of the config.
-    requests: Each unfinished request by id.
-    waiting: Those that nothing was started of, in order of arrival.
-    prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
-  """
+class ClusterState(ClusterView):
+  """The cluster, advanced by events and by the orders that start; a policy looks at what `ClusterView` has."""
 
   def __init__(
     self,
@@ -282,26 +74,9 @@ class ClusterState:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
         no page of a prefill worker.
     """
-    self.model = model
-    self.transfer = transfer
+    super().__init__(model, workers, page_size, transfer)
     self._finds_stops = finds_stops
-    self.workers: dict[str, WorkerState] = {}
-    for spec in workers:
-      if spec.name in self.workers:
-        raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
-      if not isinstance(spec.num_pages, int):
-        raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-      self.workers[spec.name] = WorkerState(spec, spec.num_pages, spec.page_size or page_size, transfer.staging_bytes)
-    self.prefill_workers = [worker for worker in self.workers.values() if worker.role.prefills]
-    self.decode_workers = [worker for worker in self.workers.values() if worker.role.decodes]
-    if not self.prefill_workers or not self.decode_workers:
-      missing = 'prefills' if not self.prefill_workers else 'decodes'
-      raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
-    self._check_staging()
-    self.requests: dict[str, RequestState] = {}
     self._samples: dict[str, Samples] = {}  # by the id of each, ended or not
-    self.waiting: dict[str, RequestState] = {}
-    self.prefilled: dict[str, RequestState] = {}
     self._in_flight: dict[int, Order] = {}
     self._must: dict[str, Action] = {}
     self._due: dict[str, RequestState] = {}  # those with tokens to send on that staging had no room for
@@ -317,47 +92,12 @@ class ClusterState:
     self._uses = dict.fromkeys(self.workers, (0, 0))
     self._num_waiting = 0
 
-  def _check_staging(self) -> None:
-    for source in self.prefill_workers:
-      for target in self.decode_workers:
-        if source is not target and (needed := self._unit_bytes(source, target)) > self.transfer.staging_bytes:
-          raise ValueError(
-            f'staging_bytes is {self.transfer.staging_bytes}, but one unit of {self._unit(source, target)} tokens from '
-            f'{source.name!r} to {target.name!r} has {needed} bytes; raise TransferSpec.staging_bytes.'
-          )
-
-  # -------------------------------------------------------------------------- what policies ask
+  # -------------------------------------------------------------------------- what the loop asks
 
   @property
   def unfinished(self) -> bool:
     """Whether any request or order is left."""
     return bool(self.requests or self._in_flight)
-
-  def room(self) -> Room:
-    """A fresh scratch view of what is free."""
-    return Room(self)
-
-  def pages_needed(self, request: str, worker: str, *, decodes: bool) -> int:
-    """Pages of a worker for the prompt, and with `decodes` for all the tokens it may generate but the last.
-
-    With further samples that follow it, theirs too: all but those of the prompt's full pages.
-    """
-    entry, place = self.requests[request], self.workers[worker]
-    whole = self._whole_pages(entry, place, decodes=decodes)
-    return whole + (self.slots_needed(request) - 1) * (whole - self._shared_pages(entry, place)) if decodes else whole
-
-  def slots_needed(self, request: str) -> int:
-    """Slots where it decodes: one, and one for each further sample that follows it."""
-    samples = self.requests[request].samples
-    return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
-
-  def _whole_pages(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> int:
-    tokens = entry.request.prompt_len + entry.limit - 1 if decodes else entry.prefill_len
-    return -(-tokens // worker.page_size)
-
-  def _shared_pages(self, entry: RequestState, worker: WorkerState) -> int:
-    """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
-    return (entry.request.prompt_len - 1) // worker.page_size
 
   def must(self) -> list[Action]:
     """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed,
@@ -477,63 +217,11 @@ class ClusterState:
         one.samples = samples
       for one in samples.following.values():
         one.phase = Phase.FOLLOWING
-    problem = self._unfit_for(entry)
+    problem = why_unfit(self, entry, finds_stops=self._finds_stops)
     if problem:
       self._must[request.id] = Reject(request.id, problem)
     else:
       self.waiting[request.id] = entry
-
-  def _unfit_for(self, entry: RequestState) -> str | None:
-    """Why the request can never be served here, or None."""
-    request, model = entry.request, self.model
-    if request.prompt_len > model.context_len:
-      return (
-        f'the prompt has {request.prompt_len} tokens, but the context of {model.name} is {model.context_len}; '
-        'shorten the prompt.'
-      )
-    stops = len({*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else model.eos_token_ids)})
-    if stops > MAX_STOP_TOKENS:
-      return (
-        f"{stops} stop tokens asked for, the model's own included, but at most {MAX_STOP_TOKENS} are kept; name fewer."
-      )
-    if request.sampling.stop and not self._finds_stops:
-      return (
-        f'stop strings {", ".join(map(repr, request.sampling.stop))} asked for, but there is no tokenizer to find them '
-        'with; serve a checkpoint that has one, or use stop_token_ids.'
-      )
-    bad = first_outside(request.prompt, model.vocab_size)
-    if bad is not None:
-      return (
-        f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
-      )
-    slots = self.slots_needed(request.id)
-    places = [] if entry.computed else [(self.prefill_workers, False)]
-    if entry.limit > 1 or slots > 1:
-      places.append((self.decode_workers, True))
-    for there, decodes in places:
-      workers = [worker for worker in there if not worker.given_up]
-      if not workers:
-        lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
-        return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
-      needs = {w.name: self.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
-      roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
-      if not roomy:
-        largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
-        return (
-          f'{request.prompt_len} prompt tokens{f", {len(entry.delivered)} delivered ones" if entry.delivered else ""} '
-          f'and up to {entry.limit} generated ones'
-          f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
-          f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
-          f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
-          f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
-        )
-      if decodes and not any(worker.spec.max_sequences >= slots for worker in roomy):
-        found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
-        return (
-          f'{slots} samples need {slots} sequences and {needs[roomy[0].name]} pages on one worker that decodes, but '
-          f'these have {found}; raise max_sequences or lower n.'
-        )
-    return None
 
   def _done(self, event: Done, now_s: float) -> bool:
     order = self._in_flight.pop(event.order, None)
@@ -575,8 +263,8 @@ class ClusterState:
   def _transfer_ended(self, order: TransferOrder) -> RequestState | None:
     """Let go of what a transfer held; who needed it, if anybody still does."""
     source, target = self.workers[order.source], self.workers[order.target]
-    source.allocator.drop(order.source_pages)
-    target.allocator.drop(order.target_pages)
+    source.allocator.drop(order.span.source_pages)
+    target.allocator.drop(order.span.target_pages)
     source.staging_out.give_back(order.staging_bytes)
     target.staging_in.give_back(order.staging_bytes)
     self._staging_freed = bool(self._due)
@@ -748,7 +436,7 @@ class ClusterState:
 
   def _refuse_unfit(self, entry: RequestState, now_s: float) -> bool:
     """End a request with an error if nobody is left who can serve it; whether it was."""
-    problem = self._unfit_for(entry)
+    problem = why_unfit(self, entry, finds_stops=self._finds_stops)
     if problem is not None:
       self._finish_all(entry, problem, now_s)
     return problem is not None
@@ -927,20 +615,8 @@ class ClusterState:
     self._next_order += 1
     return self._next_order - 1
 
-  def _find(self, action: Action, request: str) -> RequestState:
-    entry = self.requests.get(request)
-    if entry is None:
-      raise PolicyError(f'{action!r}: request {request!r} is unknown or finished.')
-    return entry
-
-  def _find_worker(self, action: Action, name: str) -> WorkerState:
-    worker = self.workers.get(name)
-    if worker is None:
-      raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(self.workers)}.')
-    return worker
-
   def _start_end(self, action: Cancel | Reject, reason: FinishReason) -> tuple[EndOrder, ...]:
-    entries = self._meant_by(action.request) or [self._find(action, action.request)]
+    entries = self._meant_by(action.request) or [find_request(self, action, action.request)]
     entries = [entry for entry in entries if entry.phase is not Phase.ENDING]
     if not entries:
       raise PolicyError(f'{action!r}: the request is being ended already.')
@@ -969,117 +645,39 @@ class ClusterState:
     after = before.after if before.after in self._in_flight else None
     order = dataclasses.replace(before, id=self._order_id(), request=attempt.request, after=after)
     source, target = self.workers[order.source], self.workers[order.target]
-    source.allocator.hold(order.source_pages)
-    target.allocator.hold(order.target_pages)
+    source.allocator.hold(order.span.source_pages)
+    target.allocator.hold(order.span.target_pages)
     source.staging_out.take(order.staging_bytes)
     target.staging_in.take(order.staging_bytes)
     self._transfers.begin(order, attempt.number + 1, self._now_s, waits=after is not None)
     return order
 
   def _start_step(self, step: Step) -> tuple[Order, ...]:
-    worker = self._find_worker(step, step.worker)
-    decodes = self._check_step(step, worker)
-    for chunk in step.chunks:
-      self._check_chunk(step, chunk, worker)
-    self._check_room(step, worker)
+    worker = find_worker(self, step, step.worker)
+    decodes = check_step(self, step, worker)
     step_id = self._order_id()
     chunk_orders = []
     transfers = []
     for chunk in step.chunks:
       chunk_orders.append(self._start_chunk(chunk, worker))
       transfers += self._send_chunk(chunk, worker, step_id)
-    groups = () if all(order.layers is None for order in transfers) else self.transfer.groups(self.model.num_layers)
+    layered = any(order.span.layers is not None for order in transfers)
+    groups = self.transfer.groups(self.model.num_layers) if layered else ()
     steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
     decode_orders = self._start_decodes(decodes, steps)
     order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
     worker.orders.append(order)
     return order, *transfers
 
-  def _check_step(self, step: Step, worker: WorkerState) -> list[RequestState]:
-    """The sequences a step decodes; raise for what is wrong with the step as a whole."""
-    if not worker.up:
-      raise PolicyError(f'{step!r}: worker {worker.name!r} is lost; wait until it is back.')
-    if len(worker.orders) >= MAX_ORDERS:
-      raise PolicyError(
-        f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
-      )
-    most = 1 if step.chunks else worker.spec.max_fused_steps
-    if not 1 <= step.steps <= most:
-      raise PolicyError(
-        f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}'
-        f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
-      )
-    if isinstance(step.decodes, All):
-      decodes = [worker.decoding[name] for name in worker.decodable()]
-    else:
-      decodes = [self._find(step, name) for name in step.decodes]
-      for name, entry in zip(step.decodes, decodes, strict=True):
-        if name not in worker.decoding or entry.tokens_left < 1:
-          raise PolicyError(f'{step!r}: request {name!r} has nothing to decode on worker {worker.name!r}.')
-    if not step.chunks and not decodes:
-      raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
-    if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(map(id, decodes))):
-      raise PolicyError(f'{step!r}: a request stands in it twice.')
-    spec = worker.spec
-    tokens = sum(chunk.length for chunk in step.chunks)
-    if len(step.chunks) > spec.max_chunks or tokens > spec.max_step_tokens:
-      raise PolicyError(
-        f'{step!r}: {len(step.chunks)} chunks with {tokens} tokens, but worker {worker.name!r} takes '
-        f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one pass.'
-      )
-    if step.chunks and not spec.role.prefills:
-      raise PolicyError(f'{step!r}: worker {worker.name!r} has role {spec.role.value}, so it takes no chunks.')
-    return decodes
-
-  def _check_chunk(self, step: Step, chunk: Chunk, worker: WorkerState) -> None:
-    entry = self._find(step, chunk.request)
-    if entry.phase not in (Phase.WAITING, Phase.PREFILLING):
-      raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
-    if entry.worker not in (None, worker.name):
-      raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
-    if chunk.start != entry.started or not 1 <= chunk.length <= entry.prompt_left:
-      raise PolicyError(
-        f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
-        'tokens.'
-      )
-    sent_to = None if entry.target == worker.name else entry.target
-    if entry.started and chunk.send_to != sent_to:
-      raise PolicyError(
-        f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.'
-      )
-    if chunk.send_to is not None:
-      target = self._find_worker(step, chunk.send_to)
-      if not target.role.decodes or target is worker:
-        raise PolicyError(
-          f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.'
-        )
-
-  def _check_room(self, step: Step, worker: WorkerState) -> None:
-    """Raise unless every worker has the pages and slots that the step's new requests need."""
-    room = self.room()
-    for chunk in step.chunks:
-      if self.requests[chunk.request].started:
-        continue
-      stays = worker.role.decodes and chunk.send_to is None
-      places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
-      for place, decodes in places:
-        if not room.fits(chunk.request, place, decodes=decodes):
-          needs = self._needs(chunk.request, place, decodes=decodes)
-          raise PolicyError(
-            f'{step!r}: request {chunk.request!r} needs {needs} on {place!r}, which has {room.pages(place)} pages and '
-            f'{room.slots(place)} slots left.'
-          )
-        room.take(chunk.request, place, decodes=decodes)
-
   def _reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
-    allocator, whole = worker.allocator, self._whole_pages(entry, worker, decodes=decodes)
+    allocator, whole = worker.allocator, self.whole_pages(entry, worker, decodes=decodes)
     pages = entry.pages[worker.name] = allocator.take(whole)
     if not decodes:
       return
     entry.target, entry.slot = worker.name, worker.free_slots.popleft()
     if entry.samples is None or entry.samples.carrier is not entry:
       return
-    whole_pages = self._shared_pages(entry, worker)
+    whole_pages = self.shared_pages(entry, worker)
     shared, last = pages[:whole_pages], pages[whole_pages]
     for other in entry.samples.following.values():
       own = allocator.take(whole - len(shared))
@@ -1093,10 +691,6 @@ class ClusterState:
       assert entry.target is not None
       self.workers[entry.target].allocator.drop(entry.copy[:1])
       entry.copy = None
-
-  def _needs(self, request: str, worker: str, *, decodes: bool) -> str:
-    pages, slots = self.pages_needed(request, worker, decodes=decodes), self.slots_needed(request)
-    return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
   def _start_chunk(self, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
     entry = self.requests[chunk.request]
@@ -1126,7 +720,7 @@ class ClusterState:
     if chunk.send_to is None:
       return []
     entry, target = self.requests[chunk.request], self.workers[chunk.send_to]
-    unit = self._unit(worker, target)
+    unit = self.unit(worker, target)
     if not entry.prompt_left:
       entry.tokens_due = entry.started
     elif self.transfer.granularity != 'request':
@@ -1145,7 +739,7 @@ class ClusterState:
     """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
     assert entry.worker is not None and entry.target is not None
     source, target = self.workers[entry.worker], self.workers[entry.target]
-    unit, unit_bytes = self._unit(source, target), self._unit_bytes(source, target)
+    unit, unit_bytes = self.unit(source, target), self.unit_bytes(source, target)
     # Half of it at most, so that one part is gathered while another is on the wire.
     most = max(unit_bytes, self.transfer.staging_bytes // 2)
     left = entry.tokens_due - entry.tokens_sent
@@ -1166,14 +760,6 @@ class ClusterState:
       self._due.pop(entry.request.id, None)
     return orders
 
-  def _unit(self, source: WorkerState, target: WorkerState) -> int:
-    """Tokens of the largest piece that pages of both are made of."""
-    return math.gcd(source.page_size, target.page_size)
-
-  def _unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
-    ours, theirs = (worker.spec.kv_dtype or 'float32' for worker in (source, target))
-    return self._unit(source, target) * self.model.cached_token_bytes(wire_dtype(ours, theirs))
-
   def _move(
     self,
     entry: RequestState,
@@ -1184,27 +770,27 @@ class ClusterState:
     layers: tuple[int, int] | None,
   ) -> TransferOrder:
     """The transfer of the next so many tokens of a prompt, up to a whole unit."""
-    start, unit = entry.tokens_sent, self._unit(source, target)
+    start, unit = entry.tokens_sent, self.unit(source, target)
     end = -(-(start + tokens) // unit) * unit
     source_pages, target_pages = (
       entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
     )
     source.allocator.hold(source_pages)
     target.allocator.hold(target_pages)
-    num_bytes = (end - start) // unit * self._unit_bytes(source, target)
-    if layers is not None:
-      num_bytes = num_bytes * (layers[1] - layers[0]) // self.model.num_layers
+    span = Span(source_pages, target_pages, start, end - start, layers)
+    first, stop = span.bounds(self.model.num_layers)
+    num_bytes = (end - start) // unit * self.unit_bytes(source, target) * (stop - first) // self.model.num_layers
     source.staging_out.take(num_bytes)
     target.staging_in.take(num_bytes)
     entry.transfers += 1
     return TransferOrder(
-      self._order_id(), entry.request.id, source.name, target.name, source_pages, target_pages, start, end - start,
-      after, (source.incarnation, target.incarnation), layers, num_bytes,
+      self._order_id(), entry.request.id, source.name, target.name, span, after,
+      (source.incarnation, target.incarnation), num_bytes,
     )  # fmt: skip
 
   def _start_transfer(self, action: Transfer) -> tuple[TransferOrder, ...]:
-    entry = self._find(action, action.request)
-    target = self._find_worker(action, action.target)
+    entry = find_request(self, action, action.request)
+    target = find_worker(self, action, action.target)
     if action.request in self._due and entry.target == action.target:
       return tuple(self._send_due(entry, entry.last_step if entry.last_step in self._in_flight else None))
     if entry.phase is not Phase.PREFILLED:
@@ -1214,7 +800,7 @@ class ClusterState:
     room = self.room()
     if not room.fits(action.request, target.name, decodes=True):
       raise PolicyError(
-        f'{action!r}: it needs {self._needs(action.request, target.name, decodes=True)} on {target.name!r}, '
+        f'{action!r}: it needs {describe_needs(self, action.request, target.name, decodes=True)} on {target.name!r}, '
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
     del self.prefilled[action.request]
@@ -1252,10 +838,3 @@ def _is_in(request: str, order: StepOrder) -> bool:
   return any(chunk.request.id == request for chunk in order.chunks) or any(
     decode.request == request for decode in order.decodes
   )
-
-
-def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
-  """The first token id that is not in the vocabulary, or None; prompts that say so themselves are not walked."""
-  if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
-    return None
-  return next((token for token in prompt if not 0 <= token < vocab_size), None)

@@ -224,6 +224,12 @@ def colocated_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
   return worker_pool(Role.BOTH, count, **fields)
 
 
+def ways(workers: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
+  """Between which workers KV may travel: from each that prefills to each other that decodes."""
+  pairs = itertools.permutations(workers, 2)
+  return [(source, target) for source, target in pairs if source.role.prefills and target.role.decodes]
+
+
 def parse_split(split: str) -> tuple[int, int]:
   """Read a split such as `'2P1D'` into (prefill workers, decode workers).
 

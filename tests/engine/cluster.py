@@ -134,9 +134,9 @@ class Cluster:
     moved = []
     for order, done in served.transfers():
       dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)
-      first, stop = order.layers or (0, self.model.num_layers)
+      first, stop = order.span.bounds(self.model.num_layers)
       layer_bytes = self.model.cached_token_bytes(dtype) // self.model.num_layers
-      moved.append((order.tokens * (stop - first) * layer_bytes, done.wire_bytes))
+      moved.append((order.span.tokens * (stop - first) * layer_bytes, done.wire_bytes))
       assert done.wire_bytes == order.staging_bytes
       assert done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s and done.trip.pieces > 0
     assert all(expected == actual for expected, actual in moved), moved

@@ -52,12 +52,12 @@ def test_tokens_are_those_of_a_plain_loop_and_every_byte_is_counted(processes):
     served = processes.serve(requests())
     assert served.tokens() == plain(served)
     for order, done in served.transfers():
-      assert done.wire_bytes == order.tokens * TINY.cached_token_bytes('float32')
+      assert done.wire_bytes == order.span.tokens * TINY.cached_token_bytes('float32')
 
 
 def test_unequal_processes_are_exact(unequal):
   served = unequal.serve(requests((1, 3, 16, 17, 40, 5)))
-  assert {order.layers for order, _ in served.transfers()} >= {(0, 1), (1, 2)}
+  assert {order.span.layers for order, _ in served.transfers()} >= {(0, 1), (1, 2)}
   assert served.tokens() == plain(served, TINY_8_2)
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from pdjax.policies import Disaggregated
+from pdjax.serving import ClusterState, PolicyError, StuckError
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.messages import Done, Event, StepOrder, Turn
-from pdjax.serving.state import ClusterState, PolicyError, StuckError
 from pdjax.simulator import Replay, started
 from pdjax.types import Request, SamplingParams
 from pdjax.workload.arrivals import Listed

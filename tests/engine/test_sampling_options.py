@@ -151,7 +151,7 @@ def test_samples_are_those_of_as_many_requests(name, n, request):
   assert len({one.token_ids for one in served.completions}) > 4 * n
   moved = {order.request: 0 for order, _ in served.transfers()}
   for order, _ in served.transfers():
-    moved[order.request] += len(order.source_pages)
+    moved[order.request] += len(order.span.source_pages)
   if name != 'colocated':
     carried = {one.removesuffix('#1'): pages for one, pages in moved.items()}
     assert carried == {one.id: live_pages(one, cluster.config.page_size) for one in asked}

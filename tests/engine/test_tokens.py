@@ -46,8 +46,8 @@ def assert_live_pages_moved(cluster: Cluster, served):
   num_layers = cluster.model.num_layers
   moved = {request.id: 0 for request in served.requests}  # tokens of one layer
   for order, _ in served.transfers():
-    first, stop = order.layers or (0, num_layers)
-    moved[order.request] += (stop - first) * order.tokens
+    first, stop = order.span.bounds(num_layers)
+    moved[order.request] += (stop - first) * order.span.tokens
   assert moved == {request.id: num_layers * unit * live_pages(request, unit) for request in served.requests}
 
 
@@ -123,7 +123,7 @@ def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size, granu
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 40)))
   assert_live_pages_moved(cluster, served)
   assert served.report.notes == ()
-  by_layers = {order.layers is not None for order, _ in served.transfers()}
+  by_layers = {order.span.layers is not None for order, _ in served.transfers()}
   assert by_layers <= {granularity == 'layers'} | {False}  # those that wait for a slot travel whole
   assert (True in by_layers) == (granularity == 'layers')
 
@@ -173,7 +173,7 @@ def test_no_token_changes_with_room_on_the_way_for_little_at_once(one_and_one):
   narrow.transfer = dataclasses.replace(narrow.transfer, staging_bytes=2 * unit_bytes)
   served = assert_exact(narrow, mixed_requests())
   assert_live_pages_moved(narrow, served)
-  assert all(order.tokens == 4 for order, _ in served.transfers())
+  assert all(order.span.tokens == 4 for order, _ in served.transfers())
 
 
 def test_a_colocated_worker_with_int8_pages_loses_what_a_loop_with_them_does():

@@ -11,6 +11,7 @@ import numpy as np
 from pdjax.engine.engine import Engine, _Broken
 from pdjax.kv.transfer import DevicePut, Parcel
 from pdjax.serving.messages import Event, Order, TransferOrder, WorkerBack, WorkerLost
+from pdjax.types.span import Span
 from tests.faults.shadow import Fault
 
 STALL_S = 20.0  # longer than any test waits
@@ -26,17 +27,15 @@ class FaultyWay(DevicePut):
     self.faults: deque[Fault | None] = deque()
     self.released = threading.Event()
     self._fault: Fault | None = None
-    for layers, sizes in self._sizes.items():  # what is compiled for checksums is compiled now
-      for size in sizes:
-        ours, theirs = (range(-(-size * self.unit // p.page_shapes.page_size)) for p in (self._source, self._target))
-        DevicePut.send(self, ours, theirs, 0, size * self.unit, (0, layers)).wait()
+    for shape in self.shapes:  # what is compiled for checksums is compiled now
+      DevicePut.send(self, self.first_span(shape)).wait()
 
-  def send(self, *args, **kwargs) -> Parcel:
+  def send(self, span: Span) -> Parcel:
     self._fault = fault = self.faults.popleft() if self.faults else None
     if fault == 'refused':
       raise RuntimeError('the transport refused it')
     try:
-      parcel = super().send(*args, **kwargs)
+      parcel = super().send(span)
     finally:
       self._fault = None
     if fault is not None:

@@ -113,7 +113,7 @@ class Seen:
 
 def what_of(order: TransferOrder) -> object:
   """What of its request a transfer moves."""
-  return order.start, order.layers
+  return order.span.start, order.span.layers
 
 
 class Injector:

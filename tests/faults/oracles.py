@@ -25,7 +25,7 @@ def assert_held(state: ClusterState) -> None:
   """No page of a transfer that is not over is free, and none can be taken from it."""
   for order in state._in_flight.values():
     if isinstance(order, TransferOrder):
-      for worker, pages in ((order.source, order.source_pages), (order.target, order.target_pages)):
+      for worker, pages in ((order.source, order.span.source_pages), (order.target, order.span.target_pages)):
         assert not set(pages) & set(state.workers[worker].allocator._free), f'{order} lost pages on {worker}'
 
 

@@ -116,7 +116,7 @@ class ShadowSimulator(Simulator):
 
   def _begin_faulty(self, order: TransferOrder, fault: Fault) -> None:
     seconds = self._cost.transfer_seconds(
-      self._model, self._workers[order.source], self._workers[order.target], order.tokens * self._share(order)
+      self._model, self._workers[order.source], self._workers[order.target], self._whole_tokens(order)
     ) + (self._slow_s if fault == 'slow' else 0)
     began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
 
@@ -132,9 +132,9 @@ class ShadowSimulator(Simulator):
   def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     contents = self._contents.pop(order.id, None)
     if contents is not None and order.incarnations[1] == self.incarnations[order.target]:
-      size, layers = self._page_sizes[order.target], slice(*(order.layers or (0, None)))
-      for position, sent in enumerate(contents, order.start):
-        page = order.target_pages[position // size - order.start // size]
+      size, layers = self._page_sizes[order.target], slice(*(order.span.layers or (0, None)))
+      for position, sent in enumerate(contents, order.span.start):
+        page = order.span.target_pages[position // size - order.span.start // size]
         held = self._at(order.target, page * size + position % size)
         held[layers] = sent[layers]
     return super()._transfer_done(order, began_s)
@@ -142,8 +142,8 @@ class ShadowSimulator(Simulator):
   def _sent(self, order: TransferOrder, fault: Fault | None) -> list[list[object]]:
     size = self._page_sizes[order.source]
     contents = []
-    for position in range(order.start, order.start + order.tokens):
-      page = order.source_pages[position // size - order.start // size]
+    for position in range(order.span.start, order.span.start + order.span.tokens):
+      page = order.span.source_pages[position // size - order.span.start // size]
       contents.append(list(self._at(order.source, page * size + position % size)))
     if fault == 'corrupts':
       contents[0] = ['damaged'] * self._model.num_layers

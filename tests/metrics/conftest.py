@@ -21,6 +21,7 @@ from pdjax.serving.messages import (
   Turn,
 )
 from pdjax.types.request import Request
+from pdjax.types.span import Span
 from tests import tiny
 
 
@@ -60,7 +61,7 @@ class Log:
   def transfer(self, name, source='p', target='d', pages=(0, 1)):
     self.num_orders += 1
     return self.start(
-      TransferOrder(self.num_orders, name, source, target, pages, tuple(p + 7 for p in pages), 0, 4 * len(pages))
+      TransferOrder(self.num_orders, name, source, target, Span(pages, tuple(p + 7 for p in pages), 0, 4 * len(pages)))
     )
 
   def done(self, order, began_s, ended_s, brings=None, **fields):

@@ -59,9 +59,7 @@ def test_a_failed_transfer_is_tried_again_after_a_while_with_the_same_pages():
   due(cluster, cluster.now_s + 4.0)
   (second,) = cluster.must()
   assert second.id != first.id
-  assert (second.source_pages, second.target_pages, second.start, second.tokens) == (
-    first.source_pages, first.target_pages, first.start, first.tokens,
-  )  # fmt: skip
+  assert second.span == first.span
   cluster.end(second)
   assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
   cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], {'a': 1}, {'a': 'stop'})
@@ -247,7 +245,7 @@ def test_a_request_whose_decode_worker_is_lost_begins_again_with_what_it_got():
   cluster.end(second)
   assert cluster.phase('a') is Phase.PREFILLED
   (transfer,) = cluster.start(Transfer('a', 'decode1'))
-  assert transfer.tokens == 12
+  assert transfer.span.tokens == 12
   cluster.end(transfer)
   (step,) = cluster.start(Step('decode1', decodes=ALL))
   (decode,) = step.decodes
@@ -289,7 +287,7 @@ def test_a_prompt_that_is_whole_where_it_is_computed_is_sent_elsewhere_and_not_c
   for order in (first, second):
     assert not cluster.state.apply(Done(order.id, 0.0, 9.0), 9.0)
   (transfer,) = cluster.start(Transfer('a', 'decode1'))
-  assert (transfer.start, transfer.tokens) == (0, 12)
+  assert (transfer.span.start, transfer.span.tokens) == (0, 12)
   cluster.end(transfer)
   assert cluster.phase('a') is Phase.DECODING
 

@@ -26,7 +26,7 @@ def _prefill(cluster: Driver, name: str, *lengths: int) -> list[tuple[TransferOr
 
 
 def _spans(orders) -> list[tuple]:
-  return [(order.start, order.tokens, order.layers) for order in orders]
+  return [(order.span.start, order.span.tokens, order.span.layers) for order in orders]
 
 
 def test_a_request_travels_whole_after_its_last_chunk():
@@ -67,7 +67,7 @@ def test_auto_sends_a_long_last_chunk_layer_by_layer_and_all_others_whole(chunks
   cluster = Driver(transfer=TransferSpec(layers_from=5))
   cluster.arrive('a', prompt_len=sum(chunks))
   sent = _prefill(cluster, 'a', *chunks)
-  assert [tuple(order.layers for order in orders) for orders in sent] == [
+  assert [tuple(order.span.layers for order in orders) for orders in sent] == [
     GROUPS if layered else (None,) for layered in by_layers
   ]
 
@@ -76,7 +76,7 @@ def test_a_worker_that_may_have_decodes_in_its_pass_runs_it_whole():
   cluster = Driver(colocated_pool(1, **SIZES) + decode_pool(1, **SIZES), transfer=TransferSpec(granularity='layers'))
   cluster.arrive('a', prompt_len=8)
   step, transfer = cluster.start(Step('both0', (Chunk('a', 0, 8, 'decode0'),)))
-  assert step.layer_groups == () and transfer.layers is None
+  assert step.layer_groups == () and transfer.span.layers is None
 
 
 def test_no_more_travels_at_once_than_staging_holds_and_the_rest_follows_in_turn():
@@ -91,7 +91,7 @@ def test_no_more_travels_at_once_than_staging_holds_and_the_rest_follows_in_turn
   seen = []
   while under_way:
     order = under_way.pop(0)
-    seen.append((order.request, order.start))
+    seen.append((order.request, order.span.start))
     cluster.end(order)
     under_way += cluster.must()
     assert worker.staging_out.free_bytes == (3 - len(under_way)) * PAGE_BYTES

@@ -161,7 +161,7 @@ def test_the_first_may_end_with_its_first_token_and_the_others_still_get_the_pro
   (step,) = cluster.start(Step('decode0', decodes=ALL))
   arrived = admissions(step)
   assert list(arrived) == ['a#1', 'a#2'] and {one.tokens for one in arrived.values()} == {()}
-  moved = set(transfers[0].target_pages)
+  moved = set(transfers[0].span.target_pages)
   held = {page for one in arrived.values() for page in (*one.pages, *(one.copy or ())[:1])}
   assert moved <= held  # nobody else can have been given a page of the prompt
   cluster.end(step, {'a#1': 1, 'a#2': 1}, {'a#1': 'stop', 'a#2': 'stop'})
@@ -189,7 +189,7 @@ def test_the_page_to_copy_outlives_the_one_that_wrote_it():
   cluster.arrive('b', prompt_len=4)
   cluster.end(cluster.start(Step('prefill0', (Chunk('b', 0, 4),)))[0], {'b': 1})
   (other,) = cluster.start(Transfer('b', 'decode0'))
-  assert source not in other.target_pages  # `a#2` still has to copy it
+  assert source not in other.span.target_pages  # `a#2` still has to copy it
   (step,) = cluster.start(Step('decode0', decodes=('a#2',)))
   assert admissions(step)['a#2'].copy[0] == source
 
@@ -398,14 +398,16 @@ class Memory:
       case Started(_, StepOrder() as order):
         self._step(order)
       case Started(_, TransferOrder() as order):
-        self._moving[order.id] = order, [dict(self._pages.get((order.source, p), {})) for p in order.source_pages]
+        self._moving[order.id] = order, [dict(self._pages.get((order.source, p), {})) for p in order.span.source_pages]
       case Started(_, AbandonOrder(order, transfer)):
         self._given_up[order] = transfer
       case Done(order) if order in self._given_up:
         self._moving.pop(self._given_up[order], None)
       case Done(order) if order in self._moving:
         moved, contents = self._moving.pop(order)
-        self._pages |= {(moved.target, page): held for page, held in zip(moved.target_pages, contents, strict=True)}
+        self._pages |= {
+          (moved.target, page): held for page, held in zip(moved.span.target_pages, contents, strict=True)
+        }
 
   def _step(self, order: StepOrder) -> None:
     for chunk in order.chunks:
@@ -449,8 +451,8 @@ def check_books(state, memory: Memory) -> None:
     held = {page for entry in state.requests.values() for page in entry.pages.get(name, ())}
     held |= {entry.copy[0] for entry in state.requests.values() if entry.copy and entry.target == name}
     for order, _ in memory._moving.values():
-      held |= {*(order.source_pages if order.source == name else ())}
-      held |= {*(order.target_pages if order.target == name else ())}
+      held |= {*(order.span.source_pages if order.source == name else ())}
+      held |= {*(order.span.target_pages if order.target == name else ())}
     assert worker.allocator.num_free == worker.num_pages - len(held)
 
 

@@ -9,6 +9,7 @@ import pytest
 from pdjax.serving import ALL, Chunk, ClusterState, Phase, Step, Transfer
 from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, EndOrder, Finished, StepOrder, TransferOrder
 from pdjax.types import WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types.span import Span
 from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver
 
 EIGHT = 8 * TINY.cached_token_bytes('float32')  # bytes of two pages
@@ -22,7 +23,9 @@ def test_one_prompt_goes_through_two_workers():
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
   assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1)),))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (5, 6), 0, 8, after=0, staging_bytes=EIGHT)
+  assert transfer == TransferOrder(
+    1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, staging_bytes=EIGHT
+  )
   assert cluster.phase('a') is Phase.PREFILLING and not cluster.state.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 8)  # 6 and 6 + 3 tokens
@@ -61,7 +64,9 @@ def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
   assert cluster.free_pages('prefill0') == 14 and cluster.free_pages('decode0') == 16
 
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
-  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', (0, 1), (0, 1), 0, 8, after=None, staging_bytes=EIGHT)
+  assert transfer == TransferOrder(
+    1, 'a', 'prefill0', 'decode0', Span((0, 1), (0, 1), 0, 8), after=None, staging_bytes=EIGHT
+  )
   assert cluster.phase('a') is Phase.MOVING and not cluster.state.prefilled
   cluster.end(transfer)
   assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
@@ -105,7 +110,7 @@ def test_the_chunks_of_a_prompt_send_the_pages_they_complete():
     orders.append(cluster.start(Step('prefill0', (Chunk('a', start, length, 'decode0'),))))
     cluster.end(orders[-1][0], {'a': 1} if start == 6 else {})
   assert [len(order) for order in orders] == [1, 2, 2]  # 3 tokens complete no page of 4
-  assert [order[1].source_pages for order in orders[1:]] == [(0,), (1, 2)]
+  assert [order[1].span.source_pages for order in orders[1:]] == [(0,), (1, 2)]
   assert [order[1].after for order in orders[1:]] == [orders[1][0].id, orders[2][0].id]
   cluster.end(orders[2][1])
   assert cluster.phase('a') is Phase.MOVING  # one transfer is still under way
@@ -128,10 +133,10 @@ def test_however_a_prompt_is_cut_each_token_is_sent_once_and_in_order(seed):
     step, *transfers = cluster.start(Step('prefill0', (Chunk('a', start, length, 'decode0'),)))
     start += length
     for transfer in transfers:
-      end = transfer.start + transfer.tokens
-      assert (transfer.start, transfer.tokens % unit) == (sent, 0) and end <= -(-start // unit) * unit
-      assert transfer.source_pages == tuple(range(sent // ours, -(-end // ours)))
-      assert transfer.target_pages == tuple(range(sent // theirs, -(-end // theirs)))
+      end = transfer.span.start + transfer.span.tokens
+      assert (transfer.span.start, transfer.span.tokens % unit) == (sent, 0) and end <= -(-start // unit) * unit
+      assert transfer.span.source_pages == tuple(range(sent // ours, -(-end // ours)))
+      assert transfer.span.target_pages == tuple(range(sent // theirs, -(-end // theirs)))
       sent = end
     assert start - sent < unit  # nothing waits that could travel
     cluster.end(step, {'a': 1} if start == prompt_len else {})

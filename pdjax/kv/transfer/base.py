@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from pdjax.kv.pages import KVPages, Units
 from pdjax.kv.transfer.checksums import Checked
+from pdjax.types.span import Span
 
 
 class PagePool(Protocol):
@@ -62,38 +63,22 @@ class Transport(Protocol):
   def compile(self) -> dict[str, float]:
     """Compile every size of batch and run each once between pools that are empty still; seconds by program."""
 
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
-    """Put cached tokens on their way and return at once, even if passes that compute them are still under way.
-
-    Args:
-      source_pages: The pages that hold them, the first of them page `start // page_size` of their sequence.
-      target_pages: The same on the target.
-      start: The first token of the sequence.
-      tokens: How many; both are multiples of the unit that both page sizes are made of.
-      layers: The first layer that travels and the one after the last, a group of the `TransferSpec`; None is all.
-    """
+  def send(self, span: Span) -> Parcel:
+    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
 
 
-def places(pages: Sequence[int], page_size: int, start: int, tokens: int, unit: int) -> np.ndarray:
-  """Where each unit of a span of a sequence lies in a pool: its page, and its first token there, `[n, 2]` int32.
+def places(span: Span, pages: Sequence[int], page_size: int, unit: int) -> np.ndarray:
+  """Where each unit of a span lies in a pool: its page, and its first token there, `[n, 2]` int32.
 
   Args:
-    pages: The pages that hold the span, the first of them page `start // page_size` of the sequence.
+    span: Some tokens of a sequence.
+    pages: Those of the span on this side.
     page_size: Tokens per page.
-    start: The first token of the span.
-    tokens: How many there are.
-    unit: Tokens of a unit, which divides all three.
+    unit: Tokens of a unit, which divides the page size and both bounds of the span.
   """
-  position = np.arange(start, start + tokens, unit)
-  numbers = np.asarray(pages, np.int32)[position // page_size - start // page_size]
+  position = np.arange(span.start, span.start + span.tokens, unit)
+  numbers = np.asarray(pages, np.int32)[position // page_size - span.start // page_size]
   return np.stack([numbers, position % page_size], axis=1).astype(np.int32)

@@ -19,13 +19,14 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pdjax.kv.pages import KVPages
-from pdjax.kv.transfer.base import PagePool, Parcel, places
+from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.checksums import Checked, checksums
-from pdjax.kv.transfer.pieces import ByPieces, Shape, batch_sizes
+from pdjax.kv.transfer.pieces import ByPieces, Shape
 from pdjax.sharding import MESH_AXES
 from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
 from pdjax.types.handshake import Manifest, PoolShape, WayPlan
 from pdjax.types.model import ModelSpec
+from pdjax.types.span import Span
 
 LOOPBACK = '127.0.0.1'
 
@@ -129,14 +130,7 @@ class Half(ByPieces):
     pieces = cut.source_pieces, cut.target_pieces
     return WayPlan(self.unit, self.dtype.name, cut.piece_heads, pieces, tuple(sorted(self.shapes)))
 
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
+  def send(self, span: Span) -> Parcel:
     """Half a way sends nothing by itself."""
     raise AssertionError('half a way between processes sends nothing by itself')
 
@@ -180,29 +174,18 @@ class Sender(Half):
 
   def rehearse(self, shape: Shape) -> None:
     """Gather once."""
-    layers, size = shape
-    ours, theirs = (self._first_pages(pool, size) for pool in (self._source, self._target))
-    for batch in self.gather(ours, theirs, 0, size * self.unit, (0, layers)):
+    for batch in self.gather(self.first_span(shape)):
       pieces = self.leaving(batch)
       jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.has_checksums else ()))
 
-  def offer(
-    self,
-    number: int,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Offer:
+  def offer(self, number: int, span: Span) -> Offer:
     """Gather cached tokens and offer them; return at once, even if passes that compute them are under way.
 
     Args:
       number: Of the transfer; no other transfer that this process offers may ever have it.
-      source_pages: As `Transport.send` takes them, and so the others.
+      span: The tokens.
     """
-    gathered = self.gather(source_pages, target_pages, start, tokens, layers or self.all_layers)
-    pieces = tuple(piece for batch in gathered for piece in self.leaving(batch))
+    pieces = tuple(piece for batch in self.gather(span) for piece in self.leaving(batch))
     sums = map(checksums, pieces) if self.has_checksums else ()
     offer = Offer(number, (*pieces, *sums))
     self._server.offer(number, offer.pieces)
@@ -227,38 +210,26 @@ class Receiver(Half):
 
   def rehearse(self, shape: Shape) -> None:
     """Write zeros into pages that are empty still."""
-    layers, size = shape
-    pages = self._first_pages(self._target, size)
-    targets = places(pages, self._target.page_shapes.page_size, 0, size * self.unit, self.unit)
+    span = self.first_span(shape)
     zeros = [jax.device_put(np.zeros(piece.shape, piece.dtype), piece.sharding) for piece in self.arriving(shape)]
     checked = Checked((checksums(piece), piece) for piece in zeros) if self.has_checksums else None
-    parcel = Parcel(((targets, self.assemble(shape, zeros)),), (0, layers), 0, len(zeros), (), checked=checked)
+    batches = ((self.targets(span), self.assemble(shape, zeros)),)
+    parcel = Parcel(batches, self.layers_of(span), 0, len(zeros), (), checked=checked)
     parcel.wait()
     self.receive(parcel).block_until_ready()
 
-  def pull(
-    self,
-    number: int,
-    manifest: Manifest,
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
+  def pull(self, number: int, manifest: Manifest, span: Span) -> Parcel:
     """Begin to pull what was offered under a number; return at once.
 
     Args:
       number: Of the transfer, whose offer somebody has heard of.
       manifest: What was offered.
-      target_pages: As `Transport.send` takes them, and so the others.
+      span: The tokens.
 
     Raises:
       ValueError: if something else was offered than these tokens.
     """
-    targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
-    layers = layers or self.all_layers
-    count = layers[1] - layers[0]
-    shapes = self.expected(tokens, layers)
+    shapes = self.expected(span)
     wanted = tuple((tuple(shape.shape), shape.dtype.name) for shape in shapes)
     if wanted != manifest:
       raise ValueError(f'transfer {number} offers pieces of {_brief(manifest)}, expected {_brief(wanted)}.')
@@ -267,17 +238,14 @@ class Receiver(Half):
     if self.has_checksums:
       pieces, sums = pulled[: len(pulled) // 2], pulled[len(pulled) // 2 :]
       checked = Checked(zip(sums, pieces, strict=True))
-    batches, rest, first = [], iter(pieces), 0
-    for size in batch_sizes(len(targets), self._sizes[count]):
-      batches.append((targets[first : first + size], self.assemble((count, size), rest)))
-      first += size
-    return Parcel(tuple(batches), layers, sum(piece.nbytes for piece in pieces), len(pieces), (), checked=checked)
+    targets, rest = self.targets(span), iter(pieces)
+    batches = tuple((targets[batch], self.assemble(self.shape_of(span, batch), rest)) for batch in self.batches(span))
+    wire_bytes = sum(piece.nbytes for piece in pieces)
+    return Parcel(batches, self.layers_of(span), wire_bytes, len(pieces), (), checked=checked)
 
-  def expected(self, tokens: int, layers: tuple[int, int] | None = None) -> list[jax.ShapeDtypeStruct]:
-    """Shape, dtype and device of all that is offered for so many tokens: the pieces, then their checksums, if any."""
-    first, stop = layers or self.all_layers
-    sizes = batch_sizes(tokens // self.unit, self._sizes[stop - first])
-    pieces = [piece for size in sizes for piece in self.arriving((stop - first, size))]
+  def expected(self, span: Span) -> list[jax.ShapeDtypeStruct]:
+    """Shape, dtype and device of all that is offered for a span: the pieces, then their checksums, if any."""
+    pieces = [piece for batch in self.batches(span) for piece in self.arriving(self.shape_of(span, batch))]
     if not self.has_checksums:
       return pieces
     sums = [jax.ShapeDtypeStruct((piece.shape[1], 2), np.dtype(np.uint32), sharding=piece.sharding) for piece in pieces]
@@ -315,17 +283,10 @@ class CrossProcess(ByPieces):
     self.sender.prepare(shape)
     self.receiver.prepare(shape)
 
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
+  def send(self, span: Span) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
-    offer = self.sender.offer(next(_numbers), source_pages, target_pages, start, tokens, layers)
-    parcel = self.receiver.pull(offer.number, offer.manifest, target_pages, start, tokens, layers)
+    offer = self.sender.offer(next(_numbers), span)
+    parcel = self.receiver.pull(offer.number, offer.manifest, span)
     return dataclasses.replace(parcel, gathered=offer.pieces)
 
   def receive(self, parcel: Parcel) -> jax.Array:

@@ -11,29 +11,22 @@ import jax
 from pdjax.kv.transfer.base import Parcel
 from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.pieces import ByPieces
+from pdjax.types.span import Span
 
 
 class DevicePut(ByPieces):
   """The way from one worker's pool to another's in the same process."""
 
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
+  def send(self, span: Span) -> Parcel:
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
-    layers = layers or self.all_layers
-    gathered = self.gather(source_pages, target_pages, start, tokens, layers)
+    gathered = self.gather(span)
     leaving = [piece for batch in gathered for piece in self.leaving(batch)]
     arrived = self.put(leaving, [piece.sharding for batch in gathered for piece in self.arriving(batch.shape)])
     checked = Checked(zip(map(checksums, leaving), arrived, strict=True)) if self.has_checksums else None
     rest = iter(arrived)
     batches = tuple((batch.targets, self.assemble(batch.shape, rest)) for batch in gathered)
     put_bytes = sum(piece.nbytes for piece in arrived)
-    return Parcel(batches, layers, put_bytes, len(arrived), leaving, checked=checked)
+    return Parcel(batches, self.layers_of(span), put_bytes, len(arrived), leaving, checked=checked)
 
   def put(self, pieces: Sequence[jax.Array], places: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
     """Carry pieces over, each to its device; they need not be computed yet."""

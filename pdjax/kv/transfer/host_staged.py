@@ -7,7 +7,7 @@ there to the target's device. So the host holds no more than one piece, whatever
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.pieces import ByPieces, Gathered
 from pdjax.types.cluster import TransferSpec
+from pdjax.types.span import Span
 
 _ALIGNMENT = 64  # bytes: host memory that begins at a multiple of them a CPU device shares instead of copying it
 _OFFSET = 16  # where the buffer begins, past such a multiple; any dtype may begin there
@@ -30,21 +31,13 @@ class HostStaged(ByPieces):
     self._buffer = np.empty(0, np.uint8)
     self._lock = threading.Lock()
 
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> 'StagedParcel':
+  def send(self, span: Span) -> 'StagedParcel':
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
-    layers = layers or self.all_layers
-    gathered = self.gather(source_pages, target_pages, start, tokens, layers)
+    gathered = self.gather(span)
     pieces = [batch.pieces for batch in gathered]
     expected = [piece for batch in gathered for piece in self.arriving(batch.shape)]
     wire_bytes = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in expected)
-    return StagedParcel((), layers, wire_bytes, len(expected), pieces, gathered, self.carry)
+    return StagedParcel((), self.layers_of(span), wire_bytes, len(expected), pieces, gathered, self.carry)
 
   def carry(self, batch: Gathered) -> tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]:
     """Carry the pieces of a batch over; those too with checksums of what they were, if there are to be any."""

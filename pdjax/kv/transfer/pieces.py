@@ -28,6 +28,7 @@ from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel, places
 from pdjax.sharding import replicated
 from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
+from pdjax.types.span import Span
 
 Shape = tuple[int, int]  # of a batch: its layers and units
 # Pieces are units with an axis of copies before all others: one copy leaves, `group` arrive.
@@ -117,10 +118,10 @@ class ByPieces(abc.ABC):
     self.cut = Cut.between(ours.kv_heads, source.mesh.shape['kv'], target.mesh.shape['kv'])
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
-    self.all_layers = (0, len(ours.layers))
-    groups = () if spec.layered_from is None else spec.groups(len(ours.layers))
+    self.num_layers = len(ours.layers)
+    groups = () if spec.layered_from is None else spec.groups(self.num_layers)
     most = min(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs))
-    shapes = {stop - first for first, stop in (self.all_layers, *groups)}
+    shapes = {stop - first for first, stop in ((0, self.num_layers), *groups)}
     self._sizes = {layers: batch_bounds(spec.piece_bytes // self.unit_bytes(layers), most) for layers in shapes}
     self._gathers: dict[Shape, jax.stages.Compiled] = {}
     self._scatters: dict[Shape, jax.stages.Compiled] = {}
@@ -147,7 +148,7 @@ class ByPieces(abc.ABC):
       self.prepare(shape)
       return time.perf_counter() - begin
 
-    names = [f'{size} units' if layers == self.all_layers[1] else f'{size} units of {layers} layers'
+    names = [f'{size} units' if layers == self.num_layers else f'{size} units of {layers} layers'
              for layers, size in self.shapes]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
       return dict(zip(names, pool.map(timed, self.shapes), strict=True))
@@ -178,15 +179,16 @@ class ByPieces(abc.ABC):
 
   def rehearse(self, shape: Shape) -> None:
     """Run the programs of one size of batch once."""
-    layers, size = shape
-    ours, theirs = (self._first_pages(pool, size) for pool in (self._source, self._target))
-    parcel = self.send(ours, theirs, 0, size * self.unit, (0, layers))
+    parcel = self.send(self.first_span(shape))
     parcel.wait()
     self.receive(parcel).block_until_ready()
 
-  def _first_pages(self, pool: PagePool, size: int) -> range:
-    """As many pages as a batch takes."""
-    return range(-(-size * self.unit // pool.page_shapes.page_size))
+  def first_span(self, shape: Shape) -> Span:
+    """As much as one batch holds, at the begin of both pools."""
+    layers, size = shape
+    tokens = size * self.unit
+    ours, theirs = (tuple(range(-(-tokens // pool.page_shapes.page_size))) for pool in (self._source, self._target))
+    return Span(ours, theirs, 0, tokens, (0, layers))
 
   def _lower_gather(self, shape: Shape) -> jax.stages.Lowered:
     cut, (layers, size) = self.cut, shape
@@ -261,20 +263,35 @@ class ByPieces(abc.ABC):
 
   # -------------------------------------------------------------------------- moving
 
-  def gather(
-    self, source_pages: Sequence[int], target_pages: Sequence[int], start: int, tokens: int, layers: tuple[int, int]
-  ) -> list[Gathered]:
-    """Dispatch the gathers of a span of tokens, in batches; they wait for passes under way, and nobody for them."""
-    count, pages = layers[1] - layers[0], self._source.pages.part(*layers)
-    sources = places(source_pages, self._source.page_shapes.page_size, start, tokens, self.unit)
-    targets = places(target_pages, self._target.page_shapes.page_size, start, tokens, self.unit)
-    batches = []
-    first = 0
-    for size in batch_sizes(len(sources), self._sizes[count]):
-      pieces = self._gathers[count, size](pages, sources[first : first + size])
-      batches.append(Gathered(targets[first : first + size], count, pieces))
-      first += size
-    return batches
+  def layers_of(self, span: Span) -> tuple[int, int]:
+    """The first layer of a span and the one after the last."""
+    return span.bounds(self.num_layers)
+
+  def batches(self, span: Span) -> list[slice]:
+    """The units of a span, in batches."""
+    first, stop = self.layers_of(span)
+    sizes = batch_sizes(span.tokens // self.unit, self._sizes[stop - first])
+    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+  def shape_of(self, span: Span, batch: slice) -> Shape:
+    """Layers and units of a batch of a span."""
+    first, stop = self.layers_of(span)
+    return stop - first, batch.stop - batch.start
+
+  def targets(self, span: Span) -> np.ndarray:
+    """The units' places in the target's pool, `[n, 2]`."""
+    return places(span, span.target_pages, self._target.page_shapes.page_size, self.unit)
+
+  def gather(self, span: Span) -> list[Gathered]:
+    """Dispatch the gathers of a span, in batches; they wait for passes under way, and nobody for them."""
+    first, stop = self.layers_of(span)
+    pages, targets = self._source.pages.part(first, stop), self.targets(span)
+    sources = places(span, span.source_pages, self._source.page_shapes.page_size, self.unit)
+    gathered = []
+    for batch in self.batches(span):
+      gather_batch = self._gathers[self.shape_of(span, batch)]
+      gathered.append(Gathered(targets[batch], stop - first, gather_batch(pages, sources[batch])))
+    return gathered
 
   def leaving(self, batch: Gathered) -> list[jax.Array]:
     """The pieces of a batch, each on the source device that has it: by piece, leaf of units and target shard."""
@@ -317,14 +334,7 @@ class ByPieces(abc.ABC):
     )
 
   @abc.abstractmethod
-  def send(
-    self,
-    source_pages: Sequence[int],
-    target_pages: Sequence[int],
-    start: int,
-    tokens: int,
-    layers: tuple[int, int] | None = None,
-  ) -> Parcel:
+  def send(self, span: Span) -> Parcel:
     """Put cached tokens on their way; see `Transport`."""
 
   def receive(self, parcel: Parcel) -> jax.Array:

@@ -19,10 +19,12 @@ from pdjax.kv.transfer.cross_process import CrossProcess, Receiver, RemotePool, 
 from pdjax.sharding import make_mesh
 from pdjax.types import TransferSpec
 from pdjax.types.cluster import DeviceError
+from pdjax.types.span import Span
 from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
-OURS, THEIRS, TOKENS = [7, 2, 10, 0, 5, 3], [16, 1, 4, 8, 0, 11], 6 * PAGE_SIZE
+OURS, THEIRS = (7, 2, 10, 0, 5, 3), (16, 1, 4, 8, 0, 11)
+SPAN = Span(OURS, THEIRS, 0, 6 * PAGE_SIZE)
 
 
 def on(device: jax.Device, *shape: int, dtype=np.float32) -> jax.ShapeDtypeStruct:
@@ -82,14 +84,14 @@ def servers() -> tuple[Server, Server]:
 def test_halves_that_know_only_a_description_of_each_other_move_pages_whole(way):
   expected = way.target.values()
   for mine, layer in zip(way.source.values(), expected, strict=True):
-    layer[THEIRS] = mine[OURS]
-  offer = way.sender.offer(1, OURS, THEIRS, 0, TOKENS)
-  parcel = way.receiver.pull(1, offer.manifest, THEIRS, 0, TOKENS)
+    layer[[*THEIRS]] = mine[[*OURS]]
+  offer = way.sender.offer(1, SPAN)
+  parcel = way.receiver.pull(1, offer.manifest, SPAN)
   parcel.wait()
   way.receiver.receive(parcel).block_until_ready()
   for layer, wanted in zip(way.target.values(), expected, strict=True):
     np.testing.assert_array_equal(layer, wanted)
-  assert parcel.wire_bytes == TOKENS * TINY_12_12.cached_token_bytes('float32')
+  assert parcel.wire_bytes == SPAN.tokens * TINY_12_12.cached_token_bytes('float32')
   assert parcel.num_pieces == len(offer.manifest) > 6
 
 
@@ -107,36 +109,36 @@ def test_both_halves_work_out_the_same_pieces(model, tp, target_tp):
 
 
 def test_other_pieces_than_were_agreed_are_refused_naming_both(way):
-  offer = way.sender.offer(2, OURS, THEIRS, 0, TOKENS)
+  offer = way.sender.offer(2, SPAN)
   for manifest in (
     tuple((shape, 'int32') for shape, _ in offer.manifest),  # which JAX would take for what it is not
     tuple(((*shape[:-1], 2 * shape[-1]), dtype) for shape, dtype in offer.manifest),
     offer.manifest[:-1],
   ):
     with pytest.raises(ValueError, match=r'transfer 2 offers pieces of .*, expected .*×float32\[1, 4, 2, 2, 2, 4, 8\]'):
-      way.receiver.pull(2, manifest, THEIRS, 0, TOKENS)
-  parcel = way.receiver.pull(2, offer.manifest, THEIRS, 0, TOKENS)
+      way.receiver.pull(2, manifest, SPAN)
+  parcel = way.receiver.pull(2, offer.manifest, SPAN)
   assert ready_within([pieces for _, pieces in parcel.batches], 30)
 
 
 def test_what_nobody_will_pull_is_let_go(way):
-  offer = way.sender.offer(3, OURS, THEIRS, 0, TOKENS)
+  offer = way.sender.offer(3, SPAN)
   way.sender.withdraw(offer.without_arrays())
   time.sleep(0.3)
-  parcel = way.receiver.pull(3, offer.manifest, THEIRS, 0, TOKENS)
+  parcel = way.receiver.pull(3, offer.manifest, SPAN)
   assert not ready_within([pieces for _, pieces in parcel.batches], 0.5)
-  way.sender.offer(3, OURS, THEIRS, 0, TOKENS)
+  way.sender.offer(3, SPAN)
   parcel.wait()
 
 
 def test_both_halves_in_one_process_are_a_transport(way):
   transport = CrossProcess(way.source, way.target, four_units_at_most(way.source, way.target))
   assert set(transport.compile()) == {'1 units', '4 units'}
-  parcel = transport.send(OURS, THEIRS, 0, TOKENS)
+  parcel = transport.send(SPAN)
   parcel.wait_gathered()
   parcel.wait()
   transport.receive(parcel).block_until_ready()
-  np.testing.assert_array_equal(way.target.values()[1][THEIRS], way.source.values()[1][OURS])
+  np.testing.assert_array_equal(way.target.values()[1][[*THEIRS]], way.source.values()[1][[*OURS]])
 
 
 # ---------------------------------------------------------------------------- servers

@@ -16,6 +16,7 @@ from pdjax.kv.transfer import CrossProcess, DevicePut, HostStaged
 from pdjax.kv.transfer.pieces import Cut, batch_sizes
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
+from pdjax.types.span import Span
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
 PAGE_SIZE = 4
@@ -137,7 +138,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   for mine, layer in zip(sent, expected, strict=True):
     layer[theirs] = mine[ours]
   monkeypatch.setattr(jax, 'device_put', counting)
-  parcel = transport.send(ours, theirs, 0, len(ours) * PAGE_SIZE)
+  parcel = transport.send(Span(tuple(ours), tuple(theirs), 0, len(ours) * PAGE_SIZE))
   monkeypatch.undo()
   parcel.wait()
   transport.receive(parcel).block_until_ready()
@@ -159,7 +160,7 @@ def test_pages_travel_within_one_mesh_and_in_bfloat16():
   source, target = (Pool.random(TINY, jax.devices()[:1], 8, seed, bfloat16) for seed in (1, 2))
   transport = DevicePut(source, target, TransferSpec())
   transport.compile()
-  parcel = transport.send([1, 2, 3], [0, 1, 2], 0, 3 * PAGE_SIZE)
+  parcel = transport.send(Span((1, 2, 3), (0, 1, 2), 0, 3 * PAGE_SIZE))
   transport.receive(parcel).block_until_ready()
   assert parcel.wire_bytes == 3 * page_bytes(TINY, PAGE_SIZE, bfloat16)
   np.testing.assert_array_equal(target.values()[1][:3], source.values()[1][1:4])
@@ -205,7 +206,7 @@ def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
   sent = source.numbers()[pages[token // page_size - start // page_size], token % page_size]
   place = targets[token // target_size - start // target_size], token % target_size
   expected = target.numbers()
-  parcel = transport.send(pages.tolist(), targets.tolist(), start, tokens)
+  parcel = transport.send(Span(tuple(pages.tolist()), tuple(targets.tolist()), start, tokens))
   parcel.wait()
   transport.receive(parcel).block_until_ready()
 
@@ -261,7 +262,7 @@ def test_send_returns_while_its_source_is_unfinished(model, target_tp):
   heavy, held = heavy.lower(zeros).compile(), jax.jit(double_when_released).lower(zeros, source.pages).compile()
   try:
     source.pages = held(heavy(zeros), source.pages)
-    parcel = transport.send([5, 1, 6, 2, 7], [0, 1, 2, 3, 4], 0, 5 * PAGE_SIZE)
+    parcel = transport.send(Span((5, 1, 6, 2, 7), (0, 1, 2, 3, 4), 0, 5 * PAGE_SIZE))
     moving = [piece.values for _, pieces in parcel.batches for piece in pieces]
     assert not any(layer.is_ready() for layer in source.pages.layers)
     assert not any(piece.is_ready() for piece in moving)

@@ -6,6 +6,7 @@ import pytest
 
 from pdjax.kv.transfer import HostStaged
 from pdjax.kv.transfer.host_staged import unaligned
+from pdjax.types.span import Span
 from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY_12_12
 
@@ -36,7 +37,7 @@ def test_no_more_than_one_piece_is_on_the_host_and_nothing_travels_before_it_is_
   transport = HostStaged(source, target, four_units_at_most(source, target))
   transport.compile()
   before = target.values()
-  parcel = transport.send(list(range(9)), list(range(20, 29)), 0, 9 * PAGE_SIZE)
+  parcel = transport.send(Span(tuple(range(9)), tuple(range(20, 29)), 0, 9 * PAGE_SIZE))
   assert parcel.batches == ()
   parcel.wait()
   assert [len(targets) for targets, _ in parcel.batches] == [4, 4, 1] and not parcel.gathered

@@ -1,0 +1,177 @@
+"""Whether a cluster can do what it is asked to, and why not."""
+
+from collections.abc import Sequence
+
+from pdjax.serving.messages import Action, All, Chunk, Step
+from pdjax.serving.view import MAX_ORDERS, ClusterView, Phase, RequestState, WorkerState
+from pdjax.types.request import MAX_STOP_TOKENS
+
+
+class PolicyError(RuntimeError):
+  """A policy asked for what the cluster cannot do; the message names the action and what is short."""
+
+
+def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> str | None:
+  """Why the request can never be served here, or None."""
+  request, model = entry.request, view.model
+  if request.prompt_len > model.context_len:
+    return (
+      f'the prompt has {request.prompt_len} tokens, but the context of {model.name} is {model.context_len}; '
+      'shorten the prompt.'
+    )
+  stops = len({*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else model.eos_token_ids)})
+  if stops > MAX_STOP_TOKENS:
+    return (
+      f"{stops} stop tokens asked for, the model's own included, but at most {MAX_STOP_TOKENS} are kept; name fewer."
+    )
+  if request.sampling.stop and not finds_stops:
+    return (
+      f'stop strings {", ".join(map(repr, request.sampling.stop))} asked for, but there is no tokenizer to find them '
+      'with; serve a checkpoint that has one, or use stop_token_ids.'
+    )
+  bad = first_outside(request.prompt, model.vocab_size)
+  if bad is not None:
+    return (
+      f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
+    )
+  slots = view.slots_needed(request.id)
+  places = [] if entry.computed else [(view.prefill_workers, False)]
+  if entry.limit > 1 or slots > 1:
+    places.append((view.decode_workers, True))
+  for there, decodes in places:
+    workers = [worker for worker in there if not worker.given_up]
+    if not workers:
+      lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
+      return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
+    needs = {w.name: view.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
+    roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
+    if not roomy:
+      largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
+      return (
+        f'{request.prompt_len} prompt tokens{f", {len(entry.delivered)} delivered ones" if entry.delivered else ""} '
+        f'and up to {entry.limit} generated ones'
+        f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
+        f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
+        f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
+        f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
+      )
+    if decodes and not any(worker.spec.max_sequences >= slots for worker in roomy):
+      found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
+      return (
+        f'{slots} samples need {slots} sequences and {needs[roomy[0].name]} pages on one worker that decodes, but '
+        f'these have {found}; raise max_sequences or lower n.'
+      )
+  return None
+
+
+def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
+  """The first token id that is not in the vocabulary, or None; prompts that say so themselves are not walked."""
+  if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
+    return None
+  return next((token for token in prompt if not 0 <= token < vocab_size), None)
+
+
+def find_request(view: ClusterView, action: Action, request: str) -> RequestState:
+  """The request that an action names; raises `PolicyError` if there is none."""
+  entry = view.requests.get(request)
+  if entry is None:
+    raise PolicyError(f'{action!r}: request {request!r} is unknown or finished.')
+  return entry
+
+
+def find_worker(view: ClusterView, action: Action, name: str) -> WorkerState:
+  """The worker that an action names; raises `PolicyError` if there is none."""
+  worker = view.workers.get(name)
+  if worker is None:
+    raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(view.workers)}.')
+  return worker
+
+
+def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: bool) -> str:
+  """In words, what a request takes of a worker."""
+  pages, slots = view.pages_needed(request, worker, decodes=decodes), view.slots_needed(request)
+  return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
+
+
+def check_step(view: ClusterView, step: Step, worker: WorkerState) -> list[RequestState]:
+  """The sequences a step decodes.
+
+  Raises:
+    PolicyError: if the worker cannot take the step.
+  """
+  if not worker.up:
+    raise PolicyError(f'{step!r}: worker {worker.name!r} is lost; wait until it is back.')
+  if len(worker.orders) >= MAX_ORDERS:
+    raise PolicyError(
+      f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
+    )
+  most = 1 if step.chunks else worker.spec.max_fused_steps
+  if not 1 <= step.steps <= most:
+    raise PolicyError(
+      f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}'
+      f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
+    )
+  if isinstance(step.decodes, All):
+    decodes = [worker.decoding[name] for name in worker.decodable()]
+  else:
+    decodes = [find_request(view, step, name) for name in step.decodes]
+    for name, entry in zip(step.decodes, decodes, strict=True):
+      if name not in worker.decoding or entry.tokens_left < 1:
+        raise PolicyError(f'{step!r}: request {name!r} has nothing to decode on worker {worker.name!r}.')
+  if not step.chunks and not decodes:
+    raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
+  if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(map(id, decodes))):
+    raise PolicyError(f'{step!r}: a request stands in it twice.')
+  spec = worker.spec
+  tokens = sum(chunk.length for chunk in step.chunks)
+  if len(step.chunks) > spec.max_chunks or tokens > spec.max_step_tokens:
+    raise PolicyError(
+      f'{step!r}: {len(step.chunks)} chunks with {tokens} tokens, but worker {worker.name!r} takes '
+      f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one pass.'
+    )
+  if step.chunks and not spec.role.prefills:
+    raise PolicyError(f'{step!r}: worker {worker.name!r} has role {spec.role.value}, so it takes no chunks.')
+  for chunk in step.chunks:
+    _check_chunk(view, step, chunk, worker)
+  _check_room(view, step, worker)
+  return decodes
+
+
+def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerState) -> None:
+  entry = find_request(view, step, chunk.request)
+  if entry.phase not in (Phase.WAITING, Phase.PREFILLING):
+    raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
+  if entry.worker not in (None, worker.name):
+    raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
+  if chunk.start != entry.started or not 1 <= chunk.length <= entry.prompt_left:
+    raise PolicyError(
+      f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
+      'tokens.'
+    )
+  sent_to = None if entry.target == worker.name else entry.target
+  if entry.started and chunk.send_to != sent_to:
+    raise PolicyError(f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.')
+  if chunk.send_to is not None:
+    target = find_worker(view, step, chunk.send_to)
+    if not target.role.decodes or target is worker:
+      raise PolicyError(
+        f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.'
+      )
+
+
+def _check_room(view: ClusterView, step: Step, worker: WorkerState) -> None:
+  """Raise unless every worker has the pages and slots that the step's new requests need."""
+  room = view.room()
+  for chunk in step.chunks:
+    if view.requests[chunk.request].started:
+      continue
+    stays = worker.role.decodes and chunk.send_to is None
+    places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
+    for place, decodes in places:
+      if not room.fits(chunk.request, place, decodes=decodes):
+        needs = describe_needs(view, chunk.request, place, decodes=decodes)
+        raise PolicyError(
+          f'{step!r}: request {chunk.request!r} needs {needs} on {place!r}, which has {room.pages(place)} pages and '
+          f'{room.slots(place)} slots left.'
+        )
+      room.take(chunk.request, place, decodes=decodes)

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test that computes, made before JAX starts; and the longest files first.
 
-What one process compiles none other compiles again: a cache of programs that lasts as long as the run.
+Tests compile more than they compute, so their programs are optimised little, and what one process compiles none other
+compiles again: a cache of programs lasts as long as the run.
 """
 
 import os
@@ -8,14 +9,17 @@ import tempfile
 
 import jax
 
+from tests.compiling import QUICK
+
+os.environ.setdefault('XLA_FLAGS', QUICK)  # read when JAX starts, here and in processes that tests begin
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
 CACHE = 'PDJAX_TEST_CACHE'  # in the environment, which the processes that share the work inherit
 
 LONGEST = (
-  'test_golden.py', 'test_notebooks.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
-  'test_worker.py', 'test_processes.py', 'test_ray.py', 'test_matrix_engine.py',
+  'test_golden.py', 'test_ray.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
+  'test_worker.py', 'test_processes.py', 'test_matrix_engine.py',
 )  # fmt: skip
 
 

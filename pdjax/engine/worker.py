@@ -99,8 +99,8 @@ class Worker:
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
-    self._layered_from = None if transfer is None or spec.role.decodes else transfer.layered_from
-    self._group_starts = {} if transfer is None else self._programs_of_groups(transfer.groups(model.num_layers))
+    runs_groups = transfer is not None and transfer.layered_from is not None and not spec.role.decodes
+    self._group_starts = self._programs_of_groups(transfer.groups(model.num_layers)) if transfer and runs_groups else {}
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
     self.page_shapes = KVPages.shapes(
@@ -141,12 +141,8 @@ class Worker:
     """
     role = self.spec.role
     keys: list[tuple] = [('remember',), *([('admit',), ('copy',)] if role.decodes else [])]
-    if role.prefills:
-      kind, *batch = ('fused', self.spec.max_sequences) if role.decodes else ('prefill',)
-      keys += [(kind, tokens, *batch) for tokens in self.spec.token_buckets]
-    for tokens in self._layered_buckets():
-      parts = sorted({(start, stop - first) for (first, stop), start in self._group_starts.items()})
-      keys += [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
+    for tokens in self.spec.token_buckets if role.prefills else ():
+      keys += self._prompt_programs(tokens)
     if role.decodes:
       keys += [('decode', batch) for batch in self.spec.batch_buckets]
 
@@ -162,7 +158,7 @@ class Worker:
       if key[0] in ('decode', 'fused'):
         self._run(('admit',), *self._one_token('admit'))
       if key[0] == 'begin':
-        self._run_groups(self._one_token('prefill', key[1])[0], tuple(self._group_starts), lambda group: None)
+        self._run_groups(self._one_token('prefill', key[1])[0], lambda group: None)
       elif key[0] not in ('layers', 'finish'):
         self._run(key, *self._one_token(*key))
     jax.block_until_ready((self.pages, self.slots))
@@ -239,11 +235,18 @@ class Worker:
     self.pages, self.slots, *out = program(self.weights, self.pages, self.slots, *arguments)
     return out
 
-  def _layered_buckets(self) -> list[int]:
-    """The sizes of passes that may run in groups of layers."""
-    if self._layered_from is None:
-      return []
-    return [tokens for tokens in self.spec.token_buckets if tokens >= self._layered_from]
+  def _prompt_programs(self, tokens: int) -> list[tuple]:
+    """What runs prompt chunks of so many tokens.
+
+    Where some chunks travel layer by layer, all passes run in groups of layers: equal groups are one program, so that
+    much less is compiled than with the whole pass as another, and on the devices a few more programs cost little.
+    """
+    if self.spec.role.decodes:
+      return [('fused', tokens, self.spec.max_sequences)]
+    if not self._group_starts:
+      return [('prefill', tokens)]
+    parts = sorted({(start, stop - first) for (first, stop), start in self._group_starts.items()})
+    return [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
 
   def _programs_of_groups(self, groups: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
     """For each group of layers, where the first begins that the same program serves: as long, with equal windows."""
@@ -254,14 +257,12 @@ class Worker:
   def _layer_weights(self, first: int, stop: int) -> list[Weights]:
     return [self.weights['layers'][layer] for layer in range(first, stop)]
 
-  def _run_groups(
-    self, chunks: Chunks, groups: Sequence[tuple[int, int]], after: Callable[[tuple[int, int]], None]
-  ) -> Chosen:
+  def _run_groups(self, chunks: Chunks, after: Callable[[tuple[int, int]], None]) -> Chosen:
     """Hand a prefill pass to the devices group of layers by group; `after` is called behind each."""
     size = chunks.tokens.shape[0]
     x = self.program('begin', size)(self.weights, chunks)
-    for first, stop in groups:
-      program = self.program('layers', size, self._group_starts[first, stop], stop - first)
+    for (first, stop), start in self._group_starts.items():
+      program = self.program('layers', size, start, stop - first)
       part, x = program(self._layer_weights(first, stop), self.pages.part(first, stop), x, chunks)
       self.pages = self.pages.with_part(first, part)
       after((first, stop))
@@ -292,8 +293,8 @@ class Worker:
       if self.spec.role.decodes:
         batch = self.spec.max_sequences
         first, tokens = self._run(('fused', size, batch), chunks, self._pack_ids(ids, batch))
-      elif order.layer_groups:
-        first = self._run_groups(chunks, order.layer_groups, after)
+      elif self._group_starts:
+        first = self._run_groups(chunks, after)
       else:
         (first,) = self._run(('prefill', size), chunks)
     return Pending(first, tokens)

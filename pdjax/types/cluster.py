@@ -131,7 +131,8 @@ class TransferSpec:
       computed; 'layers' sends each chunk in groups of layers, one while the next is computed (Patel et al. 2024), for
       which prefill workers run their passes in such groups. 'auto' sends chunk by chunk, and the last chunk of a prompt
       layer by layer if it is long enough: nothing hides the end of it, and short ones lose more by many small programs.
-    layer_groups: Groups of layers to send a chunk in.
+    layer_groups: Groups of layers to send a chunk in; None takes about four, as many as divide the layers evenly:
+      groups of one length are one program.
     layers_from: With 'auto', tokens of a last chunk that is long enough; None asks the cost model.
     piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
     staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
@@ -147,7 +148,7 @@ class TransferSpec:
 
   transport: TransportName = 'auto'
   granularity: GranularityName = 'auto'
-  layer_groups: int = 4
+  layer_groups: int | None = None
   layers_from: int | None = None
   piece_bytes: int = 4 * 2**20
   staging_bytes: int = 256 * 2**20
@@ -167,7 +168,7 @@ class TransferSpec:
 
   def groups(self, num_layers: int) -> tuple[tuple[int, int], ...]:
     """The groups of layers as (first, one after the last), in order; some are a layer longer if they must be."""
-    count = min(self.layer_groups, num_layers)
+    count = min(self.layer_groups or _even_groups(num_layers), num_layers)
     bounds = [num_layers * group // count for group in range(count + 1)]
     return tuple(itertools.pairwise(bounds))
 
@@ -180,6 +181,11 @@ class TransferSpec:
       case 'auto':
         return self.layers_from
     return None
+
+
+def _even_groups(num_layers: int) -> int:
+  """Two to eight groups of one length, the next to four; four if there are none."""
+  return min((count for count in range(8, 1, -1) if num_layers % count == 0), key=lambda n: abs(n - 4), default=4)
 
 
 def buckets(largest: int, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from pdjax.types import Completion, ModelSpec, Request
 from pdjax.types.cluster import wire_dtype
 from pdjax.workload.arrivals import Listed
 from tests.engine.plain import Cached
-from tests.quick import quick_compiles
 from tests.tiny import byte_tokenizer
 
 DEADLINE_S = 60.0  # of a run that takes well under a second: past it, something hangs
@@ -62,8 +61,7 @@ class Cluster:
     assert config.model is not None
     self.config = config
     self.model: ModelSpec = config.model
-    with quick_compiles():
-      built = build_engine(config, self.model, Cached(self.model), self._limit_of, tokenizer=byte_tokenizer())
+    built = build_engine(config, self.model, Cached(self.model), self._limit_of, tokenizer=byte_tokenizer())
     built.engine.close()
     self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
     self.workers = built.engine.workers

@@ -22,7 +22,6 @@ from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free
 from tests.engine.plain import generate
-from tests.quick import quick_compiles
 from tests.tiny import TINY
 
 
@@ -101,8 +100,7 @@ class Processes:
     assert config.model is not None
     devices = iter(jax.devices())
     peers = {one.name: ThreadPeer(one.name, [next(devices) for _ in range(one.tp)]) for one in config.workers}
-    with quick_compiles():
-      return cls(config, peers, build_processes(config, config.model, peers))
+    return cls(config, peers, build_processes(config, config.model, peers))
 
   def changed(self, **fields) -> 'Processes':
     """The same processes under a config of which some fields differ, such as `faults`."""

@@ -6,15 +6,13 @@ import itertools
 import pytest
 
 from experiments.check_transfers import Case, Pools, covering, product
-from tests.quick import quick_compiles
 
 CASES = covering(product())
 
 
 @pytest.fixture(scope='module')
 def pools():
-  with quick_compiles():
-    yield Pools()
+  return Pools()
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(str, dataclasses.astuple(case))))

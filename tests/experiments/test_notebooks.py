@@ -51,10 +51,11 @@ def committed() -> Executed:
 def anew() -> Executed:
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_PLATFORMS', 'cpu')
+    patch.delenv('XLA_FLAGS', raising=False)  # it serves a real model, with programs that are to be fast
     return Executed(execute_notebook.execute(PATH))
 
 
-@pytest.fixture(params=['anew', 'committed'])
+@pytest.fixture(params=[pytest.param('anew', marks=pytest.mark.slow), 'committed'])
 def executed(request) -> Executed:
   return request.getfixturevalue(request.param)
 
@@ -124,6 +125,7 @@ def test_pictures_are_drawn_whole_and_need_no_script(executed, cell):
 # ---------------------------------------------------------------------------- what is kept
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_what_a_run_puts_out(committed, anew):
   assert [cell.source for cell in committed.notebook.cells] == [cell.source for cell in anew.notebook.cells]
   assert committed.kinds() == anew.kinds()

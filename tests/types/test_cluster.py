@@ -75,6 +75,11 @@ def test_groups_of_layers_are_as_many_as_asked_for_and_differ_by_one_at_most(num
   assert len(groups) == min(num_layers, layer_groups) and max(lengths) - min(lengths) <= 1
 
 
+@pytest.mark.parametrize('num_layers, count', [(1, 1), (2, 2), (7, 7), (16, 4), (30, 5), (31, 4), (32, 4), (80, 4)])
+def test_groups_of_layers_are_of_one_length_where_that_can_be(num_layers, count):
+  assert len(TransferSpec().groups(num_layers)) == count
+
+
 @pytest.mark.parametrize(
   'split, counts', [('2P1D', (2, 1)), (' 1p3d ', (1, 3)), ('10P20D', (10, 20)), ('02P1D', (2, 1))]
 )

@@ -1,10 +1,10 @@
-# make demo       serve a small model on this machine's CPU
-# make test       the tests
-# make test-slow  the tests that take minutes
-# make test-model of these, the ones of a real model: golden tokens, and the notebook
-# make notebook   the notebook anew, with its outputs
-# make lint       style and types
-# make clean      remove what the others made
+# make demo        serve a small model on this machine's CPU
+# make test        the tests
+# make test-slow   the tests that take minutes
+# make test-model  of these the ones of a real model: golden tokens, and the notebook
+# make notebook    the notebook anew, with its outputs
+# make lint        style and types
+# make clean       remove what the others made
 #
 # Everything is installed into $(VENV), once; PYTHON says which interpreter makes it (make test PYTHON=python3.12).
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import jax
+
+CACHE = 'PDJAX_TEST_CACHE'  # in the environment: the folder of what was compiled in this run of the tests
 
 # For what is compiled once and run a few times: half the CPU time of the kernels' tests in interpret mode.
 QUICK = (
@@ -16,6 +19,26 @@ _FULL = {
   'xla_llvm_disable_expensive_passes': False,
   'xla_cpu_use_fusion_emitters': True,
 }
+
+
+@contextlib.contextmanager
+def quick_start() -> Iterator[None]:
+  """Where JAX starts in here, its programs for CPU are optimised little; the TPU compiler would refuse such flags."""
+  before = os.environ.get('XLA_FLAGS')
+  os.environ['XLA_FLAGS'] = f'{before or ""} {QUICK}'
+  try:
+    yield
+  finally:
+    del os.environ['XLA_FLAGS']
+    if before is not None:
+      os.environ['XLA_FLAGS'] = before
+
+
+def quick_environment() -> dict[str, str]:
+  """The environment of a process whose programs are optimised little, or taken from those compiled before."""
+  cache = {'JAX_COMPILATION_CACHE_DIR': os.environ[CACHE], 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
+  with quick_start():
+    return os.environ | cache
 
 
 @contextlib.contextmanager

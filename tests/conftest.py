@@ -9,13 +9,12 @@ import tempfile
 
 import jax
 
-from tests.compiling import QUICK
+from tests.compiling import CACHE, quick_start
 
-os.environ.setdefault('XLA_FLAGS', QUICK)  # read when JAX starts, here and in processes that tests begin
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
-
-CACHE = 'PDJAX_TEST_CACHE'  # in the environment, which the processes that share the work inherit
+with quick_start():
+  jax.devices()
 
 LONGEST = (
   'test_golden.py', 'test_ray.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',

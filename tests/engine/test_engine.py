@@ -232,7 +232,7 @@ def test_pieces_that_never_arrive_fail_their_request_alone(one_and_one, monkeypa
 
 
 def test_pages_that_cannot_be_sent_fail_their_request_alone(one_and_one, monkeypatch):
-  monkeypatch.setattr(DevicePut, 'send', failing(DevicePut.send, lambda way, ours, *_: len(ours) == 1))
+  monkeypatch.setattr(DevicePut, 'send', failing(DevicePut.send, lambda way, span: len(span.source_pages) == 1))
   served = one_and_one.serve(some_requests(0.1))
   (failed,) = orders_with(served, Failed)
   order = next(one.order for one in orders_with(served, Started) if one.order.id == failed.order)

@@ -18,7 +18,7 @@ from pdjax.engine.ray_workers import RayProcesses, import_ray
 from pdjax.serving.messages import WorkerBack, WorkerLost
 from pdjax.types import FaultSpec, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
-from tests.conftest import CACHE
+from tests.compiling import CACHE, quick_environment
 from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, assert_right_or_failed, plain
 from tests.tiny import TINY, config, requests
@@ -43,7 +43,7 @@ def test_a_run_on_ray_is_the_same_run(tmp_path):
   """One command: tokens, who holds devices, who listens where, and what is left."""
   done = subprocess.run(
     [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path))],
-    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   facts = json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,13 @@
 """The benchmark of serving on a CPU: it works, says what it leaves out, and its rows can be read by a program."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 HIDE_TORCH = "import sys; sys.modules['torch'] = None; "
@@ -17,7 +18,7 @@ def benchmark(*arguments: str, before: str = '') -> subprocess.CompletedProcess[
   call = f"{before}import runpy; runpy.run_module('experiments.bench_cpu', run_name='__main__', alter_sys=True)"
   return subprocess.run(
     [sys.executable, '-c', call, '--checkpoint=tests/data/families/smollm2', '--quick', *arguments],
-    cwd=ROOT, env=os.environ | {'COLUMNS': '120'}, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=quick_environment() | {'COLUMNS': '120'}, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The benchmark of transfers: what it prints, and that a pull of ours carries what a bare one does."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
+
+from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -14,7 +15,8 @@ def test_a_pull_between_processes_is_measured_beside_a_bare_one(tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'experiments.bench_transfer', '--transport=cross_process', '--mib=1.4', '--repeats=3',
      f'--json={file}'],
-    cwd=ROOT, env=os.environ | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, timeout=300, check=False,
+    cwd=ROOT, env=quick_environment() | {'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True, timeout=300,
+    check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   pulled, whole = json.loads(file.read_text())

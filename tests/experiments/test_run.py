@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pdjax.model.checkpoint import RandomCheckpoint
+from tests.compiling import quick_environment
 from tests.hf import write_folder
 from tests.tiny import TINY, prompt
 
@@ -25,8 +26,9 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    [sys.executable, '-m', 'experiments.run', *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-  )
+    [sys.executable, '-m', 'experiments.run', *arguments],
+    cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
 
 
 def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_others(checkpoint, tmp_path):

@@ -1,7 +1,7 @@
 # make demo        serve a small model on this machine's CPU
 # make test        the tests
 # make test-slow   the tests that take minutes
-# make test-model  of these the ones of a real model: golden tokens, and the notebook
+# make test-runs   of these whole runs: golden tokens, the notebook, workers on Ray
 # make notebook    the notebook anew, with its outputs
 # make lint        style and types
 # make clean       remove what the others made
@@ -15,7 +15,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 DONE = $(VENV)/.installed-$(VERSION)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-model notebook lint clean
+.PHONY: demo test test-slow test-runs notebook lint clean
 .DELETE_ON_ERROR:
 
 demo: $(DONE)-base
@@ -27,8 +27,9 @@ test: $(DONE)-test
 test-slow: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow
 
-test-model: $(DONE)-test
-	$(VENV)/bin/python -m pytest -m slow tests/test_golden.py tests/experiments/test_notebooks.py
+test-runs: $(DONE)-test
+	$(VENV)/bin/python -m pytest -m slow tests/test_golden.py tests/experiments/test_notebooks.py \
+	  tests/engine/test_ray.py::test_a_run_on_ray_is_the_same_run
 
 notebook: $(DONE)-test
 	$(VENV)/bin/python -m experiments.execute_notebook experiments/notebooks/quickstart.ipynb

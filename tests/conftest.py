@@ -17,7 +17,7 @@ with quick_start():
   jax.devices()
 
 LONGEST = (
-  'test_golden.py', 'test_ray.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
+  'test_golden.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
   'test_worker.py', 'test_processes.py', 'test_matrix_engine.py',
 )  # fmt: skip
 

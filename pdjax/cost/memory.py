@@ -20,6 +20,7 @@ def size_pools(
   *,
   one_memory: bool = False,
   staging_bytes: int = 0,
+  cluster: Sequence[WorkerSpec] = (),
 ) -> tuple[WorkerSpec, ...]:
   """Replace `num_pages='auto'` by what fits, and make sure that all the rest does.
 
@@ -35,6 +36,7 @@ def size_pools(
       if unknown.
     one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
     staging_bytes: Bytes on their way out of a worker, and as many on their way into one; kept free where pages travel.
+    cluster: All workers, if `workers` are only some of them.
 
   Raises:
     ValueError: if weights and pages do not fit; both figures are in the message.
@@ -55,12 +57,13 @@ def size_pools(
     assert worker.page_size and worker.kv_dtype
     whole = worker.page_size * model.cached_token_bytes(worker.kv_dtype)
     page_bytes[worker.name] = whole / mesh_shape(model, worker.tp)[0]
-  directions = collections.Counter(worker for side in zip(*ways(workers), strict=True) for worker in set(side))
+  sides = zip(*ways(cluster or workers), strict=True)
+  directions = collections.Counter(name for side in sides for name in {worker.name for worker in side})
   staging: dict[int, float] = {}
   for worker in workers:
     for device in devices[worker.name]:
       memory = memory_of(device)
-      staging[memory] = staging.get(memory, 0) + directions[worker] * staging_bytes / worker.tp
+      staging[memory] = staging.get(memory, 0) + directions[worker.name] * staging_bytes / worker.tp
       if isinstance(worker.num_pages, int):
         pools[memory] = pools.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
       else:

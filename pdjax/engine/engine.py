@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
@@ -30,6 +33,23 @@ class _Landed:
   parcel: Parcel
   began_s: float
   trip: Trip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Missed:
+  """A transfer did not arrive."""
+
+  order: TransferOrder
+  failed: Failed
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnderWay:
+  """A transfer whose pieces are to be written. Its number is that of no other transfer of any run."""
+
+  number: int
+  order: TransferOrder
+  parcel: Parcel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +81,9 @@ class _Crashed:
 class Engine:
   """Carries orders out on devices.
 
-  Every program is dispatched by the thread that calls `submit` and `wait`, so the order on each device is the order of
-  decisions. Beside it each worker has one thread that waits for its passes in that order, and each transfer has one
-  while it is under way; they post what ended, and when, to one mailbox.
+  Every program that touches pages is dispatched by the thread that calls `submit` and `wait`, so the order on each
+  device is that of decisions. Beside it each worker has a thread that waits for its passes in that order, and each
+  transfer has one while it is under way; they post what ended, and when, to one mailbox.
   """
 
   def __init__(self, workers: Sequence[Worker], transports: dict[tuple[str, str], Transport]):
@@ -73,12 +93,20 @@ class Engine:
     self._mailbox = Mailbox()
     self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
     self._transfers = Waiters('transfers', self._post_crash)
-    self._under_way: dict[int, TransferOrder] = {}  # those whose pieces are to be written
+    self._under_way: dict[int, _UnderWay] = {}  # by order
+    self._next_transfer = itertools.count()
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
+    """Let a run begin now, at 0 s; of an earlier one nothing is heard any more."""
+    for order in list(self._under_way):
+      self._give_up(order)
+    before = self._mailbox.collect(-math.inf)[1]
     self._mailbox.start_clock()
+    for item in before:
+      match item:
+        case Interrupt() | _Crashed() | _Broken():
+          self._mailbox.post(functools.partial(_again, item))
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def interrupt(self, note: Callable[[float], None]) -> None:
@@ -89,7 +117,7 @@ class Engine:
     self._mailbox.interrupt(note)
 
   def close(self) -> None:
-    """Wait for what is under way and end the threads."""
+    """Wait for passes under way, and a while for transfers, and end the threads."""
     self._transfers.close()
     for waiter in self._passes.values():
       waiter.close()
@@ -171,6 +199,9 @@ class Engine:
         match item:
           case _Landed():
             self._receive(item)
+          case _Missed(order, failed):
+            if self._end(order):
+              events.append(failed)
           case _Passed():
             if item.incarnation == self.workers[item.worker].incarnation:
               events.append(item.done)
@@ -216,9 +247,9 @@ class Engine:
     if worker.incarnation != broken.incarnation:
       return []
     worker.reset()
-    for order in list(self._under_way.values()):
-      if broken.worker in (order.source, order.target):
-        self._give_up(order.id)
+    for one in list(self._under_way.values()):
+      if broken.worker in (one.order.source, one.order.target):
+        self._give_up(one.order.id)
     return [
       WorkerLost(broken.worker, broken.ended_s, broken.error),
       WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
@@ -229,8 +260,9 @@ class Engine:
   def _send(self, order: TransferOrder) -> None:
     transport = self._transports[order.source, order.target]
     parcel = transport.send(order.span)
-    self._under_way[order.id] = order
-    self._transfers.add(order.id, functools.partial(self._watch, order, parcel))
+    number = next(self._next_transfer)
+    self._under_way[order.id] = _UnderWay(number, order, parcel)
+    self._transfers.add(number, functools.partial(self._watch, order, parcel))
 
   def _watch(self, order: TransferOrder, parcel: Parcel) -> None:
     """On a waiting thread of its own: block until the pieces are there and say so."""
@@ -241,14 +273,14 @@ class Engine:
     except Exception as error:
       message = describe(error)
       corrupt = isinstance(error, CorruptError)
-      self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message, corrupt))
+      self._mailbox.post(lambda ended_s: _Missed(order, Failed(order.id, ended_s, message, corrupt)))
       return
     self._mailbox.post(lambda arrived_s: _Landed(order, parcel, began_s, Trip(began_s, arrived_s, parcel.num_pieces)))
 
   def _receive(self, landed: _Landed) -> None:
     """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
     order = landed.order
-    if self._under_way.pop(order.id, None) is None:
+    if not self._end(order):
       return  # it was given up
     if self._incarnations(order) != order.incarnations:
       return  # a worker was lost meanwhile, and the transfer with it
@@ -272,8 +304,18 @@ class Engine:
 
   def _give_up(self, transfer: int) -> None:
     """Whatever of a transfer still lands is not written."""
-    self._under_way.pop(transfer, None)
-    self._transfers.forget(transfer)
+    one = self._under_way.pop(transfer, None)
+    if one is not None:
+      one.parcel.abandoned = True
+      self._transfers.forget(one.number)
+
+  def _end(self, order: TransferOrder) -> bool:
+    """Whether a transfer that has ended was still waited for; another one, of another run, may have its id."""
+    one = self._under_way.get(order.id)
+    if one is None or one.order is not order:
+      return False
+    del self._under_way[order.id]
+    return True
 
   def _incarnations(self, order: TransferOrder) -> tuple[int, int]:
     return self.workers[order.source].incarnation, self.workers[order.target].incarnation
@@ -286,6 +328,10 @@ class Engine:
       self._post_broken(target, incarnation, describe(error))
       return
     self._free_from_s[target] = self._mailbox.now_s()
+
+
+def _again(item: Any, stamp_s: float) -> Any:
+  return item
 
 
 def describe(error: Exception) -> str:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+_GRACE_S = 5.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Interrupt:
@@ -101,9 +103,9 @@ class Waiters:
       self._condition.notify_all()
 
   def close(self) -> None:
-    """Wait for the jobs that are left, all but forgotten ones, and end the threads."""
+    """Wait a while for the jobs that are left, all but forgotten ones, and end the threads."""
     with self._condition:
-      self._condition.wait_for(lambda: not self._left)
+      self._condition.wait_for(lambda: not self._left, _GRACE_S)  # one that never ends must not hide why all is closed
       lost = set(self._running)
     for _ in self._threads:
       self._jobs.put(None)

@@ -148,11 +148,19 @@ class Written:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferFailed:
-  """A transfer did not end well on one of its ends; `corrupt` if other pages arrived than were sent."""
+  """A transfer did not end well on one of its ends.
+
+  Attributes:
+    number: Of the transfer.
+    error: What happened.
+    corrupt: Whether other pages arrived than were sent.
+    pulled: Whether its pieces may have been pulled; if not, the source can let go of them.
+  """
 
   number: int
   error: str
   corrupt: bool = False
+  pulled: bool = True
 
 
 News = Event | Offered | Gathered | Written | TransferFailed

@@ -80,6 +80,7 @@ class Place:
   Attributes:
     peer: Its process.
     incarnation: Which of its lives this is; a failed pass begins another one in the same process.
+    latest: The latest of its lives that any thread has heard of.
     process: How many processes it has had.
     up: Whether it takes orders.
     lost: Why its last process is gone.
@@ -90,19 +91,19 @@ class Place:
   incarnation: int
   clock_s: float
   process: int = 1
+  latest: int = 0
   up: bool = True
   lost: str = ''
 
 
 @dataclasses.dataclass
 class _Transfer:
-  """A transfer under way, of which the source and the target tell one half each; `pulling` once the target is told."""
+  """A transfer under way: `pulling` once the target is told, and when its pieces were ready to leave, once heard."""
 
   number: int
   order: TransferOrder
   pulling: bool = False
-  gathered: Gathered | None = None
-  written: Written | None = None
+  ready_s: float | None = None
 
 
 class ProcessEngine:
@@ -282,19 +283,18 @@ class ProcessEngine:
         transfer.pulling = True
         self._tell(order.target, Pull(transfer.number, order, news.manifest))
       case Gathered():
-        transfer.gathered = news
+        transfer.ready_s = news.ready_s
       case Written():
-        transfer.written = news
+        self._settle(transfer)
+        # The thread that waits for one end may wake after the other's, and be heard of later.
+        ready_s = min(news.arrived_s, news.pulled_s if transfer.ready_s is None else transfer.ready_s)
+        trip = Trip(max(ready_s, news.pulled_s), news.arrived_s, news.pieces)
+        return [Done(order.id, ready_s, heard_s, wire_bytes=news.wire_bytes, trip=trip)]
       case TransferFailed():
+        transfer.pulling = transfer.pulling and news.pulled
         self._settle(transfer)
         return [Failed(order.id, heard_s, news.error, news.corrupt)]
-    gathered, written = transfer.gathered, transfer.written
-    if gathered is None or written is None:
-      return []
-    self._settle(transfer)
-    ready_s = min(gathered.ready_s, written.arrived_s)  # the thread that waits for one end may wake after the other's
-    trip = Trip(max(ready_s, written.pulled_s), written.arrived_s, written.pieces)
-    return [Done(order.id, ready_s, heard_s, wire_bytes=written.wire_bytes, trip=trip)]
+    return []
 
   def _settle(self, transfer: _Transfer) -> None:
     """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
@@ -322,6 +322,8 @@ class ProcessEngine:
       try:
         while not self._closing:
           for news in place.peer.listen():
+            if isinstance(news, WorkerBack):
+              place.latest = news.incarnation
             self._mailbox.post(functools.partial(_Heard, name, process, news))
         return
       except Exception as error:
@@ -341,7 +343,8 @@ class ProcessEngine:
     """Have a new process made for a lost worker; the life that begins in it."""
     if self._revive is None:
       raise PeerLost(f'it is lost and stays so: {message}')
-    life, place.clock_s = self._revive(name, place.incarnation + 1)
+    life, place.clock_s = self._revive(name, max(place.incarnation, place.latest) + 1)
+    place.latest = life
     with self._clock:  # of the run that is under way now
       place.peer.tell(StartClock(self._start_s + place.clock_s))
     return life

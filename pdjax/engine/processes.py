@@ -58,6 +58,7 @@ def build_processes(
     handshake = Handshake(config, model, peers)
     machines: dict[str, Machine] = everywhere(handshake.begin)
     specs = handshake.specs = _size_pools(config, model, machines)
+    handshake.check_reach()
     first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
     chip = peers[first].ask('measure', config.dtype, config.precision)
     link = handshake.measure_link(first, last)
@@ -98,10 +99,10 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
     counter = itertools.count()
     devices = {one.name: tuple(itertools.islice(counter, one.tp)) for one in workers}
     memory = min(machines[one.name].memory_bytes for one in workers)
-    staging = config.staging_bytes
     for spec in size_pools(
-      workers, devices, model, config.dtype_bytes, memory, one_memory=on_cpu, staging_bytes=staging
-    ):
+      workers, devices, model, config.dtype_bytes, memory, one_memory=on_cpu, staging_bytes=config.staging_bytes,
+      cluster=config.cluster,
+    ):  # fmt: skip
       sized[spec.name] = spec
   return {worker.name: sized[worker.name] for worker in config.workers}
 
@@ -177,19 +178,34 @@ class Handshake:
       self._hellos[name] = loaded.hello
     return loaded
 
+  def check_reach(self) -> None:
+    """See that every target can reach its sources, before anything is pulled.
+
+    Raises:
+      HandshakeError: if one cannot.
+    """
+    with self._lock:
+      machines = dict(self._machines)
+    for source, target in self.ways:
+      ours, theirs = machines[source], machines[target]
+      if ours.node != theirs.node and ours.address.startswith(('127.', '[::1]')):
+        raise HandshakeError(
+          f'worker {source!r} on {ours.node} lets KV be pulled at {ours.address} only, which {target!r} on '
+          f"{theirs.node} cannot reach; set processes.host='node', and read docs/security.md before."
+        )
+
   def connect(self, source: str, target: str) -> dict[str, float]:
     """Make a way ready at both ends; seconds of each program.
 
     Raises:
       HandshakeError: if the two do not cut what travels alike, or cannot reach each other.
     """
-    ours, theirs = self._hellos[source], self._hellos[target]
-    address = ours.machine.address
-    if ours.machine.node != theirs.machine.node and address.startswith(('127.', '[::1]')):
-      raise HandshakeError(
-        f'worker {source!r} on {ours.machine.node} lets KV be pulled at {address} only, which {target!r} on '
-        f"{theirs.machine.node} cannot reach; set processes.host='node', and read docs/security.md before."
-      )
+    self.check_reach()
+    with self._lock:
+      hellos = self._hellos.get(source), self._hellos.get(target)
+    ours, theirs = hellos
+    if ours is None or theirs is None:  # it connects when it is back
+      return {}
     with ThreadPoolExecutor(2) as pool:  # either compiles for itself
       ends = [pool.submit(self._peers[source].ask, 'send_to', theirs)]
       ends.append(pool.submit(self._peers[target].ask, 'receive_from', ours))
@@ -240,14 +256,11 @@ class Handshake:
     """Every way from and to a worker; those that are lost themselves connect when they come back."""
     for source, target in self.ways:
       if name in (source, target):
-        with self._lock:
-          known = source in self._hellos and target in self._hellos
-        if known:
-          try:
-            self.connect(source, target)
-          except PeerLost:
-            if self._is_lost(name):
-              raise
+        try:
+          self.connect(source, target)
+        except PeerLost:
+          if self._is_lost(name):
+            raise
 
   def _is_lost(self, name: str) -> bool:
     try:

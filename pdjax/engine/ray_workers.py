@@ -99,9 +99,12 @@ class RayPeer:
     self._ray = ray
     self._lock = threading.Lock()
     self._lives = itertools.count(1)
+    self._closed = False
     self._begin()
 
   def _begin(self) -> None:
+    if self._closed:
+      raise PeerLost(f'worker {self.name!r} gets no new process: all is being closed.')
     actor = self._start(f'{self.name}-{next(self._lives)}')
     with self._lock:
       self._actor, self._counts = actor, itertools.count()
@@ -121,6 +124,8 @@ class RayPeer:
 
   def restart(self) -> None:
     """Have Ray start another process in the place of the lost one."""
+    with contextlib.suppress(Exception):  # one that lives still, but can do nothing, has the devices
+      self._ray.kill(self._actor)
     try:
       self._begin()
       self._ray.get(self._actor.__ray_ready__.remote(), timeout=_START_S)
@@ -128,7 +133,8 @@ class RayPeer:
       raise PeerLost(f'there is no new process for worker {self.name!r}: {_first_line(error)}') from error
 
   def close(self) -> None:
-    """End the process."""
+    """End the process, for good."""
+    self._closed = True
     with contextlib.suppress(Exception):
       self._ray.get(self._method('call', 'control').remote('close'), timeout=_CLOSE_S)
     with contextlib.suppress(Exception):

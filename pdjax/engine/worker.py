@@ -59,10 +59,14 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The tokens of a dispatched pass, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes."""
+  """The tokens of a dispatched pass, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes.
+
+  With the progress of the requests of the life it was dispatched in, by id.
+  """
 
   first: Chosen | None
   tokens: Chosen | None
+  progress: 'dict[str, _Progress]'
 
 
 class Worker:
@@ -119,7 +123,7 @@ class Worker:
     self.pages: KVPages = self._make_pages()
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
-    self._progress.clear()
+    self._progress = {}  # another one, for passes under way go on with the last
 
   @property
   def broken(self) -> bool:
@@ -297,7 +301,7 @@ class Worker:
         first = self._run_groups(chunks, after)
       else:
         (first,) = self._run(('prefill', size), chunks)
-    return Pending(first, tokens)
+    return Pending(first, tokens, self._progress)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a pass; each request's tokens, and how many were computed in vain."""
@@ -309,7 +313,7 @@ class Worker:
         if chunk.is_last:
           computed += 1
           told = functools.partial(_told, pending.first, row)
-          results.append(self._result(chunk.request.id, [token], told, leaves=chunk.slot is None))
+          results.append(_result(pending.progress, chunk.request.id, [token], told, leaves=chunk.slot is None))
     if pending.tokens is not None:
       columns = np.asarray(pending.tokens.tokens)[: order.steps].T.tolist()
       for row, (decode, column) in enumerate(zip(order.decodes, columns, strict=False)):
@@ -317,33 +321,13 @@ class Worker:
         tokens = [token for token in column if token != NO_TOKEN]
         if tokens:
           told = functools.partial(_told, pending.tokens, np.s_[: len(tokens), row])
-          results.append(self._result(decode.request, tokens, told))
+          results.append(_result(pending.progress, decode.request, tokens, told))
     delivered = tuple(result for result in results if result is not None)
     return delivered, computed - sum(len(result.tokens) for result in delivered)
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
     self._progress.pop(request, None)
-
-  def _result(
-    self, request: str, tokens: list[int], told: Callable[[int], tuple[TokenLogprob, ...]], *, leaves: bool = False
-  ) -> Result | None:
-    """The outcome for one request, or None if it has ended before.
-
-    Args:
-      request: Its id.
-      tokens: What the pass brought it.
-      told: Gives their log probabilities, with so many of the likeliest.
-      leaves: Whether it decodes elsewhere.
-    """
-    progress = self._progress.get(request)
-    if progress is None:
-      return None
-    kept, reason, text = progress.take(tokens)
-    if leaves or reason is not None:
-      self.forget(request)
-    logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
-    return Result(request, tuple(tokens[:kept]), reason, text, logprobs)
 
   def _track(self, request: Request, tokens: Sequence[int]) -> None:
     """Follow a sequence from here on, these tokens being delivered already."""
@@ -421,6 +405,33 @@ class Worker:
       if chunk.slot is not None:
         new['slots'][row] = chunk.slot
     return Chunks(**new, sampling=self._sampling([chunk.request for chunk in chunks], most))
+
+
+def _result(
+  followed: dict[str, _Progress],
+  request: str,
+  tokens: list[int],
+  told: Callable[[int], tuple[TokenLogprob, ...]],
+  *,
+  leaves: bool = False,
+) -> Result | None:
+  """The outcome for one request, or None if it has ended before.
+
+  Args:
+    followed: The requests of a worker's life that have not ended.
+    request: Its id.
+    tokens: What the pass brought it.
+    told: Gives their log probabilities, with so many of the likeliest.
+    leaves: Whether it decodes elsewhere.
+  """
+  progress = followed.get(request)
+  if progress is None:
+    return None
+  kept, reason, text = progress.take(tokens)
+  if leaves or reason is not None:
+    followed.pop(request, None)
+  logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
+  return Result(request, tuple(tokens[:kept]), reason, text, logprobs)
 
 
 def _told(chosen: Chosen, place: Any, most: int) -> tuple[TokenLogprob, ...]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,14 +104,15 @@ class WorkerEngine(Engine):
     try:
       parcel = self.receivers[order.source].pull(number, manifest, order.span)
     except Exception as error:
-      self._fail(number, error)
+      self._fail(number, error, pulled=False)
       return
     self._pulls.add(number)
-    self._watch_apart(number, self._await, order, parcel, pulled_s)
+    self._transfers.add(number, functools.partial(self._await, number, order, parcel, pulled_s))
 
   def settle(self, number: int, pulled: bool) -> None:
     """Let go of a transfer, whichever end of it this is; pieces that arrive from now on are not written."""
     self._pulls.discard(number)
+    self._transfers.forget(number)
     sender, offer = self._offers.pop(number, (None, None))
     if sender is not None and offer is not None and not pulled:
       with contextlib.suppress(Exception):  # then some memory stays taken, and all goes on
@@ -120,19 +120,14 @@ class WorkerEngine(Engine):
 
   # -------------------------------------------------------------------------- inside
 
-  def _watch_apart(self, number: int, watch: Callable[..., None], *arguments: Any) -> None:
-    """Wait for one end of a transfer on a thread of its own: a pull may never end, and others must go on."""
-    name = f'pdjax-transfer-{number}'
-    threading.Thread(target=watch, args=(number, *arguments), name=name, daemon=True).start()
-
   def _is_stale(self, order: Order) -> bool:
     return False  # `take` has looked, as far as one can from here
 
   def _tell(self, news: News) -> None:
     self._mailbox.post(lambda _: news)
 
-  def _fail(self, number: int, error: Exception) -> None:
-    self._tell(TransferFailed(number, describe(error), isinstance(error, CorruptError)))
+  def _fail(self, number: int, error: Exception, *, pulled: bool = True) -> None:
+    self._tell(TransferFailed(number, describe(error), isinstance(error, CorruptError), pulled))
 
   def _send(self, order: TransferOrder) -> None:
     """Offer what is to be pulled."""
@@ -145,7 +140,7 @@ class WorkerEngine(Engine):
       return
     self._offers[number] = sender, offer.without_arrays()
     self._tell(Offered(number, offer.manifest))
-    self._watch_apart(number, self._watch_offer, offer)
+    self._transfers.add(number, functools.partial(self._watch_offer, number, offer))
 
   def _watch_offer(self, number: int, offer: Offer) -> None:
     """On a thread of its own: block until the pieces can leave and say so."""

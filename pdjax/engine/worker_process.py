@@ -48,7 +48,7 @@ class WorkerProcess:
     self._changed = threading.Condition()
     self._error: BaseException | None = None
     self._closed = False
-    self._lent: list[jax.Array] = []
+    self._serving = False
 
   # -------------------------------------------------------------------------- beginning
 
@@ -142,9 +142,13 @@ class WorkerProcess:
     return receiver.plan(), {}
 
   def _prepare(self, half: Half, halves: dict, name: str) -> tuple[WayPlan, dict[str, float]]:
-    """Compile half a way. Its programs run once between orders, for they replace the worker's pages."""
+    """Compile half a way. Its programs run once between orders, for they replace the worker's pages.
+
+    Not where the worker serves already: pages that were empty may be in use.
+    """
     seconds = self.compile_half(half)
-    self._between_orders(half.rehearse_all)
+    if not self._serving:
+      self._between_orders(half.rehearse_all)
     halves[name] = half
     return half.plan(), seconds
 
@@ -204,6 +208,7 @@ class WorkerProcess:
     engine = self.engine
     match message:
       case StartClock(start_s):
+        self._serving = True
         engine.call(self._limits.clear)
         engine.call(functools.partial(engine.start_clock_at, start_s))
       case Submit(orders, numbers, limits):

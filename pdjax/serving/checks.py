@@ -87,6 +87,12 @@ def find_worker(view: ClusterView, action: Action, name: str) -> WorkerState:
   return worker
 
 
+def check_up(action: Action, worker: WorkerState) -> None:
+  """Raise `PolicyError` if a worker is lost."""
+  if not worker.up:
+    raise PolicyError(f'{action!r}: worker {worker.name!r} is lost ({worker.lost}); wait until it is back.')
+
+
 def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: bool) -> str:
   """In words, what a request takes of a worker."""
   pages, slots = view.pages_needed(request, worker, decodes=decodes), view.slots_needed(request)
@@ -99,8 +105,7 @@ def check_step(view: ClusterView, step: Step, worker: WorkerState) -> list[Reque
   Raises:
     PolicyError: if the worker cannot take the step.
   """
-  if not worker.up:
-    raise PolicyError(f'{step!r}: worker {worker.name!r} is lost; wait until it is back.')
+  check_up(step, worker)
   if len(worker.orders) >= MAX_ORDERS:
     raise PolicyError(
       f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
@@ -153,6 +158,7 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerStat
     raise PolicyError(f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.')
   if chunk.send_to is not None:
     target = find_worker(view, step, chunk.send_to)
+    check_up(step, target)
     if not target.role.decodes or target is worker:
       raise PolicyError(
         f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.'

@@ -152,7 +152,7 @@ class DecodeOrder:
 class StepOrder:
   """`Step`, ready to run, by that life of the worker whose pages it names.
 
-  `layer_groups` are those to run it in, as (first, one after the last); none where nothing leaves layer by layer.
+  `layer_groups` are those it runs in, as (first, one after the last); none on workers whose passes run whole.
   """
 
   id: int

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pdjax.serving.checks import PolicyError, check_step, describe_needs, find_request, find_worker, why_unfit
+from pdjax.serving.checks import PolicyError, check_step, check_up, describe_needs, find_request, find_worker, why_unfit
 from pdjax.serving.messages import (
   Abandon,
   AbandonOrder,
@@ -661,7 +661,7 @@ class ClusterState(ClusterView):
     for chunk in step.chunks:
       chunk_orders.append(self._start_chunk(chunk, worker))
       transfers += self._send_chunk(chunk, worker, step_id)
-    layered = any(order.span.layers is not None for order in transfers)
+    layered = step.chunks and self.transfer.layered_from is not None and not worker.role.decodes
     groups = self.transfer.groups(self.model.num_layers) if layered else ()
     steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
     decode_orders = self._start_decodes(decodes, steps)
@@ -797,6 +797,7 @@ class ClusterState(ClusterView):
       raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
     if not target.role.decodes:
       raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
+    check_up(action, target)
     room = self.room()
     if not room.fits(action.request, target.name, decodes=True):
       raise PolicyError(

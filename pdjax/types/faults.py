@@ -13,10 +13,10 @@ class FaultSpec:
   """What is done for a request when something under it fails. Tokens that were delivered are never delivered again.
 
   To 'retry' is to send the same pages once more, a little later each time. To 'recompute' is to begin again on whatever
-  worker has room, with the tokens delivered so far taken as part of the prompt; a request keeps its place in the order
-  of arrival. To 'fail' is to end the request with the error. Attempts are bounded, so every request ends: a transfer
-  that was tried `max_attempts` times is computed again, and a request that was begun `max_attempts` times ends with the
-  error.
+  worker the policy chooses, one that decodes too if it may prefill, with the tokens delivered so far taken as part of
+  the prompt; a request keeps its place in the order of arrival. To 'fail' is to end the request with the error.
+  Attempts are bounded, so every request ends: a transfer that was tried `max_attempts` times is computed again, and a
+  request that was begun `max_attempts` times ends with the error.
 
   Attributes:
     transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
@@ -26,7 +26,7 @@ class FaultSpec:
     max_attempts: Most times that one transfer is tried, and that one request is begun.
     backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on.
     patience_s: Seconds for which requests wait for a lost worker to come back if no other can serve them; then they end
-      with the error, and so do those that come later, at once, until it is back.
+      with the error, and those that come later are rejected, until it is back.
 
   Raises:
     ValueError: if an answer is unknown, or a number out of range.

@@ -22,7 +22,7 @@ class RayCluster:
       says, and nothing on CPU.
 
   Raises:
-    ValueError: if the host is no address, the strategy is unknown or the cores are not positive.
+    ValueError: if the host is no address of one host, the strategy is unknown or the cores are not positive.
   """
 
   address: str | None = None
@@ -34,11 +34,13 @@ class RayCluster:
   def __post_init__(self):
     if self.host != 'node':
       try:
-        ipaddress.ip_address(self.host)
+        unspecified = ipaddress.ip_address(self.host).is_unspecified
       except ValueError:
         raise ValueError(
           f"host is {self.host!r}, expected the IP address at which workers let others pull pages, or 'node'."
         ) from None
+      if unspecified:
+        raise ValueError(f"host is {self.host!r}, which no other host can connect to; name one address, or 'node'.")
     if self.strategy not in get_args(Strategy):
       raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
     if self.cpus <= 0:

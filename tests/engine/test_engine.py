@@ -2,17 +2,19 @@
 
 import dataclasses
 import itertools
+import math
 import threading
 import time
 
 import pytest
 
-from pdjax.engine.engine import describe
+from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
-from pdjax.serving.messages import Done, Failed, Started, WorkerLost
+from pdjax.serving.messages import Done, Failed, Started, TransferOrder, WorkerLost
 from pdjax.types import Request, SamplingParams
 from pdjax.types.faults import ALL_FAIL
+from pdjax.types.span import Span
 from tests.engine.cluster import Cluster, Served
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay
@@ -247,6 +249,36 @@ def test_pieces_that_cannot_be_written_lose_the_target(one_and_one, monkeypatch)
   failed = {name for name, one in served.by_id.items() if one.finish_reason == 'error'}
   assert failed and not any(name.startswith('later') for name in failed)
   assert_others_exact(one_and_one, served, failed)
+
+
+def test_what_is_left_of_an_earlier_run_is_neither_heard_of_nor_written(one_and_one, monkeypatch):
+  released, received = threading.Event(), []
+  wait, receive = Parcel.wait, DevicePut.receive
+
+  def late(parcel):
+    released.wait(20.0)
+    wait(parcel)
+
+  engine = Engine(one_and_one.workers.values(), one_and_one.transports)
+  span = Span((1,), (2,), 0, one_and_one.config.page_size)
+  orders = [TransferOrder(5, name, 'prefill0', 'decode0', span, incarnations=engine_lives(engine)) for name in 'ab']
+  monkeypatch.setattr(Parcel, 'wait', late)
+  engine.submit(orders[:1])
+  monkeypatch.setattr(Parcel, 'wait', wait)
+  monkeypatch.setattr(DevicePut, 'receive', lambda way, parcel: received.append(parcel) or receive(way, parcel))
+  engine.start_clock()
+  released.set()
+  while engine._transfers._running:  # the first lands
+    time.sleep(0.001)
+  engine.submit(orders[1:])
+  _, (done,) = engine.wait(math.inf)
+  assert done.order == 5 and len(received) == 1
+  engine.close()
+  assert not engine._under_way
+
+
+def engine_lives(engine: Engine) -> tuple[int, int]:
+  return engine.workers['prefill0'].incarnation, engine.workers['decode0'].incarnation
 
 
 def test_everything_may_fail_and_the_run_still_ends(one_and_one, monkeypatch):

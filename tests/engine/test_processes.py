@@ -12,12 +12,12 @@ from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartC
 from pdjax.engine.process_engine import ProcessEngine
 from pdjax.engine.processes import build_processes, clock_offset, limit_of
 from pdjax.engine.worker_process import WorkerProcess
-from pdjax.kv.transfer.cross_process import Server
+from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.serving.messages import AbandonOrder, Started, StepOrder, TransferOrder, WorkerBack, WorkerLost
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
-from pdjax.types.handshake import HandshakeError
+from pdjax.types.handshake import HandshakeError, Hello
 from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
@@ -93,6 +93,22 @@ def test_a_pull_begins_only_once_its_pieces_were_offered(processes):
   assert said.index(Offered) < said.index(Pull)
 
 
+def test_a_way_that_is_made_while_its_worker_serves_leaves_its_pages_alone(processes):
+  processes.serve(requests())
+  source, target = (processes.peers[name].process for name in ('prefill0', 'decode0'))
+  worker, receivers = target.engine.worker, target.engine.receivers
+  before = [np.array(layer) for layer in worker.pages.layers]
+  assert any(layer[:4].any() for layer in before)
+  known = receivers.pop('prefill0')
+  hello = Hello(
+    'prefill0', 1, source._machine, (), TINY, '', 'float32', describe_pool(source.engine.worker)
+  )  # fmt: skip
+  plan, _ = target.receive_from(hello)
+  assert plan == known.plan() and receivers['prefill0'] is not known
+  for layer, same in zip(worker.pages.layers, before, strict=True):
+    np.testing.assert_array_equal(layer, same)
+
+
 def test_a_trace_cuts_requests_short_in_other_processes_too(processes, monkeypatch):
   lengths = {'r0': 2, 'r3': 1}
   monkeypatch.setattr(processes.built.engine, '_limit_of', limit_of(TINY, lengths.get))
@@ -149,7 +165,7 @@ def test_a_transfer_that_fails_on_either_end_is_tried_again_or_fails_its_request
   assert len(assert_right_or_failed(served)) == (1 if faults is ALL_FAIL else 0)
 
 
-@pytest.mark.parametrize('kind', [Offered, Gathered, Written])
+@pytest.mark.parametrize('kind', [Offered, Written])
 def test_a_transfer_of_which_news_are_lost_is_given_up_at_its_deadline_and_tried_again(processes, kind):
   dropped: list = []
 

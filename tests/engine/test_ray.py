@@ -39,6 +39,7 @@ def test_without_ray_the_reason_and_the_remedy_are_said(monkeypatch):
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_is_the_same_run(tmp_path):
   """One command: tokens, who holds devices, who listens where, and what is left."""
   done = subprocess.run(

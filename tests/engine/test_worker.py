@@ -10,7 +10,8 @@ import pytest
 from pdjax.engine.worker import Worker
 from pdjax.kv import page_bytes
 from pdjax.kv.transfer import DevicePut
-from pdjax.types import TransferSpec
+from pdjax.serving.messages import ChunkOrder, StepOrder
+from pdjax.types import Request, SamplingParams, TransferSpec
 from tests.engine.cluster import Cluster, compiled
 from tests.tiny import TINY
 
@@ -49,6 +50,19 @@ def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_
   assert large.alias_size_in_bytes >= pool_bytes(larger)
   assert large.temp_size_in_bytes <= 1.1 * small.temp_size_in_bytes
   assert large.temp_size_in_bytes < pool_bytes(larger) / 4
+
+
+def test_a_pass_of_an_earlier_life_takes_nothing_of_the_next(two_and_two):
+  worker = two_and_two.workers['prefill0']
+  request = Request('r', (1, 2, 3), SamplingParams(max_tokens=4))
+  order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, (0,)),))
+  before = worker.dispatch(order)
+  worker.reset()
+  again = worker.dispatch(order)
+  assert [result.request for result in worker.collect(order, before)[0]] == ['r']
+  (result,), _ = worker.collect(order, again)
+  assert result.request == 'r' and len(result.tokens) == 1
+  assert not worker._progress
 
 
 @pytest.mark.parametrize(

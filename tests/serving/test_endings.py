@@ -236,7 +236,7 @@ def test_a_lost_worker_leaves_the_others_alone_and_serves_again_once_it_is_back(
   assert [end.request for end in cluster.finished] == ['a']
   assert cluster.phase('b') is Phase.PREFILLING and cluster.phase('c') is Phase.WAITING
   assert cluster.free_pages('prefill0') == 16
-  with pytest.raises(PolicyError, match="'prefill0' is lost"):
+  with pytest.raises(PolicyError, match=r"'prefill0' is lost \(.+\); wait"):
     cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
   assert cluster.state.room().orders('prefill0') == 0 and not cluster.state.room().fits('c', 'prefill0', decodes=False)
   cluster.apply(WorkerBack('prefill0', 1.5, incarnation=2))

@@ -33,6 +33,7 @@ class Parcel:
     num_pieces: How many arrays that are.
     gathered: The pieces on the source's devices.
     checked: Tells whether what arrived is what was sent; None if nobody looks.
+    abandoned: Whether nobody wants it any more; what has not left then need not leave.
   """
 
   batches: tuple[tuple[np.ndarray, tuple[Units, ...]], ...]
@@ -41,6 +42,7 @@ class Parcel:
   num_pieces: int
   gathered: Any
   checked: Checked | None = dataclasses.field(default=None, kw_only=True)
+  abandoned: bool = dataclasses.field(default=False, kw_only=True)
 
   def wait_gathered(self) -> None:
     """Block until every piece can leave its device."""

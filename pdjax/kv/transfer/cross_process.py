@@ -103,10 +103,6 @@ class Server:
       self._connections[address] = self._server.connect(address)
     return self._connections[address].pull(number, list(shapes))
 
-  def forget(self, address: str) -> None:
-    """Connect anew if ever something is pulled from there again."""
-    self._connections.pop(address, None)
-
   def withdraw(self, number: int, shapes: Sequence[jax.ShapeDtypeStruct]) -> None:
     """Let go of arrays that nobody will pull any more, by pulling them here."""
     self.pull(self.address, number, shapes)
@@ -299,5 +295,5 @@ _numbers = itertools.count(1)  # of transfers within this process
 
 @functools.cache
 def _server_of(side: str, device: jax.Device) -> Server:
-  """One server for all sources of this process, and one for all targets."""
+  """A server of a device for what it sends, and one for what it gets; they last as long as the process."""
   return Server(device)

@@ -1,7 +1,7 @@
 """Pieces through a host buffer, for meshes whose devices cannot address each other.
 
 The thread that waits for a parcel copies piece after piece out of its device into the one buffer of the way, and from
-there to the target's device. So the host holds no more than one piece, whatever travels.
+there to the target's device. So the host holds no more than that and one batch, whatever travels.
 """
 
 import dataclasses
@@ -66,16 +66,17 @@ class StagedParcel(Parcel):
   carry: Callable[[Gathered], tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]]
 
   def wait(self) -> None:
-    """Carry every piece over."""
+    """Carry every piece over, and let go of each batch that is."""
+    self.gathered = ()
     batches, pairs = [], []
-    for batch in self.staged:
+    while self.staged and not self.abandoned:
+      batch = self.staged.pop(0)
       units, checked = self.carry(batch)
       batches.append((batch.targets, units))
       pairs += checked
+    self.staged.clear()
     self.batches = tuple(batches)
     self.checked = Checked(pairs)
-    self.staged.clear()
-    self.gathered = ()
     super().wait()
 
 

@@ -82,12 +82,12 @@ def batch_bounds(wanted: int, most: int) -> tuple[int, ...]:
   return tuple(4**power for power in range(most.bit_length()) if 4**power <= min(max(wanted, 1), most))
 
 
-def batch_sizes(pages: int, sizes: Sequence[int]) -> list[int]:
-  """The fewest of the ascending `sizes`, powers of four, that add up to `pages`, largest first."""
+def batch_sizes(units: int, sizes: Sequence[int]) -> list[int]:
+  """The fewest of the ascending `sizes`, powers of four, that add up to `units`, largest first."""
   batches = []
   for size in reversed(sizes):
-    batches += [size] * (pages // size)
-    pages %= size
+    batches += [size] * (units // size)
+    units %= size
   return batches
 
 

@@ -248,7 +248,6 @@ def test_a_killed_sender_raises_soon_and_others_go_on(servers):
       assert time.perf_counter() - begin < 5.0  # half a second on a machine that does nothing else
     finally:
       other.kill()
-  target.forget(address)
   own.offer(701, [jnp.ones(8)])
   (array,) = target.pull(own.address, 701, [on(device, 8)])
   np.testing.assert_array_equal(array, np.ones(8))

@@ -1,7 +1,7 @@
-"""Pieces through a host buffer, for meshes whose devices cannot address each other.
+"""Pieces through host buffers, for meshes whose devices cannot address each other.
 
-The thread that waits for a parcel copies piece after piece out of its device into the one buffer of the way, and from
-there to the target's device. So the host holds no more than that and one batch, whatever travels.
+The thread that waits for a parcel copies piece after piece out of its device into one of two buffers of the way, and
+from there to the target's device. So the host holds no more than these and one batch, whatever travels.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class HostStaged(ByPieces):
 
   def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
     super().__init__(source, target, spec)
-    self._buffer = np.empty(0, np.uint8)
+    self._buffers = [_Buffer(), _Buffer()]
     self._lock = threading.Lock()
 
   def send(self, span: Span) -> 'StagedParcel':
@@ -42,20 +42,34 @@ class HostStaged(ByPieces):
   def carry(self, batch: Gathered) -> tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]:
     """Carry the pieces of a batch over; those too with checksums of what they were, if there are to be any."""
     ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
-    moved = [(piece, self.stage(piece, expected.sharding)) for piece, expected in ways]
+    with self._lock:  # others may use the buffers before and after
+      jax.block_until_ready(batch.pieces)
+      moved = [(piece, self.stage(piece, expected.sharding)) for piece, expected in ways]
     pairs = [(checksums(piece), arrived) for piece, arrived in moved] if self.has_checksums else []
     return self.assemble(batch.shape, (arrived for _, arrived in moved)), pairs
 
   def stage(self, piece: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
-    """Carry one piece over; blocks until it is there, so that the buffer is free again."""
-    piece.block_until_ready()  # others may use the buffer until then
-    with self._lock:
-      here = np.asarray(piece)
-      if self._buffer.nbytes < here.nbytes:
-        self._buffer = unaligned(here.nbytes)
-      staged = self._buffer[: here.nbytes].view(here.dtype).reshape(here.shape)
-      np.copyto(staged, here)
-      return jax.device_put(staged, place).block_until_ready()
+    """Begin to carry one piece over: while it leaves one buffer, the next is copied into the other."""
+    self._buffers.reverse()
+    return self._buffers[0].send(np.asarray(piece), place)
+
+
+class _Buffer:
+  """Host memory that one array at a time leaves by."""
+
+  def __init__(self):
+    self._memory = np.empty(0, np.uint8)
+    self._leaving: jax.Array | None = None
+
+  def send(self, here: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    """Copy an array into this memory, once nothing leaves it any more, and begin to put it from there."""
+    jax.block_until_ready(self._leaving)
+    if self._memory.nbytes < here.nbytes:
+      self._memory = unaligned(here.nbytes)
+    staged = self._memory[: here.nbytes].view(here.dtype).reshape(here.shape)
+    np.copyto(staged, here)
+    self._leaving = jax.device_put(staged, place)
+    return self._leaving
 
 
 @dataclasses.dataclass(eq=False)

@@ -311,12 +311,16 @@ class ByPieces(abc.ABC):
       return self._arriving[shape]
     leaves = jax.tree.leaves(self._landed(shape))
     found = self._arriving[shape] = [
-      jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=SingleDeviceSharding(device))
+      jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=self._place(leaf, device))
       for _ in range(self.cut.target_pieces)
       for leaf in leaves
       for device in self._target.mesh.devices[:, 0]
     ]
     return found
+
+  def _place(self, leaf: jax.ShapeDtypeStruct, device: jax.Device) -> jax.sharding.Sharding:
+    """Where a piece arrives: if it is alone, as the array that it is to be part of."""
+    return leaf.sharding if self._target.mesh.size == 1 else SingleDeviceSharding(device)
 
   def assemble(self, shape: Shape, arrived: Iterable[jax.Array]) -> tuple[Units, ...]:
     """Arrays on the target's mesh out of the next pieces that arrived, as many as a batch has, in the same order."""
@@ -325,6 +329,8 @@ class ByPieces(abc.ABC):
     shards, rest = self._target.mesh.shape['kv'], iter(arrived)
 
     def joined(index: int, leaf: Any) -> jax.Array:
+      if self._target.mesh.size == 1:
+        return next(rest)
       arrays = [*itertools.islice(rest, shards), *(units[index] for units in fillers)]
       return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
@@ -358,4 +364,6 @@ def _device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
 
 
 def _shard_on(array: jax.Array, device: jax.Device) -> jax.Array:
+  if len(array.sharding.device_set) == 1:
+    return array  # to ask for its shards takes as long as a hundred kilobytes on their way
   return next(shard.data for shard in array.addressable_shards if shard.device == device)

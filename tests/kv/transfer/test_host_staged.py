@@ -30,7 +30,7 @@ def test_memory_that_is_aligned_may_be_shared_with_a_device_so_it_is_no_buffer()
   assert shared and array.unsafe_buffer_pointer() % 64 == 0
 
 
-def test_no_more_than_one_piece_is_on_the_host_and_nothing_travels_before_it_is_waited_for():
+def test_no_more_than_two_pieces_are_on_the_host_and_nothing_travels_before_it_is_waited_for():
   devices = jax.devices()
   source = Pool.random(TINY_12_12, devices[:3], 32, 1)
   target = Pool.random(TINY_12_12, devices[-2:], 32, 2)
@@ -42,7 +42,8 @@ def test_no_more_than_one_piece_is_on_the_host_and_nothing_travels_before_it_is_
   parcel.wait()
   assert [len(targets) for targets, _ in parcel.batches] == [4, 4, 1] and not parcel.gathered
   heads = transport.cut.piece_heads
-  assert transport._buffer.nbytes == 4 * 2 * TINY_12_12.num_layers * heads * PAGE_SIZE * TINY_12_12.head_dim * 4
+  piece_bytes = 4 * 2 * TINY_12_12.num_layers * heads * PAGE_SIZE * TINY_12_12.head_dim * 4
+  assert [buffer._memory.nbytes for buffer in transport._buffers] == [piece_bytes, piece_bytes]
   for layer, unchanged in zip(target.values(), before, strict=True):
     np.testing.assert_array_equal(layer, unchanged)
   transport.receive(parcel).block_until_ready()

@@ -7,7 +7,11 @@ from pdjax.cost.cost_model import CostModel
 from pdjax.types.cluster import TransferSpec, WorkerSpec, ways
 from pdjax.types.model import ModelSpec
 
-_PROGRAMS_A_GROUP = 3  # its layers, a gather and a scatter
+_PROGRAMS = 2  # of a further transfer: a gather and a scatter; the layers run in groups in any case
+_ORDER_S = (
+  0.2e-3  # that a further transfer costs its host where nothing hides it; with it, as measured on a CPU, prompts
+)
+# of 64 tokens travel whole and chunks of 256 by layers
 
 
 def choose_granularity(
@@ -16,13 +20,13 @@ def choose_granularity(
   """The spec with `layers_from` filled in, if it is left to the cost model; chunk by chunk if no length gains.
 
   Whole, a prompt's last chunk is on the wire for all of its transfer after its pass has ended; in groups of layers only
-  the last group is, at the price of more programs. That pays from some length on: the shortest power of two of tokens
+  the last group is, at the price of more transfers. That pays from some length on: the shortest power of two of tokens
   for which every way from worker to worker is predicted to gain.
   """
   if spec.granularity != 'auto' or spec.layers_from is not None:
     return spec
   groups = len(spec.groups(model.num_layers))
-  price_s = groups * _PROGRAMS_A_GROUP * getattr(cost, 'dispatch_s', 0.0)
+  price_s = (groups - 1) * (_PROGRAMS * getattr(cost, 'dispatch_s', 0.0) + _ORDER_S)
   layered = [(source, target) for source, target in ways(workers) if not source.role.decodes]
 
   def gains(tokens: int) -> bool:

@@ -21,8 +21,8 @@ def _cost(dispatch_s: float, token_s: float = 1e-6) -> Roofline:
 
 
 def test_layers_pay_once_the_wire_time_they_hide_exceeds_what_more_programs_cost():
-  # Three quarters of n µs are hidden, at the price of 4 groups × 3 programs × 5 µs: n > 80.
-  assert choose_granularity(TransferSpec(), MODEL, ONE_OF_EACH, _cost(5e-6)) == TransferSpec(layers_from=128)
+  # Of five groups, four fifths of n · 10 µs are hidden at the price of four transfers, 210 µs each: n > 105.
+  assert choose_granularity(TransferSpec(), MODEL, ONE_OF_EACH, _cost(5e-6, 10e-6)) == TransferSpec(layers_from=128)
 
 
 def test_chunks_travel_whole_where_no_length_would_gain():

@@ -35,7 +35,9 @@ _PROMPT_LEN = flags.DEFINE_integer('prompt_len', 1024, 'Tokens of a prompt.', lo
 _CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens of a chunk.', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds, in each of which every way takes its turn.', lower_bound=1)
 _TRANSPORT = flags.DEFINE_enum('transport', 'device_put', ['device_put', 'host_staged'], 'How KV travels.')
-_LAYER_GROUPS = flags.DEFINE_integer('layer_groups', None, 'Groups of layers.', lower_bound=1)
+_LAYER_GROUPS = flags.DEFINE_integer(
+  'layer_groups', None, 'Groups of layers; by default what a TransferSpec takes.', lower_bound=1
+)
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
 

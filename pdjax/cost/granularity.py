@@ -8,8 +8,8 @@ from pdjax.types.cluster import TransferSpec, WorkerSpec, ways
 from pdjax.types.model import ModelSpec
 
 _PROGRAMS = 2  # of a further transfer: a gather and a scatter; the layers run in groups in any case
-# What a further transfer costs its host where nothing hides it. Measured on a CPU, by what comes of it: 64 tokens travel
-# sooner whole, 256 by layers.
+# What a further transfer costs its host where nothing hides it: on the CPU where it was measured by what comes of it,
+# 64 tokens arrive sooner whole, 256 by layers.
 _ORDER_S = 0.2e-3
 
 

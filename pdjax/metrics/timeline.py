@@ -19,6 +19,7 @@ from pdjax.serving.messages import (
   TransferOrder,
   Trip,
   Turn,
+  WorkerLost,
 )
 from pdjax.types.request import SLO, FinishReason, Request
 
@@ -214,7 +215,7 @@ class Timeline:
     occupancy: How full the cluster was, whenever that changed.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
-    failed_transfers: The request of each transfer that did not end well.
+    failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -290,6 +291,11 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
           failed_transfers.append(failed.order.request)
       case TimerDue(_, 'deadline', int(overdue)):
         late.add(overdue)
+      case WorkerLost(name):
+        open_orders = [one.order for one in orders.values() if isinstance(one.order, TransferOrder)]
+        for lost in [order for order in open_orders if name in (order.source, order.target)]:
+          failed_transfers.append(lost.request)
+          del orders[lost.id]
       case Arrived():
         drafts = samples[event.request.id] = [_Draft(sample) for sample in event.request.samples()]
         requests |= {draft.request.id: draft for draft in drafts}

@@ -18,7 +18,7 @@ class TransferFigures:
 
   Attributes:
     count: How many there were.
-    failed: How many were not among them.
+    failed: How many failed, had no end by their deadline, or were lost with a worker.
     bytes: Bytes put onto target devices, all together.
     pieces: Arrays that went from one device to another, all together.
     queued: Seconds of each, as the following.

@@ -124,6 +124,8 @@ class ClusterState(ClusterView):
           wait.append(task)
         else:
           tasks.append(task)
+    if len(wait) < len(self._tasks) and self._due:
+      self._staging_freed = True  # what was kept free for a transfer may be taken
     self._tasks = wait
     return tasks
 
@@ -744,7 +746,7 @@ class ClusterState(ClusterView):
     most = max(unit_bytes, self.transfer.staging_bytes // 2)
     left = entry.tokens_due - entry.tokens_sent
     orders: list[TransferOrder] = []
-    while left > 0:
+    while left > 0 and not self._is_kept_free(source, target):
       room = min(source.staging_out.free_bytes, target.staging_in.free_bytes, most)
       units = min(-(-left // unit), room // unit_bytes)
       if not units:
@@ -759,6 +761,11 @@ class ClusterState(ClusterView):
     else:
       self._due.pop(entry.request.id, None)
     return orders
+
+  def _is_kept_free(self, source: WorkerState, target: WorkerState) -> bool:
+    """Whether staging is for a transfer that is to be tried again: what is new would take its room for ever."""
+    again = [self._transfers.get_again(task.transfer) for task in self._tasks if isinstance(task, Resend)]
+    return any(one and (one.order.source == source.name or one.order.target == target.name) for one in again)
 
   def _move(
     self,

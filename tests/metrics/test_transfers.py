@@ -5,7 +5,7 @@ import pytest
 from pdjax.metrics.counters import counters, prometheus_text
 from pdjax.metrics.timeline import read_timeline
 from pdjax.metrics.transfers import TransferFigures
-from pdjax.serving.messages import Failed, Trip
+from pdjax.serving.messages import Failed, Trip, WorkerLost
 from tests.metrics.conftest import Log
 
 
@@ -58,3 +58,19 @@ def test_counters_have_the_names_that_dashboards_of_vllm_and_sglang_read(timelin
   assert found['pdjax:kv_transfer_hidden_seconds_total'] == 1.5
   lines = prometheus_text(timeline).splitlines()
   assert len(lines) == len(found) and 'vllm:nixl_post_time_seconds_sum 0.5' in lines
+
+
+def test_transfers_of_a_request_that_overlap_count_once_and_those_of_a_lost_worker_as_failed():
+  log = Log()
+  log.turn(0.0)
+  log.arrive('a', prompt_len=8)
+  step = log.step('p', chunks=[('a', 0, 8)])
+  one, other, _ = (log.transfer('a') for _ in range(3))
+  log.turn(8.0)
+  log.done(step, 0.0, 2.0, {'a': 1})
+  log.done(one, 2.0, 4.0, wire_bytes=400, trip=Trip(2.0, 4.0, pieces=1))
+  log.done(other, 2.0, 5.0, wire_bytes=600, trip=Trip(3.0, 5.0, pieces=1))
+  log.events.append(WorkerLost('d', 6.0, 'gone'))
+  found = counters(read_timeline(log.events))
+  assert found['vllm:nixl_xfer_time_seconds_sum'] == 4.0 and found['sglang:kv_transfer_latency_ms_sum'] == 3000
+  assert found['vllm:nixl_num_failed_transfers_total'] == found['sglang:num_transfer_failed_reqs_total'] == 1

@@ -180,6 +180,30 @@ def test_staging_without_room_lets_a_second_try_wait_for_its_turn():
   assert {cluster.phase(name) for name in 'abc'} == {Phase.DECODING}
 
 
+@pytest.mark.parametrize('is_cancelled', [False, True])
+def test_what_is_new_does_not_take_the_room_that_a_second_try_waits_for(is_cancelled):
+  cluster = Driver(faults=TWICE, transfer=TransferSpec(staging_bytes=5 * 4 * 256, deadline_s=1000.0))
+  for name in 'ab':
+    cluster.arrive(name, prompt_len=8)
+  step, first, second = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'), Chunk('b', 0, 8, 'decode0'))))
+  cluster.end(step, {'a': 1, 'b': 1})
+  fail(cluster, first)
+  for name, prompt_len in (('c', 8), ('d', 4)):
+    cluster.arrive(name, prompt_len=prompt_len)
+  cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))
+  due(cluster, cluster.now_s + 4.0)
+  assert cluster.must() == ()
+  assert cluster.state.workers['prefill0'].staging_out.free_bytes == 4 * 256  # as much as 'd' would take
+  assert len(cluster.start(Step('prefill0', (Chunk('d', 0, 4, 'decode0'),)))) == 1
+  if is_cancelled:
+    cluster.apply(Withdrawn('a'))
+  else:
+    cluster.end(second)
+  orders = [*cluster.must(), *cluster.must()]
+  moved = [order.request for order in orders if isinstance(order, TransferOrder)]
+  assert moved == (['d'] if is_cancelled else ['a', 'd'])
+
+
 def test_cancelling_reaches_the_prefill_side_at_once():
   cluster = Driver(faults=TWICE)
   cluster.arrive('a', prompt_len=10)

@@ -4,9 +4,10 @@ python -m experiments.check_transfers
 python -m experiments.check_transfers --covering
 
 Random models on virtual CPU devices, in float32: 12 key/value heads for tp 1 to 4, and 2 of them on 4 devices, where
-each head has two copies. Both ends of `cross_process` are in this process, with a socket between them. By default every
-combination; with --covering so few that each two values meet. Prints what differs; the exit status is 1 if anything
-does. SmolLM2 itself is checked by experiments.check_tokens.
+each head has two copies (with those, only tp 1 and 2 can be paired otherwise: 3 does not divide them). Both ends of
+`cross_process` are in this process, with a socket between them. By default every combination; with --covering so few
+that each two values meet. Prints what differs; the exit status is 1 if anything does. SmolLM2 itself is checked by
+experiments.check_tokens.
 """
 
 import dataclasses

@@ -19,6 +19,7 @@ def test_by_default_nothing_listens_beyond_this_machine():
 @pytest.mark.parametrize(
   'fields, message',
   [
+    ({'host': '0.0.0.0'}, r"host is '0.0.0.0', which no other host can connect to"),
     ({'host': 'everywhere'}, r"host is 'everywhere', expected the IP address .* or 'node'"),
     ({'strategy': 'CLOSE'}, "strategy is 'CLOSE', expected one of PACK, SPREAD"),
     ({'cpus': 0}, 'cpus is 0, expected more than 0 cores'),

@@ -108,7 +108,7 @@ def test_prompts_that_wait_for_a_place_to_decode_are_moved_later_and_exact(two_a
 
 MESHES = [  # model, prefill tp, decode tp, page size, granularity and transport; greedily in check_transfers
   (TINY, 2, 1, 1, 'layers', 'device_put'),
-  (TINY_8_2, 2, 4, 4, 'request', 'host_staged'),
+  pytest.param(TINY_8_2, 2, 4, 4, 'request', 'host_staged', marks=pytest.mark.slow),
 ]
 
 
@@ -129,7 +129,7 @@ def test_unequal_meshes_are_exact(model, prefill_tp, decode_tp, page_size, granu
 
 
 LAYOUTS = [  # model, prefill tp, decode tp, and the page layouts of both
-  (TINY, 1, 1, 'kv', 'plain'),
+  pytest.param(TINY, 1, 1, 'kv', 'plain', marks=pytest.mark.slow),
   (TINY_12_12, 2, 3, 'paired', 'kv'),
 ]
 

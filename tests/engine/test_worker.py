@@ -36,7 +36,7 @@ def pool_bytes(worker: Worker) -> int:
   [
     ('two_and_two', 'prefill0', ('prefill', 32)),
     ('two_and_two', 'decode0', ('decode', 4)),
-    ('colocated_pair', 'both0', ('fused', 32, 2)),
+    pytest.param('colocated_pair', 'both0', ('fused', 32, 2), marks=pytest.mark.slow),
   ],
   ids=lambda x: x[0] if isinstance(x, tuple) else '',
 )

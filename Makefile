@@ -28,7 +28,7 @@ test-slow: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow
 
 test-runs: $(DONE)-test
-	$(VENV)/bin/python -m pytest -m slow tests/test_golden.py tests/experiments/test_notebooks.py \
+	$(VENV)/bin/python -m pytest -m slow -k 'not as_long_as_the_context' tests/test_golden.py tests/experiments/test_notebooks.py \
 	  tests/engine/test_ray.py::test_a_run_on_ray_is_the_same_run
 
 notebook: $(DONE)-test

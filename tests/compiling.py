@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
 
@@ -21,17 +22,9 @@ _FULL = {
 }
 
 
-@contextlib.contextmanager
-def quick_start() -> Iterator[None]:
+def quick_start() -> contextlib.AbstractContextManager:
   """Where JAX starts in here, its programs for CPU are optimised little; the TPU compiler would refuse such flags."""
-  before = os.environ.get('XLA_FLAGS')
-  os.environ['XLA_FLAGS'] = f'{before or ""} {QUICK}'
-  try:
-    yield
-  finally:
-    del os.environ['XLA_FLAGS']
-    if before is not None:
-      os.environ['XLA_FLAGS'] = before
+  return mock.patch.dict(os.environ, XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {QUICK}')
 
 
 def quick_environment() -> dict[str, str]:

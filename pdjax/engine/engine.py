@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
@@ -101,12 +99,8 @@ class Engine:
     """Let a run begin now, at 0 s; of an earlier one nothing is heard any more."""
     for order in list(self._under_way):
       self._give_up(order)
-    before = self._mailbox.collect(-math.inf)[1]
+    self._mailbox.forget_all_but((Interrupt, _Crashed, _Broken))
     self._mailbox.start_clock()
-    for item in before:
-      match item:
-        case Interrupt() | _Crashed() | _Broken():
-          self._mailbox.post(functools.partial(_again, item))
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def interrupt(self, note: Callable[[float], None]) -> None:
@@ -328,10 +322,6 @@ class Engine:
       self._post_broken(target, incarnation, describe(error))
       return
     self._free_from_s[target] = self._mailbox.now_s()
-
-
-def _again(item: Any, stamp_s: float) -> Any:
-  return item
 
 
 def describe(error: Exception) -> str:

@@ -80,7 +80,6 @@ class Place:
   Attributes:
     peer: Its process.
     incarnation: Which of its lives this is; a failed pass begins another one in the same process.
-    latest: The latest of its lives that any thread has heard of.
     process: How many processes it has had.
     up: Whether it takes orders.
     lost: Why its last process is gone.
@@ -91,7 +90,6 @@ class Place:
   incarnation: int
   clock_s: float
   process: int = 1
-  latest: int = 0
   up: bool = True
   lost: str = ''
 
@@ -318,12 +316,13 @@ class ProcessEngine:
   def _listen(self, name: str) -> None:
     """On a thread for each worker: post what its process tells, and see to it that there is another one."""
     place = self.workers[name]
+    life = place.incarnation  # the latest that was told of, of which the loop may hear later
     for process in itertools.count(1):
       try:
         while not self._closing:
           for news in place.peer.listen():
             if isinstance(news, WorkerBack):
-              place.latest = news.incarnation
+              life = news.incarnation
             self._mailbox.post(functools.partial(_Heard, name, process, news))
         return
       except Exception as error:
@@ -332,19 +331,18 @@ class ProcessEngine:
         message = place.lost = describe_loss(error)
       self._mailbox.post(functools.partial(_Gone, name, process, message))
       try:
-        life = self._return(name, place, message)
+        life = self._return(name, place, life + 1, message)
       except Exception as error:  # what waits for the worker, the loop ends when its patience does
         place.lost = describe_loss(error)
         self._post_lost(name, place.lost)
         return
       self._mailbox.post(functools.partial(_Returned, name, process + 1, life))
 
-  def _return(self, name: str, place: Place, message: str) -> int:
-    """Have a new process made for a lost worker; the life that begins in it."""
+  def _return(self, name: str, place: Place, life: int, message: str) -> int:
+    """Have a new process made for a lost worker, to begin that life; the life that begins in it."""
     if self._revive is None:
       raise PeerLost(f'it is lost and stays so: {message}')
-    life, place.clock_s = self._revive(name, max(place.incarnation, place.latest) + 1)
-    place.latest = life
+    life, place.clock_s = self._revive(name, life)
     with self._clock:  # of the run that is under way now
       place.peer.tell(StartClock(self._start_s + place.clock_s))
     return life

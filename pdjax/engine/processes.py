@@ -198,12 +198,10 @@ class Handshake:
     """Make a way ready at both ends; seconds of each program.
 
     Raises:
-      HandshakeError: if the two do not cut what travels alike, or cannot reach each other.
+      HandshakeError: if the two do not cut what travels alike.
     """
-    self.check_reach()
     with self._lock:
-      hellos = self._hellos.get(source), self._hellos.get(target)
-    ours, theirs = hellos
+      ours, theirs = self._hellos.get(source), self._hellos.get(target)
     if ours is None or theirs is None:  # it connects when it is back
       return {}
     with ThreadPoolExecutor(2) as pool:  # either compiles for itself
@@ -241,6 +239,7 @@ class Handshake:
       try:
         peer.restart()
         machine = self.begin(name)
+        self.check_reach()
         loaded = self.load(name, incarnation)
         with self._lock:
           others = [hello for other, hello in self._hellos.items() if other != name]

@@ -103,8 +103,9 @@ class Worker:
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
-    runs_groups = transfer is not None and transfer.layered_from is not None and not spec.role.decodes
-    self._group_starts = self._programs_of_groups(transfer.groups(model.num_layers)) if transfer and runs_groups else {}
+    self._group_starts = self._programs_of_groups(
+      () if transfer is None else transfer.pass_groups(spec.role, model.num_layers)
+    )
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
     self.page_shapes = KVPages.shapes(

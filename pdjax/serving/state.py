@@ -646,11 +646,7 @@ class ClusterState(ClusterView):
     before = attempt.order
     after = before.after if before.after in self._in_flight else None
     order = dataclasses.replace(before, id=self._order_id(), request=attempt.request, after=after)
-    source, target = self.workers[order.source], self.workers[order.target]
-    source.allocator.hold(order.span.source_pages)
-    target.allocator.hold(order.span.target_pages)
-    source.staging_out.take(order.staging_bytes)
-    target.staging_in.take(order.staging_bytes)
+    self._hold(order)
     self._transfers.begin(order, attempt.number + 1, self._now_s, waits=after is not None)
     return order
 
@@ -663,8 +659,7 @@ class ClusterState(ClusterView):
     for chunk in step.chunks:
       chunk_orders.append(self._start_chunk(chunk, worker))
       transfers += self._send_chunk(chunk, worker, step_id)
-    layered = step.chunks and self.transfer.layered_from is not None and not worker.role.decodes
-    groups = self.transfer.groups(self.model.num_layers) if layered else ()
+    groups = self.transfer.pass_groups(worker.role, self.model.num_layers) if step.chunks else ()
     steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
     decode_orders = self._start_decodes(decodes, steps)
     order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
@@ -782,18 +777,24 @@ class ClusterState(ClusterView):
     source_pages, target_pages = (
       entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
     )
-    source.allocator.hold(source_pages)
-    target.allocator.hold(target_pages)
     span = Span(source_pages, target_pages, start, end - start, layers)
     first, stop = span.bounds(self.model.num_layers)
     num_bytes = (end - start) // unit * self.unit_bytes(source, target) * (stop - first) // self.model.num_layers
-    source.staging_out.take(num_bytes)
-    target.staging_in.take(num_bytes)
-    entry.transfers += 1
-    return TransferOrder(
+    order = TransferOrder(
       self._order_id(), entry.request.id, source.name, target.name, span, after,
       (source.incarnation, target.incarnation), num_bytes,
     )  # fmt: skip
+    self._hold(order)
+    entry.transfers += 1
+    return order
+
+  def _hold(self, order: TransferOrder) -> None:
+    """Take what a transfer holds until it has ended."""
+    source, target = self.workers[order.source], self.workers[order.target]
+    source.allocator.hold(order.span.source_pages)
+    target.allocator.hold(order.span.target_pages)
+    source.staging_out.take(order.staging_bytes)
+    target.staging_in.take(order.staging_bytes)
 
   def _start_transfer(self, action: Transfer) -> tuple[TransferOrder, ...]:
     entry = find_request(self, action, action.request)

@@ -172,6 +172,10 @@ class TransferSpec:
     bounds = [num_layers * group // count for group in range(count + 1)]
     return tuple(itertools.pairwise(bounds))
 
+  def pass_groups(self, role: Role, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """The groups of layers that prefill passes run in; none if they run whole, as on all workers that decode."""
+    return () if self.layered_from is None or role.decodes else self.groups(num_layers)
+
   @property
   def layered_from(self) -> int | None:
     """Tokens of a chunk from which it may travel layer by layer; None if none does."""

@@ -17,7 +17,7 @@ from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.serving.messages import AbandonOrder, Started, StepOrder, TransferOrder, WorkerBack, WorkerLost
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
-from pdjax.types.handshake import HandshakeError, Hello
+from pdjax.types.handshake import HandshakeError, Hello, Machine
 from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
@@ -93,6 +93,24 @@ def test_a_pull_begins_only_once_its_pieces_were_offered(processes):
   assert said.index(Offered) < said.index(Pull)
 
 
+def test_hosts_that_cannot_reach_each_other_are_refused_before_anything_is_pulled():
+  asked = []
+
+  class Elsewhere:
+    def __init__(self, node: str):
+      self.node = node
+
+    def ask(self, method, *args):
+      asked.append(method)
+      return Machine(self.node, 1, 'cpu', ('cpu:0',), 1e9, '127.0.0.1:1')
+
+  with pytest.raises(
+    HandshakeError, match=r"on a lets KV be pulled at 127\.0\.0\.1:1 only, which 'decode0' on b cannot"
+  ):
+    build_processes(config('1P1D'), TINY, {'prefill0': Elsewhere('a'), 'decode0': Elsewhere('b')})
+  assert asked == ['machine', 'machine']
+
+
 def test_a_way_that_is_made_while_its_worker_serves_leaves_its_pages_alone(processes):
   processes.serve(requests())
   source, target = (processes.peers[name].process for name in ('prefill0', 'decode0'))
@@ -100,9 +118,7 @@ def test_a_way_that_is_made_while_its_worker_serves_leaves_its_pages_alone(proce
   before = [np.array(layer) for layer in worker.pages.layers]
   assert any(layer[:4].any() for layer in before)
   known = receivers.pop('prefill0')
-  hello = Hello(
-    'prefill0', 1, source._machine, (), TINY, '', 'float32', describe_pool(source.engine.worker)
-  )  # fmt: skip
+  hello = Hello('prefill0', 1, source._machine, (), TINY, '', 'float32', describe_pool(source.engine.worker))
   plan, _ = target.receive_from(hello)
   assert plan == known.plan() and receivers['prefill0'] is not known
   for layer, same in zip(worker.pages.layers, before, strict=True):
@@ -145,6 +161,17 @@ def test_late_doubled_and_reordered_news_of_transfers_change_nothing(processes):
 
   served = processes.serve(requests(), prepare)
   assert served.tokens() == plain(served)
+
+
+def test_a_transfer_whose_source_is_not_heard_of_again_ends_when_it_is_written(processes):
+  def prepare():
+    processes.peers['prefill0'].on_news = lambda news: () if isinstance(news, Gathered) else (news,)
+
+  served = processes.serve(requests(), prepare)
+  assert served.tokens() == plain(served) and served.transfers()
+  for _, done in served.transfers():
+    assert 0 < done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s
+  assert not any(isinstance(event, Started) and isinstance(event.order, AbandonOrder) for event in served.events)
 
 
 @pytest.mark.parametrize('faults', [FaultSpec(backoff_s=0.0), ALL_FAIL])

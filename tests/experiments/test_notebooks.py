@@ -51,7 +51,6 @@ def committed() -> Executed:
 def anew() -> Executed:
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('JAX_PLATFORMS', 'cpu')
-    patch.delenv('XLA_FLAGS', raising=False)  # it serves a real model, with programs that are to be fast
     return Executed(execute_notebook.execute(PATH))
 
 

@@ -161,13 +161,19 @@ def test_a_completion_that_comes_twice_or_for_nobody_changes_nothing():
   assert cluster.phase('a') is Phase.DECODING
 
 
-def test_staging_without_room_lets_a_second_try_wait_for_its_turn():
-  cluster = Driver(faults=TWICE, transfer=TransferSpec(staging_bytes=4 * 4 * 256, deadline_s=1000.0))
+def failed_beside_another(staging_pages: int) -> tuple[Driver, TransferOrder]:
+  """The transfer of 'a' has failed, that of 'b' is under way, each of two pages."""
+  cluster = Driver(faults=TWICE, transfer=TransferSpec(staging_bytes=staging_pages * 4 * 256, deadline_s=1000.0))
   for name in 'ab':
     cluster.arrive(name, prompt_len=8)
   step, first, second = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'), Chunk('b', 0, 8, 'decode0'))))
   cluster.end(step, {'a': 1, 'b': 1})
   fail(cluster, first)
+  return cluster, second
+
+
+def test_staging_without_room_lets_a_second_try_wait_for_its_turn():
+  cluster, second = failed_beside_another(staging_pages=4)
   cluster.arrive('c', prompt_len=8)
   step, third = cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))
   due(cluster, cluster.now_s + 4.0)
@@ -182,12 +188,7 @@ def test_staging_without_room_lets_a_second_try_wait_for_its_turn():
 
 @pytest.mark.parametrize('is_cancelled', [False, True])
 def test_what_is_new_does_not_take_the_room_that_a_second_try_waits_for(is_cancelled):
-  cluster = Driver(faults=TWICE, transfer=TransferSpec(staging_bytes=5 * 4 * 256, deadline_s=1000.0))
-  for name in 'ab':
-    cluster.arrive(name, prompt_len=8)
-  step, first, second = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'), Chunk('b', 0, 8, 'decode0'))))
-  cluster.end(step, {'a': 1, 'b': 1})
-  fail(cluster, first)
+  cluster, second = failed_beside_another(staging_pages=5)
   for name, prompt_len in (('c', 8), ('d', 4)):
     cluster.arrive(name, prompt_len=prompt_len)
   cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))

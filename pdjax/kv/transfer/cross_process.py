@@ -235,13 +235,13 @@ class Receiver(Half):
       pieces, sums = pulled[: len(pulled) // 2], pulled[len(pulled) // 2 :]
       checked = Checked(zip(sums, pieces, strict=True))
     targets, rest = self.targets(span), iter(pieces)
-    batches = tuple((targets[batch], self.assemble(self.shape_of(span, batch), rest)) for batch in self.batches(span))
+    batches = tuple((targets[batch], self.assemble(shape, rest)) for batch, shape in self.batches(span))
     wire_bytes = sum(piece.nbytes for piece in pieces)
     return Parcel(batches, self.layers_of(span), wire_bytes, len(pieces), (), checked=checked)
 
   def expected(self, span: Span) -> list[jax.ShapeDtypeStruct]:
     """Shape, dtype and device of all that is offered for a span: the pieces, then their checksums, if any."""
-    pieces = [piece for batch in self.batches(span) for piece in self.arriving(self.shape_of(span, batch))]
+    pieces = [piece for _, shape in self.batches(span) for piece in self.arriving(shape)]
     if not self.has_checksums:
       return pieces
     sums = [jax.ShapeDtypeStruct((piece.shape[1], 2), np.dtype(np.uint32), sharding=piece.sharding) for piece in pieces]

@@ -267,16 +267,12 @@ class ByPieces(abc.ABC):
     """The first layer of a span and the one after the last."""
     return span.bounds(self.num_layers)
 
-  def batches(self, span: Span) -> list[slice]:
-    """The units of a span, in batches."""
+  def batches(self, span: Span) -> list[tuple[slice, Shape]]:
+    """The units of a span, in batches; each with its shape."""
     first, stop = self.layers_of(span)
     sizes = batch_sizes(span.tokens // self.unit, self._sizes[stop - first])
-    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-
-  def shape_of(self, span: Span, batch: slice) -> Shape:
-    """Layers and units of a batch of a span."""
-    first, stop = self.layers_of(span)
-    return stop - first, batch.stop - batch.start
+    ends = itertools.accumulate(sizes)
+    return [(slice(end - size, end), (stop - first, size)) for size, end in zip(sizes, ends, strict=True)]
 
   def targets(self, span: Span) -> np.ndarray:
     """The units' places in the target's pool, `[n, 2]`."""
@@ -284,14 +280,12 @@ class ByPieces(abc.ABC):
 
   def gather(self, span: Span) -> list[Gathered]:
     """Dispatch the gathers of a span, in batches; they wait for passes under way, and nobody for them."""
-    first, stop = self.layers_of(span)
-    pages, targets = self._source.pages.part(first, stop), self.targets(span)
+    pages, targets = self._source.pages.part(*self.layers_of(span)), self.targets(span)
     sources = places(span, span.source_pages, self._source.page_shapes.page_size, self.unit)
-    gathered = []
-    for batch in self.batches(span):
-      gather_batch = self._gathers[self.shape_of(span, batch)]
-      gathered.append(Gathered(targets[batch], stop - first, gather_batch(pages, sources[batch])))
-    return gathered
+    return [
+      Gathered(targets[batch], shape[0], self._gathers[shape](pages, sources[batch]))
+      for batch, shape in self.batches(span)
+    ]
 
   def leaving(self, batch: Gathered) -> list[jax.Array]:
     """The pieces of a batch, each on the source device that has it: by piece, leaf of units and target shard."""

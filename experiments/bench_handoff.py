@@ -3,8 +3,9 @@ r"""What handing a prompt over costs: whole, chunk by chunk, layer by layer, and
 python -m experiments.bench_handoff
 python -m experiments.bench_handoff --prompt_len=256 --rounds=9 --json=handoff.json
 
-One request at a time, SmolLM2-135M in float32 on CPU, one prefill and one decode worker of one device each, and a
-colocated worker with the same chunks. Every way takes its turn within every round; figures are medians of the rounds.
+One request at a time, SmolLM2-135M in float32, one prefill and one decode worker of one device each (of the same, where
+there is but one), and a colocated worker with the same chunks. Every way takes its turn within every round; figures are
+medians of the rounds.
 
 * exposed: from the end of the prompt's last pass until the decode worker has all of it (ms; 0 if it has it before)
 * hidden: the share of wire time, pieces ready to arrived, in which the source computed the prompt
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from experiments.rows import row, save_rows
 from pdjax.config import ServingConfig
+from pdjax.engine.build import prepare_devices
 from pdjax.launch import Deployment, deploy, open_model
 from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
@@ -38,6 +40,7 @@ _TRANSPORT = flags.DEFINE_enum('transport', 'device_put', ['device_put', 'host_s
 _LAYER_GROUPS = flags.DEFINE_integer(
   'layer_groups', None, 'Groups of layers; by default what a TransferSpec takes.', lower_bound=1
 )
+_PLATFORM = flags.DEFINE_enum('platform', 'cpu', ['cpu', 'gpu', 'tpu'], 'Devices to serve on.')
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
 
@@ -65,7 +68,7 @@ class Served:
       policy=policy,
       transfer=transfer,
       max_context=_PROMPT_LEN.value + OUTPUT_LEN,
-      platform='cpu',
+      platform=_PLATFORM.value,
       compilation_cache=_CACHE.value,
     )
     self._deployment: Deployment = deploy(config, open_model(config))
@@ -103,7 +106,8 @@ def main(argv: list[str]) -> None:
   sizes: dict[str, Any] = {'max_step_tokens': chunk, 'max_sequences': 1, 'max_chunks': 1, 'num_pages': 256}
   transport: Any = _TRANSPORT.value
   spec = TransferSpec(transport, layer_groups=_LAYER_GROUPS.value)
-  apart = prefill_pool(1, devices=(0,), **sizes) + decode_pool(1, devices=(1,), **sizes)
+  second = min(1, len(prepare_devices(_PLATFORM.value, 2)) - 1)
+  apart = prefill_pool(1, devices=(0,), **sizes) + decode_pool(1, devices=(second,), **sizes)
   # Compiled for layer groups, an engine sends in any granularity: what travels when is decided by the state.
   layered = dataclasses.replace(spec, granularity='layers')
   disaggregated = Served(apart, Disaggregated(max_prefill_tokens=chunk), layered)

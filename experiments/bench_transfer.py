@@ -4,7 +4,8 @@ python -m experiments.bench_transfer
 python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json=transfer.json
 
 `device_put` and `host_staged`: from gathered pieces on one device to the last of them on another, beside a plain copy
-of as many bytes into a standing buffer. `cross_process`: two processes on this machine, and beside it a bare pull of
+of as many bytes into a standing buffer; off CPU, beside as many bytes in one array, put there, or fetched to the host
+and put there. `cross_process`: two processes on this machine, and beside it a bare pull of
 `jax.experimental.transfer`, arrays of the same shapes offered under one number. "pulled" is from the pull to the last
 piece on its device; "in all" begins with the gather and ends when the target's pages are written.
 """
@@ -43,6 +44,7 @@ _TRANSPORTS = ['device_put', 'host_staged', 'cross_process']
 _TRANSPORT = flags.DEFINE_multi_enum('transport', _TRANSPORTS, _TRANSPORTS, 'What to measure; all by default.')
 _MIB = flags.DEFINE_list('mib', ['8', '32', '96'], 'Sizes of a transfer in MiB.')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'Transfers of which the median counts.', lower_bound=1)
+_PLATFORM = flags.DEFINE_enum('platform', 'cpu', ['cpu', 'gpu', 'tpu'], 'Devices to measure on.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to this file.')
 _SOURCE = flags.DEFINE_bool('source', False, 'Be the process that KV leaves; the command starts it by itself.')
 
@@ -79,6 +81,7 @@ def span_of(pages: int) -> Span:
 
 def serve_source() -> None:
   """Answer JSON lines: offer pages as KV, or arrays of the same shapes as they are."""
+  prepare_devices(_PLATFORM.value, 1)
 
   def answer(value: Any) -> None:
     print(json.dumps(value), flush=True)
@@ -136,7 +139,7 @@ class _Source:
 
 @contextlib.contextmanager
 def _other_process() -> Iterator[_Source]:
-  command = [sys.executable, '-m', 'experiments.bench_transfer', '--source']
+  command = [sys.executable, '-m', 'experiments.bench_transfer', '--source', f'--platform={_PLATFORM.value}']
   with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
     try:
       yield _Source(process)
@@ -226,26 +229,41 @@ def cross_process_rows(console: Console) -> list[dict[str, Any]]:
 
 
 def in_process(transport: TransportName, sizes_mib: list[float], repeats: int) -> Iterator[tuple[float, float, float]]:
-  """For each size: its MiB, and GB/s of a plain copy into a standing buffer, and of pieces once they are gathered."""
+  """For each size: its MiB, and GB/s of as many bytes copied plainly, and of pieces once they are gathered."""
   most = max(map(pages_of, sizes_mib))
-  source, target = (_Pool(most, device) for device in jax.devices()[:2])
+  devices = jax.devices()
+  source, target = (_Pool(most, device) for device in (devices[0], devices[min(1, len(devices) - 1)]))
   way = TRANSPORTS[transport](source, target, _GRANULARITY)
   way.compile()
   for mib in sizes_mib:
     pages = pages_of(mib)
     size = pages * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
-    plain, standing = np.ones(size, np.uint8), np.zeros(size, np.uint8)
-    seconds: dict[str, list[float]] = {'plain': [], 'sent': []}
-    for repeat in range(repeats + 1):
-      begin = time.perf_counter()
-      np.copyto(standing, plain)
-      copied_s = time.perf_counter() - begin
-      sent_s = _sent_s(way, pages)
-      if repeat:  # the first of each is slow
-        seconds['plain'].append(copied_s)
-        seconds['sent'].append(sent_s)
-    copied, sent = (size / statistics.median(seconds[kind]) / 1e9 for kind in ('plain', 'sent'))
+    plainly = _copying(transport, size, devices)
+    rounds = [(plainly(), _sent_s(way, pages)) for _ in range(repeats + 1)]
+    copied, sent = (size / statistics.median(seconds) / 1e9 for seconds in zip(*rounds[1:], strict=True))  # first: slow
     yield size / 2**20, copied, sent
+
+
+def _copying(transport: TransportName, size: int, devices: list[jax.Device]) -> Callable[[], float]:
+  """A plain copy of so many bytes as devices allow: what returns its seconds when it is called."""
+  if devices[0].platform == 'cpu':
+    plain, standing = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    return lambda: _seconds(lambda: np.copyto(standing, plain))
+  target = devices[min(1, len(devices) - 1)]
+  array = jax.device_put(np.ones(size, np.uint8), devices[0])
+
+  def put() -> float:
+    fresh = jax.block_until_ready(array + 1)  # an array remembers what it was on the host
+    taken = np.asarray if transport == 'host_staged' else (lambda array: array)
+    return _seconds(lambda: jax.block_until_ready(jax.device_put(taken(fresh), target, may_alias=False)))
+
+  return put
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+  begin = time.perf_counter()
+  call()
+  return time.perf_counter() - begin
 
 
 def _sent_s(way: Any, pages: int) -> float:
@@ -265,12 +283,12 @@ def _sent_s(way: Any, pages: int) -> float:
 def in_process_rows(transport: TransportName, console: Console) -> list[dict[str, Any]]:
   """Measure, print a table, and return its rows."""
   table = Table(title=f'{transport}, within this process')
-  for column in ('MiB', 'plain copy GB/s', 'sent GB/s', 'of a copy'):
+  peer = 'a copy into a standing buffer' if _PLATFORM.value == 'cpu' else 'one array'
+  for column in ('MiB', f'{peer} GB/s', 'sent GB/s', 'of it'):
     table.add_column(column, justify='right')
   rows = []
   for mib, copied, sent in in_process(transport, [float(size) for size in _MIB.value], _REPEATS.value):
     table.add_row(f'{mib:.1f}', f'{copied:.2f}', f'{sent:.2f}', f'{sent / copied:.0%}')
-    peer = 'a copy into a standing buffer'
     rows.append(row(f'{transport}, {mib:.0f} MiB', sent, 'GB/s', peer=peer, peer_value=copied))
   console.print(table)
   return rows
@@ -289,8 +307,9 @@ def main(argv: list[str]) -> None:
   if _SOURCE.value:
     serve_source()
     return
-  keep_freed_memory()  # as the engine does on CPU
-  prepare_devices('cpu', 2)
+  if _PLATFORM.value == 'cpu':
+    keep_freed_memory()  # as the engine does
+  prepare_devices(_PLATFORM.value, 2)
   rows: list[dict[str, Any]] = []
   for transport in dict.fromkeys(_TRANSPORT.value):
     rows += MEASURED[transport](Console())

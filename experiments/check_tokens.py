@@ -2,11 +2,13 @@ r"""Checks that every way of serving SmolLM2 gives the tokens of an independent 
 
 python -m experiments.check_tokens
 python -m experiments.check_tokens --ways=plain,2P2D --page_sizes=16
+python -m experiments.check_tokens --platform=gpu
 
-The cases and where they come from are in tests/data. All prompts are in flight together. Prints a line a run; the exit
-status is 1 if any token differs.
+The cases and where they come from are in tests/data. All prompts are in flight together. On fewer than four devices all
+workers share the first. Prints a line a run; the exit status is 1 if any token differs.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -35,10 +37,13 @@ POOL_TOKENS = 4096
 MAX_CONTEXT = 1024
 SIZES = {'max_step_tokens': 32}
 
+WIDEST = 4  # devices of the widest way
+
 _Way = tuple[tuple[WorkerSpec, ...], Policy, TransferSpec]
 
 _WAYS = flags.DEFINE_list('ways', None, 'Ways of serving to check; all by default.')
 _PAGE_SIZES = flags.DEFINE_list('page_sizes', ['1', '16', '64'], 'Tokens per page.')
+_PLATFORM = flags.DEFINE_enum('platform', 'cpu', ['cpu', 'gpu', 'tpu'], 'Devices to serve on.')
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
@@ -64,9 +69,18 @@ def ways(page_size: int) -> dict[str, _Way]:
   }
 
 
-def serve_golden(name: str, page_size: int, cache: str | None = None) -> dict[int, tuple[int, ...]]:
+def on_one_device(workers: tuple[WorkerSpec, ...]) -> tuple[WorkerSpec, ...]:
+  """The same workers, all on the first device."""
+  return tuple(dataclasses.replace(worker, tp=1, devices=(0,)) for worker in workers)
+
+
+def serve_golden(
+  name: str, page_size: int, cache: str | None = None, platform: str = 'cpu', one_device: bool = False
+) -> dict[int, tuple[int, ...]]:
   """The cases, by number, whose tokens differ when all are served together: what came instead."""
   workers, policy, transfer = ways(page_size)[name]
+  if one_device:
+    workers = on_one_device(workers)
   cases = golden_cases()
   requests = tuple(
     Request(str(i), tuple(case['prompt_ids']), SamplingParams(max_tokens=len(case['greedy_ids'])))
@@ -80,17 +94,17 @@ def serve_golden(name: str, page_size: int, cache: str | None = None) -> dict[in
     workload=Given(requests),
     page_size=page_size,
     max_context=MAX_CONTEXT,
-    platform='cpu',
+    platform=platform,
     compilation_cache=cache,
   )
   tokens = {int(one.request.id): one.token_ids for one in run(config).completions}
   return {i: tokens[i] for i, case in enumerate(cases) if tokens[i] != tuple(case['greedy_ids'])}
 
 
-def plain_golden() -> dict[int, tuple[int, ...]]:
+def plain_golden(platform: str = 'cpu') -> dict[int, tuple[int, ...]]:
   """The same by a plain loop, one case after another."""
   checkpoint = open_checkpoint('smollm2')
-  (device, *_) = prepare_devices('cpu', 1)
+  (device, *_) = prepare_devices(platform, 1)
   mesh = make_mesh(checkpoint.spec, [device])
   weights = load_weights(checkpoint, checkpoint.spec, {'plain': mesh}, jnp.dtype('float32'))['plain']
   loop = PlainLoop(checkpoint.spec, weights, MAX_CONTEXT)
@@ -111,13 +125,16 @@ def main(argv: list[str]) -> None:
   wanted = _WAYS.value or known
   if unknown := set(wanted) - set(known):
     raise app.UsageError(f'unknown ways {sorted(unknown)}; there are {", ".join(known)}.')
-  prepare_devices('cpu', 4)
+  one_device = len(prepare_devices(_PLATFORM.value, WIDEST)) < WIDEST
   console = Console(highlight=False)
   failed = 0
   for name in wanted:
     for page_size in [0] if name == 'plain' else map(int, _PAGE_SIZES.value):
       begin = time.perf_counter()
-      differing = plain_golden() if name == 'plain' else serve_golden(name, page_size, _CACHE.value)
+      if name == 'plain':
+        differing = plain_golden(_PLATFORM.value)
+      else:
+        differing = serve_golden(name, page_size, _CACHE.value, _PLATFORM.value, one_device)
       failed += bool(differing)
       verdict = f'[red]{len(differing)} differ: {differing}[/]' if differing else '[green]all equal[/]'
       pages = '' if name == 'plain' else f', page size {page_size}'

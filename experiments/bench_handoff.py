@@ -28,11 +28,22 @@ from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
 from pdjax.serving.messages import Finished
-from pdjax.types import Request, SamplingParams, TransferSpec, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import (
+  ModelSpec,
+  Request,
+  SamplingParams,
+  TransferSpec,
+  WorkerSpec,
+  colocated_pool,
+  decode_pool,
+  prefill_pool,
+)
 from pdjax.types.cluster import GranularityName
 from pdjax.workload import Listed, RandomTokens
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2', 'Model to serve, as a config takes it.')
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint', 'smollm2', "Model to serve, as a config takes it; 'random' has SmolLM2's shape."
+)
 _PROMPT_LEN = flags.DEFINE_integer('prompt_len', 1024, 'Tokens of a prompt.', lower_bound=1)
 _CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens of a chunk.', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds, in each of which every way takes its turn.', lower_bound=1)
@@ -64,6 +75,7 @@ class Served:
   def __init__(self, workers: tuple[WorkerSpec, ...], policy: Policy, transfer: TransferSpec):
     config = ServingConfig(
       checkpoint=_CHECKPOINT.value,
+      model=ModelSpec.smollm2_135m() if _CHECKPOINT.value == 'random' else None,
       workers=workers,
       policy=policy,
       transfer=transfer,

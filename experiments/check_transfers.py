@@ -2,21 +2,24 @@ r"""Checks that KV moved between any two pools gives the tokens of a plain loop:
 
 python -m experiments.check_transfers
 python -m experiments.check_transfers --covering
+python -m experiments.check_transfers --jobs=12
 
 Random models on virtual CPU devices, in float32: 12 key/value heads for tp 1 to 4, and 2 of them on 4 devices, where
 each head has two copies (with those, only tp 1 and 2 can be paired otherwise: 3 does not divide them). Both ends of
-`cross_process` are in this process, with a socket between them. By default every combination; with --covering so few
-that each two values meet. Prints what differs; the exit status is 1 if anything does. SmolLM2 itself is checked by
-experiments.check_tokens.
+`cross_process` are in one process, with a socket between them. By default every combination, in processes of --jobs at
+a time, one for each two meshes; with --covering so few that each two values meet. Prints what differs; the exit status
+is 1 if anything does. SmolLM2 itself is checked by experiments.check_tokens.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, Literal
 
 import jax
@@ -27,7 +30,8 @@ from rich.console import Console
 from pdjax.engine.build import prepare_devices
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.kv.transfer import TRANSPORTS, Transport
+from pdjax.kv.transfer import TRANSPORTS
+from pdjax.kv.transfer.pieces import ByPieces, Shape
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
@@ -40,6 +44,7 @@ from pdjax.types.cluster import GranularityName, TransportName
 from pdjax.workload import Listed
 
 _COVERING = flags.DEFINE_bool('covering', False, 'Only so many combinations that each two values meet in one.')
+_JOBS = flags.DEFINE_integer('jobs', 2, 'Processes at a time; a core is enough for one.', lower_bound=1)
 
 NUM_DEVICES = 8
 OUTPUT_LEN = 3
@@ -103,6 +108,7 @@ class Pools:
 
   def __init__(self):
     self._devices = prepare_devices('cpu', NUM_DEVICES)
+    self._compiled: dict[ByPieces, set[Shape]] = {}
 
   def differing(self, case: Case) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Serve some prompts; by request the tokens that came and those that a plain loop gives, where they differ.
@@ -112,8 +118,9 @@ class Pools:
     """
     source = self._worker('prefill', case.model, case.source_tp, case.source_page)
     target = self._worker('decode', case.model, case.target_tp, case.target_page)
-    ways = {('prefill', 'decode'): self._way(source, target, case.transport)}
-    workers = [source, target]
+    way = self._way(source, target, case.transport)
+    self._compile(way, case.granularity == 'layers')
+    workers, ways = [source, target], {('prefill', 'decode'): way}
     state = ClusterState(case.model, [worker.spec for worker in workers], 16, _spec(case.granularity))
     requests = [
       Request(f'r{length}', _prompt(length), SamplingParams(max_tokens=OUTPUT_LEN, ignore_eos=True))
@@ -155,10 +162,16 @@ class Pools:
     return mesh, load_weights(RandomCheckpoint(model), model, {0: mesh}, jnp.dtype('float32'))[0]
 
   @functools.cache  # noqa: B019
-  def _way(self, source: Worker, target: Worker, transport: TransportName) -> Transport:
-    way = TRANSPORTS[transport](source, target, _spec('layers'))
-    way.compile()
-    return way
+  def _way(self, source: Worker, target: Worker, transport: TransportName) -> ByPieces:
+    return TRANSPORTS[transport](source, target, _spec('layers'))
+
+  def _compile(self, way: ByPieces, by_layers: bool) -> None:
+    """Compile what is missing of the batches that are to travel: of groups of layers, or of all of them."""
+    shapes = [shape for shape in way.shapes if (shape[0] < TWELVE.num_layers) == by_layers]
+    for shape in set(shapes) - self._compiled.setdefault(way, set()):
+      way.prepare(shape)
+      way.rehearse(shape)
+      self._compiled[way].add(shape)
 
   @functools.cache  # noqa: B019
   def _plain(self, model: ModelSpec, length: int) -> tuple[int, ...]:
@@ -174,19 +187,43 @@ def _prompt(length: int) -> tuple[int, ...]:
   return tuple(2 + (length * 31 + i * 7 + i * i) % (TWELVE.vocab_size - 2) for i in range(length))
 
 
+def check(cases: Sequence[Case]) -> list[tuple[Case, Any]]:
+  """Serve each case; those that are not right, with what came and what should have."""
+  pools = Pools()
+  found = []
+  for case in cases:
+    try:
+      differing: Any = pools.differing(case)
+    except AssertionError as error:
+      differing = error.args
+    if differing:
+      found.append((case, differing))
+  return found
+
+
+def check_apart(cases: Sequence[Case], jobs: int) -> Iterator[tuple[int, list[tuple[Case, Any]]]]:
+  """The same in processes, of which each has what is served between two meshes: how many cases, and what is wrong."""
+  parts: dict[tuple[Tp, Tp], list[Case]] = {}
+  for case in cases:
+    parts.setdefault((case.source_tp, case.target_tp), []).append(case)
+  fresh = multiprocessing.get_context('spawn')  # each starts JAX for itself
+  with ProcessPoolExecutor(jobs, mp_context=fresh, max_tasks_per_child=1) as pool:
+    futures = {pool.submit(check, part): len(part) for part in parts.values()}
+    for future in as_completed(futures):
+      yield futures[future], future.result()
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   cases = covering(product()) if _COVERING.value else product()
-  console, begin, failed = Console(highlight=False), time.perf_counter(), 0
-  pools = Pools()
-  for number, case in enumerate(cases, start=1):
-    differing = pools.differing(case)
-    failed += bool(differing)
-    if differing or number % 100 == 0 or number == len(cases):
-      console.print(f'{number} of {len(cases)}, {time.perf_counter() - begin:.0f} s, {failed} differ')
-    if differing:
-      console.print(f'[red]{case}[/]: {differing}')
+  console, begin, done, failed = Console(highlight=False), time.perf_counter(), 0, 0
+  for count, differing in [(len(cases), check(cases))] if _COVERING.value else check_apart(cases, _JOBS.value):
+    done += count
+    failed += len(differing)
+    for case, tokens in differing:
+      console.print(f'[red]{case}[/]: {tokens}')
+    console.print(f'{done} of {len(cases)}, {time.perf_counter() - begin:.0f} s, {failed} wrong')
   sys.exit(bool(failed))
 
 

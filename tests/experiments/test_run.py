@@ -46,7 +46,8 @@ def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_ot
   file.write_text('\n'.join(json.dumps(row) for row in rows) + '\n')
   done = command(
     f'--config=configs/cpu.py:checkpoint={checkpoint},page_size=4', '--set=workers.prefill0.num_pages=16',
-    '--set=workers.decode0.num_pages=12', f'--requests={file}', f'--workdir={tmp_path / "out"}',
+    '--set=workers.prefill0.max_step_tokens=32', '--set=workers.decode0.num_pages=12', f'--requests={file}',
+    f'--workdir={tmp_path / "out"}',
     '--goodput', 'ttft:100000 tpot:100000',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

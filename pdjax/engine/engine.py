@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
@@ -84,7 +84,7 @@ class Engine:
   transfer has one while it is under way; they post what ended, and when, to one mailbox.
   """
 
-  def __init__(self, workers: Sequence[Worker], transports: dict[tuple[str, str], Transport]):
+  def __init__(self, workers: Sequence[Worker], transports: Mapping[tuple[str, str], Transport]):
     """Serve with compiled workers and a transport for every (source, target) that orders will name."""
     self.workers = {worker.spec.name: worker for worker in workers}
     self._transports = transports

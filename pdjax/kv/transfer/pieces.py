@@ -5,9 +5,10 @@ target shard). Every piece goes from one device to one device, by which way is a
 device joins its pieces and writes them.
 
 What is gathered are units, tokens of the greatest common divisor of both page sizes, so that no token too many moves
-between pools of unlike pages. Units travel in batches whose sizes are powers of four, so that few programs serve every
-count. Between unlike dtypes they are converted once: on the source if they are smaller then, else on the target.
-Where the target copies its heads over several devices, a piece crosses once and is spread inside the target's mesh.
+between pools of unlike pages. Units travel in batches of a few sizes, each about four times the one before it, so that
+few programs serve every count. Between unlike dtypes they are converted once: on the source if they are smaller then,
+else on the target. Where the target copies its heads over several devices, a piece crosses once and is spread inside
+the target's mesh.
 """
 
 import abc
@@ -78,12 +79,18 @@ class Cut:
 
 
 def batch_bounds(wanted: int, most: int) -> tuple[int, ...]:
-  """The powers of four up to `most`, ascending, as far as `wanted` goes; at least one of them."""
-  return tuple(4**power for power in range(most.bit_length()) if 4**power <= min(max(wanted, 1), most))
+  """Sizes of batches, ascending: 1, then about four times the one before.
+
+  The last is `wanted`; or a power of four if there are not so many units (`most`), as nearly all of them travel rarely.
+  """
+  sizes = [max(wanted, 1) if wanted < most else 4 ** ((most.bit_length() - 1) // 2)]
+  while sizes[-1] > 1:
+    sizes.append(-(-sizes[-1] // 4))
+  return tuple(reversed(sizes))
 
 
 def batch_sizes(units: int, sizes: Sequence[int]) -> list[int]:
-  """The fewest of the ascending `sizes`, powers of four, that add up to `units`, largest first."""
+  """Some of the ascending `sizes`, of which the first is 1, that add up to `units`: always the largest that fits."""
   batches = []
   for size in reversed(sizes):
     batches += [size] * (units // size)

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import PageLayout
 from pdjax.kv import KVPages, page_bytes
 from pdjax.kv.transfer import CrossProcess, DevicePut, HostStaged
-from pdjax.kv.transfer.pieces import Cut, batch_sizes
+from pdjax.kv.transfer.pieces import Cut, batch_bounds, batch_sizes
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
 from pdjax.types.span import Span
@@ -86,14 +86,19 @@ def test_every_piece_of_a_target_comes_from_where_its_heads_are(kv_heads):
     assert cut.piece_heads == math.gcd(per_source, per_target)
 
 
-@pytest.mark.parametrize('most', [0, 1, 2, 3, 4])
-def test_batches_add_up_to_the_pages_with_the_fewest_there_can_be(most):
-  sizes = [4**power for power in range(most + 1)]
-  for pages in range(300):
-    batches = batch_sizes(pages, sizes)
-    assert sum(batches) == pages and set(batches) <= set(sizes)
-    assert batches == sorted(batches, reverse=True)
-    assert all(batches.count(size) < 4 for size in sizes[:-1])  # four of a size would be one of the next
+@pytest.mark.parametrize('most', [1, 2, 5, 16, 28, 91])
+def test_batches_add_up_to_the_units_and_are_few(most):
+  sizes = batch_bounds(most, 1000)
+  assert sizes[0] == 1 and sizes[-1] == most and sizes == tuple(sorted(set(sizes)))
+  for units in range(300):
+    batches = batch_sizes(units, sizes)
+    assert sum(batches) == units and set(batches) <= set(sizes)
+    assert all(batches.count(size) < 4 for size in sizes[:-1])  # four of a size would be one of the next, about
+
+
+def test_a_batch_is_no_larger_than_the_pool_and_has_a_unit_at_least():
+  assert batch_bounds(91, 15) == batch_bounds(91, 4) == (1, 4) and batch_bounds(91, 64) == (1, 4, 16, 64)
+  assert batch_bounds(91, 3) == batch_bounds(0, 1000) == (1,)
 
 
 # ---------------------------------------------------------------------------- moving

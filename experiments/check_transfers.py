@@ -2,13 +2,13 @@ r"""Checks that KV moved between any two pools gives the tokens of a plain loop:
 
 python -m experiments.check_transfers
 python -m experiments.check_transfers --covering
-python -m experiments.check_transfers --jobs=12
+python -m experiments.check_transfers --processes=12
 
 Random models on virtual CPU devices, in float32: 12 key/value heads for tp 1 to 4, and 2 of them on 4 devices, where
 each head has two copies (with those, only tp 1 and 2 can be paired otherwise: 3 does not divide them). Both ends of
-`cross_process` are in one process, with a socket between them. By default every combination, in processes of --jobs at
-a time, one for each two meshes; with --covering so few that each two values meet. Prints what differs; the exit status
-is 1 if anything does. SmolLM2 itself is checked by experiments.check_tokens.
+`cross_process` are in one process, with a socket between them. By default every combination, in a process for each two
+meshes; with --covering so few that each two values meet. Prints what differs; the exit status is 1 if anything does.
+SmolLM2 itself is checked by experiments.check_tokens.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from pdjax.types.cluster import GranularityName, TransportName
 from pdjax.workload import Listed
 
 _COVERING = flags.DEFINE_bool('covering', False, 'Only so many combinations that each two values meet in one.')
-_JOBS = flags.DEFINE_integer('jobs', 2, 'Processes at a time; a core is enough for one.', lower_bound=1)
+_PROCESSES = flags.DEFINE_integer('processes', 2, 'How many at a time; a core is enough for one.', lower_bound=1)
 
 NUM_DEVICES = 8
 OUTPUT_LEN = 3
@@ -201,13 +201,13 @@ def check(cases: Sequence[Case]) -> list[tuple[Case, Any]]:
   return found
 
 
-def check_apart(cases: Sequence[Case], jobs: int) -> Iterator[tuple[int, list[tuple[Case, Any]]]]:
+def check_apart(cases: Sequence[Case], processes: int) -> Iterator[tuple[int, list[tuple[Case, Any]]]]:
   """The same in processes, of which each has what is served between two meshes: how many cases, and what is wrong."""
   parts: dict[tuple[Tp, Tp], list[Case]] = {}
   for case in cases:
     parts.setdefault((case.source_tp, case.target_tp), []).append(case)
   fresh = multiprocessing.get_context('spawn')  # each starts JAX for itself
-  with ProcessPoolExecutor(jobs, mp_context=fresh, max_tasks_per_child=1) as pool:
+  with ProcessPoolExecutor(processes, mp_context=fresh, max_tasks_per_child=1) as pool:
     futures = {pool.submit(check, part): len(part) for part in parts.values()}
     for future in as_completed(futures):
       yield futures[future], future.result()
@@ -218,7 +218,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   cases = covering(product()) if _COVERING.value else product()
   console, begin, done, failed = Console(highlight=False), time.perf_counter(), 0, 0
-  for count, differing in [(len(cases), check(cases))] if _COVERING.value else check_apart(cases, _JOBS.value):
+  for count, differing in [(len(cases), check(cases))] if _COVERING.value else check_apart(cases, _PROCESSES.value):
     done += count
     failed += len(differing)
     for case, tokens in differing:

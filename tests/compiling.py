@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from unittest import mock
 
 import jax
+import jaxlib.version
 
 CACHE = 'PDJAX_TEST_CACHE'  # in the environment: the folder of what was compiled in this run of the tests
 
 # For what is compiled once and run a few times: half the CPU time of the kernels' tests in interpret mode.
-QUICK = (
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false'
-)
-
-_FULL = {
-  'xla_backend_optimization_level': 3,
-  'xla_llvm_disable_expensive_passes': False,
-  'xla_cpu_use_fusion_emitters': True,
-}
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+_FULL = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
+if jaxlib.version.__version_info__ < (0, 11):  # later ones end the process for a flag that they no longer have
+  QUICK += ' --xla_cpu_use_fusion_emitters=false'
+  _FULL['xla_cpu_use_fusion_emitters'] = True
 
 
 def quick_start() -> contextlib.AbstractContextManager:

@@ -22,6 +22,7 @@ def benchmark(*arguments: str, before: str = '') -> subprocess.CompletedProcess[
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
   figures = tmp_path / 'cpu.json'
   done = benchmark('--threads=1', f'--json={figures}', before=HIDE_TORCH)

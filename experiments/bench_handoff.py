@@ -171,7 +171,8 @@ def _show(found: dict[str, list[HandOff]], auto: TransferSpec) -> None:
   console = Console(highlight=False)
   console.print(f'prompts of {_PROMPT_LEN.value} tokens in chunks of {_CHUNK.value}, {_TRANSPORT.value}')
   console.print(table)
-  console.print(f'auto is {auto.granularity}, layers from {auto.layers_from} tokens of the last chunk')
+  of_last = '' if auto.layers_from is None else f', by layers from {auto.layers_from} tokens of the last chunk'
+  console.print(f'auto is {auto.granularity}{of_last}')
   console.print(f'tokens {"all equal" if same else "[red]differ[/]"}')
   save_rows(_JSON.value, rows)
 

@@ -5,15 +5,17 @@ python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json
 
 `device_put` and `host_staged`: from gathered pieces on one device to the last of them on another, beside a plain copy
 of as many bytes into a standing buffer; off CPU, beside as many bytes in one array, put there, or fetched to the host
-and put there. `cross_process`: two processes on this machine, and beside it a bare pull of
-`jax.experimental.transfer`, arrays of the same shapes offered under one number. "pulled" is from the pull to the last
-piece on its device; "in all" begins with the gather and ends when the target's pages are written.
+and put there. (With one device only over the host: on it nothing travels.) `cross_process`: two processes on this
+machine, and beside it a bare pull of `jax.experimental.transfer`, arrays of the same shapes offered under one number.
+"pulled" is from the pull to the last piece on its device; "in all" begins with the gather and ends when the target's
+pages are written.
 """
 
 import contextlib
 import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -254,8 +256,8 @@ def _copying(transport: TransportName, size: int, devices: list[jax.Device]) -> 
 
   def put() -> float:
     fresh = jax.block_until_ready(array + 1)  # an array remembers what it was on the host
-    taken = np.asarray if transport == 'host_staged' else (lambda array: array)
-    return _seconds(lambda: jax.block_until_ready(jax.device_put(taken(fresh), target, may_alias=False)))
+    taken = np.asarray if transport == 'host_staged' else lambda it: it
+    return _seconds(lambda: jax.block_until_ready(jax.device_put(taken(fresh), target)))
 
   return put
 
@@ -282,6 +284,9 @@ def _sent_s(way: Any, pages: int) -> float:
 
 def in_process_rows(transport: TransportName, console: Console) -> list[dict[str, Any]]:
   """Measure, print a table, and return its rows."""
+  if transport == 'device_put' and len(jax.devices()) == 1:
+    console.print('device_put: there is one device, so nothing travels')
+    return []
   table = Table(title=f'{transport}, within this process')
   peer = 'a copy into a standing buffer' if _PLATFORM.value == 'cpu' else 'one array'
   for column in ('MiB', f'{peer} GB/s', 'sent GB/s', 'of it'):
@@ -309,6 +314,8 @@ def main(argv: list[str]) -> None:
     return
   if _PLATFORM.value == 'cpu':
     keep_freed_memory()  # as the engine does
+  else:
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # two processes share a device
   prepare_devices(_PLATFORM.value, 2)
   rows: list[dict[str, Any]] = []
   for transport in dict.fromkeys(_TRANSPORT.value):

@@ -5,7 +5,7 @@ python -m experiments.check_tokens --ways=plain,2P2D --page_sizes=16
 python -m experiments.check_tokens --platform=gpu
 
 The cases and where they come from are in tests/data. All prompts are in flight together. On fewer than four devices all
-workers share the first. Prints a line a run; the exit status is 1 if any token differs.
+workers share the first, with tp=1. Prints a line a run; the exit status is 1 if any token differs.
 """
 
 import dataclasses
@@ -136,9 +136,11 @@ def main(argv: list[str]) -> None:
       else:
         differing = serve_golden(name, page_size, _CACHE.value, _PLATFORM.value, one_device)
       failed += bool(differing)
+      where = ', all on one device' if one_device and name != 'plain' else ''
       verdict = f'[red]{len(differing)} differ: {differing}[/]' if differing else '[green]all equal[/]'
       pages = '' if name == 'plain' else f', page size {page_size}'
-      console.print(f'{name}{pages}: {len(golden_cases())} cases, {verdict}, {time.perf_counter() - begin:.0f} s')
+      seconds = time.perf_counter() - begin
+      console.print(f'{name}{where}{pages}: {len(golden_cases())} cases, {verdict}, {seconds:.0f} s')
       jax.clear_caches()
   sys.exit(1 if failed else 0)
 

@@ -6,8 +6,8 @@ python -m experiments.check_transfers --processes=12
 
 Random models on virtual CPU devices, in float32: 12 key/value heads for tp 1 to 4, and 2 of them on 4 devices, where
 each head has two copies (with those, only tp 1 and 2 can be paired otherwise: 3 does not divide them). Both ends of
-`cross_process` are in one process, with a socket between them. By default every combination, in a process for each two
-meshes; with --covering so few that each two values meet. Prints what differs; the exit status is 1 if anything does.
+`cross_process` are in one process, with a socket between them. By default every combination, with --covering so few
+that each two values meet; each two meshes have a process. Prints what is wrong; the exit status is 1 if anything is.
 SmolLM2 itself is checked by experiments.check_tokens.
 """
 
@@ -163,7 +163,9 @@ class Pools:
 
   @functools.cache  # noqa: B019
   def _way(self, source: Worker, target: Worker, transport: TransportName) -> ByPieces:
-    return TRANSPORTS[transport](source, target, _spec('layers'))
+    way = TRANSPORTS[transport](source, target, _spec('layers'))
+    assert isinstance(way, ByPieces)
+    return way
 
   def _compile(self, way: ByPieces, by_layers: bool) -> None:
     """Compile what is missing of the batches that are to travel: of groups of layers, or of all of them."""
@@ -188,16 +190,16 @@ def _prompt(length: int) -> tuple[int, ...]:
 
 
 def check(cases: Sequence[Case]) -> list[tuple[Case, Any]]:
-  """Serve each case; those that are not right, with what came and what should have."""
+  """Serve each case; those that are not right, with what came and what should have, or with the error."""
   pools = Pools()
-  found = []
+  found: list[tuple[Case, Any]] = []
   for case in cases:
     try:
-      differing: Any = pools.differing(case)
-    except AssertionError as error:
-      differing = error.args
-    if differing:
-      found.append((case, differing))
+      differing = pools.differing(case)
+    except Exception as error:
+      found.append((case, repr(error)))
+    else:
+      found += [(case, differing)] if differing else []
   return found
 
 
@@ -218,7 +220,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   cases = covering(product()) if _COVERING.value else product()
   console, begin, done, failed = Console(highlight=False), time.perf_counter(), 0, 0
-  for count, differing in [(len(cases), check(cases))] if _COVERING.value else check_apart(cases, _PROCESSES.value):
+  for count, differing in check_apart(cases, _PROCESSES.value):
     done += count
     failed += len(differing)
     for case, tokens in differing:

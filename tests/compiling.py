@@ -14,7 +14,7 @@ CACHE = 'PDJAX_TEST_CACHE'  # in the environment: the folder of what was compile
 # For what is compiled once and run a few times: half the CPU time of the kernels' tests in interpret mode.
 QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _FULL = {'xla_backend_optimization_level': 3, 'xla_llvm_disable_expensive_passes': False}
-if jaxlib.version.__version_info__ < (0, 11):  # later ones end the process for a flag that they no longer have
+if jaxlib.version.__version_info__ < (0, 11, 1):  # 0.11.2 ends the process for a flag that it no longer has
   QUICK += ' --xla_cpu_use_fusion_emitters=false'
   _FULL['xla_cpu_use_fusion_emitters'] = True
 

@@ -102,7 +102,7 @@ class Waiters:
     self._jobs.put((key, job))
 
   def forget(self, key: int) -> None:
-    """Wait no longer for the end of a job; if it never ends, only its thread is lost."""
+    """Wait no longer for the end of a job; if it never ends, its thread is lost, and what it holds."""
     with self._condition:
       self._left.discard(key)
       self._condition.notify_all()
@@ -134,6 +134,7 @@ class Waiters:
         self._left.discard(key)
         self._idle += 1
         self._condition.notify_all()
+      del item, job  # while it waits for the next it holds no device memory
 
 
 class Waiter:
@@ -165,3 +166,4 @@ class Waiter:
         job()
       except BaseException as error:  # a thread that died would leave the loop waiting for ever
         self._crashed(error)
+      del job  # while it waits for the next it holds no device memory

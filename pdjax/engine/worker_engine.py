@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,21 +34,33 @@ class _Arrived:
   arrived_s: float
 
 
+class StalledError(RuntimeError):
+  """Too much is on its way already that nobody waits for any more."""
+
+
 class WorkerEngine(Engine):
   """Runs the passes of one worker, offers what leaves it and pulls what comes to it.
 
   One thread calls `wait` over and over; what others want of it they `call`, and it does that in their order.
   """
 
-  def __init__(self, worker: Worker):
-    """Serve with a compiled worker; `senders` and `receivers` are put there by the handshake, by the other's name."""
+  def __init__(self, worker: Worker, staging_bytes: float = math.inf):
+    """Serve with a compiled worker; `senders` and `receivers` are put there by the handshake, by the other's name.
+
+    Args:
+      worker: The worker.
+      staging_bytes: Once pulls of so many bytes were given up and have not ended, others are refused: over a link that
+        stands still they would take more and more memory, on either side.
+    """
     super().__init__([worker], {})
     self.worker = worker
+    self._staging_bytes = staging_bytes
     self.senders: dict[str, Sender] = {}
     self.receivers: dict[str, Receiver] = {}
     self._numbers: dict[int, int] = {}  # of the transfers that are being dispatched, by order
     self._offers: dict[int, tuple[Sender, Offer]] = {}
-    self._pulls: set[int] = set()
+    self._pulls: dict[int, Parcel] = {}  # whose pieces are to be written
+    self._given_up: list[Parcel] = []  # whose pieces are not, though they may still be on their way
     self._stopped = False
 
   def start_clock_at(self, start_s: float) -> None:
@@ -102,16 +115,18 @@ class WorkerEngine(Engine):
     """Begin to pull a transfer; one for another life of this worker too, so that its source need not keep it."""
     pulled_s = self._mailbox.now_s()
     try:
+      self._refuse_if_stalled(order.source)
       parcel = self.receivers[order.source].pull(number, manifest, order.span)
     except Exception as error:
       self._fail(number, error, pulled=False)
       return
-    self._pulls.add(number)
+    self._pulls[number] = parcel
     self._transfers.add(number, functools.partial(self._await, number, order, parcel, pulled_s))
 
   def settle(self, number: int, pulled: bool) -> None:
     """Let go of a transfer, whichever end of it this is; pieces that arrive from now on are not written."""
-    self._pulls.discard(number)
+    if number in self._pulls:
+      self._given_up = [one for one in (*self._given_up, self._pulls.pop(number)) if not one.is_there()]
     self._transfers.forget(number)
     sender, offer = self._offers.pop(number, (None, None))
     if sender is not None and offer is not None and not pulled:
@@ -119,6 +134,15 @@ class WorkerEngine(Engine):
         sender.withdraw(offer)
 
   # -------------------------------------------------------------------------- inside
+
+  def _refuse_if_stalled(self, source: str) -> None:
+    self._given_up = [one for one in self._given_up if not one.is_there()]
+    stalled = sum(one.wire_bytes for one in self._given_up)
+    if stalled >= self._staging_bytes:
+      raise StalledError(
+        f'pulls of {stalled} bytes that were given up have not ended, and staging_bytes is {self._staging_bytes}; see '
+        f'whether the link to {source!r} or its process stands still.'
+      )
 
   def _is_stale(self, order: Order) -> bool:
     return False  # `take` has looked, as far as one can from here
@@ -165,8 +189,7 @@ class WorkerEngine(Engine):
     life, name = self.worker.incarnation, self.worker.spec.name
     if arrived.number not in self._pulls or arrived.order.incarnations[1] != life:
       return
-    self._pulls.discard(arrived.number)
-    parcel = arrived.parcel
+    parcel = self._pulls.pop(arrived.number)
     try:
       written = self.receivers[arrived.order.source].receive(parcel)
     except Exception as error:

@@ -91,7 +91,7 @@ class WorkerProcess:
     loaded = time.perf_counter()
     program_s = self.compile_worker(worker)
     compile_s = time.perf_counter() - loaded
-    self.engine = WorkerEngine(worker)
+    self.engine = WorkerEngine(worker, assignment.transfer.staging_bytes)
     self._thread = threading.Thread(target=self._run, name='pdjax-worker', daemon=True)
     self._thread.start()
     versions = tuple((name, _version(name)) for name in _VERSIONED)

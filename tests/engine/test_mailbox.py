@@ -6,6 +6,7 @@ import math
 import queue
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -174,3 +175,19 @@ def test_a_job_that_raises_is_told_of():
   waiters.add(0, lambda: 1 / 0)
   assert isinstance(told.get(timeout=10), ZeroDivisionError)
   waiters.close()
+
+
+@pytest.mark.parametrize('kind', [Waiter, Waiters])
+def test_a_thread_that_has_nothing_to_do_holds_nothing(kind):
+  waiter, ran = kind('test', lambda error: None), threading.Event()
+  held = threading.Event()  # stands for arrays on a device
+  job = functools.partial(lambda _: ran.set(), held)
+  gone = weakref.ref(held)
+  waiter.add(job) if kind is Waiter else waiter.add(1, job)
+  del held, job
+  assert ran.wait(10.0)
+  deadline_s = time.monotonic() + 10.0
+  while gone() is not None and time.monotonic() < deadline_s:
+    time.sleep(0.001)
+  assert gone() is None
+  waiter.close()

@@ -1,7 +1,9 @@
 """Workers in processes of their own, with threads in the place of processes: what they say to each other and when."""
 
 import dataclasses
+import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -11,13 +13,16 @@ from pdjax import Session, launch
 from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.engine.process_engine import ProcessEngine
 from pdjax.engine.processes import build_processes, clock_offset, limit_of
+from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
+from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.serving.messages import AbandonOrder, Started, StepOrder, TransferOrder, WorkerBack, WorkerLost
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
+from pdjax.types.span import Span
 from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
@@ -210,6 +215,42 @@ def test_a_transfer_of_which_news_are_lost_is_given_up_at_its_deadline_and_tried
   served = processes.changed(transfer=spec, faults=FaultSpec(backoff_s=0.0)).serve(requests((9, 9, 9)), prepare)
   assert dropped and assert_right_or_failed(served) == []
   assert any(isinstance(event, Started) and isinstance(event.order, AbandonOrder) for event in served.events)
+
+
+class Standing(Parcel):
+  """Sixty bytes that do not arrive before the link moves again."""
+
+  def __init__(self, link: threading.Event):
+    super().__init__((), (0, 1), wire_bytes=60, num_pieces=1, gathered=())
+    self._link = link
+
+  def is_there(self):
+    return self._link.is_set()
+
+  def wait(self):
+    self._link.wait(60.0)
+
+
+def test_pulls_that_were_given_up_take_no_more_memory_than_staging_has_though_none_ever_ends(processes):
+  link = threading.Event()
+  engine = WorkerEngine(processes.peers['decode0'].process.engine.worker, staging_bytes=100)
+  engine.receivers['prefill0'] = types.SimpleNamespace(pull=lambda *_: Standing(link))
+  order = TransferOrder(0, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4))
+  engine.start_clock()
+
+  def refused(number: int) -> list[TransferFailed]:
+    engine.pull(number, order, ())
+    engine.settle(number, pulled=True)
+    return [news for news in engine.wait(0.0)[1] if isinstance(news, TransferFailed)]
+
+  assert refused(1) == refused(2) == []
+  (failed,) = refused(3)
+  assert (
+    failed.number == 3 and not failed.pulled and 'pulls of 120 bytes' in failed.error and 'prefill0' in failed.error
+  )
+  link.set()
+  assert refused(4) == []
+  engine.close()
 
 
 def test_pieces_that_arrive_damaged_are_not_written_and_fail_their_request_alone(unequal, monkeypatch):

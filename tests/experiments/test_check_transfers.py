@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from experiments.check_transfers import Case, Pools, covering, product
+from experiments.check_transfers import Case, Pools, check, covering, product
 
 CASES = covering(product())
 
@@ -25,3 +25,13 @@ def test_each_two_values_meet_that_can():
     return {pair for case in cases for pair in itertools.combinations(enumerate(dataclasses.astuple(case)), 2)}
 
   assert meetings(CASES) == meetings(product()) and len(CASES) < 30
+
+
+def test_a_case_that_ends_in_an_error_is_wrong_even_one_without_words(monkeypatch):
+  def differing(self, case):
+    if case is CASES[1]:
+      raise AssertionError
+    return {'r5': ((1,), (2,))} if case is CASES[2] else {}
+
+  monkeypatch.setattr(Pools, 'differing', differing)
+  assert check(CASES[:4]) == [(CASES[1], 'AssertionError()'), (CASES[2], {'r5': ((1,), (2,))})]

@@ -34,7 +34,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 # Reads arguments as JSON lines and runs the command with each in a process forked from this one, where all of it is
 # imported but JAX has not started.
 FORKING = """
-import json, os, sys, tempfile
+import json, os, signal, sys, tempfile
 from absl import app
 from experiments import run
 
@@ -42,6 +42,7 @@ for line in sys.stdin:
   with tempfile.TemporaryFile('w+') as printed:
     child = os.fork()
     if not child:
+      signal.alarm(300)
       os.dup2(os.open(os.devnull, os.O_RDWR), 1)
       os.dup2(printed.fileno(), 2)
       sys.argv = ['experiments.run', *json.loads(line)]
@@ -63,10 +64,11 @@ def answered():
     def answer(*arguments: str) -> tuple[int, str]:
       process.stdin.write(json.dumps(arguments) + '\n')
       process.stdin.flush()
-      return tuple(json.loads(process.stdout.readline()))
+      line = process.stdout.readline()
+      assert line, 'the process that forks the others has ended'
+      return tuple(json.loads(line))
 
     yield answer
-    process.stdin.close()
 
 
 def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_others(checkpoint, tmp_path):

@@ -7,10 +7,9 @@ from pdjax.kv.transfer.checksums import CorruptError
 from pdjax.kv.transfer.cross_process import CrossProcess
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
-from pdjax.kv.transfer.pieces import ByPieces
 from pdjax.types.cluster import TransferSpec
 
-TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], ByPieces]] = {
+TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] = {
   'device_put': DevicePut,
   'host_staged': HostStaged,
   'cross_process': CrossProcess,

@@ -44,6 +44,10 @@ class Parcel:
   checked: Checked | None = dataclasses.field(default=None, kw_only=True)
   abandoned: bool = dataclasses.field(default=False, kw_only=True)
 
+  def is_there(self) -> bool:
+    """Whether every piece is there, or never will be because it failed."""
+    return all(leaf.is_ready() for leaf in jax.tree.leaves([pieces for _, pieces in self.batches]))
+
   def wait_gathered(self) -> None:
     """Block until every piece can leave its device."""
     jax.block_until_ready(self.gathered)

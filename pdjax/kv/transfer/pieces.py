@@ -81,9 +81,10 @@ class Cut:
 def batch_bounds(wanted: int, most: int) -> tuple[int, ...]:
   """Sizes of batches, ascending: 1, then about four times the one before.
 
-  The last is `wanted`; or a power of four if there are not so many units (`most`), as nearly all of them travel rarely.
+  The last is `wanted` if a pool has so many units (`most`); else a power of four, as a transfer rarely takes nearly the
+  whole pool.
   """
-  sizes = [max(wanted, 1) if wanted < most else 4 ** ((most.bit_length() - 1) // 2)]
+  sizes = [max(wanted, 1) if wanted <= most else 4 ** ((most.bit_length() - 1) // 2)]
   while sizes[-1] > 1:
     sizes.append(-(-sizes[-1] // 4))
   return tuple(reversed(sizes))

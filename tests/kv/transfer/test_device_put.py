@@ -98,6 +98,7 @@ def test_batches_add_up_to_the_units_and_are_few(most):
 
 def test_a_batch_is_no_larger_than_the_pool_and_has_a_unit_at_least():
   assert batch_bounds(91, 15) == batch_bounds(91, 4) == (1, 4) and batch_bounds(91, 64) == (1, 4, 16, 64)
+  assert batch_bounds(5, 5) == (1, 2, 5) and batch_bounds(6, 5) == (1, 4)
   assert batch_bounds(91, 3) == batch_bounds(0, 1000) == (1,)
 
 

@@ -403,6 +403,7 @@ def test_a_printed_comparison_is_its_verdict_in_lines_that_fit_a_screen(over_rat
   assert max(map(len, str(comparison).splitlines())) <= 110
 
 
+@pytest.mark.slow
 def test_the_engine_compiles_each_cluster_once(monkeypatch):
   deployed = []
   deploy = launch.deploy

@@ -78,7 +78,7 @@ def test_llama_3_8b_fits_and_its_cache_stays_in_place(name, key):
     pytest.param(SMOLLM2, 1, 'kv', ('prefill', 512), marks=pytest.mark.slow),
     pytest.param(SMOLLM2, 3, 'kv', ('decode', 64), marks=pytest.mark.slow),
     pytest.param(PAIRS, 2, 'paired', ('prefill', 512), marks=pytest.mark.slow),
-    (PAIRS, 2, 'paired', ('decode', 64)),
+    pytest.param(PAIRS, 2, 'paired', ('decode', 64), marks=pytest.mark.slow),
   ],
 )
 def test_heads_of_64_are_packed_for_the_kernels(model, tp, layout, key):

@@ -1,7 +1,7 @@
 # make demo        serve a small model on this machine's CPU
 # make test        the tests
 # make test-slow   the tests that take minutes
-# make test-runs   of these whole runs: golden tokens, the notebook, a benchmark, workers on Ray
+# make test-runs   of these whole runs: golden tokens, README and notebook, benchmarks, workers on Ray
 # make notebook    the notebook anew, with its outputs
 # make lint        style and types
 # make clean       remove what the others made
@@ -29,7 +29,7 @@ test-slow: $(DONE)-test
 
 test-runs: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow -k 'not as_long_as_the_context' tests/test_golden.py tests/experiments/test_notebooks.py \
-	  tests/experiments/test_bench_cpu.py \
+	  tests/experiments/test_bench_cpu.py tests/experiments/test_check_device.py tests/test_readme.py \
 	  tests/engine/test_ray.py::test_a_run_on_ray_is_the_same_run
 
 notebook: $(DONE)-test

@@ -57,7 +57,8 @@ def ways(page_size: int) -> dict[str, _Way]:
   sizes = SIZES | {'num_pages': POOL_TOKENS // page_size}
   larger = sizes | {'page_size': 4 * page_size, 'num_pages': POOL_TOKENS // page_size // 4}
   default, apart, four = TransferSpec(), Disaggregated(), Disaggregated(decode_steps=4)
-  layers, staged = TransferSpec(granularity='layers'), TransferSpec('host_staged', granularity='request')
+  layers = TransferSpec(granularity='layers', piece_bytes=2**20)
+  staged = TransferSpec('host_staged', granularity='request')
   return {
     'colocated': (colocated_pool(1, **sizes), Colocated(token_budget=128), default),
     'colocated tp3': (colocated_pool(1, tp=3, **sizes), Colocated(token_budget=128, decode_steps=4), default),

@@ -26,6 +26,7 @@ class Wordy(RandomCheckpoint):
     return Tokenizer(backend)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
   model = dataclasses.replace(TINY, context_len=256)
   checkpoint = Wordy(model)

@@ -146,7 +146,7 @@ def test_workers_of_unlike_page_layouts_are_exact(model, prefill_tp, decode_tp, 
 
 POOLS = [  # model, prefill tp, decode tp, and dtype and tokens a page of both
   (TINY, 1, 1, ('int8', 'int8'), (16, 1)),
-  (TINY_12_12, 3, 2, ('float32', 'float32'), (6, 4)),
+  pytest.param(TINY_12_12, 3, 2, ('float32', 'float32'), (6, 4), marks=pytest.mark.slow),
   (TINY_12_12, 1, 3, ('float32', 'int8'), (4, 16)),
   (TINY, 2, 1, ('int8', 'float32'), (16, 4)),
   (TINY_8_2, 1, 4, ('bfloat16', 'float16'), (1, 4)),

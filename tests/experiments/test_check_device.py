@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,6 +19,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
   )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_command_measures_is_in_the_result(tmp_path):
   file = tmp_path / 'device.json'
   done = command('--only=device_put', f'--json={file}')

@@ -234,25 +234,25 @@ def in_process(transport: TransportName, sizes_mib: list[float], repeats: int) -
   """For each size: its MiB, and GB/s of as many bytes copied plainly, and of pieces once they are gathered."""
   most = max(map(pages_of, sizes_mib))
   devices = jax.devices()
-  source, target = (_Pool(most, device) for device in (devices[0], devices[min(1, len(devices) - 1)]))
+  ends = devices[0], devices[min(1, len(devices) - 1)]
+  source, target = (_Pool(most, device) for device in ends)
   way = TRANSPORTS[transport](source, target, _GRANULARITY)
   way.compile()
   for mib in sizes_mib:
     pages = pages_of(mib)
     size = pages * _PAGE_SIZE * _MODEL.cached_token_bytes('float32')
-    plainly = _copying(transport, size, devices)
+    plainly = _copying(transport, size, *ends)
     rounds = [(plainly(), _sent_s(way, pages)) for _ in range(repeats + 1)]
     copied, sent = (size / statistics.median(seconds) / 1e9 for seconds in zip(*rounds[1:], strict=True))  # first: slow
     yield size / 2**20, copied, sent
 
 
-def _copying(transport: TransportName, size: int, devices: list[jax.Device]) -> Callable[[], float]:
+def _copying(transport: TransportName, size: int, source: jax.Device, target: jax.Device) -> Callable[[], float]:
   """A plain copy of so many bytes as devices allow: what returns its seconds when it is called."""
-  if devices[0].platform == 'cpu':
+  if source.platform == 'cpu':
     plain, standing = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     return lambda: _seconds(lambda: np.copyto(standing, plain))
-  target = devices[min(1, len(devices) - 1)]
-  array = jax.device_put(np.ones(size, np.uint8), devices[0])
+  array = jax.device_put(np.ones(size, np.uint8), source)
 
   def put() -> float:
     fresh = jax.block_until_ready(array + 1)  # an array remembers what it was on the host

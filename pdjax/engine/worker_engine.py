@@ -29,7 +29,6 @@ class _Arrived:
 
   number: int
   order: TransferOrder
-  parcel: Parcel
   pulled_s: float
   arrived_s: float
 
@@ -182,7 +181,7 @@ class WorkerEngine(Engine):
     except Exception as error:
       self._fail(number, error)
       return
-    self._mailbox.post(lambda arrived_s: _Arrived(number, order, parcel, pulled_s, arrived_s))
+    self._mailbox.post(lambda arrived_s: _Arrived(number, order, pulled_s, arrived_s))
 
   def _write(self, arrived: _Arrived) -> None:
     """Write what has arrived. Passes dispatched from now on find it, so the transfer has ended."""

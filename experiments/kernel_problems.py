@@ -68,11 +68,14 @@ def _prefill(name: str, bars: Mapping[str, float], **arguments: Any) -> Problem:
   return Problem(name, 'pallas_kernels.cases:prefill', arguments, bars, configs)
 
 
-def _int4(grouped: bool, block_n: int, by_bytes: bool) -> dict[str, Any]:
+def _int4(grouped: bool, block_n: int, lead_n: int, by_bytes: bool) -> dict[str, Any]:
   return {
     'block_n': block_n,
-    'depth': 5,
-    'lead_n': 512 if grouped or block_n > 1024 else 256,
+    'depth': 4,
+    'lead_n': lead_n,
+    'copies': 2,
+    'lead_copies': 8,
+    'last_n': 256,
     'tile_k': 128 if grouped else 256,
     'by_bytes': by_bytes,
     'correction': 'sums' if grouped and by_bytes else 'products',
@@ -98,7 +101,10 @@ def _copy(function: str) -> Problem:
   return Problem(f'{function} 128 pages of 16', f'pallas_kernels.cases:{function}', {}, candidates=candidates)
 
 
-_INT4_CUTS = ((1536, False), (1024, False), (768, False), (2048, True), (1024, True))
+_INT4_CUTS = (
+  *((2048, 1024, False), (1536, 512, False), (1024, 512, False), (768, 512, False), (512, 256, False)),
+  *((2048, 1024, True), (2048, 512, True), (1024, 256, True)),
+)
 _INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 

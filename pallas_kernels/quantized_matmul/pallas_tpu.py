@@ -11,11 +11,15 @@ what that adds to a product is 136 times the sum of the activations of its group
 product of a group (`correction='products'`), or from their sum, by a small product of sums with scales ('sums').
 Where bytes become bfloat16 cheaply (`by_bytes`), words become bytes by a mask, and the surplus is 8 instead of 136; the
 activations' columns then are brought into the order in which the bytes come, 64 by 64, once.
-It ends when the last block's result has left VMEM.
+
+At a wait, and where a loop's turn ends, the matrix units run dry for some 200 cycles: all waits stand there.
+What nothing else can be done beside travels in several copies, with semaphores of their own: the activations, the first
+blocks of weights, and the last columns of a result. The kernel ends when these have left VMEM.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -47,6 +51,9 @@ class Config:
   tile_n: int = 256  # columns a product
   tile_k: int = 256  # rows of K a product; no more than a group
   depth: int = 3  # blocks of weights in VMEM
+  copies: int = 1  # in which a whole block of weights travels, side by side
+  lead_copies: int = 1  # in which the activations, and the weights of each narrower block, travel
+  last_n: int = 0  # columns at the end of a block whose results travel by themselves: what is left after all products
   cores: int = 1  # parts of the columns, which a chip of several cores computes side by side
   correction: str = 'products'  # 'products' or 'sums': where four-bit weights lose what reading their bits added
   by_bytes: bool = False  # four-bit weights become bytes first, where these become bfloat16 cheaply
@@ -105,6 +112,15 @@ class _Plan:
   def lead_width(self) -> int:
     return _divisor(self.lead_n, self.config.lead_n) if self.lead_n else LANES
 
+  def copies(self, width: int) -> int:
+    """In which the weights of a block of so many columns travel."""
+    return self.config.copies if width == self.block_n else self.config.lead_copies
+
+  def out_cuts(self, width: int) -> list[tuple[int, int]]:
+    """Where the parts begin in which a block's results travel, and their columns."""
+    last = self.config.last_n
+    return [(0, width - last), (width - last, last)] if 0 < last < width else [(0, width)]
+
   @property
   def run(self) -> int:
     """Rows of K whose products one scale multiplies, within a block."""
@@ -124,6 +140,19 @@ class _Plan:
 def _divisor(size: int, most: int) -> int:
   """The largest multiple of 128 that divides a size, which is one, and is at most `most`; 128 if none is."""
   return next((width for width in range(most // LANES * LANES, LANES, -LANES) if size % width == 0), LANES)
+
+
+def _cuts(size: int, unit: int, count: int) -> list[tuple[int, int]]:
+  """Where at most `count` parts of a size begin and how long they are, each of whole units but the last."""
+  units = -(-size // unit)
+  count = min(count, units)
+  bounds = [min(unit * (units * index // count), size) for index in range(count + 1)]
+  return [(start, end - start) for start, end in itertools.pairwise(bounds)]
+
+
+def _remainder(step, divisor: int):
+  """Of a step that is not negative: cheap on the scalar unit if by a power of two."""
+  return step & (divisor - 1) if divisor & (divisor - 1) == 0 else jax.lax.rem(step, divisor)
 
 
 def _unpack(words):
@@ -174,21 +203,38 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
     return pl.ds(pl.multiple_of(base + start, LANES), width)
 
   def block_copies(step, width):
-    slot, index_k = jax.lax.rem(step, config.depth), jax.lax.rem(step, steps_k)
+    slot, index_k = _remainder(step, config.depth), _remainder(step, steps_k)
     height = block_k // plan.packing
     entry = jax.lax.div(index_k * block_k, plan.group) if plan.group > block_k else index_k
-    source = w_hbm.at[pl.ds(pl.multiple_of(index_k * height, 8), height), columns(step, width)]
-    return (
-      pltpu.make_async_copy(source, w.at[slot, :, :width], w_done.at[slot]),
+    copies = [
+      pltpu.make_async_copy(
+        w_hbm.at[pl.ds(pl.multiple_of(index_k * height + row, 8), rows_of_part), columns(step, width)],
+        w.at[slot, row : row + rows_of_part, :width],
+        w_done.at[slot, part],
+      )
+      for part, (row, rows_of_part) in enumerate(_cuts(height, 8 if int4 else 32, plan.copies(width)))
+    ]
+    copies.append(
       pltpu.make_async_copy(
         scale_hbm.at[entry, :, columns(step, width)], scales.at[slot, :, :width], scale_done.at[slot]
-      ),
+      )
     )
+    return copies
 
-  def out_copy(step, width):
-    slot = jax.lax.rem(jax.lax.div(step, steps_k), 2)
-    target = out_hbm.at[row_block, :, columns(step, width)]
-    return pltpu.make_async_copy(out.at[slot, :, :width], target, out_done.at[slot])
+  def out_slot_of(step, width):
+    slot = _remainder(jax.lax.div(step, steps_k), 2)
+    return slot + 2 if narrow and width == plan.block_n else slot
+
+  def out_copies(step, width):
+    slot, first = out_slot_of(step, width), columns(step, width).start
+    return [
+      pltpu.make_async_copy(
+        out.at[slot, :, start : start + size],
+        out_hbm.at[row_block, :, pl.ds(pl.multiple_of(first + start, LANES), size)],
+        out_done.at[slot, part],
+      )
+      for part, (start, size) in enumerate(plan.out_cuts(width))
+    ]
 
   def start(step):
     """Start to copy the weights of a step, if there is one."""
@@ -201,11 +247,13 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
       pl.when(step < narrow)(lambda: go(plan.lead_width))
     pl.when((step >= narrow) & (step < steps))(lambda: go(plan.block_n))
 
-  def wait_out(step):
-    """Wait for the result of a step, if there is one."""
-    if narrow:
-      pl.when((step >= 0) & (step < narrow))(lambda: out_copy(step, plan.lead_width).wait())
-    pl.when(step >= narrow)(lambda: out_copy(step, plan.block_n).wait())
+  def wait_out(step, width):
+    """Wait for the results of a step, if there is one and it has so many columns."""
+
+    @pl.when(step >= (narrow if width == plan.block_n else 0))
+    def _():
+      for copy in out_copies(step, width):
+        copy.wait()
 
   def join(product):
     """The sum over the parts of the activations."""
@@ -214,19 +262,22 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
       result = result + product[index * rows : (index + 1) * rows]
     return result
 
-  x_copies = [
-    pltpu.make_async_copy(x_hbm.at[row_block, :, k * block_k : (k + 1) * block_k], x.at[k], x_done.at[k])
-    for k in range(steps_k)
-  ]
-  for copy in x_copies:
+  def x_copy(k, part, at, size):
+    source = x_hbm.at[row_block, :, k * block_k + at : k * block_k + at + size]
+    return pltpu.make_async_copy(source, x.at[k, :, at : at + size], x_done.at[k, part])
+
+  x_cuts = _cuts(block_k, LANES, config.lead_copies)
+  x_copies = [[x_copy(k, part, *cut) for part, cut in enumerate(x_cuts)] for k in range(steps_k)]
+  for copy in itertools.chain(*x_copies):
     copy.start()
   start(jnp.int32(0))
   if w8a8:
     row_copy = pltpu.make_async_copy(row_hbm.at[row_block], row_scales, row_done)
     row_copy.start()
     row_copy.wait()
-  for k, copy in enumerate(x_copies):
-    copy.wait()
+  for k, copies in enumerate(x_copies):
+    for copy in copies:
+      copy.wait()
     if k == steps_k - 1 and config.depth > 2:
       start(jnp.int32(1))  # not before: the first blocks shall not share the bandwidth with later ones
     if not int4:
@@ -266,14 +317,14 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
           tiles.append((n, min(config.tile_n, width - n), run, at, height, at + height == end))
 
     def body(step, _):
-      slot, index_k = jax.lax.rem(step, config.depth), jax.lax.rem(step, steps_k)
-      out_slot = jax.lax.rem(jax.lax.div(step, steps_k), 2)
+      slot, index_k = _remainder(step, config.depth), _remainder(step, steps_k)
+      out_slot = out_slot_of(step, width)
       for copy in block_copies(step, width):
         copy.wait()
       if steps_k == 1:
-        wait_out(step - 2)
+        wait_out(step - 2, width)
       else:
-        pl.when(index_k == 0)(lambda: wait_out(step - 2 * steps_k))
+        pl.when(index_k == 0)(lambda: wait_out(step - 2 * steps_k, width))
       if width != plan.block_n or not narrow:
 
         @pl.when(step == 0)
@@ -283,6 +334,8 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
 
       coming = load(slot, tiles[0])
       product = result = None
+      ends = [start + size for start, size in plan.out_cuts(width)]
+      results = out_copies(step, width)
       for index, (n, size, run, at, height, run_ends) in enumerate(tiles):
         tile, coming = coming, load(slot, tiles[index + 1]) if index + 1 < len(tiles) else None
         activations = x[index_k, :, at : at + height]
@@ -310,10 +363,13 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
           total[:, place] = result
         out[out_slot, :, place] = finish(result)  # before the last block of K, in vain
         result = None
-      if steps_k == 1:
-        out_copy(step, width).start()
-      else:
-        pl.when(index_k == steps_k - 1)(lambda: out_copy(step, width).start())
+        for end, copy in zip(ends, results, strict=True):
+          if not n < end <= n + size:
+            continue
+          if steps_k == 1:
+            copy.start()
+          else:
+            pl.when(index_k == steps_k - 1)(copy.start)
       return 0
 
     return body
@@ -322,9 +378,9 @@ def _kernel(x_hbm, w_hbm, scale_hbm, row_hbm, out_hbm, x, w, scales, row_scales,
     jax.lax.fori_loop(0, narrow, step_of(plan.lead_width), 0)
   if steps > narrow:
     jax.lax.fori_loop(narrow, steps, step_of(plan.block_n), 0)
-  for back in (2, 1):
-    if steps >= back * steps_k:
-      wait_out(jnp.int32(steps - back * steps_k))
+  for first, end, width in ((0, narrow, plan.lead_width), (narrow, steps, plan.block_n)):
+    for step in range(max(end - 2 * steps_k, first), end, steps_k):
+      wait_out(jnp.int32(step), width)
 
 
 def _surplus(tiles, rows: int, bias: int):
@@ -395,7 +451,7 @@ def _buffers(plan: _Plan):
     'w': ((config.depth, plan.block_k // plan.packing, block_n), jnp.int32 if plan.kind == 'int4' else jnp.int8),
     'scales': ((config.depth, runs, block_n), jnp.float32),
     'row_scales': ((rows if plan.kind == 'w8a8' else 8, LANES), jnp.float32),
-    'out': ((2, rows, block_n), plan.out_dtype),
+    'out': ((4 if plan.lead_n else 2, rows, block_n), plan.out_dtype),
     'sums': ((plan.steps_k * runs, rows, LANES) if plan.kind == 'int4' else (1, 8, LANES), jnp.float32),
     'spread': ((plan.steps_k, rows, len(_TERMS) * runs) if plan.by_sums else (1, 16, LANES), jnp.bfloat16),
     'total': ((rows, block_n) if plan.steps_k > 1 else (8, LANES), jnp.float32),
@@ -417,11 +473,11 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
     out_shape=jax.ShapeDtypeStruct((blocks, plan.rows, plan.size_n * config.cores), plan.out_dtype),
     scratch_shapes=[
       *(shape for _, shape in _buffers(plan).values()),
-      dma((plan.steps_k,)),
-      dma((config.depth,)),
+      dma((plan.steps_k, config.lead_copies)),
+      dma((config.depth, max(config.copies, config.lead_copies))),
       dma((config.depth,)),
       dma(()),
-      dma((2,)),
+      dma((4, len(plan.out_cuts(plan.block_n)))),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel'),
@@ -470,6 +526,10 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
       return f'{name} is {value}, no positive multiple of {unit}.'
   if config.depth < 2:
     return f'depth is {config.depth}, and it takes at least 2.'
+  if min(config.copies, config.lead_copies) < 1:
+    return f'copies are {config.copies} and {config.lead_copies}, and it takes at least one.'
+  if config.last_n < 0 or config.last_n % LANES:
+    return f'last_n is {config.last_n}, neither 0 nor a positive multiple of {LANES}.'
   if config.integer and facts['kind'] == 'w8a8' and not _has_integers(device):
     return f'config.integer is set, and {device.name} multiplies no integers.'
   plan = _plan(facts, config, jnp.float32)  # results may be that wide
@@ -497,15 +557,15 @@ def rule(device: Device, facts: Facts) -> Config:
   float32 = facts['dtype'] == 'float32'
   wide = device.matrix_width >= 256
   block_m = 128 if float32 else 256
-  if kind == 'int4':
-    block_n, depth = (2048 if wide else 1536), 5
-  else:
-    block_n, depth = 512, 4
+  block_n = 512 if kind != 'int4' else 2048 if wide else 1536
   grouped = int(facts['group_size']) < int(facts['k'])
   config = Config(
     block_m=block_m,
     block_n=block_n,
-    depth=depth,
+    depth=4,
+    copies=2,
+    lead_copies=8,
+    last_n=256,
     cores=device.cores,
     tile_k=128 if grouped else 256,
     correction='sums' if wide and grouped and not float32 else 'products',

@@ -127,6 +127,8 @@ def run_kernel(x, weights: QuantizedWeights, config=SMALL, x_scales=None, interp
     (3, 200, 300, 4, None, 'bfloat16', {'by_bytes': True}),
     (5, 200, 300, 8, None, 'bfloat16', {'block_k': 128}),
     (40, 512, 700, 8, 256, 'float32', {'block_k': 128, 'lead_blocks': 2}),
+    (40, 512, 1500, 4, None, 'bfloat16', {'depth': 4, 'copies': 2, 'lead_copies': 3, 'last_n': 128}),
+    (3, 512, 700, 8, 128, 'bfloat16', {'depth': 4, 'copies': 3, 'lead_copies': 8, 'last_n': 128, 'tile_n': 256}),
   ],
 )
 def test_kernel_multiplies_what_is_stored(size_m, size_k, size_n, bits, group_size, dtype, changes):

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -68,8 +69,8 @@ class _Pool:
 
 
 def pages_of(mib: float) -> int:
-  """How many pages have so many MiB, at least one."""
-  return max(1, round(mib * 2**20 / (_PAGE_SIZE * _MODEL.cached_token_bytes('float32'))))
+  """How many pages have at least so many MiB."""
+  return math.ceil(mib * 2**20 / (_PAGE_SIZE * _MODEL.cached_token_bytes('float32')))
 
 
 def span_of(pages: int) -> Span:
@@ -277,7 +278,7 @@ def _sent_s(way: Any, pages: int) -> float:
     jax.block_until_ready([way.carry(batch)[0] for batch in batches])
   else:
     pieces = [piece for batch in batches for piece in way.leaving(batch)]
-    arrived = iter(way.put(pieces, [piece.sharding for batch in batches for piece in way.arriving(batch.shape)]))
+    arrived = iter(way.put(pieces, way.places(batches)))
     jax.block_until_ready([way.assemble(batch.shape, arrived) for batch in batches])
   return time.perf_counter() - begin
 

@@ -44,10 +44,11 @@ class FaultyWay(DevicePut):
 
   def put(self, pieces, places) -> list[jax.Array]:
     if self._fault in ('corrupts', 'permutes'):
-      return [self._damaged(piece, place) for piece, place in zip(pieces, places, strict=True)]
+      each = [places] * len(pieces) if isinstance(places, jax.Device) else places
+      return [self._damaged(piece, place) for piece, place in zip(pieces, each, strict=True)]
     return super().put(pieces, places)
 
-  def _damaged(self, piece: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+  def _damaged(self, piece: jax.Array, place: jax.Device | jax.sharding.Sharding) -> jax.Array:
     here = np.array(piece)
     if self._fault == 'permutes':
       here[:] = here[:, ::-1]

@@ -165,6 +165,7 @@ def _show(found: dict[str, list[HandOff]], auto: TransferSpec) -> None:
       cells = [f'{exposed_s * 1e3:.1f}', f'{of_whole:.2f}', f'{median(name, "hidden"):.0%}']
       rows.append(row(f'exposed hand-off, {name}', exposed_s * 1e3, 'ms', peer='request',
                       peer_value=median('request', 'exposed_s') * 1e3))  # fmt: skip
+      rows.append(row(f'wire time hidden, {name}', median(name, 'hidden') * 100, '%'))
     rows.append(row(f'second token, {name}', second_s * 1e3, 'ms', peer='colocated',
                     peer_value=median('colocated', 'second_token_s') * 1e3))  # fmt: skip
     table.add_row(name, *cells, f'{second_s * 1e3:.0f}', f'{relative:.3f}')

@@ -105,7 +105,7 @@ _INT4_CUTS = (
   *((2048, 1024, False), (1536, 512, False), (1024, 512, False), (768, 512, False), (512, 256, False)),
   *((2048, 1024, True), (2048, 512, True), (1024, 256, True)),
 )
-_INT8_CANDIDATES = [{'block_n': 512, 'depth': 4}]
+_INT8_CANDIDATES = [{'block_n': 512, 'depth': 4, 'copies': 2, 'lead_copies': 8, 'last_n': 256}]
 _INT4_CANDIDATES = {grouped: [_int4(grouped, *cut) for cut in _INT4_CUTS] for grouped in (False, True)}
 
 

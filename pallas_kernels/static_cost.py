@@ -2,8 +2,9 @@ r"""What a kernel costs on a TPU, as far as the compiler knows without one.
 
 libtpu compiles for TPU topologies on any machine and, if asked, simulates the scheduled program: its cycles, with
 copies modelled and grid loops unrolled, its instruction bundles and its use of vector memory. That repeats exactly, so
-it serves to compare two programs and to notice when one grows. It is no timing: the model of copies is 20 to 40 % too
-generous, no instruction fetch is modelled, and a trip count that is not known at trace time counts as if it were one.
+it serves to compare two programs and to notice when one grows. It is no timing: copies with semaphores of their own are
+simulated as if each had the memory to itself, no instruction fetch is modelled, and a trip count that is not known at
+trace time counts as if it were one.
 
 A case is a function of a module, with keyword arguments, that returns a `Case`:
 

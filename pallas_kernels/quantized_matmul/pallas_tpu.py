@@ -14,7 +14,7 @@ activations' columns then are brought into the order in which the bytes come, 64
 
 At a wait, and where a loop's turn ends, the matrix units run dry for some 200 cycles: all waits stand there.
 What nothing else can be done beside travels in several copies, with semaphores of their own: the activations, the first
-blocks of weights, and the last columns of a result. The kernel ends when these have left VMEM.
+blocks of weights, and the last columns of a result. The kernel ends when the last result has left VMEM.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from pallas_kernels.tuning import Facts
 _BYTE_BIAS = 8  # what a stored four-bit value is above the value that it stands for
 _BIAS = 136  # what the bit pattern of a four-bit value, read as a number, is above it: 128, and 8 of the stored value
 _HEADROOM = 3 << 20  # bytes of VMEM for what the compiler keeps there
-_SHORT_BLOCK_N = 768  # columns of a body of under 6,000 bundles, at 64 rows
+_SHORT_BLOCK_N = 640  # columns of a body of under 6,000 bundles, at 64 rows
 _LONGEST_BODY = 64 * 2048 * 4096  # rows times weights of a grid step
 
 
@@ -51,9 +51,9 @@ class Config:
   tile_n: int = 256  # columns a product
   tile_k: int = 256  # rows of K a product; no more than a group
   depth: int = 3  # blocks of weights in VMEM
-  copies: int = 1  # in which a whole block of weights travels, side by side
-  lead_copies: int = 1  # in which the activations, and the weights of each narrower block, travel
-  last_n: int = 0  # columns at the end of a block whose results travel by themselves: what is left after all products
+  copies: int = 1  # copies, side by side, in which the weights of a whole block travel
+  lead_copies: int = 1  # copies in which the activations, and the weights of each narrower block, travel
+  last_n: int = 0  # columns at the end of a block, whole tiles, whose results travel by themselves, after the rest
   cores: int = 1  # parts of the columns, which a chip of several cores computes side by side
   correction: str = 'products'  # 'products' or 'sums': where four-bit weights lose what reading their bits added
   by_bytes: bool = False  # four-bit weights become bytes first, where these become bfloat16 cheaply
@@ -528,8 +528,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     return f'depth is {config.depth}, and it takes at least 2.'
   if min(config.copies, config.lead_copies) < 1:
     return f'copies are {config.copies} and {config.lead_copies}, and it takes at least one.'
-  if config.last_n < 0 or config.last_n % LANES:
-    return f'last_n is {config.last_n}, neither 0 nor a positive multiple of {LANES}.'
+  if config.last_n < 0 or config.last_n % config.tile_n:
+    return f'last_n is {config.last_n}, neither 0 nor a positive multiple of tile_n, {config.tile_n}.'
   if config.integer and facts['kind'] == 'w8a8' and not _has_integers(device):
     return f'config.integer is set, and {device.name} multiplies no integers.'
   plan = _plan(facts, config, jnp.float32)  # results may be that wide
@@ -562,6 +562,7 @@ def rule(device: Device, facts: Facts) -> Config:
   config = Config(
     block_m=block_m,
     block_n=block_n,
+    lead_n=1024 if block_n == 2048 else 512,
     depth=4,
     copies=2,
     lead_copies=8,
@@ -569,7 +570,7 @@ def rule(device: Device, facts: Facts) -> Config:
     cores=device.cores,
     tile_k=128 if grouped else 256,
     correction='sums' if wide and grouped and not float32 else 'products',
-    by_bytes=wide,
+    by_bytes=wide and grouped,
     integer=kind == 'w8a8' and _has_integers(device),
   )
   while True:

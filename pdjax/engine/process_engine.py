@@ -157,14 +157,23 @@ class ProcessEngine:
       self._start_s = self._mailbox.start_clock()
       for place in self.workers.values():
         place.peer.tell(StartClock(self._start_s + place.clock_s))
+    down: dict[str, _Heard] = {}  # workers that began no other life yet in their process
     for item in before:  # what happened between two runs
       match item:
         case _Gone():
           self._lose(item)
         case _Returned():
           self._come_back(item)
+        case _Heard(news=WorkerLost()):
+          down[item.worker] = item
+        case _Heard(news=WorkerBack(incarnation=life)):
+          down.pop(item.worker, None)
+          if item.process == self.workers[item.worker].process:
+            self.workers[item.worker].incarnation = life
         case Interrupt():
           self._mailbox.post(lambda _: Interrupt())
+    for item in down.values():
+      self._mailbox.post(functools.partial(_Heard, item.worker, item.process, item.news))
     for name, place in self.workers.items():
       if not place.up:
         self._post_lost(name, place.lost)

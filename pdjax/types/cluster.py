@@ -136,7 +136,7 @@ class TransferSpec:
     layers_from: With 'auto', tokens of a last chunk that is long enough; None asks the cost model.
     piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
     staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
-      fit waits for its turn.
+      fit waits for its turn. Bytes that are there give way to the next once their writing is dispatched.
     deadline_s: Seconds from when what is moved is computed until a transfer that has not ended is given up; what comes
       then is said by `FaultSpec`.
     checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so

@@ -18,6 +18,9 @@ class FaultSpec:
   Attempts are bounded, so every request ends: a transfer that was tried `max_attempts` times is computed again, and a
   request that was begun `max_attempts` times ends with the error.
 
+  A worker is lost when its pass fails or its process ends. One that hangs without ending is not noticed: passes have no
+  deadline.
+
   Attributes:
     transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
     corruption: When pages arrive that are not those that were sent, which only `TransferSpec.checksums` finds.

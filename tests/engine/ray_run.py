@@ -11,11 +11,11 @@ from pdjax.types import RayCluster, TransferSpec
 from tests.tiny import config
 
 
-def run(cache: str) -> dict:
+def run(cache: str, split: str, decode_tp: int) -> dict:
   """Serve the tiny workload; the cluster is gone when this returns."""
   run = dataclasses.replace(
-    config('1P1D'),
-    transfer=TransferSpec(granularity='chunk', piece_bytes=4096),
+    config(split, 1, decode_tp),
+    transfer=TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True),
     processes=RayCluster(),
     compilation_cache=cache,
   )
@@ -53,4 +53,4 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 if __name__ == '__main__':
-  print(json.dumps(run(sys.argv[1])))
+  print(json.dumps(run(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -27,7 +27,7 @@ from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
 
-SPEC = TransferSpec(granularity='chunk', piece_bytes=4096)
+SPEC = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)
 
 
 @pytest.fixture(scope='module')
@@ -64,6 +64,31 @@ def test_unequal_processes_are_exact(unequal):
   served = unequal.serve(requests((1, 3, 16, 17, 40, 5)))
   assert {order.span.layers for order, _ in served.transfers()} >= {(0, 1), (1, 2)}
   assert served.tokens() == plain(served, TINY_8_2)
+
+
+def test_several_processes_on_either_side_are_exact():
+  several = Processes.of(dataclasses.replace(config('2P2D', 1, 2), transfer=SPEC))
+  try:
+    served = several.serve(requests())
+    assert {(order.source, order.target) for order, _ in served.transfers()} >= {
+      ('prefill0', 'decode0'), ('prefill1', 'decode1')
+    }  # fmt: skip
+    assert served.tokens() == plain(served)
+  finally:
+    several.built.engine.close()
+
+
+def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
+  served = processes.serve(requests((9,)))
+  peer, heard = processes.peers['decode0'], threading.Event()
+  life = processes.built.engine.workers['decode0'].incarnation
+  peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
+  peer.process.engine._post_broken('decode0', life, 'it failed late')
+  assert heard.wait(20)
+  time.sleep(0.2)  # until it is posted
+  again = processes.serve(requests((9,)))
+  assert again.incarnations['decode0'] == life + 1
+  assert again.tokens() == served.tokens() == plain(again)
 
 
 def test_a_transfer_has_its_times_in_order_though_two_processes_tell_them(processes):

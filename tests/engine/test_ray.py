@@ -25,7 +25,9 @@ from tests.tiny import TINY, config, requests
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = dataclasses.replace(
-  config('1P1D'), transfer=TransferSpec(granularity='chunk', piece_bytes=4096), processes=RayCluster(cpus=0.5)
+  config('1P1D'),
+  transfer=TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True),
+  processes=RayCluster(cpus=0.5),
 )
 LOST_WITHIN_S = 2.0  # of a kill: 0.02 s on a quiet machine
 
@@ -40,10 +42,11 @@ ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluste
 
 
 @pytest.mark.slow
-def test_a_run_on_ray_is_the_same_run(tmp_path):
+@pytest.mark.parametrize('split, decode_tp, count', [('1P1D', 1, 2), ('2P1D', 2, 3)])
+def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
   """One command: tokens, who holds devices, who listens where, and what is left."""
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path))],
+    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
     cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -56,7 +59,7 @@ def test_a_run_on_ray_is_the_same_run(tmp_path):
   assert facts['jax'] == [], 'the controller needs no JAX, and so holds no devices'
   assert facts['left'] == []
   workers = [line.rpartition(' of process ')[2].split(',')[0] for line in facts['said'] if ' of process ' in line]
-  assert len(workers) == 2
+  assert len(workers) == count
   for pid in workers:  # Ray's own port is open to all, and wants a token; the one that KV is pulled from is not
     assert sum(address.startswith('127.0.0.1:') for address in facts['listening'][pid]) >= 1
     assert sum(not address.startswith('127.0.0.1:') for address in facts['listening'][pid]) == 1

@@ -51,10 +51,10 @@ class FaultyWay(DevicePut):
   def _damaged(self, piece: jax.Array, place: jax.Device | jax.sharding.Sharding) -> jax.Array:
     here = np.array(piece)
     if self._fault == 'permutes':
-      here[:] = here[:, ::-1]
-      here[0, 0], here[0, -1] = here[0, -1].copy(), here[0, 0].copy()
-    if self._fault == 'corrupts' or here.shape[1] == 1:
+      here = np.roll(here, 1, 1 if here.shape[1] > 1 else -2)  # units, or of a single one the tokens
+    else:
       here.reshape(-1).view(np.uint8)[3] ^= 1
+    assert here.tobytes() != np.asarray(piece).tobytes()
     return jax.device_put(here, place)
 
   def _waits(self, fault: Fault, wait: Callable[[], None]) -> Callable[[], None]:

@@ -128,7 +128,7 @@ def run_kernel(x, weights: QuantizedWeights, config=SMALL, x_scales=None, interp
     (5, 200, 300, 8, None, 'bfloat16', {'block_k': 128}),
     (40, 512, 700, 8, 256, 'float32', {'block_k': 128, 'lead_blocks': 2}),
     (40, 512, 1500, 4, None, 'bfloat16', {'depth': 4, 'copies': 2, 'lead_copies': 3, 'last_n': 128}),
-    (3, 512, 700, 8, 128, 'bfloat16', {'depth': 4, 'copies': 3, 'lead_copies': 8, 'last_n': 128, 'tile_n': 256}),
+    (3, 512, 900, 8, 128, 'bfloat16', {'depth': 4, 'copies': 3, 'lead_copies': 8, 'last_n': 256, 'block_n': 512}),
   ],
 )
 def test_kernel_multiplies_what_is_stored(size_m, size_k, size_n, bits, group_size, dtype, changes):
@@ -147,11 +147,23 @@ def test_kernel_multiplies_integers(integer):
   assert_close(actual, expected(x, weights, x_scales), 1e-6)
 
 
-@pytest.mark.parametrize('bits, size_k', [(4, 256), (8, 512)])
-def test_kernel_has_no_races(bits, size_k):
-  x, weights = activations(5, size_k, 'bfloat16'), weights_of(size_k, 1024, bits, None)
+SIDE_BY_SIDE: dict[str, int] = {'depth': 4, 'copies': 2, 'lead_copies': 3, 'last_n': 128}
+
+
+@pytest.mark.parametrize(
+  'size_m, size_k, size_n, bits, changes',
+  [
+    (5, 256, 1024, 4, {}),
+    (5, 512, 1024, 8, {}),
+    (5, 256, 1408, 4, SIDE_BY_SIDE),
+    (40, 512, 700, 8, {**SIDE_BY_SIDE, 'block_k': 128}),  # several blocks of rows and of K
+  ],
+)
+def test_kernel_has_no_races(size_m, size_k, size_n, bits, changes):
+  x, weights = activations(size_m, size_k, 'bfloat16'), weights_of(size_k, size_n, bits, None)
   interpret = pltpu.InterpretParams(detect_races=True)
-  assert_close(run_kernel(x, weights, interpret=interpret), expected(x, weights), 1e-3)
+  actual = run_kernel(x, weights, dataclasses.replace(SMALL, **changes), interpret=interpret)
+  assert_close(actual, expected(x, weights), 1e-3)
   assert not interpret_races()
 
 
@@ -177,6 +189,9 @@ def test_what_the_kernel_refuses_says_why():
   x, weights = activations(2, 128), weights_of(128, 128, 8, 64)
   facts = pallas_tpu.problem(x, weights.values, weights.scales)
   assert 'groups of 64 rows' in (pallas_tpu.refusal(SMALL, devices.by_name('v5e'), facts) or '')
+  facts['group_size'] = 128
+  for changes, said in (({'lead_copies': 0}, 'copies are 1 and 0'), ({'last_n': 64}, 'last_n is 64')):
+    assert said in (pallas_tpu.refusal(dataclasses.replace(SMALL, **changes), devices.by_name('v5e'), facts) or '')
   with pytest.raises(ValueError, match='pallas_tpu: it is for TPUs'):
     quantized_matmul(x, weights.values, weights.scales, implementation='pallas_tpu')
   quantized_matmul(x, weights.values, weights.scales, implementation=('pallas_tpu', 'xla'))

@@ -29,7 +29,7 @@ class DevicePut(ByPieces):
     return Parcel(batches, self.layers_of(span), put_bytes, len(arrived), leaving, checked=checked)
 
   def places(self, gathered: Sequence[Gathered]) -> jax.Device | list[jax.sharding.Sharding]:
-    """Where the pieces of some batches go, in their order. If all go to one device only that: JAX is quicker then."""
+    """Where the pieces of some batches go, in their order; if all go to one device only that: JAX is quicker then."""
     devices = self._target.mesh.devices
     if devices.size == 1:
       return devices.item()

@@ -360,11 +360,6 @@ def _model(pages: KVPages) -> tuple[int, int, int]:
   return len(pages.layers), pages.kv_heads, pages.head_dim
 
 
-def _device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
-  (device,) = piece.sharding.device_set
-  return device
-
-
 def _shard_on(array: jax.Array, device: jax.Device) -> jax.Array:
   if len(array.sharding.device_set) == 1:
     return array  # to ask for its shards takes as long as a hundred kilobytes on their way

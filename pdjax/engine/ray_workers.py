@@ -7,6 +7,7 @@ does.
 import contextlib
 import functools
 import itertools
+import math
 import os
 import pathlib
 import secrets
@@ -91,12 +92,14 @@ class RayPeer:
     name: The worker's name.
     start: Starts an actor by a name that none had before.
     ray: Ray.
+    silence_s: Seconds without an answer after which it counts as lost.
   """
 
-  def __init__(self, name: str, start: Callable[[str], Any], ray: types.ModuleType):
+  def __init__(self, name: str, start: Callable[[str], Any], ray: types.ModuleType, silence_s: float):
     self.name = name
     self._start = start
     self._ray = ray
+    self._silence_s = None if math.isinf(silence_s) else _LISTEN_S + silence_s
     self._lock = threading.Lock()
     self._lives = itertools.count(1)
     self._closed = False
@@ -120,7 +123,7 @@ class RayPeer:
 
   def listen(self) -> tuple[News, ...]:
     """Wait until something happened there, or a while."""
-    return self._get(self._method('call', 'news').remote('listen', _LISTEN_S))
+    return self._get(self._method('call', 'news').remote('listen', _LISTEN_S), self._silence_s)
 
   def restart(self) -> None:
     """Have Ray start another process in the place of the lost one."""
@@ -143,11 +146,13 @@ class RayPeer:
   def _method(self, name: str, group: str, **options: Any) -> Any:
     return getattr(self._actor, name).options(concurrency_group=group, **options)
 
-  def _get(self, answer: Any) -> Any:
+  def _get(self, answer: Any, timeout_s: float | None = None) -> Any:
     try:
-      return self._ray.get(answer)
+      return self._ray.get(answer, timeout=timeout_s)
     except self._ray.exceptions.RayTaskError as error:
       raise error.cause from None
+    except self._ray.exceptions.GetTimeoutError:
+      raise PeerLost(f'the process of worker {self.name!r} has not answered for {timeout_s} s') from None
     except self._ray.exceptions.RayError as error:
       raise PeerLost(f'the process of worker {self.name!r} is gone ({_first_line(error)})') from error
 
@@ -190,7 +195,7 @@ class RayProcesses:
           'number of workers, tp or processes.cpus, or use a larger cluster.'
         ) from None
       self.peers = {
-        worker.name: RayPeer(worker.name, functools.partial(self._start, group, index, bundle), ray)
+        worker.name: RayPeer(worker.name, functools.partial(self._start, group, index, bundle), ray, cluster.silence_s)
         for index, (worker, bundle) in enumerate(zip(workers, bundles, strict=True))
       }
     except BaseException:

@@ -18,8 +18,8 @@ class FaultSpec:
   Attempts are bounded, so every request ends: a transfer that was tried `max_attempts` times is computed again, and a
   request that was begun `max_attempts` times ends with the error.
 
-  A worker is lost when its pass fails or its process ends. One that hangs without ending is not noticed: passes have no
-  deadline.
+  A worker is lost when its pass fails, and when its process ends or is silent (`RayCluster.silence_s`). A pass has no
+  deadline: one that hangs in a process which answers is not noticed.
 
   Attributes:
     transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).

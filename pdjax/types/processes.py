@@ -20,9 +20,11 @@ class RayCluster:
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
       says, and nothing on CPU.
+    silence_s: Seconds without an answer after which a process counts as lost, though it has not ended.
 
   Raises:
-    ValueError: if the host is no address of one host, the strategy is unknown or the cores are not positive.
+    ValueError: if the host is no address of one host, the strategy is unknown, or the cores or the silence are not
+      positive.
   """
 
   address: str | None = None
@@ -30,6 +32,7 @@ class RayCluster:
   strategy: Strategy = 'PACK'
   cpus: float = 1.0
   accelerator: str | None = None
+  silence_s: float = 60.0
 
   def __post_init__(self):
     if self.host != 'node':
@@ -45,6 +48,8 @@ class RayCluster:
       raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
     if self.cpus <= 0:
       raise ValueError(f'cpus is {self.cpus}, expected more than 0 cores; a part of one will do, such as 0.1.')
+    if not self.silence_s > 0:
+      raise ValueError(f'silence_s is {self.silence_s}, expected more than 0 seconds; inf waits for ever.')
 
   def resources(self, tp: int, platform: str | None) -> dict[str, float]:
     """What Ray sets aside for a worker of so many devices."""

@@ -79,8 +79,8 @@ def cluster():
   built.engine.close()
 
 
-def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int = 1):
-  """SIGKILL a worker's process when the controller tells anyone the `count`th message of a kind."""
+def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int = 1, sign: int = signal.SIGKILL):
+  """Send a worker's process a signal when the controller tells anyone the `count`th message of a kind."""
   pid = cluster.peers[worker].ask('pid')
   said, killed_s = [], []
   tell = ray_workers.RayPeer.tell
@@ -90,7 +90,7 @@ def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int
     if isinstance(message, kind):
       said.append(message)
       if len(said) == count:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, sign)
         killed_s.append(time.perf_counter())
 
   monkeypatch.setattr(ray_workers.RayPeer, 'tell', watch)
@@ -125,6 +125,18 @@ def test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once(cluster, 
   monkeypatch.undo()
   after = cluster.serve(requests())
   assert after.tokens() == plain(after)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cluster, monkeypatch):
+  peer = cluster.peers['decode0']
+  monkeypatch.setattr(peer, '_silence_s', ray_workers._LISTEN_S + 1)
+  stopped_s = killing(monkeypatch, cluster, 'decode0', Pull, sign=signal.SIGSTOP)
+  served = cluster.serve(requests((9, 17, 40), max_tokens=12))
+  assert stopped_s, 'nobody was stopped'
+  assert assert_right_or_failed(served) == []
+  (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
+  assert lost.worker == 'decode0' and 'has not answered for 6' in lost.error
 
 
 @pytest.mark.slow

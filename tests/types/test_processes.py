@@ -23,6 +23,7 @@ def test_by_default_nothing_listens_beyond_this_machine():
     ({'host': 'everywhere'}, r"host is 'everywhere', expected the IP address .* or 'node'"),
     ({'strategy': 'CLOSE'}, "strategy is 'CLOSE', expected one of PACK, SPREAD"),
     ({'cpus': 0}, 'cpus is 0, expected more than 0 cores'),
+    ({'silence_s': 0}, 'silence_s is 0, expected more than 0 seconds'),
   ],
 )
 def test_what_cannot_be_is_refused(fields, message):

@@ -291,11 +291,7 @@ COLUMNS = {
   'eviction asked under transfer': Column(_acts(_evict), ends=('cancelled',), empty=_NO_TRANSFER | _OVER),
   '5 % random failures over 500 requests': Column(
     _full,
-    empty=dict.fromkeys(
-      ROWS,
-      'one run meets every moment: test_random_faults.py on the simulator; on devices 500 requests take minutes, and '
-      'test_any_faults.py has random faults of fewer',
-    ),
+    empty=dict.fromkeys(ROWS, 'one run meets every moment: test_random_faults.py, and test_random_faults_engine.py'),
   ),
   'slow link': Column(_link(stalled=False), empty=_BEHIND),
   'stalled link': Column(_link(stalled=True), empty=_BEHIND),

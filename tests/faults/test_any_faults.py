@@ -10,17 +10,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from pdjax.engine.engine import Engine
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
 from pdjax.types import FaultSpec, Request, SamplingParams
 from tests.faults.chaos import Chaos
-from tests.faults.engine_faults import FaultyEngine, fresh
+from tests.faults.engine_faults import FaultyEngine
 from tests.faults.injection import Asking
 from tests.faults.oracles import assert_right, watched
 from tests.faults.shadow import ShadowSimulator
-from tests.faults.test_matrix_engine import cluster
-from tests.faults.test_matrix_engine import plain as plain_on_engine
+from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of
 from tests.faults.test_matrix_simulated import plain as plain_on_simulator
 from tests.faults.test_random_faults import CLUSTERS
 from tests.test_simulator import HandCost
@@ -151,24 +149,14 @@ class OnEngine(AnyFaults):
   lengths = (1, 9, 17, 40)
   down_s = 0.05
 
-  def plain(self, request: Request) -> tuple[int, ...]:
-    longest = dataclasses.replace(
-      request.sampling, max_tokens=10, seed=0
-    )  # it takes the likeliest, so the seed is nothing
-    return plain_on_engine(dataclasses.replace(request, sampling=longest))[: request.sampling.max_tokens]
+  plain = staticmethod(begin_of_plain)
 
   def begin(self, name: str) -> None:
     ours = cluster().changed(faults=FAULTS)
-    self.cleaning = contextlib.ExitStack()
-    self.cleaning.enter_context(fresh(ours.transports.values()))
     self.arrivals = Open([])
-    self.engine = Engine(list(ours.workers.values()), ours.transports)
-    self.state = ours.empty_state()
-    for worker_name, worker in ours.workers.items():
-      worker._progress.clear()
-      self.state.workers[worker_name].incarnation = worker.incarnation
-    self.engine.start_clock()
-    self.backend = Chaos(FaultyEngine(self.engine), self.take_fault, self.take_end, late_s=0.5, patience_s=0.02)
+    self.open = contextlib.ExitStack()
+    engine, self.state = self.open.enter_context(engine_of(ours))
+    self.backend = Chaos(FaultyEngine(engine), self.take_fault, self.take_end, late_s=0.5, patience_s=0.02)
     run = serve(self.arrivals, ours.config.policy, self.backend, self.state)
     self.run = watched(run, self.state, most_turns=10_000)
 
@@ -176,9 +164,8 @@ class OnEngine(AnyFaults):
     try:
       super().teardown()
     finally:
-      if hasattr(self, 'engine'):
-        self.engine.close()
-        self.cleaning.close()
+      if hasattr(self, 'open'):
+        self.open.close()
 
 
 def drive(machine: type[AnyFaults], examples: int, steps: int) -> int:

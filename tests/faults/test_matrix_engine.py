@@ -1,10 +1,14 @@
 """The fault matrix on devices: a tiny random model, compiled once, over a transport that fails on demand."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import pytest
 
+from pdjax.engine.engine import Engine
+from pdjax.serving import ClusterState
 from pdjax.types import Request
 from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared
@@ -29,8 +33,27 @@ def cluster() -> Cluster:
   return ours
 
 
+@contextlib.contextmanager
+def engine_of(ours: Cluster) -> Iterator[tuple[Engine, ClusterState]]:
+  """An engine that runs on the cluster's workers, and the state to serve with."""
+  with fresh(ours.transports.values()):
+    engine, state = Engine(list(ours.workers.values()), ours.transports), ours.empty_state()
+    for name, worker in ours.workers.items():
+      worker._progress.clear()
+      state.workers[name].incarnation = worker.incarnation
+    engine.start_clock()
+    with contextlib.closing(engine):
+      yield engine, state
+
+
 def plain(request: Request) -> tuple[int, ...]:
   return generate(TINY, dataclasses.replace(request, id='alone', arrival_s=0.0, sample_of=None))[0]
+
+
+def begin_of_plain(request: Request) -> tuple[int, ...]:
+  """The same for requests of up to ten tokens, all that begin alike worked out at once."""
+  longest = dataclasses.replace(request.sampling, max_tokens=10, n=1, seed=0)  # the likeliest, so the seed is nothing
+  return plain(dataclasses.replace(request, sampling=longest))[: request.sampling.max_tokens]
 
 
 @pytest.mark.parametrize(('row', 'column'), cells())

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
@@ -11,15 +12,17 @@ from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import AbandonOrder, Failed, Started, TimerDue, Withdrawn, WorkerLost
 from pdjax.simulator import Replay
 from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
-from tests.faults.chaos import Chaos
+from tests.faults.chaos import Chaos, End
 from tests.faults.injection import Again, Asking
 from tests.faults.oracles import assert_right, watched
-from tests.faults.shadow import ShadowSimulator
+from tests.faults.shadow import Fault, ShadowSimulator
 from tests.faults.test_matrix_simulated import plain
 from tests.test_simulator import HandCost
 from tests.tiny import SIZES, TINY, prompt
 
 SHARE = 0.05
+FAULTS: tuple[Fault, ...] = ('refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes')
+ENDS: tuple[End, ...] = ('late', 'twice', 'lost')
 DEADLINE_S = 100.0
 PAGE_BYTES = 4 * TINY.cached_token_bytes('float32')
 CLUSTERS = {  # workers, policy, and how KV travels
@@ -39,13 +42,13 @@ CLUSTERS = {  # workers, policy, and how KV travels
 
 
 class Leaving(Asking):
-  """Some of the requests, or of their samples, are withdrawn some time after they came."""
+  """Some of the requests, or of their samples, are withdrawn within some time after they came."""
 
-  def __init__(self, requests, rng: random.Random):
+  def __init__(self, requests, rng: random.Random, within_s: float):
     super().__init__(requests)
     samples = [sample for request in requests for sample in request.samples()]
     leaving = rng.sample(samples, round(SHARE * len(samples)))
-    self._leaving = sorted((one.arrival_s + rng.uniform(0, 300), one.id) for one in leaving)
+    self._leaving = sorted((one.arrival_s + rng.uniform(0, within_s), one.id) for one in leaving)
 
   @property
   def closed(self) -> bool:
@@ -65,13 +68,13 @@ class Leaving(Asking):
 class Dying(Chaos):
   """Now and then a worker dies, too."""
 
-  def __init__(self, *args, rng: random.Random, **kwargs):
+  def __init__(self, *args, rng: random.Random, workers: Iterable[str], down_s: float, **kwargs):
     super().__init__(*args, **kwargs)
-    self._rng = rng
+    self._rng, self._workers, self._down_s = rng, tuple(workers), down_s
 
   def wait(self, until_s):
     if self._rng.random() < 0.01:
-      self.lose(self._rng.choice(list(self.backend.incarnations)), self._rng.choice((0.0, 50.0)))
+      self.lose(self._rng.choice(self._workers), self._rng.choice((0.0, self._down_s)))
     return super().wait(until_s)
 
 
@@ -90,16 +93,17 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
   rng = random.Random(seed)
   workers, policy, transfer = CLUSTERS[name]
   workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
-  arrivals = Leaving(some_requests(500, rng), rng)
+  arrivals = Leaving(some_requests(500, rng), rng, within_s=300.0)
   sizes = {worker.name: worker.page_size for worker in workers}
   simulator = ShadowSimulator(TINY, workers, HandCost(), arrivals.output_len, page_sizes=sizes, slow_s=30.0)
-  faults = ('refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes')
   backend = Dying(
     simulator,
-    lambda: rng.choice(faults) if rng.random() < SHARE else None,
-    lambda: rng.choice(('late', 'twice', 'lost')) if rng.random() < SHARE else None,
+    lambda: rng.choice(FAULTS) if rng.random() < SHARE else None,
+    lambda: rng.choice(ENDS) if rng.random() < SHARE else None,
     late_s=130.0,
     rng=rng,
+    workers=simulator.incarnations,
+    down_s=50.0,
   )
 
   def empty_state() -> ClusterState:

@@ -29,10 +29,9 @@ class DevicePut(ByPieces):
     return Parcel(batches, self.layers_of(span), put_bytes, len(arrived), leaving, checked=checked)
 
   def places(self, gathered: Sequence[Gathered]) -> jax.Device | list[jax.sharding.Sharding]:
-    """Where the pieces of some batches go, in their order; if all go to one device only that: JAX is quicker then."""
-    devices = self._target.mesh.devices
-    if devices.size == 1:
-      return devices.item()
+    """Where the pieces of some batches go, in their order; if all go to one device, only that."""
+    if self.only_device is not None:
+      return self.only_device
     return [piece.sharding for batch in gathered for piece in self.arriving(batch.shape)]
 
   def put(self, pieces: Sequence[jax.Array], places: jax.Device | list[jax.sharding.Sharding]) -> list[jax.Array]:

@@ -324,6 +324,12 @@ class ByPieces(abc.ABC):
     """Where a piece arrives: if it is alone, as the array that it is to be part of."""
     return leaf.sharding if self._target.mesh.size == 1 else SingleDeviceSharding(device)
 
+  @property
+  def only_device(self) -> jax.Device | None:
+    """The target's device, if it has but one: JAX puts sooner what goes to a device than into a sharding."""
+    devices = self._target.mesh.devices
+    return devices.item() if devices.size == 1 else None
+
   def assemble(self, shape: Shape, arrived: Iterable[jax.Array]) -> tuple[Units, ...]:
     """Arrays on the target's mesh out of the next pieces that arrived, as many as a batch has, in the same order."""
     leaves, tree = jax.tree.flatten(self._landed(shape))

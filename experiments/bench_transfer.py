@@ -278,7 +278,7 @@ def _sent_s(way: Any, pages: int) -> float:
     jax.block_until_ready([way.carry(batch)[0] for batch in batches])
   else:
     pieces = [piece for batch in batches for piece in way.leaving(batch)]
-    arrived = iter(way.put(pieces, way.places(batches)))
+    arrived = iter(way.put(pieces, way.devices_of(batches)))
     jax.block_until_ready([way.assemble(batch.shape, arrived) for batch in batches])
   return time.perf_counter() - begin
 

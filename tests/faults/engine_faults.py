@@ -42,20 +42,19 @@ class FaultyWay(DevicePut):
       parcel.wait = self._waits(fault, parcel.wait)  # type: ignore[method-assign]
     return parcel
 
-  def put(self, pieces, places) -> list[jax.Array]:
+  def put(self, pieces, devices) -> list[jax.Array]:
     if self._fault in ('corrupts', 'permutes'):
-      each = [places] * len(pieces) if isinstance(places, jax.Device) else places
-      return [self._damaged(piece, place) for piece, place in zip(pieces, each, strict=True)]
-    return super().put(pieces, places)
+      return [self._damaged(piece, device) for piece, device in zip(pieces, devices, strict=True)]
+    return super().put(pieces, devices)
 
-  def _damaged(self, piece: jax.Array, place: jax.Device | jax.sharding.Sharding) -> jax.Array:
+  def _damaged(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     here = np.array(piece)
     if self._fault == 'permutes':
       here = np.roll(here, 1, 1 if here.shape[1] > 1 else -2)  # units, or of a single one the tokens
     else:
       here.reshape(-1).view(np.uint8)[3] ^= 1
     assert here.tobytes() != np.asarray(piece).tobytes()
-    return jax.device_put(here, place)
+    return jax.device_put(here, device)
 
   def _waits(self, fault: Fault, wait: Callable[[], None]) -> Callable[[], None]:
     released = self.released

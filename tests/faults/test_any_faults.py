@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,11 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
 from pdjax.types import FaultSpec, Request, SamplingParams
-from tests.faults.chaos import Chaos
+from tests.faults.chaos import Chaos, End
 from tests.faults.engine_faults import FaultyEngine
 from tests.faults.injection import Asking
 from tests.faults.oracles import assert_right, watched
-from tests.faults.shadow import ShadowSimulator
+from tests.faults.shadow import Fault, ShadowSimulator
 from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of
 from tests.faults.test_matrix_simulated import plain as plain_on_simulator
 from tests.faults.test_random_faults import CLUSTERS
@@ -87,7 +88,7 @@ class AnyFaults(RuleBasedStateMachine):
     self.go_on(turns)
 
   @rule(
-    fault=st.sampled_from(('refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes')),
+    fault=st.sampled_from(get_args(Fault)),
     after=st.integers(0, 2),
     turns=st.integers(0, 6),
   )
@@ -95,7 +96,7 @@ class AnyFaults(RuleBasedStateMachine):
     self.faults.extend([None] * after + [fault])
     self.go_on(turns)
 
-  @rule(end=st.sampled_from(('late', 'twice', 'lost')), after=st.integers(0, 2), turns=st.integers(0, 6))
+  @rule(end=st.sampled_from(get_args(End)), after=st.integers(0, 2), turns=st.integers(0, 6))
   def tell_an_end_wrongly(self, end, after, turns) -> None:
     self.ends.extend([None] * after + [end])
     self.go_on(turns)

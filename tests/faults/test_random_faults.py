@@ -3,7 +3,8 @@
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import get_args
 
 import pytest
 
@@ -13,7 +14,7 @@ from pdjax.serving.messages import AbandonOrder, Failed, Started, TimerDue, With
 from pdjax.simulator import Replay
 from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
 from tests.faults.chaos import Chaos, End
-from tests.faults.injection import Again, Asking
+from tests.faults.injection import Again, Asking, Breakable
 from tests.faults.oracles import assert_right, watched
 from tests.faults.shadow import Fault, ShadowSimulator
 from tests.faults.test_matrix_simulated import plain
@@ -21,8 +22,6 @@ from tests.test_simulator import HandCost
 from tests.tiny import SIZES, TINY, prompt
 
 SHARE = 0.05
-FAULTS: tuple[Fault, ...] = ('refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes')
-ENDS: tuple[End, ...] = ('late', 'twice', 'lost')
 DEADLINE_S = 100.0
 PAGE_BYTES = 4 * TINY.cached_token_bytes('float32')
 CLUSTERS = {  # workers, policy, and how KV travels
@@ -66,10 +65,15 @@ class Leaving(Asking):
 
 
 class Dying(Chaos):
-  """Now and then a worker dies, too."""
+  """Of transfers and of their ends five percent go wrong; now and then a worker dies, too."""
 
-  def __init__(self, *args, rng: random.Random, workers: Iterable[str], down_s: float, **kwargs):
-    super().__init__(*args, **kwargs)
+  def __init__(self, backend: Breakable, rng: random.Random, late_s: float, workers: Iterable[str], down_s: float):
+    super().__init__(
+      backend,
+      lambda: rng.choice(get_args(Fault)) if rng.random() < SHARE else None,
+      lambda: rng.choice(get_args(End)) if rng.random() < SHARE else None,
+      late_s,
+    )
     self._rng, self._workers, self._down_s = rng, tuple(workers), down_s
 
   def wait(self, until_s):
@@ -78,12 +82,20 @@ class Dying(Chaos):
     return super().wait(until_s)
 
 
-def some_requests(count: int, rng: random.Random) -> list[Request]:
+def some_requests(
+  count: int,
+  rng: random.Random,
+  gap_s: float = 25.0,
+  max_tokens: Sequence[int] = (1, 4, 12),
+  lengths: Sequence[int] = range(1, 49),
+  unlike: int = 500,
+) -> list[Request]:
+  """Requests with prompts of these lengths, `unlike` ones of each, so long after one another on average."""
   now_s, requests = 0.0, []
   for index in range(count):
-    now_s += rng.expovariate(1 / 25)
-    sampling = SamplingParams(max_tokens=rng.choice((1, 4, 12)), n=rng.choice((1, 1, 1, 2, 3)), ignore_eos=True)
-    requests.append(Request(f'r{index}', prompt(rng.randint(1, 48), index), sampling, now_s))
+    now_s += rng.expovariate(1 / gap_s)
+    sampling = SamplingParams(max_tokens=rng.choice(max_tokens), n=rng.choice((1, 1, 1, 2, 3)), ignore_eos=True)
+    requests.append(Request(f'r{index}', prompt(rng.choice(lengths), index % unlike), sampling, now_s))
   return requests
 
 
@@ -96,15 +108,7 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
   arrivals = Leaving(some_requests(500, rng), rng, within_s=300.0)
   sizes = {worker.name: worker.page_size for worker in workers}
   simulator = ShadowSimulator(TINY, workers, HandCost(), arrivals.output_len, page_sizes=sizes, slow_s=30.0)
-  backend = Dying(
-    simulator,
-    lambda: rng.choice(FAULTS) if rng.random() < SHARE else None,
-    lambda: rng.choice(ENDS) if rng.random() < SHARE else None,
-    late_s=130.0,
-    rng=rng,
-    workers=simulator.incarnations,
-    down_s=50.0,
-  )
+  backend = Dying(simulator, rng, late_s=130.0, workers=simulator.incarnations, down_s=50.0)
 
   def empty_state() -> ClusterState:
     travels = dataclasses.replace(transfer, deadline_s=DEADLINE_S, checksums=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from pdjax.kv.pages import KVPages
 from pdjax.kv.transfer.base import PagePool, Parcel
@@ -244,12 +244,8 @@ class Receiver(Half):
     pieces = [piece for _, shape in self.batches(span) for piece in self.arriving(shape)]
     if not self.has_checksums:
       return pieces
-    return [*pieces, *map(_sums_of, pieces)]
-
-
-def _sums_of(piece: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  (device,) = piece.sharding.device_set
-  return jax.ShapeDtypeStruct((piece.shape[1], 2), np.dtype(np.uint32), sharding=SingleDeviceSharding(device))
+    sums = [jax.ShapeDtypeStruct((piece.shape[1], 2), np.dtype(np.uint32), sharding=piece.sharding) for piece in pieces]
+    return [*pieces, *sums]
 
 
 def _shape_of(piece: Any) -> jax.ShapeDtypeStruct:

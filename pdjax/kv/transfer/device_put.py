@@ -10,7 +10,7 @@ import jax
 
 from pdjax.kv.transfer.base import Parcel
 from pdjax.kv.transfer.checksums import Checked, checksums
-from pdjax.kv.transfer.pieces import ByPieces, Gathered
+from pdjax.kv.transfer.pieces import ByPieces, Gathered, device_of
 from pdjax.types.span import Span
 
 
@@ -21,19 +21,17 @@ class DevicePut(ByPieces):
     """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
     gathered = self.gather(span)
     leaving = [piece for batch in gathered for piece in self.leaving(batch)]
-    arrived = self.put(leaving, self.places(gathered))
+    arrived = self.put(leaving, self.devices_of(gathered))
     checked = Checked(zip(map(checksums, leaving), arrived, strict=True)) if self.has_checksums else None
     rest = iter(arrived)
     batches = tuple((batch.targets, self.assemble(batch.shape, rest)) for batch in gathered)
     put_bytes = sum(piece.nbytes for piece in arrived)
     return Parcel(batches, self.layers_of(span), put_bytes, len(arrived), leaving, checked=checked)
 
-  def places(self, gathered: Sequence[Gathered]) -> jax.Device | list[jax.sharding.Sharding]:
-    """Where the pieces of some batches go, in their order; if all go to one device, only that."""
-    if self.only_device is not None:
-      return self.only_device
-    return [piece.sharding for batch in gathered for piece in self.arriving(batch.shape)]
+  def devices_of(self, gathered: Sequence[Gathered]) -> list[jax.Device]:
+    """The target device of every piece of some batches, in their order."""
+    return [device_of(piece) for batch in gathered for piece in self.arriving(batch.shape)]
 
-  def put(self, pieces: Sequence[jax.Array], places: jax.Device | list[jax.sharding.Sharding]) -> list[jax.Array]:
-    """Carry pieces over, to one device or each to its place; they need not be computed yet."""
-    return jax.device_put(list(pieces), places)
+  def put(self, pieces: Sequence[jax.Array], devices: Sequence[jax.Device]) -> list[jax.Array]:
+    """Carry pieces over, each to its device; they need not be computed yet."""
+    return jax.device_put(list(pieces), list(devices))

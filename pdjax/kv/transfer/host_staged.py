@@ -15,7 +15,7 @@ import numpy as np
 from pdjax.kv.pages import Units
 from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.checksums import Checked, checksums
-from pdjax.kv.transfer.pieces import ByPieces, Gathered
+from pdjax.kv.transfer.pieces import ByPieces, Gathered, device_of
 from pdjax.types.cluster import TransferSpec
 from pdjax.types.span import Span
 
@@ -44,14 +44,14 @@ class HostStaged(ByPieces):
     ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
     with self._lock:  # others may use the buffers before and after
       jax.block_until_ready(batch.pieces)
-      moved = [(piece, self.stage(piece, self.only_device or expected.sharding)) for piece, expected in ways]
+      moved = [(piece, self.stage(piece, device_of(expected))) for piece, expected in ways]
     pairs = [(checksums(piece), arrived) for piece, arrived in moved] if self.has_checksums else []
     return self.assemble(batch.shape, (arrived for _, arrived in moved)), pairs
 
-  def stage(self, piece: jax.Array, place: jax.Device | jax.sharding.Sharding) -> jax.Array:
+  def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Begin to carry one piece over: while it leaves one buffer, the next is copied into the other."""
     self._buffers.reverse()
-    return self._buffers[0].send(np.asarray(piece), place)
+    return self._buffers[0].send(np.asarray(piece), device)
 
 
 class _Buffer:
@@ -61,14 +61,14 @@ class _Buffer:
     self._memory = np.empty(0, np.uint8)
     self._leaving: jax.Array | None = None
 
-  def send(self, here: np.ndarray, place: jax.Device | jax.sharding.Sharding) -> jax.Array:
+  def send(self, here: np.ndarray, device: jax.Device) -> jax.Array:
     """Copy an array into this memory, once nothing leaves it any more, and begin to put it from there."""
     jax.block_until_ready(self._leaving)
     if self._memory.nbytes < here.nbytes:
       self._memory = unaligned(here.nbytes)
     staged = self._memory[: here.nbytes].view(here.dtype).reshape(here.shape)
     np.copyto(staged, here)
-    self._leaving = jax.device_put(staged, place)
+    self._leaving = jax.device_put(staged, device)
     return self._leaving
 
 

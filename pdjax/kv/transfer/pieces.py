@@ -313,22 +313,12 @@ class ByPieces(abc.ABC):
       return self._arriving[shape]
     leaves = jax.tree.leaves(self._landed(shape))
     found = self._arriving[shape] = [
-      jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=self._place(leaf, device))
+      jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=SingleDeviceSharding(device))
       for _ in range(self.cut.target_pieces)
       for leaf in leaves
       for device in self._target.mesh.devices[:, 0]
     ]
     return found
-
-  def _place(self, leaf: jax.ShapeDtypeStruct, device: jax.Device) -> jax.sharding.Sharding:
-    """Where a piece arrives: if it is alone, as the array that it is to be part of."""
-    return leaf.sharding if self._target.mesh.size == 1 else SingleDeviceSharding(device)
-
-  @property
-  def only_device(self) -> jax.Device | None:
-    """The target's device, if it has but one: JAX puts sooner what goes to a device than into a sharding."""
-    devices = self._target.mesh.devices
-    return devices.item() if devices.size == 1 else None
 
   def assemble(self, shape: Shape, arrived: Iterable[jax.Array]) -> tuple[Units, ...]:
     """Arrays on the target's mesh out of the next pieces that arrived, as many as a batch has, in the same order."""
@@ -359,6 +349,12 @@ class ByPieces(abc.ABC):
       pages, written = self._scatters[stop - first, len(targets)](pages, targets, pieces)
       self._target.pages = self._target.pages.with_part(first, pages)
     return written
+
+
+def device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
+  """Where a piece arrives. JAX puts an array on a device sooner than into a sharding."""
+  (device,) = piece.sharding.device_set
+  return device
 
 
 def _model(pages: KVPages) -> tuple[int, int, int]:

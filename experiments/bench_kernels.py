@@ -37,6 +37,7 @@ from experiments import kernel_problems
 from experiments.kernel_problems import SMALL_BUNDLES, Problem
 from experiments.rows import row, save_rows
 from pallas_kernels import devices, static_cost, tuning
+from pdjax.types.json_text import json_text
 
 _ONLY = flags.DEFINE_string('only', '', 'A regular expression: rows whose name it matches.')
 _DEVICES = flags.DEFINE_list('devices', ['v5e', 'v6e', 'v5p', 'tpu7x'], 'TPUs to compile for, if none is here.')
@@ -249,7 +250,7 @@ def _keep(
   for config, figures in found:
     rows.append({'device': device, 'problem': case.facts, 'config': config, 'figures': figures})
   rows.sort(key=lambda row: (row['device'], json.dumps(row['problem'], sort_keys=True)))
-  text = ',\n'.join(f'  {json.dumps(one)}' for one in rows)
+  text = ',\n'.join(f'  {json_text(one)}' for one in rows)
   path.write_text(f'[\n{text}\n]\n', encoding='utf-8')
   return True
 
@@ -309,7 +310,7 @@ def write_budgets(console: Console) -> None:
     }  # fmt: skip
     console.print(f'{problem.name} on {device}: {cost.cycles} cycles, {cost.bundles} bundles')
   path = pathlib.Path(kernel_problems.__file__).parents[1] / 'tests' / 'pallas_kernels' / 'budgets.json'
-  path.write_text(json.dumps(budgets, indent=2) + '\n', encoding='utf-8')
+  path.write_text(json_text(budgets, indent=2) + '\n', encoding='utf-8')
 
 
 # ---------------------------------------------------------------------------- timing

@@ -20,6 +20,8 @@ from typing import Any
 
 from absl import app, flags
 
+from pdjax.types.json_text import json_text
+
 _PLATFORM = flags.DEFINE_enum('platform', 'gpu', ['cpu', 'gpu', 'tpu'], 'Devices to check.')
 _ONLY = flags.DEFINE_list('only', None, 'Names of checks to run; all by default.')
 _TIMEOUT_S = flags.DEFINE_float('timeout_s', 600, 'Most seconds of one check.', lower_bound=0.0)
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> None:
     print(*done['printed'], f'{name}: {ended}, {done["seconds"]} s', sep='\n', flush=True)
     result['checks'].append(done)
     if _JSON.value:
-      pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+      pathlib.Path(_JSON.value).write_text(json_text(result, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
   sys.exit(any(done['status'] != 0 for done in result['checks']))
 
 

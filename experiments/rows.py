@@ -1,8 +1,9 @@
 """Figures of a benchmark as rows that other programs read."""
 
-import json
 import pathlib
 from typing import Any
+
+from pdjax.types.json_text import json_text
 
 
 def row(
@@ -37,4 +38,4 @@ def row(
 def save_rows(path: str | None, rows: list[dict[str, Any]]) -> None:
   """Write figures as a JSON list, if a path is given."""
   if path is not None:
-    pathlib.Path(path).write_text(json.dumps(rows, indent=2) + '\n', encoding='utf-8')
+    pathlib.Path(path).write_text(json_text(rows, indent=2) + '\n', encoding='utf-8')

@@ -14,14 +14,15 @@ With --workdir a run leaves `report.html`, one page to open in a browser, `trace
 with several sizes of a pass, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
-the same order; `pdjax/workload/requests_file.py` documents both formats.
+the same order; `pdjax/workload/requests_file.py` documents both formats. A line that cannot be served keeps no other
+from it: the exit code is 0 if all were, 3 if some were, and 1 if none was.
 """
 
 import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from absl import app, flags
@@ -68,27 +69,32 @@ _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compi
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character of an answer must not end the run
   try:
-    _run(Console(highlight=False))
+    code = _run(Console(highlight=False))
   except (ValueError, OSError, PolicyError, StuckError, DeviceError) as error:
     sys.exit(f'error: {error}')
+  if code:
+    sys.exit(code)
 
 
-def _run(console: Console) -> None:
+def _run(console: Console) -> int:
+  """Do what the flags ask for; the exit code, which tells whether everyone was served."""
   config = _config()
   opened = launch.open_model(config)
   if _COMPARE.value:
     _compare(config, opened, console)
-    return
+    return 0
   rows: list[Request | Refused] = []
   if _REQUESTS.value is not None:
-    rows = _read(opened, _REQUESTS.value)
+    rows = _read(opened, _REQUESTS.value, config.seed)
     if _WORKDIR.value is None:
       raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
     config = dataclasses.replace(config, workload=Given(tuple(row for row in rows if isinstance(row, Request))))
   elif _PROMPT.value is not None:
     sampling = SamplingParams(max_tokens=_MAX_TOKENS.value)
-    prompt = Request('prompt', opened.encode_prompt(_PROMPT.value), sampling)
+    prompt = opened.make_request('prompt', _PROMPT.value, sampling)
     config = dataclasses.replace(config, workload=Given((prompt,)))
   result = None
   if not rows or any(isinstance(row, Request) for row in rows):
@@ -100,11 +106,12 @@ def _run(console: Console) -> None:
           config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value, opened=opened
         )
   completions = () if result is None else result.completions
+  outcomes: Sequence[Completion | Refused] = completions
   if _REQUESTS.value is not None and _WORKDIR.value is not None:
     by_id = {one.request.id: one for one in completions}
-    path = pathlib.Path(_WORKDIR.value) / 'requests.jsonl'
     answers = ([by_id[one.id] for one in row.samples()] if isinstance(row, Request) else [row] for row in rows)
-    write_completions(path, itertools.chain.from_iterable(answers))
+    outcomes = list(itertools.chain.from_iterable(answers))
+    write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', outcomes)
   _show_answers(console, completions, only_text=_PROMPT.value is not None)
   refused = [row for row in rows if isinstance(row, Refused)]
   for row in refused[:8]:
@@ -114,6 +121,13 @@ def _run(console: Console) -> None:
   if result is not None and _FIGURE.value is not None:
     console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
   _show_workdir(console)
+  return _exit_code(outcomes) if _REQUESTS.value is not None or _PROMPT.value is not None else 0
+
+
+def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
+  """0 if all were served, 3 if some were, and 1 if none was."""
+  served = [isinstance(one, Completion) and one.finish_reason in ('stop', 'length') for one in outcomes]
+  return 0 if all(served) else 3 if any(served) else 1
 
 
 def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> None:
@@ -183,13 +197,19 @@ def _config() -> ServingConfig:
   return config
 
 
-def _read(opened: launch.OpenedModel, path: str) -> list[Request | Refused]:
+def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Request | Refused]:
   if not pathlib.Path(path).is_file():
     raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
   tokenizer = opened.tokenizer
   if tokenizer is None:
-    return read_requests(path)
-  return read_requests(path, encode=tokenizer.encode, encode_chat=tokenizer.apply_chat_template)
+    return read_requests(path, seed=seed)
+  return read_requests(
+    path,
+    encode=tokenizer.encode,
+    encode_chat=tokenizer.apply_chat_template,
+    seed=seed,
+    chat_end_ids=opened.chat_end_ids,
+  )
 
 
 def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool) -> None:

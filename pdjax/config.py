@@ -17,7 +17,7 @@ from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, spl
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
 from pdjax.types.processes import RayCluster
-from pdjax.types.request import SLO
+from pdjax.types.request import SLO, check_seed
 from pdjax.workload.workload import Workload
 
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
@@ -45,6 +45,7 @@ class ServingConfig:
     slo: Latency limits that goodput is counted against.
     processes: Where each worker has a process of its own; None keeps them all in this one.
     platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds. CPU devices are virtual, as many as are needed.
+    seed: What requests without a seed of their own draw it from, see `Request.seeded`.
     compilation_cache: Folder where compiled programs are kept from run to run; None keeps none.
 
   Raises:
@@ -67,6 +68,7 @@ class ServingConfig:
   processes: RayCluster | None = None
   platform: str | None = None
   compilation_cache: str | None = None
+  seed: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, 'workers', tuple(self.workers))
@@ -93,6 +95,7 @@ class ServingConfig:
       raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
     if self.max_context is not None and self.max_context < 1:
       raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
+    check_seed(self.seed, 'seed')
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:

@@ -25,7 +25,7 @@ from pdjax.simulator import Simulator
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import Completion, Request, SamplingParams
-from pdjax.workload import Given, WorkloadContext
+from pdjax.workload import Given, Seeded, Workload, WorkloadContext
 
 if TYPE_CHECKING:
   from pdjax.engine.built import Built
@@ -81,16 +81,17 @@ def run(
   """
   make_workdir(workdir)
   opened = opened or open_model(config)
-  arrivals = _arrivals(config, opened)
+  arrivals = arrivals_of(config.workload, config, opened)
   deployment = deploy(config, opened, arrivals.output_len, say)
   engine = deployment.built.engine
   try:
     engine.start_clock()
-    events = _serve(arrivals, config, engine, deployment.empty_state(), workdir, watch)
+    log = _serve(arrivals, config, engine, deployment.empty_state(), workdir, watch)
   finally:
     engine.close()
+  events = tuple(log)
   completions = complete(events, has_text=opened.tokenizer is not None)
-  report = deployment.report(events, completions, workdir)
+  report = deployment.report(events, completions, workdir, log.notes)
   return RunResult(report, completions, events, deployment.built.workers, opened.model)
 
 
@@ -119,17 +120,18 @@ def simulate(
     config = calibrated(config)
   opened = opened or open_model(config)
   model, cost = opened.model, config.cost
-  arrivals = _arrivals(config, opened)
+  arrivals = arrivals_of(config.workload, config, opened)
   workers, carved = size_simulated(config, model)
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   config = dataclasses.replace(config, transfer=choose_granularity(config.transfer, model, workers, cost))
   state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
   simulator = Simulator(model, workers, cost, arrivals.output_len)
-  events = _serve(arrivals, config, simulator, state, workdir, watch)
+  log = _serve(arrivals, config, simulator, state, workdir, watch)
+  events = tuple(log)
   completions = complete(events, has_text=False)
   report = _report(
-    config, opened, workers, events, completions, workdir, 'simulator',
+    config, opened, workers, events, completions, workdir, 'simulator', log.notes,
     calibrated=getattr(cost, 'calibrated', False),
     environment={'devices': carved},
   )  # fmt: skip
@@ -165,6 +167,7 @@ def generate(
   sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
   *,
   checkpoint: str | None = None,
+  seed: int | None = None,
 ) -> list[Completion]:
   """Answer prompts: texts and chats go through the chat template, token ids are taken as they are.
 
@@ -176,6 +179,7 @@ def generate(
     config: What serves them; None takes `default_config(checkpoint)`.
     sampling: For all prompts, or one for each.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
+    seed: What prompts whose sampling has no seed draw it from; None takes the config's.
 
   Returns:
     A completion for each prompt, in their order; with `SamplingParams.n` above 1, that many in a row.
@@ -191,12 +195,12 @@ def generate(
     raise ValueError(
       f'there are {len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each.'
     )
-  config = choose_config(config, checkpoint)
+  config = choose_config(config, checkpoint, seed)
   opened = open_model(config)
   requests = []
   for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
     try:
-      requests.append(Request(f'request-{index}', opened.encode_prompt(prompt), params))
+      requests.append(opened.make_request(f'request-{index}', prompt, params))
     except ValueError as error:
       raise ValueError(f'prompt {index}: {error}') from error
   completions = run(dataclasses.replace(config, workload=Given(tuple(requests))), opened=opened).completions
@@ -214,18 +218,21 @@ def generate(
 # ---------------------------------------------------------------------------- what serves
 
 
-def choose_config(config: ServingConfig | None, checkpoint: str | None) -> ServingConfig:
-  """The config, or else the default one for a checkpoint.
+def choose_config(
+  config: ServingConfig | None, checkpoint: str | None = None, seed: int | None = None
+) -> ServingConfig:
+  """The config, or else the default one for a checkpoint, with this seed if there is one.
 
   Raises:
-    ValueError: if both are given.
+    ValueError: if config and checkpoint are both given, or the seed is out of range.
   """
   if config is not None and checkpoint is not None:
     raise ValueError(
       f'a config and the checkpoint {checkpoint!r} are both given; set the checkpoint in the config '
       '(dataclasses.replace(config, checkpoint=...)) or leave the config out.'
     )
-  return default_config(checkpoint or 'smollm2') if config is None else config
+  config = default_config(checkpoint or 'smollm2') if config is None else config
+  return config if seed is None else dataclasses.replace(config, seed=seed)
 
 
 def default_config(checkpoint: str = 'smollm2') -> ServingConfig:
@@ -267,12 +274,16 @@ class Deployment:
     return state
 
   def report(
-    self, events: Sequence[Event], completions: Sequence[Completion], workdir: str | pathlib.Path | None
+    self,
+    events: Sequence[Event],
+    completions: Sequence[Completion],
+    workdir: str | pathlib.Path | None,
+    notes: Sequence[str] = (),
   ) -> Report:
-    """The report of what was served here; `workdir` gets it as `report.json`."""
+    """The report of what was served here, with these notes among its own; `workdir` gets it as `report.json`."""
     warm_up, config = self.built.warm_up, dataclasses.replace(self.config, transfer=self.built.transfer)
     return _report(
-      config, self.opened, self.built.workers, events, completions, workdir, 'engine',
+      config, self.opened, self.built.workers, events, completions, workdir, 'engine', notes,
       warmup_s=warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
       calibrated=True,
       environment={'devices': self.built.devices, 'warm_up': dataclasses.asdict(warm_up)},
@@ -336,6 +347,24 @@ class OpenedModel:
   model: ModelSpec
   checkpoint: 'Checkpoint | None' = None
   tokenizer: 'Tokenizer | None' = None
+
+  @property
+  def chat_end_ids(self) -> tuple[int, ...]:
+    """Tokens that end an answer in a chat, besides the model's own: what the chat template puts behind one."""
+    return () if self.tokenizer is None else self.tokenizer.turn_end_ids
+
+  def make_request(self, name: str, prompt: Prompt, sampling: SamplingParams = SamplingParams()) -> Request:
+    """A request for a prompt, see `encode_prompt`; in a chat it also ends as the template ends an answer.
+
+    Raises:
+      ValueError: as `encode_prompt` and `Request` do.
+    """
+    return Request(name, self.encode_prompt(prompt), sampling, end_token_ids=self.end_ids_of(prompt))
+
+  def end_ids_of(self, prompt: Prompt) -> tuple[int, ...]:
+    """Tokens that end the answer to a prompt, besides the model's own: none for token ids."""
+    is_chat = len(prompt) > 0 and (isinstance(prompt, str) or isinstance(prompt[0], Mapping))
+    return self.chat_end_ids if is_chat else ()
 
   def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
     """A prompt as token ids: a text goes through the chat template if there is one, and so do the messages of a chat.
@@ -417,11 +446,18 @@ def make_workdir(workdir: str | pathlib.Path | None) -> None:
       raise ValueError(f'workdir {str(workdir)!r} cannot be made ({error.strerror}); name another folder.') from error
 
 
-def _arrivals(config: ServingConfig, opened: OpenedModel) -> Arrivals:
-  if config.workload is None:
+def arrivals_of(workload: Workload | None, config: ServingConfig, opened: OpenedModel) -> Arrivals:
+  """The requests of a workload as a model serves them, each with a seed.
+
+  Raises:
+    ValueError: if there is no workload, or it does not fit the model.
+  """
+  if workload is None:
     raise ValueError('the config has no workload; set one, e.g. workload=Poisson(requests_per_s=1, num_requests=16).')
+  model = opened.model
   encode = None if opened.tokenizer is None else opened.encode_prompt
-  return config.workload.arrivals(WorkloadContext(opened.model.vocab_size, opened.model.context_len, encode))
+  context = WorkloadContext(model.vocab_size, model.context_len, encode, opened.chat_end_ids)
+  return Seeded(workload.arrivals(context), config.seed)
 
 
 def _serve(
@@ -431,13 +467,13 @@ def _serve(
   state: ClusterState,
   workdir: str | pathlib.Path | None,
   watch: Watch,
-) -> tuple[Event, ...]:
+) -> EventLog:
   path = None if workdir is None else pathlib.Path(workdir) / 'events.jsonl'
   with EventLog(path) as log:
     for event in serve(arrivals, config.policy, backend, state):
       log.append(event)
       watch(event)
-  return tuple(log)
+  return log
 
 
 def complete(events: Sequence[Event], has_text: bool) -> tuple[Completion, ...]:
@@ -492,6 +528,7 @@ def _report(
   completions: Sequence[Completion],
   workdir: str | pathlib.Path | None,
   backend: str,
+  notes: Sequence[str],
   *,
   calibrated: bool,
   environment: dict[str, Any],
@@ -503,9 +540,10 @@ def _report(
     events,
     workers=workers,
     slo=config.slo,
+    notes=notes,
     config=describe(dataclasses.replace(config, workers=workers)),
     environment=_environment() | environment,
-    seed=getattr(workload, 'seed', None),
+    seed=getattr(workload, 'seed', config.seed),
     request_rate=math.inf if workload.request_rate is None else workload.request_rate,
     burstiness=workload.burstiness,
     max_concurrency=workload.max_concurrency,

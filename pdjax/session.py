@@ -18,7 +18,7 @@ from pdjax.metrics import EventLog, Report
 from pdjax.serving.loop import serve
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Started, Turn
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
-from pdjax.workload import Given, Live
+from pdjax.workload import Given, Live, Seeded
 
 _T = TypeVar('_T')
 
@@ -236,6 +236,7 @@ class Session:
       it is, and its engine is closed with the session.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
     workdir: Gets `events.jsonl`, and in the end the report, as from `run`; None writes nothing.
+    seed: What requests without a seed of their own draw it from, in the order of arrival; None takes the config's.
     keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
       session that runs for days rather does without; `events.jsonl` is written all the same. An id is kept for ever,
       some hundred bytes a request, so that none is used twice.
@@ -248,12 +249,14 @@ class Session:
     *,
     checkpoint: str | None = None,
     workdir: str | pathlib.Path | None = None,
+    seed: int | None = None,
     keep_events: bool = True,
     say: Say = lambda line: None,
   ):
     self._config = config
     self._checkpoint = checkpoint
     self._workdir = workdir
+    self._seed = seed
     self._keep_events = keep_events
     self._say = say
     self._lock = threading.Lock()
@@ -391,19 +394,21 @@ class Session:
 
   def _deploy(self) -> Deployment:
     if isinstance(self._config, Deployment):
-      return self._config
-    config = launch.choose_config(self._config, self._checkpoint)
+      config = launch.choose_config(self._config.config, seed=self._seed)
+      return dataclasses.replace(self._config, config=config)
+    config = launch.choose_config(self._config, self._checkpoint, self._seed)
     return launch.deploy(config, launch.open_model(config), say=self._say)
 
   def _make_request(self, request: Request | Prompt, sampling: SamplingParams | None) -> Request:
-    encode = self._deployment.opened.encode_prompt
+    opened = self._deployment.opened
     if isinstance(request, Request):
       if sampling is not None:
         raise ValueError(f'request {request.id!r} comes with sampling parameters of its own; leave sampling out.')
-      return dataclasses.replace(request, prompt=encode(request.prompt))
-    prompt = encode(request)
+      ends = (*request.end_token_ids, *opened.end_ids_of(request.prompt))
+      return dataclasses.replace(request, prompt=opened.encode_prompt(request.prompt), end_token_ids=ends)
+    made = opened.make_request('request', request, sampling or SamplingParams())
     name = next(name for number in self._numbers if not self._live.knows(name := f'request-{number}'))
-    return Request(name, prompt, sampling or SamplingParams())
+    return dataclasses.replace(made, id=name)
 
   def _check_running(self) -> None:
     if self._ended and self._cause is not None:
@@ -427,7 +432,8 @@ class Session:
     cause: BaseException | None = None
     try:
       with self._log as log:
-        for event in serve(self._live, deployment.config.policy, engine, deployment.empty_state()):
+        arrivals = Seeded(self._live, deployment.config.seed)
+        for event in serve(arrivals, deployment.config.policy, engine, deployment.empty_state()):
           log.append(event)
           with self._lock:
             self._deliver(event)
@@ -476,7 +482,7 @@ class Session:
     requests = tuple(event.request for event in events if isinstance(event, Arrived))
     config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
     completions = launch.complete(events, self._has_text)
-    return dataclasses.replace(deployment, config=config).report(events, completions, workdir)
+    return dataclasses.replace(deployment, config=config).report(events, completions, workdir, self._log.notes)
 
   def _save_report(self) -> None:
     if self._workdir is not None and self._keep_events:

@@ -57,6 +57,18 @@ def test_generate_answers_in_the_order_of_the_prompts_each_with_its_sampling():
   assert [(len(answer.request.prompt), len(answer.token_ids)) for answer in answers] == [(20, 4), (1, 1), (7, 2)]
 
 
+def test_generate_draws_a_seed_for_each_prompt_from_that_of_the_run():
+  run = dataclasses.replace(config(**SMALL), seed=4)
+  sampling = pdjax.SamplingParams(max_tokens=12, temperature=1.5, ignore_eos=True)
+  same, config_seed, other = (pdjax.generate([prompt(5)] * 3, run, sampling, seed=seed) for seed in (4, None, 0))
+  assert len({answer.token_ids for answer in (*same, *other)}) == 6
+  assert [answer.token_ids for answer in same] == [answer.token_ids for answer in config_seed]
+  again = dataclasses.replace(sampling, seed=same[2].request.sampling.seed)
+  assert pdjax.generate([prompt(5)], run, again)[0].token_ids == same[2].token_ids
+  with pytest.raises(ValueError, match='seed is -1, expected an integer from 0'):
+    pdjax.generate([prompt(5)], run, seed=-1)
+
+
 def test_generate_names_the_prompt_that_cannot_be_served():
   run = config(**SMALL)
   with pytest.raises(ValueError, match=r'prompt 1: the prompt has 70 tokens, but the context of tiny is 64'):

@@ -110,6 +110,38 @@ class Asked:
     return actions
 
 
+# ---------------------------------------------------------------------------- seeds
+
+
+def test_requests_without_a_seed_draw_one_in_the_order_of_arrival_and_tell_it(begin):
+  one = ask('one', temperature=1.5, max_tokens=12)
+  drawn = []
+  for run_seed in (None, 0, 5):
+    with begin(seed=run_seed) as session:
+      asked = [session.submit(request) for request in (one, ask('two', temperature=1.5, seed=9))]
+      asked += [session.submit(one.prompt, one.sampling) for _ in range(2)]
+      done = [stream.result(WAIT_S) for stream in asked]
+      assert session.report().config['seed'] == (run_seed or 0)
+    drawn.append([completion.request.sampling.seed for completion in done])
+    assert drawn[-1] == [
+      stream.request.seeded(run_seed or 0, number).sampling.seed for number, stream in enumerate(asked)
+    ]
+    assert len({completion.token_ids for completion in (done[0], *done[2:])}) == 3
+    for completion in done:
+      assert completion.token_ids == expected(completion.request)
+  assert drawn[0] == drawn[1] and drawn[2][1] == 9 and drawn[2][0] != drawn[0][0]
+
+
+def test_half_a_surrogate_pair_is_refused_and_the_session_goes_on(begin):
+  with begin() as session:
+    for bad in ('smile \ud83d', [{'role': 'user', 'content': '\ude00'}]):
+      with pytest.raises(ValueError):
+        session.submit(bad)
+    with pytest.raises(ValueError, match='half a surrogate pair'):
+      session.submit(prompt(3), SamplingParams(stop=('\ud83d',)))
+    assert session.submit(prompt(3)).result(WAIT_S).request.id == 'request-0'
+
+
 # ---------------------------------------------------------------------------- the bar
 
 

@@ -17,7 +17,7 @@ from pdjax.metrics.wording import number, per_second, short
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role
-from pdjax.workload import Workload, WorkloadContext
+from pdjax.workload import Workload
 
 Run = tuple[System, Workload, Report, tuple[Event, ...]]
 
@@ -161,13 +161,11 @@ def _run_on_devices(
     deployment = launch.deploy(cluster[0].config, opened, lambda request: served[-1].output_len(request), say)
   except ValueError as error:
     raise DoesNotFit(str(error)) from error
-  encode = None if opened.tokenizer is None else opened.encode_prompt
-  context = WorkloadContext(opened.model.vocab_size, opened.model.context_len, encode)
   engine = deployment.built.engine
   try:
     for workload in workloads:
       for system in cluster:
-        served.append(workload.arrivals(context))
+        served.append(launch.arrivals_of(workload, system.config, opened))
         engine.start_clock()
         events = tuple(serve(served[-1], system.config.policy, engine, deployment.empty_state()))
         config = dataclasses.replace(system.config, workload=workload)

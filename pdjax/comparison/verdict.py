@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -28,6 +27,7 @@ from pdjax.comparison.sentences import at_one_rate, at_rates, over_rates, standi
 from pdjax.comparison.systems import System
 from pdjax.metrics import Beside, OverRate, charts, draw
 from pdjax.metrics.wording import listed, percent, plain, short
+from pdjax.types.json_text import json_text
 
 if TYPE_CHECKING:
   import altair as alt
@@ -105,8 +105,8 @@ class Comparison:
     """All figures as plain data: cases, contests of every split at every rate, the verdict."""
     return {
       'backend': self.backend,
-      'rates': [_finite(rate) for rate in self.rates],
-      'shown_rate': _finite(self.shown_rate),
+      'rates': list(self.rates),
+      'shown_rate': self.shown_rate,
       'verdict': self.verdict(),
       'standings': self.standings(),
       'contests': {
@@ -125,7 +125,7 @@ class Comparison:
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+    text = json_text(self.to_json(), indent=1)
     (folder / 'compare.json').write_text(text + '\n', encoding='utf-8')
     ours, theirs = self.pair(self.shown_rate)
     for case, place in zip((ours, theirs), places(folder), strict=True):
@@ -260,7 +260,7 @@ def _case_json(case: Case) -> dict[str, Any]:
   system = case.system
   about = {
     'system': system.name, 'division': system.division, 'pass_tokens': system.pass_tokens,
-    'colocated': system.colocated, 'devices': system.devices, 'rate': _finite(case.rate),
+    'colocated': system.colocated, 'devices': system.devices, 'rate': case.rate,
   }  # fmt: skip
   policy = case.report.config.get('policy', {})
   return about | {'workers': whole['config'].get('workers', []), 'policy': policy} | kept
@@ -319,8 +319,3 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def places(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
   """Where the files of the disaggregated run go, and those of the baseline."""
   return pathlib.Path(folder), pathlib.Path(folder) / 'colocated'
-
-
-def _finite(rate: float) -> float | None:
-  """A rate as JSON has it: requests that do not come at times of their own have none."""
-  return None if math.isinf(rate) else rate

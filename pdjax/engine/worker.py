@@ -16,7 +16,7 @@ from pdjax.engine.detokenize import Detokenizer, TextStream
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import NO_TOKEN, Chunks, Passes
 from pdjax.kv.pages import KVPages, copy
-from pdjax.model.sampling import Chosen, Sampling, past, stop_tokens
+from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.messages import Admission, ChunkOrder, Result, StepOrder
@@ -332,7 +332,7 @@ class Worker:
 
   def _track(self, request: Request, tokens: Sequence[int]) -> None:
     """Follow a sequence from here on, these tokens being delivered already."""
-    stops = stop_tokens(request.sampling, self.model.eos_token_ids)
+    stops = request.stop_tokens(self.model.eos_token_ids)
     text = None
     if self._detokenizer is not None:
       text = TextStream(self._detokenizer, request.sampling.stop)
@@ -379,7 +379,8 @@ class Worker:
 
   def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
     limits = [self._limit_of(request) for request in requests]
-    return Sampling.stack([request.sampling for request in requests], limits, self.model.eos_token_ids, rows)
+    stops = [request.stop_tokens(self.model.eos_token_ids) for request in requests]
+    return Sampling.stack([request.sampling for request in requests], limits, stops, rows)
 
   def _pack_ids(self, slots: Sequence[int], size: int) -> np.ndarray:
     ids = np.full(size, self._num_slots, np.int32)

@@ -29,6 +29,7 @@ from pdjax.metrics.colours import BASELINE, DARK, LIGHT, PARTS, PHASES, SYSTEMS,
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan, RequestTimeline
 from pdjax.types.cluster import Role
+from pdjax.types.json_text import json_text
 
 if TYPE_CHECKING:
   import altair as alt
@@ -618,7 +619,7 @@ def page_spec(chart: Any) -> str:
   for layer in spec.get('layer', ()):
     for channel in ('color', 'stroke', 'strokeDash'):
       layer.get('encoding', {}).get(channel, {}).update(legend=None)
-  return json.dumps(spec, separators=(',', ':'))
+  return json_text(spec, separators=(',', ':'))
 
 
 # ---------------------------------------------------------------------------- shared

@@ -1,11 +1,14 @@
 """The event log: every event of a run, in memory and, if wanted, as JSON lines in a file."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+from absl import logging
 
 from pdjax.serving.messages import (
   AbandonOrder,
@@ -23,6 +26,7 @@ from pdjax.serving.messages import (
   StepOrder,
   TransferOrder,
 )
+from pdjax.types.json_text import json_text
 from pdjax.types.request import Request
 
 _BUFFER_BYTES = 1 << 20  # one write a megabyte keeps the disk out of the serving loop
@@ -32,7 +36,8 @@ class EventLog:
   """Collects events in order; iterate over it to read them.
 
   With a path, each event also goes to that file as one JSON line, see `read_events` for what it holds. Close the
-  log, or use it in a `with` statement, to have the last lines on disk.
+  log, or use it in a `with` statement, to have the last lines on disk. What cannot be written ends no serving: the file
+  ends there, `notes` says so, and the log in memory goes on.
 
   Args:
     path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
@@ -43,6 +48,7 @@ class EventLog:
     self._keep = keep
     self._events: list[Event] = []
     self._file = None
+    self._notes: tuple[str, ...] = ()
     if path is not None:
       path = pathlib.Path(path)
       path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +59,31 @@ class EventLog:
     if self._keep:
       self._events.append(event)
     if self._file is not None:
-      self._file.write(_encode(event_to_json(event)) + '\n')
+      try:
+        self._file.write(json_text(event_to_json(event)) + '\n')
+      except Exception as error:  # a full disk, or an event of somebody else's making: nobody's answer depends on it
+        self._end_file(error)
 
   def close(self) -> None:
-    """Write what is still buffered; a log with a file takes no events after this."""
+    """Write what is still buffered; nothing more goes into the file after this."""
     if self._file is not None:
-      self._file.close()
+      try:
+        self._file.close()
+      except OSError as error:
+        self._end_file(error)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """What a reader of the file should know, in sentences: that it ends early, and why."""
+    return self._notes
+
+  def _end_file(self, error: Exception) -> None:
+    assert self._file is not None
+    file, self._file = self._file, None
+    self._notes = (f'{file.name} ends early, as it cannot be written ({type(error).__name__}: {error}).',)
+    logging.error(self._notes[0])
+    with contextlib.suppress(OSError):  # what is buffered has no place either
+      file.close()
 
   def __iter__(self) -> Iterator[Event]:
     return iter(self._events)
@@ -84,7 +109,8 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
   A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
   Orders keep their page numbers, slots and admissions. Tuples are lists. `Occupancy` comes at the end of a turn that
-  changed how full the cluster is and names only the workers whose figures changed:
+  changed how full the cluster is and names only the workers whose figures changed. A number that is not finite is the
+  text "NaN", "Infinity" or "-Infinity", see `json_text`:
 
       {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
   """
@@ -118,6 +144,7 @@ def _request(request: Request) -> dict[str, Any]:
     'arrival_s': request.arrival_s,
     'slo': request.slo and _fields(request.slo),
     'session': request.session,
+    'end_token_ids': request.end_token_ids,
   }
 
 
@@ -157,12 +184,3 @@ def _fields(message: Any) -> dict[str, Any]:
   if names is None:
     names = _FIELD_NAMES[type(message)] = tuple(field.name for field in dataclasses.fields(message))
   return {name: getattr(message, name) for name in names}
-
-
-def _plain_number(value: Any) -> Any:
-  if hasattr(value, 'item'):  # tokens and pages may be NumPy integers
-    return value.item()
-  raise TypeError(f'an event holds {value!r} of type {type(value).__name__}, expected plain data.')
-
-
-_encode = json.JSONEncoder(default=_plain_number, allow_nan=False).encode

@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.resources
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ from pdjax.metrics.colours import DARK, FONT, LIGHT, PARTS, PHASES, SYSTEMS, veg
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
 from pdjax.metrics.wording import headline, listed, number, per_second, percent, plain, sentences, short, totals
+from pdjax.types.json_text import json_text
 
 _LATENCIES = (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('ITL', 'itl'), ('E2E', 'e2el'), ('hand-off', 'handoff'))
 
@@ -76,7 +76,7 @@ def save_html(report: Report, path: str | os.PathLike, beside: Beside | None = N
   if path.suffix != '.html':
     path = path / 'report.html'
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(render_html(report, beside), encoding='utf-8')
+  path.write_text(render_html(report, beside), encoding='utf-8', errors='replace')
   return path
 
 
@@ -132,7 +132,7 @@ def _date(text: str) -> str:
 
 
 def _json(data: Any) -> str:
-  return _in_script(json.dumps(data, separators=(',', ':')))
+  return _in_script(json_text(data, separators=(',', ':')))
 
 
 def _in_script(text: str) -> str:
@@ -317,4 +317,4 @@ def _folds(report: Report, beside: Beside | None) -> Iterator[tuple[str, str]]:
 
 
 def _pretty(data: Any) -> str:
-  return json.dumps(data, indent=2, ensure_ascii=False, default=str)
+  return json_text(data, indent=2, ensure_ascii=False)

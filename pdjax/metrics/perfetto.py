@@ -4,7 +4,6 @@ The format is the Trace Event Format (JSON): https://docs.google.com/document/d/
 """
 
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
+from pdjax.types.json_text import json_text
 
 _REQUESTS = 1  # the process of what belongs to no worker; to viewers 0 is the idle task
 _PASSES = 1  # the thread of a worker that runs its passes; links come after it
@@ -59,7 +59,7 @@ def save_trace(report: Report, path: str | os.PathLike) -> pathlib.Path:
   if path.suffix != '.json':
     path = path / 'trace.json'
   path.parent.mkdir(parents=True, exist_ok=True)
-  lines = ',\n'.join(json.dumps(event, separators=(',', ':'), allow_nan=False) for event in trace_events(report))
+  lines = ',\n'.join(json_text(event, separators=(',', ':')) for event in trace_events(report))
   path.write_text(f'{{"displayTimeUnit":"ms","traceEvents":[\n{lines}\n]}}\n', encoding='utf-8')
   return path
 

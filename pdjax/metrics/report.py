@@ -2,9 +2,7 @@
 
 import dataclasses
 import datetime
-import enum
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -18,6 +16,7 @@ from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_tim
 from pdjax.metrics.transfers import TransferFigures
 from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role, WorkerSpec, split_name
+from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO
 
 _MOST_ERRORS = 3  # that a report's notes tell
@@ -302,7 +301,8 @@ class Report:
     Names, units and meaning are those of `vllm bench serve --save-result`, so that its tools read it; lists have
     an entry per request in the order of arrival, and a failed request has 0 output tokens and, without a first
     token, a TTFT of 0. Beyond them come the hand-off like any other latency, `account`, `utilisation` and what
-    else the attributes name. None stands for what there is no figure of, `'inf'` for an infinite rate.
+    else the attributes name. None stands for what there is no figure of; an infinite rate is `'Infinity'`, as in every
+    JSON file here, where vLLM writes `'inf'`.
     """
     requests = self.timeline.requests
     figures: dict[str, Any] = {
@@ -357,7 +357,7 @@ class Report:
       'generated_texts': [self.generated_texts.get(request.id, '') for request in requests],
       'errors': [_error(request) for request in requests],
     }
-    return _finite(figures)
+    return plain_data(figures)
 
   def save(self, path: str | os.PathLike) -> pathlib.Path:
     """Write `to_json()` to a file, one figure a line, and return its path.
@@ -369,7 +369,7 @@ class Report:
     if path.suffix != '.json':
       path = path / 'report.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f'  {json.dumps(name)}: {json.dumps(value, allow_nan=False)}' for name, value in self.to_json().items())
+    lines = (f'  {json_text(name)}: {json_text(value)}' for name, value in self.to_json().items())
     path.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
     return path
 
@@ -498,27 +498,3 @@ def _ms(value: float | None) -> str:
 
 def _rate(value: float | None) -> str:
   return '-' if value is None else f'{value:.2f}'
-
-
-def _finite(value: Any) -> Any:
-  """Plain JSON data: NaN becomes None, an infinite number the word 'inf' or '-inf'."""
-  match value:
-    case None | bool() | str() if not isinstance(value, enum.Enum):
-      return value
-    case enum.Enum():
-      return _finite(value.value)
-    case int():
-      return int(value)
-    case float():
-      return float(value) if math.isfinite(value) else None if math.isnan(value) else str(float(value))
-    case Mapping():
-      return {str(name): _finite(item) for name, item in value.items()}
-    case list() | tuple() | set() | frozenset() | range():
-      return [_finite(item) for item in value]
-    case np.ndarray() | np.generic():
-      return _finite(value.tolist())
-    case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-      fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-      return {name: _finite(item) for name, item in fields}
-    case _:
-      return str(value)

@@ -41,9 +41,12 @@ class Sampling:
 
   @classmethod
   def stack(
-    cls, params: Sequence[SamplingParams], limits: Sequence[int], eos_token_ids: Sequence[int], rows: int
+    cls, params: Sequence[SamplingParams], limits: Sequence[int], stops: Sequence[Sequence[int]], rows: int
   ) -> 'Sampling':
-    """NumPy rows for these sequences, padded to `rows` of them."""
+    """NumPy rows for sequences that end after so many tokens or with one of their stop tokens, padded to `rows`.
+
+    A seed that nobody drew counts as 0.
+    """
     new: dict[str, Any] = {
       'keys': np.zeros((rows, 2), np.uint32),
       'temperature': np.zeros(rows, np.float32),
@@ -58,26 +61,21 @@ class Sampling:
       'limits': np.zeros(rows, np.int32),
       'stops': np.full((rows, MAX_STOP_TOKENS), _NO_TOKEN, np.int32),
     }
-    for row, (one, limit) in enumerate(zip(params, limits, strict=True)):
-      new['keys'][row] = one.seed >> 32, one.seed & 0xFFFFFFFF
+    for row, (one, limit, ends) in enumerate(zip(params, limits, stops, strict=True)):
+      seed = one.seed or 0
+      new['keys'][row] = seed >> 32, seed & 0xFFFFFFFF
       for name in ('temperature', 'top_k', 'top_p', 'min_p'):
         new[name][row] = getattr(one, name)
       for name in ('repetition', 'presence', 'frequency'):
         new[name][row] = getattr(one, f'{name}_penalty')
       new['penalised'][row], new['tells'][row] = one.penalises, one.logprobs is not None
       new['limits'][row] = limit
-      stops = stop_tokens(one, eos_token_ids)
-      new['stops'][row, : len(stops)] = stops
+      new['stops'][row, : len(ends)] = ends
     return cls(**new)
 
   def ended(self, tokens: jax.Array, generated: jax.Array) -> jax.Array:
     """`[B]`, whether a sequence ends with these tokens `[B]`, the last of `generated` `[B]`."""
     return jnp.any(tokens[:, None] == self.stops, axis=1) | (generated >= self.limits)
-
-
-def stop_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:
-  """The tokens that end a request, each once."""
-  return sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
 
 
 @jax.tree_util.register_dataclass

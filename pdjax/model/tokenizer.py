@@ -40,6 +40,7 @@ class Tokenizer:
   chat_template: str | None = dataclasses.field(default=None, repr=False)
   special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
   eos_token_ids: tuple[int, ...] = ()
+  turn_end_ids: tuple[int, ...] = ()
   source: str = 'the tokenizer'
 
   @property

@@ -19,7 +19,7 @@ def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> s
       f'the prompt has {request.prompt_len} tokens, but the context of {model.name} is {model.context_len}; '
       'shorten the prompt.'
     )
-  stops = len({*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else model.eos_token_ids)})
+  stops = len(request.stop_tokens(model.eos_token_ids))
   if stops > MAX_STOP_TOKENS:
     return (
       f"{stops} stop tokens asked for, the model's own included, but at most {MAX_STOP_TOKENS} are kept; name fewer."

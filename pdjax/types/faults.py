@@ -1,6 +1,7 @@
 """What is done for requests when a transfer or a worker fails: plain data of a config."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 OnTransfer = Literal['retry', 'recompute', 'fail']
@@ -49,8 +50,8 @@ class FaultSpec:
         raise ValueError(f'faults.{field} is {getattr(self, field)!r}, expected one of {names}.')
     if self.max_attempts < 1:
       raise ValueError(f'faults.max_attempts is {self.max_attempts}, expected at least 1.')
-    if not self.backoff_s >= 0:
-      raise ValueError(f'faults.backoff_s is {self.backoff_s}, expected 0 or more seconds.')
+    if not (self.backoff_s >= 0 and math.isfinite(self.backoff_s)):
+      raise ValueError(f'faults.backoff_s is {self.backoff_s}, expected 0 or more seconds, but a time that comes.')
     if not self.patience_s > 0:
       raise ValueError(f'faults.patience_s is {self.patience_s}, expected more than 0 seconds; inf waits for ever.')
 

@@ -1,6 +1,7 @@
 """What a chip and a link can do, with where the figures come from."""
 
 import dataclasses
+import math
 
 _TPU = 'docs.cloud.google.com/tpu/docs; dense peak, one chip'
 _GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'
@@ -14,12 +15,16 @@ class ChipSpec:
     name: For reports.
     flops_per_s: Dense matrix FLOP/s at the model's precision.
     memory_bytes_per_s: Bandwidth of the memory that holds weights and pages.
-    memory_bytes: Its size.
+    memory_bytes: Its size; 0 if nobody has asked yet.
     matmul_efficiency: Share of `flops_per_s` that large products reach (MFU).
     memory_efficiency: Share of `memory_bytes_per_s` that streaming reaches.
     step_overhead_s: Seconds of every pass that neither explains.
     source: Where the figures come from.
     calibrated: Measured on the machine at hand rather than taken from a data sheet.
+
+  Raises:
+    ValueError: if a rate is not positive (an infinite one takes no time), the size is negative, a share is none, or the
+      overhead is no time.
   """
 
   name: str
@@ -31,6 +36,16 @@ class ChipSpec:
   step_overhead_s: float = 0.001
   source: str = ''
   calibrated: bool = False
+
+  def __post_init__(self):
+    for rate in ('flops_per_s', 'memory_bytes_per_s'):
+      _check_positive(self.name, rate, getattr(self, rate))
+    if not self.memory_bytes >= 0:
+      raise ValueError(f'{self.name} has memory_bytes={self.memory_bytes}, expected 0 (not known) or more.')
+    for share in ('matmul_efficiency', 'memory_efficiency'):
+      if not 0 < getattr(self, share) <= 1:
+        raise ValueError(f'{self.name} has {share}={getattr(self, share)}, expected a share above 0, at most 1.')
+    _check_time(self.name, 'step_overhead_s', self.step_overhead_s)
 
   @classmethod
   def generic_cpu(cls) -> 'ChipSpec':
@@ -66,8 +81,25 @@ class LinkSpec:
     bytes_per_s: One way, between two devices.
     latency_s: Seconds of a transfer that do not depend on its size.
     source: Where the figures come from.
+
+  Raises:
+    ValueError: if the rate is not positive (an infinite one takes no time), or the latency is no time.
   """
 
   bytes_per_s: float = 10e9
   latency_s: float = 0.001
   source: str = 'a guess'
+
+  def __post_init__(self):
+    _check_positive('the link', 'bytes_per_s', self.bytes_per_s)
+    _check_time('the link', 'latency_s', self.latency_s)
+
+
+def _check_positive(name: str, field: str, value: float) -> None:
+  if not value > 0:
+    raise ValueError(f'{name} has {field}={value}, expected a positive number.')
+
+
+def _check_time(name: str, field: str, value: float) -> None:
+  if not (value >= 0 and math.isfinite(value)):
+    raise ValueError(f'{name} has {field}={value}, expected 0 or more seconds.')

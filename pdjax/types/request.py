@@ -33,7 +33,8 @@ class SamplingParams:
       negative ones (Keskar et al. 2019); 1 changes nothing, more discourages repetition.
     presence_penalty: Taken off the logits of tokens in the output.
     frequency_penalty: Taken off the logits of tokens in the output, once for each time they are there.
-    seed: Fixes the request's random numbers, whatever else is in its batch.
+    seed: Fixes the request's random numbers, whatever else is in its batch. None draws one when the request comes, see
+      `Request.seeded`; its completion and the log tell which.
     stop: Texts that end the request: the first of them to be complete, and what follows it, is not part of the text,
       while the tokens run up to the one that completed it.
     stop_token_ids: Tokens that end the request, besides the model's own end-of-sequence tokens.
@@ -50,7 +51,7 @@ class SamplingParams:
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
-  seed: int = 0
+  seed: int | None = None
   stop_token_ids: tuple[int, ...] = ()
   ignore_eos: bool = False
   min_p: float = 0.0
@@ -62,8 +63,8 @@ class SamplingParams:
   n: int = 1
 
   def __post_init__(self):
-    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'seed', 'n')}
-    counts['logprobs'] = self.logprobs or 0
+    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'n')}
+    counts |= {name: getattr(self, name) or 0 for name in ('logprobs', 'seed')}
     for name, count in counts.items():  # found later, it would break the pass of others
       if not hasattr(count, '__index__'):
         raise ValueError(f'{name} is {count!r}, expected an integer.')
@@ -87,13 +88,15 @@ class SamplingParams:
     for name in ('presence_penalty', 'frequency_penalty'):
       if not -2 <= getattr(self, name) <= 2:
         raise ValueError(f'{name} is {getattr(self, name)}, expected a number from -2 to 2; 0 changes nothing.')
-    if not 0 <= self.seed < 2**63:
-      raise ValueError(f'seed is {self.seed}, expected an integer from 0 to 2**63 - 1.')
+    if self.seed is not None:
+      check_seed(self.seed, 'seed')
     stop: object = self.stop
     if isinstance(stop, str):
       raise ValueError(f'stop is the text {stop!r}, expected a tuple of texts; write ({stop!r},).')
     if not all(isinstance(text, str) for text in self.stop):
       raise ValueError(f'stop is {self.stop!r}, expected a tuple of texts; for token ids use stop_token_ids.')
+    for text in self.stop:
+      check_text(text, 'a stop string')
     if '' in self.stop:
       raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
     for token in self.stop_token_ids:
@@ -114,10 +117,10 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SLO:
-  """Latency limits of one request, in milliseconds; None leaves a figure free.
+  """Latency limits of one request, in milliseconds; None leaves a figure free, and an infinite limit is None.
 
   Raises:
-    ValueError: if a limit is not positive.
+    ValueError: if a limit is not positive, or NaN.
   """
 
   ttft_ms: float | None = None
@@ -129,6 +132,8 @@ class SLO:
       limit = getattr(self, field.name)
       if limit is not None and not limit > 0:
         raise ValueError(f'{field.name} is {limit}, expected a positive number of milliseconds.')
+      if limit == math.inf:
+        object.__setattr__(self, field.name, None)
 
   @classmethod
   def parse(cls, text: str) -> 'SLO':
@@ -162,9 +167,12 @@ class Request:
     slo: Latency limits of its own, if any.
     session: The chat it belongs to, if any.
     sample_of: The request that it is a further sample of, if it is one.
+    end_token_ids: Tokens that end it besides the model's own, unless `sampling.ignore_eos`: for a chat, what its
+      template puts behind an answer.
 
   Raises:
-    ValueError: if the prompt is empty or the arrival time negative or infinite.
+    ValueError: if the prompt is empty, the id is no text that UTF-8 can hold, or the arrival time is negative or
+      infinite.
   """
 
   id: str
@@ -174,8 +182,10 @@ class Request:
   slo: SLO | None = None
   session: str | None = None
   sample_of: str | None = None
+  end_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
+    check_text(self.id, 'the id of a request')
     prompt: object = self.prompt
     if isinstance(prompt, str):
       raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
@@ -188,6 +198,11 @@ class Request:
   def prompt_len(self) -> int:
     """Tokens in the prompt."""
     return len(self.prompt)
+
+  def stop_tokens(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that end it, each once, in a model that ends its sequences with these."""
+    ends = () if self.sampling.ignore_eos else (*eos_token_ids, *self.end_token_ids)
+    return tuple(sorted({*self.sampling.stop_token_ids, *ends}))
 
   def token_limit(self, context_len: int, output_len: Callable[[str], int | None] = lambda request: None) -> int:
     """Most tokens it may generate: `max_tokens`, or what a context leaves; the last one needs no place in it.
@@ -203,24 +218,70 @@ class Request:
       true_len = output_len(self.sample_of)
     return limit if true_len is None else min(limit, true_len)
 
+  def seeded(self, run_seed: int, number: int) -> 'Request':
+    """The request with a seed of its own, if it has none: drawn from the run's seed and its number in the run.
+
+    Args:
+      run_seed: Of the run, `ServingConfig.seed`.
+      number: Which request of the run it is, counted from 0 in the order of arrival.
+    """
+    if self.sampling.seed is not None:
+      return self
+    seed = _mixed(run_seed, number + 1)
+    return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))
+
   def samples(self) -> tuple['Request', ...]:
     """The request as `sampling.n` requests of one sample each.
 
-    The first keeps id and seed; the others are named `id#1`, `id#2` and so on, and each has a seed of its own.
+    The first keeps id and seed; the others are named `id#1`, `id#2` and so on, and each has a seed of its own, made
+    from that of the first (none while it has none).
     """
     if self.sampling.n == 1:
       return (self,)
     first = dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, n=1))
+    seed = self.sampling.seed
     others = (
       dataclasses.replace(
         first,
         id=f'{self.id}#{index}',
-        sampling=dataclasses.replace(first.sampling, seed=_mixed(self.sampling.seed, index)),
+        sampling=dataclasses.replace(first.sampling, seed=None if seed is None else _mixed(seed, index)),
         sample_of=self.id,
       )
       for index in range(1, self.sampling.n)
     )
     return (first, *others)
+
+
+def is_whole(text: str) -> bool:
+  """Whether UTF-8 can hold a text, as tokenizers, terminals and files ask for: it has no half of a surrogate pair."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def check_text(text: str, what: str) -> None:
+  """See that a text is whole; `what` names it in the message.
+
+  Raises:
+    ValueError: if it has half a surrogate pair.
+  """
+  if not is_whole(text):
+    raise ValueError(
+      f'{what}, {text!r:.80}, has half a surrogate pair, expected text that UTF-8 can hold; give the whole pair, or '
+      'leave it out.'
+    )
+
+
+def check_seed(seed: int, what: str) -> None:
+  """See that random numbers can be made from a seed.
+
+  Raises:
+    ValueError: if it is out of range; `what` names it in the message.
+  """
+  if not hasattr(seed, '__index__') or not 0 <= seed < 2**63:
+    raise ValueError(f'{what} is {seed!r}, expected an integer from 0 to 2**63 - 1.')
 
 
 def _mixed(seed: int, index: int) -> int:

@@ -8,12 +8,12 @@ r"""Requests in and completions out as JSON lines: the contract of `--requests=F
 | `prompt`           | text, tokenized without a chat template |
 | `messages`         | list of `{"role": ..., "content": ...}`, put through the chat template |
 
-and all of these may be left out:
+and all of these may be left out, or null:
 
 | key              | value | default |
 |------------------|-------|---------|
-| `id`             | name, unique within the file | `request-0`, `request-1`, ... by row |
-| `max_tokens`     | most tokens to generate | 128 |
+| `id`             | name, unique within the file | `request-0`, `request-1`, ... by row, or the like that no line has |
+| `max_tokens`     | most tokens to generate; `max_completion_tokens` is the same | 128 |
 | `temperature`    | 0 takes the likeliest token | 0 |
 | `top_k`          | sample among the k likeliest; 0 means all | 0 |
 | `top_p`          | sample among the likeliest that reach this probability | 1 |
@@ -21,26 +21,32 @@ and all of these may be left out:
 | `repetition_penalty` | divides the logits of tokens in prompt and output; 1 changes nothing | 1 |
 | `presence_penalty` | taken off the logits of tokens in the output | 0 |
 | `frequency_penalty` | taken off them once for each time they are there | 0 |
-| `seed`           | fixes the request's random numbers | 0 |
+| `seed`           | fixes the request's random numbers | drawn from `ServingConfig.seed` and the row |
 | `stop`           | text, or list of texts, that end it and are not part of its text | `[]` |
 | `stop_token_ids` | list of token ids that end it besides the model's own | `[]` |
 | `ignore_eos`     | go on past the model's end-of-sequence tokens | `false` |
 | `logprobs`       | tell each token's log probability, and those of so many likeliest tokens; 0 to 20 | `null` |
 | `n`              | samples of the prompt | 1 |
+| `tools`          | with `messages`: what the model may call, for the chat template | `null` |
 | `arrival_s`      | seconds after the start of the run | 0 |
 
     {"prompt": "The capital of France is", "max_tokens": 8}
     {"messages": [{"role": "user", "content": "Tell me a joke."}], "temperature": 0.8, "seed": 7, "arrival_s": 1.5}
 
-A malformed line stops the reading with its number. A well-formed line that asks for what cannot be (an empty
-prompt, `max_tokens` of 0, a negative temperature) becomes a `Refused`, and the others are served.
+The `content` of a message is text, a list of `{"type": "text", "text": ...}`, or null, as beside `tool_calls`; `name`
+and what else it has goes to the chat template.
+
+A line that cannot be served (no JSON, an unknown key, an id that another has, an empty prompt, a picture, what pdjax
+does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and changes nothing for the others,
+which are served. Only a file that cannot be read stops the reading. `python -m experiments.run` ends with 0 if every
+line was served, with 3 if some were, and with 1 if none was.
 
 **Out**, one JSON object for every request, refused ones included. One with `n` samples has `n` lines, the first with
 its own id and the others with `id#1`, `id#2` and so on:
 
 | key                | value |
 |--------------------|-------|
-| `id`               | as above |
+| `id`               | as above; `line-N` of a refused line without |
 | `prompt_token_ids` | the prompt as it was served |
 | `output_token_ids` | the generated tokens, a stop token or what completed a stop string included |
 | `text`             | the same as text without special tokens, up to a stop string; null where there is no tokenizer |
@@ -50,13 +56,16 @@ its own id and the others with `id#1`, `id#2` and so on:
 | `ttft_s`           | from arrival to the first token; null if there was none |
 | `e2el_s`           | from arrival to the last token; null unless it ended with `stop` or `length` |
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
+| `seed`             | what the random numbers came from; null for a line that was refused |
 | `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
 
-Log probabilities are those of the model's own distribution, before penalties, temperature and cuts.
+Log probabilities are those of the model's own distribution, before penalties, temperature and cuts. One that is not
+finite is the text "NaN", "Infinity" or "-Infinity".
 """
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -64,30 +73,36 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pdjax.types.request import Completion, Request, SamplingParams
+from pdjax.types.json_text import json_text
+from pdjax.types.request import Completion, Request, SamplingParams, is_whole
 
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-_KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'arrival_s', 'id')
+_KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
 
-Encode = Callable[[str], Sequence[int]]
-EncodeMessages = Callable[[list[dict[str, str]]], Sequence[int]]
+
+Encode = Callable[[str], Sequence[int]]  # such as Tokenizer.encode
+EncodeChat = Callable[..., Sequence[int]]  # messages, and tools by that name where a line has some
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refused:
-  """A well-formed line that asks for what cannot be; `error` says why."""
+  """A line that cannot be served; `error` says which it is and why."""
 
   id: str
   prompt_token_ids: tuple[int, ...]
   error: str
+  line: int = 0  # counted from 1
 
 
 def read_requests(
   path: str | os.PathLike[str],
   encode: Encode | None = None,
-  encode_chat: EncodeMessages | None = None,
+  encode_chat: EncodeChat | None = None,
   vocab_size: int | None = None,
+  *,
+  seed: int = 0,
+  chat_end_ids: Sequence[int] = (),
 ) -> list[Request | Refused]:
   """Read a requests file; the module's docstring is its format.
 
@@ -96,30 +111,39 @@ def read_requests(
     encode: Text to token ids, for lines with `prompt`.
     encode_chat: Messages to token ids by the chat template, for lines with `messages`.
     vocab_size: If given, a line with a token id beyond it is refused.
+    seed: The run's, from which a line without a seed has its own, by its row: a refused line changes no other's.
+    chat_end_ids: Tokens that end an answer to `messages`, besides the model's own.
 
   Returns:
     What every line asks for, in the order of the file.
 
   Raises:
-    ValueError: if a line is malformed, naming the file, the line and what is wrong.
+    OSError: if the file cannot be read.
   """
+  lines = _read_lines(path)
+  named = {line.id for line in lines if line.id is not None}
+  named |= {name.rpartition('#')[0] for name in named}  # a sample of nobody else may be called so either
+  reader = _Reader(encode, encode_chat, vocab_size, tuple(chat_end_ids))
+  line_of_id: dict[str, int] = {}  # of all samples that are served
   rows: list[Request | Refused] = []
-  line_of_id: dict[str, int] = {}
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, start=1):
-      if not line.strip():
-        continue
-      try:
-        fields = _parse(line)
-        row_id = fields.get('id', f'request-{len(rows)}')
-        row = _row(row_id, fields, encode, encode_chat, vocab_size)
-        for name in (sample.id for sample in row.samples()) if isinstance(row, Request) else (row_id,):
-          if name in line_of_id:
-            raise _Malformed(f'the id {name!r} is that of line {line_of_id[name]} too, expected one of its own.')
-          line_of_id[name] = number
-        rows.append(row)
-      except _Malformed as error:
-        raise ValueError(f'{os.fspath(path)}, line {number}: {error}') from None
+  for index, line in enumerate(lines):
+    prompt: tuple[int, ...] = ()
+    try:
+      if isinstance(line.fields, _Refusal):
+        raise line.fields
+      prompt = reader.prompt(line.fields)
+      name = line.id or _free_name(f'request-{index}', named)
+      request = reader.request(name, prompt, line.fields).seeded(seed, index)
+      names = [sample.id for sample in request.samples()]
+      if taken := next((one for one in names if one in line_of_id), None):
+        raise _Refusal(f'the id {taken!r} is that of line {line_of_id[taken]} too, expected one of its own.')
+      line_of_id |= dict.fromkeys(names, line.number)
+      named.add(name)
+      rows.append(request)
+    except _Refusal as error:
+      name = line.id or _free_name(f'line-{line.number}', named)
+      named.add(name)
+      rows.append(Refused(name, prompt, f'line {line.number}: {error}', line.number))
   return rows
 
 
@@ -140,6 +164,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     ttft_s=times_s[0] - request.arrival_s if times_s else None,
     e2el_s=times_s[-1] - request.arrival_s if ended_well else None,
     token_times_s=list(times_s),
+    seed=request.sampling.seed,
     logprobs=None if request.sampling.logprobs is None else list(map(dataclasses.asdict, outcome.logprobs)),
   )
 
@@ -150,79 +175,133 @@ def write_completions(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w', encoding='utf-8') as file:
     for row in rows:
-      fields = completion_row(row) if isinstance(row, Completion | Refused) else dict(row)
-      file.write(json.dumps(fields) + '\n')
+      fields = completion_row(row) if isinstance(row, Completion | Refused) else row
+      file.write(json_text(fields) + '\n')
 
 
 # ---------------------------------------------------------------------------- one line
 
 
-class _Malformed(Exception):
-  """What is wrong with a line; the caller adds which line it is."""
+class _Refusal(Exception):
+  """Why a line cannot be served; the caller adds which line it is."""
 
 
-def _parse(line: bytes) -> dict[str, Any]:
-  """The line as an object whose keys and types are right."""
+@dataclasses.dataclass(frozen=True)
+class _Line:
+  """A line with its fields, or why they cannot be taken, and the id that it gives itself, if that will do."""
+
+  number: int  # counted from 1
+  fields: 'dict[str, Any] | _Refusal'
+  id: str | None
+
+
+def _read_lines(path: str | os.PathLike[str]) -> list[_Line]:
+  lines = []
+  with open(path, 'rb') as file:
+    for number, raw in enumerate(file, start=1):
+      if raw.strip():
+        fields: dict[str, Any] | _Refusal
+        name = None
+        try:
+          fields = _parse(raw)
+          name = fields['id'] if _is_name(fields.get('id')) else None
+          fields = _checked(fields)
+        except _Refusal as refusal:
+          fields = refusal
+        lines.append(_Line(number, fields, name))
+  return lines
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+  """The line as an object without the keys that are null."""
   try:
-    fields = json.loads(line.decode('utf-8-sig'), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    fields = json.loads(raw.decode('utf-8-sig'), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
   except (ValueError, RecursionError) as error:
-    raise _Malformed(f'not JSON ({error}), expected one JSON object a line.') from None
+    raise _Refusal(f'not JSON ({error}), expected one JSON object a line.') from None
   if not isinstance(fields, dict):
-    raise _Malformed(f'found {_described(fields)}, expected a JSON object such as {{"prompt": "Hello"}}.')
-  for key in fields:
-    if key not in _KEYS:
+    raise _Refusal(f'found {_described(fields)}, expected a JSON object such as {{"prompt": "Hello"}}.')
+  return {key: value for key, value in fields.items() if value is not None}
+
+
+def _checked(fields: dict[str, Any]) -> dict[str, Any]:
+  """The fields, if all keys and types are right and can be honoured."""
+  for key, value in fields.items():
+    if key in _NOT_DONE and value not in _NOT_DONE[key][1]:
+      raise _Refusal(f'{key} is {_described(value)}, which pdjax cannot honour ({_NOT_DONE[key][0]}); leave it out.')
+    if key not in _KEYS and key not in _NOT_DONE:
       similar = difflib.get_close_matches(key, _KEYS, n=1)
       hint = f'did you mean {similar[0]!r}? ' if similar else ''
-      raise _Malformed(f'unknown key {key!r}; {hint}The keys are {", ".join(_KEYS)}.')
+      raise _Refusal(f'unknown key {key!r}; {hint}The keys are {", ".join(_KEYS)}.')
   prompts = [key for key in _PROMPT_KEYS if key in fields]
   if len(prompts) != 1:
     found = ' and '.join(prompts) or 'none of them'
-    raise _Malformed(f'found {found}, expected exactly one of {", ".join(_PROMPT_KEYS)}.')
+    raise _Refusal(f'found {found}, expected exactly one of {", ".join(_PROMPT_KEYS)}.')
+  fields = {key: value for key, value in fields.items() if key not in _NOT_DONE}
   for key, value in fields.items():
     is_right, expected = _TYPES[key]
     if not is_right(value):
-      raise _Malformed(f'{key} is {_described(value)}, expected {expected}.')
+      raise _Refusal(f'{key} is {_described(value)}, expected {expected}.')
+  if 'max_completion_tokens' in fields:
+    most = fields.pop('max_completion_tokens')
+    if fields.setdefault('max_tokens', most) != most:
+      raise _Refusal(f'max_tokens is {fields["max_tokens"]} and max_completion_tokens {most}, expected one of them.')
+  if fields.get('tools') and 'messages' not in fields:
+    raise _Refusal(f'tools is there with {prompts[0]}, but only the chat template of messages takes it; leave it out.')
   return fields
 
 
-def _row(
-  row_id: str,
-  fields: Mapping[str, Any],
-  encode: Encode | None,
-  encode_chat: EncodeMessages | None,
-  vocab_size: int | None,
-) -> Request | Refused:
-  prompt: tuple[int, ...] = ()
-  try:
-    prompt = _prompt(fields, encode, encode_chat)
-    for token in prompt:
-      if token < 0 or (vocab_size is not None and token >= vocab_size):
-        last = 'up' if vocab_size is None else f'to {vocab_size - 1}'
-        raise ValueError(f'the prompt has token id {token}, expected ids from 0 {last}.')
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """Makes requests of fields that are right."""
+
+  encode: Encode | None
+  encode_chat: EncodeChat | None
+  vocab_size: int | None
+  chat_end_ids: tuple[int, ...]
+
+  def prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    if 'prompt_token_ids' in fields:
+      prompt = tuple(fields['prompt_token_ids'])
+      last = 2**31 - 1 if self.vocab_size is None else self.vocab_size - 1
+      if outside := [token for token in prompt if not 0 <= token <= last]:
+        raise _Refusal(f'the prompt has token id {outside[0]}, expected ids from 0 to {last}.')
+      return prompt
+    key = 'prompt' if 'prompt' in fields else 'messages'
+    encoder = self.encode if key == 'prompt' else self.encode_chat
+    if encoder is None:
+      raise _Refusal(
+        f'{key} needs a tokenizer and the run has none; give the model a checkpoint with one, or use prompt_token_ids.'
+      )
+    if not fields[key]:
+      return ()  # without text, a tokenizer may still add special tokens
+    tools = {'tools': fields['tools']} if fields.get('tools') else {}
+    try:
+      return tuple(encoder(fields[key], **tools))
+    except Exception as error:  # a tokenizer or a template is a program of someone else: it may raise anything
+      raise _Refusal(str(error)) from error
+
+  def request(self, name: str, prompt: tuple[int, ...], fields: Mapping[str, Any]) -> Request:
     sampling = {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
     if isinstance(sampling.get('stop'), str):
       sampling['stop'] = (sampling['stop'],)
     for key in ('stop', 'stop_token_ids'):
       if key in sampling:
         sampling[key] = tuple(sampling[key])
-    arrival_s = fields.get('arrival_s', 0.0)
-    if math.isinf(arrival_s):
-      raise ValueError(f'arrival_s is {arrival_s}, expected a time that comes.')
-    return Request(row_id, prompt, SamplingParams(**sampling), float(arrival_s))
-  except (ValueError, OverflowError) as error:
-    return Refused(row_id, prompt, str(error))
+    ends = self.chat_end_ids if 'messages' in fields else ()
+    try:
+      arrival_s = float(fields.get('arrival_s', 0.0))
+      if math.isinf(arrival_s):
+        raise ValueError(f'arrival_s is {arrival_s}, expected a time that comes.')
+      return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
+    except (ValueError, OverflowError) as error:
+      raise _Refusal(str(error)) from error
 
 
-def _prompt(fields: Mapping[str, Any], encode: Encode | None, encode_chat: EncodeMessages | None) -> tuple[int, ...]:
-  if 'prompt_token_ids' in fields:
-    return tuple(fields['prompt_token_ids'])
-  key = 'prompt' if 'prompt' in fields else 'messages'
-  encoder: Callable[[Any], Sequence[int]] | None = encode if key == 'prompt' else encode_chat
-  if encoder is None:
-    raise _Malformed(
-      f'{key} needs a tokenizer and the run has none; give the model a checkpoint with one, or use prompt_token_ids.'
-    )
-  return tuple(encoder(fields[key])) if fields[key] else ()  # without text, a tokenizer may still add special tokens
+def _free_name(name: str, taken: set[str]) -> str:
+  """The name, with a number behind it if another line has it."""
+  if name not in taken:
+    return name
+  return next(other for index in itertools.count(2) if (other := f'{name}-{index}') not in taken)
 
 
 def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known: Any) -> dict[str, Any]:
@@ -237,6 +316,7 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
     'ttft_s': None,
     'e2el_s': None,
     'token_times_s': [],
+    'seed': None,
     'logprobs': None,
   }
   return row | known
@@ -259,7 +339,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-  return isinstance(value, str) and bool(value)
+  return isinstance(value, str) and bool(value) and is_whole(value)
 
 
 def _are_ints(value: Any) -> bool:
@@ -270,13 +350,15 @@ def _are_texts(value: Any) -> bool:
   return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
 
 
-def _is_int_or_null(value: Any) -> bool:
-  return value is None or _is_int(value)
+def _are_objects(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _are_messages(value: Any) -> bool:
-  return isinstance(value, list) and all(
-    isinstance(message, dict) and message.keys() == {'role', 'content'} and all(map(_is_text, message.values()))
+  return _are_objects(value) and all(
+    _is_text(message.get('role'))
+    and isinstance(message.get('content'), str | list | None)
+    and ('content' in message or 'tool_calls' in message)
     for message in value
   )
 
@@ -284,8 +366,10 @@ def _are_messages(value: Any) -> bool:
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'prompt_token_ids': (_are_ints, 'a list of integers'),
   'prompt': (_is_text, 'text in quotes'),
-  'messages': (_are_messages, 'a list of {"role": text, "content": text}'),
+  'messages': (_are_messages, 'a list of {"role": text, "content": text or a list of parts or null}'),
   'max_tokens': (_is_int, 'an integer'),
+  'max_completion_tokens': (_is_int, 'an integer'),
+  'tools': (_are_objects, 'a list of objects'),
   'temperature': (_is_number, 'a number'),
   'top_k': (_is_int, 'an integer'),
   'top_p': (_is_number, 'a number'),
@@ -297,10 +381,35 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'stop': (_are_texts, 'text in quotes or a list of texts'),
   'stop_token_ids': (_are_ints, 'a list of integers'),
   'ignore_eos': (_is_bool, 'true or false'),
-  'logprobs': (_is_int_or_null, 'an integer or null'),
+  'logprobs': (_is_int, 'an integer or null'),
   'n': (_is_int, 'an integer'),
   'arrival_s': (_is_number, 'a number of seconds'),
-  'id': (_is_name, 'text in quotes, not empty'),
+  'id': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
+}
+
+# Keys that other servers know and pdjax does not: why, and the values that ask for nothing.
+_NOT_DONE: dict[str, tuple[str, tuple[Any, ...]]] = {
+  'logit_bias': ('it changes no single logits', ({},)),
+  'response_format': ('it holds no answer to a form', ({'type': 'text'},)),
+  'structured_outputs': ('it holds no answer to a form', ({},)),
+  'guided_json': ('it holds no answer to a form', ()),
+  'guided_regex': ('it holds no answer to a form', ()),
+  'guided_choice': ('it holds no answer to a form', ()),
+  'tool_choice': ('the model alone chooses among tools', ('auto', 'none')),
+  'functions': ('they are called tools', ([],)),
+  'function_call': ('the model alone chooses among tools', ('auto', 'none')),
+  'modalities': ('it writes text', (['text'],)),
+  'audio': ('it writes text', ()),
+  'min_tokens': ('use ignore_eos to go on', (0,)),
+  'bad_words': ('it forbids no tokens', ([],)),
+  'allowed_token_ids': ('it forbids no tokens', ()),
+  'best_of': ('it ranks no samples; use n', (1,)),
+  'use_beam_search': ('it samples', (False,)),
+  'echo': ('prompt_token_ids are told anyway', (False,)),
+  'suffix': ('it continues prompts', ('',)),
+  'prompt_logprobs': ('it tells those of the output', ()),
+  'top_logprobs': ('logprobs is the number of the likeliest', ()),
+  'stream': ('answers are written whole', (False,)),
 }
 
 

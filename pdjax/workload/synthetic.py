@@ -120,7 +120,7 @@ class _Independent(_Sampled):
     requests, output_lens = [], {}
     for index, arrival_s in enumerate(arrivals_s):
       sampling = self._random_sampling(index)
-      prompt = RandomTokens(self.prompt.sample(prompt_rng), context.vocab_size, sampling.seed)
+      prompt = RandomTokens(self.prompt.sample(prompt_rng), context.vocab_size, self._request_seed(index))
       requests.append(Request(f'request-{index}', prompt, sampling, arrival_s, self.slo))
       output_lens[requests[-1].id] = self.output.sample(output_rng)
     return requests, output_lens
@@ -134,7 +134,8 @@ class _Independent(_Sampled):
     requests = []
     for index, arrival_s in enumerate(arrivals_s):
       sampling = dataclasses.replace(self.sampling, seed=self._request_seed(index))
-      requests.append(Request(f'request-{index}', prompts[index % len(prompts)], sampling, arrival_s, self.slo))
+      prompt, ends = prompts[index % len(prompts)], context.chat_end_ids
+      requests.append(Request(f'request-{index}', prompt, sampling, arrival_s, self.slo, end_token_ids=ends))
     return requests, {}
 
 
@@ -288,7 +289,7 @@ class MultiTurn(_Sampled):
       for turn in range(num_turns):
         length = (self.user if turn else self.prompt).sample(prompt_rng)
         sampling = self._random_sampling(index)
-        user = RandomTokens(length, context.vocab_size, sampling.seed)
+        user = RandomTokens(length, context.vocab_size, self._request_seed(index))
         turns.append(ChatTurn(user, sampling, self.output.sample(output_rng)))
         index += 1
       chats.append(Chat(f'chat-{chat}', tuple(turns), start_s, self.slo))

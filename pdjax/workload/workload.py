@@ -18,11 +18,13 @@ class WorkloadContext:
     vocab_size: Random prompts draw from tokens `0` to `vocab_size - 1`.
     context_len: Most tokens of a prompt and its output together.
     encode_chat: Turns what a user says into a prompt, chat template included; None where there is no tokenizer.
+    chat_end_ids: Tokens that end an answer in a chat, besides the model's own.
   """
 
   vocab_size: int
   context_len: int
   encode_chat: Callable[[str], Sequence[int]] | None = None
+  chat_end_ids: tuple[int, ...] = ()
 
   def encode(self, text: str) -> tuple[int, ...]:
     """The prompt of a user who says `text`.

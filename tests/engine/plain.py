@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from pdjax.model.checkpoint import RandomCheckpoint
-from pdjax.model.sampling import Sampling, sample, stop_tokens
+from pdjax.model.sampling import Sampling, sample
 from pdjax.types import ModelSpec, Request, SamplingParams
 from tests.model.numpy_llama import NumpyLlama
 from tests.model.test_sampling import penalised
@@ -46,11 +46,11 @@ def answer(model: ModelSpec, request: Request, caches: tuple[str, str] = EXACT) 
   llama = NumpyLlama(Cached(model), caches, request.prompt_len)
   params = request.sampling
   limit = min(params.max_tokens, model.context_len - request.prompt_len + 1)
-  stops = stop_tokens(params, model.eos_token_ids)
+  stops = request.stop_tokens(model.eos_token_ids)
   draws = SamplingParams(
     temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p, seed=params.seed
   )
-  sampling = Sampling.stack([draws], [limit], (), 1)
+  sampling = Sampling.stack([draws], [limit], [()], 1)
   tokens: list[int] = []
   logprobs = []
   while True:

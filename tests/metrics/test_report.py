@@ -184,8 +184,10 @@ def test_the_file_is_finite_json(disaggregated, stamps, tmp_path):
   assert report.save(tmp_path / 'run') == tmp_path / 'run' / 'report.json'
   figures = _strict((tmp_path / 'run' / 'report.json').read_text())
   assert figures == report.to_json()
-  assert figures['request_rate'] == 'inf'
-  assert figures['config']['limit'] is None and figures['config']['role'] == 'both' and figures['config']['1'] == [1, 2]
+  assert figures['request_rate'] == 'Infinity'
+  assert (
+    figures['config']['limit'] == 'NaN' and figures['config']['role'] == 'both' and figures['config']['1'] == [1, 2]
+  )
   assert figures['generated_texts'] == ['hello'] and figures['seed'] == 0
   assert report.save(tmp_path / 'other.json') == tmp_path / 'other.json'
 

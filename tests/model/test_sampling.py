@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdjax.model.sampling import Sampling, count, keep_likely, likeliest, past, penalise, sample, stop_tokens, tell
+from pdjax.model.sampling import Sampling, count, keep_likely, likeliest, past, penalise, sample, tell
 from pdjax.types import SamplingParams
 
 DRAWS = 20_000
@@ -32,7 +32,7 @@ def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np
 
 
 def draw(params: list[SamplingParams], logits: np.ndarray, generated=0) -> np.ndarray:
-  sampling = Sampling.stack(params, [100] * len(params), (), len(params))
+  sampling = Sampling.stack(params, [100] * len(params), [()] * len(params), len(params))
   generated = np.broadcast_to(np.asarray(generated, np.int32), len(params))
   return np.asarray(sample(np.broadcast_to(logits, (len(params), logits.shape[-1])), sampling, generated).tokens)
 
@@ -149,7 +149,7 @@ def test_penalties_are_those_of_a_plain_loop():
   pasts = [(rng.integers(0, 30, 12).tolist(), rng.integers(20, 50, 15).tolist()) for _ in params]
   logits = 3 * rng.standard_normal((len(params), 50)).astype(np.float32)
   history = np.stack([past(*one, 50) for one in pasts])
-  sampling = Sampling.stack(params, [9] * len(params), (), len(params))
+  sampling = Sampling.stack(params, [9] * len(params), [()] * len(params), len(params))
   actual = np.asarray(penalise(logits, history, sampling))
   expected = [penalised(row, *one, each) for row, one, each in zip(logits, pasts, params, strict=True)]
   np.testing.assert_allclose(actual, expected, rtol=1e-6)
@@ -179,7 +179,7 @@ def test_penalties_come_before_temperature_and_cuts():
   options = {'temperature': 1.0, 'top_k': 3, 'presence_penalty': 1.0}
   params = [SamplingParams(seed=seed, **options) for seed in range(DRAWS)]
   history = np.broadcast_to(past((), [0], 8), (DRAWS, 8))
-  sampling = Sampling.stack(params, [9] * DRAWS, (), DRAWS)
+  sampling = Sampling.stack(params, [9] * DRAWS, [()] * DRAWS, DRAWS)
   logits = np.broadcast_to(LOGITS, (DRAWS, 8))
   tokens = np.asarray(jax.jit(lambda *args: sample(*args, history=lambda: history))(
     logits, sampling, np.zeros(DRAWS, np.int32)
@@ -263,7 +263,7 @@ def test_seeds_and_positions_give_draws_of_their_own():
 
 def test_a_seed_beyond_32_bits_is_not_its_low_half():
   high, low = (
-    Sampling.stack([SamplingParams(seed=seed)], [1], (), 1).keys[0].tolist() for seed in (2**40 + 7, 7)
+    Sampling.stack([SamplingParams(seed=seed)], [1], [()], 1).keys[0].tolist() for seed in (2**40 + 7, 7)
   )  # fmt: skip
   assert high == [2**8, 7] and low == [0, 7]
 
@@ -272,13 +272,7 @@ def test_a_seed_beyond_32_bits_is_not_its_low_half():
 
 
 def test_a_row_ends_with_a_stop_token_or_its_last_token():
-  params = [SamplingParams(stop_token_ids=(5, 6)), SamplingParams(ignore_eos=True), SamplingParams()]
-  sampling = Sampling.stack(params, [3, 3, 3], (9,), 5)
+  sampling = Sampling.stack([SamplingParams()] * 3, [3, 3, 3], [(5, 6, 9), (), (9,)], 5)
   tokens, generated = np.array([6, 9, 9, 0, 0]), np.array([1, 1, 1, 0, 0])
   assert sampling.ended(tokens, generated).tolist() == [True, False, True, True, True]  # padding has no token left
   assert sampling.ended(np.array([7, 7, 7, 7, 7]), np.array([2, 3, 2, 0, 0])).tolist()[:3] == [False, True, False]
-
-
-def test_stop_tokens_are_the_requests_and_the_models_each_once():
-  assert stop_tokens(SamplingParams(stop_token_ids=(7, 3, 7)), (3, 9)) == [3, 7, 9]
-  assert stop_tokens(SamplingParams(stop_token_ids=(7, 3), ignore_eos=True), (3, 9)) == [3, 7]

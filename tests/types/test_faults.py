@@ -15,6 +15,9 @@ from tests.tiny import config
     ({'worker': 'retry'}, "faults.worker is 'retry', expected one of 'recompute', 'fail'"),
     ({'max_attempts': 0}, 'faults.max_attempts is 0, expected at least 1'),
     ({'backoff_s': -1.0}, 'faults.backoff_s is -1.0, expected 0 or more seconds'),
+    ({'backoff_s': float('nan')}, 'faults.backoff_s is nan'),
+    ({'backoff_s': float('inf')}, 'faults.backoff_s is inf'),
+    ({'patience_s': float('nan')}, 'faults.patience_s is nan'),
     ({'patience_s': 0.0}, 'faults.patience_s is 0.0, expected more than 0 seconds'),
   ],
 )

@@ -40,6 +40,9 @@ from pdjax.types import SLO, Request, SamplingParams
     ('seed', 'lucky', "seed is 'lucky', expected an integer"),
     ('logprobs', 2.5, 'logprobs is 2.5, expected an integer'),
     ('stop_token_ids', (5.0,), 'stop_token_ids has 5.0, expected token ids from 0'),
+    ('stop', ('a', '\udfff'), "a stop string, '\\udfff', has half a surrogate pair"),
+    ('seed', math.nan, 'seed is nan, expected an integer'),
+    ('seed', 0.5, 'seed is 0.5, expected an integer'),
     ('stop', (5,), 'stop is (5,), expected a tuple of texts; for token ids use stop_token_ids'),
   ],
 )
@@ -83,6 +86,45 @@ def test_a_request_is_a_value():
   assert Request('r', (1, 2)) == Request('r', (1, 2)) != Request('r', (1, 3))
   with pytest.raises(dataclasses.FrozenInstanceError):
     Request('r', (1,)).arrival_s = 2.0
+
+
+# A limit, and what it is: by our contract, as an infinite limit bounds nothing.
+@pytest.mark.parametrize(
+  ('limit', 'kept'),
+  [(math.inf, None), (float('1e999'), None), (np.float32('inf'), None), (None, None), (1e308, 1e308), (5e-324, 5e-324)],
+)
+@pytest.mark.parametrize('field', ['ttft_ms', 'tpot_ms', 'e2el_ms'])
+def test_an_infinite_limit_is_left_free(field, limit, kept):
+  assert SLO(**{field: limit}) == SLO(**{field: kept})
+  if limit is not None:
+    assert getattr(SLO.parse(f'{field.removesuffix("_ms")}:{limit}'), field) == kept
+
+
+@pytest.mark.parametrize('limit', [math.nan, -math.inf, 0.0, -0.0, -1.0, np.float32('nan')])
+def test_a_limit_that_is_none_is_refused(limit):
+  with pytest.raises(ValueError, match=f'ttft_ms is {limit}, expected a positive number'):
+    SLO(ttft_ms=limit)
+
+
+@pytest.mark.parametrize(
+  'name', ['\ud83d', 'a\udc00b', '\udcff.jsonl']
+)  # the last is how Python reads a bad byte of a path
+def test_an_id_that_no_file_can_hold_is_refused(name):
+  with pytest.raises(ValueError, match=r'the id of a request, .* has half a surrogate pair'):
+    Request(name, (1,))
+
+
+def test_a_whole_surrogate_pair_is_a_character():
+  assert Request('\ud83d\ude00'.encode('utf-16', 'surrogatepass').decode('utf-16'), (1,)).id == '😀'
+
+
+def test_stop_tokens_are_the_requests_the_models_and_the_chats_each_once():
+  chat = Request('a', (1,), SamplingParams(stop_token_ids=(7, 3, 7)), end_token_ids=(9, 8))
+  assert chat.stop_tokens((3, 9)) == (3, 7, 8, 9)
+  assert Request('a', (1,), SamplingParams(), end_token_ids=(8,)).stop_tokens(()) == (8,)
+  assert Request('a', (1,), SamplingParams(ignore_eos=True), end_token_ids=(8,)).stop_tokens((3,)) == ()
+  samples = Request('a', (1,), SamplingParams(n=3), end_token_ids=(9, 8)).samples()
+  assert [sample.end_token_ids for sample in samples] == [(9, 8)] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""A requests file is read strictly, and what became of it is written back."""
+"""A requests file is read line by line, each on its own, and what became of it is written back."""
 
 import json
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import Refused, completion_row, read_requests, write_completions
@@ -55,7 +58,7 @@ def test_every_key_reaches_the_request(read):
 
 
 def test_what_is_left_out_takes_its_default(read):
-  assert read({'prompt_token_ids': [5]}) == [Request('request-0', (5,))]
+  assert read({'prompt_token_ids': [5]}) == [Request('request-0', (5,)).seeded(0, 0)]
 
 
 def test_blank_lines_are_skipped_and_rows_are_numbered_without_them(read):
@@ -92,16 +95,16 @@ def test_an_impossible_line_is_refused_and_the_others_are_served(read, fields, r
   assert isinstance(before, Request)
   assert isinstance(after, Request)
   assert isinstance(refused, Refused)
-  assert refused.id == 'request-1'
-  assert reason in refused.error
+  assert refused.id == 'line-2' and refused.line == 2
+  assert refused.error.startswith('line 2: ') and reason in refused.error
 
 
 def test_a_prompt_that_the_tokenizer_refuses_is_refused(read):
   def encode(text):
-    raise ValueError('no such characters')
+    raise KeyError('no such characters')  # whatever it raises: it is a program of someone else
 
   (refused,) = read({'prompt': 'a'}, encode=encode)
-  assert refused == Refused('request-0', (), 'no such characters')
+  assert refused == Refused('line-1', (), "line 1: 'no such characters'", 1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_a_prompt_that_the_tokenizer_refuses_is_refused(read):
     (b'{"prompt": "\xff"}', 'not JSON'),
     ('{"prompt": "a", "temperature": NaN}', 'NaN is not a JSON number'),
     ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
-    ([1, 2], r'found \[1, 2\], expected a JSON object'),
+    ([1, 2], 'found [1, 2], expected a JSON object'),
     ({}, 'found none of them, expected exactly one of'),
     ({'max_tokens': 3}, 'found none of them'),
     ({'prompt': 'a', 'prompt_token_ids': [1]}, 'found prompt_token_ids and prompt, expected exactly one'),
@@ -128,27 +131,185 @@ def test_a_prompt_that_the_tokenizer_refuses_is_refused(read):
     ({'prompt': 'a', 'max_tokens': 2.5}, 'max_tokens is 2.5'),
     ({'prompt': 'a', 'temperature': '1'}, 'temperature is "1", expected a number'),
     ({'prompt': 'a', 'temperature': False}, 'temperature is false'),
-    ({'prompt': 'a', 'top_p': None}, 'top_p is null'),
+    ({'prompt': 'a', 'top_p': [1]}, 'top_p is [1]'),
     ({'prompt': 'a', 'seed': 1.0}, 'seed is 1.0'),
     ({'prompt': 'a', 'stop_token_ids': 2}, 'stop_token_ids is 2'),
     ({'prompt': 'a', 'ignore_eos': 1}, 'ignore_eos is 1, expected true or false'),
     ({'prompt': 'a', 'arrival_s': True}, 'arrival_s is true'),
     ({'prompt': 'a', 'id': 3}, 'id is 3'),
     ({'prompt': 'a', 'id': ''}, 'id is ""'),
-    ({'prompt': 'a', 'id': 'request-0'}, "the id 'request-0' is that of line 1 too"),
-    ({'prompt': 'a', 'stop': [5]}, r'stop is \[5\], expected text in quotes or a list of texts'),
+    ({'prompt': 'a', 'id': 'first'}, "the id 'first' is that of line 1 too"),
+    ({'prompt': 'a', 'max_tokens': 3, 'max_completion_tokens': 4}, 'max_tokens is 3 and max_completion_tokens 4'),
+    ({'prompt': 'a', 'logit_bias': {'5': 1}}, 'logit_bias is {"5": 1}, which pdjax cannot honour'),
+    ({'prompt': 'a', 'response_format': {'type': 'json_object'}}, 'response_format'),
+    ({'prompt': 'a', 'tools': [{}]}, 'tools is there with prompt'),
+    ({'messages': [{'role': 'user', 'content': 'a'}], 'tool_choice': 'required'}, 'tool_choice'),
+    ({'prompt': 'a', 'guided_regex': 'a+'}, 'guided_regex'),
+    ({'prompt': None}, 'found none of them'),
+    ({'messages': [{'role': None, 'content': 'a'}]}, 'expected a list of'),
+    ({'messages': [{'role': 'user', 'contents': 'a'}]}, 'expected a list of'),
+    ({'prompt': 'a', 'id': 'half \ud83d'}, 'half a surrogate pair'),
+    ({'prompt': 'a', 'stop': ['\udc00']}, 'half a surrogate pair'),
+    ({'prompt': 'a', 'stop': [5]}, 'stop is [5], expected text in quotes or a list of texts'),
     ({'prompt': 'a', 'logprobs': True}, 'logprobs is true, expected an integer or null'),
   ],
 )
-def test_a_malformed_line_stops_the_reading_with_its_number(read, line, wrong):
-  with pytest.raises(ValueError, match=rf'in\.jsonl, line 3: .*{wrong}'):
-    read({'prompt': 'good'}, '', line)
+def test_a_malformed_line_is_refused_by_its_number(read, line, wrong):
+  before, refused, after = read({'prompt': 'good', 'id': 'first'}, '', line, {'prompt': 'good'})
+  assert isinstance(before, Request) and after == Request('request-2', (1, *map(ord, 'good'))).seeded(0, 2)
+  assert refused.line == 3 and refused.error.startswith('line 3: ') and wrong in refused.error
+  assert refused.id == ('first' if isinstance(line, dict) and line.get('id') == 'first' else 'line-3')
+
+
+def test_a_refused_line_keeps_the_id_that_it_gives_itself(read):
+  assert [row.id for row in read({'id': 'mine', 'promt': 'a'}, {'id': 'line-3', 'prompt': 'a'}, {'promt': 'a'})] == [
+    'mine', 'line-3', 'line-3-2',
+  ]  # fmt: skip
 
 
 @pytest.mark.parametrize('line', [{'prompt': 'a'}, {'messages': [{'role': 'user', 'content': 'a'}]}])
-def test_text_without_a_tokenizer_stops_the_reading(read, line):
-  with pytest.raises(ValueError, match=r'line 1: .* needs a tokenizer'):
-    read(line, encode=None, encode_chat=None)
+def test_text_without_a_tokenizer_is_refused(read, line):
+  refused, served = read(line, {'prompt_token_ids': [3]}, encode=None, encode_chat=None)
+  assert 'needs a tokenizer' in refused.error and isinstance(served, Request)
+
+
+@pytest.mark.parametrize('name', ['missing.jsonl', '.'])
+def test_a_file_that_cannot_be_read_stops_the_reading(tmp_path, name):
+  with pytest.raises(OSError):
+    read_requests(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+  ('lines', 'names'),
+  [
+    ([{'id': 'request-1'}, {}], ['request-1', 'request-1-2']),
+    ([{}, {'id': 'request-0'}], ['request-0-2', 'request-0']),
+    ([{}, {'id': 'request-0#1'}], ['request-0-2', 'request-0#1']),
+    ([{'id': 'request-1', 'n': 2}, {'n': 2}], ['request-1', 'request-1-2']),
+    ([{'id': 'request-1'}, {}, {'id': 'request-1-2'}], ['request-1', 'request-1-3', 'request-1-2']),
+    ([{'id': None}, {'id': 'request-0'}, {'id': None}], ['request-0-2', 'request-0', 'request-2']),
+  ],
+)
+def test_a_default_id_is_one_that_nobody_took(read, lines, names):
+  rows = read(*({'prompt': 'a', 'n': 3} | line for line in lines))
+  assert all(isinstance(row, Request) for row in rows) and [row.id for row in rows] == names
+
+
+OPTIONAL = (
+  'id', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty',
+  'presence_penalty', 'frequency_penalty', 'seed', 'stop', 'stop_token_ids', 'ignore_eos', 'logprobs', 'n', 'arrival_s',
+  'tools', 'logit_bias', 'response_format', 'prompt_token_ids', 'messages', 'tool_choice', 'stream',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('key', OPTIONAL)
+def test_a_key_that_is_null_is_as_good_as_left_out(read, key):
+  assert read({'prompt': 'a', key: None}) == read({'prompt': 'a'})
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'logit_bias': {}}, {'response_format': {'type': 'text'}}, {'tools': []}, {'tool_choice': 'auto'},
+    {'stream': False}, {'best_of': 1}, {'echo': False}, {'functions': []}, {'min_tokens': 0}, {'suffix': ''},
+  ],
+)  # fmt: skip
+def test_a_key_of_other_servers_that_asks_for_nothing_is_served(read, fields):
+  assert read({'prompt': 'a'} | fields) == read({'prompt': 'a'})
+
+
+def test_max_completion_tokens_is_max_tokens(read):
+  for fields in ({'max_completion_tokens': 7}, {'max_completion_tokens': 7, 'max_tokens': 7}):
+    assert read({'prompt': 'a'} | fields)[0].sampling.max_tokens == 7
+
+
+def test_messages_reach_the_template_as_they_are_and_tools_where_there_are_any(read):
+  seen = []
+
+  def encode_chat(messages, **tools):
+    seen.append((messages, tools))
+    return [1]
+
+  messages = [
+    {'role': 'user', 'name': 'ann', 'content': [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]},
+    {'role': 'assistant', 'content': None, 'tool_calls': [{'function': {'name': 'f', 'arguments': '{}'}}]},
+    {'role': 'assistant', 'tool_calls': []},
+    {'role': 'tool', 'tool_call_id': '1', 'content': '3'},
+  ]
+  tool = {'type': 'function', 'function': {'name': 'f'}}
+  with_tools, without = read(
+    {'messages': messages, 'tools': [tool]}, {'messages': messages}, encode_chat=encode_chat, chat_end_ids=(7, 9)
+  )
+  assert seen == [(messages, {'tools': [tool]}), (messages, {})]
+  assert with_tools.end_token_ids == without.end_token_ids == (7, 9)
+
+
+def test_only_a_chat_ends_with_the_ends_of_chats(read):
+  chat, text, tokens = read(
+    {'messages': [{'role': 'user', 'content': 'a'}]}, {'prompt': 'a'}, {'prompt_token_ids': [1]}, chat_end_ids=(7,)
+  )
+  assert [row.end_token_ids for row in (chat, text, tokens)] == [(7,), (), ()]
+
+
+def test_lines_without_a_seed_have_different_ones_by_run_and_row(read):
+  line = {'prompt': 'a', 'temperature': 1.5}
+  rows = [row.sampling.seed for seed in (0, 1) for row in read(line, line, line, {**line, 'seed': 5}, seed=seed)]
+  assert rows[3] == rows[7] == 5 and len({*rows}) == 7
+  assert [row.sampling.seed for row in read(line, line, line)] == rows[:3]
+
+
+# Ways to make any line bad, each with what the refusal says.
+BAD = {
+  'no JSON': (lambda row: json.dumps(row)[:-1], 'not JSON'),
+  'no UTF-8': (lambda row: b'{"prompt": "\xff"}', 'not JSON'),
+  'no object': (lambda row: [row], 'expected a JSON object'),
+  'unknown key': (lambda row: row | {'max_token': 3}, 'unknown key'),
+  'two prompts': (lambda row: row | {'prompt': 'a', 'prompt_token_ids': [1]}, 'exactly one'),
+  'no prompt': (lambda row: {key: value for key, value in row.items() if 'prompt' not in key}, 'found none'),
+  'wrong type': (lambda row: row | {'temperature': 'hot'}, 'expected a number'),
+  'half a pair': (lambda row: {'prompt': 'smile \ud83d', 'id': row.get('id')}, 'surrogates not allowed'),
+  'half a chat': (lambda row: {'messages': [{'role': 'user', 'content': '\ude00'}]}, 'surrogates not allowed'),
+  'half a pair as id': (lambda row: row | {'id': '\ud83d'}, 'half a surrogate pair'),
+  'empty': (lambda row: {'prompt_token_ids': []}, 'empty prompt'),
+  'not a number': (lambda row: json.dumps(row | {'top_p': math.nan}), 'NaN is not a JSON number'),
+  'infinite': (lambda row: '{"prompt": "a", "arrival_s": 1e999}', 'arrival_s is inf'),
+  'logit_bias': (lambda row: row | {'logit_bias': {'1': 100}}, 'cannot honour'),
+  'response_format': (lambda row: row | {'response_format': {'type': 'json_schema'}}, 'cannot honour'),
+  'id of another': (lambda row: row | {'id': 'first'}, 'is that of line 1 too'),
+}
+GOOD = (
+  {'prompt_token_ids': [5], 'id': 'first'},
+  {'prompt': 'ab', 'temperature': 1.5},
+  {'prompt': 'ab', 'temperature': 1.5, 'n': 3, 'id': None},
+  {'prompt_token_ids': [7, 8], 'id': 'request-3', 'arrival_s': 0.5},
+  {'prompt': 'ab', 'temperature': 1.5, 'arrival_s': 0.25},
+)
+
+
+def strict_encode(text):
+  text.encode()
+  return [1, *map(ord, text)]
+
+
+@given(ways=st.lists(st.one_of(st.none(), st.sampled_from(sorted(BAD))), min_size=len(GOOD), max_size=len(GOOD)))
+def test_lines_made_bad_change_nothing_for_the_others(tmp_path_factory, ways):
+  path = tmp_path_factory.getbasetemp() / 'property.jsonl'
+
+  def read(rows):
+    path.write_bytes(b'\n'.join(row if isinstance(row, bytes) else as_line(row).encode() for row in rows))
+    return read_requests(path, strict_encode, lambda messages: strict_encode(messages[0]['content']), 500)
+
+  ways[0] = None if ways[0] == 'id of another' else ways[0]
+  if ways[0] is not None:  # then nobody has that id
+    ways = [None if way == 'id of another' else way for way in ways]
+  good = read(GOOD)
+  rows = read(row if way is None else BAD[way][0](row) for row, way in zip(GOOD, ways, strict=True))
+  assert len(rows) == len(GOOD)
+  for number, (row, expected, way) in enumerate(zip(rows, good, ways, strict=True), start=1):
+    if way is None:
+      assert row == expected
+    else:
+      assert row.line == number and row.error.startswith(f'line {number}: ') and BAD[way][1] in row.error
 
 
 def test_tokens_need_no_tokenizer(read):
@@ -157,9 +318,10 @@ def test_tokens_need_no_tokenizer(read):
 
 def test_a_completion_is_written_with_its_times():
   request = Request('x', (1, 2), arrival_s=1.0)
-  assert completion_row(Completion(request, (7, 8), 'stop', text='hi', token_times_s=(1.5, 1.75))) == {
+  assert completion_row(Completion(request.seeded(0, 0), (7, 8), 'stop', text='hi', token_times_s=(1.5, 1.75))) == {
     'id': 'x', 'prompt_token_ids': [1, 2], 'output_token_ids': [7, 8], 'text': 'hi', 'finish_reason': 'stop',
-    'error': None, 'arrival_s': 1.0, 'ttft_s': 0.5, 'e2el_s': 0.75, 'token_times_s': [1.5, 1.75], 'logprobs': None,
+    'error': None, 'arrival_s': 1.0, 'ttft_s': 0.5, 'e2el_s': 0.75, 'token_times_s': [1.5, 1.75],
+    'seed': request.seeded(0, 0).sampling.seed, 'logprobs': None,
   }  # fmt: skip
 
 
@@ -168,6 +330,16 @@ def test_a_completion_is_written_with_its_log_probabilities():
   row = completion_row(Completion(sample, (7,), 'length', logprobs=(TokenLogprob(-0.5, ((7, -0.5),)),)))
   assert row['id'] == 'x#1' and json.loads(json.dumps(row))['logprobs'] == [{'logprob': -0.5, 'top': [[7, -0.5]]}]
   assert completion_row(Completion(sample, (), 'cancelled'))['logprobs'] == []
+
+
+def test_log_probabilities_that_are_not_finite_are_their_names(tmp_path):
+  told = (TokenLogprob(math.nan, ((7, math.inf), (8, -math.inf))),)
+  request = Request('x', (1,), SamplingParams(logprobs=2))
+  write_completions(tmp_path / 'out.jsonl', [Completion(request, (7,), 'length', logprobs=told)])
+  text = (tmp_path / 'out.jsonl').read_text()
+  assert json.loads(text, parse_constant=pytest.fail)['logprobs'] == [
+    {'logprob': 'NaN', 'top': [[7, 'Infinity'], [8, '-Infinity']]}
+  ]
 
 
 def test_one_stop_string_needs_no_list(read):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import zlib
@@ -17,6 +16,7 @@ from absl import logging
 from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
 from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
+from pdjax.types.json_text import json_text
 from pdjax.types.model import ModelSpec, RopeScaling
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
     tokenizer.save(folder)
   checksums = {one: _checksum(weight) for one, weight in weights.items()}
   description = {'version': _VERSION, 'dtype': name, 'spec': dataclasses.asdict(checkpoint.spec), 'crc32': checksums}
-  (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding='utf-8')
+  (folder / DESCRIPTION).write_text(json_text(description, indent=2), encoding='utf-8')
   return OrbaxCheckpoint(folder)
 
 

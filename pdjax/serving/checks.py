@@ -29,11 +29,9 @@ def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> s
       f'stop strings {", ".join(map(repr, request.sampling.stop))} asked for, but there is no tokenizer to find them '
       'with; serve a checkpoint that has one, or use stop_token_ids.'
     )
-  bad = first_outside(request.prompt, model.vocab_size)
-  if bad is not None:
-    return (
-      f'token id {bad} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
-    )
+  place = first_outside(request.prompt, model.vocab_size)
+  if place is not None:
+    return f'token id {request.prompt[place]!r} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
   slots = view.slots_needed(request.id)
   places = [] if entry.computed else [(view.prefill_workers, False)]
   if entry.limit > 1 or slots > 1:
@@ -65,10 +63,14 @@ def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> s
 
 
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
-  """The first token id that is not in the vocabulary, or None; prompts that say so themselves are not walked."""
+  """The place of the first that is no token id of the vocabulary, or None; prompts that say so are not walked.
+
+  What is no integer is none: found later, it would break the pass of others.
+  """
   if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
     return None
-  return next((token for token in prompt if not 0 <= token < vocab_size), None)
+  known = (hasattr(token, '__index__') and 0 <= token < vocab_size for token in prompt)
+  return next((place for place, one in enumerate(known) if not one), None)
 
 
 def find_request(view: ClusterView, action: Action, request: str) -> RequestState:

@@ -185,6 +185,8 @@ class Request:
   end_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
+    if not isinstance(self.id, str):
+      raise ValueError(f'the id of a request is {self.id!r}, expected text.')
     check_text(self.id, 'the id of a request')
     prompt: object = self.prompt
     if isinstance(prompt, str):

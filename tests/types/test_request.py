@@ -114,6 +114,12 @@ def test_an_id_that_no_file_can_hold_is_refused(name):
     Request(name, (1,))
 
 
+@pytest.mark.parametrize('name', [5, None, b'a'])
+def test_an_id_that_is_no_text_is_refused(name):
+  with pytest.raises(ValueError, match='expected text'):
+    Request(name, (1,))
+
+
 def test_a_whole_surrogate_pair_is_a_character():
   assert Request('\ud83d\ude00'.encode('utf-16', 'surrogatepass').decode('utf-16'), (1,)).id == '😀'
 

@@ -31,7 +31,8 @@ def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> s
     )
   place = first_outside(request.prompt, model.vocab_size)
   if place is not None:
-    return f'token id {request.prompt[place]!r} in the prompt, but the ids of {model.name} are 0 to {model.vocab_size - 1}; use its tokenizer.'
+    known = f'the ids of {model.name} are 0 to {model.vocab_size - 1}'
+    return f'token id {request.prompt[place]!r} in the prompt, but {known}; use its tokenizer.'
   slots = view.slots_needed(request.id)
   places = [] if entry.computed else [(view.prefill_workers, False)]
   if entry.limit > 1 or slots > 1:

@@ -53,7 +53,7 @@ class TextStream:
       The text that is sure now and was not before, and if a stop string is complete how many of these tokens it
       takes to be sure of that; the others count for nothing then.
     """
-    pieces = []
+    pieces: list[str] = []
     for count, token in enumerate(tokens, start=1):
       text = self._run.take(token)
       if not text:

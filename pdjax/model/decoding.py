@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
-from pdjax.model.decoding_stages import Stage, Unstreamable, stages_of
+from pdjax.model.decoding_stages import MakeStage, Stage, Unstreamable, stages_of
 
 _PRIMING_TOKENS = 8  # of these, four bytes may belong to one character and one be the first of a text
 
@@ -22,11 +22,16 @@ class Decoding:
     self._backend = backend
     self._special = frozenset(token for token, one in backend.get_added_tokens_decoder().items() if one.special)
     self._texts: dict[int, str] = {}
-    self._stages, self._reach, self.refusal = (), 0, None
+    self._stages: tuple[MakeStage, ...] = ()
+    self._reach = 0
+    self.refusal: str | None = None
     try:
       self._stages, self._reach = stages_of(_describe(backend))
     except Unstreamable as error:
-      self.refusal: str | None = str(error)
+      self.refusal = str(error)
+
+  def __reduce__(self):
+    return Decoding, (self._backend,)  # functions made for this decoder do not travel
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """The text of these tokens; the pieces of a `DecodingRun` put together are the same."""
@@ -55,9 +60,10 @@ class Decoding:
     tokens: list[int] = []
     chars = 0
     for index in range(len(prompt) - 1, -1, -1):
-      text = self.text_of(prompt[index])
+      token = prompt[index]
+      text = self.text_of(token)
       if text is not None:
-        tokens.append(prompt[index])
+        tokens.append(token)
         chars += len(text)
         if len(tokens) >= _PRIMING_TOKENS and chars > self._reach:
           break

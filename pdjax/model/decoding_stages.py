@@ -8,8 +8,9 @@ it a token is long and not complete for a while, and they hand on pieces of it: 
 import codecs
 import enum
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Regex, decoders, pre_tokenizers
@@ -45,6 +46,8 @@ class Unstreamable(ValueError):
 MakeStage = Callable[[], Stage]
 BeginToken = Callable[[bool], TokenText]
 """Makes the beginning of a token, given whether it is the first."""
+_Rule = Callable[[str], str]
+"""Makes one whole token of another."""
 
 
 class _Flow(enum.Enum):
@@ -66,15 +69,15 @@ def stages_of(decoder: Mapping[str, Any] | None) -> tuple[tuple[MakeStage, ...],
   """
   chain = _Chain()
   parts = [{'type': 'None'}] if decoder is None else list(_flat(decoder))
-  for part, following in zip(parts, [*parts[1:], {'type': 'Fuse'}], strict=True):
-    kind = part.get('type')
+  for part, following in itertools.pairwise([*parts, {'type': 'Fuse'}]):  # in the end texts are put together
+    kind = part['type']
     if kind not in _BUILDERS:
       raise Unstreamable(f'the decoder {kind} is not known to pdjax, expected {", ".join(sorted(_BUILDERS))}')
     _BUILDERS[kind](chain, part, following)
   return tuple(chain.stages), chain.reach
 
 
-def _flat(decoder: Mapping[str, Any]):
+def _flat(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
   if decoder.get('type') == 'Sequence':
     for part in decoder['decoders']:
       yield from _flat(part)
@@ -89,24 +92,38 @@ class _Chain:
     self.stages: list[MakeStage] = []
     self.flow = _Flow.WHOLE
     self.reach = 0
+    self._rules: tuple[_Rule, _Rule] | None = None
 
   def add(self, make: MakeStage, flow: _Flow) -> None:
+    """Add a stage that joins tokens or leaves some out."""
     self.stages.append(make)
     self.flow = flow
+    self._rules = None
 
   def add_each(self, begin: BeginToken, reach: int = 0) -> None:
-    """A stage that makes one token of each."""
+    """Add a stage that makes one token of each."""
     self.reach += reach
     if self.flow is _Flow.WHOLE:
-      first, other = (functools.cache(functools.partial(_whole, begin, first)) for first in (True, False))
-      self.stages.append(functools.partial(_Each, first, other))
+      self.add_rules(*(functools.partial(_whole, begin, first) for first in (True, False)))
     else:
       self.stages.append(functools.partial(_EachInPieces, begin))
+
+  def add_rules(self, first: _Rule, other: _Rule) -> None:
+    """Add a stage that makes one whole token of each; it joins the one before if that does so too."""
+    if self._rules is not None:
+      self.stages.pop()
+      first, other = (functools.partial(_both, *rules) for rules in zip(self._rules, (first, other), strict=True))
+    self._rules = first, other
+    self.stages.append(functools.partial(_Each, functools.cache(first), functools.cache(other)))
 
 
 def _whole(begin: BeginToken, first: bool, token: str) -> str:
   text = begin(first)
   return text.take(token) + text.close()
+
+
+def _both(rule: _Rule, then: _Rule, token: str) -> str:
+  return then(rule(token))
 
 
 # Stages
@@ -115,7 +132,7 @@ def _whole(begin: BeginToken, first: bool, token: str) -> str:
 class _Each:
   """Makes one token of each, by functions for the first and for the others."""
 
-  def __init__(self, first: Callable[[str], str], other: Callable[[str], str]):
+  def __init__(self, first: _Rule, other: _Rule):
     self._next, self._other = first, other
 
   def take(self, pieces: list[str]) -> list[str]:
@@ -232,6 +249,35 @@ class _Bytes:
     return [_ALONE.sub('\ufffd', rest), ''] if rest else ['']
 
 
+_BYTES_BEGUN = frozenset(name[:length] for name in _BYTES for length in range(1, len(name)))
+
+
+class _BytesInPieces:
+  """The same for tokens in pieces: each waits while it may come to name a byte."""
+
+  def __init__(self):
+    self._bytes = _Bytes()
+    self._held: str | None = ''  # None once the token is known to name none
+
+  def take(self, pieces: list[str]) -> list[str]:
+    out = []
+    for piece in pieces:
+      if not piece:
+        out += [''] if self._held is None else self._bytes.take([self._held])
+        self._held = ''
+      elif self._held is None:
+        out.append(piece)
+      else:
+        self._held += piece
+        if self._held not in _BYTES_BEGUN and self._held not in _BYTES:
+          out += [*self._bytes.end(), self._held]
+          self._held = None
+    return out
+
+  def end(self) -> list[str]:
+    return self._bytes.end()
+
+
 class _WordEnds:
   """Puts a space for what ends a word, and nothing in the last token: of a token so much waits for the next."""
 
@@ -263,7 +309,7 @@ class _WordEnds:
 class _Repeats:
   """Leaves out a token that is the one before, and tokens that come to nothing (Graves et al. 2006)."""
 
-  def __init__(self, change: Callable[[str], str]):
+  def __init__(self, change: _Rule):
     self._change = change
     self._last: str | None = None
 
@@ -439,9 +485,10 @@ def _add_byte_level(chain: _Chain, part: Mapping[str, Any], following: Mapping[s
 
 
 def _add_byte_fallback(chain: _Chain, part: Mapping[str, Any], following: Mapping[str, Any]) -> None:
-  if chain.flow is not _Flow.WHOLE:
-    raise Unstreamable(_too_late(chain, 'ByteFallback', 'a token that names a byte is no longer seen as one'))
-  chain.add(_Bytes, _Flow.PIECES)
+  if chain.flow is _Flow.WHOLE:
+    chain.add(_Bytes, _Flow.PIECES)
+  else:
+    chain.add(_BytesInPieces, chain.flow)
 
 
 def _add_strip(chain: _Chain, part: Mapping[str, Any], following: Mapping[str, Any]) -> None:
@@ -492,8 +539,8 @@ def _add_regex(chain: _Chain, pattern: str, content: str, is_text: bool) -> None
   regex = Regex(pattern)
   replace = decoders.Replace(pattern if is_text else regex, content)
   if chain.flow is _Flow.WHOLE:
-    rule = functools.cache(lambda token: replace.decode([token]))
-    chain.add(functools.partial(_Each, rule, rule), _Flow.WHOLE)
+    rule = functools.partial(_by_library, replace)
+    chain.add_rules(rule, rule)
     return
   what = f'Replace of {pattern!r}' if is_text else f'Replace of the regular expression {pattern!r}'
   try:
@@ -503,6 +550,10 @@ def _add_regex(chain: _Chain, pattern: str, content: str, is_text: bool) -> None
   if not least:
     raise Unstreamable(_too_late(chain, what, 'it matches where there is nothing'))
   chain.add_each(lambda first: _ReplacedByRegex(replace, regex, most), most)
+
+
+def _by_library(decoder: decoders.Decoder, token: str) -> str:
+  return decoder.decode([token])
 
 
 def _add_bpe(chain: _Chain, part: Mapping[str, Any], following: Mapping[str, Any]) -> None:
@@ -517,29 +568,23 @@ def _add_bpe(chain: _Chain, part: Mapping[str, Any], following: Mapping[str, Any
 
 
 def _add_ctc(chain: _Chain, part: Mapping[str, Any], following: Mapping[str, Any]) -> None:
-  inner = _Chain()
-  inner.flow = chain.flow
-  pad, delimiter = part['pad_token'], part['word_delimiter_token']
-  if pad:
-    _add_replacement(inner, pad, '')
+  if chain.flow is _Flow.PIECES:
+    raise Unstreamable(_too_late(chain, 'CTC', 'one that is the same as the one before is left out'))
+  changes = [(part['pad_token'], '')]
   if part['cleanup']:
-    _add_cleanup(inner)
-    _add_replace(inner, {'pattern': {'String': delimiter}, 'content': ' '}, following)
+    changes += [*_CLEANUP.items(), (part['word_delimiter_token'], ' ')]
   if chain.flow is _Flow.WHOLE:
-    chain.add(functools.partial(_Repeats, functools.cache(functools.partial(_run_through, inner.stages))), _Flow.WHOLE)
-  elif chain.flow is _Flow.PIECES:
-    raise Unstreamable(_too_late(chain, 'CTC', 'whether it is the one before decides about all of it'))
-  else:
-    chain.stages += inner.stages
-  chain.reach += inner.reach
+    chain.add(functools.partial(_Repeats, functools.cache(functools.partial(_replace_all, changes))), _Flow.WHOLE)
+    return
+  for pattern, content in changes:  # a single token repeats none
+    if pattern or content:
+      _add_replace(chain, {'pattern': {'String': pattern}, 'content': content}, following)
 
 
-def _run_through(stages: list[MakeStage], token: str) -> str:
-  pieces = [token]
-  for make in stages:
-    stage = make()
-    pieces = stage.take(pieces) + stage.end()
-  return ''.join(pieces)
+def _replace_all(changes: Sequence[tuple[str, str]], token: str) -> str:
+  for pattern, content in changes:
+    token = token.replace(pattern, content)
+  return token
 
 
 def _too_late(chain: _Chain, what: str, why: str) -> str:

@@ -43,7 +43,7 @@ its own id and the others with `id#1`, `id#2` and so on:
 | `id`               | as above |
 | `prompt_token_ids` | the prompt as it was served |
 | `output_token_ids` | the generated tokens, a stop token or what completed a stop string included |
-| `text`             | the same as text without special tokens, up to a stop string; null where there is no tokenizer |
+| `text`             | the output as text, as below, up to a stop string; null where there is no tokenizer |
 | `finish_reason`    | `stop`, `length`, `cancelled`, `rejected` or `error` |
 | `error`            | what went wrong, or null |
 | `arrival_s`        | seconds after the start of the run; null for a line that was refused |
@@ -52,6 +52,8 @@ its own id and the others with `id#1`, `id#2` and so on:
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
 | `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
 
+The text is what decoding prompt and output adds to decoding the prompt's last tokens, special tokens left out of both:
+behind a prompt that ends with a word, the text of a next word begins with its space.
 Log probabilities are those of the model's own distribution, before penalties, temperature and cuts.
 """
 

@@ -66,16 +66,22 @@ def cases() -> list[Case]:
     ('byte fallback', 'a lone byte', pieces, pieces.encode('é')[-2:-1]),
     ('byte fallback', 'a run of bytes', pieces, pieces.encode(MANY_BYTES)[-9:]),
     ('words', 'prose', words, words.encode(PROSE)),
-    ('words', 'one without end', words, [words.backend.token_to_id('##s')]),
+    ('words', 'one without end', words, _one(words, '##s')),
     ('words', 'punctuation', words, words.encode(PUNCTUATED)),
     ('changed late', 'prose', late, late.encode(PROSE)),
-    ('changed late', 'what almost matches', late, [late.backend.token_to_id('▁')]),
+    ('changed late', 'what almost matches', late, _one(late, '▁')),
   ]
   return [
     Case(vocabulary, answer, tokenizer, _repeated(tokens), stop)
     for vocabulary, answer, tokenizer, tokens in streamed
     for stop in ((), STOP)
   ]
+
+
+def _one(tokenizer: Tokenizer, token: str) -> tuple[int, ...]:
+  token_id = tokenizer.backend.token_to_id(token)
+  assert token_id is not None
+  return (token_id,)
 
 
 def _repeated(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -29,8 +29,8 @@ def test_width_of(pattern, width):
   'pattern',
   [
     'a*', 'a+', 'a{2,}', 'a{,2}', 'a{2}?', 'a{3,1}', 'a?+', 'a{1,2}{3}', '^a', 'a$', r'\ba', r'a\Z', 'a(?=b)',
-    '(?<!a)b', r'(a)\1', '(?i:a)', '(?i)a', r'\Ra', r'\Xa', r'a\Kb', r'\Ga', '(?>a)', '[]a]', '[^]a]', r'\M-a', '(?#a)', '(',
-    'a)',
+    '(?<!a)b', r'(a)\1', '(?i:a)', '(?i)a', r'\Ra', r'\Xa', r'a\Kb', r'\Ga', '(?>a)', '[]a]', '[^]a]', r'\M-a', '(?#a)',
+    '(', 'a)',
   ],
 )  # fmt: skip
 def test_nothing_is_said_of(pattern):

@@ -92,4 +92,4 @@ class TextStream:
     return held[:sure], end is not None
 
 
-_search = functools.lru_cache(maxsize=64)(TextSearch)
+_search = functools.lru_cache(maxsize=16)(TextSearch)  # samples of a prompt, and often all requests, share their own

@@ -279,7 +279,7 @@ class _BytesInPieces:
 
 
 class _WordEnds:
-  """Puts a space for what ends a word, and nothing in the last token: of a token so much waits for the next."""
+  """Puts a space for what ends a word, and nothing for it in the last token, so that it waits for the next one."""
 
   def __init__(self, suffix: str, in_pieces: bool):
     self._suffix = suffix

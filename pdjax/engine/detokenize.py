@@ -1,39 +1,49 @@
 """Tokens to text as they come: pieces that are sure, and stop strings found across the borders of tokens."""
 
+import functools
+import itertools
 from collections.abc import Sequence
 
+from pdjax.model.text_search import TextSearch
 from pdjax.model.tokenizer import Tokenizer
-
-_UNFINISHED = '\ufffd'  # what a decoder puts for bytes that are no whole character yet
 
 
 class Detokenizer:
-  """A tokenizer as seen from its output: what decodes, and which tokens are silent or stand for single bytes."""
+  """A tokenizer as seen from its output, for any number of sequences."""
 
   def __init__(self, tokenizer: Tokenizer):
-    self.decode = tokenizer.decode
-    added = tokenizer.backend.get_added_tokens_decoder()
-    self.silent_tokens = frozenset(token for token, one in added.items() if one.special)
-    # A run of byte tokens is decoded as a whole: one bad byte at its end turns all of it into U+FFFD, so nothing of
-    # it is sure before another token follows. Byte-level tokenizers have no such tokens and lack nothing.
-    named = (tokenizer.backend.token_to_id(f'<0x{byte:02X}>') for byte in range(256))
-    self.byte_tokens = frozenset(token for token in named if token is not None)
+    """Use the decoder of `tokenizer`.
+
+    Raises:
+      ValueError: if it is one that may change text of any length, so that no text is sure before the last token.
+    """
+    self.decoding = tokenizer.decoding
+    if self.decoding.refusal is not None:
+      raise ValueError(
+        f'{tokenizer.source} cannot give text while tokens come: {self.decoding.refusal}. Change "decoder" in its '
+        'tokenizer.json, or serve token ids without a tokenizer.'
+      )
 
 
 class TextStream:
   """The text of one sequence while its tokens come.
 
-  The pieces put together are the tokenizer's text of all the tokens, up to the first stop string to appear. Text is
-  held back while it ends within a character or may be the beginning of a stop string. Which pieces come out depends
-  on the tokens alone, so another worker that is given the tokens so far goes on where this one is.
+  The pieces put together are what decoding the prompt's last tokens and all of these adds to decoding the former
+  alone, up to the first stop string to appear. Text is held back while the tokenizer's decoder may change it, as
+  within a character, or while it may be the beginning of a stop string. Which pieces come out depends on the tokens
+  alone, so another worker that is given the tokens so far goes on where this one is.
   """
 
-  def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()):
-    """Begin before the first token; `stop` are the texts that end it."""
-    self._detokenizer = detokenizer
-    self._stop = tuple(stop)
-    self._window: list[int] = []  # tokens that the next are decoded with: their neighbours decide about spaces
-    self._known = ''  # the text of those of the window that are decoded already
+  def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
+    """Begin before the first token behind `prompt`; `stop` are the texts that end it."""
+    decoding = detokenizer.decoding
+    self._run, alone = decoding.begin(), decoding.begin()
+    for token in decoding.priming(prompt):
+      self._run.take(token)
+      alone.take(token)
+    self._prompt_rest = alone.end()  # text of the prompt that is not sure yet: the answer may begin otherwise
+    self._search = _search(tuple(stop)) if stop else None
+    self._state = 0
     self._held = ''
 
   def take(self, tokens: Sequence[int]) -> tuple[str, int | None]:
@@ -43,54 +53,43 @@ class TextStream:
       The text that is sure now and was not before, and if a stop string is complete how many of these tokens it
       takes to be sure of that; the others count for nothing then.
     """
-    pieces = []
+    pieces: list[str] = []
     for count, token in enumerate(tokens, start=1):
-      new = self._decode(token)
-      if not new:
+      text = self._run.take(token)
+      if not text:
         continue
-      if not self._stop:
-        pieces.append(new)
-        continue
-      self._held += new
-      end = self._find_stop()
-      if end is not None:
-        return ''.join(pieces) + self._release(end), count
-      pieces.append(self._release(len(self._held) - self._may_begin_stop()))
+      if self._prompt_rest:
+        text = self._without_prompt(text)
+      if self._search is not None:
+        text, completed = self._until_stop(text)
+        if completed:
+          return ''.join(pieces) + text, count
+      pieces.append(text)
     return ''.join(pieces), None
 
   def end(self) -> tuple[str, bool]:
     """No token will follow: the text held back, up to a stop string if that completes one, and whether it does."""
-    self._held += self._detokenizer.decode(self._window)[len(self._known) :]
-    end = self._find_stop()
-    return self._release(len(self._held) if end is None else end), end is not None
+    text, completed = self._without_prompt(self._run.end()), False
+    if self._search is not None:
+      text, completed = self._until_stop(text)
+    rest, self._held = self._held, ''
+    return text + rest, completed
 
-  def _decode(self, token: int) -> str:
-    """The text that is certain with this token."""
-    if token in self._detokenizer.silent_tokens:
-      return ''
-    self._window.append(token)
-    if token in self._detokenizer.byte_tokens:
-      return ''
-    text = self._detokenizer.decode(self._window)
-    if text.endswith(_UNFINISHED):
-      return ''
-    new = text[len(self._known) :]
-    if new:
-      self._window = [token]
-      self._known = self._detokenizer.decode(self._window)
-    return new
+  def _without_prompt(self, text: str) -> str:
+    """The text without what the prompt has alone, as far as it begins the same."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, self._prompt_rest, strict=False))
+    same = sum(1 for _ in pairs)
+    self._prompt_rest = self._prompt_rest[same:] if same == len(text) else ''
+    return text[same:]
 
-  def _find_stop(self) -> int | None:
-    """Where the stop string begins that is the first to be complete in the text held back."""
-    found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-    return min(found)[1] if found else None
+  def _until_stop(self, text: str) -> tuple[str, bool]:
+    """What is sure with this text to be before any stop string, and whether it is what lies before one."""
+    assert self._search is not None
+    self._state, end = self._search.read(self._state, text)
+    held = self._held + text[:end]
+    sure = len(held) - (self._search.begun(self._state) if end is None else self._search.complete(self._state))
+    self._held = held[sure:] if end is None else ''
+    return held[:sure], end is not None
 
-  def _may_begin_stop(self) -> int:
-    """Length of the longest end of the text held back that a stop string may begin with."""
-    longest = min(len(self._held), max(map(len, self._stop)) - 1)
-    ends = (self._held[-length:] for length in range(longest, 0, -1))
-    return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stop)), 0)
 
-  def _release(self, length: int) -> str:
-    sure, self._held = self._held[:length], self._held[length:]
-    return sure
+_search = functools.lru_cache(maxsize=16)(TextSearch)  # samples of a prompt, and often all requests, share their own

@@ -335,7 +335,7 @@ class Worker:
     stops = request.stop_tokens(self.model.eos_token_ids)
     text = None
     if self._detokenizer is not None:
-      text = TextStream(self._detokenizer, request.sampling.stop)
+      text = TextStream(self._detokenizer, request.sampling.stop, prompt=request.prompt)
       text.take(tokens)
     left = self._limit_of(request) - len(tokens)
     self._progress[request.id] = _Progress(left, frozenset(stops), text, request.sampling.logprobs)

@@ -15,6 +15,7 @@ import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from pdjax.model.decoding import Decoding
 from pdjax.model.text_files import read_json, read_text
 
 # token types of GGUF
@@ -53,13 +54,18 @@ class Tokenizer:
     return self.backend.encode(text).ids
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    """The text of these tokens; bytes that are no valid UTF-8 become U+FFFD.
+    """The text of these tokens; bytes that are no valid UTF-8 become U+FFFD and leave those beside them alone.
 
     Args:
       ids: Token ids; those beyond the vocabulary stand for no text.
       skip_special: Leave out control tokens such as the end of a sequence.
     """
-    return self.backend.decode(ids, skip_special_tokens=skip_special)
+    return self.decoding.decode(ids, skip_special)
+
+  @functools.cached_property
+  def decoding(self) -> Decoding:
+    """What turns tokens to text, for whole lists as for one token at a time."""
+    return Decoding(self.backend)
 
   def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a chat, as the model was trained to see it.

@@ -13,6 +13,7 @@ _LEAST_REPETITION = 1e-3  # a penalty beyond it, or beyond its inverse, may over
 
 MAX_STOP_TOKENS = 8  # stop ids kept per sequence on the device, the model's end-of-sequence ids included
 MAX_SAMPLES = 1024  # of one prompt; all decode on one worker at once
+MAX_STOP_CHARS = 16_384  # of all stop strings of a request together: a table of as many rows finds them
 MAX_LOGPROBS = 20  # likeliest tokens that can be told with each generated one
 
 
@@ -97,6 +98,8 @@ class SamplingParams:
       raise ValueError(f'stop is {self.stop!r}, expected a tuple of texts; for token ids use stop_token_ids.')
     for text in self.stop:
       check_text(text, 'a stop string')
+    if (chars := sum(map(len, self.stop))) > MAX_STOP_CHARS:
+      raise ValueError(f'stop has {chars} characters, expected at most {MAX_STOP_CHARS} in all; shorten its texts.')
     if '' in self.stop:
       raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
     for token in self.stop_token_ids:
@@ -324,7 +327,7 @@ class Completion:
     token_ids: The generated tokens, a stop token or what completed a stop string included.
     finish_reason: Why it ended; `rejected` and `error` come with a message in `error`.
     error: What went wrong, or None.
-    text: The tokens as text without special tokens, up to a stop string; None where there is no tokenizer. Of a
+    text: What the tokens add to the prompt's text, special tokens left out, up to a stop string; None where there is no tokenizer. Of a
       request that was cancelled or failed, as much as was sure.
     token_times_s: When each token was delivered, seconds after the start of the run.
     logprobs: How likely each token was, if it was asked for.

@@ -49,7 +49,7 @@ its own id and the others with `id#1`, `id#2` and so on:
 | `id`               | as above; `line-N` of a refused line without |
 | `prompt_token_ids` | the prompt as it was served |
 | `output_token_ids` | the generated tokens, a stop token or what completed a stop string included |
-| `text`             | the same as text without special tokens, up to a stop string; null where there is no tokenizer |
+| `text`             | the output as text, as below, up to a stop string; null where there is no tokenizer |
 | `finish_reason`    | `stop`, `length`, `cancelled`, `rejected` or `error` |
 | `error`            | what went wrong, or null |
 | `arrival_s`        | seconds after the start of the run; null for a line that was refused |
@@ -59,8 +59,10 @@ its own id and the others with `id#1`, `id#2` and so on:
 | `seed`             | what the random numbers came from; null for a line that was refused |
 | `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
 
-Log probabilities are those of the model's own distribution, before penalties, temperature and cuts. One that is not
-finite is the text "NaN", "Infinity" or "-Infinity".
+The text is what decoding prompt and output adds to decoding the prompt's last tokens, special tokens left out of both:
+behind a prompt that ends with a word, the text of a next word begins with its space. Log probabilities are those of the
+model's own distribution, before penalties, temperature and cuts. One that is not finite is the text "NaN", "Infinity" or
+"-Infinity".
 """
 
 import dataclasses

@@ -5,7 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
+from pdjax.engine.detokenize import Detokenizer
+from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving.messages import Done, Finished, Started, StepOrder, Withdrawn
 from pdjax.types import Request, SamplingParams
@@ -115,6 +119,18 @@ def test_pieces_of_text_are_sure_when_they_come(one_and_one):
       assert tokenizer.decode(tokens).startswith(pieces)
     assert pieces == text
     assert ([result.text for result in results] == list(text)) == (name == 'whole')
+
+
+def test_a_text_goes_on_from_its_prompt_on_every_worker(one_and_one, monkeypatch):
+  """The decode worker, which is given the first token, knows the prompt as the prefill worker does."""
+  backend = tokenizers.Tokenizer(models.WordLevel({f'▁{i}': i for i in range(TINY.vocab_size)}, unk_token='▁0'))
+  backend.decoder = decoders.Metaspace()
+  for worker in one_and_one.workers.values():
+    monkeypatch.setattr(worker, '_detokenizer', Detokenizer(Tokenizer(backend)))
+  asked = [Request('whole', prompt(9, seed=4), SamplingParams(6, ignore_eos=True)), Request('one', (7,))]
+  served = one_and_one.serve(asked)
+  for one in served.completions:
+    assert len(one.token_ids) > 1 and one.text == ''.join(f' {token}' for token in one.token_ids)
 
 
 # ---------------------------------------------------------------------------- log probabilities

@@ -40,6 +40,7 @@ from pdjax.types import SLO, Request, SamplingParams
     ('seed', 'lucky', "seed is 'lucky', expected an integer"),
     ('logprobs', 2.5, 'logprobs is 2.5, expected an integer'),
     ('stop_token_ids', (5.0,), 'stop_token_ids has 5.0, expected token ids from 0'),
+    ('stop', ('a' * 9000, 'b' * 9000), 'stop has 18000 characters, expected at most 16384'),
     ('stop', ('a', '\udfff'), "a stop string, '\\udfff', has half a surrogate pair"),
     ('seed', math.nan, 'seed is nan, expected an integer'),
     ('seed', 0.5, 'seed is 0.5, expected an integer'),

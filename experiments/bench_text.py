@@ -160,8 +160,8 @@ def main(argv: list[str]) -> None:
   for case, detokenizer in ready:  # what is kept for each token of a vocabulary is made once, by its first answer
     token_seconds(case, detokenizer)
   runs = [[token_seconds(*one) for one in ready] for _ in range(_REPEATS.value)]
-  table = Table(title='a token on its way to text, in µs')
-  for column in ('vocabulary', 'answer', 'stop', f'at {EARLY}', f'at {LATE:,}', 'mean of all', 'ratio'):
+  table = Table(title='a token on its way to text, in µs', box=None)
+  for column in ('vocabulary', 'answer', 'stop', f'at {EARLY}', f'at {LATE:,}', 'mean', 'ratio'):
     table.add_column(column, justify='left' if column in ('vocabulary', 'answer', 'stop') else 'right', no_wrap=True)
   rows, ratios = [], {}
   for (case, _), answers in zip(ready, zip(*runs, strict=True), strict=True):

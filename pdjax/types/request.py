@@ -327,8 +327,8 @@ class Completion:
     token_ids: The generated tokens, a stop token or what completed a stop string included.
     finish_reason: Why it ended; `rejected` and `error` come with a message in `error`.
     error: What went wrong, or None.
-    text: What the tokens add to the prompt's text, special tokens left out, up to a stop string; None where there is no tokenizer. Of a
-      request that was cancelled or failed, as much as was sure.
+    text: What the tokens add to the prompt's text, special tokens left out, up to a stop string; None where there is no
+      tokenizer. Of a request that was cancelled or failed, as much as was sure.
     token_times_s: When each token was delivered, seconds after the start of the run.
     logprobs: How likely each token was, if it was asked for.
   """

@@ -61,8 +61,8 @@ its own id and the others with `id#1`, `id#2` and so on:
 
 The text is what decoding prompt and output adds to decoding the prompt's last tokens, special tokens left out of both:
 behind a prompt that ends with a word, the text of a next word begins with its space. Log probabilities are those of the
-model's own distribution, before penalties, temperature and cuts. One that is not finite is the text "NaN", "Infinity" or
-"-Infinity".
+model's own distribution, before penalties, temperature and cuts; one that is not finite is the text "NaN", "Infinity"
+or "-Infinity".
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 
 from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes
+from pdjax.model.checkpoint.narrow import convert_weight
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.model.tokenizer import Tokenizer, gguf_end_ids
 from pdjax.types.model import ModelSpec, RopeScaling, is_positive, is_size
@@ -362,7 +363,7 @@ def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.Re
 def _expand(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
   """A tensor as float32."""
   try:
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    return convert_weight(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32, tensor.name)
   except NotImplementedError:
     raise ValueError(
       f'tensor {tensor.name!r} of {path} is stored as {tensor.tensor_type.name}, which the gguf package cannot '

@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 
 from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
+from pdjax.model.checkpoint.narrow import convert_weight, may_overflow, refuse_overflow
 from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling
@@ -98,7 +99,7 @@ class OrbaxCheckpoint:
 
     Raises:
       KeyError: if the model has no weight of one of the names.
-      ValueError: if one is damaged or of another shape.
+      ValueError: if one is damaged, of another shape, or holds a number that would be infinite in `dtype`.
     """
     import jax
 
@@ -113,8 +114,12 @@ class OrbaxCheckpoint:
           else:
             cut[name] = ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=np.dtype(dtype))
         weights |= self._read(ocp, cut)
+        if may_overflow(self._dtype, dtype):
+          for name in cut:
+            if jax.numpy.isinf(weights[name]).any():  # rare: only now is the whole of it read, as it is stored
+              refuse_overflow(self._read_whole(ocp, [name])[name], dtype, name)
         for name, array in self._read_whole(ocp, whole).items():
-          array = array.astype(dtype, copy=False)
+          array = convert_weight(array, dtype, name)
           weights[name] = jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
     return weights
 
@@ -220,7 +225,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
 
   Raises:
     FileExistsError: if the folder is not empty.
-    ValueError: if the type is another, or the original is damaged.
+    ValueError: if the type is another, a number of the original would be infinite in it, or the original is damaged.
   """
   folder = pathlib.Path(folder)
   name = np.dtype(checkpoint.dtype).name if dtype is None else str(getattr(dtype, 'name', dtype))
@@ -231,7 +236,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer = checkpoint.tokenizer()
   weights = {
-    one: np.ascontiguousarray(np.asarray(checkpoint.tensor(one)).astype(_DTYPES[name], copy=False))
+    one: np.ascontiguousarray(convert_weight(np.asarray(checkpoint.tensor(one)), _DTYPES[name], one))
     for one in tensor_shapes(checkpoint.spec)
   }
   with _orbax() as ocp:

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
+from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes, with_chat_template
 from pdjax.model.checkpoint.narrow import convert_weight, may_overflow, refuse_overflow
+from pdjax.model.end_tokens import EndTokens
 from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling
@@ -73,6 +74,12 @@ class OrbaxCheckpoint:
     self._checksums = _read_checksums(path, description.get('crc32'), self._shapes)
     self._checked_shapes = False
     self._tokenizer: Tokenizer | None = None
+    self._ends = _read_ends(path, description.get('end_tokens'), self.spec)
+    if 'end_tokens' not in description and (tokenizer := self.tokenizer()) is not None:
+      # Written before the tokenizer's own end counted.
+      self._ends = self._ends.with_tokenizer(tokenizer.eos_source, tokenizer.eos_ids, self.spec.vocab_size)
+      self.spec = dataclasses.replace(self.spec, eos_token_ids=self._ends.ids)
+      self._tokenizer = dataclasses.replace(tokenizer, eos_token_ids=self._ends.ids)
 
   @property
   def dtype(self) -> np.dtype:
@@ -130,8 +137,14 @@ class OrbaxCheckpoint:
       ValueError: if its files cannot be read.
     """
     if self._tokenizer is None and (self.folder / 'tokenizer.json').is_file():
-      self._tokenizer = Tokenizer.from_folder(self.folder, eos_token_ids=self.spec.eos_token_ids)
+      ends = self.spec.eos_token_ids
+      tokenizer = Tokenizer.from_folder(self.folder, eos_token_ids=ends, adds_tokens=False)
+      self._tokenizer = dataclasses.replace(tokenizer, eos_token_ids=ends)
     return self._tokenizer
+
+  def end_tokens(self) -> EndTokens:
+    """What ends a sequence, by the parts of the original that say so."""
+    return with_chat_template(self._ends, self.tokenizer(), self.spec)
 
   def _check_names(self) -> None:
     path = self.folder / _WEIGHTS / '_METADATA'
@@ -246,7 +259,13 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
   if tokenizer is not None:
     tokenizer.save(folder)
   checksums = {one: _checksum(weight) for one, weight in weights.items()}
-  description = {'version': _VERSION, 'dtype': name, 'spec': dataclasses.asdict(checkpoint.spec), 'crc32': checksums}
+  description = {
+    'version': _VERSION,
+    'dtype': name,
+    'spec': dataclasses.asdict(checkpoint.spec),
+    'end_tokens': dataclasses.replace(checkpoint.end_tokens(), turn=()).by_source(),
+    'crc32': checksums,
+  }
   (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding='utf-8')
   return OrbaxCheckpoint(folder)
 
@@ -277,6 +296,21 @@ def _read_checksums(path: pathlib.Path, checksums: Any, names: Iterable[str]) ->
       f'{path} has no CRC-32 of each weight in crc32, expected one or no crc32 at all; convert it again.'
     )
   return checksums
+
+
+def _read_ends(path: pathlib.Path, sources: Any, spec: ModelSpec) -> EndTokens:
+  if sources is None:  # written before there were any
+    return EndTokens(((path.name, spec.eos_token_ids),)) if spec.eos_token_ids else EndTokens()
+  try:
+    ends = EndTokens.from_sources(sources)
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f'{path} has the end_tokens {sources!r} ({error}); convert it again.') from error
+  if set(ends.ids) != set(spec.eos_token_ids):
+    raise ValueError(
+      f'{path} has the end_tokens {sources!r}, expected the ids of its eos_token_ids={spec.eos_token_ids}; convert it '
+      'again.'
+    )
+  return ends
 
 
 def _read_spec(path: pathlib.Path, fields: Any) -> ModelSpec:

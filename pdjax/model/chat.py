@@ -25,8 +25,8 @@ def check_text(text: str, place: str) -> str:
   """
   if half := _HALF.search(text):
     raise ValueError(
-      f'{place} has half a surrogate pair, {half[0]!r}, at position {half.start()} of its {len(text)}, expected text; '
-      "send whole characters, or replace it, as text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') does."
+      f'{place} has half a surrogate pair, {half[0]!r}, at position {half.start()}, expected whole characters; '
+      "send both halves or neither: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'ignore') drops such halves."
     )
   return text
 
@@ -113,7 +113,7 @@ def texts_behind_an_answer(template: str, special_tokens: Mapping[str, str]) -> 
 
 
 def _plain_messages(messages: Any) -> list[dict[str, Any]]:
-  """Messages as dictionaries of our own, without the keys that are None, and with their reasoning by its usual names."""
+  """Messages as dictionaries of our own, without the keys that are None, their reasoning by its usual names."""
   listed = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else []
   plain = []
   for message in listed:
@@ -256,15 +256,18 @@ class _Contents:
           self._names.add(name)
       for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name in macros:
-          given = [*zip(macros[call.node.name], call.args, strict=False), *((one.key, one.value) for one in call.kwargs)]
-          self._names |= {name for name, value in given if self._is_content(value)}
+          given = dict(zip(macros[call.node.name], call.args, strict=False)) | {
+            one.key: one.value for one in call.kwargs
+          }
+          self._names |= {name for name, value in given.items() if self._is_content(value)}
 
   def are_gone_through(self) -> bool:
     """Whether some loop, filter or index takes a content for a list of parts."""
     return (
       any(self._is_content(loop.iter) for loop in self._tree.find_all(nodes.For))
       or any(one.name in _GOING_THROUGH and self._is_content(one.node) for one in self._tree.find_all(nodes.Filter))
-      or any(self._is_text_of_part(one) for one in self._tree.find_all((nodes.Getattr, nodes.Getitem)))
+      or any(self._is_text_of_part(one) for one in self._tree.find_all(nodes.Getattr))
+      or any(self._is_text_of_part(one) for one in self._tree.find_all(nodes.Getitem))
     )
 
   def _is_content(self, node: nodes.Node | None) -> bool:

@@ -57,8 +57,12 @@ _COMPOSED = ('deepseek-r1-qwen', 'qwen2')  # e and an accent are read as é
 # lists all of them, a GGUF file names the first only. (Base models end with another token, and go on past turns;
 # SmolLM2, of 'smollm', goes on past its <|endoftext|>.)
 _LLAMA3_ENDS = ('<|eot_id|>', ('<|end_of_text|>', '<|eom_id|>'))
-_CHAT_ENDS = {'qwen2': ('<|im_end|>', ('<|endoftext|>',))}
-_CHAT_ENDS |= dict.fromkeys(('llama-bpe', 'llama-v3', 'llama3'), _LLAMA3_ENDS)
+_CHAT_ENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+  'qwen2': ('<|im_end|>', ('<|endoftext|>',)),
+  'llama-bpe': _LLAMA3_ENDS,
+  'llama-v3': _LLAMA3_ENDS,
+  'llama3': _LLAMA3_ENDS,
+}
 _KINDS = {str: 'text', int: 'whole number', float: 'number', bool: 'truth value', list: 'list'}
 
 
@@ -133,7 +137,8 @@ class GGUFVocabulary:
     keys = [f'{place}_token_id' for place in ('eos', 'eot', 'eom')]
     named_alone = self.get('tokens', list) is None  # ends without a vocabulary
     ids = {key: self.get(key, int) if named_alone else self.token_id(key) for key in keys}
-    named = [(f'tokenizer.ggml.{key}', (token_id,)) for key, token_id in ids.items() if token_id is not None]
+    named: list[tuple[str, tuple[int, ...]]] = []
+    named += [(f'tokenizer.ggml.{key}', (token_id,)) for key, token_id in ids.items() if token_id is not None]
     turn_end, others = _CHAT_ENDS.get(self.pre, ('', ()))
     if not named_alone and self.token('eos_token_id') == turn_end:
       found = [i for i, (token, kind) in enumerate(self.typed()) if kind == _CONTROL and token in others]
@@ -170,8 +175,8 @@ def _byte_level_bpe(described: GGUFVocabulary) -> tokenizers.Tokenizer:
   pre = described.pre
   if pre not in _WORDS:
     raise ValueError(
-      f'{described.source} has tokenizer.ggml.pre {pre!r}, expected one of {", ".join(sorted(_WORDS))}; another way to cut '
-      'words gives other tokens, so use the model as safetensors with its tokenizer.json.'
+      f'{described.source} has tokenizer.ggml.pre {pre!r}, expected one of {", ".join(sorted(_WORDS))}; another way to '
+      'cut words gives other tokens, so use the model as safetensors with its tokenizer.json.'
     )
   merges = [tuple(merge.split(' ')) for merge in described.array('merges')]
   backend = _bpe(described, merges, ignore_merges=pre in _WHOLE_WORDS)

@@ -85,7 +85,7 @@ class _Reader:
     self._folder, self._config, self._backend = folder, config, backend
     self.names: dict[str, Token] = {}
     self.sources: dict[str, str] = {}
-    # Special tokens without names, under their newer key and their older one, which counts where the newer is not there.
+    # Special tokens without names: what stands under the older key counts where the newer is not there.
     listed = {key: config[key] for key in (_EXTRA, _OLDER_EXTRA) if key in config}
     if _OLDER_EXTRA in listed and not listed.get(_EXTRA):
       listed[_EXTRA] = listed.pop(_OLDER_EXTRA)
@@ -127,7 +127,8 @@ class _Reader:
           added[token_id] = AddedToken(content, normalized=not is_special, special=is_special)
       added |= self._backend.get_added_tokens_decoder()
     by_content = {str(token): token for token in added.values()}
-    self.names |= {name: by_content.get(str(self.names[name]), self.names[name]) for name in _NAMES if name in self.names}
+    standard = {name: token for name, token in self.names.items() if name in _NAMES}
+    self.names |= {name: by_content.get(str(token), token) for name, token in standard.items()}
     return added
 
   def _read_names(self, entries: Mapping[str, Any], file: str) -> None:

@@ -47,7 +47,7 @@ def refuse_overflow(weight: np.ndarray, dtype: Any, name: str) -> None:
     kind = np.dtype(dtype).name
     wider = 'bfloat16' if kind == 'float16' else 'float32'
     raise ValueError(
-      f'weight {name!r} holds {float(weight[place]):.6g} at {list(map(int, place))} ({np.count_nonzero(lost)} like it), '
+      f'weight {name!r} holds {float(weight[place]):.6g} at {[*map(int, place)]} ({np.count_nonzero(lost)} too large), '
       f'but {kind} ends at {float(ml_dtypes.finfo(dtype).max):.6g} and would make it infinite; '
       f"load or convert with dtype='{wider}'."
     )

@@ -60,9 +60,7 @@ def _candidates(frequencies: np.ndarray, factors: np.ndarray) -> Iterator[RopeSc
     yield from _rules(factor, float(slope), float(offset), frequencies[blended], kept[blended])
 
 
-def _free_line(
-  frequencies: np.ndarray, kept: np.ndarray, whole: np.ndarray, slowed: np.ndarray
-) -> tuple[float, float]:
+def _free_line(frequencies: np.ndarray, kept: np.ndarray, whole: np.ndarray, slowed: np.ndarray) -> tuple[float, float]:
   """A line that is 0 at all slowed frequencies, 1 at all whole ones and right at the one between them, if any."""
   fastest_slowed = frequencies[slowed].max()
   slowest_whole = frequencies[whole].min() if whole.any() else np.inf

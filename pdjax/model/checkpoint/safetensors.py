@@ -137,7 +137,7 @@ class SafetensorsCheckpoint:
       logging.warning('%s: %s is not used: it is a copy of %s.', self.folder, head, embed)
       return spec
     logging.warning(
-      '%s: config.json ties the embeddings, but %s differs from %s, so both are used; set tie_word_embeddings to false.',
+      '%s: config.json ties the embeddings, but %s differs from %s: both are used; set tie_word_embeddings to false.',
       self.folder,
       head,
       embed,
@@ -186,7 +186,9 @@ class SafetensorsCheckpoint:
       )
     if rotary:  # as transformers does, whatever they hold
       logging.warning(
-        '%s: %s not used: the frequencies of the rotary embedding follow from config.json.', self.folder, _listed(rotary)
+        '%s: %s not used: the frequencies of the rotary embedding follow from config.json.',
+        self.folder,
+        _listed(rotary),
       )
     for stored_name, name in expected.items():
       self._stored_dtype(name)

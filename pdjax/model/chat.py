@@ -26,7 +26,7 @@ def check_text(text: str, place: str) -> str:
   if half := _HALF.search(text):
     raise ValueError(
       f'{place} has half a surrogate pair, {half[0]!r}, at position {half.start()}, expected whole characters; '
-      "send both halves or neither: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'ignore') drops such halves."
+      "send both halves or neither; text.encode('utf-16', 'surrogatepass').decode('utf-16', 'ignore') drops halves."
     )
   return text
 

@@ -123,7 +123,11 @@ class GGUFCheckpoint:
 
   def end_tokens(self) -> EndTokens:
     """What ends a sequence, by the keys of the metadata that say so."""
-    return with_chat_template(self._ends, self.tokenizer(), self.spec)
+    try:
+      tokenizer = self.tokenizer()
+    except ValueError:  # of a kind that is not known here: it serves token ids all the same
+      tokenizer = None
+    return with_chat_template(self._ends, tokenizer, self.spec)
 
   def _metadata(self, keys: Iterable[str]) -> dict[str, Any]:
     """Values of the file's metadata as plain Python."""

@@ -86,10 +86,10 @@ class _Reader:
     self.names: dict[str, Token] = {}
     self.sources: dict[str, str] = {}
     # Special tokens without names: what stands under the older key counts where the newer is not there.
-    listed = {key: config[key] for key in (_EXTRA, _OLDER_EXTRA) if key in config}
-    if _OLDER_EXTRA in listed and not listed.get(_EXTRA):
-      listed[_EXTRA] = listed.pop(_OLDER_EXTRA)
-    self._extra = {key: self._listed(value, _CONFIG, key) for key, value in listed.items()}
+    keys = (_EXTRA, _OLDER_EXTRA)
+    self._extra = {key: self._listed(config[key], _CONFIG, key) for key in keys if key in config}
+    if _OLDER_EXTRA in self._extra and not self._extra.get(_EXTRA):
+      self._extra[_EXTRA] = self._extra.pop(_OLDER_EXTRA)
     self._read_names(config, _CONFIG)
     self._named_ones(_CONFIG)
     self._whole = config.get('added_tokens_decoder') is not None

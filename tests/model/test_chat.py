@@ -128,7 +128,9 @@ def test_tools_for_a_template_without_tools_are_refused(template, used, authorit
   if used:
     assert 'find' in rendered(template, user('a'), [FIND]), authority
   else:
-    with pytest.raises(ValueError, match='tools are given, but the chat template of the GGUF metadata does not use any'):
+    with pytest.raises(
+      ValueError, match='tools are given, but the chat template of the GGUF metadata does not use any'
+    ):
       rendered(template, user('a'), [FIND])
     rendered(template, user('a'), [])  # none to be shown
 
@@ -186,7 +188,9 @@ def test_half_a_pair_that_the_template_writes_is_refused():
     rendered('{{ "\\ud83d" }}', user('a'))
 
 
-@pytest.mark.parametrize('messages', [[], (), [{'role': None, 'content': 'a'}], [{'content': 'a'}], [user('a')], 5, None])
+@pytest.mark.parametrize(
+  'messages', [[], (), [{'role': None, 'content': 'a'}], [{'content': 'a'}], [user('a')], 5, None]
+)
 def test_what_is_no_chat_is_refused(messages):
   with pytest.raises(ValueError, match='messages are .* expected a list like'):
     with_template(FIRST).apply_chat_template(messages)

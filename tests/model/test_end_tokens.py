@@ -47,7 +47,9 @@ def test_the_table_has_every_reading():
   assert [row[:3] for row in UNIONS] == [(one['family'], one['config'], one['generation']) for one in READINGS['ends']]
 
 
-@pytest.mark.parametrize(('row', 'reading'), list(zip(UNIONS, READINGS['ends'], strict=True)), ids=lambda one: str(one)[:70])
+@pytest.mark.parametrize(
+  ('row', 'reading'), list(zip(UNIONS, READINGS['ends'], strict=True)), ids=lambda one: str(one)[:70]
+)
 def test_both_configurations_count(tmp_path, row, reading):
   family, eos, generation, expected, generate = row
   shutil.copytree(DATA / 'families' / family, tmp_path, dirs_exist_ok=True)
@@ -67,12 +69,14 @@ def test_both_configurations_count(tmp_path, row, reading):
 
 IM = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 CHATML = (
-  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+  '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}'
   '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
 )
 
 
-def folder(path: pathlib.Path, config=None, eos=None, generation=None, special=None, specials=(), V=320) -> pathlib.Path:
+def folder(
+  path: pathlib.Path, config=None, eos=None, generation=None, special=None, specials=(), V=320
+) -> pathlib.Path:
   """A model with V tokens, and a tokenizer that begins with special ones."""
   write_safetensors(path, config={'eos_token_id': eos, 'vocab_size': V}, vocab_size=V)
   if generation is not None:
@@ -139,7 +143,7 @@ def test_an_end_that_the_tokenizer_lacks_is_refused(tmp_path):
 
 LLAMA2 = (
   "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
-  "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+  '{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}'
 )
 ALTERNATE = (
   "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"

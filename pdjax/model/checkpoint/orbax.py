@@ -246,12 +246,12 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
     raise ValueError(f'dtype is {dtype!r}, expected one of {", ".join(_DTYPES)}.')
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f'{folder} is there already and not empty; give another folder, or remove it first.')
-  folder.mkdir(parents=True, exist_ok=True)
   tokenizer = checkpoint.tokenizer()
   weights = {
     one: np.ascontiguousarray(convert_weight(np.asarray(checkpoint.tensor(one)), _DTYPES[name], one))
     for one in tensor_shapes(checkpoint.spec)
   }
+  folder.mkdir(parents=True, exist_ok=True)
   with _orbax() as ocp:
     save_args = dict.fromkeys(weights, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     args = ocp.args.PyTreeSave(weights, save_args=save_args)

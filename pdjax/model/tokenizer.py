@@ -58,9 +58,11 @@ class Tokenizer:
       return ()
     added = self.backend.get_added_tokens_decoder()
     for text in texts_behind_an_answer(self.chat_template, self.special_tokens):
-      first = self.backend.encode(text.lstrip(), add_special_tokens=False).ids[:1]
-      if first and first[0] in added:
-        return (first[0],)
+      for token in self.backend.encode(text, add_special_tokens=False).ids:
+        if token in added:
+          return (token,)
+        if self.backend.decode([token]).strip():
+          break  # text, which ends no turn
     return ()
 
   def encode(self, text: str) -> list[int]:

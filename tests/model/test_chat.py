@@ -192,5 +192,5 @@ def test_half_a_pair_that_the_template_writes_is_refused():
   'messages', [[], (), [{'role': None, 'content': 'a'}], [{'content': 'a'}], [user('a')], 5, None]
 )
 def test_what_is_no_chat_is_refused(messages):
-  with pytest.raises(ValueError, match='messages are .* expected a list like'):
+  with pytest.raises(ValueError, match=r'messages are .* expected a list like'):
     with_template(FIRST).apply_chat_template(messages)

@@ -8,13 +8,14 @@ import pathlib
 import shutil
 
 import pytest
+from tokenizers import AddedToken
 
 from pdjax.model.checkpoint import GGUFCheckpoint, RandomCheckpoint, SafetensorsCheckpoint, open_checkpoint, save_orbax
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.tokenizer import Tokenizer
 from tests.model.checkpoint.test_gguf import write as write_gguf
 from tests.model.checkpoint.test_safetensors import write as write_safetensors
-from tests.model.test_tokenizer import byte_level
+from tests.model.test_tokenizer import byte_level, sentencepiece
 from tests.tiny import TINY
 
 DATA = pathlib.Path(__file__).parents[1] / 'data'
@@ -184,6 +185,13 @@ def test_the_token_behind_an_answer_is_found(template, expected, authority):
   assert tokenizer.turn_end_ids == expected, authority
 
 
+def test_the_token_behind_an_answer_is_found_behind_a_prepended_space():
+  metadata = sentencepiece() | {'tokenizer.chat_template': '{% for m in messages %}{{ m.content }}<end>{% endfor %}'}
+  tokenizer = Tokenizer.from_gguf_metadata(metadata)
+  tokenizer.backend.add_tokens([AddedToken('<end>', normalized=True)])  # found once spaces are ▁
+  assert tokenizer.turn_end_ids == (tokenizer.backend.token_to_id('<end>'),)
+
+
 # GGUF: what llama.cpp ends with is by its source, src/llama-vocab.cpp: the three keys, and tokens by their spelling.
 
 LLAMA3 = ['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>', '<|eom_id|>']
@@ -209,7 +217,7 @@ def gguf_file(path: pathlib.Path, pre: str, tokens: list[str], template: str | N
   [
     ('llama-bpe', LLAMA3, EOT, {'eos': 1}, (1,), (1, 2), {1, 2, 3}, [3]),
     ('llama-bpe', LLAMA3, EOT, {'eos': 2}, (2, 1, 3), (2, 1, 3), {1, 2, 3}, []),
-    ('llama-bpe', LLAMA3, None, {'eos': 1}, (1,), (1,), {1, 2, 3}, [2, 3]),  # raw text of a base model goes on past turns
+    ('llama-bpe', LLAMA3, None, {'eos': 1}, (1,), (1,), {1, 2, 3}, [2, 3]),  # a base model goes on past turns
     ('qwen2', IM, CHATML, {'eos': 0}, (0,), (0, 2), {0, 2}, []),
     ('qwen2', IM, CHATML, {'eos': 2}, (2, 0), (2, 0), {0, 2}, []),
     ('qwen2', IM, CHATML, {'eos': 0, 'eot': 2}, (0, 2), (0, 2), {0, 2}, []),
@@ -219,7 +227,8 @@ def gguf_file(path: pathlib.Path, pre: str, tokens: list[str], template: str | N
     ('falcon3', ['<|endoftext|>', '<|user|>'], '{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}',
       {'eos': 0}, (0,), (0,), {0}, []),
     ('deepseek-r1-qwen', ['<｜end▁of▁sentence｜>', '<｜User｜>'],
-      '{% for m in messages %}<｜User｜>{{ m.content }}<｜end▁of▁sentence｜>{% endfor %}', {'eos': 0}, (0,), (0,), {0}, []),
+      '{% for m in messages %}<｜User｜>{{ m.content }}<｜end▁of▁sentence｜>{% endfor %}',
+      {'eos': 0}, (0,), (0,), {0}, []),
     ('gpt-2', ['<end_of_turn>', '</s>'], '{% for m in messages %}{{ m.content }}<end_of_turn>{% endfor %}',
       {'eos': 1}, (1,), (1, 0), {0, 1}, []),
     ('gpt-2', ['<custom_end>', '</s>'], '{% for m in messages %}{{ m.content }}<custom_end>{% endfor %}',

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Checkpoint(Protocol):
   """A trained model on disk, read tensor by tensor.
 
-  Opening one reads headers only; the weights stay in the file until `tensor` asks for them. The rotary embedding
-  is always half-split: feature `i` of a head turns with feature `i + D/2`.
+  Opening one reads headers and small files; the weights stay in the file until `tensor` asks for them. The rotary
+  embedding is always half-split: feature `i` of a head turns with feature `i + D/2`.
   """
 
   @property

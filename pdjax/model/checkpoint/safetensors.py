@@ -43,9 +43,7 @@ _LAYER_NAMES = {
   'up': 'mlp.up_proj.weight',
   'down': 'mlp.down_proj.weight',
 }
-
-
-_COMPARED_AT_ONCE = 2**22  # elements of two matrices
+_COMPARED_AT_ONCE = 2**22  # elements of two matrices, which may be gigabytes
 
 
 class SafetensorsCheckpoint:

@@ -40,10 +40,10 @@ class EndTokens:
     told = {source: list(ids) for source, ids in self.named}
     return told | {TURN: list(self.turn)} if self.turn else told
 
-  def with_tokenizer(self, source: str, ids: Iterable[int], vocab_size: int) -> 'EndTokens':
-    """These and what the tokenizer names; an id that the model cannot give is told and left out."""
-    kept = below(ids, vocab_size, source)
-    return dataclasses.replace(self, named=(*self.named, (source, kept))) if kept else self
+  def joined(self, others: 'EndTokens', vocab_size: int) -> 'EndTokens':
+    """These and what others name; an id that the model cannot give is told and left out."""
+    kept = ((source, below(ids, vocab_size, source)) for source, ids in others.named)
+    return dataclasses.replace(self, named=(*self.named, *((source, ids) for source, ids in kept if ids)))
 
   def with_turn(self, ids: Iterable[int], vocab_size: int, source: str) -> 'EndTokens':
     """These and what the chat template puts behind an assistant's message."""

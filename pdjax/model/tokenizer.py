@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from pdjax.model.chat import check_text, render_chat, texts_behind_an_answer
+from pdjax.model.end_tokens import EndTokens
 from pdjax.model.gguf_vocabulary import GGUFVocabulary, build_backend
 from pdjax.model.tokenizer_files import read_config, read_names, read_templates
 
@@ -29,7 +30,7 @@ class Tokenizer:
     eos_token_ids: Tokens that end a sequence.
     source: Where it came from, for error messages.
     tool_template: Jinja source for chats with tools, if that is another.
-    eos_source: The file that names `special_tokens['eos_token']`.
+    own_ends: What its own files name as the end of a sequence.
   """
 
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -38,18 +39,12 @@ class Tokenizer:
   eos_token_ids: tuple[int, ...] = ()
   source: str = 'the tokenizer'
   tool_template: str | None = dataclasses.field(default=None, repr=False)
-  eos_source: str = 'the tokenizer'
+  own_ends: EndTokens = dataclasses.field(default_factory=EndTokens)
 
   @property
   def vocab_size(self) -> int:
     """Tokens it can give, special ones included; a model's V may be padded beyond it."""
     return self.backend.get_vocab_size(with_added_tokens=True)
-
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """The id of the token that the tokenizer itself names as the end of a sequence, if it names one."""
-    token_id = self.backend.token_to_id(self.special_tokens.get('eos_token', ''))
-    return () if token_id is None else (token_id,)
 
   @functools.cached_property
   def turn_end_ids(self) -> tuple[int, ...]:
@@ -123,14 +118,15 @@ class Tokenizer:
       ValueError: if it is of a kind that is not known here, or incomplete.
     """
     described = GGUFVocabulary(metadata, source)
+    ends = described.end_tokens()
     return cls(
       backend=build_backend(described),
       chat_template=described.checked('tokenizer.chat_template', str, None),
       special_tokens=described.special_tokens(),
-      eos_token_ids=described.end_tokens().ids,
+      eos_token_ids=ends.ids,
       source=source,
       tool_template=described.checked('tokenizer.chat_template.tool_use', str, None),
-      eos_source='tokenizer.ggml.eos_token_id',
+      own_ends=ends,
     )
 
   def save(self, folder: str | os.PathLike[str]) -> None:
@@ -185,13 +181,14 @@ class Tokenizer:
         'end of a sequence; the two do not belong together: download both again.'
       )
     templates = read_templates(folder, config)
-    tokenizer = cls(
+    found = {file: backend.token_to_id(token) for file, token in named.ends.items()}
+    ends = EndTokens(tuple((file, (token_id,)) for file, token_id in found.items() if token_id is not None))
+    return cls(
       backend=backend,
       chat_template=templates.default,
       special_tokens=named.special,
+      eos_token_ids=tuple(dict.fromkeys((*eos_token_ids, *ends.ids))),
       source=str(folder),
       tool_template=templates.tools,
-      eos_source=named.sources.get('eos_token', ''),
+      own_ends=ends,
     )
-    ends = tuple(dict.fromkeys((*eos_token_ids, *tokenizer.eos_ids)))
-    return dataclasses.replace(tokenizer, eos_token_ids=ends)

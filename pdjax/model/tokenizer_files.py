@@ -25,11 +25,11 @@ class NamedTokens:
 
   Attributes:
     special: Special tokens by the names that chat templates call.
-    sources: The file that gives each of these names.
+    ends: The token that each file names as the end of a sequence, whichever of them has the last word on the name.
   """
 
   special: Mapping[str, str]
-  sources: Mapping[str, str]
+  ends: Mapping[str, str]
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def read_names(
   if adds_tokens:
     _add_tokens(backend, added, names, read.extra)
     _tell_other_ids(folder, added, backend)
-  return NamedTokens({name: str(token) for name, token in names.items()}, read.sources)
+  return NamedTokens({name: str(token) for name, token in names.items()}, read.ends)
 
 
 def _add_tokens(
@@ -84,17 +84,22 @@ class _Reader:
   def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer):
     self._folder, self._config, self._backend = folder, config, backend
     self.names: dict[str, Token] = {}
-    self.sources: dict[str, str] = {}
+    self.sources: dict[str, str] = {}  # the file that has the last word on each name
+    self.ends: dict[str, str] = {}
     # Special tokens without names: what stands under the older key counts where the newer is not there.
     keys = (_EXTRA, _OLDER_EXTRA)
     self._extra = {key: self._listed(config[key], _CONFIG, key) for key in keys if key in config}
     if _OLDER_EXTRA in self._extra and not self._extra.get(_EXTRA):
       self._extra[_EXTRA] = self._extra.pop(_OLDER_EXTRA)
+    self._read_end(config, _CONFIG)
     self._read_names(config, _CONFIG)
     self._named_ones(_CONFIG)
     self._whole = config.get('added_tokens_decoder') is not None
-    if not self._whole and (folder / _MAP).is_file():
-      self._read_map(read_json(folder / _MAP))
+    if (folder / _MAP).is_file():
+      entries = read_json(folder / _MAP)
+      self._read_end(entries, _MAP)
+      if not self._whole:
+        self._read_map(entries)
     order = [*_NAMES, *(name for name in self.names if name not in _NAMES)]
     self.names = {name: self.names[name] for name in order if name in self.names}
 
@@ -130,6 +135,10 @@ class _Reader:
     standard = {name: token for name, token in self.names.items() if name in _NAMES}
     self.names |= {name: by_content.get(str(token), token) for name, token in standard.items()}
     return added
+
+  def _read_end(self, entries: Mapping[str, Any], file: str) -> None:
+    if value := entries.get('eos_token'):
+      self.ends[file] = str(self._token(value, file, 'eos_token'))
 
   def _read_names(self, entries: Mapping[str, Any], file: str) -> None:
     for name, value in entries.items():

@@ -77,7 +77,7 @@ class OrbaxCheckpoint:
     self._ends = _read_ends(path, description.get('end_tokens'), self.spec)
     if 'end_tokens' not in description and (tokenizer := self.tokenizer()) is not None:
       # Written before the tokenizer's own end counted.
-      self._ends = self._ends.with_tokenizer(tokenizer.eos_source, tokenizer.eos_ids, self.spec.vocab_size)
+      self._ends = self._ends.joined(tokenizer.own_ends, self.spec.vocab_size)
       self.spec = dataclasses.replace(self.spec, eos_token_ids=self._ends.ids)
       self._tokenizer = dataclasses.replace(tokenizer, eos_token_ids=self._ends.ids)
 

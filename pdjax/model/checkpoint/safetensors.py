@@ -86,7 +86,7 @@ class SafetensorsCheckpoint:
       self._dtype = _DTYPES[declared]
     self._tokenizer = self._open_tokenizer(ends.ids)
     if self._tokenizer is not None:
-      ends = ends.with_tokenizer(self._tokenizer.eos_source, self._tokenizer.eos_ids, self.spec.vocab_size)
+      ends = ends.joined(self._tokenizer.own_ends, self.spec.vocab_size)
       self._tokenizer = dataclasses.replace(self._tokenizer, eos_token_ids=ends.ids)
     self.spec = dataclasses.replace(self.spec, eos_token_ids=ends.ids)
     self._ends = ends

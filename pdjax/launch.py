@@ -30,6 +30,7 @@ from pdjax.workload import Given, Seeded, Workload, WorkloadContext
 if TYPE_CHECKING:
   from pdjax.engine.built import Built
   from pdjax.model.checkpoint import Checkpoint
+  from pdjax.model.end_tokens import EndTokens
   from pdjax.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or the messages of a chat
@@ -349,9 +350,19 @@ class OpenedModel:
   tokenizer: 'Tokenizer | None' = None
 
   @property
+  def end_tokens(self) -> 'EndTokens':
+    """The tokens that end a sequence, and who says so."""
+    if self.checkpoint is not None:
+      return self.checkpoint.end_tokens()
+    from pdjax.model.end_tokens import EndTokens
+
+    turn = () if self.tokenizer is None else self.tokenizer.turn_end_ids
+    return EndTokens((('config.model', self.model.eos_token_ids),), turn)
+
+  @property
   def chat_end_ids(self) -> tuple[int, ...]:
     """Tokens that end an answer in a chat, besides the model's own: what the chat template puts behind one."""
-    return () if self.tokenizer is None else self.tokenizer.turn_end_ids
+    return self.end_tokens.turn
 
   def make_request(self, name: str, prompt: Prompt, sampling: SamplingParams = SamplingParams()) -> Request:
     """A request for a prompt, see `encode_prompt`; in a chat it also ends as the template ends an answer.
@@ -401,11 +412,13 @@ def open_model(config: ServingConfig) -> OpenedModel:
   model = config.model
   if checkpoint is not None:
     found = checkpoint.spec
-    if model is not None and dataclasses.replace(found, name=model.name) != model:
-      raise ValueError(
-        f'checkpoint {config.checkpoint!r} holds {found}, but the config asks for {model}; leave one out.'
-      )
-    model = model or found
+    if model is not None:
+      found = dataclasses.replace(found, name=model.name)  # which tokens end a sequence, the checkpoint knows best
+      if dataclasses.replace(found, eos_token_ids=model.eos_token_ids) != model:
+        raise ValueError(
+          f'checkpoint {config.checkpoint!r} holds {found}, but the config asks for {model}; leave one out.'
+        )
+    model = found
   assert model is not None
   if config.max_context is not None:
     if config.max_context > model.context_len:
@@ -542,7 +555,7 @@ def _report(
     slo=config.slo,
     notes=notes,
     config=describe(dataclasses.replace(config, workers=workers)),
-    environment=_environment() | environment,
+    environment=_environment() | {'end_tokens': opened.end_tokens.by_source()} | environment,
     seed=getattr(workload, 'seed', config.seed),
     request_rate=math.inf if workload.request_rate is None else workload.request_rate,
     burstiness=workload.burstiness,

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pdjax.model.checkpoint.base import Checkpoint, ShardedCheckpoint, tensor_shapes
+from pdjax.model.checkpoint.narrow import convert_weight
 from pdjax.model.transformer import Weights, weight_axes
 from pdjax.sharding import ShardingRules
 from pdjax.types.model import ModelSpec
@@ -32,7 +33,7 @@ def load_weights(
     The weights by the same keys.
 
   Raises:
-    ValueError: if a tensor is missing or has another shape.
+    ValueError: if a tensor is missing or has another shape, or a number of it would be infinite in `dtype`.
   """
   axes, shapes = weight_axes(model), tensor_shapes(model)
   weights: dict[Any, Weights] = {key: {'layers': {i: {} for i in range(model.num_layers)}} for key in meshes}
@@ -53,7 +54,7 @@ def load_weights(
     tensor = np.asarray(checkpoint.tensor(name))
     if tensor.shape != shape:
       raise ValueError(f'tensor {name!r} has shape {tensor.shape}, but {model.name} expects {shape}.')
-    tensor = tensor.transpose(_outputs_first(name, tensor.ndim)).astype(dtype, order='C')
+    tensor = convert_weight(tensor.transpose(_outputs_first(name, tensor.ndim)), dtype, name, order='C')
     for key, mesh in meshes.items():
       sharding = NamedSharding(mesh, rules(mesh).spec(*axes[name]))
       _put(weights[key], name, jax.make_array_from_callback(tensor.shape, sharding, tensor.__getitem__))

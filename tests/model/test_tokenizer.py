@@ -108,6 +108,31 @@ def words(ids: list[int]) -> list[str]:
     ('tekken', 'whole', ['<s>', 'whole']),
     ('tekken', 'Whole', ['<s>', 'W', 'h', 'o', 'l', 'e']),
     ('tekken', 'zAab', ['<s>', 'z', 'A', 'ab']),
+    # By llama.cpp's source, src/llama-vocab.cpp, and transformers' reader of GGUF where it knows the name.
+    ('deepseek-r1-qwen', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('deepseek-r1-qwen', 'whole', ['w', 'h', 'o', 'l', 'e']),
+    ('deepseek-r1-qwen', 'e\u0301', ['Ã', '©']),  # by the model's own tokenizer.json
+    ('falcon3', 'ab123123', ['<s>', 'ab', '123', '123']),
+    ('falcon3', 'whole', ['<s>', 'whole']),
+    ('midm-2.0', 'ab123123', ['<s>', 'ab', '123', '123']),
+    ('pixtral', 'whole', ['<s>', 'whole']),
+    ('llama-v3', 'whole', ['<s>', 'whole']),
+    ('smaug-bpe', 'ab123123', ['ab', '123', '123']),
+    ('smaug-bpe', 'whole', ['w', 'h', 'o', 'l', 'e']),
+    ('dbrx', 'ab123123', ['ab', '123', '123']),
+    ('megrez', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('kormo', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('a.x-4.0', 'ab ab123', ['ab', 'Ġab', '123']),
+    ('mellum', ' !!', ['Ġ', '!!']),
+    ('trillion', 'ab ab123', ['ab', 'Ġab', '123']),
+    ('refact', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
+    ('starcoder', 'ab123', ['ab', '1', '2', '3']),
+    ('minerva-7b', 'ab123', ['ab', '1', '2', '3']),
+    ('command-r', 'ab123', ['ab', '1', '2', '3']),
+    ('seed-coder', 'ab123!!', ['ab', '1', '2', '3', '!!']),
+    ('seed-coder', '!!\n!', ['!!', 'Ċ', '!']),
+    ('qwen2', '!!\n!', ['!!', 'Ċ', '!']),
+    ('deepseek-coder', 'ab ab123!!', ['ab', 'Ġab', '1', '2', '3', '!!']),
   ],
 )
 def test_pre_tokenizer_cuts_words(pre, text, expected):
@@ -320,6 +345,107 @@ def test_a_damaged_file_of_a_folder_is_named(tmp_path, name, content, message):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(ValueError, match=f'{tmp_path / name} {message}'):
     Tokenizer.from_folder(tmp_path)
+
+
+READINGS = json.loads((pathlib.Path(__file__).parents[1] / 'data' / 'readings.json').read_text(encoding='utf-8'))
+
+
+def write_plain_folder(folder: pathlib.Path, files: dict) -> pathlib.Path:
+  """As tests/data/make_readings.py writes them: no post-processor, three special tokens."""
+  backend = tokenizers.Tokenizer(
+    models.BPE({token: i for i, token in enumerate([*SPECIALS, *BYTES, 'ab'])}, [('a', 'b')])
+  )
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(['<s>', '</s>', '<turn>'])
+  backend.save(str(folder / 'tokenizer.json'))
+  for name, content in files.items():
+    (folder / name).write_text(json.dumps(content))
+  return folder
+
+
+TEXT = '<s>a<x> ab <tool><y></s>'
+
+
+@pytest.mark.parametrize('case', READINGS['tokens'], ids=lambda case: json.dumps(case['files'])[:80])
+@pytest.mark.parametrize('is_saved', [False, True])
+def test_tokens_beside_tokenizer_json_mean_what_they_mean_to_transformers(tmp_path, case, is_saved):
+  template = '{{ bos_token }}'
+  write_plain_folder(tmp_path, case['files'])
+  (tmp_path / 'chat_template.jinja').write_text(template)
+  tokenizer = Tokenizer.from_folder(tmp_path)
+  if is_saved:
+    (tmp_path / 'saved').mkdir()
+    tokenizer.save(tmp_path / 'saved')
+    tokenizer = Tokenizer.from_folder(tmp_path / 'saved')
+  ids = tokenizer.encode(TEXT)
+  assert dict(tokenizer.special_tokens) == case['special']
+  assert [tokenizer.backend.id_to_token(token) for token in ids] == case['tokens']
+  assert tokenizer.decode(ids) == case['decoded']
+  assert tokenizer.decode(tokenizer.apply_chat_template(user('a')), skip_special=False) == case['bos']
+
+
+def test_ids_that_the_tokenizer_does_not_give_are_told(tmp_path, caplog):
+  flags = {'content': '<x>', 'special': True}
+  write_plain_folder(tmp_path, {'tokenizer_config.json': {'added_tokens_decoder': {'300': flags}}})
+  assert Tokenizer.from_folder(tmp_path).encode('<x>') == [261]  # as transformers gives it
+  assert "names ids of added tokens that its tokenizer.json does not give: '<x>' is 261 and not 300" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('files', 'message'),
+  [
+    ({'tokenizer_config.json': {'added_tokens_decoder': {'x': {'content': '<x>'}}}}, "added_tokens_decoder\\['x'\\]="),
+    ({'tokenizer_config.json': {'added_tokens_decoder': {'261': '<x>'}}}, "expected a token with its flags"),
+    ({'tokenizer_config.json': {'added_tokens_decoder': [5]}}, r'added_tokens_decoder=\[5\], expected tokens by their'),
+    ({'tokenizer_config.json': {'added_tokens_decoder': {'261': {'content': '<x>', 'lstrip': 'no'}}}}, "'no'"),
+    ({'tokenizer_config.json': {'eos_token': 5}}, 'eos_token=5, expected a text or a token with its flags'),
+    ({'tokenizer_config.json': {'pad_token': {'lstrip': True}}}, 'pad_token=.* expected a text or a token'),
+    ({'tokenizer_config.json': {'additional_special_tokens': '<x>'}}, "special_tokens='<x>', expected a list"),
+    ({'tokenizer_config.json': {'extra_special_tokens': {'image': 5}}}, 'expected a text or a token with its flags'),
+    ({'special_tokens_map.json': {'additional_special_tokens': [5]}}, 'special_tokens_map.json has additional_special'),
+    ({'special_tokens_map.json': [5]}, 'special_tokens_map.json holds a list'),
+    ({'special_tokens_map.json': {'bos_token': '<nowhere>'}}, 'special_tokens_map.json names it as bos_token'),
+    ({'added_tokens.json': {'<x>': '261'}}, "added_tokens.json has '<x>': '261', expected an id for each token"),
+    ({'added_tokens.json': ['<x>']}, 'added_tokens.json holds a list'),
+  ],
+)  # fmt: skip
+def test_tokens_that_cannot_be_read_are_refused_with_their_file(tmp_path, files, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    Tokenizer.from_folder(write_plain_folder(tmp_path, files))
+  assert str(tmp_path) in str(caught.value)
+
+
+def test_templates_in_files_of_their_own_go_before_the_configuration(tmp_path):
+  config = {'chat_template': [{'name': 'default', 'template': 'c'}, {'name': 'tool_use', 'template': '{{ tools }}'}]}
+  tool = {'function': {'name': 'find'}}
+  write_plain_folder(tmp_path, {'tokenizer_config.json': config})
+  tokenizer = Tokenizer.from_folder(tmp_path)
+  assert (tokenizer.chat_template, tokenizer.tool_template) == ('c', '{{ tools }}')
+  (tmp_path / 'additional_chat_templates').mkdir()
+  (tmp_path / 'additional_chat_templates' / 'tool_use.jinja').write_text('find')
+  tokenizer = Tokenizer.from_folder(tmp_path)
+  assert (tokenizer.chat_template, tokenizer.tool_template) == (None, 'find')  # as transformers reads them
+  with pytest.raises(ValueError, match='no chat template'):
+    tokenizer.apply_chat_template(user('a'))
+  with pytest.raises(ValueError, match='does not use any'):
+    tokenizer.apply_chat_template(user('a'), tools=[tool])
+  (tmp_path / 'chat_template.jinja').write_text('d')
+  tokenizer = Tokenizer.from_folder(tmp_path)
+  assert (tokenizer.chat_template, tokenizer.tool_template) == ('d', 'find')
+  (tmp_path / 'saved').mkdir()
+  tokenizer.save(tmp_path / 'saved')
+  again = Tokenizer.from_folder(tmp_path / 'saved')
+  assert (again.chat_template, again.tool_template) == ('d', 'find')
+
+
+def test_a_saved_tokenizer_gains_no_tokens(tmp_path):
+  """A GGUF file may name an ordinary word as its padding: that word stays text."""
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(padding_token_id=TOKENS.index('ab')))
+  tokenizer.save(tmp_path)
+  again = Tokenizer.from_folder(tmp_path, adds_tokens=False)
+  assert again.special_tokens == tokenizer.special_tokens
+  assert again.decode(again.encode('ab ab')) == 'ab ab'
 
 
 # Chat templates

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from pdjax.model.end_tokens import EndTokens
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 class Checkpoint(Protocol):
   """A trained model on disk, read tensor by tensor.
 
-  Opening one reads headers only; the weights stay in the file until `tensor` asks for them. The rotary embedding
-  is always half-split: feature `i` of a head turns with feature `i + D/2`.
+  Opening one reads headers and small files; the weights stay in the file until `tensor` asks for them. The rotary
+  embedding is always half-split: feature `i` of a head turns with feature `i + D/2`.
   """
 
   @property
@@ -49,6 +50,10 @@ class Checkpoint(Protocol):
     """The checkpoint's tokenizer, or None if it carries none."""
     ...
 
+  def end_tokens(self) -> EndTokens:
+    """What ends a sequence, and which part of the checkpoint says so; `spec.eos_token_ids` are its `ids`."""
+    ...
+
 
 @runtime_checkable
 class ShardedCheckpoint(Checkpoint, Protocol):
@@ -67,6 +72,13 @@ class ShardedCheckpoint(Checkpoint, Protocol):
       ValueError: if one is missing, damaged or of another shape.
     """
     ...
+
+
+def with_chat_template(ends: EndTokens, tokenizer: Tokenizer | None, spec: ModelSpec) -> EndTokens:
+  """These ends and, for chats, what the tokenizer's chat template puts behind an assistant's message."""
+  if tokenizer is None:
+    return ends
+  return ends.with_turn(tokenizer.turn_end_ids, spec.vocab_size, f'the chat template of {tokenizer.source}')
 
 
 def checked_spec(source: pathlib.Path, **fields: Any) -> ModelSpec:

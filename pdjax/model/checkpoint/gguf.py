@@ -8,10 +8,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+from absl import logging
 
-from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes
+from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes, with_chat_template
+from pdjax.model.checkpoint.narrow import convert_weight
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
-from pdjax.model.tokenizer import Tokenizer, gguf_end_ids
+from pdjax.model.end_tokens import EndTokens
+from pdjax.model.gguf_vocabulary import GGUFVocabulary
+from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling, is_positive, is_size
 
 # What of the vocabulary says where a sequence ends; the rest, merges above all, is read with the tokenizer.
@@ -40,6 +44,7 @@ _LAYER_NAMES = {
   'down': 'ffn_down.weight',
 }
 _ROPE_FACTORS = 'rope_freqs.weight'
+_ROPE_FREQUENCIES = '.attn_rot_embd.weight'
 
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3')  # Llama, SmolLM2 and Mistral are all 'llama'
 
@@ -79,7 +84,8 @@ class GGUFCheckpoint:
     metadata = self._metadata(key for key in fields if not key.startswith('tokenizer.') or key in _END_KEYS)
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     self._architecture = _architecture(self.path, metadata)
-    self.spec = _spec(self.path, _Metadata(self.path, self._architecture, metadata), self._tensors)
+    self._ends = GGUFVocabulary(metadata, str(self.path)).end_tokens()
+    self.spec = _spec(self.path, _Metadata(self.path, self._architecture, metadata), self._tensors, self._ends.ids)
     self._shapes = tensor_shapes(self.spec)
     self._check_tensors()
     self._tokenizer: Tokenizer | None = None
@@ -115,6 +121,14 @@ class GGUFCheckpoint:
       self._tokenizer = Tokenizer.from_gguf_metadata(metadata, source=str(self.path))
     return self._tokenizer
 
+  def end_tokens(self) -> EndTokens:
+    """What ends a sequence, by the keys of the metadata that say so."""
+    try:
+      tokenizer = self.tokenizer()
+    except ValueError:  # of a kind that is not known here: it serves token ids all the same
+      tokenizer = None
+    return with_chat_template(self._ends, tokenizer, self.spec)
+
   def _metadata(self, keys: Iterable[str]) -> dict[str, Any]:
     """Values of the file's metadata as plain Python."""
     values = {}
@@ -135,7 +149,15 @@ class GGUFCheckpoint:
         'convert or download it again.'
       )
     known = {*expected, _ROPE_FACTORS}
-    if unknown := [name for name in self._tensors if name not in known]:
+    rotary = [name for name in self._tensors if name.startswith('blk.') and name.endswith(_ROPE_FREQUENCIES)]
+    if rotary:  # of the oldest files; llama.cpp reads none of them either
+      logging.warning(
+        '%s: %s (%d like it) not used: the frequencies of the rotary embedding follow from the metadata.',
+        self.path,
+        rotary[0],
+        len(rotary),
+      )
+    if unknown := [name for name in self._tensors if name not in known and name not in rotary]:
       raise ValueError(
         f'{self.path} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the weights of a plain '
         f'{self._architecture} model; leaving it out would give wrong tokens. Use a model without experts, adapters or '
@@ -314,7 +336,12 @@ class _Metadata:
       ) from error
 
 
-def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.ReaderTensor]) -> ModelSpec:
+def _spec(
+  path: pathlib.Path,
+  metadata: _Metadata,
+  tensors: Mapping[str, gguf.ReaderTensor],
+  eos_token_ids: tuple[int, ...],
+) -> ModelSpec:
   metadata.refuse_unsupported()
   if 'token_embd.weight' not in tensors:
     raise ValueError(f"{path} lacks tensor 'token_embd.weight', expected in every model; convert or download it again.")
@@ -350,7 +377,7 @@ def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.Re
     rope_theta=rope_theta,
     norm_eps=metadata.number('attention.layer_norm_rms_epsilon', 1e-5),
     tied_embeddings='output.weight' not in tensors,
-    eos_token_ids=gguf_end_ids(metadata.values, str(path)),
+    eos_token_ids=eos_token_ids,
     rope_scaling=metadata.rope_scaling(factors, rope_theta),
     sliding_window=sliding_window,
     windowed_layers=windowed_layers,
@@ -362,7 +389,7 @@ def _spec(path: pathlib.Path, metadata: _Metadata, tensors: Mapping[str, gguf.Re
 def _expand(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
   """A tensor as float32."""
   try:
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    return convert_weight(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32, tensor.name)
   except NotImplementedError:
     raise ValueError(
       f'tensor {tensor.name!r} of {path} is stored as {tensor.tensor_type.name}, which the gguf package cannot '

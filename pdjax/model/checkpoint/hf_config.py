@@ -18,11 +18,12 @@ class _Family:
   head_dim: int | None = None  # None: the width of the model shared among the query heads
   qkv_bias: bool = False
   qk_norm: bool = False
+  eos_token_id: int | None = None
 
 
 _FAMILIES = {
-  'llama': _Family(context_len=2048),
-  'mistral': _Family(context_len=131_072, kv_heads=8),
+  'llama': _Family(context_len=2048, eos_token_id=2),
+  'mistral': _Family(context_len=131_072, kv_heads=8, eos_token_id=2),
   'qwen2': _Family(context_len=32_768, kv_heads=32, qkv_bias=True),
   'qwen3': _Family(context_len=32_768, kv_heads=32, head_dim=128, qk_norm=True),
 }
@@ -42,6 +43,15 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 def declared_dtype(config: Mapping[str, Any]) -> Any:
   """The floating-point type that the configuration names, in its newer or its older key."""
   return config.get('dtype') or config.get('torch_dtype')
+
+
+def default_eos_ids(config: Mapping[str, Any]) -> list[int]:
+  """What ends a sequence of this family where its configuration leaves `eos_token_id` out; a null says nothing does."""
+  family = _FAMILIES.get(str(config.get('model_type')))
+  vocab_size = config.get('vocab_size')
+  if family is None or family.eos_token_id is None or not is_size(vocab_size) or family.eos_token_id >= vocab_size:
+    return []
+  return [family.eos_token_id]
 
 
 def spec_from_config(

@@ -15,7 +15,10 @@ _FILES = (
   'model-*-of-*.safetensors',
   'tokenizer.json',
   'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
   'chat_template.jinja',
+  'additional_chat_templates/*.jinja',
 )
 _HUB_ID = re.compile(r'(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^:\\]+\.gguf))?')
 _FILE_SUFFIXES = ('.gguf', '.safetensors', '.json', '.bin', '.pt', '.pth')

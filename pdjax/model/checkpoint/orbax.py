@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes
+from pdjax.model.checkpoint.base import Checkpoint, checked_spec, tensor_shapes, with_chat_template
+from pdjax.model.checkpoint.narrow import convert_weight, may_overflow, refuse_overflow
+from pdjax.model.end_tokens import EndTokens
 from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.json_text import json_text
@@ -72,6 +74,12 @@ class OrbaxCheckpoint:
     self._checksums = _read_checksums(path, description.get('crc32'), self._shapes)
     self._checked_shapes = False
     self._tokenizer: Tokenizer | None = None
+    self._ends = _read_ends(path, description.get('end_tokens'), self.spec)
+    if 'end_tokens' not in description and (tokenizer := self.tokenizer()) is not None:
+      # Written before the tokenizer's own end counted.
+      self._ends = self._ends.joined(tokenizer.own_ends, self.spec.vocab_size)
+      self.spec = dataclasses.replace(self.spec, eos_token_ids=self._ends.ids)
+      self._tokenizer = dataclasses.replace(tokenizer, eos_token_ids=self._ends.ids)
 
   @property
   def dtype(self) -> np.dtype:
@@ -98,7 +106,7 @@ class OrbaxCheckpoint:
 
     Raises:
       KeyError: if the model has no weight of one of the names.
-      ValueError: if one is damaged or of another shape.
+      ValueError: if one is damaged, of another shape, or holds a number that would be infinite in `dtype`.
     """
     import jax
 
@@ -113,8 +121,12 @@ class OrbaxCheckpoint:
           else:
             cut[name] = ocp.ArrayRestoreArgs(sharding=shardings[name], dtype=np.dtype(dtype))
         weights |= self._read(ocp, cut)
+        if may_overflow(self._dtype, dtype):
+          for name in cut:
+            if jax.numpy.isinf(weights[name]).any():  # rare: only now is the whole of it read, as it is stored
+              refuse_overflow(self._read_whole(ocp, [name])[name], dtype, name)
         for name, array in self._read_whole(ocp, whole).items():
-          array = array.astype(dtype, copy=False)
+          array = convert_weight(array, dtype, name)
           weights[name] = jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
     return weights
 
@@ -125,8 +137,14 @@ class OrbaxCheckpoint:
       ValueError: if its files cannot be read.
     """
     if self._tokenizer is None and (self.folder / 'tokenizer.json').is_file():
-      self._tokenizer = Tokenizer.from_folder(self.folder, eos_token_ids=self.spec.eos_token_ids)
+      ends = self.spec.eos_token_ids
+      tokenizer = Tokenizer.from_folder(self.folder, eos_token_ids=ends, adds_tokens=False)
+      self._tokenizer = dataclasses.replace(tokenizer, eos_token_ids=ends)
     return self._tokenizer
+
+  def end_tokens(self) -> EndTokens:
+    """What ends a sequence, by the parts of the original that say so."""
+    return with_chat_template(self._ends, self.tokenizer(), self.spec)
 
   def _check_names(self) -> None:
     path = self.folder / _WEIGHTS / '_METADATA'
@@ -220,7 +238,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
 
   Raises:
     FileExistsError: if the folder is not empty.
-    ValueError: if the type is another, or the original is damaged.
+    ValueError: if the type is another, a number of the original would be infinite in it, or the original is damaged.
   """
   folder = pathlib.Path(folder)
   name = np.dtype(checkpoint.dtype).name if dtype is None else str(getattr(dtype, 'name', dtype))
@@ -228,12 +246,12 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
     raise ValueError(f'dtype is {dtype!r}, expected one of {", ".join(_DTYPES)}.')
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f'{folder} is there already and not empty; give another folder, or remove it first.')
-  folder.mkdir(parents=True, exist_ok=True)
   tokenizer = checkpoint.tokenizer()
   weights = {
-    one: np.ascontiguousarray(np.asarray(checkpoint.tensor(one)).astype(_DTYPES[name], copy=False))
+    one: np.ascontiguousarray(convert_weight(np.asarray(checkpoint.tensor(one)), _DTYPES[name], one))
     for one in tensor_shapes(checkpoint.spec)
   }
+  folder.mkdir(parents=True, exist_ok=True)
   with _orbax() as ocp:
     save_args = dict.fromkeys(weights, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     args = ocp.args.PyTreeSave(weights, save_args=save_args)
@@ -241,7 +259,13 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
   if tokenizer is not None:
     tokenizer.save(folder)
   checksums = {one: _checksum(weight) for one, weight in weights.items()}
-  description = {'version': _VERSION, 'dtype': name, 'spec': dataclasses.asdict(checkpoint.spec), 'crc32': checksums}
+  description = {
+    'version': _VERSION,
+    'dtype': name,
+    'spec': dataclasses.asdict(checkpoint.spec),
+    'end_tokens': dataclasses.replace(checkpoint.end_tokens(), turn=()).by_source(),
+    'crc32': checksums,
+  }
   (folder / DESCRIPTION).write_text(json_text(description, indent=2), encoding='utf-8')
   return OrbaxCheckpoint(folder)
 
@@ -272,6 +296,21 @@ def _read_checksums(path: pathlib.Path, checksums: Any, names: Iterable[str]) ->
       f'{path} has no CRC-32 of each weight in crc32, expected one or no crc32 at all; convert it again.'
     )
   return checksums
+
+
+def _read_ends(path: pathlib.Path, sources: Any, spec: ModelSpec) -> EndTokens:
+  if sources is None:  # written before there were any
+    return EndTokens(((path.name, spec.eos_token_ids),)) if spec.eos_token_ids else EndTokens()
+  try:
+    ends = EndTokens.from_sources(sources)
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f'{path} has the end_tokens {sources!r} ({error}); convert it again.') from error
+  if set(ends.ids) != set(spec.eos_token_ids):
+    raise ValueError(
+      f'{path} has the end_tokens {sources!r}, expected the ids of its eos_token_ids={spec.eos_token_ids}; convert it '
+      'again.'
+    )
+  return ends
 
 
 def _read_spec(path: pathlib.Path, fields: Any) -> ModelSpec:

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 
 from pdjax.model.checkpoint.base import tensor_shapes
+from pdjax.model.end_tokens import EndTokens
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
 
@@ -36,3 +37,7 @@ class RandomCheckpoint:
   def tokenizer(self) -> Tokenizer | None:
     """None: random weights have no words."""
     return None
+
+  def end_tokens(self) -> EndTokens:
+    """What the model's shape names."""
+    return EndTokens((('model', self.spec.eos_token_ids),)) if self.spec.eos_token_ids else EndTokens()

@@ -1,17 +1,21 @@
 """Reads Hugging Face checkpoint folders: config.json beside one or more safetensors files."""
 
+import dataclasses
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from absl import logging
 
-from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes
-from pdjax.model.checkpoint.hf_config import declared_dtype, spec_from_config
-from pdjax.model.text_files import read_json
+from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes, with_chat_template
+from pdjax.model.checkpoint.hf_config import declared_dtype, default_eos_ids, spec_from_config
+from pdjax.model.end_tokens import EndTokens
+from pdjax.model.text_files import read_json, read_text
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
 
@@ -39,13 +43,15 @@ _LAYER_NAMES = {
   'up': 'mlp.up_proj.weight',
   'down': 'mlp.down_proj.weight',
 }
+_COMPARED_AT_ONCE = 2**22  # elements of two matrices, which may be gigabytes
 
 
 class SafetensorsCheckpoint:
   """A Llama, SmolLM2, Mistral, Qwen2 or Qwen3 model in a folder as Hugging Face lays it out.
 
-  The weights are `model.safetensors`, or the files that `model.safetensors.index.json` lists. Opening reads the
-  configuration and the headers of the files; `tensor` maps what it is asked for.
+  The weights are `model.safetensors`, or all that is in the files that `model.safetensors.index.json` lists, as in
+  transformers. Opening reads the configuration, the tokenizer and the headers of the files; `tensor` maps what it is
+  asked for. Files and tensors that are not used are told in the log; those that would change the answer are refused.
 
   Args:
     folder: The folder.
@@ -68,14 +74,22 @@ class SafetensorsCheckpoint:
     config_path = self.folder / 'config.json'
     config = read_json(config_path)
     name = self.folder.resolve().name if name is None else name
-    self.spec = spec_from_config(config, config_path, name, _eos_token_ids(self.folder, config))
-    self._shapes = tensor_shapes(self.spec)
+    ends = _named_ends(self.folder, config)
+    spec = spec_from_config(config, config_path, name, ends.ids)
     self._stored = _open_shards(self.folder)  # by the tensors' names
+    self._embed_name = _TOP_NAMES['embed']
+    self.spec = spec if not spec.tied_embeddings else self._with_found_head(spec)
+    self._shapes = tensor_shapes(self.spec)
     self._check_tensors()
     self._dtype = _DTYPES[self._stored_dtype('embed')]
     if isinstance(declared := declared_dtype(config), str) and declared in _DTYPES:
       self._dtype = _DTYPES[declared]
-    self._tokenizer: Tokenizer | None = None
+    self._tokenizer = self._open_tokenizer(ends.ids)
+    if self._tokenizer is not None:
+      ends = ends.joined(self._tokenizer.own_ends, self.spec.vocab_size)
+      self._tokenizer = dataclasses.replace(self._tokenizer, eos_token_ids=ends.ids)
+    self.spec = dataclasses.replace(self.spec, eos_token_ids=ends.ids)
+    self._ends = ends
 
   @property
   def dtype(self) -> np.dtype:
@@ -90,21 +104,58 @@ class SafetensorsCheckpoint:
     """
     if name not in self._shapes:
       raise KeyError(f'{self.folder} has no weight {name!r}; the names are the keys of tensor_shapes(checkpoint.spec).')
-    stored_name = _stored_name(name)
+    stored_name = self._name_of(name)
     return from_stored(name, self._stored[stored_name].file.get_tensor(stored_name), self._shapes[name])
 
   def tokenizer(self) -> Tokenizer | None:
-    """The folder's tokenizer, or None if it has no tokenizer.json.
-
-    Raises:
-      ValueError: if its files cannot be read.
-    """
-    if self._tokenizer is None and (self.folder / 'tokenizer.json').is_file():
-      self._tokenizer = Tokenizer.from_folder(self.folder, eos_token_ids=self.spec.eos_token_ids)
+    """The folder's tokenizer, or None if it has no tokenizer.json."""
     return self._tokenizer
 
+  def end_tokens(self) -> EndTokens:
+    """What ends a sequence, by the files that say so."""
+    return with_chat_template(self._ends, self._tokenizer, self.spec)
+
+  def _open_tokenizer(self, eos_token_ids: tuple[int, ...]) -> Tokenizer | None:
+    if not (self.folder / 'tokenizer.json').is_file():
+      return None
+    return Tokenizer.from_folder(self.folder, eos_token_ids=eos_token_ids)
+
+  def _name_of(self, name: str) -> str:
+    return self._embed_name if name == 'embed' else _stored_name(name)
+
+  def _with_found_head(self, spec: ModelSpec) -> ModelSpec:
+    """What config.json calls tied is tied if one matrix is there or both are equal; else both are used."""
+    embed, head = _TOP_NAMES['embed'], _TOP_NAMES['unembed']
+    if head not in self._stored:
+      return spec
+    if embed not in self._stored:  # tied the other way round
+      self._embed_name = head
+      return spec
+    if self._are_equal(embed, head):
+      logging.warning('%s: %s is not used: it is a copy of %s.', self.folder, head, embed)
+      return spec
+    logging.warning(
+      '%s: config.json ties the embeddings, but %s differs from %s: both are used; set tie_word_embeddings to false.',
+      self.folder,
+      head,
+      embed,
+    )
+    return dataclasses.replace(spec, tied_embeddings=False)
+
+  def _are_equal(self, one: str, other: str) -> bool:
+    slices = [self._stored[name].file.get_slice(name) for name in (one, other)]
+    shape, other_shape = (tuple(part.get_shape()) for part in slices)
+    if shape != other_shape or len(shape) != 2 or any(part.get_dtype() not in _STORED_DTYPES for part in slices):
+      return False
+    step = max(1, _COMPARED_AT_ONCE // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+      first, second = (part[start : min(start + step, shape[0])] for part in slices)
+      if not np.array_equal(first, second):
+        return False
+    return True
+
   def _stored_dtype(self, name: str) -> str:
-    stored_name = _stored_name(name)
+    stored_name = self._name_of(name)
     shard = self._stored[stored_name]
     stored = shard.file.get_slice(stored_name).get_dtype()
     if stored not in _STORED_DTYPES:
@@ -115,7 +166,7 @@ class SafetensorsCheckpoint:
     return _STORED_DTYPES[stored]
 
   def _check_tensors(self):
-    expected = {_stored_name(name): name for name in self._shapes}
+    expected = {self._name_of(name): name for name in self._shapes}
     shapes = stored_shapes(self.spec)
     if missing := [name for name in expected if name not in self._stored]:
       hint = ' (or set tie_word_embeddings in config.json)' if missing[0] == _TOP_NAMES['unembed'] else ''
@@ -123,13 +174,19 @@ class SafetensorsCheckpoint:
         f'{self.folder} lacks {len(missing)} of the {len(expected)} tensors that its config.json calls for, '
         f'the first {missing[0]!r}; save or download it again{hint}.'
       )
-    # a copy of the tied embedding and the rotary frequencies say nothing new
-    known = {*expected, _TOP_NAMES['unembed']}
-    if unknown := [name for name in self._stored if name not in known and not name.endswith('rotary_emb.inv_freq')]:
+    others = [name for name in self._stored if name not in expected and name != _TOP_NAMES['unembed']]
+    rotary = [name for name in others if name.endswith('rotary_emb.inv_freq')]
+    if unknown := [name for name in others if name not in rotary]:
       raise ValueError(
         f'{self._stored[unknown[0]].path} holds tensor {unknown[0]!r} ({len(unknown)} like it), expected only the '
         'weights that config.json calls for; leaving it out would give wrong tokens. Use a model without adapters or '
         'extra layers.'
+      )
+    if rotary:  # as transformers does, whatever they hold
+      logging.warning(
+        '%s: %s not used: the frequencies of the rotary embedding follow from config.json.',
+        self.folder,
+        _listed(rotary),
       )
     for stored_name, name in expected.items():
       self._stored_dtype(name)
@@ -151,6 +208,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, _Shard]:
   """Every tensor of the folder with the file that holds it."""
   whole, index_path = folder / 'model.safetensors', folder / 'model.safetensors.index.json'
   if whole.is_file():
+    _tell_unused_files(folder, [whole.name])
     shard = _open(whole)
     return dict.fromkeys(shard.file.keys(), shard)
   if not index_path.is_file():
@@ -158,9 +216,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, _Shard]:
       f'{folder} has neither {whole.name} nor {index_path.name}, expected one of them; '
       'save the model as safetensors or download its weights.'
     )
-  weight_map = read_json(index_path).get('weight_map')
-  if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-    raise ValueError(f'{index_path} has no weight_map from tensor to file name, expected one; download it again.')
+  weight_map = _read_index(index_path)
   shards = {}
   for file_name in dict.fromkeys(weight_map.values()):
     if not (folder / file_name).is_file():
@@ -168,6 +224,7 @@ def _open_shards(folder: pathlib.Path) -> dict[str, _Shard]:
         f'{folder} lacks {file_name!r}, expected because {index_path.name} lists it; download that file.'
       )
     shards[file_name] = _open(folder / file_name)
+  _tell_unused_files(folder, shards)
   held = {file_name: set(shard.file.keys()) for file_name, shard in shards.items()}
   for name, file_name in weight_map.items():
     if name not in held[file_name]:
@@ -175,7 +232,51 @@ def _open_shards(folder: pathlib.Path) -> dict[str, _Shard]:
         f'{folder / file_name} lacks tensor {name!r}, expected there because {index_path.name} says so; '
         'download both again.'
       )
-  return {name: shards[file_name] for name, file_name in weight_map.items()}
+  found: dict[str, _Shard] = {}
+  for file_name, names in held.items():
+    for name in sorted(names):
+      if name in found and not _same_tensor(name, found[name], shards[file_name]):
+        raise ValueError(
+          f'tensor {name!r} is in {found[name].path} and, with other values, in {shards[file_name].path}, expected it '
+          'once; download both again.'
+        )
+      found.setdefault(name, shards[file_name])
+  return found
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  """The file of each tensor, by an index that gives each one file."""
+  weight_map = read_json(path).get('weight_map')
+  if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    raise ValueError(f'{path} has no weight_map from tensor to file name, expected one; download it again.')
+
+  def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if twice := [(key, value) for key, value in pairs if content[key] != value]:
+      raise ValueError(
+        f'{path} lists {twice[0][0]!r} twice, as {twice[0][1]!r} and {content[twice[0][0]]!r}, expected it once; '
+        'download it again.'
+      )
+    return content
+
+  json.loads(read_text(path), object_pairs_hook=once)
+  return weight_map
+
+
+def _same_tensor(name: str, one: _Shard, other: _Shard) -> bool:
+  first, second = (shard.file.get_tensor(name) for shard in (one, other))
+  return first.dtype == second.dtype and np.array_equal(first, second)
+
+
+def _tell_unused_files(folder: pathlib.Path, used: Iterable[str]) -> None:
+  used = set(used)
+  if unused := sorted(path.name for path in folder.glob('*.safetensors') if path.name not in used):
+    logging.warning('%s: %s not used: the weights are %s.', folder, _listed(unused), _listed(sorted(used)))
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+  more = f' and {len(names) - most} more' if len(names) > most else ''
+  return ', '.join(names[:most]) + more
 
 
 def _open(path: pathlib.Path) -> _Shard:
@@ -188,16 +289,21 @@ def _open(path: pathlib.Path) -> _Shard:
     ) from error
 
 
-def _eos_token_ids(folder: pathlib.Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-  """End-of-sequence ids; generation_config.json, if it has any, knows better than config.json."""
+def _named_ends(folder: pathlib.Path, config: Mapping[str, Any]) -> EndTokens:
+  """The ends of a sequence that the model's two configurations name."""
+  named = [(folder / 'config.json', config.get('eos_token_id', default_eos_ids(config)))]
   path = folder / 'generation_config.json'
-  ids = read_json(path).get('eos_token_id') if path.is_file() else None
-  if ids is None:
-    path, ids = folder / 'config.json', config.get('eos_token_id')
-  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-  if not all(type(token) is int for token in ids):
-    raise ValueError(f'{path} has eos_token_id {ids}, expected an integer or a list of them; correct it.')
-  return tuple(dict.fromkeys(token for token in ids if token != -1))  # -1 is how old files say that there is none
+  if path.is_file():
+    named.append((path, read_json(path).get('eos_token_id')))
+  found = []
+  for path, ids in named:
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int for token in ids):
+      raise ValueError(f'{path} has eos_token_id {ids}, expected an integer or a list of them; correct it.')
+    ids = tuple(dict.fromkeys(token for token in ids if token != -1))  # -1 is how old files say that there is none
+    if ids:
+      found.append((path.name, ids))
+  return EndTokens(tuple(found))
 
 
 def _stored_name(name: str) -> str:

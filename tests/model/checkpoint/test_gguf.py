@@ -10,6 +10,7 @@ import pytest
 from pdjax.model.checkpoint import GGUFCheckpoint, open_checkpoint, tensor_shapes
 from pdjax.model.checkpoint import gguf as gguf_format
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
+from pdjax.model.layers import rope_frequencies
 from pdjax.types import ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
@@ -216,6 +217,47 @@ def test_the_rule_behind_rope_factors_is_found(theta, head_dim, scaling):
   assert scaling_from_factors(factors_of_converters(theta, head_dim, scaling), theta) == scaling
 
 
+@pytest.mark.parametrize(
+  ('head_dim', 'theta', 'scaling', 'blended'),
+  [
+    (8, 500_000.0, RopeScaling('llama3', 8.0, 1.0, 4.0, 64), 0),
+    (8, 500_000.0, RopeScaling('llama3', 32.0, 1.0, 4.0, 4096), 0),
+    (8, 10_000.0, RopeScaling('llama3', 8.0, 1.0, 4.0, 8192), 1),  # none is slowed by all of the factor
+    (8, 10_000.0, RopeScaling('llama3', 8.0, 1.0, 4.0, 16), 1),  # none is kept
+    (4, 500_000.0, RopeScaling('llama3', 8.0, 1.0, 4.0, 512), 0),
+    (4, 10_000.0, RopeScaling('llama3', 2.0, 1.0, 4.0, 16), 1),
+    (6, 50_000.0, RopeScaling('llama3', 8.0, 1.0, 2.0, 100), 0),
+    (16, 1_000_000.0, RopeScaling('llama3', 4.0, 0.5, 4.0, 100), 2),  # one of them all but slowed
+    (64, 500_000.0, RopeScaling('llama3', 8.0, 3.0, 4.0, 8192), 0),  # a narrow blend
+    (128, 500_000.0, RopeScaling('llama3', 8.0, 0.7, 3.3, 8192), 7),  # no round numbers where low is 1
+  ],
+)
+def test_a_rule_with_these_rope_factors_is_found(head_dim, theta, scaling, blended):
+  """By the converter of llama.cpp: any rule that gives the factors computes the same."""
+  factors = factors_of_converters(theta, head_dim, scaling)
+  assert np.count_nonzero((factors > 1) & (factors < scaling.factor)) == blended
+  found = scaling_from_factors(factors, theta)
+  assert found is not None and found.kind == 'llama3'
+  np.testing.assert_allclose(factors_of_converters(theta, head_dim, found), factors, rtol=2e-5)
+  spec = dataclasses.replace(SPEC, head_dim=head_dim, rope_theta=theta, rope_scaling=found)
+  unscaled = rope_frequencies(dataclasses.replace(spec, rope_scaling=None))
+  np.testing.assert_allclose(rope_frequencies(spec), unscaled / factors, rtol=2e-5)
+
+
+@pytest.mark.parametrize('factors', [[1, 8, 1, 8], [8, 1, 1, 1], [1, 1, 8, 3], [0.5, 1, 1, 1], [1, 3, 2, 8]])
+def test_rope_factors_of_no_rule_are_refused(factors):
+  with pytest.raises(ValueError, match='do not follow the rule of Llama 3'):
+    scaling_from_factors(np.array(factors, np.float32), 10_000.0)
+
+
+def test_a_small_head_with_rope_factors_is_served(tmp_path):
+  factors = factors_of_converters(500_000.0, 8, RopeScaling('llama3', 8.0, 1.0, 4.0, 64))
+  spec = dataclasses.replace(SPEC, rope_theta=500_000.0)
+  write(tmp_path / 'tiny.gguf', spec, extra={'rope_freqs.weight': factors})
+  scaling = GGUFCheckpoint(tmp_path / 'tiny.gguf').spec.rope_scaling
+  np.testing.assert_allclose(factors_of_converters(500_000.0, 8, scaling), factors, rtol=2e-5)
+
+
 def test_rope_factors_in_a_file_become_its_scaling(tmp_path):
   scaling = RopeScaling('llama3', 8.0)
   spec = dataclasses.replace(SPEC, head_dim=64, rope_theta=500_000.0)
@@ -226,6 +268,24 @@ def test_rope_factors_in_a_file_become_its_scaling(tmp_path):
   ):
     write(tmp_path / 'tiny.gguf', spec, extra={'rope_freqs.weight': factors})
     assert GGUFCheckpoint(tmp_path / 'tiny.gguf').spec == dataclasses.replace(spec, rope_scaling=expected)
+
+
+@pytest.mark.parametrize('equal', [True, False])
+def test_an_output_matrix_counts_whatever_it_holds(tmp_path, equal):
+  """llama.cpp too uses output.weight where there is one, equal to the embedding or not."""
+  weights = random_weights(SPEC)
+  head = weights['embed'] if equal else np.roll(weights['embed'], 1, axis=0)
+  write(tmp_path / 'tiny.gguf', without=('unembed',), extra={'output.weight': head})
+  checkpoint = GGUFCheckpoint(tmp_path / 'tiny.gguf')
+  assert not checkpoint.spec.tied_embeddings
+  np.testing.assert_array_equal(checkpoint.tensor('unembed'), head.T)
+
+
+def test_rotary_frequencies_of_the_oldest_files_are_told(tmp_path, caplog):
+  unused = {f'blk.{i}.attn_rot_embd.weight': np.ones(4, np.float32) for i in range(2)}
+  write(tmp_path / 'tiny.gguf', extra=unused)
+  GGUFCheckpoint(tmp_path / 'tiny.gguf')
+  assert 'blk.0.attn_rot_embd.weight (2 like it) not used' in caplog.text
 
 
 def test_embeddings_are_tied_when_there_is_no_output_matrix(tmp_path):

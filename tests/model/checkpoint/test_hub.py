@@ -24,6 +24,12 @@ def repositories(tmp_path_factory) -> dict[str, dict[str, bytes]]:
   whole, sharded, quantised = (tmp_path_factory.mktemp(name) for name in ('whole', 'sharded', 'quantised'))
   write_safetensors(whole)
   write_tokenizer(whole, {'eos_token': '</s>'})
+  (whole / 'special_tokens_map.json').write_text('{"bos_token": "<s>"}')
+  (whole / 'added_tokens.json').write_text('{"<tool>": 3}')
+  (whole / 'chat_template.jinja').write_text('{{ bos_token }}')
+  (whole / 'generation_config.json').write_text('{"eos_token_id": 2}')
+  (whole / 'additional_chat_templates').mkdir()
+  (whole / 'additional_chat_templates' / 'tool_use.jinja').write_text('{{ tools }}')
   write_safetensors(sharded, shards=2)
   write_gguf(quantised / 'tiny-F32.gguf')
   other = {'README.md': b'# A model', 'pytorch_model.bin': b'another format', 'original/params.json': b'{}'}

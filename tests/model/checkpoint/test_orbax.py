@@ -258,3 +258,38 @@ def test_a_folder_without_checksums_opens(original, folder):
 def test_no_file_is_a_pickle(saved):
   assert not [path for path in saved.rglob('*') if path.is_file() and path.read_bytes()[:1] == b'\x80']
   assert ocp.PyTreeCheckpointer().metadata(saved / 'weights').item_metadata.tree.keys() == tensor_shapes(SPEC).keys()
+
+
+@dataclasses.dataclass(frozen=True)
+class Large(RandomCheckpoint):
+  """Random weights with one number beyond float16."""
+
+  where: str = 'layers.1.up'
+
+  def tensor(self, name: str) -> np.ndarray:
+    tensor = super().tensor(name)
+    if name == self.where:
+      tensor.reshape(-1)[-1] = 1e6
+    return tensor
+
+
+@pytest.mark.parametrize('where', ['layers.1.up', 'final_norm', 'embed', 'unembed'])
+def test_a_weight_beyond_float16_is_refused_wherever_it_is_converted(tmp_path, where):
+  original = Large(SPEC, where=where)
+  message = rf"weight '{where}' holds 1e\+06 .* but float16 ends at 65504 .*dtype='bfloat16'"
+  mesh = {'w': make_mesh(SPEC, jax.devices()[:1])}
+  with pytest.raises(ValueError, match=message):
+    load_weights(original, SPEC, mesh, jnp.dtype('float16'))
+  with pytest.raises(ValueError, match=message):
+    save_orbax(original, tmp_path / 'float16', 'float16')
+  converted = save_orbax(original, tmp_path / 'float32')
+  for devices in (1, 3):  # read whole, and each device its part
+    with pytest.raises(ValueError, match=message):
+      load_weights(converted, SPEC, {'w': make_mesh(SPEC, jax.devices()[:devices])}, jnp.dtype('float16'))
+    load_weights(converted, SPEC, {'w': make_mesh(SPEC, jax.devices()[:devices])}, jnp.dtype('bfloat16'))
+
+
+def test_a_refused_conversion_is_no_checkpoint(tmp_path):
+  with pytest.raises(ValueError, match='would make it infinite'):
+    save_orbax(Large(SPEC), tmp_path / 'float16', 'float16')
+  assert not (tmp_path / 'float16').exists()

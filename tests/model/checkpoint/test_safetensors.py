@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 import safetensors.numpy
 
 from pdjax.model.checkpoint import SafetensorsCheckpoint, open_checkpoint, tensor_shapes
+from pdjax.model.checkpoint import safetensors as safetensors_format
 from pdjax.types import ModelSpec, RopeScaling
 from tests.hf import hf_tensors
+from tests.model.numpy_llama import NumpyLlama
 
+FAMILIES = pathlib.Path(__file__).parents[2] / 'data' / 'families'
 ABSENT = object()
 
 CONFIG = {
@@ -113,11 +118,11 @@ def test_the_original_context_of_llama3_scaling_is_found_wherever_it_stands(tmp_
   assert SafetensorsCheckpoint(tmp_path).spec.rope_scaling.original_context_len == 64  # all there is
 
 
-@pytest.mark.parametrize('gone', [ABSENT, None])
-def test_missing_settings_take_the_defaults_of_the_format(tmp_path, gone):
+@pytest.mark.parametrize(('gone', 'ends'), [(ABSENT, (2,)), (None, ())])  # a null says that nothing ends a sequence
+def test_missing_settings_take_the_defaults_of_the_format(tmp_path, gone, ends):
   keys = ('rope_theta', 'rms_norm_eps', 'max_position_embeddings', 'eos_token_id')
   write(tmp_path, config=dict.fromkeys(keys, gone))
-  expected = spec_of(tmp_path.name, rope_theta=10_000.0, norm_eps=1e-6, context_len=2048, eos_token_ids=())
+  expected = spec_of(tmp_path.name, rope_theta=10_000.0, norm_eps=1e-6, context_len=2048, eos_token_ids=ends)
   assert SafetensorsCheckpoint(tmp_path).spec == expected
 
 
@@ -154,18 +159,180 @@ def test_each_family_has_its_own_defaults(tmp_path, config, spec):
   assert SafetensorsCheckpoint(tmp_path).spec == spec_of(tmp_path.name, **spec)
 
 
-@pytest.mark.parametrize(('generation', 'expected'), [(5, (5,)), ([5, 7, 5], (5, 7)), (None, (2,)), (-1, ())])
-def test_generation_config_knows_the_ends_best(tmp_path, generation, expected):
+@pytest.mark.parametrize(('generation', 'expected'), [(5, (2, 5)), ([5, 7, 5], (2, 5, 7)), (None, (2,)), (-1, (2,))])
+def test_generation_config_names_more_ends(tmp_path, generation, expected):
   write(tmp_path)
   (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': generation}))
   assert SafetensorsCheckpoint(tmp_path).spec.eos_token_ids == expected
 
 
-def test_a_copy_of_tied_embeddings_is_ignored(tmp_path):
-  write(tmp_path, tied=True, extra={'lm_head.weight': np.zeros((30, 12), np.float32)})
+def test_a_copy_of_tied_embeddings_is_told(tmp_path, caplog):
+  weights = write(tmp_path, tied=True)
+  write(tmp_path, tied=True, extra={'lm_head.weight': weights['embed']})
   checkpoint = SafetensorsCheckpoint(tmp_path)
+  assert checkpoint.spec.tied_embeddings
   with pytest.raises(KeyError, match='unembed'):
     checkpoint.tensor('unembed')
+  assert 'lm_head.weight is not used: it is a copy of model.embed_tokens.weight' in caplog.text
+
+
+@pytest.mark.parametrize('at_once', [None, 12, 30])
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('change', ['first', 'last', 'none'])
+def test_heads_are_compared_to_the_last_number(tmp_path, monkeypatch, dtype, change, at_once):
+  if at_once is not None:
+    monkeypatch.setattr(safetensors_format, '_COMPARED_AT_ONCE', at_once)
+  head = write(tmp_path, dtype=dtype, tied=True)['embed'].copy()
+  if change != 'none':
+    head[(0, 0) if change == 'first' else (-1, -1)] += 1
+  write(tmp_path, dtype=dtype, tied=True, extra={'lm_head.weight': head})
+  checkpoint = SafetensorsCheckpoint(tmp_path)
+  assert checkpoint.spec.tied_embeddings == (change == 'none')
+  if change != 'none':
+    np.testing.assert_array_equal(checkpoint.tensor('unembed'), head.T)
+
+
+@pytest.mark.parametrize(
+  ('head', 'message', 'authority'),
+  [
+    (np.zeros((29, 12), np.float32), r"'lm_head.weight' .* has shape \(29, 12\), expected \(30, 12\)", 'transformers'),
+    (np.zeros((30, 11), np.float32), r"'lm_head.weight' .* has shape \(30, 11\), expected \(30, 12\)", 'transformers'),
+    (np.zeros(360, np.float32), r"'lm_head.weight' .* has shape \(360,\), expected", 'transformers'),
+    (np.zeros((30, 12), np.float64), "'lm_head.weight' .* is stored as F64", 'the contract'),
+  ],
+)  # fmt: skip
+def test_a_head_that_fits_no_model_is_refused(tmp_path, head, message, authority):
+  write(tmp_path, tied=True, extra={'lm_head.weight': head})
+  with pytest.raises(ValueError, match=message):
+    SafetensorsCheckpoint(tmp_path)
+
+
+HEADS = {
+  'other': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.roll(embed, 1, axis=0)},
+  'equal': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.copy()},
+  'head alone': lambda embed: {'lm_head.weight': embed},
+  'other by one bit': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.nextafter(embed, 1)},
+  'wider type': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.astype(np.float32)},
+}
+
+
+@pytest.mark.parametrize(
+  ('case', 'tied'),
+  [('other', False), ('equal', True), ('head alone', True), ('other by one bit', False), ('wider type', True)],
+)
+def test_two_matrices_give_the_logits_of_transformers(tmp_path, case, tied):
+  tensors = safetensors.numpy.load_file(FAMILIES / 'smollm2' / 'model.safetensors')
+  matrices = HEADS[case](tensors.pop('model.embed_tokens.weight'))
+  safetensors.numpy.save_file(tensors | matrices, tmp_path / 'model.safetensors')
+  shutil.copy(FAMILIES / 'smollm2' / 'config.json', tmp_path)
+  checkpoint = SafetensorsCheckpoint(tmp_path)
+  assert checkpoint.spec.tied_embeddings == tied
+  with np.load(FAMILIES / 'smollm2' / 'logits.npz') as file:
+    prompt = file['prompt'][:16]
+  with np.load(FAMILIES.parent / 'heads.npz') as file:
+    expected = file[case]
+  widened = Widened(checkpoint)
+  np.testing.assert_allclose(NumpyLlama(widened).logits(prompt), expected, rtol=0, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Widened:
+  """A checkpoint in float32."""
+
+  checkpoint: SafetensorsCheckpoint
+
+  @property
+  def spec(self) -> ModelSpec:
+    return self.checkpoint.spec
+
+  def tensor(self, name: str) -> np.ndarray:
+    return np.asarray(self.checkpoint.tensor(name), np.float32)
+
+
+def test_rotary_frequencies_of_older_files_are_told(tmp_path, caplog):
+  frequencies = {f'model.layers.{i}.self_attn.rotary_emb.inv_freq': np.ones(3, np.float32) for i in range(2)}
+  write(tmp_path, extra=frequencies)
+  SafetensorsCheckpoint(tmp_path)  # transformers too computes them from config.json, whatever the file holds
+  for name in frequencies:
+    assert name in caplog.text
+  assert 'follow from config.json' in caplog.text
+
+
+@pytest.mark.parametrize(
+  'extra', ['model-00001-of-00002.safetensors', 'adapter_model.safetensors', 'consolidated.safetensors']
+)
+@pytest.mark.parametrize('shards', [1, 2])
+def test_files_of_weights_that_are_not_used_are_told(tmp_path, caplog, shards, extra):
+  write(tmp_path, shards=shards)
+  if shards == 2:
+    extra = extra.replace('of-00002', 'of-00003')
+  safetensors.numpy.save_file({'x': np.zeros(1, np.float32)}, tmp_path / extra)
+  SafetensorsCheckpoint(tmp_path)
+  assert f'{extra} not used: the weights are model' in caplog.text
+
+
+def move(folder, name: str, change, keep=True, listed=True) -> None:
+  """Put a changed copy of a tensor into the other of two files; `keep` it where it was, too."""
+  index = folder / 'model.safetensors.index.json'
+  content = json.loads(index.read_text())
+  home = content['weight_map'][name]
+  (away,) = {*content['weight_map'].values()} - {home}
+  tensors = safetensors.numpy.load_file(folder / home)
+  safetensors.numpy.save_file(safetensors.numpy.load_file(folder / away) | {name: change(tensors[name])}, folder / away)
+  if not keep:
+    del tensors[name]
+    safetensors.numpy.save_file(tensors, folder / home)
+    if listed:
+      content['weight_map'][name] = away
+    else:
+      del content['weight_map'][name]
+    index.write_text(json.dumps(content))
+
+
+def test_a_tensor_that_the_index_does_not_list_is_read(tmp_path):
+  weights = write(tmp_path, shards=2)  # by file, as transformers reads them
+  move(tmp_path, 'model.norm.weight', lambda tensor: tensor, keep=False, listed=False)
+  np.testing.assert_array_equal(SafetensorsCheckpoint(tmp_path).tensor('final_norm'), weights['final_norm'])
+
+
+def test_a_tensor_that_is_in_two_files_must_be_one(tmp_path):
+  weights = write(tmp_path, shards=2)
+  move(tmp_path, 'model.norm.weight', lambda tensor: tensor)
+  np.testing.assert_array_equal(SafetensorsCheckpoint(tmp_path).tensor('final_norm'), weights['final_norm'])
+  for change in (lambda tensor: tensor + 1, lambda tensor: tensor.astype(np.float16), lambda tensor: tensor[:-1]):
+    move(tmp_path, 'model.norm.weight', change)
+    with pytest.raises(
+      ValueError, match=r"'model\.norm\.weight' is in .* and, with other values, in .* expected it once"
+    ):
+      SafetensorsCheckpoint(tmp_path)
+
+
+def test_an_unlisted_tensor_of_no_model_is_refused(tmp_path):
+  write(tmp_path, shards=2)
+  path = tmp_path / 'model-00002-of-00002.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  safetensors.numpy.save_file(tensors | {'model.layers.7.mlp.extra': np.zeros(1, np.float32)}, path)
+  with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors holds tensor 'model\.layers\.7\.mlp\.extra'"):
+    SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(('second', 'is_refused'), [('model-00001-of-00002.safetensors', None), ('', True)])
+def test_an_index_that_lists_a_tensor_twice_is_refused(tmp_path, second, is_refused):
+  write(tmp_path, shards=2)
+  index = tmp_path / 'model.safetensors.index.json'
+  name, file = next(iter(json.loads(index.read_text())['weight_map'].items()))
+  other = 'model-00002-of-00002.safetensors' if file != 'model-00002-of-00002.safetensors' else second
+  entry = f'"{name}": "{file}"'
+  index.write_text(
+    index.read_text().replace(
+      entry, f'{entry}, {entry}' if not is_refused else f'{entry.replace(file, other)}, {entry}'
+    )
+  )
+  if is_refused:
+    with pytest.raises(ValueError, match=rf"index\.json lists '{name}' twice, as '{other}' and '{file}'"):
+      SafetensorsCheckpoint(tmp_path)
+  else:
+    SafetensorsCheckpoint(tmp_path)
 
 
 def test_a_folder_without_tokenizer_json_has_no_tokenizer(tmp_path):

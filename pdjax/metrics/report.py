@@ -104,11 +104,11 @@ class Report:
     goodput_share: Those requests as a share of all that arrived; None without limits.
     output_throughput: Delivered tokens per second.
     total_token_throughput: Prompt and delivered tokens per second.
-    max_output_tokens_per_s: Most tokens in one second, counted from the first arrival.
+    max_output_tokens_per_s: Most pieces of answers in one second from the first arrival; `to_json` says why pieces.
     max_concurrent_requests: Most requests that were there during one such second.
     ttft: Time to first token.
     tpot: Time per output token after the first.
-    itl: Inter-token latency.
+    itl: Inter-token latency: the gaps between an answer's pieces, the tokens of one time being one piece.
     e2el: End-to-end latency.
     handoff: From first to second token, what disaggregation costs.
     account: What TTFT and hand-off are made of.
@@ -222,10 +222,10 @@ class Report:
     done = [request for request in timeline.requests if request.completed]
     failed = len(timeline.requests) - len(done)
     duration_s = timeline.duration_s
-    input_tokens = sum(request.prompt_len for request in done if request.sample_of is None)  # computed once
-    output_tokens = sum(request.num_tokens for request in done)
+    prompts = {request.sample_of or request.id: request.prompt_len for request in done}  # samples share theirs
+    input_tokens, output_tokens = sum(prompts.values()), sum(request.num_tokens for request in done)
     good = _num_good(done, timeline.requests, slo)
-    max_tokens, max_requests = _peaks(done)
+    most_pieces, most_requests = _peaks(done)
     finish_reasons = _finish_reasons(timeline.requests)
     return cls(
       date=date or datetime.datetime.now().strftime('%Y%m%d-%H%M%S'),
@@ -246,8 +246,8 @@ class Report:
       goodput_share=None if good is None else _ratio(good, len(timeline.requests)),
       output_throughput=_ratio(output_tokens, duration_s),
       total_token_throughput=_ratio(input_tokens + output_tokens, duration_s),
-      max_output_tokens_per_s=max_tokens,
-      max_concurrent_requests=max_requests,
+      max_output_tokens_per_s=most_pieces,
+      max_concurrent_requests=most_requests,
       ttft=_stats(request.ttft_s for request in done),
       tpot=_stats(request.tpot_s for request in done),
       itl=_stats(itl for request in done for itl in request.itls_s),
@@ -299,10 +299,26 @@ class Report:
   def to_json(self) -> dict[str, Any]:
     """The report as plain dicts, lists and finite numbers.
 
-    Names, units and meaning are those of `vllm bench serve --save-result`, so that its tools read it; lists have
-    an entry per request in the order of arrival, and a failed request has 0 output tokens and, without a first
-    token, a TTFT of 0. Beyond them come the hand-off like any other latency, `account`, `utilisation` and what
-    else the attributes name. None stands for what there is no figure of, `'inf'` for an infinite rate.
+    Where a key is one of `vllm bench serve --save-result` (0.33.0), so are its unit and its formula, and its tools
+    read the file; lists have an entry per request in the order of arrival. It measures a stream by its chunks, which
+    are pieces here: the tokens that a request got at one time, with or without text. So `itls` and the ITL are gaps
+    between pieces, and `max_output_tokens_per_s` counts pieces, while TPOT divides by tokens. An answer of one token
+    has no TPOT and keeps every limit on it. `std` divides by the count, percentiles interpolate linearly, and peaks
+    are of whole seconds from the first arrival of those that completed: whoever was there for any of one counts.
+
+    By nature these differ:
+
+    * Times are seconds after the start of the run, `duration` begins with the first arrival, and no network is in
+      them; there they are a client's, whose clock starts before the first request is due.
+    * Each of the `n` samples of a prompt is a request with a row of its own, and only `total_input_tokens` counts
+      their prompt once; there they are one request, whose chunks take turns.
+    * Who was cancelled, rejected or not finished has failed. A failed request's row has 0 output tokens and what else
+      there was of it: its prompt, TTFT (0 without a first token), gaps and, other than there, text.
+    * A request's own limits replace the run's in `request_goodput`.
+    * None stands for a figure of nothing, where 0 is written there.
+
+    Beyond these keys come the hand-off like any other latency, `account`, `utilisation` and what else the attributes
+    name. `'inf'` is an infinite rate.
     """
     requests = self.timeline.requests
     figures: dict[str, Any] = {
@@ -406,16 +422,17 @@ def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimelin
 
 
 def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
-  """Most tokens in one second and most requests present during one, in whole seconds from the first arrival."""
+  """Most pieces in one second and most requests present during one, in whole seconds from the first arrival."""
+  done = [request for request in done if request.token_times_s]
   if not done:
     return 0.0, 0
   start_s = min(request.arrival_s for request in done)
   arrivals = np.floor([request.arrival_s - start_s for request in done]).astype(np.int64)
   ends = np.floor([request.token_times_s[-1] - start_s for request in done]).astype(np.int64)
-  tokens = np.floor([time_s - start_s for request in done for time_s in request.token_times_s]).astype(np.int64)
+  pieces = np.floor([time_s - start_s for request in done for time_s in request.piece_times_s]).astype(np.int64)
   size = int(ends.max()) + 2
   present = np.cumsum(np.bincount(arrivals, minlength=size) - np.bincount(ends + 1, minlength=size))
-  return float(np.bincount(tokens).max()), int(present.max())
+  return float(np.bincount(pieces).max()), int(present.max())
 
 
 def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:

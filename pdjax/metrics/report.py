@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pdjax.metrics.numbers import digits_below, number
 from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
@@ -280,21 +281,15 @@ class Report:
 
   def ttft_account(self) -> str:
     """What TTFT is made of, in a line."""
-    account = self.account
-    return f'TTFT {_ms(self.ttft.mean_ms)} = queue {_ms(account.queue_ms)} + prefill {_ms(account.prefill_ms)} ms'
+    parts = {'queue': self.account.queue_ms, 'prefill': self.account.prefill_ms}
+    return _sum_of('TTFT', self.ttft.mean_ms, parts)
 
   def handoff_account(self) -> str:
     """What the hand-off is made of, in a line."""
     account = self.account
-    parts = (
-      ('wait', account.wait_ms),
-      ('wire', account.wire_ms),
-      ('admit', account.admit_ms),
-      ('step', account.step_ms),
-    )
-    line = ' + '.join(f'{name} {_ms(value)}' for name, value in parts)
+    parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
     moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
-    return f'hand-off {_ms(self.handoff.mean_ms)} = {line} ms{moved}'
+    return _sum_of('hand-off', self.handoff.mean_ms, parts) + moved
 
   def to_json(self) -> dict[str, Any]:
     """The report as plain dicts, lists and finite numbers.
@@ -391,13 +386,13 @@ class Report:
 
   def __str__(self) -> str:
     lines = [
-      f'{self.completed} of {self.num_prompts} requests completed in {self.duration_s:.2f} s'
+      f'{self.completed} of {self.num_prompts} requests completed in {number(self.duration_s, 2)} s'
       + (f' ({self.backend})' if self.backend else ''),
-      f'throughput {_rate(self.request_throughput)} requests/s, {_rate(self.output_throughput)} output tokens/s'
-      + ('' if self.request_goodput is None else f'; goodput {_rate(self.request_goodput)} requests/s'),
+      f'throughput {number(self.request_throughput, 2)} requests/s, {number(self.output_throughput, 2)} output tokens/s'
+      + ('' if self.request_goodput is None else f'; goodput {number(self.request_goodput, 2)} requests/s'),
     ]
     latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
-    lines.append('p50/p99 ms: ' + ', '.join(f'{name} {_ms(s.p50_ms)}/{_ms(s.p99_ms)}' for name, s in latencies))
+    lines.append('p50/p99 ms: ' + ', '.join(f'{name} {number(s.p50_ms)}/{number(s.p99_ms)}' for name, s in latencies))
     lines += [self.ttft_account(), self.handoff_account()]
     return '\n'.join([*lines, *(f'note: {note}' for note in self.notes)])
 
@@ -509,12 +504,11 @@ def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
   return {name: value for name, value in mapping.items() if name != key}
 
 
-def _ms(value: float | None) -> str:
-  return '-' if value is None else f'{value:.1f}'
-
-
-def _rate(value: float | None) -> str:
-  return '-' if value is None else f'{value:.2f}'
+def _sum_of(name: str, whole_ms: float | None, parts_ms: Mapping[str, float | None]) -> str:
+  """A mean and its parts, all with as many digits, so that a reader can add them up."""
+  digits = digits_below(whole_ms)
+  figures = ['-' if value is None else f'{value:.{digits}f}' for value in (whole_ms, *parts_ms.values())]
+  return f'{name} {figures[0]} = {" + ".join(map(" ".join, zip(parts_ms, figures[1:], strict=True)))} ms'
 
 
 def _finite(value: Any) -> Any:

@@ -167,7 +167,8 @@ class RayProcesses:
     say: Told in a line what is being done.
 
   Raises:
-    DeviceError: if Ray is not installed, cannot be reached or has no room for the workers.
+    DeviceError: if Ray is not installed, cannot be reached or has no room for the workers, or if two workers could
+      take one accelerator.
   """
 
   def __init__(
@@ -184,6 +185,8 @@ class RayProcesses:
       self._connect(cluster, workers)
       done = 'started' if cluster.address is None else 'reached'
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
+      if refusal := cluster.refusal(platform, ray.cluster_resources()):
+        raise DeviceError(refusal)
       bundles = [cluster.resources(worker.tp, platform) for worker in workers]
       group = ray.util.placement_group(bundles, strategy=cluster.strategy)
       self._close_calls.append(lambda: ray.util.remove_placement_group(group))

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -39,7 +40,7 @@ MAX_BARS = 6000  # of one chart; more are drawn as shares of time slots, so that
 METRICS: dict[str, tuple[str, Callable[[RequestTimeline], Iterable[float | None]]]] = {
   'ttft': ('Time to first token', lambda request: (request.ttft_s,)),
   'tpot': ('Time per output token', lambda request: (request.tpot_s,)),
-  'itl': ('Inter-token latency', lambda request: request.itls_s),
+  'itl': ('Inter-token latency: piece to piece', lambda request: request.itls_s),
   'e2el': ('End-to-end latency', lambda request: (request.e2el_s,)),
   'handoff': ('Hand-off: first to second token', lambda request: (request.handoff_s,)),
 }
@@ -52,6 +53,7 @@ _ROLES = {Role.PREFILL: PHASES['prefill'], Role.DECODE: PHASES['decode'], Role.B
 _WAITING = 'waiting'
 _STACK = ('prefill', 'fused', 'decode')
 _MAX_POINTS = 200  # of one curve
+_FIGURE, _SECONDS = ',.5~r', ',.6~f'  # of tooltips: digits of a figure count from its first, so that none reads as 0
 
 
 # ---------------------------------------------------------------------------- over time
@@ -82,7 +84,7 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
       opacity=alt.condition('datum.odd == 1', alt.value(0.82), alt.value(1)),  # tells one pass from the next
       tooltip=[
         alt.Tooltip('kind:N', title='phase'), alt.Tooltip('worker:N'), *share,
-        alt.Tooltip('ms:Q', title='ms', format=',.2f'), alt.Tooltip('a:Q', title='began (s)', format=',.3f'),
+        alt.Tooltip('ms:Q', title='ms', format=_FIGURE), alt.Tooltip('a:Q', title='began (s)', format=_SECONDS),
         alt.Tooltip('passes:Q'), alt.Tooltip('prompt:Q', title='prompt tokens', format=','),
         alt.Tooltip('output:Q', title='output tokens', format=','), alt.Tooltip('requests:N'),
       ],
@@ -95,7 +97,7 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
       x=time, x2='b', y=lanes, y2='hi', color=colour,
       tooltip=[
         alt.Tooltip('kind:N', title='phase'), alt.Tooltip('way:N'), *share,
-        alt.Tooltip('ms:Q', title='ms', format=',.2f'), alt.Tooltip('a:Q', title='began (s)', format=',.3f'),
+        alt.Tooltip('ms:Q', title='ms', format=_FIGURE), alt.Tooltip('a:Q', title='began (s)', format=_SECONDS),
         alt.Tooltip('passes:Q', title='transfers'), alt.Tooltip('kilobytes:Q', title='kB', format=',.0f'),
         alt.Tooltip('requests:N'),
       ],
@@ -122,8 +124,8 @@ def pages(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
       x=_time_axis([report, *beside]), x2='b', y=_lanes(len(labels), labels), y2='hi',
       color=alt.Color('worker:N', scale=scale, legend=None), stroke=alt.Stroke('worker:N', scale=scale, legend=None),
       tooltip=[
-        alt.Tooltip('worker:N'), alt.Tooltip('a:Q', title='from (s)', format=',.3f'),
-        alt.Tooltip('b:Q', title='to (s)', format=',.3f'),
+        alt.Tooltip('worker:N'), alt.Tooltip('a:Q', title='from (s)', format=_SECONDS),
+        alt.Tooltip('b:Q', title='to (s)', format=_SECONDS),
         alt.Tooltip('count:Q', title='pages (or prompts)', format=','),
         alt.Tooltip('share:Q', title='of the pool', format='.1%'), alt.Tooltip('decoding:Q', title='decoding'),
       ],
@@ -153,15 +155,15 @@ def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   if slot_seconds(report) is not None:
     return _slots(report)
   rows = {worker.name: row for row, worker in enumerate(report.workers)}
-  start_s = report.timeline.start_s
+  start_s, rounded = report.timeline.start_s, _rounding(report)
   passes: list[dict[str, Any]] = []
   transfers: list[dict[str, Any]] = []
   counts = dict.fromkeys(rows, 0)
   for span in report.timeline.spans:
     bar = {
       'kind': span.kind, 'worker': span.worker,
-      'a': _round(span.began_s - start_s), 'b': _round(span.ended_s - start_s),
-      'ms': round((span.ended_s - span.began_s) * 1e3, 3), 'passes': 1, 'requests': _some(span.requests),
+      'a': rounded(span.began_s - start_s), 'b': rounded(span.ended_s - start_s),
+      'ms': _digits((span.ended_s - span.began_s) * 1e3), 'passes': 1, 'requests': _some(span.requests),
     }  # fmt: skip
     if span.kind == 'transfer':
       moved = {'way': f'{span.worker} → {span.target}', 'kilobytes': round(span.wire_bytes / 1e3, 1)}
@@ -199,12 +201,12 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
       for _, share, bar in _shares(spans, edges_s):
         low = round(row + 0.92 - 0.05 - 0.09 * share, 4)
         transfers.append(bar | {'way': way, 'kind': 'transfer', 'lo': low, 'hi': row + 0.92})
-  start_s = edges_s[0]
+  start_s, rounded = edges_s[0], _rounding(report)
   for bar in itertools.chain(passes, transfers):
     bar |= {
-      'a': _round(bar['a'] - start_s),
-      'b': _round(bar['b'] - start_s),
-      'ms': round(width_s * bar['share'] * 1e3, 2),
+      'a': rounded(bar['a'] - start_s),
+      'b': rounded(bar['b'] - start_s),
+      'ms': _digits(width_s * bar['share'] * 1e3, 4),
     }
   return passes, transfers
 
@@ -251,7 +253,7 @@ class _Level:
 
 def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str, Any]], list[list[str]]]:
   """The rectangles of pages in use, and each row's label in lines."""
-  start_s, end_s = report.timeline.start_s, report.timeline.end_s
+  start_s, end_s, rounded = report.timeline.start_s, report.timeline.end_s, _rounding(report)
   changes: dict[str, list[tuple[float, int, int | None]]] = {worker.name: [] for worker in report.workers}
   changes[_WAITING] = [(now.now_s, now.waiting, None) for now in report.timeline.occupancy]
   for now in report.timeline.occupancy:
@@ -272,7 +274,7 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
     labels.append([name, f'peak {peaks[name]:,}' + (f' of {size:,}' if size is not None else '')])
     for level in _highest(_levels(seen, end_s), MAX_BARS // len(changes)):
       bar = {
-        'worker': name, 'a': _round(level.at_s - start_s), 'b': _round(level.until_s - start_s), 'count': level.count,
+        'worker': name, 'a': rounded(level.at_s - start_s), 'b': rounded(level.until_s - start_s), 'count': level.count,
         'lo': round(row + 0.94 - 0.84 * level.count / highest, 4), 'hi': row + 0.94, 'decoding': level.decoding,
       }  # fmt: skip
       bars.append(bar if size is None else bar | {'share': round(level.count / size, 4)})
@@ -323,7 +325,7 @@ def _highest(levels: Sequence[_Level], most: int) -> Sequence[_Level]:
 
 
 def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -> 'alt.LayerChart':
-  """The share of requests (of gaps between tokens, for `itl`) that took at most so long; dots at p50, p90 and p99.
+  """The share of requests (of gaps between pieces, for `itl`) that took at most so long; dots at p50, p90 and p99.
 
   Args:
     reports: A run, and others to compare it with.
@@ -346,10 +348,10 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
       continue
     shares = np.linspace(0, 1, max(min(len(values_ms), _MAX_POINTS), 2))
     points = np.quantile(values_ms, shares)
-    curves += [{'system': name, 'ms': round(x, 3), 'share': round(y, 4)} for x, y in zip(points, shares, strict=True)]
+    curves += [{'system': name, 'ms': _digits(x), 'share': round(y, 4)} for x, y in zip(points, shares, strict=True)]
     for percent in (50, 90, 99):
       value = float(np.percentile(values_ms, percent))
-      dots.append({'system': name, 'ms': round(value, 3), 'share': percent / 100, 'percentile': f'p{percent}'})
+      dots.append({'system': name, 'ms': _digits(value), 'share': percent / 100, 'percentile': f'p{percent}'})
   longest = _longest_ms(reports, metric)
   x = alt.X('ms:Q', title='ms', scale=alt.Scale(domain=[0, longest], nice=False), axis=alt.Axis(tickCount=5))
   y = alt.Y(
@@ -369,13 +371,13 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
     .mark_point(filled=True, size=55, opacity=1, strokeWidth=1, clip=True)
     .encode(
       x=x, y=y, color=colour,
-      tooltip=[alt.Tooltip('system:N'), alt.Tooltip('percentile:N'), alt.Tooltip('ms:Q', format=',.1f')],
+      tooltip=[alt.Tooltip('system:N'), alt.Tooltip('percentile:N'), alt.Tooltip('ms:Q', format=_FIGURE)],
     )
   )  # fmt: skip
   layers = [lines, points_]
   limit, drawn = limit_ms(*reports, metric=metric)
   if drawn:
-    rule = alt.Chart(_table([{'ms': limit, 'what': f'limit {limit:g} ms'}]))
+    rule = alt.Chart(_table([{'ms': limit, 'what': f'limit {wording.plain(limit)} ms'}]))
     layers.append(rule.mark_rule(strokeDash=[3, 3]).encode(x='ms:Q', tooltip=alt.Tooltip('what:N', title='limit')))
   return _finish(alt.layer(*layers), title, height=170)
 
@@ -420,11 +422,11 @@ def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
         if length is None:
           continue
         bars.append(
-          {'bar': label, 'part': part, 'of': what, 'system': name, 'from': round(reached, 4),
-           'to': round(reached + length, 4), 'ms': round(length, 3)}
+          {'bar': label, 'part': part, 'of': what, 'system': name, 'from': _digits(reached),
+           'to': _digits(reached + length), 'ms': _digits(length)}
         )  # fmt: skip
         reached, known = reached + length, True
-      totals.append({'bar': label, 'to': round(reached, 4), 'ms': f'{reached:,.1f}' if known else '-'})
+      totals.append({'bar': label, 'to': _digits(reached), 'ms': wording.number(reached if known else None)})
   rows = [total['bar'] for total in totals]
   parts_seen = [part for part in PARTS if any(bar['part'] == part for bar in bars)]
   y = alt.Y('bar:N', sort=rows, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=150))
@@ -440,7 +442,7 @@ def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
       ),
       tooltip=[
         alt.Tooltip('of:N', title='part of'), alt.Tooltip('part:N'), alt.Tooltip('system:N'),
-        alt.Tooltip('ms:Q', title='mean (ms)', format=',.1f'),
+        alt.Tooltip('ms:Q', title='mean (ms)', format=_FIGURE),
       ],
     )
   )  # fmt: skip
@@ -463,20 +465,20 @@ def over_rate(
   """A figure over the rate of requests, a curve for each system; the baseline's is grey and dashed.
 
   Args:
-    curves: For each system its (requests per second, figure); a figure that is None is left out.
+    curves: For each system its (requests per second, figure); a figure that is None or not finite is left out.
     title: What the figure is.
     unit: In what.
     baseline: Which system is the baseline, if one is.
-    log: Whether the figure's axis is logarithmic; then figures of 0 are left out.
+    log: Whether the figure's axis is logarithmic; then figures of 0 and below are left out.
     ideal: Whether a thin line shows the rate itself, which no figure can exceed.
   """
   import altair as alt
 
   rows: list[dict[str, Any]] = [
-    {'system': name, 'rate': rate, 'value': round(value, 5)}
+    {'system': name, 'rate': rate, 'value': _digits(value)}
     for name, points in curves.items()
     for rate, value in points
-    if value is not None and (value > 0 or not log)
+    if value is not None and math.isfinite(value) and (value > 0 or not log)
   ]
   rates = sorted({rate for points in curves.values() for rate, _ in points})
   colour, dash = _system_scales(list(curves), baseline)
@@ -495,7 +497,7 @@ def over_rate(
   )  # fmt: skip
   tooltip = [
     alt.Tooltip('system:N'), alt.Tooltip('rate:Q', title='requests/s', format=',~r'),
-    alt.Tooltip('value:Q', title=unit, format=',.2f'),
+    alt.Tooltip('value:Q', title=unit, format=_FIGURE),
   ]  # fmt: skip
   base = alt.Chart(_table(rows)).encode(x=x, y=y, color=colour)
   lines = base.mark_line(strokeWidth=2).encode(strokeDash=dash)
@@ -660,7 +662,8 @@ def _system_scales(names: Sequence[str], baseline: str | None = None) -> tuple[A
 def _time_axis(reports: Sequence[Report]) -> 'alt.X':
   import altair as alt
 
-  scale = alt.Scale(domain=[0, max(1e-3, *(report.duration_s for report in reports))], nice=False)
+  longest_s = max(report.duration_s for report in reports) or 1e-3
+  scale = alt.Scale(domain=[0, longest_s], nice=False)
   return alt.X('a:Q', title='seconds after the first arrival', scale=scale, axis=alt.Axis(grid=True, tickCount=8))
 
 
@@ -716,5 +719,13 @@ def _some(requests: Sequence[str], most: int = 4) -> str:
   return ', '.join(requests[:most]) + more
 
 
-def _round(seconds: float) -> float:
-  return round(seconds, 6)
+def _digits(figure: float, digits: int = 6) -> float:
+  """A figure with so many digits, wherever its point is: rounded behind the point, tiny ones would all be 0."""
+  return float(f'{figure:.{digits}g}')
+
+
+def _rounding(report: Report) -> Callable[[float], float]:
+  """Rounds seconds of a run: to microseconds, or to a millionth of a run that is shorter than a second."""
+  duration_s = report.duration_s
+  places = 6 - math.floor(math.log10(duration_s)) if 0 < duration_s < 1 else 6
+  return lambda seconds: round(seconds, places)

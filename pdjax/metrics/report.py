@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pdjax.metrics.numbers import digits_below, number
 from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
@@ -103,11 +104,11 @@ class Report:
     goodput_share: Those requests as a share of all that arrived; None without limits.
     output_throughput: Delivered tokens per second.
     total_token_throughput: Prompt and delivered tokens per second.
-    max_output_tokens_per_s: Most tokens in one second, counted from the first arrival.
+    max_output_tokens_per_s: Most pieces of answers in one second from the first arrival; `to_json` says why pieces.
     max_concurrent_requests: Most requests that were there during one such second.
     ttft: Time to first token.
     tpot: Time per output token after the first.
-    itl: Inter-token latency.
+    itl: Inter-token latency: the gaps between an answer's pieces, the tokens of one time being one piece.
     e2el: End-to-end latency.
     handoff: From first to second token, what disaggregation costs.
     account: What TTFT and hand-off are made of.
@@ -221,10 +222,10 @@ class Report:
     done = [request for request in timeline.requests if request.completed]
     failed = len(timeline.requests) - len(done)
     duration_s = timeline.duration_s
-    input_tokens = sum(request.prompt_len for request in done if request.sample_of is None)  # computed once
-    output_tokens = sum(request.num_tokens for request in done)
+    prompts = {request.sample_of or request.id: request.prompt_len for request in done}  # samples share theirs
+    input_tokens, output_tokens = sum(prompts.values()), sum(request.num_tokens for request in done)
     good = _num_good(done, timeline.requests, slo)
-    max_tokens, max_requests = _peaks(done)
+    most_pieces, most_requests = _peaks(done)
     finish_reasons = _finish_reasons(timeline.requests)
     return cls(
       date=date or datetime.datetime.now().strftime('%Y%m%d-%H%M%S'),
@@ -245,8 +246,8 @@ class Report:
       goodput_share=None if good is None else _ratio(good, len(timeline.requests)),
       output_throughput=_ratio(output_tokens, duration_s),
       total_token_throughput=_ratio(input_tokens + output_tokens, duration_s),
-      max_output_tokens_per_s=max_tokens,
-      max_concurrent_requests=max_requests,
+      max_output_tokens_per_s=most_pieces,
+      max_concurrent_requests=most_requests,
       ttft=_stats(request.ttft_s for request in done),
       tpot=_stats(request.tpot_s for request in done),
       itl=_stats(itl for request in done for itl in request.itls_s),
@@ -279,30 +280,39 @@ class Report:
 
   def ttft_account(self) -> str:
     """What TTFT is made of, in a line."""
-    account = self.account
-    return f'TTFT {_ms(self.ttft.mean_ms)} = queue {_ms(account.queue_ms)} + prefill {_ms(account.prefill_ms)} ms'
+    parts = {'queue': self.account.queue_ms, 'prefill': self.account.prefill_ms}
+    return _sum_of('TTFT', self.ttft.mean_ms, parts)
 
   def handoff_account(self) -> str:
     """What the hand-off is made of, in a line."""
     account = self.account
-    parts = (
-      ('wait', account.wait_ms),
-      ('wire', account.wire_ms),
-      ('admit', account.admit_ms),
-      ('step', account.step_ms),
-    )
-    line = ' + '.join(f'{name} {_ms(value)}' for name, value in parts)
+    parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
     moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
-    return f'hand-off {_ms(self.handoff.mean_ms)} = {line} ms{moved}'
+    return _sum_of('hand-off', self.handoff.mean_ms, parts) + moved
 
   def to_json(self) -> dict[str, Any]:
     """The report as plain dicts, lists and finite numbers.
 
-    Names, units and meaning are those of `vllm bench serve --save-result`, so that its tools read it; lists have
-    an entry per request in the order of arrival, and a failed request has 0 output tokens and, without a first
-    token, a TTFT of 0. Beyond them come the hand-off like any other latency, `account`, `utilisation` and what
-    else the attributes name. None stands for what there is no figure of; an infinite rate is `'Infinity'`, as in every
-    JSON file here, where vLLM writes `'inf'`.
+    Where a key is one of `vllm bench serve --save-result` (0.33.0), so are its unit and its formula, and its tools
+    read the file; lists have an entry per request in the order of arrival. It measures a stream by its chunks, which
+    are pieces here: the tokens that a request got at one time, with or without text. So `itls` and the ITL are gaps
+    between pieces, and `max_output_tokens_per_s` counts pieces, while TPOT divides by tokens. An answer of one token
+    has no TPOT and keeps every limit on it. `std` divides by the count, percentiles interpolate linearly, and peaks
+    are of whole seconds from the first arrival of those that completed: whoever was there for any of one counts.
+
+    By nature these differ:
+
+    * Times are seconds after the start of the run, `duration` begins with the first arrival, and no network is in
+      them; there they are a client's, whose clock starts before the first request is due.
+    * Each of the `n` samples of a prompt is a request with a row of its own, and only `total_input_tokens` counts
+      their prompt once; there they are one request, whose chunks take turns.
+    * Who was cancelled, rejected or not finished has failed. A failed request's row has 0 output tokens and what else
+      there was of it: its prompt, TTFT (0 without a first token), gaps and, other than there, text.
+    * A request's own limits replace the run's in `request_goodput`.
+    * None stands for a figure of nothing, where 0 is written there.
+
+    Beyond these keys come the hand-off like any other latency, `account`, `utilisation` and what else the attributes
+    name. An infinite rate is `'Infinity'`, as in every JSON file here, where vLLM writes `'inf'`.
     """
     requests = self.timeline.requests
     figures: dict[str, Any] = {
@@ -375,13 +385,13 @@ class Report:
 
   def __str__(self) -> str:
     lines = [
-      f'{self.completed} of {self.num_prompts} requests completed in {self.duration_s:.2f} s'
+      f'{self.completed} of {self.num_prompts} requests completed in {number(self.duration_s, 2)} s'
       + (f' ({self.backend})' if self.backend else ''),
-      f'throughput {_rate(self.request_throughput)} requests/s, {_rate(self.output_throughput)} output tokens/s'
-      + ('' if self.request_goodput is None else f'; goodput {_rate(self.request_goodput)} requests/s'),
+      f'throughput {number(self.request_throughput, 2)} requests/s, {number(self.output_throughput, 2)} output tokens/s'
+      + ('' if self.request_goodput is None else f'; goodput {number(self.request_goodput, 2)} requests/s'),
     ]
     latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
-    lines.append('p50/p99 ms: ' + ', '.join(f'{name} {_ms(s.p50_ms)}/{_ms(s.p99_ms)}' for name, s in latencies))
+    lines.append('p50/p99 ms: ' + ', '.join(f'{name} {number(s.p50_ms)}/{number(s.p99_ms)}' for name, s in latencies))
     lines += [self.ttft_account(), self.handoff_account()]
     return '\n'.join([*lines, *(f'note: {note}' for note in self.notes)])
 
@@ -406,16 +416,17 @@ def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimelin
 
 
 def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
-  """Most tokens in one second and most requests present during one, in whole seconds from the first arrival."""
+  """Most pieces in one second and most requests present during one, in whole seconds from the first arrival."""
+  done = [request for request in done if request.token_times_s]
   if not done:
     return 0.0, 0
   start_s = min(request.arrival_s for request in done)
   arrivals = np.floor([request.arrival_s - start_s for request in done]).astype(np.int64)
   ends = np.floor([request.token_times_s[-1] - start_s for request in done]).astype(np.int64)
-  tokens = np.floor([time_s - start_s for request in done for time_s in request.token_times_s]).astype(np.int64)
+  pieces = np.floor([time_s - start_s for request in done for time_s in request.piece_times_s]).astype(np.int64)
   size = int(ends.max()) + 2
   present = np.cumsum(np.bincount(arrivals, minlength=size) - np.bincount(ends + 1, minlength=size))
-  return float(np.bincount(tokens).max()), int(present.max())
+  return float(np.bincount(pieces).max()), int(present.max())
 
 
 def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:
@@ -492,9 +503,8 @@ def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
   return {name: value for name, value in mapping.items() if name != key}
 
 
-def _ms(value: float | None) -> str:
-  return '-' if value is None else f'{value:.1f}'
-
-
-def _rate(value: float | None) -> str:
-  return '-' if value is None else f'{value:.2f}'
+def _sum_of(name: str, whole_ms: float | None, parts_ms: Mapping[str, float | None]) -> str:
+  """A mean and its parts, all with as many digits, so that a reader can add them up."""
+  digits = digits_below(whole_ms)
+  figures = ['-' if value is None else f'{value:.{digits}f}' for value in (whole_ms, *parts_ms.values())]
+  return f'{name} {figures[0]} = {" + ".join(map(" ".join, zip(parts_ms, figures[1:], strict=True)))} ms'

@@ -33,7 +33,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def _headline(report: Report) -> RenderableType:
   named = [name for name in (report.model_id, report.backend) if name]
-  counts = f'{report.completed} of {report.num_prompts} requests completed in {report.duration_s:.2f} s'
+  counts = f'{report.completed} of {report.num_prompts} requests completed in {number(report.duration_s, 2)} s'
   return Text(f' {" · ".join([*named, counts])}', style='bold')
 
 
@@ -53,7 +53,7 @@ def _latencies(report: Report) -> RenderableType:
 
 def _totals(report: Report) -> RenderableType:
   table = Table.grid(padding=(0, 2))
-  for width, justify in ((19, 'left'), (17, 'right'), (19, 'left'), (15, 'right')):
+  for width, justify in ((19, 'left'), (17, 'right'), (19, 'left'), (21, 'right')):
     table.add_column(width=width, justify=justify, no_wrap=True)  # type: ignore[arg-type]
   cells = list(totals(report))
   half = (len(cells) + 1) // 2

@@ -69,7 +69,7 @@ class RequestTimeline:
     prompt_len: Tokens in its prompt.
     slo: Latency limits of its own, if any.
     prefill_began_s: When the step with its first chunk began.
-    token_times_s: When each token was delivered; tokens of one step share a time.
+    token_times_s: When each token was delivered; tokens of one piece share a time.
     transfer_began_s: When its last transfer before the second token began: the one with the latest end.
     transfer_ended_s: When that transfer ended.
     num_transfers: Transfers that ended well.
@@ -112,6 +112,11 @@ class RequestTimeline:
     return len(self.token_times_s)
 
   @property
+  def piece_times_s(self) -> tuple[float, ...]:
+    """When each piece of the answer was delivered: the tokens of one time are one piece, of however many passes."""
+    return tuple(dict.fromkeys(self.token_times_s))
+
+  @property
   def ttft_s(self) -> float | None:
     """Time to first token: from arrival until it was delivered."""
     return self.token_times_s[0] - self.arrival_s if self.token_times_s else None
@@ -130,8 +135,8 @@ class RequestTimeline:
 
   @property
   def itls_s(self) -> tuple[float, ...]:
-    """Inter-token latencies as a streaming user sees them: tokens that came together are 0 apart."""
-    return tuple(b - a for a, b in itertools.pairwise(self.token_times_s))
+    """Inter-token latencies as a streaming user sees them: the gaps between pieces, whatever each holds."""
+    return tuple(b - a for a, b in itertools.pairwise(self.piece_times_s))
 
   @property
   def queue_s(self) -> float | None:
@@ -167,7 +172,7 @@ class RequestTimeline:
     if not self.completed:
       return False
     pairs = ((self.ttft_s, slo.ttft_ms), (self.tpot_s, slo.tpot_ms), (self.e2el_s, slo.e2el_ms))
-    return all(limit is None or value is None or value * 1e3 <= limit for value, limit in pairs)
+    return all(limit is None or value is None or value <= limit / 1e3 for value, limit in pairs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

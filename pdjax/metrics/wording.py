@@ -2,28 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from pdjax.metrics.numbers import number as number
+from pdjax.metrics.numbers import percent as percent
+from pdjax.metrics.numbers import plain as plain
+from pdjax.metrics.numbers import short as short
 from pdjax.metrics.report import Report
 from pdjax.types.request import SLO
-
-
-def number(value: float | None, digits: int = 1) -> str:
-  """A number with thousands apart, `-` if there is none."""
-  return '-' if value is None else f'{value:,.{digits}f}'
-
-
-def short(value: float | None) -> str:
-  """A number with about three digits: 7.28, 44.8, 1,431."""
-  return number(value, 0 if (value or 0) >= 999.95 else 1 if (value or 0) >= 9.995 else 2)
-
-
-def percent(share: float | None) -> str:
-  """A share in percent."""
-  return '-' if share is None else f'{share:.1%}'
-
-
-def plain(value: float) -> str:
-  """A number as it was given, without an exponent: 0.5, 4, 12,000."""
-  return f'{value:,.0f}' if abs(value) >= 1e5 else f'{value:,.6g}'
 
 
 def per_second(rate: float) -> str:
@@ -50,7 +34,7 @@ def limits(slo: SLO | None) -> str:
   if slo is None:
     return ''
   pairs = (('TTFT', slo.ttft_ms), ('TPOT', slo.tpot_ms), ('E2E', slo.e2el_ms))
-  return ', '.join(f'{name} ≤ {limit:,g} ms' for name, limit in pairs if limit is not None)
+  return ', '.join(f'{name} ≤ {plain(limit)} ms' for name, limit in pairs if limit is not None)
 
 
 def totals(report: Report) -> Iterator[tuple[str, str]]:

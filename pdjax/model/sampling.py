@@ -166,9 +166,14 @@ def _sum(rows: jax.Array) -> jax.Array:
 def tell(logits: jax.Array, tokens: jax.Array) -> Chosen:
   """The tokens `[B]` with their log probabilities and the likeliest ones', by logits `[B, V]`."""
   total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  best, best_tokens = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
-  own = jnp.take_along_axis(logits, tokens[:, None], axis=1) - total
-  return Chosen(tokens, own[:, 0], best_tokens.astype(jnp.int32), best - total)
+  _, best_tokens = jax.lax.top_k(_comparable(logits), min(MAX_LOGPROBS, logits.shape[1]))
+  own, best = (jnp.take_along_axis(logits, which, axis=1) - total for which in (tokens[:, None], best_tokens))
+  return Chosen(tokens, own[:, 0], best_tokens.astype(jnp.int32), best)
+
+
+def _comparable(logits: jax.Array) -> jax.Array:
+  """The logits with one zero and one NaN: ordered by their bits, as top_k does, they are in the order of argmax."""
+  return jnp.where(logits == 0, 0.0, jnp.where(jnp.isnan(logits), jnp.nan, logits))
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -203,7 +208,7 @@ _LOWEST_RANK = np.int32(np.iinfo(np.int32).min)
 
 def _ranks(logits: jax.Array) -> jax.Array:
   """Integers in the order of the floats: what is negative has its other bits turned."""
-  bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is no less than 0
+  bits = jax.lax.bitcast_convert_type(_comparable(logits), jnp.int32)
   return jnp.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
@@ -224,7 +229,7 @@ def _highest_rank(reaches: Callable[[jax.Array], jax.Array], lowest: jax.Array) 
 def keep_near_best(logits: jax.Array, min_p: jax.Array) -> jax.Array:
   """Logits `[B, V]` with tokens less probable than `min_p` `[B]` times the likeliest at minus infinity."""
   least = jnp.max(logits, axis=-1) + jnp.log(min_p)  # minus infinity for 0, which keeps all
-  return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+  return jnp.where(logits < least[:, None], -jnp.inf, logits)  # an infinite best makes NaN, and nothing is less
 
 
 # ---------------------------------------------------------------------------- what was there before

@@ -2,9 +2,12 @@
 
 import dataclasses
 import ipaddress
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Strategy = Literal['PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD']
+
+_SHOWN_ALONE = ('GPU', 'TPU')  # the resources of which Ray shows a process those alone that are set aside for it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class RayCluster:
     strategy: How Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
-      says, and nothing on CPU.
+      says, and nothing on CPU. A platform of None takes nothing either: fit for a cluster that has neither.
     silence_s: Seconds without an answer after which a process counts as lost, though it has not ended.
 
   Raises:
@@ -55,3 +58,28 @@ class RayCluster:
     """What Ray sets aside for a worker of so many devices."""
     accelerator = self.accelerator or {'gpu': 'GPU', 'tpu': 'TPU'}.get(platform or '')
     return {'CPU': self.cpus} | ({accelerator: float(tp)} if accelerator else {})
+
+  def refusal(self, platform: str | None, found: Mapping[str, float]) -> str | None:
+    """Why workers of a platform cannot run on a Ray cluster, if they cannot: two could take one accelerator.
+
+    A process for which Ray sets none aside sees all that its node shows (Ray 2.60: `CUDA_VISIBLE_DEVICES` is left as
+    it was), and JAX takes what it sees. A second process on TPUs fails by itself.
+
+    Args:
+      platform: Of the config.
+      found: What the cluster has, by resource.
+    """
+    taken = self.resources(1, platform)
+    seen = {None: _SHOWN_ALONE, 'gpu': ('GPU',)}.get(platform, ())
+    has = [f'{found[name]:g} {name}' for name in seen if found.get(name, 0) > 0]
+    if not has or any(name in taken for name in seen):
+      return None
+    remedy = (
+      "set platform to 'cpu', 'gpu' or 'tpu'"
+      if platform is None
+      else f"leave processes.accelerator ({self.accelerator!r}) out, or make it 'GPU'"
+    )
+    return (
+      f'the Ray cluster has {" and ".join(has)}, and with platform {platform!r} Ray sets none of them aside for a worker: '
+      f'each would see them all, and two could take one; {remedy}.'
+    )

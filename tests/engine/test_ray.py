@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -38,6 +39,33 @@ def test_without_ray_the_reason_and_the_remedy_are_said(monkeypatch):
     RayProcesses(RayCluster(), RUN.workers, 'cpu')
 
 
+class FakeRay(types.SimpleNamespace):
+  """A cluster with these resources, which starts nothing."""
+
+  def __init__(self, **resources: float):
+    self.calls: list[str] = []
+    super().__init__(__version__='0', is_initialized=lambda: False, cluster_resources=lambda: resources)
+
+  def init(self, **options):
+    self.calls.append('init')
+
+  def shutdown(self):
+    self.calls.append('shutdown')
+
+
+@pytest.mark.parametrize('address', [None, '10.0.0.1:6379'])
+@pytest.mark.parametrize('resources', [{'GPU': 2.0}, {'TPU': 4.0}])
+def test_without_a_platform_a_cluster_with_accelerators_is_refused_before_anything_starts(
+  monkeypatch, address, resources
+):
+  fake = FakeRay(CPU=8.0, **resources)
+  monkeypatch.setattr(ray_workers, 'import_ray', lambda: fake)
+  monkeypatch.setattr(ray_workers, 'make_token', lambda: None)
+  with pytest.raises(DeviceError, match="with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"):
+    RayProcesses(RayCluster(address), RUN.workers, None)
+  assert fake.calls == ['init', 'shutdown']
+
+
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
 
 
@@ -63,6 +91,15 @@ def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
   for pid in workers:  # Ray's own port is open to all, and wants a token; the one that KV is pulled from is not
     assert sum(address.startswith('127.0.0.1:') for address in facts['listening'][pid]) >= 1
     assert sum(not address.startswith('127.0.0.1:') for address in facts['listening'][pid]) == 1
+
+
+@pytest.mark.slow
+def test_on_a_real_cluster_with_gpus_no_worker_starts_without_a_platform(monkeypatch):
+  begin = ray.init
+  monkeypatch.setattr(ray, 'init', lambda **options: begin(**options, num_gpus=2))
+  with pytest.raises(DeviceError, match='has 2 GPU, and with platform None'):
+    RayProcesses(RUN.processes, RUN.workers, None)
+  assert not ray.is_initialized()
 
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import re
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ import vl_convert
 
 from pdjax.metrics import Report, charts, colours
 from pdjax.metrics.timeline import Timeline
+from pdjax.types.cluster import WorkerSpec
 from pdjax.types.request import SLO
 
 
@@ -149,6 +151,67 @@ def test_figures_that_are_missing_or_zero_are_left_out_of_a_logarithmic_axis():
   curves = {'1P1D': [(1.0, 5.0), (2.0, None), (4.0, 0.0)], 'colocated': [(1.0, 7.0), (2.0, 8.0), (4.0, 9.0)]}
   assert len(_rows(charts.over_rate(curves, 'tail', 'ms', log=True))) == 4
   assert len(_rows(charts.over_rate(curves, 'goodput', 'requests/s'))) == 5
+  curves = {'1P1D': list(zip([1.0, 2.0, 4.0, 8.0], [np.nan, np.inf, -1.0, 2.0], strict=True))}
+  assert [row['value'] for row in _rows(charts.over_rate(curves, 'tail', 'ms', log=True))] == [2]
+  assert [row['value'] for row in _rows(charts.over_rate(curves, 'tail', 'ms'))] == [-1, 2]
+
+
+def _heights(chart):
+  """How high up each point of a chart over the rate is drawn, in pixels from below."""
+  svg = vl_convert.vegalite_to_svg(chart.to_dict(validate=False))
+  points = svg[svg.index('mark-symbol role-mark') :]
+  return [200 - float(y) for y in re.findall(r'translate\([\d.]+,([-\d.]+)\)', points[: points.index('</g>')])]
+
+
+@pytest.mark.parametrize('log', [True, False])
+@pytest.mark.parametrize(
+  'values',
+  [  # milliseconds; the logarithms, or the values themselves, lie as far apart as the points
+    [1e-6, 2e-6, 3e-6, 9e-6],  # a few nanoseconds
+    [4.9e-6, 5.1e-6, 1e-5, 2e-5],
+    [1e-12, 3e-12, 2e-12, 4e-12],
+    [1e-6, 1e-2, 1e2, 1e6],  # twelve orders
+    [101.2, 101.3, 101.4, 101.9],
+    [1.2e7, 1.5e7, 1.9e9, 2.5e9],
+    [5.0, 5.0, 5.0, 5.0],
+    [3e-7],
+  ],
+)
+def test_points_over_the_rate_lie_where_their_figures_are(values, log):
+  curves = {'1P1D': [(2.0**place, value) for place, value in enumerate(values)]}
+  heights = np.array(_heights(charts.over_rate(curves, 'tail', 'ms', log=log)))
+  assert len(heights) == len(values) and (heights > -1).all() and (heights < 201).all()
+  figures = np.log(values) if log else np.array(values)
+  if np.ptp(figures) == 0:
+    assert np.ptp(heights) == 0
+  else:
+    expected = (figures - figures[0]) / np.ptp(figures)
+    np.testing.assert_allclose((heights - heights[0]) / np.ptp(heights), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-3, 1e-6, 1e-9])
+def test_a_run_of_any_length_is_drawn_at_its_own_size(disaggregated, stamps, scale):
+  """What is drawn of a run whose every time is so much shorter is the same, but for the numbers at its axes."""
+
+  def shapes(factor):
+    shrunk = type(stamps)(**{name: getattr(stamps, name) * factor for name in stamps.__dataclass_fields__})
+    report = Report.from_events(disaggregated(shrunk), workers=[WorkerSpec('p', 'prefill'), WorkerSpec('d', 'decode')])
+    seconds = [(bar['a'], bar['b']) for layer in (0, 1) for bar in _rows(charts.gantt(report), layer)]
+    ms = [[row['ms'] for row in _rows(charts.latency(report, metric='itl'), layer)] for layer in (0, 1)]
+    parts = [(bar['from'], bar['to'], bar['ms']) for bar in _rows(charts.account(report))]
+    ends = [charts.gantt(report).to_dict()['layer'][0]['encoding']['x']['scale']['domain'][1]]
+    return [np.array(rows) / factor for rows in (seconds, *ms, parts, ends)]
+
+  for drawn, expected in zip(shapes(scale), shapes(1.0), strict=True):
+    np.testing.assert_allclose(drawn, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_the_account_of_a_short_run_adds_up_to_a_reader(disaggregated, stamps):
+  shrunk = type(stamps)(**{name: getattr(stamps, name) * 1e-6 for name in stamps.__dataclass_fields__})
+  report = Report.from_events(disaggregated(shrunk), workers=[WorkerSpec('p', 'prefill'), WorkerSpec('d', 'decode')])
+  assert report.ttft_account() == 'TTFT 0.000813 = queue 0.000250 + prefill 0.000563 ms'
+  assert [total['ms'] for total in _rows(charts.account(report), layer=1)] == ['0.00081', '0.00075']
+  assert '1 of 1 requests completed in 0.0000018 s' in str(report)
 
 
 def test_what_was_offered_is_a_thin_line():

@@ -11,7 +11,7 @@ from pdjax.metrics import table
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
 from pdjax.types.cluster import Role, WorkerSpec
-from pdjax.types.request import SLO
+from pdjax.types.request import SLO, SamplingParams
 
 WORKERS = (WorkerSpec('p', Role.PREFILL), WorkerSpec('d', Role.DECODE))
 
@@ -233,3 +233,112 @@ def test_a_disaggregated_run_whose_requests_all_failed_is_not_called_colocated(l
     'There were 2 othe',
   ]
   assert all(len(note) < 260 for note in report.notes)
+
+
+def _streams(log, *streams):
+  """Requests as their users see them: (name, arrival, pieces as (second, tokens), how it ended)."""
+  for name, arrival_s, _, _, *fields in streams:
+    log.turn(arrival_s)
+    log.arrive(name, arrival_s=arrival_s, **dict(*fields))
+  for time_s in sorted({time_s for _, _, pieces, *_ in streams for time_s, _ in pieces}):
+    orders = []
+    for name, _, pieces, *_ in streams:
+      orders += [(log.step('w', decodes=[name]), name, count) for at_s, count in pieces if at_s == time_s]
+    log.turn(time_s)
+    for order, name, count in orders:
+      log.done(order, time_s, time_s, {name: count})
+  for name, _, _, reason, *_ in streams:
+    if reason is not None:
+      log.finish(name, reason, 'lost' if reason == 'error' else None)
+  return log.events
+
+
+# Right values by the formulas of vLLM 0.33.0 (vllm/benchmarks/serve.py, lib/endpoint_request_func.py): an ITL is the gap
+# between two chunks, with or without text; TPOT is what is left of the latency after the TTFT over the tokens but one.
+FOURS = [(1.0, 1), *((1.0 + 0.04 * piece, 4) for piece in range(1, 6))]
+AS_VLLM = {
+  'a first token, then five pieces of four': (
+    [('r', 0.0, FOURS, 'length')],
+    {'mean_itl_ms': 40, 'median_itl_ms': 40, 'std_itl_ms': 0, 'p99_itl_ms': 40, 'mean_tpot_ms': 10,
+     'max_output_tokens_per_s': 6, 'total_output_tokens': 21, 'itls': [[0.04] * 5]},
+  ),
+  'one token by one': (
+    [('r', 0.0, [(0.5, 1), (0.75, 1), (1.5, 1)], 'length')],
+    {'mean_itl_ms': 500, 'std_itl_ms': 250, 'mean_tpot_ms': 500, 'max_output_tokens_per_s': 2, 'itls': [[0.25, 0.75]]},
+  ),
+  'a first piece of several tokens': (
+    [('r', 0.25, [(1.0, 3), (1.5, 1)], 'stop')],
+    {'mean_ttft_ms': 750, 'mean_itl_ms': 500, 'mean_tpot_ms': 500 / 3, 'max_output_tokens_per_s': 1, 'itls': [[0.5]]},
+  ),
+  'the whole answer in one piece has a TPOT of 0 and no ITL': (
+    [('r', 0.0, [(2.0, 5)], 'stop')],
+    {'mean_itl_ms': None, 'mean_tpot_ms': 0, 'mean_e2el_ms': 2000, 'max_output_tokens_per_s': 1, 'itls': [[]]},
+  ),
+  'as many tokens as were guessed right': (
+    [('r', 0.0, [(0.5, 1), (1.0, 3), (2.0, 1), (3.0, 4), (3.5, 2)], 'length')],
+    {'mean_itl_ms': 750, 'median_itl_ms': 750, 'std_itl_ms': 250, 'mean_tpot_ms': 300, 'p90_itl_ms': 1000,
+     'max_output_tokens_per_s': 2, 'itls': [[0.5, 1.0, 1.0, 0.5]]},
+  ),
+  'an answer of one token counts in no mean of TPOT': (
+    [('a', 0.0, [(0.5, 1)], 'stop'), ('b', 0.0, [(0.5, 1), (1.5, 4)], 'length')],
+    {'mean_itl_ms': 1000, 'mean_tpot_ms': 250, 'mean_ttft_ms': 500, 'max_output_tokens_per_s': 2, 'itls': [[], [1.0]]},
+  ),
+  'a request that failed keeps its row and counts in no figure': (
+    [('a', 0.0, [(0.5, 1), (1.5, 2)], 'length'), ('b', 0.25, [(0.5, 1), (0.75, 2), (0.875, 2)], 'error')],
+    {'completed': 1, 'failed': 1, 'mean_itl_ms': 1000, 'max_output_tokens_per_s': 1, 'max_concurrent_requests': 1,
+     'total_input_tokens': 4, 'total_output_tokens': 3, 'output_lens': [3, 0], 'ttfts': [0.5, 0.25],
+     'itls': [[1.0], [0.25, 0.125]], 'errors': ['', 'lost'], 'input_lens': [4, 4]},
+  ),
+  'two passes that one turn learns of are one piece, as chunks that nobody has taken are merged': (
+    [('r', 0.0, [(0.5, 1), (1.5, 2), (1.5, 2)], 'length')],
+    {'mean_itl_ms': 1000, 'mean_tpot_ms': 250, 'max_output_tokens_per_s': 1, 'itls': [[1.0]]},
+  ),
+  'peaks are of whole seconds from the first arrival of those that completed': (
+    [('a', 0.5, [(1.25, 1), (1.49, 4)], 'length'), ('b', 1.75, [(2.25, 2), (2.375, 2), (2.5, 1)], 'length'),
+     ('c', 0.0, [(0.25, 1)], 'cancelled')],
+    {'max_output_tokens_per_s': 2, 'max_concurrent_requests': 1, 'start_times': [0.5, 1.75, 0.0]},
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('streams, expected', AS_VLLM.values(), ids=AS_VLLM)
+def test_figures_are_those_of_vllms_benchmark(log, streams, expected):
+  figures = Report.from_events(_streams(log, *streams), workers=[WorkerSpec('w')]).to_json()
+  for name, value in expected.items():
+    if isinstance(value, list) and value and isinstance(value[0], list):
+      assert [pytest.approx(row) for row in value] == figures[name], name
+    else:
+      assert figures[name] == (value if value is None else pytest.approx(value)), name
+
+
+def test_each_sample_has_a_row_and_their_prompt_counts_once_whichever_completes(log):
+  """vLLM counts the prompt of a request once, whatever `n` is."""
+  log.turn(0.0)
+  log.arrive('r', sampling=SamplingParams(n=3))
+  names = ['r', 'r#1', 'r#2']
+  for name in names[1:]:
+    log.requests[name], log.tokens[name] = log.requests['r'], ()
+  for time_s, brings in ((1.0, {'r': 1, 'r#1': 1, 'r#2': 2}), (2.0, {'r#1': 3, 'r#2': 2})):
+    order = log.step('w', decodes=brings)
+    log.turn(time_s)
+    log.done(order, time_s, time_s, brings)
+  for name, reason in zip(names, ['cancelled', 'length', 'length'], strict=True):
+    log.finish(name, reason)
+  figures = Report.from_events(log.events, workers=[WorkerSpec('w')]).to_json()
+  assert (figures['num_prompts'], figures['completed'], figures['failed']) == (3, 2, 1)
+  assert (figures['total_input_tokens'], figures['total_output_tokens']) == (4, 8)
+  assert (figures['input_lens'], figures['output_lens'], figures['itls']) == ([4] * 3, [0, 4, 4], [[], [1.0], [1.0]])
+
+
+@pytest.mark.parametrize(
+  'limits, good',
+  [  # by vLLM 0.33.0: seconds against the limit in seconds, the limit itself being kept
+    (SLO(ttft_ms=0.57), 1),  # 0.00057 * 1e3 is more than 0.57
+    (SLO(ttft_ms=0.5699), 0),
+    (SLO(tpot_ms=1e-9), 1),  # one token has no TPOT to miss
+    (SLO(ttft_ms=0.57, e2el_ms=0.56), 0),
+  ],
+)
+def test_a_limit_is_kept_by_what_takes_as_long_as_it_says(log, limits, good):
+  events = _streams(log, ('r', 0.0, [(0.00057, 1)], 'stop'))
+  assert Report.from_events(events, workers=[WorkerSpec('w')], slo=limits).goodput_share == good

@@ -110,7 +110,7 @@ def test_without_transfers_wait_and_wire_are_nothing(log):
   assert request.prefill_worker == request.decode_worker == 'w'
 
 
-def test_tokens_of_one_step_arrive_together(log):
+def test_tokens_of_one_step_arrive_together_as_one_piece(log):
   log.turn(0.0)
   log.arrive('r')
   step = log.step('w', chunks=[('r', 0, 4)])
@@ -121,7 +121,9 @@ def test_tokens_of_one_step_arrive_together(log):
   log.done(step, 1.0, 2.0, {'r': 3})
   log.finish('r')
   (request,) = read_timeline(log.events).requests
-  assert request.itls_s == (1.0, 0.0, 0.0)
+  assert request.token_times_s == (1.0, 2.0, 2.0, 2.0)
+  assert request.piece_times_s == (1.0, 2.0)
+  assert request.itls_s == (1.0,)
   assert request.tpot_s == pytest.approx(1 / 3)
 
 

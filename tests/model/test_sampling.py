@@ -207,6 +207,46 @@ def test_log_probabilities_are_those_of_the_raw_logits():
   np.testing.assert_allclose(told.top_logprobs, np.take_along_axis(expected, order, axis=1), atol=1e-5)
 
 
+NAN, NEGATIVE_NAN = np.float32(np.nan), np.array([0xFFC00001], np.uint32).view(np.float32)[0]
+
+
+@pytest.mark.parametrize(
+  'row, top',
+  [  # the order is that of np.argsort(-row, kind='stable'), and its first np.argmax's, unless another is named
+    ([-0.0, 0.0, -1, -2], [0, 1, 2, 3]),
+    ([0.0, -0.0, -1, -2], [0, 1, 2, 3]),
+    ([-1, 0.0, -0.0, 0.0, -0.0], [1, 2, 3, 4, 0]),
+    ([3, -0.0, 3, 0.0, 5, 0.0, -0.0], [4, 0, 2, 1, 3, 5, 6]),  # below the best as well
+    ([-0.0] * 100 + [0.0] * 100, range(20)),
+    ([-np.inf, 2, -np.inf, 2], [1, 3, 0, 2]),
+    ([np.inf, 1, np.inf, 2], [0, 2, 3, 1]),
+    ([1, NAN, 2, NAN], [1, 3, 2, 0]),  # np.argmax and jnp.argmax: a NaN is the highest, the first of them first
+    ([1, NEGATIVE_NAN, 2, NAN], [1, 3, 2, 0]),  # whatever its bits
+  ],
+)
+def test_of_equals_the_smaller_id_is_told_first_and_the_first_told_is_the_greedy_token(row, top):
+  logits = np.array([row], np.float32)
+  (greedy,) = draw([SamplingParams()], logits)
+  told = jax.jit(tell)(logits, np.array([greedy], np.int32))
+  assert np.asarray(told.top_tokens)[0].tolist() == list(top)
+  assert greedy == top[0] == logits[0].argmax()
+  with np.errstate(invalid='ignore'):
+    logprobs = logits - np.asarray(jax.nn.logsumexp(logits, axis=-1))
+  np.testing.assert_array_equal(told.top_logprobs, logprobs[:, list(top)], strict=True)
+  np.testing.assert_array_equal(told.logprobs, told.top_logprobs[:, 0])
+
+
+@pytest.mark.parametrize(
+  'row, token',
+  [([1, 2, np.inf, 3, np.inf], 2), ([1, NAN, 9, NAN, 0], 1), ([1, 2, NEGATIVE_NAN, 9, 0], 2)],  # by np.argmax
+)
+@pytest.mark.parametrize('options', [{}, {'top_k': 1}, {'top_k': 3}, {'top_p': 0.9}, {'min_p': 0.3}])
+def test_an_infinite_logit_is_drawn_however_others_are_cut_and_whoever_is_in_the_batch(row, token, options):
+  params = [SamplingParams(temperature=1.0, **options), SamplingParams(temperature=1.0, min_p=0.5, top_k=2, seed=1)]
+  for batch in ([params[0]], params):
+    assert draw(batch, np.array(row, np.float32))[0] == token
+
+
 def test_asking_for_log_probabilities_changes_no_token():
   logits = np.random.default_rng(6).standard_normal((20, 50)).astype(np.float32)
   params = [SamplingParams(seed=i, temperature=float(i % 2)) for i in range(20)]

@@ -196,7 +196,11 @@ class OrbaxCheckpoint:
       raise self._damaged(f'weight {next(iter(wanted))!r}', error) from error
 
   def _check_shapes(self, checkpointer: Any) -> None:
-    """Compare the shapes of the weights with the model's: Orbax pads or cuts in silence where they differ."""
+    """Compare the shapes of the weights with the model's, which Orbax is not asked for and so does not do.
+
+    It gives a weight in the shape that is stored. Asked for another, Orbax up to 0.7.0 pads with zeros or cuts in
+    silence; 0.8.0 to 0.12.8 refuse unless they are told `strict=False`.
+    """
     try:
       stored = checkpointer.metadata(self._weights).item_metadata.tree
     except Exception as error:

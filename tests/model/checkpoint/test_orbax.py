@@ -192,10 +192,19 @@ def test_a_damaged_list_of_weights_is_refused(folder, content):
     OrbaxCheckpoint(folder)
 
 
-def test_a_weight_of_another_shape_is_named(folder):
-  change(folder / 'pdjax.json', spec={'ffn_dim': 50})
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('ffn_dim', 50, r"weight 'layers\.0\.gate' of .* has shape \(24, 48\), expected \(24, 50\)"),  # would be padded
+    ('ffn_dim', 40, r"weight 'layers\.0\.gate' of .* has shape \(24, 48\), expected \(24, 40\)"),  # or cut
+    ('vocab_size', 112, r"weight 'embed' of .* has shape \(96, 24\), expected \(112, 24\)"),
+    ('embed_dim', 16, r"weight 'embed' of .* has shape \(\d+, 24\), expected \(\d+, 16\)"),
+  ],
+)
+def test_a_weight_of_another_shape_is_named(folder, field, value, message):
+  change(folder / 'pdjax.json', spec={field: value})
   checkpoint = OrbaxCheckpoint(folder)
-  with pytest.raises(ValueError, match=r"weight 'layers\.0\.gate' of .* has shape \(24, 48\), expected \(24, 50\)"):
+  with pytest.raises(ValueError, match=message):
     load_weights(checkpoint, checkpoint.spec, {'w': make_mesh(SPEC, jax.devices()[:1])}, jnp.dtype('float32'))
 
 

@@ -281,7 +281,7 @@ def test_samples_come_with_their_index_and_end_together(begin):
     next(other)
     other.cancel()
     assert [one.finish_reason for one in other.results(WAIT_S)] == ['cancelled'] * 3
-  for index, (one, sample) in enumerate(zip(results, request.samples(), strict=True)):
+  for index, (one, sample) in enumerate(zip(results, request.seeded(0, 0).samples(), strict=True)):
     assert one.request.id == sample.id
     assert one.token_ids == tuple(got[index]) == generate(TINY, sample)[0]
   assert stream.result() == results[0]

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from experiments import bench_text
-from experiments.bench_text import EARLY, LATE, Case
+from experiments import text_cases
+from experiments.text_cases import EARLY, LATE, Case
 from pdjax.engine.detokenize import Detokenizer, TextStream
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = bench_text.cases()
+CASES = text_cases.cases()
 
 
 def calls(stream: TextStream, tokens) -> int:
@@ -49,8 +49,8 @@ def test_the_inputs_are_what_they_are_called():
   assert len(CASES) == len(texts) and all(len(case.tokens) == LATE for case in CASES)
   for kind in ('byte level', 'byte fallback'):
     assert set(texts[f'{kind}, a lone byte']) == {'\ufffd'}
-    assert texts[f'{kind}, a run of bytes'].startswith(bench_text.MANY_BYTES * 600)
-  assert texts['byte level, prose'].startswith(bench_text.PROSE * 2)
+    assert texts[f'{kind}, a run of bytes'].startswith(text_cases.MANY_BYTES * 600)
+  assert texts['byte level, prose'].startswith(text_cases.PROSE * 2)
   assert 'café owner in 東京 😀 said:' in texts['byte fallback, prose']
   assert texts['words, one without end'] == '##s' + 's' * (LATE - 1)
   assert texts['words, punctuation'].startswith('a. b, c! d? e. a.')

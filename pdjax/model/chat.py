@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,21 +13,7 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
-_HALF = re.compile('[\ud800-\udfff]')
-
-
-def check_text(text: str, place: str) -> str:
-  """The text, if it is one.
-
-  Raises:
-    ValueError: if it holds half a surrogate pair, which stands for no character and has no bytes in UTF-8.
-  """
-  if half := _HALF.search(text):
-    raise ValueError(
-      f'{place} has half a surrogate pair, {half[0]!r}, at position {half.start()}, expected whole characters; '
-      "send both halves or neither; text.encode('utf-16', 'surrogatepass').decode('utf-16', 'ignore') drops halves."
-    )
-  return text
+from pdjax.types.text import check_text
 
 
 def render_chat(

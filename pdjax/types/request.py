@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from pdjax.types.text import check_text
+
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
 _INT32 = 2**31  # what is kept on the device has 32 bits
@@ -255,28 +257,6 @@ class Request:
       for index in range(1, self.sampling.n)
     )
     return (first, *others)
-
-
-def is_whole(text: str) -> bool:
-  """Whether UTF-8 can hold a text, as tokenizers, terminals and files ask for: it has no half of a surrogate pair."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
-def check_text(text: str, what: str) -> None:
-  """See that a text is whole; `what` names it in the message.
-
-  Raises:
-    ValueError: if it has half a surrogate pair.
-  """
-  if not is_whole(text):
-    raise ValueError(
-      f'{what}, {text!r:.80}, has half a surrogate pair, expected text that UTF-8 can hold; give the whole pair, or '
-      'leave it out.'
-    )
 
 
 def check_seed(seed: int, what: str) -> None:

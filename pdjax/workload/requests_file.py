@@ -76,7 +76,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pdjax.types.json_text import json_text
-from pdjax.types.request import Completion, Request, SamplingParams, is_whole
+from pdjax.types.request import Completion, Request, SamplingParams
+from pdjax.types.text import is_whole
 
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))

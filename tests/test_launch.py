@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import pytest
 
@@ -9,7 +10,7 @@ import pdjax
 from pdjax import launch
 from pdjax.engine import build
 from pdjax.serving.messages import Arrived, Finished
-from tests.tiny import TINY, config, prompt
+from tests.tiny import TINY, byte_tokenizer, config, prompt
 
 SMALL = {'max_sequences': 2}
 
@@ -67,6 +68,29 @@ def test_generate_draws_a_seed_for_each_prompt_from_that_of_the_run():
   assert pdjax.generate([prompt(5)], run, again)[0].token_ids == same[2].token_ids
   with pytest.raises(ValueError, match='seed is -1, expected an integer from 0'):
     pdjax.generate([prompt(5)], run, seed=-1)
+
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<turn>\n{% endfor %}"
+
+
+def test_only_chats_end_as_their_template_ends_an_answer():
+  tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
+  opened = launch.OpenedModel(TINY, None, tokenizer)
+  chats = ['Hi', [{'role': 'user', 'content': 'Hi'}]]
+  assert [opened.make_request('a', chat).end_token_ids for chat in chats] == [(2,), (2,)]
+  assert opened.make_request('a', prompt(3)).end_token_ids == ()
+  assert launch.OpenedModel(TINY, None, byte_tokenizer()).make_request('a', 'Hi').end_token_ids == ()
+  workload = pdjax.Poisson(num_requests=2, prompts=('Hi', 'Ho'), sampling=pdjax.SamplingParams(max_tokens=3))
+  arrivals = launch.arrivals_of(workload, config(), opened)
+  assert [event.request.end_token_ids for event in arrivals.due(float('inf'))] == [(2,), (2,)]
+
+
+def test_the_report_names_the_ends_of_sequence_and_who_says_so(tmp_path):
+  tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
+  result = launch.simulate(config(), workdir=tmp_path, opened=launch.OpenedModel(TINY, None, tokenizer))
+  ends = {'config.model': [1], 'chat template': [2]}
+  assert result.report.environment['end_tokens'] == ends
+  assert json.loads((tmp_path / 'report.json').read_text())['environment']['end_tokens'] == ends
 
 
 def test_generate_names_the_prompt_that_cannot_be_served():

@@ -197,6 +197,16 @@ def test_a_stop_token_of_the_request_ends_it(one_and_one, colocated):
     assert served.by_id['whole'].finish_reason == 'length'
 
 
+def test_a_chat_ends_with_what_its_template_puts_behind_an_answer_unless_ends_are_ignored(one_and_one):
+  free = Request('free', prompt(9, seed=4), SamplingParams(max_tokens=10, ignore_eos=True))
+  tokens = generate(TINY, free)[0]
+  at = next(place for place in range(2, 10) if tokens[place] not in tokens[:place])
+  chat = dataclasses.replace(free, id='chat', sampling=SamplingParams(max_tokens=10), end_token_ids=(tokens[at],))
+  ignoring = dataclasses.replace(free, id='ignoring', end_token_ids=(tokens[at],))
+  served = one_and_one.serve([chat, ignoring]).tokens()
+  assert served == {'chat': (tokens[: at + 1], 'stop'), 'ignoring': (tokens, 'length')}
+
+
 def test_a_stop_token_that_comes_first_ends_the_request_before_anything_moves(one_and_one):
   free = Request('free', prompt(9, seed=4), SamplingParams(max_tokens=10))
   first = generate(TINY, free)[0][0]

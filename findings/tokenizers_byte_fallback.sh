@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tokenizers' ByteFallback makes a whole run of byte tokens U+FFFD for one bad byte; SentencePiece spoils that byte alone.
+# tokenizers' ByteFallback makes a whole run of bytes U+FFFD for one bad byte; SentencePiece spoils that byte alone.
 #
 # Guess: a decoder that stands for SentencePiece's gives its text, so that what a bad byte costs is one character.
 # Instead: one bad byte turns every byte of the run, before and behind it, into a U+FFFD of its own. What a stream has

@@ -3,11 +3,11 @@
 #
 # Guess: the config decides: with tied embeddings the head is the embedding, and an lm_head.weight in the file is a
 #   left-over that nobody reads.
-# Instead: transformers compares the two tensors. Where they differ it keeps both, although its config goes on saying
-#   that they are tied; where they are equal they share memory.
+# Instead: transformers compares the two tensors. Where they differ it warns and keeps both, although its config goes on
+#   saying that they are tied; where they are equal they share memory.
 # Versions: transformers 5.24.0, torch 2.13.0, safetensors 0.8.0, Python 3.11; 2026-11-27. torch is a large package.
 # Seen:
-#   another head: config says tied True, one memory False, head is the file's True, embedding too True
+#   another head: config says tied True, one memory False, head as in the file True, embedding True
 #   the same head: config says tied True, one memory True
 # For pdjax: a fine-tune whose head was untied without a word in its config gave other tokens here. The head of the file
 #   is used wherever it is not the embedding (pdjax/model/checkpoint).
@@ -46,7 +46,7 @@ def loaded(head):
 
 other, same = loaded(torch.randn(16, 8)), loaded(embedding.clone())
 tied, shared, head, embedded = other
-print(f"another head: config says tied {tied}, one memory {shared}, head is the file's {head}, embedding too {embedded}")
+print(f"another head: config says tied {tied}, one memory {shared}, head as in the file {head}, embedding {embedded}")
 print(f'the same head: config says tied {same[0]}, one memory {same[1]}')
 assert other == (True, False, True, True) and same == (True, True, True, True)
 END

@@ -40,7 +40,9 @@ def test_packages_are_pinned_in_a_folder_that_goes_again(path):
   assert first == 'set -euo pipefail'
   assert (made, goes) == ('folder=$(mktemp -d)', """trap 'rm -rf "$folder"' EXIT""")
   calls = [line for line in body.replace('\\\n', ' ').splitlines() if re.match(r'check [\'"]|.*bin/pip" install', line)]
-  packages = [word for call in calls for word in re.sub(r"^check '[^']*'", '', call).split() if re.match(r'[a-z]', word)]
+  packages = [
+    word for call in calls for word in re.sub(r"^check '[^']*'", '', call).split() if re.match(r'[a-z]', word)
+  ]
   packages = [word for word in packages if word != 'install']
   assert packages, 'nothing is installed'
   assert all(re.fullmatch(r'[a-z][\w-]*==[\w.]+', package) for package in packages), packages

@@ -19,7 +19,7 @@ VLLM_KEYS = {
   'date', 'backend', 'model_id', 'tokenizer_id', 'num_prompts', 'request_rate', 'burstiness', 'max_concurrency',
   'duration', 'completed', 'failed', 'total_input_tokens', 'total_output_tokens', 'request_throughput',
   'request_goodput', 'output_throughput', 'total_token_throughput', 'max_output_tokens_per_s',
-  'max_concurrent_requests', 'input_lens', 'output_lens', 'ttfts', 'itls', 'generated_texts', 'errors',
+  'max_concurrent_requests', 'input_lens', 'output_lens', 'ttfts', 'itls', 'start_times', 'generated_texts', 'errors',
 } | {
   f'{figure}_{latency}_ms'
   for figure in ('mean', 'median', 'std', 'p50', 'p90', 'p99')
@@ -251,8 +251,8 @@ def _streams(log, *streams):
   return log.events
 
 
-# Right values by the formulas of vLLM 0.33.0 (vllm/benchmarks/serve.py, lib/endpoint_request_func.py): an ITL is the gap
-# between two chunks, with or without text; TPOT is what is left of the latency after the TTFT over the tokens but one.
+# Right values by the formulas of vLLM 0.33.0 (vllm/benchmarks/serve.py, lib/endpoint_request_func.py): an ITL is the
+# gap between two chunks, with or without text; TPOT is the latency after the TTFT over the tokens but one.
 FOURS = [(1.0, 1), *((1.0 + 0.04 * piece, 4) for piece in range(1, 6))]
 AS_VLLM = {
   'a first token, then five pieces of four': (

@@ -17,7 +17,12 @@ def test_a_worker_takes_an_accelerator_a_device_as_its_platform_says():
 @pytest.mark.parametrize(
   'platform, accelerator, found, refused',
   [  # by Ray 2.60: findings/ray_gpus_of_an_actor_without.sh
-    (None, None, {'CPU': 8.0, 'GPU': 2.0}, "has 2 GPU, and with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"),
+    (
+      None,
+      None,
+      {'CPU': 8.0, 'GPU': 2.0},
+      "has 2 GPU, and with platform None .* set platform to 'cpu', 'gpu' or 'tpu'",
+    ),
     (None, None, {'CPU': 8.0, 'GPU': 0.5}, 'has 0.5 GPU'),
     (None, None, {'CPU': 8.0, 'TPU': 4.0}, 'has 4 TPU'),
     (None, None, {'GPU': 8.0, 'TPU': 4.0}, 'has 8 GPU and 4 TPU'),

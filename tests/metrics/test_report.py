@@ -1,5 +1,6 @@
 """Reports of logs written by hand, figure by figure."""
 
+import dataclasses
 import io
 import json
 import math
@@ -7,11 +8,13 @@ import math
 import pytest
 from rich.console import Console
 
+import pdjax
 from pdjax.metrics import table
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
 from pdjax.types.cluster import Role, WorkerSpec
 from pdjax.types.request import SLO, SamplingParams
+from tests import tiny
 
 WORKERS = (WorkerSpec('p', Role.PREFILL), WorkerSpec('d', Role.DECODE))
 
@@ -307,6 +310,15 @@ def test_figures_are_those_of_vllms_benchmark(log, streams, expected):
       assert [pytest.approx(row) for row in value] == figures[name], name
     else:
       assert figures[name] == (value if value is None else pytest.approx(value)), name
+
+
+def test_passes_of_several_steps_come_as_pieces():
+  config = dataclasses.replace(tiny.config(), policy=pdjax.Disaggregated(decode_steps=4))
+  report = pdjax.simulate(config).report
+  for request in report.timeline.requests:
+    assert request.num_tokens == 6 and len(request.itls_s) == 2  # a first token, then four and one
+    assert sum(request.itls_s) == pytest.approx(5 * request.tpot_s)
+  assert report.itl.mean_ms == pytest.approx(2.5 * report.tpot.mean_ms)
 
 
 def test_each_sample_has_a_row_and_their_prompt_counts_once_whichever_completes(log):

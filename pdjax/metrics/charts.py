@@ -376,7 +376,7 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
   )  # fmt: skip
   layers = [lines, points_]
   limit, drawn = limit_ms(*reports, metric=metric)
-  if drawn:
+  if limit is not None and drawn:
     rule = alt.Chart(_table([{'ms': limit, 'what': f'limit {wording.plain(limit)} ms'}]))
     layers.append(rule.mark_rule(strokeDash=[3, 3]).encode(x='ms:Q', tooltip=alt.Tooltip('what:N', title='limit')))
   return _finish(alt.layer(*layers), title, height=170)

@@ -80,6 +80,6 @@ class RayCluster:
       else f"leave processes.accelerator ({self.accelerator!r}) out, or make it 'GPU'"
     )
     return (
-      f'the Ray cluster has {" and ".join(has)}, and with platform {platform!r} Ray sets none of them aside for a worker: '
-      f'each would see them all, and two could take one; {remedy}.'
+      f'the Ray cluster has {" and ".join(has)}, and with platform {platform!r} Ray sets none of them aside for a '
+      f'worker: each would see them all, and two could take one; {remedy}.'
     )

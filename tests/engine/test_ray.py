@@ -61,7 +61,7 @@ def test_without_a_platform_a_cluster_with_accelerators_is_refused_before_anythi
   fake = FakeRay(CPU=8.0, **resources)
   monkeypatch.setattr(ray_workers, 'import_ray', lambda: fake)
   monkeypatch.setattr(ray_workers, 'make_token', lambda: None)
-  with pytest.raises(DeviceError, match="with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"):
+  with pytest.raises(DeviceError, match=r"with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"):
     RayProcesses(RayCluster(address), RUN.workers, None)
   assert fake.calls == ['init', 'shutdown']
 

@@ -1,5 +1,6 @@
 """Reports of logs written by hand, figure by figure."""
 
+import dataclasses
 import io
 import json
 import math
@@ -7,11 +8,13 @@ import math
 import pytest
 from rich.console import Console
 
+import pdjax
 from pdjax.metrics import table
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
 from pdjax.types.cluster import Role, WorkerSpec
 from pdjax.types.request import SLO, SamplingParams
+from tests import tiny
 
 WORKERS = (WorkerSpec('p', Role.PREFILL), WorkerSpec('d', Role.DECODE))
 
@@ -19,7 +22,7 @@ VLLM_KEYS = {
   'date', 'backend', 'model_id', 'tokenizer_id', 'num_prompts', 'request_rate', 'burstiness', 'max_concurrency',
   'duration', 'completed', 'failed', 'total_input_tokens', 'total_output_tokens', 'request_throughput',
   'request_goodput', 'output_throughput', 'total_token_throughput', 'max_output_tokens_per_s',
-  'max_concurrent_requests', 'input_lens', 'output_lens', 'ttfts', 'itls', 'generated_texts', 'errors',
+  'max_concurrent_requests', 'input_lens', 'output_lens', 'ttfts', 'itls', 'start_times', 'generated_texts', 'errors',
 } | {
   f'{figure}_{latency}_ms'
   for figure in ('mean', 'median', 'std', 'p50', 'p90', 'p99')
@@ -253,8 +256,8 @@ def _streams(log, *streams):
   return log.events
 
 
-# Right values by the formulas of vLLM 0.33.0 (vllm/benchmarks/serve.py, lib/endpoint_request_func.py): an ITL is the gap
-# between two chunks, with or without text; TPOT is what is left of the latency after the TTFT over the tokens but one.
+# Right values by the formulas of vLLM 0.33.0 (vllm/benchmarks/serve.py, lib/endpoint_request_func.py): an ITL is the
+# gap between two chunks, with or without text; TPOT is the latency after the TTFT over the tokens but one.
 FOURS = [(1.0, 1), *((1.0 + 0.04 * piece, 4) for piece in range(1, 6))]
 AS_VLLM = {
   'a first token, then five pieces of four': (
@@ -309,6 +312,15 @@ def test_figures_are_those_of_vllms_benchmark(log, streams, expected):
       assert [pytest.approx(row) for row in value] == figures[name], name
     else:
       assert figures[name] == (value if value is None else pytest.approx(value)), name
+
+
+def test_passes_of_several_steps_come_as_pieces():
+  config = dataclasses.replace(tiny.config(), policy=pdjax.Disaggregated(decode_steps=4))
+  report = pdjax.simulate(config).report
+  for request in report.timeline.requests:
+    assert request.num_tokens == 6 and len(request.itls_s) == 2  # a first token, then four and one
+    assert sum(request.itls_s) == pytest.approx(5 * request.tpot_s)
+  assert report.itl.mean_ms == pytest.approx(2.5 * report.tpot.mean_ms)
 
 
 def test_each_sample_has_a_row_and_their_prompt_counts_once_whichever_completes(log):

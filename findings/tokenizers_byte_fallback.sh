@@ -11,8 +11,8 @@
 #   with ff before it: tokenizers '\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd', sentencepiece '\ufffd\xe9\u6f22'
 #   with ff behind it: tokenizers '\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd', sentencepiece '\xe9\u6f22\ufffd'
 #   DecodeStream, ff before it: text at tokens [6] of 7; without ff: [1, 4, 5] of 6
-# For pdjax: an answer's text streamed late or not at all while a model wrote in bytes. pdjax/engine/detokenize.py gives
-#   each character when its bytes are complete.
+# For pdjax: an answer's text streamed late or not at all while a model wrote in bytes. pdjax/model/decoding_stages.py
+#   gives each character when its bytes are complete.
 set -euo pipefail
 
 folder=$(mktemp -d)

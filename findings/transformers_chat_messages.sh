@@ -10,7 +10,7 @@
 #   None: transformers 'assistant: ;', jinja2 'assistant calls: None;'
 #   reasoning: transformers 'why', jinja2 ''
 # For pdjax: OpenAI clients write `"tool_calls": null`, and such chats were rendered, and so answered, differently.
-#   Tokenizer.apply_chat_template in pdjax/model/tokenizer.py does the same as transformers.
+#   pdjax/model/chat.py reads messages as transformers does.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -44,7 +44,8 @@ class ServingConfig:
     cost: What the simulator asks how long things take.
     slo: Latency limits that goodput is counted against.
     processes: Where each worker has a process of its own; None keeps them all in this one.
-    platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds. CPU devices are virtual, as many as are needed.
+    platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds, and is refused on a Ray cluster with accelerators. CPU
+      devices are virtual, as many as are needed.
     seed: What requests without a seed of their own draw it from, see `Request.seeded`.
     compilation_cache: Folder where compiled programs are kept from run to run; None keeps none.
 

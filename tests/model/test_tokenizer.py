@@ -111,7 +111,7 @@ def words(ids: list[int]) -> list[str]:
     # By llama.cpp's source, src/llama-vocab.cpp, and transformers' reader of GGUF where it knows the name.
     ('deepseek-r1-qwen', 'ab ab123', ['ab', 'Ġab', '1', '2', '3']),
     ('deepseek-r1-qwen', 'whole', ['w', 'h', 'o', 'l', 'e']),
-    ('deepseek-r1-qwen', 'e\u0301', ['Ã', '©']),  # by the model's own tokenizer.json
+    ('deepseek-r1-qwen', 'e\u0301', ['Ã', '©']),  # as Qwen2, whose vocabulary it is; llama.cpp composes for nobody
     ('falcon3', 'ab123123', ['<s>', 'ab', '123', '123']),
     ('falcon3', 'whole', ['<s>', 'whole']),
     ('midm-2.0', 'ab123123', ['<s>', 'ab', '123', '123']),

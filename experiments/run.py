@@ -19,7 +19,6 @@ from it: the exit code is 0 if all were, 3 if some were, and 1 if none was.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -37,9 +36,10 @@ from pdjax.serving.checks import PolicyError
 from pdjax.serving.messages import Done, Event, Finished
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
-from pdjax.workload import Given, Refused, read_requests, write_completions
+from pdjax.workload import Given, Refused, Row, outcomes, read_rows, write_completions
 
 FLAGS = flags.FLAGS
+_SHOWN = 12  # answers, and refused lines, that are printed
 T = TypeVar('T')
 
 _CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
@@ -75,6 +75,9 @@ def main(argv: list[str]) -> None:
     code = _run(Console(highlight=False))
   except (ValueError, OSError, PolicyError, StuckError, DeviceError) as error:
     sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
   if code:
     sys.exit(code)
 
@@ -86,42 +89,71 @@ def _run(console: Console) -> int:
   if _COMPARE.value:
     _compare(config, opened, console)
     return 0
-  rows: list[Request | Refused] = []
   if _REQUESTS.value is not None:
-    rows = _read(opened, _REQUESTS.value, config.seed)
-    if _WORKDIR.value is None:
-      raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
-    config = dataclasses.replace(config, workload=Given(tuple(row for row in rows if isinstance(row, Request))))
-  elif _PROMPT.value is not None:
+    return _serve_file(config, opened, console)
+  if _PROMPT.value is not None:
     sampling = SamplingParams(max_tokens=_MAX_TOKENS.value)
     prompt = opened.make_request('prompt', _PROMPT.value, sampling)
     config = dataclasses.replace(config, workload=Given((prompt,)))
-  result = None
-  if not rows or any(isinstance(row, Request) for row in rows):
-    with Follow(console, config) as follow:
-      if _BACKEND.value == 'engine':
-        result = launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=follow, opened=opened)
-      else:
-        result = launch.simulate(
-          config, workdir=_WORKDIR.value, watch=follow, calibrate=_CALIBRATE.value, opened=opened
-        )
-  completions = () if result is None else result.completions
-  outcomes: Sequence[Completion | Refused] = completions
-  if _REQUESTS.value is not None and _WORKDIR.value is not None:
-    by_id = {one.request.id: one for one in completions}
-    answers = ([by_id[one.id] for one in row.samples()] if isinstance(row, Request) else [row] for row in rows)
-    outcomes = list(itertools.chain.from_iterable(answers))
-    write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', outcomes)
-  _show_answers(console, completions, only_text=_PROMPT.value is not None)
-  refused = [row for row in rows if isinstance(row, Refused)]
-  for row in refused[:8]:
-    console.print(f'{row.id} was refused: {row.error}', markup=False)
-  if result is not None and _PROMPT.value is None:
+  with Follow(console, config) as follow:
+    result = _serve(config, opened, console, follow)
+  _show_answers(console, result.completions, only_text=_PROMPT.value is not None)
+  if _PROMPT.value is None:
     print_report(result.report, console)
-  if result is not None and _FIGURE.value is not None:
-    console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
+  _draw(result, console)
   _show_workdir(console)
-  return _exit_code(outcomes) if _REQUESTS.value is not None or _PROMPT.value is not None else 0
+  return _exit_code(result.completions) if _PROMPT.value is not None else 0
+
+
+def _serve(
+  config: ServingConfig, opened: launch.OpenedModel, console: Console, watch: launch.Watch, notes: Sequence[str] = ()
+) -> launch.RunResult:
+  """Run the config on the backend that the flags choose."""
+  if _BACKEND.value == 'engine':
+    return launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=watch, opened=opened, notes=notes)
+  return launch.simulate(
+    config, workdir=_WORKDIR.value, watch=watch, calibrate=_CALIBRATE.value, opened=opened, notes=notes
+  )
+
+
+def _serve_file(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> int:
+  """Serve the lines of a requests file; their answers are written whatever ends the run."""
+  assert _REQUESTS.value is not None
+  rows = _read(opened, _REQUESTS.value, config.seed)
+  if _WORKDIR.value is None:
+    raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
+  launch.make_workdir(_WORKDIR.value)
+  if not rows:
+    console.print(f'{_REQUESTS.value} has no requests.', markup=False)
+  requests = tuple(row.asked for row in rows if isinstance(row.asked, Request))
+  notes = [f'{len(rows) - len(requests)} of {len(rows)} lines were refused as they were read.']
+  config = dataclasses.replace(config, workload=Given(requests))
+  events: list[Event] = []
+  result = None
+  try:
+    if requests:
+      with Follow(console, config) as follow:
+
+        def watch(event: Event) -> None:
+          events.append(event)
+          follow(event)
+
+        result = _serve(config, opened, console, watch, notes if len(requests) < len(rows) else ())
+  finally:  # also of a run that breaks down or is interrupted: what was answered is not lost
+    completions = launch.complete(events, has_text=opened.tokenizer is not None and _BACKEND.value == 'engine')
+    ends = outcomes(rows, completions)
+    if events or not requests:
+      write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', ends)
+  _show_answers(console, completions)
+  refused = [one for one in ends if isinstance(one, Refused)]
+  for one in refused[:_SHOWN]:
+    console.print(f'{one.id} was refused: {one.error}', markup=False)
+  _show_more(console, len(refused), 'lines were refused')
+  if result is not None:
+    print_report(result.report, console)
+    _draw(result, console)
+  _show_workdir(console)
+  return _exit_code(ends)
 
 
 def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
@@ -197,13 +229,13 @@ def _config() -> ServingConfig:
   return config
 
 
-def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Request | Refused]:
+def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Row]:
   if not pathlib.Path(path).is_file():
     raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
   tokenizer = opened.tokenizer
   if tokenizer is None:
-    return read_requests(path, seed=seed)
-  return read_requests(
+    return read_rows(path, seed=seed)
+  return read_rows(
     path,
     encode=tokenizer.encode,
     encode_chat=tokenizer.apply_chat_template,
@@ -212,8 +244,18 @@ def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Request | Re
   )
 
 
-def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool) -> None:
-  for completion in completions[: None if only_text else 12]:
+def _draw(result: launch.RunResult, console: Console) -> None:
+  if _FIGURE.value is not None:
+    console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
+
+
+def _show_more(console: Console, count: int, what: str) -> None:
+  if count > _SHOWN:
+    console.print(f'and {count - _SHOWN} more {what}; requests.jsonl has all of them.', markup=False)
+
+
+def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool = False) -> None:
+  for completion in completions[: None if only_text else _SHOWN]:
     if completion.error:
       console.print(f'{completion.request.id} {completion.finish_reason}: {completion.error}', markup=False)
     elif completion.text is not None:

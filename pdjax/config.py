@@ -13,11 +13,12 @@ from pdjax.cost.cost_model import CostModel
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
+from pdjax.types.checks import check_seed
 from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
 from pdjax.types.processes import RayCluster
-from pdjax.types.request import SLO, check_seed
+from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
 
 DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
@@ -181,7 +182,7 @@ def parse_value(text: str, hint: Any, what: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-  if text in ('inf', '-inf'):
+  if text in ('inf', '-inf', 'nan', 'Infinity', '-Infinity', 'NaN'):
     return float(text)
   try:
     return ast.literal_eval({'none': 'None', 'true': 'True', 'false': 'False'}.get(text, text))

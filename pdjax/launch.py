@@ -22,6 +22,7 @@ from pdjax.serving.loop import Arrivals, Backend, serve
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
+from pdjax.types.checks import check_text
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import Completion, Request, SamplingParams
@@ -64,6 +65,7 @@ def run(
   say: Say = lambda line: None,
   watch: Watch = lambda event: None,
   opened: 'OpenedModel | None' = None,
+  notes: Sequence[str] = (),
 ) -> RunResult:
   """Serve a config's workload on devices.
 
@@ -75,6 +77,7 @@ def run(
     say: Told in a line what is being done before the clock runs.
     watch: Called with every event, for progress.
     opened: What `open_model` answered, if it was asked before.
+    notes: What a reader of the report should know besides, in sentences.
 
   Raises:
     ValueError: if the config does not fit the model, the devices or their memory, or has no workload.
@@ -92,7 +95,7 @@ def run(
     engine.close()
   events = tuple(log)
   completions = complete(events, has_text=opened.tokenizer is not None)
-  report = deployment.report(events, completions, workdir, log.notes)
+  report = deployment.report(events, completions, workdir, (*notes, *log.notes))
   return RunResult(report, completions, events, deployment.built.workers, opened.model)
 
 
@@ -103,6 +106,7 @@ def simulate(
   watch: Watch = lambda event: None,
   calibrate: bool = False,
   opened: 'OpenedModel | None' = None,
+  notes: Sequence[str] = (),
 ) -> RunResult:
   """Serve a config's workload in virtual time, with the same loop, policy and state as `run`.
 
@@ -112,6 +116,7 @@ def simulate(
     watch: Called with every event, for progress.
     calibrate: Measure this machine first and use that for `config.cost` (loads JAX).
     opened: What `open_model` answered, if it was asked before.
+    notes: What a reader of the report should know besides, in sentences.
 
   Raises:
     ValueError: if the config does not fit the model or the memory, or has no workload.
@@ -132,7 +137,7 @@ def simulate(
   events = tuple(log)
   completions = complete(events, has_text=False)
   report = _report(
-    config, opened, workers, events, completions, workdir, 'simulator', log.notes,
+    config, opened, workers, events, completions, workdir, 'simulator', (*notes, *log.notes),
     calibrated=getattr(cost, 'calibrated', False),
     environment={'devices': carved},
   )  # fmt: skip
@@ -165,7 +170,7 @@ def size_simulated(
 def generate(
   prompts: Sequence[Prompt],
   config: ServingConfig | None = None,
-  sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+  sampling: SamplingParams | Sequence[SamplingParams] | None = None,
   *,
   checkpoint: str | None = None,
   seed: int | None = None,
@@ -178,7 +183,7 @@ def generate(
   Args:
     prompts: Each a text, the messages of a chat, or token ids.
     config: What serves them; None takes `default_config(checkpoint)`.
-    sampling: For all prompts, or one for each.
+    sampling: For all prompts, or one for each; None takes the defaults.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
     seed: What prompts whose sampling has no seed draw it from; None takes the config's.
 
@@ -191,6 +196,7 @@ def generate(
   """
   if isinstance(prompts, str):
     raise ValueError(f'prompts is the text {prompts[:40]!r}, expected a list of prompts; write [{prompts[:40]!r}].')
+  sampling = SamplingParams() if sampling is None else sampling
   each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
   if len(each) != len(prompts):
     raise ValueError(
@@ -374,7 +380,7 @@ class OpenedModel:
 
   def end_ids_of(self, prompt: Prompt) -> tuple[int, ...]:
     """Tokens that end the answer to a prompt, besides the model's own: none for token ids."""
-    is_chat = len(prompt) > 0 and (isinstance(prompt, str) or isinstance(prompt[0], Mapping))
+    is_chat = isinstance(prompt, str) or isinstance(prompt[0], Mapping)
     return self.chat_end_ids if is_chat else ()
 
   def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
@@ -383,9 +389,13 @@ class OpenedModel:
     Raises:
       ValueError: if the prompt is empty, none of these, or words although there is no tokenizer.
     """
+    if isinstance(prompt, bytes | bytearray) or not hasattr(prompt, '__getitem__') or not hasattr(prompt, '__len__'):
+      raise ValueError(f'the prompt is {prompt!r:.80}, expected a text, messages or token ids.')
     if len(prompt) == 0:
       raise ValueError('the prompt is empty, expected some text, messages or token ids.')
-    if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+    if isinstance(prompt, str):
+      check_text(prompt, 'the prompt')
+    elif not isinstance(prompt[0], Mapping):
       try:
         return tuple(map(operator.index, prompt))  # type: ignore[arg-type]
       except TypeError:

@@ -421,12 +421,15 @@ def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
   if not done:
     return 0.0, 0
   start_s = min(request.arrival_s for request in done)
-  arrivals = np.floor([request.arrival_s - start_s for request in done]).astype(np.int64)
-  ends = np.floor([request.token_times_s[-1] - start_s for request in done]).astype(np.int64)
-  pieces = np.floor([time_s - start_s for request in done for time_s in request.piece_times_s]).astype(np.int64)
-  size = int(ends.max()) + 2
-  present = np.cumsum(np.bincount(arrivals, minlength=size) - np.bincount(ends + 1, minlength=size))
-  return float(np.bincount(pieces).max()), int(present.max())
+  begins = np.floor([request.arrival_s - start_s for request in done])
+  ends = np.floor([request.token_times_s[-1] - start_s for request in done])
+  pieces = np.floor([time_s - start_s for request in done for time_s in request.piece_times_s])
+  # Only seconds in which something changes: a run may have arrivals years apart.
+  seconds, which = np.unique(np.concatenate([begins, ends + 1]), return_inverse=True)
+  changes = np.bincount(which[: len(done)], minlength=len(seconds)) - np.bincount(
+    which[len(done) :], minlength=len(seconds)
+  )
+  return float(np.unique(pieces, return_counts=True)[1].max()), int(np.cumsum(changes).max())
 
 
 def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:

@@ -13,7 +13,7 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
-from pdjax.types.text import check_text
+from pdjax.types.checks import check_text
 
 
 def render_chat(

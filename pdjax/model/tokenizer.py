@@ -14,8 +14,8 @@ from pdjax.model.decoding import Decoding
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.gguf_vocabulary import GGUFVocabulary, build_backend
 from pdjax.model.tokenizer_files import read_config, read_names, read_templates
+from pdjax.types.checks import check_text
 from pdjax.types.json_text import json_text
-from pdjax.types.text import check_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pdjax.types.text import check_text
+from pdjax.types.checks import check_seed, check_text, is_number
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
 _INT32 = 2**31  # what is kept on the device has 32 bits
+_FLOAT32 = (2 - 2**-23) * 2.0**127
+_NUMBERS = ('temperature', 'top_p', 'min_p', 'repetition_penalty', 'presence_penalty', 'frequency_penalty')
 _MASK64 = 2**64 - 1
 _LEAST_REPETITION = 1e-3  # a penalty beyond it, or beyond its inverse, may overflow a logit
 
@@ -69,14 +71,17 @@ class SamplingParams:
     counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'n')}
     counts |= {name: getattr(self, name) or 0 for name in ('logprobs', 'seed')}
     for name, count in counts.items():  # found later, it would break the pass of others
-      if not hasattr(count, '__index__'):
-        raise ValueError(f'{name} is {count!r}, expected an integer.')
+      if not hasattr(count, '__index__') or isinstance(getattr(self, name), bool):
+        raise ValueError(f'{name} is {getattr(self, name)!r}, expected an integer.')
+    for name in _NUMBERS:
+      if not is_number(getattr(self, name)):
+        raise ValueError(f'{name} is {getattr(self, name)!r}, expected a number.')
     if self.max_tokens >= _INT32:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected a count below 2**31; ask for fewer.')
     if self.max_tokens < 1:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected at least 1; ask for one token or leave it out.')
-    if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-      raise ValueError(f'temperature is {self.temperature}, expected 0 (greedy) or a positive number.')
+    if not 0 <= self.temperature <= _FLOAT32:
+      raise ValueError(f'temperature is {self.temperature}, expected 0 (greedy) or a positive number below 3.4e38.')
     if not 0 <= self.top_k < _INT32:
       raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count below 2**31.')
     if not 0 < self.top_p <= 1:
@@ -135,7 +140,7 @@ class SLO:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       limit = getattr(self, field.name)
-      if limit is not None and not limit > 0:
+      if limit is not None and not (is_number(limit) and limit > 0):
         raise ValueError(f'{field.name} is {limit}, expected a positive number of milliseconds.')
       if limit == math.inf:
         object.__setattr__(self, field.name, None)
@@ -198,7 +203,10 @@ class Request:
       raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
-    if not (self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
+    sampling: object = self.sampling
+    if not isinstance(sampling, SamplingParams):
+      raise ValueError(f'request {self.id!r} has sampling={sampling!r:.80}, expected SamplingParams(...).')
+    if not (is_number(self.arrival_s) and self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
       raise ValueError(f'request {self.id!r} arrives at {self.arrival_s} s, expected 0 or later.')
 
   @property
@@ -259,16 +267,6 @@ class Request:
     return (first, *others)
 
 
-def check_seed(seed: int, what: str) -> None:
-  """See that random numbers can be made from a seed.
-
-  Raises:
-    ValueError: if it is out of range; `what` names it in the message.
-  """
-  if not hasattr(seed, '__index__') or not 0 <= seed < 2**63:
-    raise ValueError(f'{what} is {seed!r}, expected an integer from 0 to 2**63 - 1.')
-
-
 def _mixed(seed: int, index: int) -> int:
   """A seed from a seed: the `index`-th number of SplitMix64 (Steele et al. 2014), begun at the seed mixed once.
 
@@ -282,7 +280,7 @@ def _mixed(seed: int, index: int) -> int:
 
   golden = 0x9E3779B97F4A7C15
   start = mix((int(seed) + golden) & _MASK64)  # a NumPy integer would overflow
-  return mix((start + index * golden) & _MASK64) >> 1
+  return mix((start + index * golden) & _MASK64) >> 11  # of 53 bits, which every reader of JSON keeps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

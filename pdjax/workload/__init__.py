@@ -3,7 +3,15 @@
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed
 from pdjax.workload.lengths import Empirical, Fixed, Length, Lognormal, Uniform
 from pdjax.workload.live import Live
-from pdjax.workload.requests_file import Refused, completion_row, read_requests, write_completions
+from pdjax.workload.requests_file import (
+  Refused,
+  Row,
+  completion_row,
+  outcomes,
+  read_requests,
+  read_rows,
+  write_completions,
+)
 from pdjax.workload.seeds import Seeded
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson
 from pdjax.workload.tokens import RandomTokens
@@ -11,6 +19,7 @@ from pdjax.workload.workload import Given, Workload, WorkloadContext
 
 __all__ = [
   'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed',
-  'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Seeded',
-  'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'read_requests', 'write_completions',
+  'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row', 'Seeded',
+  'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'outcomes', 'read_requests', 'read_rows',
+  'write_completions',
 ]  # fmt: skip

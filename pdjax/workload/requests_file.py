@@ -28,7 +28,7 @@ and all of these may be left out, or null:
 | `logprobs`       | tell each token's log probability, and those of so many likeliest tokens; 0 to 20 | `null` |
 | `n`              | samples of the prompt | 1 |
 | `tools`          | with `messages`: what the model may call, for the chat template | `null` |
-| `arrival_s`      | seconds after the start of the run | 0 |
+| `arrival_s`      | seconds after the start of the run, at most 30 days | 0 |
 
     {"prompt": "The capital of France is", "max_tokens": 8}
     {"messages": [{"role": "user", "content": "Tell me a joke."}], "temperature": 0.8, "seed": 7, "arrival_s": 1.5}
@@ -36,20 +36,21 @@ and all of these may be left out, or null:
 The `content` of a message is text, a list of `{"type": "text", "text": ...}`, or null, as beside `tool_calls`; `name`
 and what else it has goes to the chat template.
 
-A line that cannot be served (no JSON, an unknown key, an id that another has, an empty prompt, a picture, what pdjax
-does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and changes nothing for the others,
-which are served. Only a file that cannot be read stops the reading. `python -m experiments.run` ends with 0 if every
-line was served, with 3 if some were, and with 1 if none was.
+A line that cannot be served (no JSON, an unknown key, an id that another has, an empty prompt, a picture, more tokens
+than the workers hold, what pdjax does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and
+changes nothing for the others, which are served. Only a file that cannot be read stops the reading.
+`python -m experiments.run` ends with 0 if every line was served, with 3 if some were, and with 1 if none was. A run
+that is interrupted leaves the answers that it has.
 
 **Out**, one JSON object for every request, refused ones included. One with `n` samples has `n` lines, the first with
 its own id and the others with `id#1`, `id#2` and so on:
 
 | key                | value |
 |--------------------|-------|
-| `id`               | as above; `line-N` of a refused line without |
+| `id`               | as above; `line-N` of a refused line without, or with that of another |
 | `prompt_token_ids` | the prompt as it was served |
 | `output_token_ids` | the generated tokens, a stop token or what completed a stop string included |
-| `text`             | the output as text, as below, up to a stop string; null where there is no tokenizer |
+| `text`             | the output as text, as below, up to a stop string; null without a tokenizer, or simulated |
 | `finish_reason`    | `stop`, `length`, `cancelled`, `rejected` or `error` |
 | `error`            | what went wrong, or null |
 | `arrival_s`        | seconds after the start of the run; null for a line that was refused |
@@ -69,16 +70,16 @@ import dataclasses
 import difflib
 import itertools
 import json
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pdjax.types.checks import is_whole
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Completion, Request, SamplingParams
-from pdjax.types.text import is_whole
 
+_LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
@@ -98,6 +99,20 @@ class Refused:
   line: int = 0  # counted from 1
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Row:
+  """A line of a file: what it asks for, and what its refusal would be called."""
+
+  line: int  # counted from 1
+  asked: Request | Refused
+  refused_id: str
+
+  def refused(self, error: str) -> Refused:
+    """The line, which the cluster rejected, as one that cannot be served."""
+    assert isinstance(self.asked, Request)
+    return Refused(self.refused_id, tuple(self.asked.prompt), f'line {self.line}: {error}', self.line)
+
+
 def read_requests(
   path: str | os.PathLike[str],
   encode: Encode | None = None,
@@ -107,6 +122,20 @@ def read_requests(
   seed: int = 0,
   chat_end_ids: Sequence[int] = (),
 ) -> list[Request | Refused]:
+  """What every line of a requests file asks for, in the order of the file; see `read_rows`."""
+  rows = read_rows(path, encode, encode_chat, vocab_size, seed=seed, chat_end_ids=chat_end_ids)
+  return [row.asked for row in rows]
+
+
+def read_rows(
+  path: str | os.PathLike[str],
+  encode: Encode | None = None,
+  encode_chat: EncodeChat | None = None,
+  vocab_size: int | None = None,
+  *,
+  seed: int = 0,
+  chat_end_ids: Sequence[int] = (),
+) -> list[Row]:
   """Read a requests file; the module's docstring is its format.
 
   Args:
@@ -118,7 +147,7 @@ def read_requests(
     chat_end_ids: Tokens that end an answer to `messages`, besides the model's own.
 
   Returns:
-    What every line asks for, in the order of the file.
+    A row for every line that is not blank, in the order of the file.
 
   Raises:
     OSError: if the file cannot be read.
@@ -127,27 +156,55 @@ def read_requests(
   named = {line.id for line in lines if line.id is not None}
   named |= {name.rpartition('#')[0] for name in named}  # a sample of nobody else may be called so either
   reader = _Reader(encode, encode_chat, vocab_size, tuple(chat_end_ids))
-  line_of_id: dict[str, int] = {}  # of all samples that are served
-  rows: list[Request | Refused] = []
+  owners: dict[str, int] = {}  # the line of each sample that is to be served
+  found: list[Request | _Refusal] = []
   for index, line in enumerate(lines):
-    prompt: tuple[int, ...] = ()
     try:
-      if isinstance(line.fields, _Refusal):
-        raise line.fields
-      prompt = reader.prompt(line.fields)
-      name = line.id or _free_name(f'request-{index}', named)
-      request = reader.request(name, prompt, line.fields).seeded(seed, index)
+      request = reader.request(line).seeded(seed, index)
+      if line.id is None:
+        request = dataclasses.replace(request, id=_free_name(f'request-{index}', named))
       names = [sample.id for sample in request.samples()]
-      if taken := next((one for one in names if one in line_of_id), None):
-        raise _Refusal(f'the id {taken!r} is that of line {line_of_id[taken]} too, expected one of its own.')
-      line_of_id |= dict.fromkeys(names, line.number)
-      named.add(name)
-      rows.append(request)
-    except _Refusal as error:
-      name = line.id or _free_name(f'line-{line.number}', named)
-      named.add(name)
-      rows.append(Refused(name, prompt, f'line {line.number}: {error}', line.number))
+      if taken := next((one for one in names if one in owners), None):
+        raise _Refusal(
+          f'the id {taken!r} is that of line {owners[taken]} too, expected one of its own.', request.prompt
+        )
+      owners |= dict.fromkeys(names, line.number)
+      named.add(request.id)
+      found.append(request)
+    except _Refusal as refusal:
+      found.append(refusal)
+  rows = []
+  for line, one in zip(lines, found, strict=True):
+    own = line.id is not None and owners.setdefault(line.id, line.number) == line.number
+    name = line.id if own and line.id else _free_name(f'line-{line.number}', named)
+    if isinstance(one, _Refusal):
+      rows.append(Row(line.number, Refused(name, tuple(one.prompt), f'line {line.number}: {one}', line.number), name))
+    else:
+      rows.append(Row(line.number, one, name))
   return rows
+
+
+def outcomes(rows: Iterable[Row], completions: Iterable[Completion]) -> list[Completion | Refused]:
+  """What became of the lines of a file: each refused one, and of each other one its samples.
+
+  Args:
+    rows: The lines.
+    completions: What a run gave; what the cluster rejected is a refusal like any other, and of a line that the run did
+      not come to the end of, the error says so.
+  """
+  by_id = {one.request.id: one for one in completions}
+  found: list[Completion | Refused] = []
+  for row in rows:
+    if isinstance(row.asked, Refused):
+      found.append(row.asked)
+      continue
+    for sample in row.asked.samples():
+      one = by_id.get(sample.id) or Completion(sample, (), 'error', error='the run ended before it did.')
+      if one.finish_reason == 'rejected':
+        found.append(row.refused(one.error or ''))
+        break
+      found.append(one)
+  return found
 
 
 def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
@@ -186,7 +243,11 @@ def write_completions(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
 
 
 class _Refusal(Exception):
-  """Why a line cannot be served; the caller adds which line it is."""
+  """Why a line cannot be served, and its prompt if that is known; the caller adds which line it is."""
+
+  def __init__(self, why: str, prompt: Sequence[int] = ()):
+    super().__init__(why)
+    self.prompt = prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +280,8 @@ def _parse(raw: bytes) -> dict[str, Any]:
   """The line as an object without the keys that are null."""
   try:
     fields = json.loads(raw.decode('utf-8-sig'), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+  except json.JSONDecodeError as error:  # which counts lines and columns within this one
+    raise _Refusal(f'not JSON ({error.msg} at character {error.pos}), expected one JSON object a line.') from None
   except (ValueError, RecursionError) as error:
     raise _Refusal(f'not JSON ({error}), expected one JSON object a line.') from None
   if not isinstance(fields, dict):
@@ -231,7 +294,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
   for key, value in fields.items():
     if key in _NOT_DONE and value not in _NOT_DONE[key][1]:
       raise _Refusal(f'{key} is {_described(value)}, which pdjax cannot honour ({_NOT_DONE[key][0]}); leave it out.')
-    if key not in _KEYS and key not in _NOT_DONE:
+    if key not in _KEYS and key not in _NOT_DONE and key not in _NOT_ASKED:
       similar = difflib.get_close_matches(key, _KEYS, n=1)
       hint = f'did you mean {similar[0]!r}? ' if similar else ''
       raise _Refusal(f'unknown key {key!r}; {hint}The keys are {", ".join(_KEYS)}.')
@@ -239,7 +302,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
   if len(prompts) != 1:
     found = ' and '.join(prompts) or 'none of them'
     raise _Refusal(f'found {found}, expected exactly one of {", ".join(_PROMPT_KEYS)}.')
-  fields = {key: value for key, value in fields.items() if key not in _NOT_DONE}
+  fields = {key: value for key, value in fields.items() if key not in _NOT_DONE and key not in _NOT_ASKED}
   for key, value in fields.items():
     is_right, expected = _TYPES[key]
     if not is_right(value):
@@ -262,12 +325,36 @@ class _Reader:
   vocab_size: int | None
   chat_end_ids: tuple[int, ...]
 
-  def prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
+  def request(self, line: _Line) -> Request:
+    """What a line asks for, under the name of its refusal if it has none of its own."""
+    if isinstance(line.fields, _Refusal):
+      raise line.fields
+    fields = line.fields
+    sampling = {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
+    if isinstance(sampling.get('stop'), str):
+      sampling['stop'] = (sampling['stop'],)
+    for key in ('stop', 'stop_token_ids'):
+      if key in sampling:
+        sampling[key] = tuple(sampling[key])
+    ends = self.chat_end_ids if 'messages' in fields else ()
+    prompt = self._prompt(fields)
+    try:
+      arrival_s = float(fields.get('arrival_s', 0.0))
+      if arrival_s > _LATEST_S:
+        raise ValueError(
+          f'arrival_s is {arrival_s}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
+        )
+      name = line.id or f'line-{line.number}'
+      return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
+    except (ValueError, OverflowError) as error:
+      raise _Refusal(str(error), prompt) from error
+
+  def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
     if 'prompt_token_ids' in fields:
       prompt = tuple(fields['prompt_token_ids'])
       last = 2**31 - 1 if self.vocab_size is None else self.vocab_size - 1
       if outside := [token for token in prompt if not 0 <= token <= last]:
-        raise _Refusal(f'the prompt has token id {outside[0]}, expected ids from 0 to {last}.')
+        raise _Refusal(f'the prompt has token id {outside[0]}, expected ids from 0 to {last}.', prompt)
       return prompt
     key = 'prompt' if 'prompt' in fields else 'messages'
     encoder = self.encode if key == 'prompt' else self.encode_chat
@@ -281,22 +368,6 @@ class _Reader:
     try:
       return tuple(encoder(fields[key], **tools))
     except Exception as error:  # a tokenizer or a template is a program of someone else: it may raise anything
-      raise _Refusal(str(error)) from error
-
-  def request(self, name: str, prompt: tuple[int, ...], fields: Mapping[str, Any]) -> Request:
-    sampling = {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
-    if isinstance(sampling.get('stop'), str):
-      sampling['stop'] = (sampling['stop'],)
-    for key in ('stop', 'stop_token_ids'):
-      if key in sampling:
-        sampling[key] = tuple(sampling[key])
-    ends = self.chat_end_ids if 'messages' in fields else ()
-    try:
-      arrival_s = float(fields.get('arrival_s', 0.0))
-      if math.isinf(arrival_s):
-        raise ValueError(f'arrival_s is {arrival_s}, expected a time that comes.')
-      return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
-    except (ValueError, OverflowError) as error:
       raise _Refusal(str(error)) from error
 
 
@@ -413,7 +484,11 @@ _NOT_DONE: dict[str, tuple[str, tuple[Any, ...]]] = {
   'prompt_logprobs': ('it tells those of the output', ()),
   'top_logprobs': ('logprobs is the number of the likeliest', ()),
   'stream': ('answers are written whole', (False,)),
+  'model': ('the config names the model', ()),
+  'parallel_tool_calls': ('the model alone chooses among tools', (True,)),
 }
+# Keys of OpenAI's API that say nothing of the answer.
+_NOT_ASKED = ('user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key')
 
 
 def _described(value: Any, width: int = 60) -> str:

@@ -56,8 +56,16 @@ def begin_of_plain(request: Request) -> tuple[int, ...]:
   return plain(dataclasses.replace(request, sampling=longest))[: request.sampling.max_tokens]
 
 
+MOST_TRIES = 4  # on a busy machine others may end before the moment that a cell waits for
+
+
 @pytest.mark.parametrize(('row', 'column'), cells())
 def test_cell(row, column):
+  assert any(serve_cell(row, column) for _ in range(MOST_TRIES)), 'the moment never came'
+
+
+def serve_cell(row: str, column: str) -> bool:
+  """Serve once and check all that holds for every run; whether the moment came, and then what holds for the cell."""
   cell = Cell(row, column, TIMES)
   arrivals = Asking(cell.requests)
   injectors = []
@@ -73,8 +81,11 @@ def test_cell(row, column):
     served = ours.serve((), ours.config.policy, arrivals=arrivals, wrap=wrap)
   (injector,) = injectors
   ends = assert_right(served.events, arrivals.requests.values(), served.state, plain)
-  assert injector.acted == 1, 'the moment never came'
+  if not injector.acted:
+    return False
+  assert injector.acted == 1
   assert ends[VICTIM] in COLUMNS[column].ends
   assert {reason for name, reason in ends.items() if name.startswith(('other', 'greedy'))} <= {'length'}
   assert injector.now_s < BOUND_S
   assert replay_from(ours, served, served.events, Again(arrivals.answers)) == served.events
+  return True

@@ -1,0 +1,43 @@
+"""Checks of single values that users give: whole texts, numbers, seeds."""
+
+import re
+
+_HALF = re.compile('[\ud800-\udfff]')
+
+
+def is_whole(text: str) -> bool:
+  """Whether UTF-8 can hold it, as tokenizers, terminals and files ask for: it has no half of a surrogate pair."""
+  return _HALF.search(text) is None
+
+
+def check_text(text: str, place: str) -> str:
+  """The text, if it is whole; `place` names it in the message.
+
+  Raises:
+    ValueError: if it has half a surrogate pair.
+  """
+  if half := _HALF.search(text):
+    raise ValueError(
+      f'{place} has half a surrogate pair, {half[0]!r}, at position {half.start()}, expected whole characters; '
+      "send both halves or neither; text.encode('utf-16', 'surrogatepass').decode('utf-16', 'ignore') drops halves."
+    )
+  return text
+
+
+def is_number(value: object) -> bool:
+  """Whether it is a number, one that a float can hold; a truth value is none."""
+  try:
+    float(value)  # type: ignore[arg-type]
+  except (TypeError, ValueError, OverflowError):
+    return False
+  return not isinstance(value, bool | str | bytes)
+
+
+def check_seed(seed: int, what: str) -> None:
+  """See that random numbers can be made from a seed.
+
+  Raises:
+    ValueError: if it is out of range; `what` names it in the message.
+  """
+  if not hasattr(seed, '__index__') or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    raise ValueError(f'{what} is {seed!r}, expected an integer from 0 to 2**63 - 1.')

@@ -230,15 +230,16 @@ def _config() -> ServingConfig:
 
 
 def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Row]:
-  if not pathlib.Path(path).is_file():
+  if not pathlib.Path(path).exists() or pathlib.Path(path).is_dir():
     raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
   tokenizer = opened.tokenizer
   if tokenizer is None:
-    return read_rows(path, seed=seed)
+    return read_rows(path, vocab_size=opened.model.vocab_size, seed=seed)
   return read_rows(
     path,
     encode=tokenizer.encode,
     encode_chat=tokenizer.apply_chat_template,
+    vocab_size=opened.model.vocab_size,
     seed=seed,
     chat_end_ids=opened.chat_end_ids,
   )

@@ -25,7 +25,7 @@ from pdjax.simulator import Simulator
 from pdjax.types.checks import check_text
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
-from pdjax.types.request import Completion, Request, SamplingParams
+from pdjax.types.request import MAX_STOP_TOKENS, Completion, Request, SamplingParams
 from pdjax.workload import Given, Seeded, Workload, WorkloadContext
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ class OpenedModel:
   checkpoint: 'Checkpoint | None' = None
   tokenizer: 'Tokenizer | None' = None
 
-  @property
+  @functools.cached_property
   def end_tokens(self) -> 'EndTokens':
     """The tokens that end a sequence, and who says so."""
     if self.checkpoint is not None:
@@ -436,7 +436,13 @@ def open_model(config: ServingConfig) -> OpenedModel:
     model = dataclasses.replace(model, context_len=config.max_context)
   for worker in config.workers:
     mesh_shape(model, worker.tp)
-  return OpenedModel(model, checkpoint, None if checkpoint is None else checkpoint.tokenizer())
+  opened = OpenedModel(model, checkpoint, None if checkpoint is None else checkpoint.tokenizer())
+  if len(opened.end_tokens.chat_ids) > MAX_STOP_TOKENS:
+    raise ValueError(
+      f'{model.name} names {len(opened.end_tokens.chat_ids)} tokens as an end of sequence '
+      f'({opened.end_tokens.by_source()}), but at most {MAX_STOP_TOKENS} are kept; name fewer in its configuration.'
+    )
+  return opened
 
 
 def calibrated(config: ServingConfig) -> ServingConfig:

@@ -110,13 +110,18 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
   A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
   Orders keep their page numbers, slots and admissions. Tuples are lists. `Occupancy` comes at the end of a turn that
   changed how full the cluster is and names only the workers whose figures changed. A number that is not finite is the
-  text "NaN", "Infinity" or "-Infinity", see `json_text`:
+  text "NaN", "Infinity" or "-Infinity", see `json_text`. A last line that was cut short is left out:
 
       {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
   """
   with open(path, encoding='utf-8') as file:
     for line in file:
-      yield json.loads(line)
+      try:
+        yield json.loads(line)
+      except ValueError:
+        if line.endswith('\n'):
+          raise
+        return  # the end of a log that could not be written on
 
 
 def event_to_json(event: Event) -> dict[str, Any]:

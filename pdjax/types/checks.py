@@ -1,6 +1,7 @@
 """Checks of single values that users give: whole texts, numbers, seeds."""
 
 import re
+from collections.abc import Iterable
 
 _HALF = re.compile('[\ud800-\udfff]')
 
@@ -41,3 +42,14 @@ def check_seed(seed: int, what: str) -> None:
   """
   if not hasattr(seed, '__index__') or isinstance(seed, bool) or not 0 <= seed < 2**63:
     raise ValueError(f'{what} is {seed!r}, expected an integer from 0 to 2**63 - 1.')
+
+
+def check_token_ids(tokens: Iterable[int], what: str) -> None:
+  """See that these can be token ids of some vocabulary; found later, it would break the pass of others.
+
+  Raises:
+    ValueError: if one is no integer of 31 bits; `what` names them in the message.
+  """
+  for token in tokens:
+    if not hasattr(token, '__index__') or not 0 <= token < 2**31:
+      raise ValueError(f'{what} has {token!r}, expected token ids from 0 to 2**31 - 1.')

@@ -12,7 +12,7 @@ from typing import Any
 def json_text(
   value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None, ensure_ascii: bool = True
 ) -> str:
-  """The value as JSON text, whatever it is: no value of a run can keep what else there is from being written.
+  """The value as JSON text; no value of a run can keep what else there is from being written.
 
   JSON (RFC 8259) has no numbers but finite ones, so a float that is none becomes the text `"NaN"`, `"Infinity"` or
   `"-Infinity"`, which Python's `float` reads, as JavaScript's `Number` does. For everything else see `plain_data`.

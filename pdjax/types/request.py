@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pdjax.types.checks import check_seed, check_text, is_number
+from pdjax.types.checks import check_seed, check_text, check_token_ids, is_number
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
@@ -109,9 +109,7 @@ class SamplingParams:
       raise ValueError(f'stop has {chars} characters, expected at most {MAX_STOP_CHARS} in all; shorten its texts.')
     if '' in self.stop:
       raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
-    for token in self.stop_token_ids:
-      if not hasattr(token, '__index__') or not 0 <= token < _INT32:
-        raise ValueError(f'stop_token_ids has {token}, expected token ids from 0 to 2**31 - 1.')
+    check_token_ids(self.stop_token_ids, 'stop_token_ids')
     if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
       raise ValueError(
         f"logprobs is {self.logprobs}, expected 0 (the token's own) to {MAX_LOGPROBS} likeliest tokens, or None."
@@ -203,9 +201,11 @@ class Request:
       raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
-    sampling: object = self.sampling
-    if not isinstance(sampling, SamplingParams):
-      raise ValueError(f'request {self.id!r} has sampling={sampling!r:.80}, expected SamplingParams(...).')
+    for name, kind in (('sampling', SamplingParams), ('slo', SLO | None), ('session', str | None)):
+      if not isinstance(getattr(self, name), kind):
+        expected = getattr(kind, '__name__', str(kind))
+        raise ValueError(f'request {self.id!r} has {name}={getattr(self, name)!r:.80}, expected {expected}.')
+    check_token_ids(self.end_token_ids, 'end_token_ids')
     if not (is_number(self.arrival_s) and self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
       raise ValueError(f'request {self.id!r} arrives at {self.arrival_s} s, expected 0 or later.')
 
@@ -238,11 +238,11 @@ class Request:
 
     Args:
       run_seed: Of the run, `ServingConfig.seed`.
-      number: Which request of the run it is, counted from 0 in the order of arrival.
+      number: Which request of the run it is, counted from 0 in the order of arrival, or of a requests file by row.
     """
     if self.sampling.seed is not None:
       return self
-    seed = _mixed(run_seed, number + 1)
+    seed = drawn_seed(run_seed, number)
     return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))
 
   def samples(self) -> tuple['Request', ...]:
@@ -265,6 +265,11 @@ class Request:
       for index in range(1, self.sampling.n)
     )
     return (first, *others)
+
+
+def drawn_seed(run_seed: int, number: int) -> int:
+  """The seed of a request that comes without one, see `Request.seeded`."""
+  return _mixed(run_seed, number + 1)
 
 
 def _mixed(seed: int, index: int) -> int:

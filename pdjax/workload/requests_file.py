@@ -66,6 +66,7 @@ model's own distribution, before penalties, temperature and cuts; one that is no
 or "-Infinity".
 """
 
+import codecs
 import dataclasses
 import difflib
 import itertools
@@ -77,7 +78,7 @@ from typing import Any
 
 from pdjax.types.checks import is_whole
 from pdjax.types.json_text import json_text
-from pdjax.types.request import Completion, Request, SamplingParams
+from pdjax.types.request import Completion, Request, SamplingParams, drawn_seed
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
@@ -160,9 +161,7 @@ def read_rows(
   found: list[Request | _Refusal] = []
   for index, line in enumerate(lines):
     try:
-      request = reader.request(line).seeded(seed, index)
-      if line.id is None:
-        request = dataclasses.replace(request, id=_free_name(f'request-{index}', named))
+      request = reader.request(line, line.id or _free_name(f'request-{index}', named), drawn_seed(seed, index))
       names = [sample.id for sample in request.samples()]
       if taken := next((one for one in names if one in owners), None):
         raise _Refusal(
@@ -263,7 +262,7 @@ def _read_lines(path: str | os.PathLike[str]) -> list[_Line]:
   lines = []
   with open(path, 'rb') as file:
     for number, raw in enumerate(file, start=1):
-      if raw.strip():
+      if raw.removeprefix(codecs.BOM_UTF8).strip():
         fields: dict[str, Any] | _Refusal
         name = None
         try:
@@ -292,7 +291,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 def _checked(fields: dict[str, Any]) -> dict[str, Any]:
   """The fields, if all keys and types are right and can be honoured."""
   for key, value in fields.items():
-    if key in _NOT_DONE and value not in _NOT_DONE[key][1]:
+    if key in _NOT_DONE and not any(type(value) is type(one) and value == one for one in _NOT_DONE[key][1]):
       raise _Refusal(f'{key} is {_described(value)}, which pdjax cannot honour ({_NOT_DONE[key][0]}); leave it out.')
     if key not in _KEYS and key not in _NOT_DONE and key not in _NOT_ASKED:
       similar = difflib.get_close_matches(key, _KEYS, n=1)
@@ -325,12 +324,12 @@ class _Reader:
   vocab_size: int | None
   chat_end_ids: tuple[int, ...]
 
-  def request(self, line: _Line) -> Request:
-    """What a line asks for, under the name of its refusal if it has none of its own."""
+  def request(self, line: _Line, name: str, seed: int) -> Request:
+    """What a line asks for, under a name and with a seed if it has none of its own."""
     if isinstance(line.fields, _Refusal):
       raise line.fields
     fields = line.fields
-    sampling = {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
+    sampling = {'seed': seed} | {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
     if isinstance(sampling.get('stop'), str):
       sampling['stop'] = (sampling['stop'],)
     for key in ('stop', 'stop_token_ids'):
@@ -344,10 +343,9 @@ class _Reader:
         raise ValueError(
           f'arrival_s is {arrival_s}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
         )
-      name = line.id or f'line-{line.number}'
       return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
     except (ValueError, OverflowError) as error:
-      raise _Refusal(str(error), prompt) from error
+      raise _Refusal(str(error).replace(repr(name), repr(line.id or f'line-{line.number}')), prompt) from error
 
   def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
     if 'prompt_token_ids' in fields:
@@ -367,8 +365,11 @@ class _Reader:
     tools = {'tools': fields['tools']} if fields.get('tools') else {}
     try:
       return tuple(encoder(fields[key], **tools))
-    except Exception as error:  # a tokenizer or a template is a program of someone else: it may raise anything
+    except ValueError as error:
       raise _Refusal(str(error)) from error
+    except Exception as error:  # a tokenizer or a template is a program of someone else: it may raise anything
+      what = f'{type(error).__name__}: {error}'
+      raise _Refusal(f'{key} cannot become tokens ({what}), expected what the tokenizer takes; correct it.') from error
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -397,11 +398,11 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
 
 
 def _is_int(value: Any) -> bool:
-  return type(value) is int  # a bool is an int to isinstance
+  return type(value) is int and abs(value) < 2**64  # a bool is an int to isinstance
 
 
 def _is_number(value: Any) -> bool:
-  return type(value) in (int, float)
+  return type(value) is float or _is_int(value)
 
 
 def _is_text(value: Any) -> bool:
@@ -482,7 +483,7 @@ _NOT_DONE: dict[str, tuple[str, tuple[Any, ...]]] = {
   'echo': ('prompt_token_ids are told anyway', (False,)),
   'suffix': ('it continues prompts', ('',)),
   'prompt_logprobs': ('it tells those of the output', ()),
-  'top_logprobs': ('logprobs is the number of the likeliest', ()),
+  'top_logprobs': ('logprobs is the number of the likeliest', (0,)),
   'stream': ('answers are written whole', (False,)),
   'model': ('the config names the model', ()),
   'parallel_tool_calls': ('the model alone chooses among tools', (True,)),

@@ -40,6 +40,11 @@ from pdjax.types import SLO, Request, SamplingParams
     ('seed', 'lucky', "seed is 'lucky', expected an integer"),
     ('logprobs', 2.5, 'logprobs is 2.5, expected an integer'),
     ('stop_token_ids', (5.0,), 'stop_token_ids has 5.0, expected token ids from 0'),
+    ('temperature', 1e39, 'temperature is 1e+39, expected 0 (greedy) or a positive number below 3.4e38'),
+    ('temperature', 'hot', "temperature is 'hot', expected a number"),
+    ('top_p', True, 'top_p is True, expected a number'),
+    ('seed', True, 'seed is True, expected an integer'),
+    ('logprobs', True, 'logprobs is True, expected an integer'),
     ('stop', ('a' * 9000, 'b' * 9000), 'stop has 18000 characters, expected at most 16384'),
     ('stop', ('a', '\udfff'), "a stop string has half a surrogate pair, '\\udfff', at position 0"),
     ('seed', math.nan, 'seed is nan, expected an integer'),
@@ -101,7 +106,7 @@ def test_an_infinite_limit_is_left_free(field, limit, kept):
     assert getattr(SLO.parse(f'{field.removesuffix("_ms")}:{limit}'), field) == kept
 
 
-@pytest.mark.parametrize('limit', [math.nan, -math.inf, 0.0, -0.0, -1.0, np.float32('nan')])
+@pytest.mark.parametrize('limit', [math.nan, -math.inf, 0.0, -0.0, -1.0, np.float32('nan'), '500', True, 10**400])
 def test_a_limit_that_is_none_is_refused(limit):
   with pytest.raises(ValueError, match=f'ttft_ms is {limit}, expected a positive number'):
     SLO(ttft_ms=limit)
@@ -113,6 +118,26 @@ def test_a_limit_that_is_none_is_refused(limit):
 def test_an_id_that_no_file_can_hold_is_refused(name):
   with pytest.raises(ValueError, match='the id of a request has half a surrogate pair'):
     Request(name, (1,))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'words'),
+  [
+    ('end_token_ids', (2**40,), 'end_token_ids has 1099511627776, expected token ids from 0'),
+    ('end_token_ids', ('x',), "end_token_ids has 'x'"),
+    ('end_token_ids', (-5,), 'end_token_ids has -5'),
+    ('end_token_ids', (1.5,), 'end_token_ids has 1.5'),
+    ('sampling', {'max_tokens': 4}, "request 'a' has sampling={'max_tokens': 4}, expected SamplingParams"),
+    ('sampling', None, "request 'a' has sampling=None, expected SamplingParams"),
+    ('slo', 'x', "request 'a' has slo='x', expected"),
+    ('session', 5, "request 'a' has session=5, expected"),
+    ('arrival_s', 'soon', "request 'a' arrives at soon s, expected 0 or later"),
+  ],
+)
+def test_what_would_break_others_later_is_refused_as_it_is_made(field, value, words):
+  with pytest.raises(ValueError) as error:
+    Request('a', (1,), **{field: value})
+  assert words in str(error.value)
 
 
 @pytest.mark.parametrize('name', [5, None, b'a'])

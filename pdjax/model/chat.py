@@ -1,17 +1,15 @@
 """Renders chats by the Jinja templates that checkpoints carry, from messages as clients of OpenAI's API write them."""
 
-import dataclasses
 import datetime
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
-from jinja2 import nodes
 
 from pdjax.types.checks import check_text
 
@@ -44,31 +42,80 @@ def render_chat(
   functions = _plain_tools(tools)
   _check_texts(plain, 'messages')
   _check_texts(functions, 'tools')
-  parts_in = [place for place, message in enumerate(plain) if isinstance(message.get('content'), list)]
-  checked = {place: _text_parts(plain[place]['content'], place) for place in parts_in}
-  try:
-    reads = _reads(template)
-    if functions and not reads.tools:
-      raise _ToolsError
-    for place, parts in checked.items():
-      plain[place]['content'] = parts if reads.parts else ''.join(part['text'] for part in parts)
+  parts = {
+    place: _text_parts(message['content'], place)
+    for place, message in enumerate(plain)
+    if isinstance(message.get('content'), list)
+  }
+
+  def render(contents: Mapping[int, Any]) -> str:
     return _compile(template).render(
-      messages=plain,
+      messages=[one | {'content': contents[place]} if place in contents else one for place, one in enumerate(plain)],
       add_generation_prompt=add_generation_prompt,
       tools=functions,
       documents=None,
       **special_tokens,
     )
+
+  try:
+    if functions and not _uses_tools(template):
+      raise _ToolsError
+    return _render_parts(render, parts) if parts else render({})
   except _ToolsError:
     raise ValueError(
       f'tools are given, but the chat template of {source} does not use any, so the model would not see them; '
       'leave tools out, or use a model that was trained to call functions.'
     ) from None
   except Exception as error:  # a template is a program of someone else: it may raise anything
+    lacking = ' (a key that is null is as good as left out)' if isinstance(error, jinja2.UndefinedError) else ''
     raise ValueError(
       f'the chat template of {source} refuses these messages ({type(error).__name__}: {error}); '
-      'check their roles, order and contents against what the model expects.'
+      f'check their roles, order and contents against what the model expects{lacking}.'
     ) from error
+
+
+def _render_parts(render: Callable[[Mapping[int, Any]], str], parts: Mapping[int, list[dict[str, Any]]]) -> str:
+  """Render with contents in parts where the template reads their texts, and with the joined text where it does not."""
+  read: set[int] = set()
+  contents: dict[int, Any] = {
+    place: [_Part(part, functools.partial(read.add, place)) for part in own] for place, own in parts.items()
+  }
+  joined = {place: ''.join(part['text'] for part in own) for place, own in parts.items()}
+  try:
+    text = render(contents)
+  except Exception:  # of a template that takes a content for text
+    if read == parts.keys():
+      raise
+  else:
+    if read == parts.keys():
+      return text
+  return render(contents | {place: joined[place] for place in parts if place not in read})
+
+
+class _Part(dict):
+  """A part of a content, which tells when its text is read."""
+
+  def __init__(self, fields: Mapping[str, Any], tell: Callable[[], None]):
+    super().__init__(fields)
+    self._tell = tell
+
+  def __getitem__(self, key: Any) -> Any:
+    if key == 'text':
+      self._tell()
+    return super().__getitem__(key)
+
+  def get(self, key: Any, default: Any = None) -> Any:
+    if key == 'text':
+      self._tell()
+    return super().get(key, default)
+
+  def items(self) -> Any:
+    self._tell()
+    return super().items()
+
+  def values(self) -> Any:
+    self._tell()
+    return super().values()
 
 
 # A word that no template writes and none takes apart.
@@ -204,91 +251,6 @@ def _raise_exception(message: str):
   raise jinja2.TemplateError(message)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-  """What a template makes of its chat: whether it uses tools, and goes through the parts of a content."""
-
-  tools: bool
-  parts: bool
-
-
 @functools.lru_cache(maxsize=16)
-def _reads(source: str) -> _Reads:
-  tree = _environment().parse(source)
-  return _Reads(tools='tools' in jinja2.meta.find_undeclared_variables(tree), parts=_Contents(tree).are_gone_through())
-
-
-# Filters that go through a list of parts, and those that make a text of whatever they are given.
-_GOING_THROUGH = {'map', 'select', 'selectattr', 'reject', 'rejectattr'}
-_MAKING_TEXT = {
-  'capitalize', 'count', 'e', 'escape', 'indent', 'join', 'length', 'lower', 'replace', 'string', 'striptags', 'title',
-  'tojson', 'trim', 'upper', 'wordcount', 'wordwrap',
-}  # fmt: skip
-
-
-class _Contents:
-  """Follows the contents of messages through a template: to variables, into macros, through filters."""
-
-  def __init__(self, tree: nodes.Template):
-    self._tree = tree
-    self._names: set[str] = set()  # of variables that may hold a content
-    macros = {macro.name: [argument.name for argument in macro.args] for macro in tree.find_all(nodes.Macro)}
-    known = -1
-    while known < len(self._names):
-      known = len(self._names)
-      for assign in tree.find_all(nodes.Assign):
-        if self._is_content(assign.node) and (name := _variable(assign.target)):
-          self._names.add(name)
-      for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Name) and call.node.name in macros:
-          given = dict(zip(macros[call.node.name], call.args, strict=False)) | {
-            one.key: one.value for one in call.kwargs
-          }
-          self._names |= {name for name, value in given.items() if self._is_content(value)}
-
-  def are_gone_through(self) -> bool:
-    """Whether some loop, filter or index takes a content for a list of parts."""
-    return (
-      any(self._is_content(loop.iter) for loop in self._tree.find_all(nodes.For))
-      or any(one.name in _GOING_THROUGH and self._is_content(one.node) for one in self._tree.find_all(nodes.Filter))
-      or any(self._is_text_of_part(one) for one in self._tree.find_all(nodes.Getattr))
-      or any(self._is_text_of_part(one) for one in self._tree.find_all(nodes.Getitem))
-    )
-
-  def _is_content(self, node: nodes.Node | None) -> bool:
-    if isinstance(node, nodes.Name):
-      return node.name in self._names
-    if isinstance(node, nodes.Getattr | nodes.Getitem):
-      sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
-      return _key(node) == 'content' or _variable(node) in self._names or (sliced and self._is_content(node.node))
-    if isinstance(node, nodes.Filter):
-      return node.name not in _MAKING_TEXT and self._is_content(node.node)
-    if isinstance(node, nodes.CondExpr):
-      return self._is_content(node.expr1) or self._is_content(node.expr2)
-    if isinstance(node, nodes.Or | nodes.And):
-      return self._is_content(node.left) or self._is_content(node.right)
-    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr == 'get' and node.args:
-      return isinstance(node.args[0], nodes.Const) and node.args[0].value == 'content'
-    return False
-
-  def _is_text_of_part(self, node: nodes.Getattr | nodes.Getitem) -> bool:
-    """As in `message.content[0].text`."""
-    part = node.node
-    return _key(node) == 'text' and isinstance(part, nodes.Getitem) and self._is_content(part.node)
-
-
-def _key(node: nodes.Getattr | nodes.Getitem) -> Any:
-  if isinstance(node, nodes.Getattr):
-    return node.attr
-  return node.arg.value if isinstance(node.arg, nodes.Const) else None
-
-
-def _variable(node: nodes.Node) -> str:
-  """A name for what is assigned to, or read: a variable, or an attribute of a namespace."""
-  if isinstance(node, nodes.Name):
-    return node.name
-  if isinstance(node, nodes.NSRef):
-    return f'{node.name}.{node.attr}'
-  if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
-    return f'{node.node.name}.{node.attr}'
-  return ''
+def _uses_tools(source: str) -> bool:
+  return 'tools' in jinja2.meta.find_undeclared_variables(_environment().parse(source))

@@ -46,6 +46,19 @@ def text(words: str, **more) -> dict:
   return {'type': 'text', 'text': words} | more
 
 
+def of_each(body: str) -> str:
+  """A template that writes this for each message."""
+  return '{% for m in messages %}' + body + '{% endfor %}'
+
+
+def each(before: str, parts: str, behind: str = '') -> str:
+  """A template that writes the text of each part of each message, after it has put the parts somewhere."""
+  return of_each(before + '{% for i in ' + parts + ' %}{{ i.text }}|{% endfor %}' + behind)
+
+
+AB, SAME = [text('a'), text('b')], 'transformers'
+
+
 @pytest.mark.parametrize(
   ('template', 'content', 'expected', 'authority'),
   [
@@ -58,6 +71,19 @@ def text(words: str, **more) -> dict:
     # A template that goes through the parts gets them, in each of its ways.
     (LLAMA4, [text('a'), text('b')], 'a|b|;', 'transformers'),
     (LLAMA4, ['a', {'text': 'b'}], 'a|b|;', 'the contract: each part a mapping with its type'),
+    (each('{% with c = m.content %}', 'c', '{% endwith %}'), AB, 'a|b|', SAME),
+    (each('{% set ns = namespace(c=m.content) %}', 'ns.c'), AB, 'a|b|', SAME),
+    (each('{% set x, c = m.role, m.content %}', 'c'), AB, 'a|b|', SAME),
+    (each("{% set d = {'c': m.content} %}", 'd.c'), AB, 'a|b|', SAME),
+    (each("{% for k, v in m.items() if k == 'content' %}", 'v', '{% endfor %}'), AB, 'a|b|', SAME),
+    (each('', '[] + m.content'), AB, 'a|b|', SAME),
+    (each('', 'm.content[:1]'), AB, 'a|', SAME),
+    (each('{% if m.content is iterable and m.content is not string %}', 'm.content', '{% endif %}'), AB, 'a|b|', SAME),
+    (of_each('{% set p = m.content[0] %}{{ p.text }}'), AB, 'a', SAME),
+    (of_each('{{ (m.content | first).text }}'), AB, 'a', SAME),
+    (of_each("{{ m.content | join('-', attribute='text') }}"), AB, 'a-b', SAME),
+    (of_each("{{ '<' + m.content + '>' }}"), AB, '<ab>', 'the contract: the template takes it for text'),
+    (of_each('{{ m.content | trim | upper }}'), [text(' a'), text('b ')], 'AB', 'the contract'),
     (LLAMA4, 'a', 'a;', 'transformers'),
     (MACRO, [text('a'), text('b')], 'a|b|;', 'transformers'),
     (MACRO.replace('show(m.content)', 'show(content=m["content"])'), [text('a')], 'a|;', 'transformers'),

@@ -118,8 +118,8 @@ class _Part(dict):
     return super().values()
 
 
-# A word that no template writes and none takes apart.
-_ANSWER = 'Xq7answer4Kz'
+# Words that no template writes and none takes apart.
+_ANSWER, _QUESTION = 'Xq7answer4Kz', 'Xq7question4Kz'
 
 
 def texts_behind_an_answer(template: str, special_tokens: Mapping[str, str]) -> Iterator[str]:
@@ -127,17 +127,18 @@ def texts_behind_an_answer(template: str, special_tokens: Mapping[str, str]) -> 
 
   A template that refuses such a chat gives nothing.
   """
-  user = {'role': 'user', 'content': 'Hi'}
+  system, user = {'role': 'system', 'content': 'Hi'}, {'role': 'user', 'content': 'Hi'}
   answer: dict[str, Any] = {'role': 'assistant', 'content': _ANSWER}
   in_parts: dict[str, Any] = {'role': 'assistant', 'content': [{'type': 'text', 'text': _ANSWER}]}
-  for behind in ([], [user]):
-    for message in (answer, in_parts):  # in parts for a template that knows no other contents
+  for behind in ([], [{'role': 'user', 'content': _QUESTION}]):
+    # In parts for a template that knows no other contents, behind a system's message for one that asks for it.
+    for chat in ([user, answer], [user, in_parts], [system, user, answer]):
       try:
-        text = render_chat(template, [user, message, *behind], None, False, special_tokens, '')
+        text = render_chat(template, [*chat, *behind], None, False, special_tokens, '')
       except ValueError:
         continue
       if _ANSWER in text:
-        yield text.rpartition(_ANSWER)[2]
+        yield text.rpartition(_ANSWER)[2].partition(_QUESTION)[0]
         break
 
 

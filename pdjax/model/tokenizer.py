@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from pdjax.model.gguf_vocabulary import GGUFVocabulary, build_backend
 from pdjax.model.tokenizer_files import read_config, read_names, read_templates
 from pdjax.types.checks import check_text
 from pdjax.types.json_text import json_text
+
+_MARK = re.compile(r'<\S{2,}>|\[\S{2,}\]')  # how ends of turns are spelled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,16 +53,21 @@ class Tokenizer:
 
   @functools.cached_property
   def turn_end_ids(self) -> tuple[int, ...]:
-    """The token that the chat template puts behind an assistant's message, if it puts an added token there."""
+    """The token that the chat template puts behind an assistant's message: the first special one there.
+
+    Where there is none, the first that was added to the vocabulary counts, and then a token like `<|im_end|>` that
+    stands alone there, as in GGUF files that type it as a word. Ordinary text ends no turn.
+    """
     if self.chat_template is None:
       return ()
     added = self.backend.get_added_tokens_decoder()
     for text in texts_behind_an_answer(self.chat_template, self.special_tokens):
-      for token in self.backend.encode(text, add_special_tokens=False).ids:
-        if token in added:
-          return (token,)
-        if self.backend.decode([token]).strip():
-          break  # text, which ends no turn
+      behind = [token for token in self.backend.encode(text, add_special_tokens=False).ids if token in added]
+      if behind:
+        return (next((token for token in behind if added[token].special), behind[0]),)
+      mark = self.backend.token_to_id(text.strip())
+      if mark is not None and _MARK.fullmatch(text.strip()):
+        return (mark,)
     return ()
 
   def encode(self, text: str) -> list[int]:

@@ -68,14 +68,15 @@ def read_names(
 def _add_tokens(
   backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], names: Mapping[str, Token], extra: Iterable[Token]
 ) -> None:
-  """Give the tokenizer what it lacks; a token that it has takes the flags that it is given last."""
-  contents = {str(token) for token in (*backend.get_added_tokens_decoder().values(), *added.values())}
+  """Give the tokenizer what it lacks; a token that it has takes the flags that it is given last, but stays special."""
+  known = backend.get_added_tokens_decoder().values()
+  contents = {str(token) for token in (*known, *added.values())}
   new: list[Token] = [token for _, token in sorted(added.items())]
   for token in (*names.values(), *extra):
     if str(token) not in contents and token not in new:
       new.append(token)
-  named = {str(token) for token in names.values()}
-  backend.add_tokens([_as_added(token, special=str(token) in named) for token in new])
+  special = {str(token) for token in (*names.values(), *(one for one in known if one.special))}
+  backend.add_tokens([_as_added(token, special=str(token) in special) for token in new])
 
 
 class _Reader:

@@ -38,6 +38,15 @@ def _everything(disaggregated, stamps):
   ]
 
 
+def test_a_last_line_that_was_cut_short_is_left_out_and_no_other(tmp_path):
+  path = tmp_path / 'events.jsonl'
+  path.write_text('{"event": "Turn", "now_s": 0.0}\n{"event": "Turn", "no')
+  assert list(read_events(path)) == [{'event': 'Turn', 'now_s': 0.0}]
+  path.write_text('{"event": "Turn", "no\n{"event": "Turn", "now_s": 0.0}\n')
+  with pytest.raises(ValueError):
+    list(read_events(path))
+
+
 def test_the_file_holds_what_memory_holds(disaggregated, stamps, tmp_path):
   events = _everything(disaggregated, stamps)
   with EventLog(tmp_path / 'run' / 'events.jsonl') as log:

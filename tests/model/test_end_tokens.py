@@ -178,6 +178,10 @@ SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }
     ('{% for m in messages %}{{ m.content }}<tool>{% endfor %}', (3,), 'an added token that is not special'),
     ('{% for m in messages %}{{ m.content }}ab{% endfor %}', (), 'a word of the vocabulary'),
     (SYSTEM, (), 'a template that refuses the chat'),
+    (SYSTEM + '{% for m in messages %}{{ m.content }}<turn>{% endfor %}', (2,), 'a template that asks for a system'),
+    ('{% for m in messages %}{{ m.content }}<tool><turn>{% endfor %}', (2,), 'Qwen 3: </think> is no special token'),
+    ('{% for m in messages %}{{ m.content }}.<turn>{% endfor %}', (2,), 'text before the end is still the message'),
+    ('{% for m in messages %}{{ m.content }}\nab: {% endfor %}<turn>', (2,), 'the chat ends with it'),
     ('{{ raise_exception("never") }}', (), 'a template that refuses every chat'),
     ('{% if %}', (), 'no template'),
     ('{{ messages[0].content }}</s>', (), 'a template that leaves answers out'),
@@ -248,6 +252,21 @@ def test_a_gguf_chat_stops_at_the_end_of_its_turn(
   assert checkpoint.spec.eos_token_ids == ends.ids == ids
   assert ends.chat_ids == chat_ids
   assert sorted(llama_cpp - {*chat_ids}) == beyond
+
+
+@pytest.mark.parametrize('types', [[1] * 40, None])
+def test_an_end_of_turn_that_a_gguf_file_types_as_a_word_ends_chats_all_the_same(tmp_path, types):
+  """As in llama.cpp, which goes by the spelling; in raw text it stays the word that the file calls it."""
+  metadata = {'tokenizer.ggml.token_type': types, 'tokenizer.ggml.eos_token_id': 0, 'tokenizer.chat_template': CHATML}
+  vocabulary = {
+    'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'qwen2', 'tokenizer.ggml.merges': ['t u'],
+    'tokenizer.ggml.tokens': [*IM, 't', 'u', 'tu', *(f't{i}' for i in range(37 - len(IM)))],
+    'tokenizer.ggml.eot_token_id': None,
+  }  # fmt: skip
+  write_gguf(tmp_path / 'tiny.gguf', metadata=vocabulary | metadata)
+  assert GGUFCheckpoint(tmp_path / 'tiny.gguf').end_tokens().by_source() == {
+    'tokenizer.ggml.eos_token_id': [0], 'chat template': [2],
+  }  # fmt: skip
 
 
 def test_a_gguf_file_says_which_key_names_an_end(tmp_path):

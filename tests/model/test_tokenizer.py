@@ -505,3 +505,13 @@ def test_a_template_cannot_reach_the_interpreter():
 def test_templates_render_as_in_hugging_face(template, expected):
   tokenizer = with_template(template)
   assert tokenizer.decode(tokenizer.apply_chat_template(user('x'))) == expected
+
+
+def test_a_token_that_tokenizer_json_calls_special_stays_special_whatever_else_is_said(tmp_path):
+  """As in transformers 5.24: the library never forgets that a token was special."""
+  Tokenizer.from_gguf_metadata(byte_level()).save(tmp_path)
+  config = {'added_tokens_decoder': {'2': {'content': '<turn>', 'special': False}}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
+  tokenizer = Tokenizer.from_folder(tmp_path)
+  tokens = tokenizer.encode('ab<turn>ab')
+  assert tokenizer.decode(tokens) == tokenizer.backend.decode(tokens, skip_special_tokens=True) == 'abab'

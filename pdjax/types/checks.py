@@ -27,6 +27,8 @@ def check_text(text: str, place: str) -> str:
 
 def is_number(value: object) -> bool:
   """Whether it is a number, one that a float can hold; a truth value is none."""
+  if type(value) is float:
+    return True
   try:
     float(value)  # type: ignore[arg-type]
   except (TypeError, ValueError, OverflowError):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from pdjax.metrics.event_log import EventLog, event_to_json, read_events
 from pdjax.serving.messages import (

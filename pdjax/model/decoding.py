@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
-from pdjax.model.decoding_stages import MakeStage, Stage, Unstreamable, stages_of
+from pdjax.model.decoder_chain import MakeStage, Unstreamable, stages_of
+from pdjax.model.decoding_stages import Stage
 
 _PRIMING_TOKENS = 8  # of these, four bytes may belong to one character and one be the first of a text
 

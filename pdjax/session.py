@@ -286,12 +286,12 @@ class Session:
     self._log = EventLog(path, keep=self._keep_events)
     try:
       self._deployment = self._deploy()
+      engine = self._deployment.built.engine
+      self._live = Live(engine.interrupt)
+      engine.start_clock()
     except BaseException:
       self._log.close()
       raise
-    engine = self._deployment.built.engine
-    self._live = Live(engine.interrupt)
-    engine.start_clock()
     self._thread = threading.Thread(target=self._run, name='pdjax-session', daemon=True)  # an exit closes it, below
     self._thread.start()
     atexit.register(self._close_at_exit)

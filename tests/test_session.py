@@ -288,6 +288,13 @@ def test_samples_come_with_their_index_and_end_together(begin):
   assert len({one.token_ids for one in results}) == 3
 
 
+def test_a_deployment_whose_session_is_closed_begins_no_other(begin):
+  with begin() as session:
+    deployment = session._deployment
+  with pytest.raises(ValueError, match='the engine is closed'):
+    pdjax.Session(deployment).start()
+
+
 # ---------------------------------------------------------------------------- asyncio
 
 

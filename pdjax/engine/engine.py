@@ -89,6 +89,7 @@ class Engine:
     self.workers = {worker.spec.name: worker for worker in workers}
     self._transports = transports
     self._mailbox = Mailbox()
+    self._closed = False
     self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
     self._transfers = Waiters('transfers', self._post_crash)
     self._under_way: dict[int, _UnderWay] = {}  # by order
@@ -96,7 +97,13 @@ class Engine:
     self._free_from_s = dict.fromkeys(self.workers, 0.0)
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; of an earlier one nothing is heard any more."""
+    """Let a run begin now, at 0 s; of an earlier one nothing is heard any more.
+
+    Raises:
+      ValueError: if the engine is closed.
+    """
+    if self._closed:
+      raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
     for order in list(self._under_way):
       self._give_up(order)
     self._mailbox.forget_all_but((Interrupt, _Crashed, _Broken))
@@ -112,6 +119,7 @@ class Engine:
 
   def close(self) -> None:
     """Wait for passes under way, and a while for transfers, and end the threads."""
+    self._closed = True
     self._transfers.close()
     for waiter in self._passes.values():
       waiter.close()

@@ -149,7 +149,13 @@ class ProcessEngine:
       thread.start()
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
+    """Let a run begin now, at 0 s; all of an earlier one must have ended.
+
+    Raises:
+      ValueError: if the engine is closed.
+    """
+    if self._closing:
+      raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
     self._transfers.clear()
     self._by_number.clear()
     before = self._mailbox.collect(-math.inf)[1]

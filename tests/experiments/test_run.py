@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -199,7 +201,10 @@ def test_bad_input_is_answered_in_one_clear_line(answered, arguments, words):
     (['{"prompt_token_ids": [3]}'], 0),
     (['{"prompt_token_ids": [3]}', '{"prompt_token_ids": [3], "max_token": 4}', '{"id": "\\ud83d"}', '[', ''], 3),
     (['{"prompt_token_ids": [3], "max_token": 4}', 'null', '{"prompt": "text"}'], 1),
-    (['{"prompt_token_ids": [95, 96]}'], 1),  # refused by the cluster rather than as it is read
+    (['{"prompt_token_ids": [95, 96]}'], 1),
+    (['{"prompt_token_ids": [3], "id": "good"}', f'{{"prompt_token_ids": {[3] * 65}}}'], 3),  # the cluster refuses it
+    (['{"prompt_token_ids": [3]}', '{"prompt_token_ids": [3], "arrival_s": 1e9}'], 3),  # nobody waits for it
+    (['{"prompt_token_ids": [3]}', '{"prompt_token_ids": [3], "arrival_s": 2e6}'], 0),
     ([''], 0),
   ],
 )
@@ -215,9 +220,53 @@ def test_the_exit_code_says_whether_every_line_was_served(checkpoint, tmp_path, 
   assert len(rows) == len([line for line in lines if line])
   for number, row in enumerate(rows, start=1):
     if row['finish_reason'] == 'rejected':
-      assert (row['id'] == f'line-{number}' and f'line {number}: ' in row['error']) or 'token id 96' in row['error']
-  if code == 3:
+      assert row['id'] == f'line-{number}' and row['error'].startswith(f'line {number}: ')
+      assert row['seed'] is row['arrival_s'] is None
+  if len(rows) > 3:
     assert "line-2 was refused: line 2: unknown key 'max_token'; did you mean 'max_tokens'?" in done.stdout
+
+
+def test_the_report_tells_how_many_lines_were_refused(checkpoint, tmp_path):
+  (tmp_path / 'in.jsonl').write_text('\n'.join(['{"prompt_token_ids": [3]}', *['{}'] * 14]))
+  done = command(
+    f'--config=configs/cpu.py:checkpoint={checkpoint}', f'--requests={tmp_path / "in.jsonl"}', '--backend=simulator',
+    f'--workdir={tmp_path}',
+  )  # fmt: skip
+  assert done.returncode == 3 and 'and 2 more lines were refused; requests.jsonl has all of them.' in done.stdout
+  assert '14 of 15 lines were refused as they were read.' in json.loads((tmp_path / 'report.json').read_text())['notes']
+
+
+def test_a_report_that_cannot_be_written_takes_no_answer_with_it(checkpoint, tmp_path):
+  (tmp_path / 'in.jsonl').write_text('{"prompt_token_ids": [3], "max_tokens": 4}')
+  (tmp_path / 'report.json').mkdir()
+  done = command(
+    f'--config=configs/cpu.py:checkpoint={checkpoint}', f'--requests={tmp_path / "in.jsonl"}', '--backend=simulator',
+    f'--workdir={tmp_path}',
+  )  # fmt: skip
+  assert done.returncode == 1 and 'Is a directory' in done.stderr and 'Traceback' not in done.stderr
+  assert json.loads((tmp_path / 'requests.jsonl').read_text())['finish_reason'] == 'length'
+
+
+def test_a_run_that_is_interrupted_leaves_the_answers_that_it_has(checkpoint, tmp_path):
+  first, late = (
+    {'prompt_token_ids': [3], 'max_tokens': 4, 'ignore_eos': True},
+    {'prompt_token_ids': [3], 'arrival_s': 1e3},
+  )
+  (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, (first, late, {}))))
+  with subprocess.Popen(
+    [sys.executable, '-m', 'experiments.run', f'--config=configs/cpu.py:checkpoint={checkpoint}',
+     '--set=workers.prefill0.max_step_tokens=32', f'--requests={tmp_path / "in.jsonl"}', f'--workdir={tmp_path}'],
+    cwd=ROOT, env=quick_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  ) as process:  # fmt: skip
+    while process.poll() is None and not (tmp_path / 'events.jsonl').exists():  # it begins with the run
+      time.sleep(0.05)
+    time.sleep(3.0)  # the first line takes milliseconds, the second a quarter of an hour
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+  assert process.returncode == 130 and 'Traceback' not in errors, errors
+  rows = [json.loads(line) for line in (tmp_path / 'requests.jsonl').read_text().splitlines()]
+  assert [row['finish_reason'] for row in rows] == ['length', 'error', 'rejected']
+  assert len(rows[0]['output_token_ids']) == 4 and rows[1]['error'] == 'the run ended before it did.'
 
 
 def test_one_prompt_without_a_seed_has_an_answer_a_line_and_each_can_be_repeated(checkpoint, tmp_path):

@@ -28,6 +28,7 @@ class Point:
   y: object = None
 
 
+# By RFC 8259, which has no numbers but finite ones, and our contract for their names; what is finite, by Python's json.
 @pytest.mark.parametrize(
   ('value', 'expected'),
   [

@@ -107,6 +107,7 @@ def test_a_prompt_that_the_tokenizer_refuses_is_refused(read):
   assert refused.id == 'line-1' and "prompt cannot become tokens (KeyError: 'no such characters')" in refused.error
 
 
+# What is no JSON, by RFC 8259; what has other types, by OpenAI's API reference; the others by our contract.
 @pytest.mark.parametrize(
   ('line', 'wrong'),
   [
@@ -179,6 +180,7 @@ def test_a_file_that_cannot_be_read_stops_the_reading(tmp_path, name):
     read_requests(tmp_path / name)
 
 
+# By our contract: an id that a line gives itself, or one of its samples, is never a default.
 @pytest.mark.parametrize(
   ('lines', 'names'),
   [
@@ -202,11 +204,13 @@ OPTIONAL = (
 )  # fmt: skip
 
 
+# By OpenAI's API reference and vLLM's protocol, where all optional keys may be null.
 @pytest.mark.parametrize('key', OPTIONAL)
 def test_a_key_that_is_null_is_as_good_as_left_out(read, key):
   assert read({'prompt': 'a', key: None}) == read({'prompt': 'a'})
 
 
+# By OpenAI's API reference these are the values that ask for nothing; that such a line is served, by our contract.
 @pytest.mark.parametrize(
   'fields',
   [

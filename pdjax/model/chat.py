@@ -25,7 +25,8 @@ def render_chat(
   """The text of a chat, as the model was trained to see it.
 
   Messages are read as transformers 5 reads them: a key that is None is as good as left out, and `reasoning_content` is
-  filled from `thinking` or `reasoning`. Text in parts is joined, unless the template goes through the parts itself.
+  filled from `thinking` or `reasoning`. Text in parts is joined, unless the template goes through the parts itself. A
+  message without content, such as one of tool calls, has an empty one where the template cannot do without.
 
   Args:
     template: Jinja source.
@@ -48,7 +49,7 @@ def render_chat(
     if isinstance(message.get('content'), list)
   }
 
-  def render(contents: Mapping[int, Any]) -> str:
+  def render(contents: dict[int, Any]) -> str:
     return _compile(template).render(
       messages=[one | {'content': contents[place]} if place in contents else one for place, one in enumerate(plain)],
       add_generation_prompt=add_generation_prompt,
@@ -60,21 +61,26 @@ def render_chat(
   try:
     if functions and not _uses_tools(template):
       raise _ToolsError
-    return _render_parts(render, parts) if parts else render({})
+    try:
+      return _render_parts(render, parts)
+    except jinja2.UndefinedError:
+      lacking = {place: '' for place, message in enumerate(plain) if 'content' not in message}
+      if not lacking:
+        raise
+      return _render_parts(lambda contents: render(lacking | contents), parts)
   except _ToolsError:
     raise ValueError(
       f'tools are given, but the chat template of {source} does not use any, so the model would not see them; '
       'leave tools out, or use a model that was trained to call functions.'
     ) from None
   except Exception as error:  # a template is a program of someone else: it may raise anything
-    lacking = ' (a key that is null is as good as left out)' if isinstance(error, jinja2.UndefinedError) else ''
     raise ValueError(
       f'the chat template of {source} refuses these messages ({type(error).__name__}: {error}); '
-      f'check their roles, order and contents against what the model expects{lacking}.'
+      'check their roles, order and contents against what the model expects.'
     ) from error
 
 
-def _render_parts(render: Callable[[Mapping[int, Any]], str], parts: Mapping[int, list[dict[str, Any]]]) -> str:
+def _render_parts(render: Callable[[dict[int, Any]], str], parts: Mapping[int, list[dict[str, Any]]]) -> str:
   """Render with contents in parts where the template reads their texts, and with the joined text where it does not."""
   read: set[int] = set()
   contents: dict[int, Any] = {

@@ -134,6 +134,48 @@ def test_a_part_that_is_no_text_is_refused_by_name(template, part, message):
     rendered(template, messages)
 
 
+CALLS = [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]
+JOINING = of_each("{{ '<' + m.role + '>' + m.content + ';' }}")
+
+
+@pytest.mark.parametrize(
+  ('template', 'message', 'expected', 'authority'),
+  [
+    (
+      JOINING,
+      {'content': None, 'tool_calls': CALLS},
+      '<assistant>;',
+      'the contract; transformers raises UndefinedError',
+    ),
+    (JOINING, {'tool_calls': CALLS}, '<assistant>;', 'the contract; transformers raises UndefinedError'),
+    (JOINING, {'content': None}, '<assistant>;', 'the contract; transformers raises UndefinedError'),
+    (of_each('{{ m.content | trim }};'), {'content': None, 'tool_calls': CALLS}, ';', 'transformers'),
+    (of_each("{{ m.content.split('x')[0] }};"), {'content': None}, ';', 'the contract; transformers raises'),
+    (
+      of_each('{{ m.tool_calls[0].function.name }}{{ m.content }};'),
+      {'content': None, 'tool_calls': CALLS},
+      'f;',
+      SAME,
+    ),
+    (
+      of_each("{{ m.content if 'content' in m else 'calls' }};"),
+      {'content': None, 'tool_calls': CALLS},
+      'calls;',
+      SAME,
+    ),
+  ],
+)
+def test_a_message_without_content_is_served(template, message, expected, authority):
+  assert rendered(template, [{'role': 'assistant'} | message]) == expected, authority
+
+
+def test_a_message_without_content_changes_nothing_for_content_in_parts():
+  messages = [{'role': 'user', 'content': AB}, {'role': 'assistant', 'content': None, 'tool_calls': CALLS}]
+  assert rendered(JOINING, messages) == '<user>ab;<assistant>;'
+  parts = "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% else %}{{ '<' + m.content }}{% endif %}"
+  assert rendered(of_each(parts), messages) == 'a|b|<'
+
+
 @pytest.mark.parametrize(
   ('template', 'used', 'authority'),
   [

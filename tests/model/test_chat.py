@@ -135,6 +135,7 @@ def test_a_part_that_is_no_text_is_refused_by_name(template, part, message):
 
 
 CALLS = [{'type': 'function', 'function': {'name': 'f', 'arguments': '{}'}}]
+RAISES = 'the contract, where transformers raises UndefinedError'
 JOINING = of_each("{{ '<' + m.role + '>' + m.content + ';' }}")
 
 
@@ -145,12 +146,12 @@ JOINING = of_each("{{ '<' + m.role + '>' + m.content + ';' }}")
       JOINING,
       {'content': None, 'tool_calls': CALLS},
       '<assistant>;',
-      'the contract; transformers raises UndefinedError',
+      RAISES,
     ),
-    (JOINING, {'tool_calls': CALLS}, '<assistant>;', 'the contract; transformers raises UndefinedError'),
-    (JOINING, {'content': None}, '<assistant>;', 'the contract; transformers raises UndefinedError'),
+    (JOINING, {'tool_calls': CALLS}, '<assistant>;', RAISES),
+    (JOINING, {'content': None}, '<assistant>;', RAISES),
     (of_each('{{ m.content | trim }};'), {'content': None, 'tool_calls': CALLS}, ';', 'transformers'),
-    (of_each("{{ m.content.split('x')[0] }};"), {'content': None}, ';', 'the contract; transformers raises'),
+    (of_each("{{ m.content.split('x')[0] }};"), {'content': None}, ';', RAISES),
     (
       of_each('{{ m.tool_calls[0].function.name }}{{ m.content }};'),
       {'content': None, 'tool_calls': CALLS},
@@ -172,8 +173,8 @@ def test_a_message_without_content_is_served(template, message, expected, author
 def test_a_message_without_content_changes_nothing_for_content_in_parts():
   messages = [{'role': 'user', 'content': AB}, {'role': 'assistant', 'content': None, 'tool_calls': CALLS}]
   assert rendered(JOINING, messages) == '<user>ab;<assistant>;'
-  parts = "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% else %}{{ '<' + m.content }}{% endif %}"
-  assert rendered(of_each(parts), messages) == 'a|b|<'
+  for_user = "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}|{% endfor %}"
+  assert rendered(of_each(for_user + "{% else %}{{ '<' + m.content }}{% endif %}"), messages) == 'a|b|<'
 
 
 @pytest.mark.parametrize(

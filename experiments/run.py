@@ -144,7 +144,7 @@ def _serve_file(config: ServingConfig, opened: launch.OpenedModel, console: Cons
     ends = outcomes(rows, completions)
     if events or not requests:
       write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', ends)
-  _show_answers(console, completions)
+  _show_answers(console, tuple(one for one in ends if isinstance(one, Completion)))
   refused = [one for one in ends if isinstance(one, Refused)]
   for one in refused[:_SHOWN]:
     console.print(f'{one.id} was refused: {one.error}', markup=False)

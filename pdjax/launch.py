@@ -380,7 +380,7 @@ class OpenedModel:
 
   def end_ids_of(self, prompt: Prompt) -> tuple[int, ...]:
     """Tokens that end the answer to a prompt, besides the model's own: none for token ids."""
-    is_chat = isinstance(prompt, str) or isinstance(prompt[0], Mapping)
+    is_chat = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     return self.chat_end_ids if is_chat else ()
 
   def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
@@ -389,7 +389,9 @@ class OpenedModel:
     Raises:
       ValueError: if the prompt is empty, none of these, or words although there is no tokenizer.
     """
-    if isinstance(prompt, bytes | bytearray) or not hasattr(prompt, '__getitem__') or not hasattr(prompt, '__len__'):
+    if isinstance(prompt, Mapping):
+      raise ValueError(f'the prompt is the message {prompt!r:.80}, expected a chat, a list of them; write [{{...}}].')
+    if isinstance(prompt, bytes | bytearray) or not hasattr(prompt, '__getitem__') or not _has_length(prompt):
       raise ValueError(f'the prompt is {prompt!r:.80}, expected a text, messages or token ids.')
     if len(prompt) == 0:
       raise ValueError('the prompt is empty, expected some text, messages or token ids.')
@@ -407,6 +409,14 @@ class OpenedModel:
     if self.tokenizer.chat_template is None:
       return tuple(self.tokenizer.encode(prompt))
     return tuple(self.tokenizer.apply_chat_template([{'role': 'user', 'content': prompt}]))
+
+
+def _has_length(value: object) -> bool:
+  try:
+    len(value)  # type: ignore[arg-type]
+  except TypeError:  # as of an array without axes
+    return False
+  return True
 
 
 def open_model(config: ServingConfig) -> OpenedModel:

@@ -404,8 +404,9 @@ class Session:
     if isinstance(request, Request):
       if sampling is not None:
         raise ValueError(f'request {request.id!r} comes with sampling parameters of its own; leave sampling out.')
+      prompt = opened.encode_prompt(request.prompt)
       ends = (*request.end_token_ids, *opened.end_ids_of(request.prompt))
-      return dataclasses.replace(request, prompt=opened.encode_prompt(request.prompt), end_token_ids=ends)
+      return dataclasses.replace(request, prompt=prompt, end_token_ids=ends)
     made = opened.make_request('request', request, sampling or SamplingParams())
     name = next(name for number in self._numbers if not self._live.knows(name := f'request-{number}'))
     return dataclasses.replace(made, id=name)

@@ -73,6 +73,15 @@ def test_generate_draws_a_seed_for_each_prompt_from_that_of_the_run():
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<turn>\n{% endfor %}"
 
 
+@pytest.mark.parametrize('bad', [None, 5, b'ab', {'role': 'user', 'content': 'x'}, {1, 2}, [1, 'a'], [1.5], ''])
+def test_what_is_no_prompt_is_a_value_error_that_says_which(bad):
+  opened = launch.OpenedModel(TINY, None, byte_tokenizer())
+  with pytest.raises(ValueError, match='the prompt is'):
+    opened.make_request('a', bad)
+  with pytest.raises(ValueError, match='prompt 1: the prompt is'):
+    pdjax.generate([prompt(3), bad], config(**SMALL))
+
+
 def test_only_chats_end_as_their_template_ends_an_answer():
   tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
   opened = launch.OpenedModel(TINY, None, tokenizer)

@@ -108,9 +108,9 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
       {"event": "Started", "now_s": 0.25, "order": {"order": "StepOrder", "id": 3, "worker": "prefill0", ...}}
 
   A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
-  Orders keep their page numbers, slots and admissions. Tuples are lists. `Occupancy` comes at the end of a turn that
-  changed how full the cluster is and names only the workers whose figures changed. A number that is not finite is the
-  text "NaN", "Infinity" or "-Infinity", see `json_text`. A last line that was cut short is left out:
+  Orders keep their page numbers, slots and admissions. Tuples are lists, and a number that is not finite is the text
+  "NaN", "Infinity" or "-Infinity". A last line that was cut short is left out. `Occupancy` comes at the end of a turn
+  that changed how full the cluster is and names only the workers whose figures changed:
 
       {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
   """

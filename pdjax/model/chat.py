@@ -63,7 +63,7 @@ def render_chat(
       raise _ToolsError
     try:
       return _render_parts(render, parts)
-    except jinja2.UndefinedError:
+    except Exception:  # perhaps of a template that takes a content for granted
       lacking = {place: '' for place, message in enumerate(plain) if 'content' not in message}
       if not lacking:
         raise
@@ -82,20 +82,27 @@ def render_chat(
 
 def _render_parts(render: Callable[[dict[int, Any]], str], parts: Mapping[int, list[dict[str, Any]]]) -> str:
   """Render with contents in parts where the template reads their texts, and with the joined text where it does not."""
-  read: set[int] = set()
-  contents: dict[int, Any] = {
-    place: [_Part(part, functools.partial(read.add, place)) for part in own] for place, own in parts.items()
-  }
-  joined = {place: ''.join(part['text'] for part in own) for place, own in parts.items()}
-  try:
-    text = render(contents)
-  except Exception:  # of a template that takes a content for text
-    if read == parts.keys():
-      raise
-  else:
-    if read == parts.keys():
-      return text
-  return render(contents | {place: joined[place] for place in parts if place not in read})
+  as_text: set[int] = set()
+  while True:
+    read: set[int] = set()
+    contents: dict[int, Any] = {
+      place: ''.join(part['text'] for part in own)
+      if place in as_text
+      else [_Part(part, functools.partial(read.add, place)) for part in own]
+      for place, own in parts.items()
+    }
+    unread = [place for place in parts if place not in as_text]
+    try:
+      text = render(contents)
+    except Exception:
+      unread = [place for place in unread if place not in read][:1]  # templates go in order: it is the next that failed
+      if not unread:
+        raise
+    else:
+      unread = [place for place in unread if place not in read]
+      if not unread:
+        return text
+    as_text.update(unread)
 
 
 class _Part(dict):
@@ -114,6 +121,12 @@ class _Part(dict):
     if key == 'text':
       self._tell()
     return super().get(key, default)
+
+  def __iter__(self) -> Any:
+    return super().__iter__()  # with one of its own, a mapping is copied by its keys and not behind its back
+
+  def copy(self) -> Any:
+    return dict(self)
 
   def items(self) -> Any:
     self._tell()

@@ -18,7 +18,7 @@ from pdjax.model.tokenizer_files import read_config, read_names, read_templates
 from pdjax.types.checks import check_text
 from pdjax.types.json_text import json_text
 
-_MARK = re.compile(r'<\S{2,}>|\[\S{2,}\]')  # how ends of turns are spelled
+_MARK = re.compile(r'<[^/\s<>]{2,}>|\[[^/\s\[\]]{2,}\]')  # how ends of turns are spelled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,22 +53,35 @@ class Tokenizer:
 
   @functools.cached_property
   def turn_end_ids(self) -> tuple[int, ...]:
-    """The token that the chat template puts behind an assistant's message: the first special one there.
+    """The token that the chat template puts behind an assistant's message; ordinary text ends no turn.
 
-    Where there is none, the first that was added to the vocabulary counts, and then a token like `<|im_end|>` that
-    stands alone there, as in GGUF files that type it as a word. Ordinary text ends no turn.
+    It is the first token behind the message that is spelled like `<|im_end|>` or was added to the vocabulary. Only a
+    special one counts behind further text, and before a closing tag such as `</think>`, which is part of the message.
     """
     if self.chat_template is None:
       return ()
-    added = self.backend.get_added_tokens_decoder()
     for text in texts_behind_an_answer(self.chat_template, self.special_tokens):
-      behind = [token for token in self.backend.encode(text, add_special_tokens=False).ids if token in added]
-      if behind:
-        return (next((token for token in behind if added[token].special), behind[0]),)
-      mark = self.backend.token_to_id(text.strip())
-      if mark is not None and _MARK.fullmatch(text.strip()):
-        return (mark,)
+      mark = _MARK.match(text.lstrip())
+      token = None if mark is None else self.backend.token_to_id(mark[0])
+      token = self._first_end(text) if token is None else token
+      if token is not None:
+        return (token,)
     return ()
+
+  def _first_end(self, text: str) -> int | None:
+    added = self.backend.get_added_tokens_decoder()
+    closing, behind_text = None, False
+    for token in self.backend.encode(text, add_special_tokens=False).ids:
+      if token in added and added[token].special:
+        return token
+      spelled = self.backend.decode([token], skip_special_tokens=False)
+      if token in added and spelled.strip() and not behind_text:
+        if not spelled.startswith('</'):
+          return token
+        closing = token if closing is None else closing
+      elif spelled.strip():
+        behind_text = True
+    return closing
 
   def encode(self, text: str) -> list[int]:
     """Token ids of raw text, with a beginning or end token only where the checkpoint itself adds one.

@@ -1,5 +1,6 @@
 """Checks of single values that users give: whole texts, numbers, seeds."""
 
+import numbers
 import re
 from collections.abc import Iterable
 
@@ -26,14 +27,16 @@ def check_text(text: str, place: str) -> str:
 
 
 def is_number(value: object) -> bool:
-  """Whether it is a number, one that a float can hold; a truth value is none."""
+  """Whether it is a real number that a float can hold; a truth value is none."""
   if type(value) is float:
     return True
-  try:
-    float(value)  # type: ignore[arg-type]
-  except (TypeError, ValueError, OverflowError):
+  if isinstance(value, bool) or not isinstance(value, numbers.Real):
     return False
-  return not isinstance(value, bool | str | bytes)
+  try:
+    float(value)
+  except OverflowError:
+    return False
+  return True
 
 
 def check_seed(seed: int, what: str) -> None:
@@ -50,8 +53,19 @@ def check_token_ids(tokens: Iterable[int], what: str) -> None:
   """See that these can be token ids of some vocabulary; found later, it would break the pass of others.
 
   Raises:
-    ValueError: if one is no integer of 31 bits; `what` names them in the message.
+    ValueError: if it is no list, or one is no integer of 31 bits; `what` names them in the message.
   """
+  check_list(tokens, what, 'token ids')
   for token in tokens:
-    if not hasattr(token, '__index__') or not 0 <= token < 2**31:
-      raise ValueError(f'{what} has {token!r}, expected token ids from 0 to 2**31 - 1.')
+    if not hasattr(token, '__index__') or isinstance(token, bool) or not 0 <= token < 2**31:
+      raise ValueError(f'{what} has {token!r}, expected token ids from 0 to 2**31 - 1; correct it or leave it out.')
+
+
+def check_list(value: object, what: str, of: str) -> None:
+  """See that a value is a tuple or a list.
+
+  Raises:
+    ValueError: if it is none; the message says `what` it is and `of` what the tuple should be.
+  """
+  if not isinstance(value, tuple | list):
+    raise ValueError(f'{what} is {value!r:.80}, expected a tuple of {of}; () is none of them.')

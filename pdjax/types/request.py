@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pdjax.types.checks import check_seed, check_text, check_token_ids, is_number
+from pdjax.types.checks import check_list, check_seed, check_text, check_token_ids, is_number
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 
@@ -49,7 +49,7 @@ class SamplingParams:
     n: Samples of the prompt, which is computed once, see `Request.samples`.
 
   Raises:
-    ValueError: if a value is out of range.
+    ValueError: if a value is out of range or of another kind.
   """
 
   max_tokens: int = 128
@@ -68,11 +68,12 @@ class SamplingParams:
   n: int = 1
 
   def __post_init__(self):
-    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'n')}
-    counts |= {name: getattr(self, name) or 0 for name in ('logprobs', 'seed')}
+    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed')}
     for name, count in counts.items():  # found later, it would break the pass of others
-      if not hasattr(count, '__index__') or isinstance(getattr(self, name), bool):
-        raise ValueError(f'{name} is {getattr(self, name)!r}, expected an integer.')
+      if count is None and name in ('logprobs', 'seed'):
+        continue
+      if not hasattr(count, '__index__') or isinstance(count, bool):
+        raise ValueError(f'{name} is {count!r}, expected an integer.')
     for name in _NUMBERS:
       if not is_number(getattr(self, name)):
         raise ValueError(f'{name} is {getattr(self, name)!r}, expected a number.')
@@ -80,7 +81,7 @@ class SamplingParams:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected a count below 2**31; ask for fewer.')
     if self.max_tokens < 1:
       raise ValueError(f'max_tokens is {self.max_tokens}, expected at least 1; ask for one token or leave it out.')
-    if not 0 <= self.temperature <= _FLOAT32:
+    if not 0 <= float(self.temperature) <= _FLOAT32:
       raise ValueError(f'temperature is {self.temperature}, expected 0 (greedy) or a positive number below 3.4e38.')
     if not 0 <= self.top_k < _INT32:
       raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count below 2**31.')
@@ -98,9 +99,12 @@ class SamplingParams:
         raise ValueError(f'{name} is {getattr(self, name)}, expected a number from -2 to 2; 0 changes nothing.')
     if self.seed is not None:
       check_seed(self.seed, 'seed')
+    if not isinstance(self.ignore_eos, bool):
+      raise ValueError(f'ignore_eos is {self.ignore_eos!r}, expected True or False.')
     stop: object = self.stop
     if isinstance(stop, str):
       raise ValueError(f'stop is the text {stop!r}, expected a tuple of texts; write ({stop!r},).')
+    check_list(stop, 'stop', 'texts')
     if not all(isinstance(text, str) for text in self.stop):
       raise ValueError(f'stop is {self.stop!r}, expected a tuple of texts; for token ids use stop_token_ids.')
     for text in self.stop:
@@ -179,8 +183,8 @@ class Request:
       template puts behind an answer.
 
   Raises:
-    ValueError: if the prompt is empty, the id is no text that UTF-8 can hold, or the arrival time is negative or
-      infinite.
+    ValueError: if the prompt is empty or no sequence, the id or the session is no text that UTF-8 can hold, the arrival
+      time is negative or infinite, `end_token_ids` are no token ids, or `sampling` or `slo` is of another kind.
   """
 
   id: str
@@ -199,12 +203,16 @@ class Request:
     prompt: object = self.prompt
     if isinstance(prompt, str):
       raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
+    if not hasattr(prompt, '__len__'):
+      raise ValueError(f'request {self.id!r} has the prompt {prompt!r:.80}, expected a sequence of token ids.')
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
     for name, kind in (('sampling', SamplingParams), ('slo', SLO | None), ('session', str | None)):
       if not isinstance(getattr(self, name), kind):
-        expected = getattr(kind, '__name__', str(kind))
+        expected = {'sampling': 'SamplingParams(...)', 'slo': 'SLO(...) or None', 'session': 'a text or None'}[name]
         raise ValueError(f'request {self.id!r} has {name}={getattr(self, name)!r:.80}, expected {expected}.')
+    if self.session is not None:
+      check_text(self.session, 'the session of a request')
     check_token_ids(self.end_token_ids, 'end_token_ids')
     if not (is_number(self.arrival_s) and self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
       raise ValueError(f'request {self.id!r} arrives at {self.arrival_s} s, expected 0 or later.')

@@ -33,6 +33,8 @@ and all of these may be left out, or null:
     {"prompt": "The capital of France is", "max_tokens": 8}
     {"messages": [{"role": "user", "content": "Tell me a joke."}], "temperature": 0.8, "seed": 7, "arrival_s": 1.5}
 
+Keys of OpenAI's API that say nothing of the answer (`user`, `metadata` and the like) are passed over.
+
 The `content` of a message is text, a list of `{"type": "text", "text": ...}`, or null, as beside `tool_calls`; `name`
 and what else it has goes to the chat template.
 
@@ -42,8 +44,8 @@ changes nothing for the others, which are served. Only a file that cannot be rea
 `python -m experiments.run` ends with 0 if every line was served, with 3 if some were, and with 1 if none was. A run
 that is interrupted leaves the answers that it has.
 
-**Out**, one JSON object for every request, refused ones included. One with `n` samples has `n` lines, the first with
-its own id and the others with `id#1`, `id#2` and so on:
+**Out**, one JSON object for every request, refused ones included. A served one with `n` samples has `n` lines, the
+first with its own id and the others with `id#1`, `id#2` and so on:
 
 | key                | value |
 |--------------------|-------|
@@ -81,6 +83,7 @@ from pdjax.types.json_text import json_text
 from pdjax.types.request import Completion, Request, SamplingParams, drawn_seed
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
+_LONGEST = 500  # characters of a refusal: a number may have thousands of digits
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 _SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
@@ -280,7 +283,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
   try:
     fields = json.loads(raw.decode('utf-8-sig'), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
   except json.JSONDecodeError as error:  # which counts lines and columns within this one
-    raise _Refusal(f'not JSON ({error.msg} at character {error.pos}), expected one JSON object a line.') from None
+    raise _Refusal(f'not JSON ({error.msg}: character {error.pos}), expected one JSON object a line.') from None
   except (ValueError, RecursionError) as error:
     raise _Refusal(f'not JSON ({error}), expected one JSON object a line.') from None
   if not isinstance(fields, dict):
@@ -338,14 +341,17 @@ class _Reader:
     ends = self.chat_end_ids if 'messages' in fields else ()
     prompt = self._prompt(fields)
     try:
-      arrival_s = float(fields.get('arrival_s', 0.0))
+      arrival_s = fields.get('arrival_s', 0.0)
       if arrival_s > _LATEST_S:
+        found = arrival_s if isinstance(arrival_s, float) else _described(arrival_s)
         raise ValueError(
-          f'arrival_s is {arrival_s}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
+          f'arrival_s is {found}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
         )
+      arrival_s = float(arrival_s)
       return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
     except (ValueError, OverflowError) as error:
-      raise _Refusal(str(error).replace(repr(name), repr(line.id or f'line-{line.number}')), prompt) from error
+      why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}'))
+      raise _Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error
 
   def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
     if 'prompt_token_ids' in fields:
@@ -398,7 +404,7 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
 
 
 def _is_int(value: Any) -> bool:
-  return type(value) is int and abs(value) < 2**64  # a bool is an int to isinstance
+  return type(value) is int  # a bool is an int to isinstance
 
 
 def _is_number(value: Any) -> bool:
@@ -494,7 +500,10 @@ _NOT_ASKED = ('user', 'metadata', 'store', 'service_tier', 'safety_identifier', 
 
 def _described(value: Any, width: int = 60) -> str:
   """The value as JSON, shortened."""
-  text = json.dumps(value)
+  try:
+    text = json.dumps(value)
+  except RecursionError:  # nested as deep as can just be read
+    text = str(type(value).__name__)
   return text if len(text) <= width else text[: width - 1] + '…'
 
 

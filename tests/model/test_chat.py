@@ -177,6 +177,29 @@ def test_a_message_without_content_changes_nothing_for_content_in_parts():
   assert rendered(of_each(for_user + "{% else %}{{ '<' + m.content }}{% endif %}"), messages) == 'a|b|<'
 
 
+UNLIKE = of_each(
+  "{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}{% else %}{{ 'A:' + m.content }}{% endif %};"
+)
+
+
+def test_a_template_that_fails_at_one_content_loses_no_other():
+  user, answer = ({'role': role, 'content': [text('a'), text('b')]} for role in ('user', 'assistant'))
+  assert rendered(UNLIKE, [user, answer, user]) == 'ab;A:ab;ab;'
+  assert rendered(UNLIKE, [answer, user, answer, user]) == 'A:ab;ab;A:ab;ab;'
+  with pytest.raises(ValueError, match='refuses these messages'):
+    rendered(UNLIKE + '{{ raise_exception("never") }}', [user, answer])
+
+
+@pytest.mark.parametrize(
+  'read', ['dict(p).text', 'p.copy().text', "'{text}'.format(**p)", "p.get('text')", 'p | attr("get")("text")']
+)
+def test_a_part_may_be_read_in_any_way(read):
+  assert (
+    rendered(each('', 'm.content').replace('i.text', read).replace('for i', 'for p'), [{'role': 'user', 'content': AB}])
+    == 'a|b|'
+  )
+
+
 @pytest.mark.parametrize(
   ('template', 'used', 'authority'),
   [

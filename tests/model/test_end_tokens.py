@@ -179,7 +179,7 @@ SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }
     ('{% for m in messages %}{{ m.content }}ab{% endfor %}', (), 'a word of the vocabulary'),
     (SYSTEM, (), 'a template that refuses the chat'),
     (SYSTEM + '{% for m in messages %}{{ m.content }}<turn>{% endfor %}', (2,), 'a template that asks for a system'),
-    ('{% for m in messages %}{{ m.content }}<tool><turn>{% endfor %}', (2,), 'Qwen 3: </think> is no special token'),
+    ('{% for m in messages %}{{ m.content }}<tool>\n{% endfor %}</s>', (3,), 'Phi-3: <|end|> is no special token, </s> is'),
     ('{% for m in messages %}{{ m.content }}.<turn>{% endfor %}', (2,), 'text before the end is still the message'),
     ('{% for m in messages %}{{ m.content }}\nab: {% endfor %}<turn>', (2,), 'the chat ends with it'),
     ('{{ raise_exception("never") }}', (), 'a template that refuses every chat'),
@@ -190,6 +190,25 @@ SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }
 )  # fmt: skip
 def test_the_token_behind_an_answer_is_found(template, expected, authority):
   tokenizer = Tokenizer.from_gguf_metadata(byte_level(chat_template=template))
+  assert tokenizer.turn_end_ids == expected, authority
+
+
+@pytest.mark.parametrize(
+  ('added', 'behind', 'expected', 'authority'),
+  [
+    ('</think>', '</think><turn>', (2,), 'Qwen 3: what closes a tag is part of the message'),
+    ('</think>', '</think>\n\n<turn>', (2,), 'Qwen 3'),
+    ('</think>', '</think>', True, 'nothing else stands there'),
+    ('\n\n', '\n\n', (), 'Gemma has such tokens: a paragraph ends no turn'),
+    ('\n\n', '\n\n<turn>', (2,), 'Gemma'),
+    ('</p>', '</p> and more', True, 'the first that was added'),
+  ],
+)
+def test_what_was_added_to_the_vocabulary_ends_a_turn_by_what_it_is(added, behind, expected, authority):
+  template = '{% for m in messages %}{{ m.content }}' + behind + '{% endfor %}'
+  tokenizer = Tokenizer.from_gguf_metadata(byte_level(chat_template=template))
+  tokenizer.backend.add_tokens([AddedToken(added, special=False, normalized=False)])
+  expected = (tokenizer.backend.token_to_id(added),) if expected is True else expected
   assert tokenizer.turn_end_ids == expected, authority
 
 

@@ -45,6 +45,16 @@ from pdjax.types import SLO, Request, SamplingParams
     ('top_p', True, 'top_p is True, expected a number'),
     ('seed', True, 'seed is True, expected an integer'),
     ('logprobs', True, 'logprobs is True, expected an integer'),
+    ('logprobs', 0.0, 'logprobs is 0.0, expected an integer'),
+    ('logprobs', '', "logprobs is '', expected an integer"),
+    ('seed', [], 'seed is [], expected an integer'),
+    ('max_tokens', None, 'max_tokens is None, expected an integer'),
+    ('stop', None, 'stop is None, expected a tuple of texts'),
+    ('stop_token_ids', 5, 'stop_token_ids is 5, expected a tuple of token ids'),
+    ('stop_token_ids', (True,), 'stop_token_ids has True'),
+    ('ignore_eos', 'no', "ignore_eos is 'no', expected True or False"),
+    ('temperature', np.float16('inf'), 'temperature is inf'),
+    ('temperature', np.True_, 'expected a number'),
     ('stop', ('a' * 9000, 'b' * 9000), 'stop has 18000 characters, expected at most 16384'),
     ('stop', ('a', '\udfff'), "a stop string has half a surrogate pair, '\\udfff', at position 0"),
     ('seed', math.nan, 'seed is nan, expected an integer'),
@@ -132,12 +142,15 @@ def test_an_id_that_no_file_can_hold_is_refused(name):
     ('sampling', None, "request 'a' has sampling=None, expected SamplingParams"),
     ('slo', 'x', "request 'a' has slo='x', expected"),
     ('session', 5, "request 'a' has session=5, expected"),
+    ('session', '\ud800', 'the session of a request has half a surrogate pair'),
+    ('end_token_ids', None, 'end_token_ids is None, expected a tuple of token ids'),
+    ('prompt', 5, "request 'a' has the prompt 5, expected a sequence of token ids"),
     ('arrival_s', 'soon', "request 'a' arrives at soon s, expected 0 or later"),
   ],
 )
 def test_what_would_break_others_later_is_refused_as_it_is_made(field, value, words):
   with pytest.raises(ValueError) as error:
-    Request('a', (1,), **{field: value})
+    Request(**{'id': 'a', 'prompt': (1,), field: value})
   assert words in str(error.value)
 
 

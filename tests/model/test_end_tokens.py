@@ -179,7 +179,7 @@ SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }
     ('{% for m in messages %}{{ m.content }}ab{% endfor %}', (), 'a word of the vocabulary'),
     (SYSTEM, (), 'a template that refuses the chat'),
     (SYSTEM + '{% for m in messages %}{{ m.content }}<turn>{% endfor %}', (2,), 'a template that asks for a system'),
-    ('{% for m in messages %}{{ m.content }}<tool>\n{% endfor %}</s>', (3,), 'Phi-3: <|end|> is no special token, </s> is'),
+    ('{% for m in messages %}{{ m.content }}<tool>\n{% endfor %}</s>', (3,), 'Phi-3: <|end|> is not special, </s> is'),
     ('{% for m in messages %}{{ m.content }}.<turn>{% endfor %}', (2,), 'text before the end is still the message'),
     ('{% for m in messages %}{{ m.content }}\nab: {% endfor %}<turn>', (2,), 'the chat ends with it'),
     ('{{ raise_exception("never") }}', (), 'a template that refuses every chat'),

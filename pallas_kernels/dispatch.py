@@ -10,25 +10,31 @@ from pallas_kernels import tuning
 from pallas_kernels.devices import Device, current
 
 _LOGGER = logging.getLogger('pallas_kernels')
-_AUTOMATIC = {'tpu': ('pallas_tpu', 'xla')}  # by platform; others take plain XLA
+_PLAIN = 'xla'  # what runs on any device, and is taken where nothing else can be
+_CALLED = {'tpu': 'TPUs', 'gpu': 'GPUs', 'cpu': 'CPUs'}
 
 Config = TypeVar('Config')
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-  """An implementation that runs everywhere and takes no parameters."""
+  """An implementation that runs everywhere.
+
+  `parameters` are arguments that it takes beside the kernel's own, by platform; on others it has its own defaults.
+  """
 
   run: Callable[..., Any]
+  parameters: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned(Generic[Config]):
-  """An implementation with parameters, which may refuse a problem.
+  """An implementation for some platforms, with parameters, which may refuse a problem.
 
-  `run` takes `config` and `device` beside the kernel's own arguments. `refusal(config, device, facts)` says why it
-  cannot, or None. `rule(device, facts)` is what to take where no row of the table will do, and `shorten(config)` the
-  same as a shorter program, where there is one.
+  On its `platforms` it is taken before plain XLA where nobody asks for another. `run` takes `config` and `device`
+  beside the kernel's own arguments. `refusal(config, device, facts)` says why it cannot, or None. `rule(device, facts)`
+  is what to take where no row of the table will do, and `shorten(config)` the same as a shorter program, where there is
+  one.
   """
 
   run: Callable[..., Any]
@@ -36,6 +42,7 @@ class Tuned(Generic[Config]):
   rule: Callable[[Device, tuning.Facts], Config]
   refusal: Callable[[Config, Device, tuning.Facts], str | None]
   shorten: Callable[[Config], Config] = lambda config: config
+  platforms: tuple[str, ...] = ('tpu',)
 
 
 def choose(
@@ -59,7 +66,8 @@ def choose(
   """
   device = device or current()
   if wanted is None:
-    wanted = _AUTOMATIC.get(device.platform, ('xla',))
+    own = (name for name, one in implementations.items() if isinstance(one, Tuned) and device.platform in one.platforms)
+    wanted = (*own, _PLAIN)
   names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
   reasons: list[str] = []
   for name in names:
@@ -68,8 +76,7 @@ def choose(
     found = _parameters(kernel, implementations[name], device, facts)
     if not isinstance(found, str):
       run, taken = found
-      chosen_here = device.platform in _AUTOMATIC or bool(reasons)
-      level = logging.INFO if chosen_here else logging.DEBUG  # where there is one way there is nothing to tell
+      level = logging.INFO if len(names) > 1 else logging.DEBUG  # where there is one way there is nothing to tell
       _log(level, kernel, name, taken, device.name, tuple(facts.items()), tuple(reasons))
       return run
     reasons.append(f'{name}: {found}')
@@ -81,7 +88,10 @@ def _parameters(
 ) -> tuple[Callable[..., Any], str] | str:
   """What to call and where its parameters come from, or why it cannot be called."""
   if isinstance(implementation, Plain):
-    return implementation.run, 'without parameters'
+    taken = implementation.parameters.get(device.platform)
+    if not taken:
+      return implementation.run, 'without parameters'
+    return functools.partial(implementation.run, **taken), ', '.join(f'{name}={value}' for name, value in taken.items())
   candidates = []
   form = tuning.form()
   preferred = ', small form' if form == 'small' else ''
@@ -89,11 +99,12 @@ def _parameters(
   if row is not None:
     source = 'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}'
     candidates.append((implementation.config(**row[0].config), source + preferred))
-  if device.platform == 'tpu':
+  if device.platform in implementation.platforms:
     config = implementation.rule(device, facts)
     candidates.append((implementation.shorten(config) if form == 'small' else config, 'by rule' + preferred))
+  made_for = ' and '.join(_CALLED.get(platform, platform) for platform in implementation.platforms)
   refusal: str | None = (
-    f"it is for TPUs, and this is {device.name}; on other devices take implementation=None or 'xla'."
+    f'it is for {made_for}, and this is {device.name}; on other devices take implementation=None or {_PLAIN!r}.'
   )
   passed_over = ''
   for config, source in candidates:

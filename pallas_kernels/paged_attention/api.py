@@ -14,7 +14,7 @@ IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
     pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
   ),
-  'xla': Plain(xla.paged_attention),
+  'xla': Plain(xla.paged_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.paged_attention),
 }
 

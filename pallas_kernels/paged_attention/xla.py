@@ -23,6 +23,7 @@ from pallas_kernels.online_softmax import (
 )
 
 BLOCK_TOKENS = 64  # cached tokens a block; on CPU, more are read in vain by short sequences
+BY_PLATFORM = {'gpu': {'block_tokens': 1024}}  # where the launches of a turn cost more than what is read in vain
 _LOST = 1e38  # stands for what is not finite, in sums that never come near it
 
 

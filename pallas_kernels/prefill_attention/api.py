@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
     pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
   ),
-  'xla': Plain(xla.prefill_attention),
+  'xla': Plain(xla.prefill_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.prefill_attention),
 }
 

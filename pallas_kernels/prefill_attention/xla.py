@@ -25,6 +25,7 @@ from pallas_kernels.online_softmax import (
 
 BLOCKS = (64, 64)  # query tokens and cached tokens a block; on CPU, larger ones do more in vain for short prompts
 LARGE_BLOCKS = (256, 128)  # of one long chunk by itself, for which small ones are slower by a third
+BY_PLATFORM = {'gpu': {'blocks': (256, 1024)}}  # where the launches of a turn cost more than what is done in vain
 
 
 def prefill_attention(

@@ -83,6 +83,27 @@ def test_other_devices_take_plain_xla(monkeypatch):
   assert taken(monkeypatch, ('pallas_tpu', 'xla'), {'dtype': 'int8'}, CPU) == ('xla', None)
 
 
+H100, T4 = devices.Device('NVIDIA H100 80GB HBM3', 'gpu'), devices.Device('Tesla T4', 'gpu')
+
+
+@pytest.mark.parametrize('device', [H100, T4])
+def test_a_new_platform_is_what_its_implementations_say(monkeypatch, caplog, device):
+  """Nothing of a platform stands in dispatch: an implementation names it, or plain XLA takes other parameters there."""
+  monkeypatch.setattr(tuning, 'load', lambda kernel: ())
+  plain = {'xla': Plain(lambda **kwargs: ('xla', kwargs), {'gpu': {'blocks': (4, 8)}})}
+  own = dataclasses.replace(IMPLEMENTATIONS['pallas_tpu'], platforms=('gpu',))
+  dispatch._log.cache_clear()
+  with caplog.at_level(logging.DEBUG, 'pallas_kernels'):
+    assert choose('a kernel', plain, None, {}, device)() == ('xla', {'blocks': (4, 8)})
+  assert f'a kernel on {device.name} takes xla, blocks=(4, 8)' in caplog.records[-1].message
+  assert choose('a kernel', plain, None, {}, CPU)() == ('xla', {})
+  assert choose('a kernel', plain | {'pallas_gpu': own}, None, {}, device)() == ('tpu', Config(8))
+  assert choose('a kernel', plain | {'pallas_gpu': own}, None, {'most': 4}, device)() == ('xla', {'blocks': (4, 8)})
+  assert choose('a kernel', plain | {'pallas_gpu': own}, None, {}, V6E)() == ('xla', {})
+  with pytest.raises(ValueError, match=r"pallas_gpu: it is for GPUs, and this is v6e; .* 'xla'"):
+    choose('a kernel', plain | {'pallas_gpu': own}, 'pallas_gpu', {}, V6E)
+
+
 def test_what_cannot_run_is_passed_over_in_a_sequence_only(monkeypatch):
   facts = {'dtype': 'int8', 'most': 4}
   assert taken(monkeypatch, None, facts) == ('xla', None)

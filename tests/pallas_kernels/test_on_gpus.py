@@ -1,0 +1,110 @@
+"""What GPUs take, tested without one: the device is forced, and what it takes runs here."""
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import devices, dispatch, paged_attention, prefill_attention
+from tests.pallas_kernels.dense import Paged
+
+HEAD_DIM = 8
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> devices.Device:
+  device = devices.Device('NVIDIA H100 80GB HBM3', 'gpu')
+  monkeypatch.setattr(dispatch, 'current', lambda: device)
+  return device
+
+
+@pytest.fixture
+def turns(monkeypatch) -> list[int]:
+  """How often each loop over blocks of a context goes round, of what runs without being compiled."""
+  counts = []
+
+  def count(lower, upper, body, carried):
+    counts.append(int(upper) - int(lower))
+    for index in range(int(lower), int(upper)):
+      carried = body(index, carried)
+    return carried
+
+  monkeypatch.setattr(jax.lax, 'fori_loop', count)
+  return counts
+
+
+def chunks(cached_and_new: list[tuple[int, int]], page_size: int, padding: int = 3):
+  rng = np.random.default_rng([page_size, *map(sum, cached_and_new)])
+  lengths = np.array([cached + new for cached, new in cached_and_new], np.int32)
+  offsets = np.cumsum([0, *(new for _, new in cached_and_new)]).astype(np.int32)
+  paged = Paged.random(rng, lengths.tolist(), 2, HEAD_DIM, page_size)
+  q = rng.standard_normal((offsets[-1] + padding, 4, HEAD_DIM), np.float32)
+  return q, paged.pages, paged.tables, offsets, lengths
+
+
+@pytest.mark.parametrize(
+  'cached_and_new',
+  [[(0, 1)], [(0, 300)], [(1030, 5), (0, 40), (0, 0), (7, 250)], [(1023, 2), (2100, 1)], [(500, 256), (0, 255)]],
+)
+@pytest.mark.parametrize('window', [None, 100])
+def test_prefill_on_a_gpu_is_the_reference_at_odd_shapes(gpu, cached_and_new, window):
+  inputs = chunks(cached_and_new, page_size=16)
+  with jax.default_matmul_precision('highest'):
+    actual, expected = (
+      prefill_attention(*inputs, implementation=way, sliding_window=window) for way in (None, 'reference')
+    )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('lengths', [[1], [1024, 1025, 0, 7], [2100, 3], [64] * 9])
+def test_decode_on_a_gpu_is_the_reference_at_odd_shapes(gpu, lengths):
+  rng = np.random.default_rng(lengths)
+  paged = Paged.random(rng, lengths, 2, HEAD_DIM, 16)
+  q = rng.standard_normal((len(lengths), 4, HEAD_DIM), np.float32)
+  with jax.default_matmul_precision('highest'):
+    actual, expected = (
+      paged_attention(q, paged.pages, paged.tables, np.array(lengths, np.int32), implementation=way)
+      for way in (None, 'reference')
+    )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_options_on_a_gpu_are_those_of_the_reference(gpu, seed):
+  rng = np.random.default_rng(seed)
+  inputs = chunks([(int(rng.integers(1, 60)), int(rng.integers(1, 40))) for _ in range(3)], page_size=4)
+  options = {'soft_cap': 5.0, 'sinks': rng.standard_normal(4, np.float32), 'return_lse': True}
+  for name in list(options)[: seed % 3]:
+    del options[name]
+  with jax.default_matmul_precision('highest'):
+    actual, expected = (prefill_attention(*inputs, implementation=way, **options) for way in (None, 'reference'))
+  for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('cached', 'new'), [(0, 1), (0, 256), (1000, 24), (1000, 25), (3000, 100)])
+def test_a_chunk_goes_round_once_for_each_1024_tokens_of_its_context(gpu, turns, cached, new):
+  inputs = chunks([(cached, new)], page_size=16, padding=0)
+  with jax.disable_jit():
+    prefill_attention(*inputs)
+  assert sum(turns) == -(-(cached + new) // 1024)
+
+
+def test_a_prompt_of_1024_tokens_takes_four_turns_a_layer_where_a_cpu_takes_136(gpu, turns, monkeypatch):
+  prompt = [chunks([(cached, 256)], page_size=16, padding=0) for cached in range(0, 1024, 256)]
+  with jax.disable_jit():
+    for inputs in prompt:
+      prefill_attention(*inputs)
+    assert sum(turns) == 4
+    turns.clear()
+    monkeypatch.setattr(dispatch, 'current', lambda: devices.Device('cpu', 'cpu'))
+    for inputs in prompt:
+      prefill_attention(*inputs)
+    assert sum(turns) == 136
+
+
+def test_decode_goes_round_once_for_each_1024_tokens_of_the_longest_contexts(gpu, turns):
+  lengths = np.array([2048, 1024, 1024, 5], np.int32)
+  paged = Paged.random(np.random.default_rng(0), lengths.tolist(), 2, HEAD_DIM, 16)
+  with jax.disable_jit():
+    paged_attention(np.ones((4, 4, HEAD_DIM), np.float32), paged.pages, paged.tables, lengths)
+  assert sum(turns) == 2  # five blocks, four at a time

@@ -126,7 +126,8 @@ def _serve_file(config: ServingConfig, opened: launch.OpenedModel, console: Cons
   if not rows:
     console.print(f'{_REQUESTS.value} has no requests.', markup=False)
   requests = tuple(row.asked for row in rows if isinstance(row.asked, Request))
-  notes = [f'{len(rows) - len(requests)} of {len(rows)} lines were refused as they were read.']
+  num_refused = len(rows) - len(requests)
+  notes = [f'{num_refused} of {len(rows)} lines were refused as they were read.'] if num_refused else []
   config = dataclasses.replace(config, workload=Given(requests))
   events: list[Event] = []
   result = None
@@ -138,17 +139,18 @@ def _serve_file(config: ServingConfig, opened: launch.OpenedModel, console: Cons
           events.append(event)
           follow(event)
 
-        result = _serve(config, opened, console, watch, notes if len(requests) < len(rows) else ())
+        result = _serve(config, opened, console, watch, notes)
   finally:  # also of a run that breaks down or is interrupted: what was answered is not lost
-    completions = launch.complete(events, has_text=opened.tokenizer is not None and _BACKEND.value == 'engine')
-    ends = outcomes(rows, completions)
+    has_text = opened.tokenizer is not None and _BACKEND.value == 'engine'
+    ends = outcomes(rows, launch.complete(events, has_text) if result is None else result.completions)
     if events or not requests:
       write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', ends)
   _show_answers(console, tuple(one for one in ends if isinstance(one, Completion)))
   refused = [one for one in ends if isinstance(one, Refused)]
   for one in refused[:_SHOWN]:
     console.print(f'{one.id} was refused: {one.error}', markup=False)
-  _show_more(console, len(refused), 'lines were refused')
+  if len(refused) > _SHOWN:
+    console.print(f'and {len(refused) - _SHOWN} more lines were refused; requests.jsonl has all of them.', markup=False)
   if result is not None:
     print_report(result.report, console)
     _draw(result, console)
@@ -248,11 +250,6 @@ def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Row]:
 def _draw(result: launch.RunResult, console: Console) -> None:
   if _FIGURE.value is not None:
     console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
-
-
-def _show_more(console: Console, count: int, what: str) -> None:
-  if count > _SHOWN:
-    console.print(f'and {count - _SHOWN} more {what}; requests.jsonl has all of them.', markup=False)
 
 
 def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool = False) -> None:

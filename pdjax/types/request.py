@@ -68,11 +68,10 @@ class SamplingParams:
   n: int = 1
 
   def __post_init__(self):
-    counts = {name: getattr(self, name) for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed')}
-    for name, count in counts.items():  # found later, it would break the pass of others
-      if count is None and name in ('logprobs', 'seed'):
-        continue
-      if not hasattr(count, '__index__') or isinstance(count, bool):
+    for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed'):  # found later, it would break the pass of others
+      count = getattr(self, name)
+      left_out = count is None and name in ('logprobs', 'seed')
+      if not left_out and (not hasattr(count, '__index__') or isinstance(count, bool)):
         raise ValueError(f'{name} is {count!r}, expected an integer.')
     for name in _NUMBERS:
       if not is_number(getattr(self, name)):
@@ -207,9 +206,12 @@ class Request:
       raise ValueError(f'request {self.id!r} has the prompt {prompt!r:.80}, expected a sequence of token ids.')
     if len(self.prompt) == 0:
       raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
-    for name, kind in (('sampling', SamplingParams), ('slo', SLO | None), ('session', str | None)):
+    for name, kind, expected in (
+      ('sampling', SamplingParams, 'SamplingParams(...)'),
+      ('slo', SLO | None, 'SLO(...) or None'),
+      ('session', str | None, 'a text or None'),
+    ):
       if not isinstance(getattr(self, name), kind):
-        expected = {'sampling': 'SamplingParams(...)', 'slo': 'SLO(...) or None', 'session': 'a text or None'}[name]
         raise ValueError(f'request {self.id!r} has {name}={getattr(self, name)!r:.80}, expected {expected}.')
     if self.session is not None:
       check_text(self.session, 'the session of a request')

@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from tied_heads import HEADS
 from tokenizers import decoders, models, pre_tokenizers
 
 HERE = pathlib.Path(__file__).parent
@@ -191,17 +192,6 @@ def ends(case: dict) -> dict:
     found = prepared.eos_token_id
     meant = model.config.eos_token_id
     return {**case, 'meant': meant, 'generate': found if isinstance(found, list) else [] if found is None else [found]}
-
-
-# Two matrices where config.json ties them: the head of heads.npz is the embedding with its rows moved by one
-
-HEADS = {
-  'other': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.roll(embed, 1, axis=0)},
-  'equal': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.copy()},
-  'head alone': lambda embed: {'lm_head.weight': embed},
-  'other by one bit': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.nextafter(embed, 1)},
-  'wider type': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.astype(np.float32)},
-}
 
 
 def head_logits(matrices: dict) -> np.ndarray:

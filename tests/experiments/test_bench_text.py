@@ -11,27 +11,10 @@ import pytest
 from experiments import text_cases
 from experiments.text_cases import EARLY, LATE, Case
 from pdjax.engine.detokenize import Detokenizer, TextStream
+from tests.calls import calls_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = text_cases.cases()
-
-
-def calls(stream: TextStream, tokens) -> int:
-  """Functions called, Python's own among them, while these tokens come."""
-  count = 0
-
-  def see(frame, event, argument):
-    nonlocal count
-    count += event in ('call', 'c_call')
-
-  before = sys.getprofile()
-  sys.setprofile(see)
-  try:
-    for token in tokens:
-      stream.take((token,))
-  finally:
-    sys.setprofile(before)
-  return count
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
@@ -39,9 +22,9 @@ def test_a_late_token_asks_for_no_more_than_an_early_one(case: Case):
   detokenizer = Detokenizer(case.tokenizer)
   TextStream(detokenizer).take(case.tokens[:1000])  # what is kept for each token is made once
   stream = TextStream(detokenizer, case.stop)
-  early = calls(stream, case.tokens[:EARLY])
+  early = calls_of(stream.take, [(token,) for token in case.tokens[:EARLY]])
   assert stream.take(case.tokens[EARLY:-EARLY])[1] is None  # the stop strings never come
-  assert calls(stream, case.tokens[-EARLY:]) <= 1.1 * early
+  assert calls_of(stream.take, [(token,) for token in case.tokens[-EARLY:]]) <= 1.1 * early
 
 
 def test_the_inputs_are_what_they_are_called():

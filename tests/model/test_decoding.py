@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import pathlib
-import sys
 
 import pytest
 import tokenizers
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models
 
 from pdjax.model.decoding import Decoding
+from tests.calls import calls_of
 
 TEXTS = json.loads((pathlib.Path(__file__).parents[1] / 'data' / 'texts.json').read_text(encoding='utf-8'))
 
@@ -238,23 +238,6 @@ def held_characters(one: object) -> int:
   return sum(map(held_characters, vars(one).values())) if hasattr(one, '__dict__') else 0
 
 
-def calls_per_token(run, ids) -> float:
-  count = 0
-
-  def see(frame, event, argument):
-    nonlocal count
-    count += event in ('call', 'c_call')
-
-  before = sys.getprofile()
-  sys.setprofile(see)
-  try:
-    for token in ids:
-      run.take(token)
-  finally:
-    sys.setprofile(before)
-  return count / len(ids)
-
-
 @pytest.mark.parametrize('name', CHAINS)
 @pytest.mark.parametrize(
   'tokens', [['<0xE6>'], ['a', ' ', '.'], ['Ã'], ['<0xE6>', '<0xBC>', '<0xA2>'], ['</w>'], [' ']]
@@ -264,11 +247,11 @@ def test_a_token_costs_the_same_however_long_the_answer(name, tokens):
   period = [VOCABULARY.index(token) for token in tokens]
   run = one.begin()
   run.take(period[0])
-  early = calls_per_token(run, period * 20)
+  early = calls_of(run.take, period * 20)
   kept = held_characters(run._stages)
   for token in period * 1000:
     run.take(token)
-  assert calls_per_token(run, period * 20) <= 1.1 * early
+  assert calls_of(run.take, period * 20) <= 1.1 * early
   assert held_characters(run._stages) <= kept + 8
 
 

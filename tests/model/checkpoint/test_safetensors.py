@@ -13,6 +13,7 @@ import safetensors.numpy
 from pdjax.model.checkpoint import SafetensorsCheckpoint, open_checkpoint, tensor_shapes
 from pdjax.model.checkpoint import safetensors as safetensors_format
 from pdjax.types import ModelSpec, RopeScaling
+from tests.data.tied_heads import HEADS
 from tests.hf import hf_tensors
 from tests.model.numpy_llama import NumpyLlama
 
@@ -205,15 +206,6 @@ def test_a_head_that_fits_no_model_is_refused(tmp_path, head, message, authority
   write(tmp_path, tied=True, extra={'lm_head.weight': head})
   with pytest.raises(ValueError, match=message):
     SafetensorsCheckpoint(tmp_path)
-
-
-HEADS = {
-  'other': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.roll(embed, 1, axis=0)},
-  'equal': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.copy()},
-  'head alone': lambda embed: {'lm_head.weight': embed},
-  'other by one bit': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': np.nextafter(embed, 1)},
-  'wider type': lambda embed: {'model.embed_tokens.weight': embed, 'lm_head.weight': embed.astype(np.float32)},
-}
 
 
 @pytest.mark.parametrize(

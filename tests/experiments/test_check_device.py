@@ -1,42 +1,32 @@
-"""The check of an accelerator, on CPU: figures are kept, and a command that fails or never ends is told."""
+"""The check of a device, on CPU: every part runs, figures are kept, and what failed or never ended is told."""
 
 import json
 import pathlib
 import subprocess
 import sys
 
-import pytest
-
 from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(out: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    [sys.executable, '-m', 'experiments.check_device', '--platform=cpu', *arguments],
+    [sys.executable, '-m', 'experiments.check_device', f'--out={out}', *arguments],
     cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_what_a_command_measures_is_in_the_result(tmp_path):
-  file = tmp_path / 'device.json'
-  done = command('--only=device_put', f'--json={file}')
-  assert done.returncode == 0, done.stdout + done.stderr
-  result = json.loads(file.read_text(encoding='utf-8'))
-  (check,) = result['checks']
-  assert result['device'] == 'cpu' and check['check'] == 'device_put' and check['status'] == 0
-  assert all(row['value'] > 0 and row['peer_value'] > 0 for row in check['rows']) and len(check['rows']) == 3
+def result(out: pathlib.Path) -> dict:
+  return json.loads((out / 'result.json').read_text(encoding='utf-8'))
 
 
-def test_a_command_out_of_time_is_told_and_the_next_runs(tmp_path):
-  file = tmp_path / 'device.json'
-  done = command('--only=device_put,host_staged', '--timeout_s=0.05', f'--json={file}')
-  assert done.returncode == 1 and 'host_staged: out of time' in done.stdout
-  assert [check['status'] for check in json.loads(file.read_text(encoding='utf-8'))['checks']] == [None, None]
+def test_a_part_out_of_time_is_told_and_the_next_runs(tmp_path):
+  done = command(tmp_path, '--dry_run', '--only=ceilings,decode', '--timeout_s=0.05')
+  assert done.returncode == 1 and 'decode: out of time' in done.stdout
+  assert [part['status'] for part in result(tmp_path)['parts']] == ['out of time', 'out of time']
 
 
-def test_a_check_that_is_not_there_is_named():
-  done = command('--only=speed')
-  assert done.returncode != 0 and "names ['speed']; there are device_put" in done.stdout + done.stderr
+def test_a_part_that_is_not_there_is_named(tmp_path):
+  done = command(tmp_path, '--only=speed')
+  assert done.returncode != 0 and "names ['speed']; there are ceilings" in done.stdout + done.stderr

@@ -4,9 +4,8 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 from absl import logging
 
@@ -18,13 +17,14 @@ from pdjax.model.gguf_vocabulary import GGUFVocabulary
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec, RopeScaling, is_positive, is_size
 
+if TYPE_CHECKING:
+  import gguf
+
 # What of the vocabulary says where a sequence ends; the rest, merges above all, is read with the tokenizer.
 _END_KEYS = tuple(
   f'tokenizer.ggml.{key}' for key in ('pre', 'tokens', 'token_type', 'eos_token_id', 'eot_token_id', 'eom_token_id')
 )
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# Of an array: the largest vocabularies have a quarter, and a damaged length would lead through gigabytes of weights.
-_MOST_VALUES = 2_000_000
 
 _TOP_NAMES = {'embed': 'token_embd.weight', 'final_norm': 'output_norm.weight', 'unembed': 'output.weight'}
 _LAYER_NAMES = {
@@ -172,56 +172,9 @@ class GGUFCheckpoint:
         )
 
 
-class _Reader(gguf.GGUFReader):
-  """The gguf package's reader on a plain array: slicing a `np.memmap` costs it seconds on a large vocabulary."""
+def _open(path: pathlib.Path) -> 'gguf.GGUFReader':
+  from pdjax.model.checkpoint.gguf_reader import Reader  # the package, which other formats do without
 
-  @property  # type: ignore[override]
-  def data(self) -> np.ndarray:
-    return self._bytes
-
-  @data.setter
-  def data(self, mapped: np.ndarray):
-    self._bytes = np.asarray(mapped)  # still the mapped file, without the subclass
-
-  def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
-    found = super()._get(offset, dtype, count, override_order)
-    if len(found) < count:  # the package would take a slice past the end for what it asked for, and go on
-      raise ValueError(f'byte {offset} should begin {count} values, but the file ends before the last')
-    return found
-
-  def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list]:
-    if raw_type != gguf.GGUFValueType.ARRAY:
-      return super()._get_field_parts(orig_offs, raw_type)
-    parts = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-    kind, length = gguf.GGUFValueType(parts[0][0]), int(parts[1][0])
-    if length > _MOST_VALUES:
-      raise ValueError(f'byte {orig_offs} should begin an array of {length} values, more than any vocabulary has')
-    end = orig_offs + 12
-    if kind == gguf.GGUFValueType.STRING:
-      for _ in range(length):
-        parts += self._get_str(end)
-        end += 8 + len(parts[-1])
-      places = list(range(3, len(parts), 2))
-    else:  # numbers all at once: the package makes an array of each
-      parts.append(self._get(end, self.gguf_scalar_to_np[kind], length))
-      end += parts[-1].nbytes
-      places = [2]
-    return end - orig_offs, parts, places, [gguf.GGUFValueType.ARRAY, kind]
-
-  def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
-    tensors: dict[str, gguf.ReaderTensor] = {}
-    for field in fields:  # one at a time, so that an error can say which it is
-      try:
-        super()._build_tensors(start_offs, [field])
-      except Exception as error:  # an unknown type, an odd shape, an end too early: each raises another
-        raise ValueError(f'tensor {field.name!r}: {error}') from error
-      if field.name in tensors:
-        raise ValueError(f'tensor {field.name!r} is there twice')
-      tensors[field.name] = self.tensors[0]
-    self.tensors = list(tensors.values())
-
-
-def _open(path: pathlib.Path) -> gguf.GGUFReader:
   if not path.is_file():
     found = 'a folder' if path.is_dir() else 'nothing'
     raise FileNotFoundError(f'found {found} at {path}, expected a GGUF file; check the path or download the model.')
@@ -234,7 +187,7 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
       'it is not a GGUF file or its download failed: download it again.'
     )
   try:
-    reader = _Reader(path)
+    reader = Reader(path)
   except Exception as error:  # what the package raises on a cut file depends on where the cut is
     raise ValueError(
       f'{path} ends at byte {size}, before all that its header announces, or is damaged ({error}); '
@@ -339,7 +292,7 @@ class _Metadata:
 def _spec(
   path: pathlib.Path,
   metadata: _Metadata,
-  tensors: Mapping[str, gguf.ReaderTensor],
+  tensors: 'Mapping[str, gguf.ReaderTensor]',
   eos_token_ids: tuple[int, ...],
 ) -> ModelSpec:
   metadata.refuse_unsupported()
@@ -386,8 +339,10 @@ def _spec(
   )
 
 
-def _expand(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
+def _expand(path: pathlib.Path, tensor: 'gguf.ReaderTensor') -> np.ndarray:
   """A tensor as float32."""
+  import gguf
+
   try:
     return convert_weight(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32, tensor.name)
   except NotImplementedError:
@@ -397,7 +352,7 @@ def _expand(path: pathlib.Path, tensor: gguf.ReaderTensor) -> np.ndarray:
     ) from None
 
 
-def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+def _shape(tensor: 'gguf.ReaderTensor') -> tuple[int, ...]:
   return tuple(int(size) for size in reversed(tensor.shape))  # the file lists the fastest axis first
 
 

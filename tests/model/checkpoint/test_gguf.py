@@ -7,8 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from pdjax.model.checkpoint import GGUFCheckpoint, open_checkpoint, tensor_shapes
-from pdjax.model.checkpoint import gguf as gguf_format
+from pdjax.model.checkpoint import GGUFCheckpoint, gguf_reader, open_checkpoint, tensor_shapes
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.model.layers import rope_frequencies
 from pdjax.types import ModelSpec, RopeScaling
@@ -424,7 +423,7 @@ def test_an_array_longer_than_any_vocabulary_is_refused_before_it_is_read(tmp_pa
   path = tmp_path / 'tiny.gguf'
   write(path, metadata=VOCABULARY)
   GGUFCheckpoint(path)
-  monkeypatch.setattr(gguf_format, '_MOST_VALUES', 39)
+  monkeypatch.setattr(gguf_reader, '_MOST_VALUES', 39)
   with pytest.raises(ValueError, match='begin an array of 40 values, more than any vocabulary has'):
     GGUFCheckpoint(path)
 

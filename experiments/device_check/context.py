@@ -1,0 +1,45 @@
+"""What a part of the check is given: the platform, its sizes, where figures go, and the ceilings found before."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+from experiments.device_check.figures import Figures
+from experiments.device_check.sizes import Sizes
+from experiments.device_check.timing import Ceilings, measure_ceilings
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """For one part.
+
+  Attributes:
+    platform: 'gpu', 'tpu' or 'cpu'.
+    sizes: How large everything is.
+    figures: Takes what is found.
+    folder: Of the result, and of the cache of programs.
+    toy: Whether sizes are toys.
+  """
+
+  platform: str
+  sizes: Sizes
+  figures: Figures
+  folder: pathlib.Path
+  toy: bool = False
+
+  @property
+  def cache(self) -> str:
+    """The folder of compiled programs."""
+    return str(self.folder / 'cache')
+
+  @functools.cached_property
+  def ceilings(self) -> Ceilings:
+    """Those in the result, if the part that measures them has run, or else measured now."""
+    file = self.folder / 'result.json'
+    try:
+      parts = json.loads(file.read_text(encoding='utf-8'))['parts']
+      rows = {row['name']: row['value'] for part in parts if part['part'] == 'ceilings' for row in part['rows']}
+      return Ceilings.of_rows(rows)
+    except (OSError, ValueError, KeyError, TypeError):
+      return measure_ceilings(self.sizes)

@@ -1,0 +1,387 @@
+"""Answers of every kernel beside float64: fresh random inputs, NaN in all that is not to be read or not written."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.device_check.context import Context
+from experiments.device_check.figures import CHECKED
+from experiments.device_check.float64 import Sequences, attend, dtype_of, error
+from experiments.device_check.kernels import AUTOMATIC, implementations, wanted
+from experiments.device_check.timing import compilers, describe
+from pallas_kernels import (
+  append_tokens,
+  gather_pages,
+  paged_attention,
+  prefill_attention,
+  quantized_matmul,
+  scatter_pages,
+)
+from pallas_kernels.page_copy.api import IMPLEMENTATIONS as PAGE_COPY
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
+from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
+from pallas_kernels.quantized_matmul import quantize
+from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS as QUANTIZED_MATMUL
+from pallas_kernels.quantized_matmul.storage import dequantize
+
+BOUNDS = {'float32': 1e-5, 'float16': 2e-3, 'bfloat16': 2e-2}  # ‖error‖ / ‖answer‖ by the dtype of queries
+CHUNKS = ((37, 0), (1, 64), (0, 0), (33, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
+PADDING = 5  # rows behind the chunks
+LENGTHS = (1, 100, 0, 257, 33)  # cached tokens of decoding sequences; 0 is a row not in use
+QUERIES = 3  # newest tokens of each, where they are several
+_OPTIONS: dict[str, dict[str, Any]] = {
+  'plain': {},
+  'window': {'sliding_window': 50},
+  'soft cap': {'soft_cap': 3.0},
+  'sinks': {'sinks': True},
+  'all, lse': {'sliding_window': 50, 'soft_cap': 3.0, 'sinks': True, 'return_lse': True},
+  'lse': {'return_lse': True},
+  'int8 pages': {'int8': True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """One call in a program: what it is given, and what it must answer.
+
+  `expected` are pairs of an answer and the largest relative error that it may have.
+  """
+
+  name: str
+  call: Callable[..., Any]
+  inputs: tuple[Any, ...]
+  expected: tuple[tuple[np.ndarray, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Checks that are compiled as one program, since compiling is what takes time; `precision` of matrix products."""
+
+  name: str
+  checks: tuple[Check, ...]
+  precision: str = 'default'
+
+
+def run(context: Context) -> None:
+  """Compile the programs side by side, run them one after another, and compare."""
+  figures, begin = context.figures, time.perf_counter()
+  rng = np.random.default_rng(time.time_ns())
+  todo = programs(context, rng)
+  traced_s = time.perf_counter() - begin
+  with ThreadPoolExecutor(compilers()) as pool:
+    traced = list(pool.map(_trace, todo))
+    by_text = {one.text: one for one in traced if one.lowered is not None}  # two ways may be one
+    compiled = dict(zip(by_text, pool.map(_compile, by_text.values()), strict=True))
+  seconds = time.perf_counter() - begin
+  figures.compiled(seconds)
+  print(
+    f'{len(todo)} programs, {len(by_text)} of them unlike, drawn in {traced_s:.1f} s, all compiled in {seconds:.1f} s'
+  )
+  for program, one in zip(todo, traced, strict=True):
+    for name, reason in one.refused.items():
+      figures.note(f'{name}: {reason}')
+    kept = [check for check in program.checks if check.name not in one.refused]
+    if not kept:
+      continue
+    call = one.error or compiled[one.text]
+    if isinstance(call, Exception):
+      figures.fail(f'{program.name}: {describe(call)}')
+      continue
+    try:
+      results = _run_poisoned(call, tuple(check.inputs for check in program.checks))
+    except Exception as failure:
+      figures.fail(f'{program.name}: {describe(failure)}')
+      continue
+    for check, result in zip(kept, results, strict=True):
+      _compare(context, check, result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+  """A program on its way to being compiled; `refused` says why a kernel is not for a check, by the check's name."""
+
+  lowered: jax.stages.Lowered | None
+  refused: dict[str, str]
+  error: Exception | None = None
+
+  @functools.cached_property
+  def text(self) -> str:
+    """What tells whether two programs are one."""
+    return '' if self.lowered is None else self.lowered.as_text()
+
+
+def _trace(program: Program) -> _Traced:
+  refused: dict[str, str] = {}
+
+  def call(inputs):
+    results = []
+    for check, given in zip(program.checks, inputs, strict=True):
+      try:
+        results.append(check.call(*given))
+      except ValueError as refusal:  # how a kernel says that it is not for this problem
+        refused[check.name] = f'refused, {str(refusal)[:300]}'
+    return results
+
+  try:
+    with jax.default_matmul_precision(program.precision):
+      lowered = jax.jit(call).lower(tuple(check.inputs for check in program.checks))
+  except Exception as error:
+    return _Traced(None, refused, error)
+  return _Traced(lowered, refused)
+
+
+def _compile(traced: _Traced) -> Any:
+  """The compiled program, or what compiling it raised."""
+  assert traced.lowered is not None
+  try:
+    return traced.lowered.compile()
+  except Exception as error:
+    return error
+
+
+def _run_poisoned(call: Any, inputs: tuple[Any, ...]) -> list[Any]:
+  """Run a program just after the memory that its results will lie in was filled with NaN and given back."""
+  given = jax.device_put(inputs)
+  jax.block_until_ready(given)
+  for shape in jax.tree.leaves(call.out_info):
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+      jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype)).delete()
+  return jax.device_get(call(given))
+
+
+def _compare(context: Context, check: Check, result: Any) -> None:
+  leaves = jax.tree.leaves(result)
+  assert len(leaves) == len(check.expected), check.name
+  worst, worst_bound = 0.0, check.expected[0][1]
+  for actual, (expected, bound) in zip(leaves, check.expected, strict=True):
+    found = error(actual, expected) if bound else (0.0 if _same_bits(actual, expected) else float('inf'))
+    if not found <= bound:
+      context.figures.fail(f'{check.name}: the relative error is {found:.3g}, at most {bound:g} is allowed')
+      worst, worst_bound = found, bound
+    elif worst <= worst_bound and found >= worst:
+      worst, worst_bound = found, bound
+  context.figures.add(
+    check.name, worst, CHECKED, peer='allowed' if worst_bound else None, peer_value=worst_bound or None
+  )
+
+
+def _same_bits(actual: Any, expected: np.ndarray) -> bool:
+  actual = np.asarray(actual)
+  return actual.dtype == expected.dtype and actual.shape == expected.shape and actual.tobytes() == expected.tobytes()
+
+
+# ---------------------------------------------------------------------------- what is checked
+
+
+def programs(context: Context, rng: np.random.Generator) -> list[Program]:
+  """Every kernel in every way, by worth; what implementations have in common is drawn once."""
+  sizes, found = context.sizes, []
+  for index, heads in enumerate(sizes.checked_heads):
+    for place, page_size in enumerate(sizes.checked_page_sizes):
+      for dtype in sizes.checked_dtypes:
+        first = not index and not place
+        if not first and dtype == 'float16':
+          continue
+        names = tuple(_OPTIONS) if first and dtype != 'float16' else ('plain', 'all, lse')
+        found += _attention(context, rng, heads, page_size, dtype, names)
+  found += _copies(context, rng)
+  found += _products(context, rng)
+  return found
+
+
+def _ways(table: Any, platform: str) -> list[str]:
+  """The automatic choice, and each that may be asked for; not the only one twice."""
+  names = implementations(table, platform)
+  return [AUTOMATIC, *(names if len(names) > 1 else [])]
+
+
+def _attention(
+  context: Context,
+  rng: np.random.Generator,
+  heads: tuple[int, int, int],
+  page_size: int,
+  dtype: str,
+  options: Sequence[str],
+) -> list[Program]:
+  query_heads, kv_heads, head_dim = heads
+  bound, kind = BOUNDS[dtype], dtype_of(dtype)
+  sinks = rng.standard_normal(query_heads).astype(np.float32)
+  lse_bound = max(bound / 10, 1e-5)  # of scores alone, and these in float32
+
+  def drawn(lengths, stored):
+    return Sequences.random(rng, lengths, kv_heads, head_dim, page_size, stored)
+
+  def given(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Options of a kernel, those of the answer, and what pages hold."""
+    chosen = dict(_OPTIONS[name])
+    stored = 'int8' if chosen.pop('int8', False) else dtype
+    exact = {key: value for key, value in chosen.items() if key != 'return_lse'}
+    if chosen.pop('sinks', False):
+      exact['sinks'] = sinks
+    return chosen, exact, stored
+
+  arrays: tuple[Any, ...]
+  calls: dict[str, list[tuple[str, Any, tuple[Any, ...], Any]]] = {'prefill': [], 'decode': []}
+  for name in options:
+    chosen, exact, stored = given(name)
+    extra = {'sinks': sinks} if 'sinks' in exact else {}
+    expected_of = functools.partial(_expected, with_lse='return_lse' in chosen, bound=bound, lse_bound=lse_bound)
+
+    lengths = [new + before for new, before in CHUNKS]
+    sequences = drawn(lengths, stored)
+    offsets = np.cumsum([0, *(new for new, _ in CHUNKS)]).astype(np.int32)
+    q = rng.standard_normal((offsets[-1] + PADDING, query_heads, head_dim)).astype(kind)
+    answers = [np.zeros(q.shape), np.full(q.shape[:2], -np.inf)]
+    for row, (new, before) in enumerate(CHUNKS):
+      part = slice(offsets[row], offsets[row + 1])
+      if new:
+        answers[0][part], answers[1][part] = attend(
+          q[part], sequences.keys[row], sequences.values[row], before + np.arange(new), **exact
+        )
+    arrays = (q, sequences.pages, sequences.tables, offsets, np.array(lengths, np.int32))
+    scales = {} if sequences.scales is None else {'scales': sequences.scales}
+    calls['prefill'].append((name, chosen, (arrays, extra | scales), expected_of(answers)))
+
+    sequences = drawn(LENGTHS, stored)
+    scales = {} if sequences.scales is None else {'scales': sequences.scales}
+    for queries in (1, QUERIES) if name in ('plain', 'all, lse') else (1,):
+      q = rng.standard_normal((len(LENGTHS), queries, query_heads, head_dim)).astype(kind)
+      answers = [np.zeros(q.shape), np.full(q.shape[:3], -np.inf)]
+      for row, length in enumerate(LENGTHS):
+        if length:
+          answers[0][row], answers[1][row] = attend(
+            q[row], sequences.keys[row], sequences.values[row], length - queries + np.arange(queries), **exact
+          )
+      if queries == 1:
+        q, answers = q[:, 0], [answer[:, 0] for answer in answers]
+      arrays = (q, sequences.pages, sequences.tables, np.array(LENGTHS, np.int32))
+      title = name if queries == 1 else f'{name}, {queries} queries'
+      calls['decode'].append((title, chosen, (arrays, extra | scales), expected_of(answers)))
+
+  found = []
+  shape = f'{dtype}, {query_heads}/{kv_heads} of {head_dim}, page {page_size}'
+  kernels: dict[str, tuple[Any, Any]] = {
+    'prefill': (prefill_attention, PREFILL_ATTENTION),
+    'decode': (paged_attention, PAGED_ATTENTION),
+  }
+  for phase, (kernel, table) in kernels.items():
+    for way in _ways(table, context.platform):
+      checks = tuple(
+        Check(f'{phase} {way}, {shape}, {name}', _called(kernel, way, chosen), inputs, expected)
+        for name, chosen, inputs, expected in calls[phase]
+      )
+      precision = 'highest' if dtype == 'float32' else 'default'
+      found.append(Program(f'{phase} {way}, {shape}', checks, precision))
+  return found
+
+
+def _called(kernel: Callable[..., Any], way: str, options: dict[str, Any]) -> Callable[..., Any]:
+  """A kernel with options; its arrays are given, those by name too."""
+
+  def call(arrays, named):
+    return kernel(*arrays, **named, **options, implementation=wanted(way))
+
+  return call
+
+
+def _expected(answers, with_lse: bool, bound: float, lse_bound: float) -> tuple[tuple[np.ndarray, float], ...]:
+  out, lse = answers
+  return ((out, bound), (lse, lse_bound)) if with_lse else ((out, bound),)
+
+
+def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
+  """Tokens appended, pages gathered and scattered: bits are kept, and so is what is not written."""
+  kv_heads, head_dim, page_size, pages = 8, 128, 16, 24
+  found = []
+  for function, way in [(name, way) for name in PAGE_COPY for way in _ways(PAGE_COPY[name], context.platform)]:
+    checks = []
+    for dtype in context.sizes.checked_dtypes:
+      kind = dtype_of(dtype)
+      pool = rng.standard_normal((pages, 2, kv_heads, page_size, head_dim)).astype(kind)
+      pool[3:5] = np.nan
+      ids = np.append(rng.permutation(pages)[:9], pages + 2).astype(np.int32)
+      name = f'{function} {way}, {dtype}'
+      if function == 'gather_pages':
+        checks.append(
+          Check(
+            name, functools.partial(gather_pages, implementation=wanted(way)), (pool, ids[:-1]), ((pool[ids[:-1]], 0),)
+          )
+        )
+      elif function == 'scatter_pages':
+        values = rng.standard_normal((len(ids), *pool.shape[1:])).astype(kind)
+        after = pool.copy()
+        after[ids[:-1]] = values[:-1]  # the last number is out of the pool: it drops its page
+        checks.append(
+          Check(name, functools.partial(scatter_pages, implementation=wanted(way)), (pool, ids, values), ((after, 0),))
+        )
+      else:
+        places = rng.permutation(pages * page_size)[:41]
+        page, offset = (places // page_size).astype(np.int32), (places % page_size).astype(np.int32)
+        page[7] = pages
+        k, v = rng.standard_normal((2, len(places), kv_heads, head_dim)).astype(kind)
+        after, kept = pool.copy(), page < pages
+        after[page[kept], 0, :, offset[kept]], after[page[kept], 1, :, offset[kept]] = k[kept], v[kept]
+        checks.append(
+          Check(
+            name,
+            functools.partial(append_tokens, implementation=wanted(way)),
+            (pool, k, v, page, offset),
+            ((after, 0),),
+          )
+        )
+    if function == 'append_tokens':
+      checks.append(_quantized_append(rng, way))
+    found.append(Program(f'{function} {way}', tuple(checks)))
+  return found
+
+
+def _quantized_append(rng: np.random.Generator, way: str) -> Check:
+  """Tokens appended to int8 pages; what they stand for differs by half a step of their scale."""
+  kv_heads, head_dim, page_size, pages, tokens = 8, 128, 16, 6, 41
+  places = rng.permutation(pages * page_size)[:tokens]
+  page, offset = (places // page_size).astype(np.int32), (places % page_size).astype(np.int32)
+  k, v = rng.standard_normal((2, tokens, kv_heads, head_dim)).astype(np.float32)
+
+  def call(k, v, page, offset):
+    pool = jnp.zeros((pages, 2, kv_heads, page_size, head_dim), jnp.int8)
+    scales = jnp.zeros(pool.shape[:-1], jnp.float32)
+    pool, scales = append_tokens(pool, k, v, page, offset, scales=scales, implementation=wanted(way))
+    return pool.astype(jnp.float32) * scales[..., None]
+
+  after = np.zeros((pages, 2, kv_heads, page_size, head_dim))
+  after[page, 0, :, offset], after[page, 1, :, offset] = k, v
+  return Check(f'append_tokens {way}, int8 with scales', call, (k, v, page, offset), ((after, 1e-2),))
+
+
+def _products(context: Context, rng: np.random.Generator) -> list[Program]:
+  """Products with weights in eight and four bits, and with activations in eight."""
+  rows, inner, outer = 33, 256, 384
+  found = []
+  kinds = {'int8': (8, None), 'int4': (4, None), 'int4 in groups of 64': (4, 64), 'w8a8': (8, None)}
+  stored = {}
+  for name, (bits, group) in kinds.items():
+    with jax.default_device(jax.devices()[0]):
+      weights = quantize(jnp.asarray(rng.standard_normal((inner, outer), np.float32)), bits, group)
+    stored[name] = weights, np.asarray(dequantize(weights, inner)).astype(np.float64)
+  for way in _ways(QUANTIZED_MATMUL, context.platform):
+    for dtype in context.sizes.checked_dtypes:
+      checks = []
+      for name, (weights, exact) in stored.items():
+        x = rng.standard_normal((rows, inner)).astype(dtype_of(dtype))
+        call = functools.partial(quantized_matmul, quantize_activations=name == 'w8a8', implementation=wanted(way))
+        bound = BOUNDS[dtype] if name != 'w8a8' else 2e-2  # activations are rounded to eight bits
+        values, scales = map(np.asarray, (weights.values, weights.scales))
+        expected = x.astype(np.float64) @ exact
+        checks.append(
+          Check(f'quantized_matmul {way}, {dtype}, {name}', call, (x, values, scales), ((expected, bound),))
+        )
+      precision = 'highest' if dtype == 'float32' else 'default'
+      found.append(Program(f'quantized_matmul {way}, {dtype}', tuple(checks), precision))
+  return found

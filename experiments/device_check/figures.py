@@ -1,0 +1,104 @@
+"""Figures as a part finds them: each is handed over at once, so that what is found before its end counts."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from experiments.rows import row
+from pdjax.types.json_text import json_text
+
+OVER = 'over its bound'  # the note of a figure that cannot be: what measured it is at fault
+CHECKED = 'relative error'  # the unit of answers that are checked
+_TOLERANCE = 1.02  # of a bound that was itself measured
+
+
+class Figures:
+  """What a part of the check has found, a line of JSON for each in a file that another process reads."""
+
+  def __init__(self, path: str):
+    """Add lines to the file at `path`."""
+    self._path = pathlib.Path(path)
+    self.failures: list[str] = []
+
+  def add(
+    self,
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    peer: str | None = None,
+    peer_value: float | None = None,
+    floor_share: float | None = None,
+    **more: Any,
+  ) -> dict[str, Any]:
+    """Hand over one figure; see `experiments.rows.row`.
+
+    Args:
+      name: What was measured.
+      value: The figure.
+      unit: Its unit.
+      peer: What was measured beside it.
+      peer_value: That figure, in the same unit.
+      floor_share: The least time that it could take as a share of the time that it took; above 1, it is marked.
+      **more: Other entries of the row, such as a note.
+    """
+    if floor_share is not None and floor_share > _TOLERANCE:
+      more['note'] = '; '.join(filter(None, (OVER, more.get('note'))))
+    one = row(name, value, unit, peer=peer, peer_value=peer_value, floor_share=floor_share) | more
+    self._write({'row': one})
+    beside = '' if one['ratio'] is None else f', {one["ratio"]:.3f} of {peer}'
+    share = '' if floor_share is None else f', {floor_share:.1%} of its ceiling'
+    note = f' ({more["note"]})' if more.get('note') else ''
+    print(f'{name}: {value:,.6g} {unit}{beside}{share}{note}', flush=True)
+    return one
+
+  def note(self, text: str) -> None:
+    """Say what was not measured, and why."""
+    self._write({'note': text})
+    print(text, flush=True)
+
+  def fail(self, text: str) -> None:
+    """Say what is wrong; the part goes on, and has failed."""
+    self.failures.append(text)
+    self._write({'failure': text})
+    print(f'FAILED {text}', file=sys.stderr, flush=True)
+
+  def pass_over(self, reason: str) -> None:
+    """Say why the part does nothing here."""
+    self._write({'passed_over': reason})
+    print(reason, flush=True)
+
+  def compiled(self, seconds: float) -> None:
+    """Say how long compiling took in all, of what has been compiled so far."""
+    self._write({'compile_s': seconds})
+
+  def _write(self, line: dict[str, Any]) -> None:
+    with self._path.open('a', encoding='utf-8') as file:
+      file.write(json_text(line) + '\n')
+
+
+def read_lines(path: pathlib.Path) -> dict[str, Any]:
+  """What a part has handed over: `rows`, `notes`, `failures`, `passed_over` and `compile_s`.
+
+  A line that a part was killed in is left out.
+  """
+  found: dict[str, Any] = {'rows': [], 'notes': [], 'failures': [], 'passed_over': None, 'compile_s': None}
+  text = path.read_text(encoding='utf-8') if path.is_file() else ''
+  for line in text.splitlines():
+    try:
+      one = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    match one:
+      case {'row': row}:
+        found['rows'].append(row)
+      case {'note': note}:
+        found['notes'].append(note)
+      case {'failure': failure}:
+        found['failures'].append(failure)
+      case {'passed_over': reason}:
+        found['passed_over'] = reason
+      case {'compile_s': seconds}:
+        found['compile_s'] = (found['compile_s'] or 0.0) + seconds
+  return found

@@ -1,0 +1,106 @@
+"""Attention over pages beside attention over contiguous keys: what is timed, on which inputs, and the work it is."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.device_check.context import Context
+from experiments.device_check.timing import Case, compilers, draw, median_s, prepare
+from pallas_kernels import PageLayout, devices
+from pallas_kernels.dispatch import Plain
+
+AUTOMATIC = 'automatic'
+CUDNN, DENSE = 'cuDNN on contiguous keys', 'XLA on contiguous keys'
+
+
+def implementations(table: Mapping[str, Any], platform: str) -> list[str]:
+  """The names in a kernel's table of what is made for a platform, and plain XLA; not its definition."""
+  mine = [name for name, one in table.items() if not isinstance(one, Plain) and platform in one.platforms]
+  return [*mine, 'xla']
+
+
+def wanted(name: str) -> str | None:
+  """What to ask a kernel for by a name in a row."""
+  return None if name == AUTOMATIC else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Pages of random keys and values, and what may name them."""
+
+  pages: jax.Array
+  page_size: int
+  order: np.ndarray  # all page numbers, shuffled
+
+  @classmethod
+  def draw(cls, context: Context, tokens: int, page_size: int) -> 'Pool':
+    """Room for so many tokens, or for the bytes that timed calls take in turns, if these are more."""
+    _, kv_heads, head_dim = context.sizes.heads
+    layout = PageLayout.best(devices.current(), kv_heads, page_size, head_dim)
+    page_bytes = 2 * 2 * kv_heads * page_size * head_dim
+    count = max(-(-tokens // page_size), -(-context.sizes.rotated_bytes // page_bytes)) + 1
+    pages = draw((count, *layout.page_shape), 'bfloat16', page_size)
+    return cls(pages, page_size, np.random.default_rng(page_size).permutation(count).astype(np.int32))
+
+  def tables(self, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
+    """Page tables of sequences of these lengths, one after another in the pool, as often as there is room for them."""
+    counts = [-(-length // self.page_size) for length in lengths]
+    width = max(counts) if width is None else -(-width // self.page_size)
+    tables = []
+    for start in range(0, len(self.order) - sum(counts) + 1, sum(counts)):
+      table, place = np.zeros((len(lengths), width), np.int32), start
+      for row, count in enumerate(counts):
+        table[row, :count] = self.order[place : place + count]
+        place += count
+      tables.append(jnp.asarray(table))
+    return tables
+
+
+def rotating(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[[int], Any]:
+  """What calls with each of the inputs in turn."""
+  return lambda number: call(*inputs[number % len(inputs)])
+
+
+def sets(context: Context, each_bytes: int) -> int:
+  """How many sets of inputs of so many bytes no cache holds, of which a call takes one."""
+  return max(2, -(-context.sizes.rotated_bytes // max(each_bytes, 1)))
+
+
+def dense(implementation: str) -> Callable[..., Any]:
+  """JAX's attention over contiguous keys."""
+  return functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+
+
+def time_all(context: Context, cases: Sequence[Case], add: Callable[[Case, float, Mapping[str, float]], None]) -> None:
+  """Compile all cases side by side, then time them one by one; `add` is given a case, its seconds and all so far."""
+  figures = context.figures
+  calls, refused, compile_s = prepare(cases)
+  figures.compiled(compile_s)
+  print(f'{len(calls)} programs compiled in {compile_s:.1f} s, {compilers()} at once', flush=True)
+  for name, reason in refused.items():
+    figures.note(f'{name}: not measured, {reason}')
+  found: dict[str, float] = {}
+  for case in cases:
+    if case.name not in calls:
+      continue
+    try:
+      found[case.name] = median_s(calls.pop(case.name), context.sizes)
+    except Exception as error:  # such as no more memory: the next may still run
+      figures.note(f'{case.name}: not measured, {type(error).__name__}: {str(error)[:200]}')
+      continue
+    add(case, found[case.name], found)
+
+
+def say_what_is_missing(context: Context) -> None:
+  """Say which peers cannot be measured here."""
+  if context.platform != 'gpu':
+    context.figures.note(f'{CUDNN}: not measured, this is no GPU')
+  missing = [name for name in ('flashinfer', 'jax_tvm_ffi') if importlib.util.find_spec(name) is None]
+  if missing:
+    context.figures.note(f'FlashInfer: not measured, {" and ".join(missing)} not installed')

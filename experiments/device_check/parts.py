@@ -1,0 +1,91 @@
+"""The parts of the check by name, in order of worth, and the command line of the process that runs each."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+_TINY = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'families' / 'smollm2'
+ALL = ('gpu', 'tpu', 'cpu')
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One part.
+
+  Attributes:
+    name: What `--only` calls it.
+    about: What comes of it, in a sentence.
+    module: Has `run(context)`, where the part is one of ours.
+    command: Else the benchmark of `experiments` that it runs, with arguments.
+    toy: Arguments of the command in a dry run, in place of its own; None: there is nothing small to run.
+    rows: Whether the command takes `--json`.
+    platforms: Where it can run.
+    packages: Without which it cannot.
+    shares: Whether two processes hold the device at once, so that none may take its memory beforehand.
+    asked: Whether it runs only if it is asked for.
+  """
+
+  name: str
+  about: str
+  module: str = ''
+  command: tuple[str, ...] = ()
+  toy: tuple[str, ...] | None = None
+  rows: bool = True
+  platforms: tuple[str, ...] = ALL
+  packages: tuple[str, ...] = ()
+  shares: bool = False
+  asked: bool = False
+
+  def passed_over(self, platform: str, toy: bool) -> str | None:
+    """Why it cannot run here, or None."""
+    if platform not in self.platforms:
+      return f'not on {platform}'
+    if missing := [package for package in self.packages if importlib.util.find_spec(package) is None]:
+      return f'{" and ".join(missing)} not installed'
+    if toy and self.command and self.toy is None:
+      return 'it has no toy shape'
+    return None
+
+  def command_line(self, platform: str, toy: bool, lines: str, rows: str, folder: str) -> list[str]:
+    """The process that runs it.
+
+    Args:
+      platform: 'gpu', 'tpu' or 'cpu'.
+      toy: Whether at toy shapes.
+      lines: The file that it hands figures over in.
+      rows: The file that a command writes its rows to.
+      folder: The folder of the result.
+    """
+    if self.command:
+      name, *arguments = self.command
+      given = list(self.toy or ()) if toy else arguments
+      return [
+        sys.executable, '-m', f'experiments.{name}', f'--platform={platform}', *given,
+        *([f'--json={rows}'] if self.rows else []),
+      ]  # fmt: skip
+    return [
+      sys.executable, '-m', 'experiments.device_check.child', f'--part={self.name}', f'--platform={platform}',
+      f'--lines={lines}', f'--folder={folder}', *(['--toy'] if toy else []),
+    ]  # fmt: skip
+
+
+def _ours(name: str, about: str, **fields) -> Part:
+  return Part(name, about, module=f'experiments.device_check.{fields.pop("module", name)}', **fields)
+
+
+def _transfer(transport: str, **fields) -> Part:
+  toy = (f'--transport={transport}', '--mib=1', '--repeats=1')
+  return Part(
+    transport, f'what {transport} carries', command=('bench_transfer', f'--transport={transport}'), toy=toy, **fields
+  )
+
+
+_PARTS = (
+  _ours('ceilings', 'how fast memory is copied and matrices are multiplied'),
+  _ours('correct', 'answers of every kernel beside float64'),
+  _ours('prefill', 'prefill attention by shape'),
+  _ours('decode', 'decode attention by shape'),
+)
+
+PARTS: dict[str, Part] = {part.name: part for part in _PARTS}

@@ -1,0 +1,165 @@
+"""The result of a check of a device: what was measured on which device with which versions of what, and its table."""
+
+import hashlib
+import json
+import math
+import pathlib
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.device_check.figures import CHECKED, OVER
+from pdjax.types.json_text import json_text
+
+FORMAT = 2
+_SAME = ('format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'commit')
+_ROOT = pathlib.Path(__file__).parents[2]
+
+# Run by a process of its own, so that the one that waits for the parts holds no device.
+DESCRIBE = """
+import importlib.metadata, json, platform, shutil, subprocess, sys
+import jax
+
+if sys.argv[1] == 'cpu':
+  jax.config.update('jax_platforms', 'cpu')
+first, *_ = devices = jax.devices(sys.argv[1])
+client = ' '.join(str(getattr(first.client, 'platform_version', '')).split())
+packages = {dist.metadata['Name'].lower(): dist.version for dist in importlib.metadata.distributions()}
+cudnn = [version for name, version in packages.items() if name.startswith('nvidia-cudnn')]
+driver = None
+if sys.argv[1] == 'gpu' and shutil.which('nvidia-smi'):
+  ask = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
+  said = subprocess.run(ask, capture_output=True, text=True)
+  driver = (said.stdout.split() or [None])[0]
+try:
+  memory = (first.memory_stats() or {}).get('bytes_limit')
+except Exception:
+  memory = None
+print(json.dumps({
+  'device': first.device_kind, 'count': len(devices), 'platform': first.platform,
+  'compute_capability': getattr(first, 'compute_capability', None), 'memory': memory,
+  'versions': {
+    'jax': jax.__version__, 'jaxlib': packages.get('jaxlib'), 'cudnn': cudnn[0] if cudnn else None,
+    'cuda': client or None, 'driver': driver, 'python': platform.python_version(),
+  },
+}))
+"""
+
+
+def commit(root: pathlib.Path = _ROOT) -> str | None:
+  """The commit that is checked out; with changes, also a digest of these; None where there is no repository."""
+
+  def git(*arguments: str) -> str | None:
+    try:
+      done = subprocess.run(['git', '-C', str(root), *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+      return None
+    return done.stdout if done.returncode == 0 else None
+
+  head = git('rev-parse', 'HEAD')
+  if head is None:
+    return None
+  changed = hashlib.sha256((git('diff', 'HEAD') or '').encode())
+  new = [
+    name for name in (git('ls-files', '--others', '--exclude-standard', '-z') or '').split('\0') if name.endswith('.py')
+  ]
+  if not new and not git('status', '--porcelain', '--untracked-files=no'):
+    return head.strip()
+  for name in sorted(new):
+    changed.update(name.encode() + b'\0' + (root / name).read_bytes())
+  return f'{head.strip()}+changes {changed.hexdigest()[:12]}'
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  """Whether two results are of the same code, device and versions, at the same shapes."""
+  return all(one.get(name) == other.get(name) for name in _SAME)
+
+
+def load(file: pathlib.Path) -> dict[str, Any] | None:
+  """What a result's file holds, or None if it holds no result."""
+  try:
+    found = json.loads(file.read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    return None
+  return found if isinstance(found, dict) and found.get('format') == FORMAT else None
+
+
+def save(file: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Write a result in place of the last one, whole at any time."""
+  new = file.with_suffix('.new')
+  new.write_text(json_text(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+  new.replace(file)
+
+
+def show(console: Console, result: Mapping[str, Any]) -> None:
+  """Print every figure by part, and last what failed and why."""
+  versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)
+  console.print(f'{result["count"]} × {result["device"]}: {versions}; {result["commit"]}', markup=False)
+  for part in result['parts']:
+    console.print(_table(part))
+    for note in part['notes']:
+      console.print(f'  {note}', markup=False)
+  failed = [part for part in result['parts'] if part['status'] not in ('passed', 'passed over')]
+  for part in failed:
+    console.print(f'{part["part"]}: {part["status"]}, {part["reason"]}', markup=False)
+  over = [row['name'] for part in result['parts'] for row in part['rows'] if OVER in (row.get('note') or '')]
+  if over:
+    console.print(f'{OVER}, so that what measured it is at fault: {"; ".join(over)}', markup=False)
+  passed = sum(part['status'] == 'passed' for part in result['parts'])
+  console.print(
+    f'{passed} parts passed, {len(failed)} failed, {len(result["parts"]) - passed - len(failed)} passed over'
+  )
+
+
+def _table(part: Mapping[str, Any]) -> Table:
+  title = f'{part["part"]}: {part["status"]}, {part["seconds"]:.0f} s'
+  if part['compile_s']:
+    title += f', compiling {part["compile_s"]:.0f} s'
+  if part['status'] == 'passed over':
+    title = f'{part["part"]}: passed over, {part["reason"]}'
+  table = Table(title=title, title_justify='left', box=None, pad_edge=False)
+  table.add_column('' if not part['rows'] else 'figure')
+  if not part['rows']:
+    return table
+  for column in ('value', 'beside', 'ratio', 'of ceiling'):
+    table.add_column(column, justify='right')
+  for row in _shown(part['rows']):
+    beside = '' if row['peer_value'] is None else f'{row["peer"]}: {number(row["peer_value"])}'
+    ratio = '' if row['ratio'] is None else f'{row["ratio"]:.3f}'
+    share = '' if row['floor_share'] is None else f'{row["floor_share"]:.1%}'
+    marked = f'{row["name"]} ({row["note"]})' if row.get('note') else row['name']
+    table.add_row(marked, f'{number(row["value"])} {row["unit"]}', beside, ratio, share)
+  return table
+
+
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+  """The rows of a table: of answers that were checked, the worst of each kernel in each way and dtype."""
+  worst: dict[str, Mapping[str, Any]] = {}
+  for row in rows:
+    key = row['name']
+    if row['unit'] == CHECKED:
+      key = ', '.join(row['name'].split(', ')[:2])
+    if key not in worst or badness(row) > badness(worst[key]):
+      worst[key] = row
+  return list(worst.values())
+
+
+def badness(row: Mapping[str, Any]) -> float:
+  """How much of what is allowed an answer misses; NaN is worst."""
+  ratio = float(row['value'] if row['ratio'] is None else row['ratio'])
+  return math.inf if math.isnan(ratio) else ratio
+
+
+def number(value: float | str) -> str:
+  """A figure with four digits that count; a word as it is, which JSON has for what is not finite."""
+  if isinstance(value, str):
+    return value
+  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+
+
+def ending(lines: Sequence[str], most: int = 4000) -> list[str]:
+  """The last lines of what was printed, as many as have so many characters."""
+  return '\n'.join(lines)[-most:].splitlines()

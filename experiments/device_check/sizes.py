@@ -1,0 +1,90 @@
+"""How large everything is that a check of a device measures: as models have it, or toys that show that it works."""
+
+import dataclasses
+
+from pdjax.types import ModelSpec
+
+Chunks = tuple[tuple[int, int], ...]  # (new tokens, cached tokens before them) of each chunk that is packed
+
+_TOY = ModelSpec(
+  name='toy', num_layers=2, embed_dim=64, query_heads=4, kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128,
+  context_len=256, eos_token_ids=(1,),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Shapes and how long things are timed.
+
+  Attributes:
+    copy_bytes: Of the array whose copy is the ceiling of bandwidth.
+    product_size: Rows and columns of the matrices whose product is the ceiling of FLOP/s.
+    rotated_bytes: Least bytes of the inputs that timed calls take in turns: more than any cache holds.
+    groups: Groups of calls of which the median counts.
+    group_s: Least seconds of a group.
+    heads: Query heads, key/value heads and head size of timed kernels.
+    prefills: Packed chunks of each timed prefill, by worth.
+    batches: Sequences of timed decode steps, by worth.
+    contexts: Cached tokens of each of them, by worth.
+    page_sizes: Tokens per page of timed kernels.
+    checked_heads: Query heads, key/value heads and head sizes that answers are checked with.
+    checked_page_sizes: Tokens per page that they are checked with.
+    checked_dtypes: What they are checked in.
+    scores_bytes: Most bytes of the scores that the attention which keeps all of them may have.
+    model: The model whose passes are measured.
+    few_layers: Layers of the same model where few are enough.
+    prompt_len: Tokens of the chunk whose prefill is measured.
+    decode_context: Cached tokens of sequences whose decode steps are measured.
+    decode_batches: Sequences of these.
+    decode_steps: Decode steps that are timed, one a pass.
+    prefill_passes: Prefill passes that are timed.
+    served: Requests of the small workload, tokens of each prompt, and tokens of each answer.
+    handoff: Tokens of the prompt that is handed over, tokens of its chunks, and rounds.
+  """
+
+  copy_bytes: int = 1 << 30
+  product_size: int = 8192
+  rotated_bytes: int = 256 << 20
+  groups: int = 7
+  group_s: float = 0.03
+  heads: tuple[int, int, int] = (32, 8, 128)
+  prefills: tuple[Chunks, ...] = (
+    ((4096, 0),),
+    ((2048, 14_336),),
+    ((16_384, 0),),
+    ((1024, 0),),
+    ((512, 0),),
+    ((512, 0), (512, 1024), (512, 2048), (512, 3072)),
+  )
+  batches: tuple[int, ...] = (64, 16, 1, 128)
+  contexts: tuple[int, ...] = (2048, 8192, 512)
+  page_sizes: tuple[int, ...] = (16, 64)
+  checked_heads: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (9, 3, 64))
+  checked_page_sizes: tuple[int, ...] = (16, 64)
+  checked_dtypes: tuple[str, ...] = ('float32', 'bfloat16', 'float16')
+  scores_bytes: int = 4 << 30
+  model: ModelSpec = dataclasses.field(default_factory=ModelSpec.llama3_8b)
+  few_layers: int = 4
+  prompt_len: int = 4096
+  decode_context: int = 2048
+  decode_batches: tuple[int, ...] = (1, 16, 64, 128)
+  decode_steps: int = 24
+  prefill_passes: int = 6
+  served: tuple[int, int, int] = (8, 1024, 32)
+  handoff: tuple[int, int, int] = (1024, 256, 3)
+
+  @classmethod
+  def real(cls) -> 'Sizes':
+    """As models have it."""
+    return cls()
+
+  @classmethod
+  def toy(cls) -> 'Sizes':
+    """Small enough for a CPU to go through all of it in seconds: the figures mean nothing."""
+    return cls(
+      copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, heads=(4, 2, 16),
+      prefills=(((32, 0),), ((16, 48),), ((8, 0), (8, 16))), batches=(2, 1), contexts=(64,), page_sizes=(16,),
+      checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'), model=_TOY,
+      few_layers=1, prompt_len=32, decode_context=40, decode_batches=(1, 2), decode_steps=3, prefill_passes=2,
+      served=(2, 32, 4), handoff=(32, 8, 1),
+    )  # fmt: skip

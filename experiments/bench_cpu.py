@@ -16,26 +16,22 @@ Figures are medians of the rounds. Without torch and transformers, or with --pee
 """
 
 import dataclasses
-import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.floor import cached_s, copy_bytes_per_s, products_s
 from experiments.rows import row, save_rows
 from experiments.transformers_peer import TransformersPeer, missing, plain_llama
 from pdjax.config import ServingConfig
 from pdjax.launch import Deployment, deploy, open_model
-from pdjax.model.layers import project
 from pdjax.policies import Disaggregated
 from pdjax.serving import Backend, ClusterState, serve
 from pdjax.serving.messages import Action, Done, Event, Finished, Order, Started, StepOrder
@@ -159,62 +155,10 @@ def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...
   return Measured(step_s, host_s / step_s, [tokens[request.id] for request in requests])
 
 
-# ---------------------------------------------------------------------------- the floor
-
-
-def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
-  """How fast memory is copied, by as many threads at once."""
-  source = np.ones(megabytes << 18, np.float32)
-  target = np.empty_like(source)
-  parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
-  with ThreadPoolExecutor(threads) as pool:
-    return source.nbytes / _median_s(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
-
-
-def products(model: ModelSpec, rows: int, unembedded: int, outputs_first: bool) -> Callable[[], Any]:
-  """Every product of a pass over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one.
-
-  Matrices lie `[outputs, inputs]` and are multiplied as the model does it, or `[inputs, outputs]` and as they lie.
-  """
-  heads = model.head_dim * (model.query_heads + 2 * model.kv_heads)
-  wide, embed = model.ffn_dim, model.embed_dim
-  shapes = [(embed, heads), (model.query_heads * model.head_dim, embed), (embed, wide), (embed, wide), (wide, embed)]
-  rng = np.random.default_rng(0)
-
-  def random(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-  def matrix(inner: int, outer: int) -> jax.Array:
-    return random(outer, inner) if outputs_first else random(inner, outer)
-
-  multiply = project if outputs_first else jnp.matmul
-  inputs = [random(rows, inner) for inner, _ in shapes]
-  layers = [[matrix(*shape) for shape in shapes] for _ in range(model.num_layers)]
-  last, unembed = random(unembedded, embed), matrix(embed, model.vocab_size)
-
-  @jax.jit
-  def run(inputs, layers, last, unembed):
-    return [list(map(multiply, inputs, layer)) for layer in layers], multiply(last, unembed)
-
-  with jax.default_matmul_precision('highest'):
-    return functools.partial(run.lower(inputs, layers, last, unembed).compile(), inputs, layers, last, unembed)
-
-
 def floor_s(model: ModelSpec, case: Case, copy_speed: float, repeats: int) -> float:
   """The least seconds of a pass: its products, in the quickest way known here, and its keys and values read once."""
-  ways = [products(model, case.tokens, case.batch, outputs_first) for outputs_first in (False, True)]
-  products_s = min(_median_s(lambda way=way: jax.block_until_ready(way()), repeats) for way in ways)  # type: ignore[misc]
-  return products_s + case.batch * case.context * model.kv_bytes_per_token(4) / copy_speed
-
-
-def _median_s(call: Callable[[], Any], repeats: int = 7) -> float:
-  call()
-  seconds = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    call()
-    seconds.append(time.perf_counter() - begin)
-  return statistics.median(seconds)
+  cached = cached_s(model, case.batch * case.context, copy_speed)
+  return products_s(model, case.tokens, case.batch, repeats) + cached
 
 
 # ---------------------------------------------------------------------------- the command

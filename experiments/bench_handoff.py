@@ -2,6 +2,7 @@ r"""What handing a prompt over costs: whole, chunk by chunk, layer by layer, and
 
 python -m experiments.bench_handoff
 python -m experiments.bench_handoff --prompt_len=256 --rounds=9 --json=handoff.json
+python -m experiments.bench_handoff --checkpoint=random --ways=auto
 
 One request at a time, SmolLM2-135M in float32, one prefill and one decode worker of one device each (of the same, where
 there is but one), and a colocated worker with the same chunks. Every way takes its turn within every round; figures are
@@ -13,6 +14,7 @@ medians of the rounds.
 """
 
 import dataclasses
+import math
 import statistics
 from typing import Any
 
@@ -20,6 +22,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.few_buckets import with_few_buckets
 from experiments.rows import row, save_rows
 from pdjax.config import ServingConfig
 from pdjax.engine.build import prepare_devices
@@ -47,6 +50,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _PROMPT_LEN = flags.DEFINE_integer('prompt_len', 1024, 'Tokens of a prompt.', lower_bound=1)
 _CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens of a chunk.', lower_bound=1)
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Rounds, in each of which every way takes its turn.', lower_bound=1)
+_WAYS = flags.DEFINE_list('ways', None, 'Granularities to measure beside colocated; all by default.')
 _TRANSPORT = flags.DEFINE_enum('transport', 'device_put', ['device_put', 'host_staged'], 'How KV travels.')
 _LAYER_GROUPS = flags.DEFINE_integer(
   'layer_groups', None, 'Groups of layers; by default what a TransferSpec takes.', lower_bound=1
@@ -56,6 +60,7 @@ _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compi
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
 
 GRANULARITIES: tuple[GranularityName, ...] = ('request', 'chunk', 'layers', 'auto')
+COLOCATED, WHOLE, AUTO = 'colocated', 'request', 'auto'
 OUTPUT_LEN = 8
 
 
@@ -76,7 +81,8 @@ class Served:
     config = ServingConfig(
       checkpoint=_CHECKPOINT.value,
       model=ModelSpec.smollm2_135m() if _CHECKPOINT.value == 'random' else None,
-      workers=workers,
+      # Whole chunks are of one size, for which alone passes are compiled then.
+      workers=workers if _PROMPT_LEN.value % _CHUNK.value else with_few_buckets(workers, (1,)),
       policy=policy,
       transfer=transfer,
       max_context=_PROMPT_LEN.value + OUTPUT_LEN,
@@ -114,7 +120,9 @@ class Served:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
-  chunk = _CHUNK.value
+  chunk, wanted = _CHUNK.value, _WAYS.value or GRANULARITIES
+  if unknown := set(wanted) - set(GRANULARITIES):
+    raise app.UsageError(f'--ways names {sorted(unknown)}; there are {", ".join(GRANULARITIES)}.')
   sizes: dict[str, Any] = {'max_step_tokens': chunk, 'max_sequences': 1, 'max_chunks': 1, 'num_pages': 256}
   transport: Any = _TRANSPORT.value
   spec = TransferSpec(transport, layer_groups=_LAYER_GROUPS.value)
@@ -122,26 +130,33 @@ def main(argv: list[str]) -> None:
   apart = prefill_pool(1, devices=(0,), **sizes) + decode_pool(1, devices=(second,), **sizes)
   # Compiled for layer groups, an engine sends in any granularity: what travels when is decided by the state.
   layered = dataclasses.replace(spec, granularity='layers')
-  disaggregated = Served(apart, Disaggregated(max_prefill_tokens=chunk), layered)
-  colocated = Served(colocated_pool(1, devices=(0,), **sizes), Colocated(token_budget=chunk + 1), spec)
-  auto = Served(apart, Disaggregated(max_prefill_tokens=chunk), spec)
+  ways: dict[str, tuple[Served, TransferSpec]] = {}
+  made: list[Served] = []
+
+  def served(*arguments: Any) -> Served:
+    made.append(Served(*arguments))
+    return made[-1]
+
   try:
-    ways: dict[str, tuple[Served, TransferSpec]] = {
-      'colocated': (colocated, spec),
-      **{name: (disaggregated, dataclasses.replace(spec, granularity=name)) for name in GRANULARITIES[:-1]},
-      'auto': (auto, auto.transfer),
-    }
+    colocated = served(colocated_pool(1, devices=(0,), **sizes), Colocated(token_budget=chunk + 1), spec)
+    ways[COLOCATED] = colocated, spec
+    if named := [name for name in GRANULARITIES[:-1] if name in wanted]:
+      disaggregated = served(apart, Disaggregated(max_prefill_tokens=chunk), layered)
+      ways |= {name: (disaggregated, dataclasses.replace(spec, granularity=name)) for name in named}
+    if AUTO in wanted:
+      auto = served(apart, Disaggregated(max_prefill_tokens=chunk), spec)
+      ways[AUTO] = auto, auto.transfer
     found: dict[str, list[HandOff]] = {name: [] for name in ways}
     for number in range(-1, _ROUNDS.value):  # the first round is not counted
-      for name, (served, transfer) in ways.items():
-        found[name].append(served.answer(max(number, 0), transfer))
+      for name, (cluster, transfer) in ways.items():
+        found[name].append(cluster.answer(max(number, 0), transfer))
   finally:
-    for served in (disaggregated, colocated, auto):
-      served.close()
-  _show(found, auto.transfer)
+    for one in made:
+      one.close()
+  _show(found, ways[AUTO][1] if AUTO in ways else None)
 
 
-def _show(found: dict[str, list[HandOff]], auto: TransferSpec) -> None:
+def _show(found: dict[str, list[HandOff]], auto: TransferSpec | None) -> None:
   same = all(
     one.tokens == first.tokens for ways in zip(*found.values(), strict=True) for first in ways[:1] for one in ways
   )
@@ -150,30 +165,34 @@ def _show(found: dict[str, list[HandOff]], auto: TransferSpec) -> None:
     return statistics.median(getattr(one, field) for one in found[name][1:])
 
   def ratio(name: str, field: str, to: str) -> float:
-    """Median of the ratios within a round."""
-    pairs = zip(found[name][1:], found[to][1:], strict=True)
-    return statistics.median(getattr(one, field) / getattr(other, field) for one, other in pairs)
+    """Median of the ratios within a round, of those rounds in which there is one."""
+    pairs = [
+      (getattr(one, field), getattr(other, field)) for one, other in zip(found[name][1:], found[to][1:], strict=True)
+    ]
+    return statistics.median([one / other for one, other in pairs if other] or [math.nan])
 
   table = Table('way', 'exposed ms', 'of whole', 'hidden', 'second token ms', 'of colocated', box=None)
   rows = []
   for name in found:
     second_s = median(name, 'second_token_s')
-    relative = ratio(name, 'second_token_s', 'colocated')
+    relative = ratio(name, 'second_token_s', COLOCATED)
     cells = ['-', '-', '-']
-    if name != 'colocated':
-      exposed_s, of_whole = median(name, 'exposed_s'), ratio(name, 'exposed_s', 'request')
-      cells = [f'{exposed_s * 1e3:.1f}', f'{of_whole:.2f}', f'{median(name, "hidden"):.0%}']
-      rows.append(row(f'exposed hand-off, {name}', exposed_s * 1e3, 'ms', peer='request',
-                      peer_value=median('request', 'exposed_s') * 1e3))  # fmt: skip
+    if name != COLOCATED:
+      exposed_s, whole_s = median(name, 'exposed_s'), median(WHOLE, 'exposed_s') if WHOLE in found else None
+      of_whole = f'{ratio(name, "exposed_s", WHOLE):.2f}' if whole_s else '-'
+      cells = [f'{exposed_s * 1e3:.1f}', of_whole, f'{median(name, "hidden"):.0%}']
+      rows.append(row(f'exposed hand-off, {name}', exposed_s * 1e3, 'ms', peer=WHOLE if whole_s else None,
+                      peer_value=whole_s * 1e3 if whole_s else None))  # fmt: skip
       rows.append(row(f'wire time hidden, {name}', median(name, 'hidden') * 100, '%'))
-    rows.append(row(f'second token, {name}', second_s * 1e3, 'ms', peer='colocated',
-                    peer_value=median('colocated', 'second_token_s') * 1e3))  # fmt: skip
+    rows.append(row(f'second token, {name}', second_s * 1e3, 'ms', peer=COLOCATED,
+                    peer_value=median(COLOCATED, 'second_token_s') * 1e3))  # fmt: skip
     table.add_row(name, *cells, f'{second_s * 1e3:.0f}', f'{relative:.3f}')
   console = Console(highlight=False)
   console.print(f'prompts of {_PROMPT_LEN.value} tokens in chunks of {_CHUNK.value}, {_TRANSPORT.value}')
   console.print(table)
-  of_last = '' if auto.layers_from is None else f', by layers from {auto.layers_from} tokens of the last chunk'
-  console.print(f'auto is {auto.granularity}{of_last}')
+  if auto is not None:
+    of_last = '' if auto.layers_from is None else f', by layers from {auto.layers_from} tokens of the last chunk'
+    console.print(f'auto is {auto.granularity}{of_last}')
   console.print(f'tokens {"all equal" if same else "[red]differ[/]"}')
   save_rows(_JSON.value, rows)
 

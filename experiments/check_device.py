@@ -36,7 +36,7 @@ from rich.console import Console
 
 from experiments.device_check.figures import read_lines
 from experiments.device_check.parts import PARTS, Part
-from experiments.device_check.result import DESCRIBE, FORMAT, commit, ending, load, same, save, show
+from experiments.device_check.result import DESCRIBE, FORMAT, commit, ending, load, same, save, show, sources
 
 _OUT = flags.DEFINE_string('out', None, 'Folder of the result, of logs and of compiled programs.', required=True)
 _ONLY = flags.DEFINE_list('only', None, 'Names of parts to run; all by default.')
@@ -44,8 +44,10 @@ _PLATFORM = flags.DEFINE_enum('platform', 'gpu', ['cpu', 'gpu', 'tpu'], 'Devices
 _TIMEOUT_S = flags.DEFINE_float('timeout_s', 90, 'Most seconds of one part.', lower_bound=0.0)
 _AGAIN = flags.DEFINE_bool('again', False, 'Run parts anew whose result is there.')
 _TUNE = flags.DEFINE_bool('tune', False, 'Also time parameters of kernels, and write them to DIR/tuned.json.')
+_COMMIT = flags.DEFINE_string('commit', None, 'What the result calls the commit where there is no repository.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Every part on a CPU at toy shapes: shows that it works, no more.')
 
+_QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 _LIMIT_S = 60.0  # of finding out what the device is
 
 
@@ -114,7 +116,8 @@ def described(platform: str, folder: pathlib.Path) -> dict[str, Any]:
   if done.returncode:
     sys.exit(f'no {platform} was found:\n{done.stderr[-2000:]}')
   found = json.loads(done.stdout.splitlines()[-1])
-  return {'format': FORMAT, 'dry_run': _DRY_RUN.value, **found, 'commit': commit(), 'date': _now()}
+  named = {'commit': commit() or _COMMIT.value, 'sources': sources(), 'date': _now()}
+  return {'format': FORMAT, 'dry_run': _DRY_RUN.value, **found, **named}
 
 
 def run(part: Part, platform: str, toy: bool, timeout_s: float, folder: pathlib.Path) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def run(part: Part, platform: str, toy: bool, timeout_s: float, folder: pathlib.
     command = part.command_line(platform, toy, str(lines), str(rows), str(folder))
     printed: list[str] = []
     process = subprocess.Popen(
-      command, env=environment(folder, part.shares), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      command, env=environment(folder, part.shares, toy), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
       errors='replace', start_new_session=True,
     )  # fmt: skip
     log = folder / 'logs' / f'{part.name}.txt'
@@ -187,14 +190,19 @@ def _done(
   }  # fmt: skip
 
 
-def environment(folder: pathlib.Path, shares: bool) -> dict[str, str]:
-  """Of the process of a part: programs are kept, and nearly all memory is taken beforehand unless two share it."""
+def environment(folder: pathlib.Path, shares: bool, toy: bool = False) -> dict[str, str]:
+  """Of the process of a part: programs are kept, and nearly all memory is taken beforehand unless two share it.
+
+  Of toys, programs are optimised little: compiling them takes longest.
+  """
   memory = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if shares else {'XLA_PYTHON_CLIENT_MEM_FRACTION': '.92'}
   kept = {
     'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }
+  if toy:
+    kept['XLA_FLAGS'] = ' '.join(filter(None, (os.environ.get('XLA_FLAGS'), _QUICK)))
   return os.environ | memory | kept
 
 

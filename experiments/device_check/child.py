@@ -26,10 +26,10 @@ _TOY = flags.DEFINE_bool('toy', False, 'Toy shapes: the figures mean nothing.')
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
-  if _PART.value not in PARTS or not PARTS[_PART.value].module:
-    ours = ', '.join(part.name for part in PARTS.values() if part.module)
+  if _PART.value not in PARTS or not PARTS[_PART.value].function:
+    ours = ', '.join(part.name for part in PARTS.values() if part.function)
     raise app.UsageError(f'--part is {_PART.value!r}, expected one of {ours}.')
-  figures, folder = Figures(_LINES.value), pathlib.Path(_FOLDER.value)
+  figures, folder = Figures(_LINES.value, marks=not _TOY.value), pathlib.Path(_FOLDER.value)
   sizes = Sizes.toy() if _TOY.value else Sizes.real()
   context = Context(_PLATFORM.value, sizes, figures, folder, _TOY.value)
   if _PLATFORM.value == 'cpu':
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   begin = time.perf_counter()
   try:
-    importlib.import_module(PARTS[_PART.value].module).run(context)
+    module, name = PARTS[_PART.value].function.split(':')
+    getattr(importlib.import_module(module), name)(context)
   except Exception as error:  # whatever it is, the other parts go on
     traceback.print_exc()
     figures.fail(describe(error))

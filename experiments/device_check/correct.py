@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -49,111 +50,81 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """One call in a program: what it is given, and what it must answer.
+  """One call: what it is given, and what it must answer.
 
-  `expected` are pairs of an answer and the largest relative error that it may have.
+  `expected` are pairs of an answer and the largest relative error that it may have; 0 is for bits that are kept.
   """
 
   name: str
   call: Callable[..., Any]
   inputs: tuple[Any, ...]
   expected: tuple[tuple[np.ndarray, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """Checks that are compiled as one program, since compiling is what takes time; `precision` of matrix products."""
-
-  name: str
-  checks: tuple[Check, ...]
-  precision: str = 'default'
+  precision: str = 'default'  # of matrix products, as `jax.default_matmul_precision` takes it
 
 
 def run(context: Context) -> None:
-  """Compile the programs side by side, run them one after another, and compare."""
+  """Compile side by side and compare one after another, as soon as each is there."""
   figures, begin = context.figures, time.perf_counter()
   rng = np.random.default_rng(time.time_ns())
-  todo = programs(context, rng)
-  traced_s = time.perf_counter() - begin
+  todo = checks(context, rng)
+  print(f'{len(todo)} calls drawn in {time.perf_counter() - begin:.1f} s', flush=True)
   with ThreadPoolExecutor(compilers()) as pool:
-    traced = list(pool.map(_trace, todo))
-    by_text = {one.text: one for one in traced if one.lowered is not None}  # two ways may be one
-    compiled = dict(zip(by_text, pool.map(_compile, by_text.values()), strict=True))
-  seconds = time.perf_counter() - begin
-  figures.compiled(seconds)
-  print(
-    f'{len(todo)} programs, {len(by_text)} of them unlike, drawn in {traced_s:.1f} s, all compiled in {seconds:.1f} s'
-  )
-  for program, one in zip(todo, traced, strict=True):
-    for name, reason in one.refused.items():
-      figures.note(f'{name}: {reason}')
-    kept = [check for check in program.checks if check.name not in one.refused]
-    if not kept:
-      continue
-    call = one.error or compiled[one.text]
-    if isinstance(call, Exception):
-      figures.fail(f'{program.name}: {describe(call)}')
-      continue
-    try:
-      results = _run_poisoned(call, tuple(check.inputs for check in program.checks))
-    except Exception as failure:
-      figures.fail(f'{program.name}: {describe(failure)}')
-      continue
-    for check, result in zip(kept, results, strict=True):
-      _compare(context, check, result)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-  """A program on its way to being compiled; `refused` says why a kernel is not for a check, by the check's name."""
-
-  lowered: jax.stages.Lowered | None
-  refused: dict[str, str]
-  error: Exception | None = None
-
-  @functools.cached_property
-  def text(self) -> str:
-    """What tells whether two programs are one."""
-    return '' if self.lowered is None else self.lowered.as_text()
-
-
-def _trace(program: Program) -> _Traced:
-  refused: dict[str, str] = {}
-
-  def call(inputs):
-    results = []
-    for check, given in zip(program.checks, inputs, strict=True):
+    programs = _Programs(pool)
+    for check, future in zip(todo, [pool.submit(programs.compile, check) for check in todo], strict=True):
       try:
-        results.append(check.call(*given))
-      except ValueError as refusal:  # how a kernel says that it is not for this problem
-        refused[check.name] = f'refused, {str(refusal)[:300]}'
-    return results
-
-  try:
-    with jax.default_matmul_precision(program.precision):
-      lowered = jax.jit(call).lower(tuple(check.inputs for check in program.checks))
-  except Exception as error:
-    return _Traced(None, refused, error)
-  return _Traced(lowered, refused)
+        result = _run_poisoned(future.result().result(), check.inputs)
+      except _Refused as refusal:
+        figures.note(f'{check.name}: refused, {refusal}')
+      except Exception as failure:  # to compile or to run it: the others go on
+        figures.fail(f'{check.name}: {describe(failure)}')
+      else:
+        _compare(context, check, result)
+  figures.compiled(time.perf_counter() - begin)
+  print(f'{len(todo)} calls, {programs.count} programs, in {time.perf_counter() - begin:.1f} s', flush=True)
 
 
-def _compile(traced: _Traced) -> Any:
-  """The compiled program, or what compiling it raised."""
-  assert traced.lowered is not None
-  try:
-    return traced.lowered.compile()
-  except Exception as error:
-    return error
+class _Refused(Exception):
+  """A kernel is not for a problem."""
+
+
+class _Programs:
+  """Compiled programs by what they say, so that two ways of asking for one are compiled once."""
+
+  def __init__(self, pool: ThreadPoolExecutor):
+    self._pool = pool
+    self._lock = threading.Lock()
+    self._by_text: dict[str, Future[Any]] = {}
+
+  @property
+  def count(self) -> int:
+    """How many there are."""
+    return len(self._by_text)
+
+  def compile(self, check: Check) -> 'Future[Any]':
+    """Trace a call; its program, which is being compiled if it is new.
+
+    Raises:
+      _Refused: if the kernel says that it is not for this problem.
+    """
+    with jax.default_matmul_precision(check.precision):
+      try:
+        lowered = jax.jit(check.call).lower(*check.inputs)
+      except ValueError as refusal:
+        raise _Refused(str(refusal)[:300]) from refusal
+    text = lowered.as_text()
+    with self._lock:
+      if text not in self._by_text:
+        self._by_text[text] = self._pool.submit(lowered.compile)
+      return self._by_text[text]
 
 
 def _run_poisoned(call: Any, inputs: tuple[Any, ...]) -> list[Any]:
   """Run a program just after the memory that its results will lie in was filled with NaN and given back."""
-  given = jax.device_put(inputs)
-  jax.block_until_ready(given)
+  given = jax.block_until_ready(jax.device_put(inputs))
   for shape in jax.tree.leaves(call.out_info):
     if jnp.issubdtype(shape.dtype, jnp.floating):
       jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype)).delete()
-  return jax.device_get(call(given))
+  return jax.device_get(call(*given))
 
 
 def _compare(context: Context, check: Check, result: Any) -> None:
@@ -180,7 +151,7 @@ def _same_bits(actual: Any, expected: np.ndarray) -> bool:
 # ---------------------------------------------------------------------------- what is checked
 
 
-def programs(context: Context, rng: np.random.Generator) -> list[Program]:
+def checks(context: Context, rng: np.random.Generator) -> list[Check]:
   """Every kernel in every way, by worth; what implementations have in common is drawn once."""
   sizes, found = context.sizes, []
   for index, heads in enumerate(sizes.checked_heads):
@@ -189,7 +160,7 @@ def programs(context: Context, rng: np.random.Generator) -> list[Program]:
         first = not index and not place
         if not first and dtype == 'float16':
           continue
-        names = tuple(_OPTIONS) if first and dtype != 'float16' else ('plain', 'all, lse')
+        names = sizes.checked_options if first and dtype != 'float16' else ('plain', 'all, lse')
         found += _attention(context, rng, heads, page_size, dtype, names)
   found += _copies(context, rng)
   found += _products(context, rng)
@@ -197,9 +168,8 @@ def programs(context: Context, rng: np.random.Generator) -> list[Program]:
 
 
 def _ways(table: Any, platform: str) -> list[str]:
-  """The automatic choice, and each that may be asked for; not the only one twice."""
-  names = implementations(table, platform)
-  return [AUTOMATIC, *(names if len(names) > 1 else [])]
+  """The automatic choice, and each that may be asked for."""
+  return [AUTOMATIC, *implementations(table, platform)]
 
 
 def _attention(
@@ -209,7 +179,7 @@ def _attention(
   page_size: int,
   dtype: str,
   options: Sequence[str],
-) -> list[Program]:
+) -> list[Check]:
   query_heads, kv_heads, head_dim = heads
   bound, kind = BOUNDS[dtype], dtype_of(dtype)
   sinks = rng.standard_normal(query_heads).astype(np.float32)
@@ -273,12 +243,11 @@ def _attention(
   }
   for phase, (kernel, table) in kernels.items():
     for way in _ways(table, context.platform):
-      checks = tuple(
-        Check(f'{phase} {way}, {shape}, {name}', _called(kernel, way, chosen), inputs, expected)
-        for name, chosen, inputs, expected in calls[phase]
-      )
       precision = 'highest' if dtype == 'float32' else 'default'
-      found.append(Program(f'{phase} {way}, {shape}', checks, precision))
+      found += [
+        Check(f'{phase} {way}, {shape}, {name}', _called(kernel, way, chosen), inputs, expected, precision)
+        for name, chosen, inputs, expected in calls[phase]
+      ]
   return found
 
 
@@ -296,12 +265,11 @@ def _expected(answers, with_lse: bool, bound: float, lse_bound: float) -> tuple[
   return ((out, bound), (lse, lse_bound)) if with_lse else ((out, bound),)
 
 
-def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
+def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
   """Tokens appended, pages gathered and scattered: bits are kept, and so is what is not written."""
   kv_heads, head_dim, page_size, pages = 8, 128, 16, 24
   found = []
   for function, way in [(name, way) for name in PAGE_COPY for way in _ways(PAGE_COPY[name], context.platform)]:
-    checks = []
     for dtype in context.sizes.checked_dtypes:
       kind = dtype_of(dtype)
       pool = rng.standard_normal((pages, 2, kv_heads, page_size, head_dim)).astype(kind)
@@ -309,7 +277,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
       ids = np.append(rng.permutation(pages)[:9], pages + 2).astype(np.int32)
       name = f'{function} {way}, {dtype}'
       if function == 'gather_pages':
-        checks.append(
+        found.append(
           Check(
             name, functools.partial(gather_pages, implementation=wanted(way)), (pool, ids[:-1]), ((pool[ids[:-1]], 0),)
           )
@@ -318,7 +286,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
         values = rng.standard_normal((len(ids), *pool.shape[1:])).astype(kind)
         after = pool.copy()
         after[ids[:-1]] = values[:-1]  # the last number is out of the pool: it drops its page
-        checks.append(
+        found.append(
           Check(name, functools.partial(scatter_pages, implementation=wanted(way)), (pool, ids, values), ((after, 0),))
         )
       else:
@@ -328,7 +296,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
         k, v = rng.standard_normal((2, len(places), kv_heads, head_dim)).astype(kind)
         after, kept = pool.copy(), page < pages
         after[page[kept], 0, :, offset[kept]], after[page[kept], 1, :, offset[kept]] = k[kept], v[kept]
-        checks.append(
+        found.append(
           Check(
             name,
             functools.partial(append_tokens, implementation=wanted(way)),
@@ -337,8 +305,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Program]:
           )
         )
     if function == 'append_tokens':
-      checks.append(_quantized_append(rng, way))
-    found.append(Program(f'{function} {way}', tuple(checks)))
+      found.append(_quantized_append(rng, way))
   return found
 
 
@@ -360,7 +327,7 @@ def _quantized_append(rng: np.random.Generator, way: str) -> Check:
   return Check(f'append_tokens {way}, int8 with scales', call, (k, v, page, offset), ((after, 1e-2),))
 
 
-def _products(context: Context, rng: np.random.Generator) -> list[Program]:
+def _products(context: Context, rng: np.random.Generator) -> list[Check]:
   """Products with weights in eight and four bits, and with activations in eight."""
   rows, inner, outer = 33, 256, 384
   found = []
@@ -372,16 +339,14 @@ def _products(context: Context, rng: np.random.Generator) -> list[Program]:
     stored[name] = weights, np.asarray(dequantize(weights, inner)).astype(np.float64)
   for way in _ways(QUANTIZED_MATMUL, context.platform):
     for dtype in context.sizes.checked_dtypes:
-      checks = []
+      precision = 'highest' if dtype == 'float32' else 'default'
       for name, (weights, exact) in stored.items():
         x = rng.standard_normal((rows, inner)).astype(dtype_of(dtype))
         call = functools.partial(quantized_matmul, quantize_activations=name == 'w8a8', implementation=wanted(way))
         bound = BOUNDS[dtype] if name != 'w8a8' else 2e-2  # activations are rounded to eight bits
         values, scales = map(np.asarray, (weights.values, weights.scales))
         expected = x.astype(np.float64) @ exact
-        checks.append(
-          Check(f'quantized_matmul {way}, {dtype}, {name}', call, (x, values, scales), ((expected, bound),))
+        found.append(
+          Check(f'quantized_matmul {way}, {dtype}, {name}', call, (x, values, scales), ((expected, bound),), precision)
         )
-      precision = 'highest' if dtype == 'float32' else 'default'
-      found.append(Program(f'quantized_matmul {way}, {dtype}', tuple(checks), precision))
   return found

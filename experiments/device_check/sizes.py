@@ -7,7 +7,7 @@ from pdjax.types import ModelSpec
 Chunks = tuple[tuple[int, int], ...]  # (new tokens, cached tokens before them) of each chunk that is packed
 
 _TOY = ModelSpec(
-  name='toy', num_layers=2, embed_dim=64, query_heads=4, kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128,
+  name='toy', num_layers=1, embed_dim=64, query_heads=4, kv_heads=2, head_dim=16, ffn_dim=96, vocab_size=128,
   context_len=256, eos_token_ids=(1,),
 )  # fmt: skip
 
@@ -22,6 +22,7 @@ class Sizes:
     rotated_bytes: Least bytes of the inputs that timed calls take in turns: more than any cache holds.
     groups: Groups of calls of which the median counts.
     group_s: Least seconds of a group.
+    compile_s: Seconds after which kernels that are not compiled are given up, so that there is time for the others.
     heads: Query heads, key/value heads and head size of timed kernels.
     prefills: Packed chunks of each timed prefill, by worth.
     batches: Sequences of timed decode steps, by worth.
@@ -30,6 +31,7 @@ class Sizes:
     checked_heads: Query heads, key/value heads and head sizes that answers are checked with.
     checked_page_sizes: Tokens per page that they are checked with.
     checked_dtypes: What they are checked in.
+    checked_options: Names of options that they are checked with, of the first heads and pages.
     scores_bytes: Most bytes of the scores that the attention which keeps all of them may have.
     model: The model whose passes are measured.
     few_layers: Layers of the same model where few are enough.
@@ -40,6 +42,10 @@ class Sizes:
     prefill_passes: Prefill passes that are timed.
     served: Requests of the small workload, tokens of each prompt, and tokens of each answer.
     handoff: Tokens of the prompt that is handed over, tokens of its chunks, and rounds.
+    tuned_prefills: Packed chunks that parameters of prefill attention are timed at.
+    tuned_blocks: Query tokens and cached tokens a block, of which the fastest is looked for.
+    tuned_decodes: Sequences and cached tokens of each that parameters of decode attention are timed at.
+    tuned_block_tokens: Cached tokens a block, of which the fastest is looked for.
   """
 
   copy_bytes: int = 1 << 30
@@ -47,6 +53,7 @@ class Sizes:
   rotated_bytes: int = 256 << 20
   groups: int = 7
   group_s: float = 0.03
+  compile_s: float = 55.0
   heads: tuple[int, int, int] = (32, 8, 128)
   prefills: tuple[Chunks, ...] = (
     ((4096, 0),),
@@ -62,6 +69,7 @@ class Sizes:
   checked_heads: tuple[tuple[int, int, int], ...] = ((32, 8, 128), (9, 3, 64))
   checked_page_sizes: tuple[int, ...] = (16, 64)
   checked_dtypes: tuple[str, ...] = ('float32', 'bfloat16', 'float16')
+  checked_options: tuple[str, ...] = ('plain', 'all, lse', 'int8 pages', 'window', 'soft cap', 'sinks', 'lse')
   scores_bytes: int = 4 << 30
   model: ModelSpec = dataclasses.field(default_factory=ModelSpec.llama3_8b)
   few_layers: int = 4
@@ -72,6 +80,10 @@ class Sizes:
   prefill_passes: int = 6
   served: tuple[int, int, int] = (8, 1024, 32)
   handoff: tuple[int, int, int] = (1024, 256, 3)
+  tuned_prefills: tuple[Chunks, ...] = (((256, 768),), ((2048, 2048),))
+  tuned_blocks: tuple[tuple[int, int], ...] = ((128, 512), (256, 1024), (256, 2048), (512, 1024))
+  tuned_decodes: tuple[tuple[int, int], ...] = ((1, 2048), (16, 2048), (64, 2048))
+  tuned_block_tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
 
   @classmethod
   def real(cls) -> 'Sizes':
@@ -83,8 +95,9 @@ class Sizes:
     """Small enough for a CPU to go through all of it in seconds: the figures mean nothing."""
     return cls(
       copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, heads=(4, 2, 16),
-      prefills=(((32, 0),), ((16, 48),), ((8, 0), (8, 16))), batches=(2, 1), contexts=(64,), page_sizes=(16,),
-      checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'), model=_TOY,
-      few_layers=1, prompt_len=32, decode_context=40, decode_batches=(1, 2), decode_steps=3, prefill_passes=2,
-      served=(2, 32, 4), handoff=(32, 8, 1),
+      prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
+      checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
+      checked_options=('plain', 'all, lse', 'int8 pages'), model=_TOY, few_layers=1, prompt_len=32, decode_context=40, decode_batches=(1, 2), decode_steps=3, prefill_passes=2,
+      served=(1, 32, 4), handoff=(16, 8, 1), tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),),
+      tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """How long a device takes for a call: back to back, with inputs that no cache holds, and compiled side by side."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -57,27 +58,36 @@ class Case:
   about: Any = None
 
 
-def prepare(cases: Sequence[Case]) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], float]:
+def prepare(cases: Sequence[Case], limit_s: float) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], float]:
   """Draw the inputs of all cases and run each once, which compiles it, side by side.
+
+  Args:
+    cases: Those that are begun first come first.
+    limit_s: Seconds after which those that are not compiled are given up.
 
   Returns:
     What starts each, why others cannot be, both by name, and the seconds it took.
   """
 
-  def first(case: Case) -> Callable[[int], Any] | str:
-    try:
-      call = case.make()
-      jax.block_until_ready(call(0))
-      return call
-    except Exception as error:  # a kernel that this device or version refuses is one figure less
-      return describe(error)
+  def first(case: Case) -> Callable[[int], Any]:
+    call = case.make()
+    jax.block_until_ready(call(0))
+    return call
 
   begin = time.perf_counter()
-  with ThreadPoolExecutor(compilers()) as pool:
-    found = dict(zip([case.name for case in cases], pool.map(first, cases), strict=True))
-  seconds = time.perf_counter() - begin
-  calls = {name: call for name, call in found.items() if not isinstance(call, str)}
-  return calls, {name: reason for name, reason in found.items() if isinstance(reason, str)}, seconds
+  pool = ThreadPoolExecutor(compilers())
+  futures = {case.name: pool.submit(first, case) for case in cases}
+  concurrent.futures.wait(futures.values(), limit_s)
+  pool.shutdown(wait=False, cancel_futures=True)
+  calls, refused = {}, {}
+  for name, future in futures.items():
+    if future.cancelled() or not future.done():
+      refused[name] = f'not compiled within {limit_s:.0f} s'
+    elif error := future.exception():  # a kernel that this device or version refuses is one figure less
+      refused[name] = describe(error)
+    else:
+      calls[name] = future.result()
+  return calls, refused, time.perf_counter() - begin
 
 
 def compilers() -> int:
@@ -85,7 +95,7 @@ def compilers() -> int:
   return min(16, max(2, os.cpu_count() or 2))
 
 
-def describe(error: Exception, most: int = 300) -> str:
+def describe(error: BaseException, most: int = 300) -> str:
   """An exception in one line."""
   lines = str(error).splitlines() or ['']
   return f'{type(error).__name__}: {lines[0][:most]}'

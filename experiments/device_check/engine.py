@@ -1,0 +1,229 @@
+"""Passes of a Llama with random weights in bfloat16, run by the engine's workers: a long prompt, decode steps by batch.
+
+Workers are those of `pdjax.engine.build`, compiled side by side and for few sizes, and orders go to an `Engine` as the
+loop gives them. Sequences that decode are admitted into pages of random keys and values: to compute their prompts would
+take longer than all that is measured.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.device_check.ceilings import nominal
+from experiments.device_check.context import Context
+from experiments.device_check.drawn import DrawnCheckpoint
+from experiments.device_check.timing import draw
+from experiments.few_buckets import FewBuckets
+from pdjax.engine.engine import Engine
+from pdjax.engine.worker import Worker
+from pdjax.model.weights import load_weights
+from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, Done, Event, StepOrder
+from pdjax.sharding import make_mesh
+from pdjax.types import ModelSpec, Request, SamplingParams
+from pdjax.types.cluster import Role
+
+PAGE_SIZE = 16
+_DTYPE = 'bfloat16'
+_BYTES = 2
+_UNCOUNTED = 2  # passes at the beginning of a row of them
+_SPARE = 0.9  # of the device's memory, which weights and pages may fill
+
+
+def run(context: Context) -> None:
+  """All figures with few layers, which compile quickly."""
+  sizes = context.sizes
+  measure(context, sizes.few_layers, sizes.prompt_len, sizes.decode_batches)
+
+
+def run_whole(context: Context) -> None:
+  """The whole model: a prompt, and decode steps of the smallest batch and the largest but one."""
+  sizes = context.sizes
+  measure(context, sizes.model.num_layers, sizes.prompt_len, _first_batches(sizes.decode_batches))
+
+
+def run_batches(context: Context) -> None:
+  """The whole model: decode steps of the other batches, by themselves because each takes long to compile."""
+  sizes = context.sizes
+  others = [batch for batch in sizes.decode_batches if batch not in _first_batches(sizes.decode_batches)]
+  if not others:
+    context.figures.pass_over('there are no other batches')
+    return
+  measure(context, sizes.model.num_layers, None, others)
+
+
+def _first_batches(batches: Sequence[int]) -> tuple[int, ...]:
+  return (batches[0], batches[-2]) if len(batches) > 2 else (batches[0],)
+
+
+def measure(context: Context, layers: int, prompt_len: int | None, batches: Sequence[int]) -> None:
+  """Build the workers that it takes, and measure the passes of both."""
+  figures, sizes = context.figures, context.sizes
+  _ = context.ceilings  # before the weights take the memory
+  begin = time.perf_counter()
+  longest = sizes.decode_context + 2 * sizes.decode_steps + 2
+  context_len = max(prompt_len or 0, longest)
+  model = dataclasses.replace(sizes.model, num_layers=layers, context_len=context_len)
+  batches = _that_fit(context, model, prompt_len, batches, longest)
+  device = jax.devices()[0]
+  mesh = make_mesh(model, [device])
+  weights = load_weights(DrawnCheckpoint(model), model, {0: mesh}, jnp.dtype(_DTYPE))[0]
+  jax.block_until_ready(weights)
+  print(f'weights drawn in {time.perf_counter() - begin:.1f} s', flush=True)
+
+  common = {'page_size': PAGE_SIZE, 'kv_dtype': _DTYPE, 'max_fused_steps': 1, 'max_chunks': 1}
+  specs = []
+  if prompt_len is not None:
+    pages = 2 * -(-prompt_len // PAGE_SIZE)
+    specs.append(
+      FewBuckets('prefill0', Role.PREFILL, num_pages=pages, max_step_tokens=prompt_len, max_sequences=1, **common)  # type: ignore[arg-type]
+    )
+  if batches:
+    pages, most = max(batches) * -(-longest // PAGE_SIZE), max(batches)
+    specs.append(
+      FewBuckets('decode0', Role.DECODE, num_pages=pages, max_sequences=most, batches=tuple(sorted(batches)), **common)  # type: ignore[arg-type]
+    )
+  workers = [Worker(spec, model, mesh, weights, lambda request: request.sampling.max_tokens) for spec in specs]
+  begin = time.perf_counter()
+  with ThreadPoolExecutor(len(workers)) as pool:
+    programs = list(pool.map(lambda worker: worker.compile('default'), workers))
+  compile_s = time.perf_counter() - begin
+  figures.compiled(compile_s)
+  seconds = ', '.join(f'{name} {took:.1f} s' for each in programs for name, took in each.items())
+  print(f'compiled in {compile_s:.1f} s: {seconds}', flush=True)
+  figures.note(f'pages of {PAGE_SIZE} tokens, tables for {context_len:,}; compiling took {seconds}')
+
+  engine = Engine(workers, {})
+  try:
+    for worker in workers:
+      _fill(worker)
+    if prompt_len is not None:
+      _prefill(context, engine, model, prompt_len)
+    for batch in batches:
+      _decode(context, engine, model, batch)
+  finally:
+    engine.close()
+
+
+def _that_fit(
+  context: Context, model: ModelSpec, prompt_len: int | None, batches: Sequence[int], longest: int
+) -> list[int]:
+  """The batches whose pages fit beside weights and the prompt's pages."""
+  room = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf) * _SPARE
+  room -= model.weight_bytes(_BYTES) + 2 * (prompt_len or 0) * model.kv_bytes_per_token(_BYTES)
+  fitting = []
+  for batch in batches:
+    needed = batch * longest * model.kv_bytes_per_token(_BYTES)
+    if needed <= room:
+      fitting.append(batch)
+    else:
+      context.figures.note(f'decode {batch}: not measured, its pages take {needed / 1e9:.0f} GB of {room / 1e9:.0f}')
+  return fitting
+
+
+def _fill(worker: Worker) -> None:
+  """Put random keys and values into all pages of a worker."""
+  layers = []
+  for index, old in enumerate(worker.pages.layers):
+    shape, dtype, sharding = old.shape, old.dtype, old.sharding
+    old.delete()  # there may be no room for both
+    layers.append(jax.device_put(draw(shape, dtype, index), sharding))
+  worker.pages = dataclasses.replace(worker.pages, layers=tuple(layers))
+  jax.block_until_ready(worker.pages)
+
+
+# ---------------------------------------------------------------------------- passes
+
+_numbers = itertools.count()
+
+
+def _ends_s(engine: Engine, orders: Sequence[StepOrder], each: bool = False) -> list[float]:
+  """When each of these passes ended; all are dispatched at once, or `each` when the one before has ended."""
+  engine.start_clock()
+  ends: list[float] = []
+  if not each:
+    for order in orders:
+      engine.submit([order])
+  for count, order in enumerate(orders, 1):
+    if each:
+      engine.submit([order])
+    while len(ends) < count:
+      ends += list(_ended(engine.wait(math.inf)[1]))
+  return ends
+
+
+def _ended(events: Sequence[Event]) -> Iterator[float]:
+  for event in events:
+    if not isinstance(event, Done):
+      raise RuntimeError(f'a pass failed: {event}')
+    yield event.ended_s
+
+
+def _per_pass_s(ends_s: Sequence[float]) -> float:
+  """Seconds from one end to the next, the first ones left out."""
+  first = min(_UNCOUNTED, len(ends_s) - 2)
+  return (ends_s[-1] - ends_s[first]) / (len(ends_s) - 1 - first)
+
+
+def _tokens(model: ModelSpec, count: int, seed: int) -> tuple[int, ...]:
+  return tuple(np.random.default_rng(seed).integers(2, model.vocab_size, count).tolist())
+
+
+def _prefill(context: Context, engine: Engine, model: ModelSpec, prompt_len: int) -> None:
+  pages = -(-prompt_len // PAGE_SIZE)
+  sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+  orders = []
+  for index in range(context.sizes.prefill_passes + _UNCOUNTED):
+    number = next(_numbers)
+    request = Request(f'p{number}', _tokens(model, prompt_len, number), sampling)
+    own = tuple(range(index % 2 * pages, (index % 2 + 1) * pages))
+    orders.append(StepOrder(number, 'prefill0', chunks=(ChunkOrder(request, 0, prompt_len, own),)))
+  pass_s = _per_pass_s(_ends_s(engine, orders))
+  flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
+  said = nominal(jax.devices()[0])
+  more: dict[str, Any] = {} if said is None else {'mfu_of_data_sheet': flops / pass_s / said[1]}
+  context.figures.add(
+    f'prefill of {prompt_len:,} tokens, {model.num_layers} layers', prompt_len / pass_s, 'tokens/s',
+    floor_share=flops / pass_s / context.ceilings.flops_per_s, milliseconds=1e3 * pass_s,
+    tflops_per_s=flops / pass_s / 1e12, **more,
+  )  # fmt: skip
+
+
+def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> None:
+  sizes = context.sizes
+  worker = engine.workers['decode0']
+  each = worker.pages.num_pages // worker.spec.max_sequences
+  order = np.random.default_rng(0).permutation(worker.pages.num_pages)
+  prompt, steps = _tokens(model, sizes.decode_context, batch), 2 * sizes.decode_steps
+  sampling = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+  requests = [Request(f'd{next(_numbers)}', prompt, sampling) for _ in range(batch)]
+  orders = []
+  for step in range(steps):
+    decodes = []
+    for slot, request in enumerate(requests):
+      own = tuple(order[slot * each : (slot + 1) * each].tolist())
+      admission = Admission(request, own, (prompt[slot % len(prompt)],)) if not step else None
+      decodes.append(DecodeOrder(request.id, slot, sizes.decode_context + step, admission))
+    orders.append(StepOrder(next(_numbers), 'decode0', decodes=tuple(decodes)))
+  step_s = _per_pass_s(_ends_s(engine, orders[: sizes.decode_steps]))
+  waited_s = _per_pass_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
+  for name, seconds, done in (('', step_s, 1), (', each begun when the last has ended', waited_s, 3)):
+    cached = batch * (sizes.decode_context + done * sizes.decode_steps // 2)
+    moved = multiplied_bytes(model) + cached * model.kv_bytes_per_token(_BYTES)
+    context.figures.add(
+      f'decode step of {batch} at {sizes.decode_context:,}, {model.num_layers} layers{name}', 1e3 * seconds, 'ms',
+      floor_share=moved / context.ceilings.copy_bytes_per_s / seconds, tokens_per_s=batch / seconds,
+      bytes_moved=moved,
+    )  # fmt: skip
+
+
+def multiplied_bytes(model: ModelSpec) -> int:
+  """Bytes of the weights that every decode step multiplies by: all but the embedding of tokens."""
+  return _BYTES * (model.num_layers * model.layer_params + model.embed_dim * model.vocab_size)

@@ -1,0 +1,75 @@
+"""The least time that a pass could take: its matrix products by themselves, and its keys and values read once."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pdjax.model.layers import project
+from pdjax.types import ModelSpec
+
+
+def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
+  """How fast this machine's memory is copied, by as many threads at once."""
+  source = np.ones(megabytes << 18, np.float32)
+  target = np.empty_like(source)
+  parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
+  with ThreadPoolExecutor(threads) as pool:
+    return source.nbytes / median_s(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))
+
+
+def products(model: ModelSpec, rows: int, unembedded: int, outputs_first: bool) -> Callable[[], Any]:
+  """Every product of a pass over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one.
+
+  Matrices lie `[outputs, inputs]` and are multiplied as the model does it, or `[inputs, outputs]` and as they lie.
+  """
+  heads = model.head_dim * (model.query_heads + 2 * model.kv_heads)
+  wide, embed = model.ffn_dim, model.embed_dim
+  shapes = [(embed, heads), (model.query_heads * model.head_dim, embed), (embed, wide), (embed, wide), (wide, embed)]
+  rng = np.random.default_rng(0)
+
+  def random(*shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+  def matrix(inner: int, outer: int) -> jax.Array:
+    return random(outer, inner) if outputs_first else random(inner, outer)
+
+  multiply = project if outputs_first else jnp.matmul
+  inputs = [random(rows, inner) for inner, _ in shapes]
+  layers = [[matrix(*shape) for shape in shapes] for _ in range(model.num_layers)]
+  last, unembed = random(unembedded, embed), matrix(embed, model.vocab_size)
+
+  @jax.jit
+  def run(inputs, layers, last, unembed):
+    return [list(map(multiply, inputs, layer)) for layer in layers], multiply(last, unembed)
+
+  with jax.default_matmul_precision('highest'):
+    return functools.partial(run.lower(inputs, layers, last, unembed).compile(), inputs, layers, last, unembed)
+
+
+def products_s(model: ModelSpec, rows: int, unembedded: int, repeats: int) -> float:
+  """Seconds of the products of a pass, in the quicker of both ways."""
+  ways = [products(model, rows, unembedded, outputs_first) for outputs_first in (False, True)]
+  return min(median_s(lambda way=way: jax.block_until_ready(way()), repeats) for way in ways)  # type: ignore[misc]
+
+
+def cached_s(model: ModelSpec, tokens: int, copy_speed: float) -> float:
+  """Seconds in which so many cached tokens' keys and values in float32 are read at the speed of a copy."""
+  return tokens * model.kv_bytes_per_token(4) / copy_speed
+
+
+def median_s(call: Callable[[], Any], repeats: int = 7) -> float:
+  """Seconds of a call that waits for its end, the median of some after a first."""
+  call()
+  seconds = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - begin)
+  return statistics.median(seconds)

@@ -26,9 +26,9 @@ def row(
     floor_share: The least time that it could take as a share of the time that it took, from 0 to 1.
 
   Returns:
-    These by name, None where there is none, and `ratio`, the figure divided by the peer's.
+    These by name, None where there is none, and `ratio`, the figure divided by the peer's unless that is 0.
   """
-  ratio = None if peer_value is None else value / peer_value
+  ratio = value / peer_value if peer_value else None
   return {
     'name': name, 'value': value, 'unit': unit, 'peer': peer, 'peer_value': peer_value, 'ratio': ratio,
     'floor_share': floor_share,

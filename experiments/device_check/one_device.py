@@ -118,19 +118,21 @@ def _say(context: Context, name: str, alone: dict[str, list[Served]], together: 
   count, prompt_len, _ = context.sizes.served
   title = f'{context.sizes.few_layers} layers, prompts of {prompt_len:,}'
 
-  def one_by_one(way: str, figure: str) -> float:
-    return statistics.median(float(getattr(served.report, figure).median_ms or 0) for served in alone[way])
+  def one_by_one(way: str, figure: str) -> float | None:
+    found = [getattr(served.report, figure).median_ms for served in alone[way]]
+    return statistics.median(found) if None not in found else None
 
-  def all_at_once(way: str, figure: str) -> float:
-    return float(getattr(together[way].report, figure).median_ms or 0)
+  def all_at_once(way: str, figure: str) -> float | None:
+    return getattr(together[way].report, figure).median_ms
 
-  beside = name != COLOCATED
   for when, value in (('one by one', one_by_one), (f'{count} at once', all_at_once)):
     for figure, title_of in (('ttft', 'TTFT'), ('tpot', 'TPOT'), ('handoff', 'first to second token')):
-      context.figures.add(
-        f'{title_of} of {name}, {title}, {when}', value(name, figure), 'ms',
-        peer=COLOCATED if beside else None, peer_value=value(COLOCATED, figure) if beside else None,
-      )  # fmt: skip
+      if (found := value(name, figure)) is not None:
+        beside = value(COLOCATED, figure) if name != COLOCATED else None
+        context.figures.add(
+          f'{title_of} of {name}, {title}, {when}', found, 'ms',
+          peer=None if beside is None else COLOCATED, peer_value=beside,
+        )  # fmt: skip
   exposed = [served.exposed_s for served in alone[name] if served.exposed_s is not None]
   if exposed:
     context.figures.add(f'exposed hand-off of {name}, {title}, one by one', 1e3 * statistics.median(exposed), 'ms')

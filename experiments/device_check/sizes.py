@@ -97,7 +97,7 @@ class Sizes:
       copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, heads=(4, 2, 16),
       prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
       checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
-      checked_options=('plain', 'all, lse', 'int8 pages'), model=_TOY, few_layers=1, prompt_len=32, decode_context=40, decode_batches=(1, 2), decode_steps=3, prefill_passes=2,
-      served=(1, 32, 4), handoff=(16, 8, 1), tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),),
-      tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
+      checked_options=('plain', 'all, lse', 'int8 pages'), model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
+      decode_batches=(1, 2), decode_steps=3, prefill_passes=2, served=(1, 32, 4), handoff=(16, 8, 1),
+      tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
     )  # fmt: skip

@@ -25,22 +25,25 @@ def run(context: Context) -> None:
   checkpoint = str(TINY) if context.toy else 'random'
   model = open_checkpoint(TINY).spec if context.toy else ModelSpec.smollm2_135m()
   rows = _benchmark(context, checkpoint)
+  shape = f'prompt of {prompt_len:,} in chunks of {chunk:,}'
+  for name, (value, unit) in rows.items():  # handed over before there is something to hold them against
+    context.figures.add(f'{name}, {shape}', value, unit)
   passes = [(chunk, start + chunk) for start in range(0, prompt_len, chunk)] + [(1, prompt_len + 1)]
   bare_s = {tokens: products_s(model, tokens, 1, 7 if not context.toy else 1) for tokens in {one for one, _ in passes}}
   read_s = sum(cached_s(model, cached, context.ceilings.copy_bytes_per_s) for _, cached in passes)
   least_s = sum(bare_s[tokens] for tokens, _ in passes) + read_s
   for tokens, seconds in bare_s.items():
     context.figures.add(f'bare products of a pass over {tokens}', 1e3 * seconds, 'ms')
-  for name, value in rows.items():
+  for name, (value, unit) in rows.items():
     if name.startswith(_OURS):
       context.figures.add(
-        f'{name}, prompt of {prompt_len:,} in chunks of {chunk:,}', value, 'ms',
+        f'{name}, {shape}, beside its products', value, unit,
         peer='bare products', peer_value=1e3 * least_s, floor_share=1e3 * least_s / value,
       )  # fmt: skip
 
 
-def _benchmark(context: Context, checkpoint: str) -> dict[str, float]:
-  """Figures of `bench_handoff` by name; of few ways, since compiling is what takes its time."""
+def _benchmark(context: Context, checkpoint: str) -> dict[str, tuple[float, str]]:
+  """Figures of `bench_handoff` with their units by name; of few ways, since compiling is what takes its time."""
   prompt_len, chunk, rounds = context.sizes.handoff
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, 'rows.json')
@@ -52,4 +55,4 @@ def _benchmark(context: Context, checkpoint: str) -> dict[str, float]:
       ],
       check=True,
     )  # fmt: skip
-    return {row['name']: row['value'] for row in json.loads(file.read_text(encoding='utf-8'))}
+    return {row['name']: (row['value'], row['unit']) for row in json.loads(file.read_text(encoding='utf-8'))}

@@ -29,15 +29,15 @@ first, *_ = devices = jax.devices(sys.argv[1])
 client = ' '.join(str(getattr(first.client, 'platform_version', '')).split())
 packages = {dist.metadata['Name'].lower(): dist.version for dist in importlib.metadata.distributions()}
 cudnn = [version for name, version in packages.items() if name.startswith('nvidia-cudnn')]
-driver = None
+driver = memory = None
 if sys.argv[1] == 'gpu' and shutil.which('nvidia-smi'):
-  ask = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
-  said = subprocess.run(ask, capture_output=True, text=True)
-  driver = (said.stdout.split() or [None])[0]
-try:
+  ask = ['nvidia-smi', '--query-gpu=driver_version,memory.total', '--format=csv,noheader,nounits']
+  said = subprocess.run(ask, capture_output=True, text=True).stdout.splitlines()
+  if said and said[0].count(',') == 1:
+    driver, mebibytes = said[0].split(', ')
+    memory = int(mebibytes) << 20 if mebibytes.isdigit() else None
+if memory is None:
   memory = (first.memory_stats() or {}).get('bytes_limit')
-except Exception:
-  memory = None
 print(json.dumps({
   'device': first.device_kind, 'count': len(devices), 'platform': first.platform,
   'compute_capability': getattr(first, 'compute_capability', None), 'memory': memory,

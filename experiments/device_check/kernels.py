@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -97,9 +96,6 @@ def time_all(context: Context, cases: Sequence[Case], add: Callable[[Case, float
 
 
 def say_what_is_missing(context: Context) -> None:
-  """Say which peers cannot be measured here."""
+  """Say that a peer cannot be measured here."""
   if context.platform != 'gpu':
     context.figures.note(f'{CUDNN}: not measured, this is no GPU')
-  missing = [name for name in ('flashinfer', 'jax_tvm_ffi') if importlib.util.find_spec(name) is None]
-  if missing:
-    context.figures.note(f'FlashInfer: not measured, {" and ".join(missing)} not installed')

@@ -92,6 +92,12 @@ _PARTS = (
   _ours('correct', 'answers of every kernel beside float64'),
   _ours('prefill', 'prefill attention by shape'),
   _ours('decode', 'decode attention by shape'),
+  _ours(
+    'flashinfer',
+    "FlashInfer's decode attention of one sequence",
+    platforms=('gpu',),
+    packages=('flashinfer', 'jax_tvm_ffi', 'torch'),
+  ),
   _ours('engine', 'passes of a Llama of few layers'),
   _ours('engine_whole', 'passes of the whole Llama', function='engine:run_whole'),
   _ours('engine_batches', 'decode steps of the whole Llama at other batches', function='engine:run_batches'),

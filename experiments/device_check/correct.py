@@ -123,7 +123,7 @@ def _run_poisoned(call: Any, inputs: tuple[Any, ...]) -> list[Any]:
   given = jax.block_until_ready(jax.device_put(inputs))
   for shape in jax.tree.leaves(call.out_info):
     if jnp.issubdtype(shape.dtype, jnp.floating):
-      jax.block_until_ready(jnp.full(shape.shape, jnp.nan, shape.dtype)).delete()
+      jax.block_until_ready(jax.device_put(np.full(shape.shape, np.nan, shape.dtype))).delete()
   return jax.device_get(call(*given))
 
 

@@ -89,7 +89,7 @@ def _paged(
     call = jax.jit(functools.partial(paged_attention, implementation=wanted(name)))
     queries = [draw((batch, query_heads, head_dim), 'bfloat16', seed) for seed in range(2)]
     lengths = jnp.full(batch, length, jnp.int32)
-    tables = pool.tables([length] * batch, width)
+    tables = pool.tables(context, [length] * batch, width)
     return rotating(call, [(queries[i % 2], pool.pages, table, lengths) for i, table in enumerate(tables)])
 
   return make

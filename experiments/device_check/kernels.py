@@ -14,6 +14,7 @@ from experiments.device_check.timing import Case, compilers, draw, median_s, pre
 from pallas_kernels import PageLayout, devices
 
 AUTOMATIC = 'automatic'
+_MOST_ELEMENTS = 1 << 30  # of a pool: kernels may count them in 32 bits
 CUDNN, DENSE = 'cuDNN on contiguous keys', 'XLA on contiguous keys'
 
 
@@ -38,23 +39,29 @@ class Pool:
 
   @classmethod
   def draw(cls, context: Context, tokens: int, page_size: int, dtype: str = 'bfloat16') -> 'Pool':
-    """Room for so many tokens, or for the bytes that timed calls take in turns, if these are more."""
+    """Room for so many tokens or the bytes that timed calls take in turns, if these are more; up to a gigaelement."""
     _, kv_heads, head_dim = context.sizes.heads
     layout = PageLayout.best(devices.current(), kv_heads, page_size, head_dim)
-    page_bytes = 2 * jnp.dtype(dtype).itemsize * kv_heads * page_size * head_dim
-    count = max(-(-tokens // page_size), -(-context.sizes.rotated_bytes // page_bytes)) + 1
+    elements = 2 * kv_heads * page_size * head_dim
+    rotated = -(-context.sizes.rotated_bytes // (elements * jnp.dtype(dtype).itemsize))
+    count = min(max(-(-tokens // page_size), rotated), _MOST_ELEMENTS // elements) + 1
     pages = draw((count, *layout.page_shape), dtype, page_size)
     return cls(pages, page_size, np.random.default_rng(page_size).permutation(count).astype(np.int32))
 
-  def tables(self, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
-    """Page tables of sequences of these lengths, one after another in the pool, as often as there is room for them."""
+  def tables(self, context: Context, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
+    """Page tables of sequences of these lengths, each of other pages than the ones before, as many as no cache holds.
+
+    Where the pool has fewer pages than they name in all, some are named twice.
+    """
     counts = [-(-length // self.page_size) for length in lengths]
     width = max(counts) if width is None else -(-width // self.page_size)
+    page_bytes = self.pages.nbytes // len(self.order)
+    most = min(sets(context, sum(counts) * page_bytes), max(1, len(self.order) // sum(counts)))
     tables = []
-    for start in range(0, len(self.order) - sum(counts) + 1, sum(counts)):
+    for start in range(0, most * sum(counts), sum(counts)):
       table, place = np.zeros((len(lengths), width), np.int32), start
       for row, count in enumerate(counts):
-        table[row, :count] = self.order[place : place + count]
+        table[row, :count] = np.take(self.order, range(place, place + count), mode='wrap')
         place += count
       tables.append(jnp.asarray(table))
     return tables

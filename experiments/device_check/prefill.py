@@ -92,7 +92,7 @@ def _paged(context: Context, chunks: Chunks, pool: Pool, name: str) -> Callable[
 
   def make() -> Callable[[int], Any]:
     call = jax.jit(functools.partial(prefill_attention, implementation=wanted(name)))
-    tables = pool.tables(lengths)
+    tables = pool.tables(context, lengths)
     offsets, stops = jnp.asarray(np.cumsum([0, *new]), jnp.int32), jnp.asarray(lengths, jnp.int32)
     queries = [draw((sum(new), query_heads, head_dim), 'bfloat16', seed) for seed in range(4)]
     inputs = [

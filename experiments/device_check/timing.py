@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from experiments.device_check.sizes import Sizes
 
 _MOST_CALLS = 256
+_LONG_S = 0.5  # of a group, of which three are enough
 _MOST_KEPT_BYTES = 4 << 30  # of the results of a group, all of which are kept until it ends
 
 
@@ -38,7 +39,7 @@ def median_s(call: Callable[[int], Any], sizes: Sizes) -> float:
   most = max(1, min(_MOST_CALLS, _MOST_KEPT_BYTES // max(kept_bytes, 1)))
   count = min(most, max(2, math.ceil(sizes.group_s / max(one_s, 1e-7))))
   seconds, number = [], 3
-  for _ in range(sizes.groups):
+  for _ in range(sizes.groups if count * one_s < _LONG_S else min(sizes.groups, 3)):
     begin = time.perf_counter()
     jax.block_until_ready([call(number + index) for index in range(count)])
     seconds.append((time.perf_counter() - begin) / count)

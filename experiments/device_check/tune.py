@@ -76,7 +76,9 @@ def _prefill(context: Context, pool: Pool, chunks: Chunks, blocks: tuple[int, in
     run = functools.partial(prefill_xla.prefill_attention, softmax_scale=head_dim**-0.5, blocks=blocks)
     queries = draw(q.shape, q.dtype, 0)
     offsets, stops = jnp.asarray(np.cumsum([0, *new]), jnp.int32), jnp.asarray(lengths, jnp.int32)
-    return rotating(_precise(run), [(queries, pool.pages, table, offsets, stops) for table in pool.tables(lengths)])
+    return rotating(
+      _precise(run), [(queries, pool.pages, table, offsets, stops) for table in pool.tables(context, lengths)]
+    )
 
   title = f'prefill {prefill.title(chunks)}, {q.dtype.name}'
   facts = _facts(pool, q, lengths) | {'tokens': sum(new)}
@@ -92,7 +94,7 @@ def _decode(context: Context, pool: Pool, batch: int, length: int, block_tokens:
   def make() -> Callable[[int], Any]:
     run = functools.partial(paged_xla.paged_attention, softmax_scale=head_dim**-0.5, block_tokens=block_tokens)
     queries, stops = draw(q.shape, q.dtype, 0), jnp.asarray(lengths, jnp.int32)
-    return rotating(_precise(run), [(queries, pool.pages, table, stops) for table in pool.tables(lengths)])
+    return rotating(_precise(run), [(queries, pool.pages, table, stops) for table in pool.tables(context, lengths)])
 
   title = f'{decode.title((batch, length))}, {q.dtype.name}'
   about = _Choice(

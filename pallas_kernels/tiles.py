@@ -44,8 +44,6 @@ def compute_dtype(q_dtype: jnp.dtype, page_dtype: jnp.dtype) -> jnp.dtype:
 def page_refusal(device: Device, facts: Facts) -> str | None:
   """Why no TPU attends to such pages, or None."""
   dtype, page_size, width = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), page_of(facts)[3]
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
   if width % LANES:
     return f'pages end in an axis of {width}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
   if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):

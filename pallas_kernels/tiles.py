@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from pallas_kernels.devices import LANES, Device
+from pallas_kernels.devices import LANES
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.tuning import Facts
 
@@ -41,7 +41,7 @@ def compute_dtype(q_dtype: jnp.dtype, page_dtype: jnp.dtype) -> jnp.dtype:
   return jnp.dtype(jnp.bfloat16) if q_dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
 
 
-def page_refusal(device: Device, facts: Facts) -> str | None:
+def page_refusal(facts: Facts) -> str | None:
   """Why no TPU attends to such pages, or None."""
   dtype, page_size, width = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), page_of(facts)[3]
   if width % LANES:

@@ -216,7 +216,7 @@ def shorten(config: Config) -> Config:
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
   dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
-  refused = page_refusal(device, facts)
+  refused = page_refusal(facts)
   if refused is not None:
     return refused
   if config.tile_rows % LANES or config.block_rows % config.tile_rows:

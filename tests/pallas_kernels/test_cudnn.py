@@ -126,6 +126,7 @@ def stand_in(
 @pytest.fixture
 def call(monkeypatch):
   def take(**options):
+    cudnn_trial._ask.clear_cache()
     monkeypatch.setattr(cudnn, 'attend', functools.partial(stand_in, **options))
 
   take()
@@ -248,6 +249,12 @@ def test_a_trial_finds_what_can_be_relied_on(call):
   assert cudnn_trial.trial('float16', *KIND[1:]) == (None, True)
 
 
+def test_a_trial_looks_for_nan_also_where_jax_would_raise(call):
+  call(leaks=True)
+  with jax.debug_nans(True):
+    assert cudnn_trial.trial(*KIND) == (None, True)
+
+
 def test_a_trial_says_why_not(call, monkeypatch):
   call(off=0.1)
   reason, _ = cudnn_trial.trial(*KIND)
@@ -258,6 +265,7 @@ def test_a_trial_says_why_not(call, monkeypatch):
   def refuse(*args, **kwargs):
     raise NotImplementedError('no plan was found')
 
+  cudnn_trial._ask.clear_cache()
   monkeypatch.setattr(cudnn, 'attend', refuse)
   assert cudnn_trial.trial(*KIND) == ('cuDNN was tried, and NotImplementedError was raised: no plan was found', True)
 

@@ -19,7 +19,7 @@ def get_config(
   prefill_tp: int = 1,
   decode_tp: int = 1,
   page_size: int = 16,
-  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32',
+  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32',
 ) -> ServingConfig:
   """The run; without --prompt or --requests it serves sixteen random prompts.
 
@@ -29,7 +29,7 @@ def get_config(
     prefill_tp: Devices of each prefill worker.
     decode_tp: Devices of each decode worker.
     page_size: Tokens per KV page.
-    dtype: Of weights and pages; tokens are exact in float32.
+    dtype: Of weights and pages; tokens are exact in float32, which 'auto' takes on a CPU.
   """
   num_prefill, num_decode = parse_split(split)
   return ServingConfig(

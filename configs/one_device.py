@@ -4,7 +4,7 @@ KV moves from one pool to the other on the same device. The report says that the
 system at work, not what two devices would reach.
 
 python -m experiments.run --config=configs/one_device.py --prompt="Why is the sky blue?"
-python -m experiments.run --config=configs/one_device.py:checkpoint=model.gguf,dtype=bfloat16
+python -m experiments.run --config=configs/one_device.py:checkpoint=model.gguf,dtype=auto
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pdjax.types import decode_pool, prefill_pool
 def get_config(
   checkpoint: str = 'smollm2',
   page_size: int = 16,
-  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32',
+  dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'float32',
   num_pages: int | Literal['auto'] = 1024,
 ) -> ServingConfig:
   """The run.
@@ -26,7 +26,7 @@ def get_config(
   Args:
     checkpoint: A GGUF file, a folder with config.json and safetensors, or 'smollm2'.
     page_size: Tokens per KV page.
-    dtype: Of weights and pages; tokens are exact in float32.
+    dtype: Of weights and pages; tokens are exact in float32. 'auto' is what the device is fastest in.
     num_pages: Pages of each of the two pools, or 'auto' to fill the device.
   """
   return dataclasses.replace(

@@ -171,7 +171,12 @@ def _values(name: str, array: jax.Array | int) -> np.ndarray:
   return np.asarray(array).astype(np.int64)
 
 
-def describe(layout: PageLayout, q: Any, pages: Any, tables: Any) -> dict[str, int | str]:
+def named(**options: Any) -> str:
+  """The names of options that are given, which is all that a choice asks of them."""
+  return ' '.join(name for name, value in options.items() if value is not None)
+
+
+def describe(layout: PageLayout, q: Any, pages: Any, tables: Any, options: str = '') -> dict[str, int | str]:
   """What the choice of an implementation and its parameters depends on; of arrays, or of shapes and dtypes alone."""
   return {
     'dtype': pages.dtype.name,
@@ -183,4 +188,5 @@ def describe(layout: PageLayout, q: Any, pages: Any, tables: Any) -> dict[str, i
     'page_size': layout.page_size,
     'batch': tables.shape[0],
     'context': tables.shape[1] * layout.page_size,
+    'options': options or 'none',
   }

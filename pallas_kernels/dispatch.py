@@ -20,7 +20,8 @@ Config = TypeVar('Config')
 class Plain:
   """An implementation that runs everywhere.
 
-  `parameters` are arguments that it takes beside the kernel's own, by platform; on others it has its own defaults.
+  `parameters` are arguments that it takes beside the kernel's own, by platform, unless the table has a row of its own
+  for the device; on others it has its own defaults.
   """
 
   run: Callable[..., Any]
@@ -32,9 +33,9 @@ class Tuned(Generic[Config]):
   """An implementation for some platforms, with parameters, which may refuse a problem.
 
   On its `platforms` it is taken before plain XLA where nobody asks for another. `run` takes `config` and `device`
-  beside the kernel's own arguments. `refusal(config, device, facts)` says why it cannot, or None. `rule(device, facts)`
-  is what to take where no row of the table will do, and `shorten(config)` the same as a shorter program, where there is
-  one.
+  beside the kernel's own arguments. `refusal(config, device, facts)` says why it cannot, or None, and is asked of such
+  platforms alone. `rule(device, facts)` is what to take where no row of the table will do, and `shorten(config)` the
+  same as a shorter program, where there is one.
   """
 
   run: Callable[..., Any]
@@ -73,7 +74,8 @@ def choose(
   for name in names:
     if name not in implementations:
       raise ValueError(f'{kernel}: implementation {name!r} is unknown; there are {", ".join(implementations)}.')
-    found = _parameters(kernel, implementations[name], device, facts)
+    rows = tuple(row for row in tuning.load(kernel) if row.implementation == name)
+    found = _parameters(implementations[name], rows, device, facts)
     if not isinstance(found, str):
       run, taken = found
       level = logging.INFO if len(names) > 1 else logging.DEBUG  # where there is one way there is nothing to tell
@@ -84,28 +86,28 @@ def choose(
 
 
 def _parameters(
-  kernel: str, implementation: Plain | Tuned, device: Device, facts: tuning.Facts
+  implementation: Plain | Tuned, rows: tuple[tuning.Row, ...], device: Device, facts: tuning.Facts
 ) -> tuple[Callable[..., Any], str] | str:
   """What to call and where its parameters come from, or why it cannot be called."""
+  form = tuning.form()
+  row = tuning.nearest(rows, device.name, facts, form)
+  source = '' if row is None else 'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}'
   if isinstance(implementation, Plain):
-    taken = implementation.parameters.get(device.platform)
+    taken = row[0].config if row is not None else implementation.parameters.get(device.platform)
     if not taken:
       return implementation.run, 'without parameters'
-    return functools.partial(implementation.run, **taken), ', '.join(f'{name}={value}' for name, value in taken.items())
+    said = ', '.join(f'{name}={value}' for name, value in taken.items())
+    return functools.partial(implementation.run, **taken), f'{said} {source}'.rstrip()
+  if device.platform not in implementation.platforms:
+    made_for = ' and '.join(_CALLED.get(platform, platform) for platform in implementation.platforms)
+    return f'it is for {made_for}, and this is {device.name}; on other devices take implementation=None or {_PLAIN!r}.'
   candidates = []
-  form = tuning.form()
   preferred = ', small form' if form == 'small' else ''
-  row = tuning.nearest(tuning.load(kernel), device.name, facts, form)
   if row is not None:
-    source = 'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}'
     candidates.append((implementation.config(**row[0].config), source + preferred))
-  if device.platform in implementation.platforms:
-    config = implementation.rule(device, facts)
-    candidates.append((implementation.shorten(config) if form == 'small' else config, 'by rule' + preferred))
-  made_for = ' and '.join(_CALLED.get(platform, platform) for platform in implementation.platforms)
-  refusal: str | None = (
-    f'it is for {made_for}, and this is {device.name}; on other devices take implementation=None or {_PLAIN!r}.'
-  )
+  config = implementation.rule(device, facts)
+  candidates.append((implementation.shorten(config) if form == 'small' else config, 'by rule' + preferred))
+  refusal: str | None = None
   passed_over = ''
   for config, source in candidates:
     refusal = implementation.refusal(config, device, facts)
@@ -113,7 +115,8 @@ def _parameters(
       run = functools.partial(implementation.run, config=config, device=device)
       return run, f'{config} {source}{passed_over}'
     passed_over += f', not {source}: {refusal}'
-  return refusal or 'nothing fits it.'
+  assert refusal is not None
+  return refusal
 
 
 @functools.cache

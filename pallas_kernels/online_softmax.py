@@ -35,6 +35,14 @@ def restore(rows: jax.Array, queries: int) -> jax.Array:
   return rows.reshape(count, queries, -1, *rest)
 
 
+def owners(ends: jax.Array, places: jax.Array) -> jax.Array:
+  """Whose each place `[...]` of a list is, of owners whose parts end at `ends` `[B]`: B beyond the last.
+
+  All are compared at once: a search is a loop, and on a GPU each of its turns is a launch.
+  """
+  return (ends <= jnp.asarray(places)[..., None]).sum(-1, dtype=jnp.int32)
+
+
 def table_blocks(tables: jax.Array, page_size: int, block_tokens: int) -> jax.Array:
   """Page tables `[B, N]` cut into blocks `[B, M, n]` of about `block_tokens` cached tokens, the last padded."""
   width = tables.shape[1]

@@ -112,7 +112,7 @@ def topology(device: devices.Device) -> list[Any]:
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no TPU is used, so other processes may load it as well
   from jax.experimental import topologies
 
-  return list(topologies.get_topology_desc(platform='tpu', topology_name=device.topology).devices)
+  return list(topologies.get_topology_desc(platform='tpu', topology_name=device.tpu.topology).devices)
 
 
 def compile_for(device: devices.Device, case: Case) -> Any:
@@ -175,7 +175,7 @@ def _measure_here(device: devices.Device, case: Case, folder: str) -> Cost:
   return Cost(
     device=device.name,
     cycles=sum(kernel['cycles'] for kernel in simulated) or None,
-    bound_cycles=max(compute_s, memory_s) * device.clock_hz,
+    bound_cycles=max(compute_s, memory_s) * device.tpu.clock_hz,
     bound_by='compute' if compute_s > memory_s else 'memory',
     kernel_cycles=dearest['cycles'] if dearest else None,
     bundles=longest.get('bundles', 0),

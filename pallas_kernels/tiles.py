@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from pallas_kernels.devices import LANES, Device
+from pallas_kernels.devices import LANES
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.tuning import Facts
 
@@ -41,11 +41,9 @@ def compute_dtype(q_dtype: jnp.dtype, page_dtype: jnp.dtype) -> jnp.dtype:
   return jnp.dtype(jnp.bfloat16) if q_dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
 
 
-def page_refusal(device: Device, facts: Facts) -> str | None:
+def page_refusal(facts: Facts) -> str | None:
   """Why no TPU attends to such pages, or None."""
   dtype, page_size, width = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), page_of(facts)[3]
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
   if width % LANES:
     return f'pages end in an axis of {width}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'
   if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):

@@ -22,11 +22,12 @@ class Row:
   problem: Facts
   config: Mapping[str, Any]
   figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  implementation: str = 'pallas_tpu'  # whose parameters these are
 
 
 @functools.cache
 def load(kernel: str) -> tuple[Row, ...]:
-  """The rows of `pallas_kernels/<kernel>/tuning.json`, best first; none if there is no such file."""
+  """The rows of `pallas_kernels/<kernel>/tuning.json`, of all implementations, best first; none without such a file."""
   file = importlib.resources.files('pallas_kernels') / kernel / 'tuning.json'
   if not file.is_file():
     return ()

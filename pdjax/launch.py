@@ -24,6 +24,7 @@ from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.checks import check_text
 from pdjax.types.cluster import DeviceError, WorkerSpec, carve_devices, decode_pool, devices_needed, prefill_pool
+from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.request import MAX_STOP_TOKENS, Completion, Request, SamplingParams
 from pdjax.workload import Given, Seeded, Workload, WorkloadContext
@@ -130,7 +131,8 @@ def simulate(
   workers, carved = size_simulated(config, model)
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
-  config = dataclasses.replace(config, transfer=choose_granularity(config.transfer, model, workers, cost))
+  transfer = choose_granularity(config.transfer, model, workers, cost)
+  config = dataclasses.replace(config, transfer=transfer, dtype=config.definite_dtype)
   state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
   simulator = Simulator(model, workers, cost, arrivals.output_len)
   log = _serve(arrivals, config, simulator, state, workdir, watch)
@@ -288,12 +290,13 @@ class Deployment:
     notes: Sequence[str] = (),
   ) -> Report:
     """The report of what was served here, with these notes among its own; `workdir` gets it as `report.json`."""
-    warm_up, config = self.built.warm_up, dataclasses.replace(self.config, transfer=self.built.transfer)
+    built, warm_up = self.built, self.built.warm_up
+    config = dataclasses.replace(self.config, transfer=built.transfer, dtype=built.dtype)
     return _report(
-      config, self.opened, self.built.workers, events, completions, workdir, 'engine', notes,
+      config, self.opened, built.workers, events, completions, workdir, 'engine', notes,
       warmup_s=warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
       calibrated=True,
-      environment={'devices': self.built.devices, 'warm_up': dataclasses.asdict(warm_up)},
+      environment={'devices': built.devices, 'warm_up': dataclasses.asdict(warm_up)},
     )  # fmt: skip
 
 
@@ -456,13 +459,15 @@ def open_model(config: ServingConfig) -> OpenedModel:
 
 
 def calibrated(config: ServingConfig) -> ServingConfig:
-  """The config with a roofline measured on this machine's first device."""
+  """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'."""
   import jax.numpy as jnp
 
   from pdjax.engine.build import device_memory_bytes, prepare_devices
   from pdjax.engine.calibration import measure_chip, measure_link
+  from pdjax.engine.dtypes import settle_dtype
 
   devices = prepare_devices(config.platform, devices_needed(config.workers))
+  config = settle_dtype(config, {worker.name: [DeviceKind.of(devices[0])] for worker in config.workers})
   chip = measure_chip(devices[0], jnp.dtype(config.dtype), config.precision)
   chip = dataclasses.replace(chip, memory_bytes=device_memory_bytes(devices[0]) / ACCELERATOR_SHARE)
   link = measure_link(devices[0], devices[min(1, len(devices) - 1)])

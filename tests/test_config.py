@@ -8,8 +8,10 @@ import pytest
 
 from experiments.load_config import load_config
 from pdjax.config import ServingConfig, apply_overrides, parse_value
+from pdjax.cost import Roofline
+from pdjax.launch import simulate
 from pdjax.policies import Disaggregated, MostFreePages
-from pdjax.types import SLO, RayCluster, Role, TransferSpec, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import SLO, ChipSpec, RayCluster, Role, TransferSpec, WorkerSpec, decode_pool, prefill_pool
 from pdjax.workload import Fixed, Poisson, Uniform
 from tests.serving.driver import TINY
 
@@ -19,6 +21,16 @@ CONFIG = ServingConfig(
   policy=Disaggregated(max_prefill_tokens=64),
   workload=Poisson(requests_per_s=2.0, num_requests=4, prompt=Uniform(1, 8), output=Fixed(3), prompts=('Hi', 'Bye')),
 )
+
+
+class Slow:
+  """Costs of no chip in particular."""
+
+  def step_seconds(self, *args):
+    return 0.1
+
+  def transfer_seconds(self, *args):
+    return 0.1
 
 
 def _raises(words: str):
@@ -34,7 +46,7 @@ def _raises(words: str):
     ({'workers': ()}, 'the config has no worker, expected at least one'),
     ({'workers': (WorkerSpec('a'), WorkerSpec('b'), WorkerSpec('a'))}, "the names ['a'] more than once"),
     ({'page_size': 0}, 'page_size is 0, expected at least 1 token'),
-    ({'dtype': 'int8'}, "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    ({'dtype': 'int8'}, "dtype is 'int8', expected one of float32, bfloat16, float16, or 'auto'"),
     ({'max_context': 0}, 'max_context is 0, expected at least 1 token'),
     (
       {'workers': prefill_pool(2)},
@@ -68,6 +80,30 @@ def test_elements_have_the_bytes_of_their_dtype():
   ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  'cost, dtype, dtype_bytes, precision',
+  [
+    (Roofline(), 'float32', 4, 'highest'),  # of a CPU
+    (Roofline(ChipSpec.tpu_v5e()), 'bfloat16', 2, 'default'),
+    (Roofline(ChipSpec('T4', 65e12, 320e9, 16e9, dtype='float16')), 'float16', 2, 'default'),
+    (Slow(), 'bfloat16', 2, 'default'),
+  ],
+)
+def test_without_devices_auto_is_what_the_chip_of_the_costs_is_fastest_in(cost, dtype, dtype_bytes, precision):
+  config = dataclasses.replace(CONFIG, dtype='auto', cost=cost)
+  assert (config.definite_dtype, config.dtype_bytes, config.precision) == (dtype, dtype_bytes, precision)
+  assert {worker.kv_dtype for worker in config.cluster} == {dtype}
+  named = dataclasses.replace(config, dtype='float16', kv_dtype='int8')
+  assert (named.definite_dtype, {worker.kv_dtype for worker in named.cluster}) == ('float16', {'int8'})
+
+
+def test_a_simulation_in_auto_says_which_dtype_it_took():
+  workload = dataclasses.replace(CONFIG.workload, prompts=None)
+  config = dataclasses.replace(CONFIG, dtype='auto', cost=Roofline(ChipSpec.h100()), workload=workload)
+  found = simulate(config).report.config
+  assert (found['dtype'], {worker['kv_dtype'] for worker in found['workers']}) == ('bfloat16', {'bfloat16'})
+
+
 # ---------------------------------------------------------------------------- overrides
 
 
@@ -95,6 +131,7 @@ def test_elements_have_the_bytes_of_their_dtype():
     ('workload.requests_per_s=inf', 'workload.requests_per_s', float('inf')),
     ('cost.chip.flops_per_s=1e12', 'cost.chip.flops_per_s', 1e12),
     ('dtype=bfloat16', 'dtype', 'bfloat16'),
+    ('dtype=auto', 'dtype', 'auto'),
     ('platform=cpu', 'platform', 'cpu'),
     ('platform=none', 'platform', None),
     ('max_context=32', 'max_context', 32),
@@ -152,7 +189,7 @@ def test_no_override_is_the_same_config():
     ('page_size={[]: 1}', "page_size is int, but '{[]: 1}' is str"),
     ('workload.requests_per_s=fast', "requests_per_s is float, but 'fast' is str"),
     ('workload.sampling.ignore_eos=1', 'ignore_eos is bool, but 1 is int'),
-    ('dtype=float64', "dtype is Literal['float32', 'bfloat16', 'float16'], but 'float64' is str"),
+    ('dtype=float64', "dtype is Literal['auto', 'float32', 'bfloat16', 'float16'], but 'float64' is str"),
     ('workers.0.num_pages=many', "but 'many' is str"),
     ('workers.0.role=translate', "role is Role, but 'translate' is str"),
     ('workers.0=5', '0 is WorkerSpec, but 5 is int'),

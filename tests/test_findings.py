@@ -85,5 +85,5 @@ def test_it_has_its_row_in_the_table(path):
   assert row[1] == path.name
   for version in re.findall(r'\d+\.\d+\.\d+', row[3]):
     assert f'=={version}' in path.read_text(encoding='utf-8')
-  named = re.search(r'`(pdjax/[\w/.]+)`', row[4])
+  named = re.search(r'`((?:pdjax|pallas_kernels)/[\w/.]+)`', row[4])
   assert named and (ROOT / named[1]).exists(), 'where pdjax mends it'

@@ -8,28 +8,11 @@ from experiments.device_check.context import Context
 from experiments.device_check.timing import COPY, PRODUCT, measure_ceilings, median_s
 from pallas_kernels import devices
 
-# bytes per second of the memory and dense FLOP/s in bfloat16, by a word of the device kind; TPUs are in pallas_kernels
-_GPUS = (
-  ('H200', 4.8e12, 989.4e12),
-  ('H100 PCIe', 2.0e12, 756e12),
-  ('H100 NVL', 3.9e12, 835e12),
-  ('H100', 3.35e12, 989.4e12),
-  ('A100-SXM4-40GB', 1.555e12, 312e12),
-  ('A100', 2.039e12, 312e12),
-  ('L40S', 0.864e12, 362e12),
-  ('L4', 0.3e12, 121e12),
-)
-
 
 def nominal(device: jax.Device) -> tuple[float, float] | None:
-  """Bytes per second and FLOP/s in bfloat16 as the maker says, or None if the device is not known here."""
+  """Bytes per second and FLOP/s in bfloat16 as the maker says, or None if the device is not known."""
   known = devices.of(device)
-  if known.bf16_flops:
-    return known.hbm_bandwidth, known.bf16_flops
-  for word, bandwidth, flops in _GPUS:
-    if word in device.device_kind:
-      return bandwidth, flops
-  return None
+  return (known.hbm_bandwidth, known.bf16_flops) if known.bf16_flops else None
 
 
 def run(context: Context) -> None:

@@ -1,6 +1,7 @@
 """The process of one part of the check of a device; `experiments.check_device` starts it."""
 
 import importlib
+import logging
 import os
 import pathlib
 import sys
@@ -23,6 +24,22 @@ _FOLDER = flags.DEFINE_string('folder', None, 'Where the result is, and the cach
 _TOY = flags.DEFINE_bool('toy', False, 'Toy shapes: the figures mean nothing.')
 
 
+class _Choices(logging.Handler):
+  """Notes once which implementation of a kernel is taken where nobody asks for one, and why."""
+
+  def __init__(self, figures: Figures):
+    super().__init__(logging.INFO)
+    self._figures = figures
+    self._noted: set[tuple[str, str]] = set()
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if isinstance(record.args, tuple) and len(record.args) == 6:
+      kernel, _, name, taken, _, passed_over = map(str, record.args)
+      if (kernel, name) not in self._noted:
+        self._noted.add((kernel, name))
+        self._figures.note(f'{kernel} takes {name}, {taken}{passed_over}')
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
@@ -37,6 +54,9 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_compilation_cache_dir', context.cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  choices = logging.getLogger('pallas_kernels')
+  choices.setLevel(logging.INFO)
+  choices.addHandler(_Choices(figures))
   begin = time.perf_counter()
   try:
     module, name = PARTS[_PART.value].function.split(':')

@@ -50,13 +50,11 @@ class Config:
 
 def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing near was measured: about 64 copies in flight, and all cores."""
-  return Config(units_in_flight=max(2, min(32, _COPIES // int(facts['layers']))), cores=device.cores)
+  return Config(units_in_flight=max(2, min(32, _COPIES // int(facts['layers']))), cores=device.tpu.cores)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why pages cannot be copied so on a device, or None."""
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
   dtypes = {jnp.dtype(str(facts['dtype'])), jnp.dtype(str(facts['values']))}
   page_size = int(facts['page_size'])
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
@@ -70,8 +68,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     if page_size % sublanes(dtype):
       return f'{page_size} tokens a page are not whole tiles of {sublanes(dtype)} rows of {dtype}.'
   page_bytes = sum(padded_bytes(page_of(facts), dtype) for dtype in dtypes)
-  if (needed := vmem_bytes(config, layers, page_bytes)) > device.vmem_bytes:
-    return f'two pages need {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
+  if (needed := vmem_bytes(config, layers, page_bytes)) > device.tpu.vmem_bytes:
+    return f'two pages need {needed >> 20} MiB of vector memory, and a {device.name} has {device.tpu.vmem_bytes >> 20}.'
   return None
 
 

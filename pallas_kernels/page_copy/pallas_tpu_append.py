@@ -58,15 +58,13 @@ def rule(device: Device, facts: Facts) -> Config:
   most = max(rows, 4 * 2**20 // (4 * elements) // rows * rows)
   block = min(most, 256, -(-num_tokens // rows) * rows)
   slots = max(4, min(32, 4 * 2**20 // (elements * rows * jnp.dtype(dtype).itemsize)))
-  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=device.cores)
+  return Config(tile_rows=rows, block_tokens=block, slots=slots, ahead=slots // 2, cores=device.tpu.cores)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why tokens cannot be written so into pages on a device, or None."""
   names = ('float32', 'bfloat16', *map(str, QUANTIZED))
   dtype, page_size = jnp.dtype(str(facts['dtype'])), int(facts['page_size'])
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
   if dtype.name not in names:
     return f'Mosaic does not convert to {dtype}; it does {", ".join(names)}.'
   if page_size % sublanes(dtype):

@@ -6,14 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arguments import check_options, check_queries_and_pages, check_sequences, check_values, describe
+from pallas_kernels.arguments import (
+  check_options,
+  check_queries_and_pages,
+  check_sequences,
+  check_values,
+  describe,
+  named,
+)
 from pallas_kernels.dispatch import Plain, Tuned, choose
-from pallas_kernels.paged_attention import pallas_tpu, reference, xla
+from pallas_kernels.paged_attention import cudnn, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
     pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
   ),
+  'cudnn': Tuned(cudnn.paged_attention, cudnn.Config, cudnn.rule, cudnn.refusal, platforms=('gpu',)),
   'xla': Plain(xla.paged_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.paged_attention),
 }
@@ -50,8 +58,8 @@ def paged_attention(
     scales: `[P, 2, K, G]` float32 for int8 or fp8 pages: a key or value is what is stored times its token's scale.
     return_lse: Also return the natural logarithm of each softmax's sum, by which parts of one attention are joined.
     checked: Look at the values in tables and lengths first. It reads them on the host, so not under `jit`.
-    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
-      fastest here.
+    implementation: 'pallas_tpu', 'cudnn', 'xla' or 'reference', several of which the first that can run does, or None
+      for the fastest here.
 
   Returns:
     An array like q; zeros in rows not in use and for queries before their sequence's first token. With `return_lse`,
@@ -73,7 +81,8 @@ def paged_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  facts = describe(layout, q, pages, tables) | {'query_tokens': q.shape[1] if q.ndim == 4 else 1}
+  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales)
+  facts = describe(layout, q, pages, tables, options) | {'query_tokens': q.shape[1] if q.ndim == 4 else 1}
   return choose('paged_attention', IMPLEMENTATIONS, implementation, facts)(
     jnp.asarray(q),
     jnp.asarray(pages),

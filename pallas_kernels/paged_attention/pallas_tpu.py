@@ -69,7 +69,7 @@ def paged_attention(
     head_dim=queries.shape[3],
     page=pages.shape[1:],
     table_pages=tables.shape[1],
-    cores=device.cores,
+    cores=device.tpu.cores,
     softmax_scale=softmax_scale,
     sliding_window=sliding_window,
     soft_cap=soft_cap,
@@ -237,7 +237,7 @@ def shorten(config: Config) -> Config:
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
-  refused = page_refusal(device, facts)
+  refused = page_refusal(facts)
   if refused is not None:
     return refused
   dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
@@ -249,16 +249,16 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
     head_dim=int(facts['head_dim']),
     page=page,
     table_pages=-(-int(facts['context']) // page[2]),
-    cores=device.cores,
+    cores=device.tpu.cores,
   )
   if problem.table_blocks >= 1 << BLOCK_BITS or problem.batch >= 1 << 30 - BLOCK_BITS:
     return f'{problem.batch} sequences of {problem.table_blocks} blocks cannot be listed; take larger blocks.'
-  if problem.smem_bytes > device.smem_bytes * 3 // 4:  # the compiler wants some for itself
+  if problem.smem_bytes > device.tpu.smem_bytes * 3 // 4:  # the compiler wants some for itself
     return (
       f'{problem.batch} sequences of {problem.table_blocks} blocks need {problem.smem_bytes >> 10} KiB of scalar '
-      f'memory, and a {device.name} has {device.smem_bytes >> 10}; take fewer at once.'
+      f'memory, and a {device.name} has {device.tpu.smem_bytes >> 10}; take fewer at once.'
     )
   needed = problem.vmem_bytes(dtype, compute_dtype(jnp.dtype(str(facts['q_dtype'])), dtype))
-  if needed > device.vmem_bytes:
-    return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
+  if needed > device.tpu.vmem_bytes:
+    return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.tpu.vmem_bytes >> 20}.'
   return None

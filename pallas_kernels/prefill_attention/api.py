@@ -13,14 +13,16 @@ from pallas_kernels.arguments import (
   check_sequences,
   check_values,
   describe,
+  named,
 )
 from pallas_kernels.dispatch import Plain, Tuned, choose
-from pallas_kernels.prefill_attention import pallas_tpu, reference, xla
+from pallas_kernels.prefill_attention import cudnn, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
     pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
   ),
+  'cudnn': Tuned(cudnn.prefill_attention, cudnn.Config, cudnn.rule, cudnn.refusal, platforms=('gpu',)),
   'xla': Plain(xla.prefill_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.prefill_attention),
 }
@@ -59,8 +61,8 @@ def prefill_attention(
     scales: `[P, 2, K, G]` float32 for int8 or fp8 pages: a key or value is what is stored times its token's scale.
     return_lse: Also return the natural logarithm of each softmax's sum, by which parts of one attention are joined.
     checked: Look at the values in tables, offsets and lengths first. It reads them on the host, so not under `jit`.
-    implementation: 'pallas_tpu', 'xla' or 'reference', several of which the first that can run does, or None for the
-      fastest here.
+    implementation: 'pallas_tpu', 'cudnn', 'xla' or 'reference', several of which the first that can run does, or None
+      for the fastest here.
 
   Returns:
     `[T, H, D]` in q's dtype; zeros in padding rows. With `return_lse`, that and `[T, H]` float32, -inf in padding rows.
@@ -82,7 +84,8 @@ def prefill_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  facts = describe(layout, q, pages, tables) | {'tokens': q.shape[0]}
+  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales)
+  facts = describe(layout, q, pages, tables, options) | {'tokens': q.shape[0]}
   return choose('prefill_attention', IMPLEMENTATIONS, implementation, facts)(
     jnp.asarray(q),
     jnp.asarray(pages),

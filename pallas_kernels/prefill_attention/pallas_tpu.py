@@ -115,7 +115,7 @@ def _attend(
   """Results by name: 'out' as the rows of `q`, and maybe 'lse' `[H, T]`."""
   block_rows = problem.config.block_rows
   blocks = problem.rows // block_rows
-  cores = device.cores if device is not None and blocks % device.cores == 0 else 1
+  cores = device.tpu.cores if device is not None and blocks % device.tpu.cores == 0 else 1
 
   def block_of(core, step):
     """Cores take turns at going first, so that none gets the later and longer rows only."""
@@ -190,7 +190,7 @@ def rule(device: Device, facts: Facts) -> Config:
   heads, tokens = page_of(facts)[1], int(facts['tokens'])
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
-  piece = 64 if device.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
+  piece = 64 if device.tpu.matrix_width == 256 else 16  # tiles; the wider the units, the more there is to hide
   if facts['dtype'] == 'float32':  # of which a product is six
     piece //= 8
   for block_rows, block_tokens in ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128)):
@@ -216,7 +216,7 @@ def shorten(config: Config) -> Config:
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why this kernel cannot run for a problem, or None."""
   dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
-  refused = page_refusal(device, facts)
+  refused = page_refusal(facts)
   if refused is not None:
     return refused
   if config.tile_rows % LANES or config.block_rows % config.tile_rows:
@@ -229,6 +229,6 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   if problem.tile_tokens % LANES:
     return f'{config}: tiles of {problem.tile_tokens} cached tokens do not fill lanes of {LANES}.'
   needed = problem.vmem_bytes()
-  if needed > device.vmem_bytes:
-    return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.vmem_bytes >> 20}.'
+  if needed > device.tpu.vmem_bytes:
+    return f'{config} needs {needed >> 20} MiB of vector memory, and a {device.name} has {device.tpu.vmem_bytes >> 20}.'
   return None

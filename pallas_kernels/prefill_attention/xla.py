@@ -1,7 +1,7 @@
 """Packed prefill attention in plain XLA: blocks of rows, whosever they are, over the blocks of pages that they see.
 
 A block of rows may hold the chunks of several sequences. It walks over the cached blocks of each of them in turn; rows
-of the others see nothing of it.
+of the others see nothing of it. Where there is one sequence, and its table is short, there is one turn and no loop.
 """
 
 import functools
@@ -15,6 +15,7 @@ from pallas_kernels.online_softmax import (
   begin,
   finish,
   gather_values,
+  owners,
   prepare,
   read,
   restore,
@@ -25,7 +26,7 @@ from pallas_kernels.online_softmax import (
 
 BLOCKS = (64, 64)  # query tokens and cached tokens a block; on CPU, larger ones do more in vain for short prompts
 LARGE_BLOCKS = (256, 128)  # of one long chunk by itself, for which small ones are slower by a third
-BY_PLATFORM = {'gpu': {'blocks': (256, 1024)}}  # where the launches of a turn cost more than what is done in vain
+BY_PLATFORM = {'gpu': {'blocks': (256, 1024), 'whole': 2048}}  # where a turn's launches cost more than work in vain
 
 
 def prefill_attention(
@@ -42,8 +43,15 @@ def prefill_attention(
   scales: jax.Array | None = None,
   return_lse: bool = False,
   blocks: tuple[int, int] | None = None,
+  whole: int = 0,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """See `pallas_kernels.prefill_attention.prefill_attention`; `blocks` are query tokens and cached tokens a block."""
+  """See `pallas_kernels.prefill_attention.prefill_attention`.
+
+  `blocks` are query tokens and cached tokens a block; a table of up to `whole` cached tokens is one block.
+  """
+  table_tokens = tables.shape[1] * pages.shape[-2]
+  if blocks is not None and table_tokens <= whole:
+    blocks = blocks[0], table_tokens
   attend = functools.partial(
     _attend, q, pages, tables, offsets, lengths, softmax_scale, sliding_window, soft_cap, sinks, scales
   )
@@ -72,16 +80,14 @@ def _attend(
 
   def attend(index):
     row = index * block_rows + jnp.arange(block_rows)
-    own = jnp.searchsorted(stops, row, side='right')  # whose row it is; past the last for padding
+    own = owners(stops, row)  # whose row it is; past the last for padding
     low, high = jnp.maximum(starts, row[0]), jnp.minimum(stops, row[-1] + 1)
     first_seen = jnp.zeros_like(low) if sliding_window is None else jnp.maximum(before + low - sliding_window + 1, 0)
     first_block = first_seen // block_tokens
     count = jnp.where(high > low, -(-(before + high) // block_tokens) - first_block, 0)
     ends = jnp.cumsum(count)  # of each sequence's blocks in the list of all
 
-    def step(place, seen):
-      sequence = jnp.searchsorted(ends, place, side='right')
-      block = first_block[sequence] + place - (ends - count)[sequence]
+    def turn(sequence, block, seen):
       cached = block * block_tokens + jnp.arange(block_tokens)
       held = (cached >= first_seen[sequence]) & (cached < lengths[sequence])
       keys, values = read(pages, blocks[sequence, block][None], held[None], layout, dtype, scales)
@@ -93,9 +99,16 @@ def _attend(
       added = jnp.where(mine, gather_values(weights, values[0]), 0)  # 0 times another's NaN would be NaN
       return Seen(top, total, seen.out * shrink + added)
 
-    out, lse = finish(jax.lax.fori_loop(0, ends[-1], step, begin(queries[index], sinks)))
+    def step(place, seen):
+      sequence = owners(ends, place)
+      return turn(sequence, first_block[sequence] + place - (ends - count)[sequence], seen)
+
+    seen = begin(queries[index], sinks)
+    seen = turn(0, 0, seen) if blocks.shape[:2] == (1, 1) else jax.lax.fori_loop(0, ends[-1], step, seen)
+    out, lse = finish(seen)
     return out.astype(q.dtype), lse
 
-  out, lse = jax.lax.map(attend, jnp.arange(queries.shape[0]))
+  one = queries.shape[0] == 1
+  out, lse = (a[None] for a in attend(0)) if one else jax.lax.map(attend, jnp.arange(queries.shape[0]))
   out, lse = (restore(rows, block_rows).reshape(-1, *q.shape[1 : rows.ndim - 1])[:tokens] for rows in (out, lse))
   return out, jnp.where((jnp.arange(tokens) < stops[-1])[:, None], lse, -jnp.inf)

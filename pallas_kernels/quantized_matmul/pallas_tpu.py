@@ -514,8 +514,6 @@ def _blocks(size_m: int, config: Config) -> int:
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why the kernel cannot run a problem so on a device, or None."""
   dtype, size_k, group = facts['dtype'], int(facts['k']), int(facts['group_size'])
-  if device.platform != 'tpu':
-    return f'it is for TPUs, and this is {device.name}.'
   if dtype not in ('bfloat16', 'float32', 'int8'):
     return f'activations are {dtype}, and it takes bfloat16, float32 and int8.'
   if group < size_k and group % LANES:
@@ -536,8 +534,8 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   if config.block_n > 256 and _body(facts, config, plan) > _LONGEST_BODY:
     return f'bodies of {plan.block_n} columns are too long for {facts["m"]} rows.'
   needed = vmem_bytes(plan)
-  if needed > device.vmem_bytes:
-    return f'it needs {needed} bytes of VMEM, and {device.name} has {device.vmem_bytes}.'
+  if needed > device.tpu.vmem_bytes:
+    return f'it needs {needed} bytes of VMEM, and {device.name} has {device.tpu.vmem_bytes}.'
   return None
 
 
@@ -555,7 +553,7 @@ def rule(device: Device, facts: Facts) -> Config:
   """What to take where nothing was measured: large bodies, but under 11,000 bundles, as far as VMEM allows."""
   kind = facts['kind']
   float32 = facts['dtype'] == 'float32'
-  wide = device.matrix_width >= 256
+  wide = device.tpu.matrix_width >= 256
   block_m = 128 if float32 else 256
   block_n = 512 if kind != 'int4' else 2048 if wide else 1536
   grouped = int(facts['group_size']) < int(facts['k'])
@@ -567,7 +565,7 @@ def rule(device: Device, facts: Facts) -> Config:
     copies=2,
     lead_copies=8,
     last_n=256,
-    cores=device.cores,
+    cores=device.tpu.cores,
     tile_k=128 if grouped else 256,
     correction='sums' if wide and grouped and not float32 else 'products',
     by_bytes=wide and grouped,
@@ -576,10 +574,12 @@ def rule(device: Device, facts: Facts) -> Config:
   while True:
     plan = _plan(facts, config, 'float32')
     work = _body(facts, config, plan)
-    if config.block_n <= 256 or (work <= _LONGEST_BODY and vmem_bytes(plan) <= device.vmem_bytes):
+    if config.block_n <= 256 or (work <= _LONGEST_BODY and vmem_bytes(plan) <= device.tpu.vmem_bytes):
       break
     config = dataclasses.replace(config, block_n=config.block_n // 2 // LANES * LANES, lead_n=256)
-  while vmem_bytes(_plan(facts, config, 'float32')) > device.vmem_bytes and (config.depth > 2 or config.block_m > 32):
+  while vmem_bytes(_plan(facts, config, 'float32')) > device.tpu.vmem_bytes and (
+    config.depth > 2 or config.block_m > 32
+  ):
     if config.depth > 2:
       config = dataclasses.replace(config, depth=config.depth - 1)
     else:

@@ -15,6 +15,7 @@ from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.engine.built import Built, WarmUp
 from pdjax.engine.calibration import measure_chip, measure_link
+from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.worker import LimitOf, Worker
@@ -25,6 +26,7 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed, ways
+from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
 
 # JAX has a thread for each CPU device or each core, whichever are more. Where passes keep all of them busy, a copy
@@ -87,7 +89,8 @@ def build_engine(
     tokenizer: Turns tokens into text and finds stop strings; None leaves both out.
 
   Raises:
-    ValueError: if the workers or their page layouts do not fit the devices, the model's heads or the memory.
+    ValueError: if the workers or their page layouts do not fit the devices, the model's heads or the memory, or the
+      devices have no units for a dtype.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   if config.compilation_cache:
@@ -97,6 +100,7 @@ def build_engine(
   if devices[0].platform == 'cpu':
     keep_freed_memory()
   carved = carve_devices(config.workers, len(devices))
+  config = settle_dtype(config, {name: [DeviceKind.of(devices[i]) for i in mesh] for name, mesh in carved.items()})
   specs = size_pools(
     config.cluster,
     carved,
@@ -150,7 +154,7 @@ def build_engine(
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, of which compiling {compiled - measured:.1f} s')
   warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)
-  return Built(Engine(workers, transports), specs, transfer, names, warm_up)
+  return Built(Engine(workers, transports), specs, transfer, config.definite_dtype, names, warm_up)
 
 
 def _transport_name(spec: TransferSpec, source: Worker, target: Worker) -> str:

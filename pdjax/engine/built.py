@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pdjax.serving.messages import Event, Order
 from pdjax.types.cluster import TransferSpec, WorkerSpec
-from pdjax.types.hardware import ChipSpec, LinkSpec
+from pdjax.types.hardware import ChipSpec, DtypeName, LinkSpec
 
 
 class Living(Protocol):
@@ -67,6 +67,7 @@ class Built:
     engine: The backend.
     workers: Its workers, `num_pages` filled in.
     transfer: How KV travels, `layers_from` filled in.
+    dtype: Of the weights.
     devices: The devices of each worker by name.
     warm_up: What was done.
   """
@@ -74,5 +75,6 @@ class Built:
   engine: Serving
   workers: tuple[WorkerSpec, ...]
   transfer: TransferSpec
+  dtype: DtypeName
   devices: dict[str, list[str]]
   warm_up: WarmUp

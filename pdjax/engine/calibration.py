@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.types.hardware import ChipSpec, LinkSpec
+from pdjax.types.hardware import ChipSpec, DeviceKind, LinkSpec
 
 _SIZE = 1024
 _STREAM_BYTES = 128 * 2**20  # far more than any cache
@@ -38,6 +38,7 @@ def measure_chip(device: jax.Device, dtype: jnp.dtype, precision: str, repeats: 
     step_overhead_s=overhead_s,
     source='measured at warm-up',
     calibrated=True,
+    dtype=DeviceKind.of(device).fastest_dtype,
   )
 
 

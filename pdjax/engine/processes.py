@@ -12,6 +12,7 @@ from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.engine.built import Built, WarmUp
+from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine
 from pdjax.types.cluster import WorkerSpec, ways
@@ -44,7 +45,8 @@ def build_processes(
     closed: Called when the backend is closed, after its processes.
 
   Raises:
-    ValueError: if the workers do not fit their devices, the model's heads or the memory.
+    ValueError: if the workers do not fit their devices, the model's heads or the memory, or the devices have no units
+      for a dtype.
     HandshakeError: if the processes do not fit together.
     DeviceError: if a process has no such devices, or no way to send KV to another.
     PeerLost: if a process ends meanwhile.
@@ -57,6 +59,7 @@ def build_processes(
     begin = time.perf_counter()
     handshake = Handshake(config, model, peers)
     machines: dict[str, Machine] = everywhere(handshake.begin)
+    config = handshake.settle_dtype()
     specs = handshake.specs = _size_pools(config, model, machines)
     handshake.check_reach()
     first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
@@ -83,7 +86,7 @@ def build_processes(
   warm_up = WarmUp(load_s, compiled - measured - load_s, measured - begin, program_s, chip, link)
   engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, limit_of(model, output_len), handshake.revive, closed)
   devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
-  return Built(engine, tuple(specs.values()), handshake.transfer, devices, warm_up)
+  return Built(engine, tuple(specs.values()), handshake.transfer, config.definite_dtype, devices, warm_up)
 
 
 def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, Machine]) -> dict[str, WorkerSpec]:
@@ -146,7 +149,7 @@ class Handshake:
     self._config = config
     self._model = model
     self._peers = peers
-    self.specs = {spec.name: spec for spec in config.cluster}
+    self.specs = {spec.name: spec for spec in config.workers}
     self.transfer = config.transfer
     pairs = ways(config.workers) if config.moves_kv else []
     self.ways: Sequence[tuple[str, str]] = [(source.name, target.name) for source, target in pairs]
@@ -163,6 +166,17 @@ class Handshake:
     with self._lock:
       self._machines[name] = machine
     return machine
+
+  def settle_dtype(self) -> ServingConfig:
+    """The config with a definite dtype, in which all devices that were made ready can compute; kept from now on.
+
+    Raises:
+      ValueError: if there is none, see `pdjax.engine.dtypes.settle_dtype`.
+    """
+    with self._lock:
+      kinds = {name: machine.kinds for name, machine in self._machines.items()}
+    self._config = settle_dtype(self._config, kinds)
+    return self._config
 
   def load(self, name: str, incarnation: int) -> Loaded:
     """Have a process become a worker, and see that it is the one that was asked for."""
@@ -231,6 +245,7 @@ class Handshake:
     Raises:
       PeerLost: if there is no process any more, or each new one is lost at once.
       HandshakeError: if it does not fit the others.
+      ValueError: if its devices have no units for a dtype.
     """
     peer = self._peers[name]
     with self._lock:
@@ -239,6 +254,7 @@ class Handshake:
       try:
         peer.restart()
         machine = self.begin(name)
+        self.settle_dtype()  # its devices may be others now
         self.check_reach()
         loaded = self.load(name, incarnation)
         with self._lock:

@@ -158,7 +158,7 @@ class Worker:
         self._programs[key] = self._lower(key).compile()
       return time.perf_counter() - begin
 
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
       seconds = {'x'.join(map(str, key)): took for key, took in zip(keys, pool.map(timed, keys), strict=True)}
     for key in keys:
       if key[0] in ('decode', 'fused'):

@@ -26,7 +26,7 @@ from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
-from pdjax.types.hardware import ChipSpec
+from pdjax.types.hardware import ChipSpec, DeviceKind
 from pdjax.types.request import Request
 
 _VERSIONED = ('pdjax', 'jax', 'jaxlib')  # what must be alike where KV is exchanged
@@ -67,7 +67,8 @@ class WorkerProcess:
     first = self._devices[0]
     self._server = Server(first, self._node_host if host == 'node' else host)
     memory = device_memory_bytes(first)
-    self._machine = Machine(node_name(), os.getpid(), first.platform, names, memory, self._server.address)
+    kinds = tuple(map(DeviceKind.of, self._devices))
+    self._machine = Machine(node_name(), os.getpid(), kinds, names, memory, self._server.address)
     return self._machine
 
   def load(self, assignment: Assignment) -> Loaded:

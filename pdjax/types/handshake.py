@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pdjax.types.cluster import KVDtypeName, WorkerSpec
+from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
 
 Manifest = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each array that a transfer offers
@@ -39,7 +40,7 @@ class Machine:
   Attributes:
     node: The host, by a name that no other host of the cluster has.
     pid: The process.
-    platform: Of its devices.
+    kinds: What each of its devices is.
     devices: Their names.
     memory_bytes: Bytes that weights and pages may fill on each device; on CPU, on all of the host together.
     address: Where others pull what it offers.
@@ -47,10 +48,15 @@ class Machine:
 
   node: str
   pid: int
-  platform: str
+  kinds: tuple[DeviceKind, ...]
   devices: tuple[str, ...]
   memory_bytes: float
   address: str
+
+  @property
+  def platform(self) -> str:
+    """Of its devices."""
+    return self.kinds[0].platform
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

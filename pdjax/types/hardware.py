@@ -1,10 +1,52 @@
-"""What a chip and a link can do, with where the figures come from."""
+"""What a device is, and what a chip and a link can do, with where the figures come from."""
 
 import dataclasses
 import math
+import re
+from typing import Any, Literal, get_args
+
+DtypeName = Literal['float32', 'bfloat16', 'float16']
 
 _TPU = 'docs.cloud.google.com/tpu/docs; dense peak, one chip'
 _GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceKind:
+  """What a device is, as far as it decides which dtypes it is fast in.
+
+  Attributes:
+    name: As its maker calls it, such as 'Tesla T4'.
+    platform: 'cpu', 'gpu' or 'tpu'.
+    compute_capability: Of a CUDA GPU, such as '7.5'. Other GPUs have other names there, such as 'gfx90a', and other
+      devices none.
+  """
+
+  name: str
+  platform: str
+  compute_capability: str | None = None
+
+  @classmethod
+  def of(cls, device: Any) -> 'DeviceKind':
+    """The kind of a JAX device."""
+    return cls(device.device_kind, device.platform, getattr(device, 'compute_capability', None))
+
+  @property
+  def lacks_bfloat16(self) -> bool:
+    """Whether it is a GPU without units for bfloat16: of a CUDA compute capability below 8.0."""
+    found = re.fullmatch(r'(\d+)\.\d+', self.compute_capability or '')
+    return self.platform == 'gpu' and found is not None and int(found[1]) < 8
+
+  @property
+  def fastest_dtype(self) -> DtypeName:
+    """What `dtype='auto'` takes: bfloat16, or float16 on a GPU that lacks it; on a CPU float32."""
+    if self.platform == 'cpu':
+      return 'float32'
+    return 'float16' if self.lacks_bfloat16 else 'bfloat16'
+
+  def __str__(self) -> str:
+    capability = '' if self.compute_capability is None else f' (compute capability {self.compute_capability})'
+    return f'{self.name}{capability}'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,10 +63,11 @@ class ChipSpec:
     step_overhead_s: Seconds of every pass that neither explains.
     source: Where the figures come from.
     calibrated: Measured on the machine at hand rather than taken from a data sheet.
+    dtype: What it is fastest in; a simulation with `dtype='auto'` takes that.
 
   Raises:
-    ValueError: if a rate is not positive (an infinite one takes no time), the size is negative, a share is none, or the
-      overhead is no time.
+    ValueError: if a rate is not positive (an infinite one takes no time), the size is negative, a share is none, the
+      overhead is no time, or the dtype is unknown.
   """
 
   name: str
@@ -36,6 +79,7 @@ class ChipSpec:
   step_overhead_s: float = 0.001
   source: str = ''
   calibrated: bool = False
+  dtype: DtypeName = 'bfloat16'
 
   def __post_init__(self):
     for rate in ('flops_per_s', 'memory_bytes_per_s'):
@@ -46,11 +90,13 @@ class ChipSpec:
       if not 0 < getattr(self, share) <= 1:
         raise ValueError(f'{self.name} has {share}={getattr(self, share)}, expected a share above 0, at most 1.')
     _check_time(self.name, 'step_overhead_s', self.step_overhead_s)
+    if self.dtype not in get_args(DtypeName):
+      raise ValueError(f'{self.name} has dtype={self.dtype!r}, expected one of {", ".join(get_args(DtypeName))}.')
 
   @classmethod
   def generic_cpu(cls) -> 'ChipSpec':
     """A guess at two laptop cores in float32; reports call what rests on it uncalibrated."""
-    return cls('generic CPU', 2e11, 2e10, 16e9, source='a guess', step_overhead_s=0.002)
+    return cls('generic CPU', 2e11, 2e10, 16e9, source='a guess', step_overhead_s=0.002, dtype='float32')
 
   @classmethod
   def tpu_v5e(cls) -> 'ChipSpec':

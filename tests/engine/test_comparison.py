@@ -27,7 +27,8 @@ def test_a_cluster_is_deployed_once_and_every_run_starts_afresh(cluster, policie
   def deploy(config, opened, output_len, say):
     engine = Engine(list(cluster.workers.values()), cluster.transports)
     deployed.append(engine)
-    return launch.Deployment(config, opened, Built(engine, cluster.specs, cluster.transfer, {}, cluster.warm_up))
+    built = Built(engine, cluster.specs, cluster.transfer, config.definite_dtype, {}, cluster.warm_up)
+    return launch.Deployment(config, opened, built)
 
   monkeypatch.setattr(running.launch, 'deploy', deploy)
   systems = [

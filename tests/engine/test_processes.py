@@ -22,6 +22,7 @@ from pdjax.serving.messages import AbandonOrder, Started, StepOrder, TransferOrd
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
+from pdjax.types.hardware import DeviceKind
 from pdjax.types.span import Span
 from tests.engine.plain import generate
 from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
@@ -131,7 +132,7 @@ def test_hosts_that_cannot_reach_each_other_are_refused_before_anything_is_pulle
 
     def ask(self, method, *args):
       asked.append(method)
-      return Machine(self.node, 1, 'cpu', ('cpu:0',), 1e9, '127.0.0.1:1')
+      return Machine(self.node, 1, (DeviceKind('cpu', 'cpu'),), ('cpu:0',), 1e9, '127.0.0.1:1')
 
   with pytest.raises(
     HandshakeError, match=r"on a lets KV be pulled at 127\.0\.0\.1:1 only, which 'decode0' on b cannot"

@@ -1,5 +1,7 @@
 """What GPUs take, tested without one: the device is forced, and what it takes runs here."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ HEAD_DIM = 8
 
 @pytest.fixture
 def gpu(monkeypatch) -> devices.Device:
-  device = devices.Device('NVIDIA H100 80GB HBM3', 'gpu')
+  device = devices.by_name('h100')
   monkeypatch.setattr(dispatch, 'current', lambda: device)
   return device
 
@@ -81,30 +83,66 @@ def test_options_on_a_gpu_are_those_of_the_reference(gpu, seed):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(('cached', 'new'), [(0, 1), (0, 256), (1000, 24), (1000, 25), (3000, 100)])
+def wide(inputs, tokens: int):
+  """The same with tables that have room for so many tokens."""
+  q, pages, tables, *rest = inputs
+  room = np.zeros((len(tables), tokens // pages.shape[3]), np.int32)
+  room[:, : tables.shape[1]] = tables
+  return q, pages, room, *rest
+
+
+@pytest.mark.parametrize(('cached', 'new'), [(0, 1), (0, 256), (1000, 24), (1000, 25), (3000, 100), (3000, 256)])
 def test_a_chunk_goes_round_once_for_each_1024_tokens_of_its_context(gpu, turns, cached, new):
   inputs = chunks([(cached, new)], page_size=16, padding=0)
   with jax.disable_jit():
+    prefill_attention(*wide(inputs, 8192))
+    assert sum(turns) == -(-(cached + new) // 1024)
+    turns.clear()
     prefill_attention(*inputs)
-  assert sum(turns) == -(-(cached + new) // 1024)
+  assert sum(turns) == (0 if cached + new <= 2048 else -(-(cached + new) // 1024))  # a short table is taken whole
+
+
+def test_longer_chunks_go_round_as_often_for_each_256_rows(gpu, turns):
+  with jax.disable_jit():
+    prefill_attention(*wide(chunks([(1000, 600)], page_size=16, padding=0), 8192))
+  assert turns == [2, 2, 2]  # 600 rows are three times 256, and see 1,256, 1,512 and 1,600 tokens
 
 
 def test_a_prompt_of_1024_tokens_takes_four_turns_a_layer_where_a_cpu_takes_136(gpu, turns, monkeypatch):
   prompt = [chunks([(cached, 256)], page_size=16, padding=0) for cached in range(0, 1024, 256)]
   with jax.disable_jit():
     for inputs in prompt:
-      prefill_attention(*inputs)
+      prefill_attention(*wide(inputs, 8192))
     assert sum(turns) == 4
     turns.clear()
+    for inputs in prompt:
+      prefill_attention(*inputs)
+    assert not turns
     monkeypatch.setattr(dispatch, 'current', lambda: devices.Device('cpu', 'cpu'))
     for inputs in prompt:
       prefill_attention(*inputs)
     assert sum(turns) == 136
 
 
-def test_decode_goes_round_once_for_each_1024_tokens_of_the_longest_contexts(gpu, turns):
+@pytest.mark.parametrize('room', [2048, 4096])
+def test_decode_goes_round_once_for_each_1024_tokens_of_the_longest_contexts(gpu, turns, room):
   lengths = np.array([2048, 1024, 1024, 5], np.int32)
   paged = Paged.random(np.random.default_rng(0), lengths.tolist(), 2, HEAD_DIM, 16)
+  q = np.ones((4, 4, HEAD_DIM), np.float32)
   with jax.disable_jit():
-    paged_attention(np.ones((4, 4, HEAD_DIM), np.float32), paged.pages, paged.tables, lengths)
-  assert sum(turns) == 2  # five blocks, four at a time
+    paged_attention(*wide((q, paged.pages, paged.tables, lengths), room))
+  assert sum(turns) == (0 if room == 2048 else 2)  # five blocks, four at a time
+
+
+@pytest.mark.parametrize(('dtype', 'chunks_of', 'room'), [('float32', 1, 2048), ('float16', 1, 1040)])
+def test_short_tables_of_one_sequence_are_programs_without_a_loop(gpu, dtype, chunks_of, room):
+  """Of float32, and of what cuDNN does not take, such as a soft cap."""
+  shape = jax.ShapeDtypeStruct
+  pages, tables = shape((256, 2, 8, 16, 128), dtype), shape((chunks_of, room // 16), np.int32)
+  offsets, lengths = shape((chunks_of + 1,), np.int32), shape((chunks_of,), np.int32)
+  prefill = functools.partial(prefill_attention, soft_cap=30.0)
+  text = jax.jit(prefill).lower(shape((256, 32, 128), dtype), pages, tables, offsets, lengths).as_text()
+  assert 'stablehlo.while' not in text
+  tables, lengths = shape((64, room // 16), np.int32), shape((64,), np.int32)
+  decode = functools.partial(paged_attention, soft_cap=30.0)
+  assert 'while' not in jax.jit(decode).lower(shape((64, 32, 128), dtype), pages, tables, lengths).as_text()

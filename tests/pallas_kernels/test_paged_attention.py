@@ -232,5 +232,5 @@ def test_checked_mode_refuses_to_look_under_jit():
 
 def test_an_unknown_implementation_is_refused_with_those_there_are():
   q, paged, lengths = inputs(*CASES[1])
-  with pytest.raises(ValueError, match="'cuda' is unknown; there are pallas_tpu, xla, reference"):
+  with pytest.raises(ValueError, match="'cuda' is unknown; there are pallas_tpu, cudnn, xla, reference"):
     paged_attention(q, paged.pages, paged.tables, lengths, implementation='cuda')

@@ -208,4 +208,3 @@ def test_a_rule_finds_blocks_that_fit(device, problem):
 def test_what_it_cannot_do_is_said(problem, config, message):
   device = devices.by_name('v6e')
   assert message in pallas_tpu.refusal(Config(**config), device, FACTS | problem)
-  assert 'for TPUs' in pallas_tpu.refusal(Config(), devices.Device('cpu', 'cpu'), FACTS)

@@ -15,13 +15,14 @@ from pdjax.types.handshake import (
   check_together,
   check_worker,
 )
+from pdjax.types.hardware import DeviceKind
 
 MODEL = ModelSpec.smollm2_135m()
 POOL = PoolShape(num_pages=8, page_size=16, dtype='float32', layout='plain', mesh=(1, 1))
 PREFILL = Hello(
   worker='prefill0',
   incarnation=1,
-  machine=Machine('here', 7, 'cpu', ('cpu:0',), 1e9, '127.0.0.1:1'),
+  machine=Machine('here', 7, (DeviceKind('cpu', 'cpu'),), ('cpu:0',), 1e9, '127.0.0.1:1'),
   versions=(('pdjax', '0.1.0'), ('jax', '0.10.2')),
   model=MODEL,
   weights='0123456789abcdef',

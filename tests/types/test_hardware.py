@@ -22,6 +22,11 @@ def test_a_chip_that_cannot_be_is_refused(field, value):
     ChipSpec(**CHIP | {field: value})
 
 
+def test_a_chip_of_an_unknown_dtype_is_refused():
+  with pytest.raises(ValueError, match="chip has dtype='int8', expected one of float32, bfloat16, float16"):
+    ChipSpec(**CHIP, dtype='int8')
+
+
 @pytest.mark.parametrize(
   ('field', 'value'),
   [

@@ -45,11 +45,11 @@ def refuse_overflow(weight: np.ndarray, dtype: Any, name: str) -> None:
   if lost.any():
     place = np.unravel_index(np.argmax(np.where(lost, np.abs(weight), 0)), weight.shape)
     kind = np.dtype(dtype).name
-    wider = 'bfloat16' if kind == 'float16' else 'float32'
+    wider = "'bfloat16' or dtype='float32'" if kind == 'float16' else "'float32'"
     raise ValueError(
       f'weight {name!r} holds {float(weight[place]):.6g} at {[*map(int, place)]} ({np.count_nonzero(lost)} too large), '
       f'but {kind} ends at {float(ml_dtypes.finfo(dtype).max):.6g} and would make it infinite; '
-      f"load or convert with dtype='{wider}'."
+      f'load or convert with dtype={wider}.'
     )
 
 

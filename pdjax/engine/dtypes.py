@@ -1,0 +1,48 @@
+"""Settles in which dtype a run computes on the devices it has: 'auto' becomes one, and what they lack is refused."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from pdjax.config import ServingConfig
+from pdjax.types.hardware import DeviceKind, DtypeName
+
+
+def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]]) -> ServingConfig:
+  """The config with a definite dtype, in which all its workers can compute.
+
+  Args:
+    config: The run.
+    kinds: What the devices of each worker are, by its name.
+
+  Raises:
+    ValueError: if dtype is 'auto' and workers' devices are fastest in different ones, or weights or cached keys and
+      values would be bfloat16 on a GPU without units for it.
+  """
+  if config.dtype == 'auto':
+    config = dataclasses.replace(config, dtype=_fastest(kinds))
+  for worker in config.cluster:
+    for kind in kinds[worker.name]:
+      if kind.lacks_bfloat16 and 'bfloat16' in (config.dtype, worker.kv_dtype):
+        what, remedy = 'dtype', "set dtype='float16', or dtype='auto' for what the devices are fastest in"
+        if config.dtype != 'bfloat16':
+          what, remedy = 'kv_dtype', "set kv_dtype='float16', or leave it out"
+        raise ValueError(
+          f"{what} is 'bfloat16', but worker {worker.name!r} runs on {kind}, which has no units for it, as GPUs have "
+          f'from 8.0 on; {remedy}.'
+        )
+  return config
+
+
+def _fastest(kinds: Mapping[str, Sequence[DeviceKind]]) -> DtypeName:
+  """What all devices are fastest in."""
+  found: dict[DtypeName, str] = {}
+  for worker, of_worker in kinds.items():
+    for kind in of_worker:
+      dtype = kind.fastest_dtype
+      found.setdefault(dtype, f'worker {worker!r} runs on {kind}, which is fastest in {dtype}')
+  if len(found) > 1:
+    raise ValueError(
+      f"dtype is 'auto', but {', and '.join(found.values())}, and all workers need weights of one dtype; set "
+      "dtype='float16' or dtype='float32'."
+    )
+  return next(iter(found))

@@ -1,0 +1,62 @@
+"""A worker's passes as GPUs would run them, lowered without one: the device is forced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cudnn, devices, dispatch
+from pdjax.engine.slots import Slots
+from pdjax.engine.steps import Passes
+from pdjax.engine.worker import Worker
+from pdjax.model.transformer import weight_shapes
+from pdjax.sharding import make_mesh
+from pdjax.types.cluster import Role, WorkerSpec
+from pdjax.types.model import ModelSpec
+
+LAYER = dataclasses.replace(ModelSpec.llama3_8b(), num_layers=1, context_len=8192)
+
+
+class Unallocated(Worker):
+  """A worker whose pages and slots are shapes alone."""
+
+  def reset(self):
+    rows = self._num_slots + self.spec.max_chunks
+    self.pages = self.page_shapes
+    self.slots = Slots(self._empty_rows(), jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.uint16))
+
+
+def lowered(monkeypatch, key: tuple, dtype: str, gpu: str = 'h100') -> str:
+  """A pass over one layer of Llama 3 8B, as StableHLO for CUDA."""
+  monkeypatch.setattr(dispatch, 'current', lambda: devices.by_name(gpu))
+  role = Role.PREFILL if key[0] == 'prefill' else Role.DECODE
+  spec = WorkerSpec('gpu', role, num_pages=4096, max_sequences=64, page_size=16, kv_dtype=dtype)
+  mesh = make_mesh(LAYER, jax.devices()[:1])
+  worker = Unallocated(spec, LAYER, mesh, weight_shapes(LAYER, jnp.dtype(dtype)), lambda request: 16)
+  program = getattr(Passes(LAYER, mesh, spec.max_fused_steps), key[0])
+  arguments = worker.weights, worker.pages, worker.slots, *worker._one_token(*key)
+  return jax.jit(program).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+
+
+def loops(text: str) -> int:
+  return text.count('stablehlo.while')
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_passes_of_half_precision_have_no_loop_over_blocks_of_the_context(monkeypatch, dtype):
+  """What loops is the drawing of tokens, and a decode pass's steps."""
+  prefill, decode = (lowered(monkeypatch, key, dtype) for key in (('prefill', 2048), ('decode', 64)))
+  assert (prefill.count(cudnn.TARGET), decode.count(cudnn.TARGET)) == (2, 1)
+  monkeypatch.setattr('pdjax.engine.steps.prefill_attention', lambda q, *args, **options: q)
+  monkeypatch.setattr('pdjax.engine.steps.paged_attention', lambda q, *args, **options: q)
+  assert loops(prefill) == loops(lowered(monkeypatch, ('prefill', 2048), dtype))
+  assert loops(decode) == loops(lowered(monkeypatch, ('decode', 64), dtype))
+
+
+def test_passes_of_older_gpus_and_of_float32_walk_over_long_contexts(monkeypatch):
+  for dtype, gpu in (('float32', 'h100'), ('float16', 't4')):
+    text = lowered(monkeypatch, ('prefill', 2048), dtype, gpu)
+    assert cudnn.TARGET not in text
+    assert loops(text) == loops(lowered(monkeypatch, ('prefill', 2048), 'bfloat16')) + 2  # rows, and their blocks

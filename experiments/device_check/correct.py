@@ -34,6 +34,7 @@ from pallas_kernels.quantized_matmul.storage import dequantize
 
 BOUNDS = {'float32': 1e-5, 'float16': 2e-3, 'bfloat16': 2e-2}  # ‖error‖ / ‖answer‖ by the dtype of queries
 CHUNKS = ((37, 0), (1, 64), (0, 0), (33, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
+_TRACERS = 4  # threads that trace, of which Python lets one run at a time, beside those that compile
 PADDING = 5  # rows behind the chunks
 LENGTHS = (1, 100, 0, 257, 33)  # cached tokens of decoding sequences; 0 is a row not in use
 QUERIES = 3  # newest tokens of each, where they are several
@@ -68,9 +69,9 @@ def run(context: Context) -> None:
   rng = np.random.default_rng(time.time_ns())
   todo = checks(context, rng)
   print(f'{len(todo)} calls drawn in {time.perf_counter() - begin:.1f} s', flush=True)
-  with ThreadPoolExecutor(compilers()) as pool:
+  with ThreadPoolExecutor(_TRACERS) as tracers, ThreadPoolExecutor(compilers()) as pool:
     programs = _Programs(pool)
-    for check, future in zip(todo, [pool.submit(programs.compile, check) for check in todo], strict=True):
+    for check, future in zip(todo, [tracers.submit(programs.compile, check) for check in todo], strict=True):
       try:
         result = _run_poisoned(future.result().result(), check.inputs)
       except _Refused as refusal:

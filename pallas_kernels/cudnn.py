@@ -1,8 +1,9 @@
-"""cuDNN's fused attention, as XLA calls it: the one place that knows the name, the words and the limits of that call.
+"""cuDNN's fused attention, as XLA calls it: the one place that knows the name and the words of that call.
 
 JAX's own wrapper (`jax.nn.dot_product_attention`) rounds the logarithm of a softmax's sum to the dtype of q, wants
 queries and keys in one order of axes, and refuses a pool that has more blocks than its tables name. So the call is made
-here, by what `jax.ffi` makes public; that XLA understands it as JAX means it is tested against JAX's own lowering.
+here, by what `jax.ffi` makes public. Tests compare it with what JAX makes of the same problem, where JAX can say it:
+queries by row over pages by head, each axis as it lies, it cannot. `cudnn_trial.py` says when to rely on it.
 """
 
 import json
@@ -56,15 +57,16 @@ def attend(
   backend_config = config(
     (count, heads, rows, keys.shape[2 if tables else 1]),
     q.dtype.name,
-    softmax_scale,
+    float(softmax_scale),
     masked,
     heads_first=heads_first,
     keys_heads_first=tables is not None,
     paged=tables is not None,
   )
-  operands = [q, keys, values, query_lengths, lengths]
+  numbers = [query_lengths, lengths]
   if tables is not None:
-    operands += [table[:, None, :, None] for table in tables]
+    numbers += [table[:, None, :, None] for table in tables]
+  operands = [q, keys, values, *(one.astype(jnp.int32) for one in numbers)]  # XLA tells cuDNN that they are
   results = [jax.ShapeDtypeStruct((count, heads, rows, head_dim), q.dtype)]
   layouts: list[tuple[int, ...]] = [(0, 1, 2, 3) if heads_first else (0, 2, 1, 3)]
   if return_lse:
@@ -76,6 +78,7 @@ def attend(
     TARGET,
     results,
     output_layouts=layouts,
+    vmap_method='sequential',
     custom_call_api_version=2,
     legacy_backend_config=json.dumps(backend_config),
   )

@@ -4,6 +4,7 @@ cuDNN is not ours, and its versions differ. So a GPU is tried before it is relie
 small ones are attended to and compared with plain products. What fails is not taken, and the reason is said.
 """
 
+import dataclasses
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cudnn
+from pallas_kernels import cudnn, devices
 from pallas_kernels.devices import Device
 from pallas_kernels.layouts import PLAIN
 from pallas_kernels.tuning import Facts
@@ -22,8 +23,44 @@ _FIRST_GPU, _FIRST_GPU_OF_WIDE_HEADS = (8, 0), (9, 0)  # compute capabilities
 _LIMITS = {'bfloat16': 2e-2, 'float16': 4e-3}  # of a trial's relative error
 
 
-def refusal(device: Device, facts: Facts) -> str | None:
-  """Why cuDNN does not attend to such pages on a device, or None."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What a trial depends on: `rows` of queries, as in prefill, or the heads that share keys as rows, as in decode."""
+
+  rows: bool
+  dtype: str
+  query_heads: int
+  kv_heads: int
+  head_dim: int
+  page_size: int
+
+  @classmethod
+  def of(cls, rows: bool, facts: Facts) -> 'Kind':
+    """Of a problem."""
+    sizes = (int(facts[name]) for name in ('query_heads', 'kv_heads', 'head_dim', 'page_size'))
+    return cls(rows, str(facts['dtype']), *sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What came of a trial: why cuDNN cannot be relied on, or None; whether NaN where no token is shows in its results.
+
+  Then it must not see pages that are not full.
+  """
+
+  reason: str | None
+  shows_nan: bool
+
+
+def refusal(device: Device, facts: Facts, *, rows: bool, apart: bool) -> str | None:
+  """Why cuDNN does not attend to such pages on a device, or None.
+
+  Args:
+    device: The device.
+    facts: The problem.
+    rows: Whether rows of queries are, as in prefill.
+    apart: Whether pages that are not full are kept from it.
+  """
   dtype, head_dim = str(facts['dtype']), int(facts['head_dim'])
   capability = None if device.gpu is None else device.gpu.compute_capability
   if capability is None:
@@ -37,139 +74,168 @@ def refusal(device: Device, facts: Facts) -> str | None:
   if facts['layout'] != PLAIN:
     return f'it reads plain pages, and these are {facts["layout"]}.'
   if (options := facts.get('options', 'none')) != 'none':
-    return f"XLA's call of cuDNN has no {str(options).replace(' ', ', no ')}."
+    return f'the call is made with no {str(options).replace(" ", " and no ")}.'
   widest = 256 if capability >= _FIRST_GPU_OF_WIDE_HEADS else 128
   if head_dim % 8 or head_dim > widest:
     return f'heads of {head_dim} are no multiple of 8 up to {widest}.'
-  return _tried(device, facts)[0]
+  found = _tried(device, Kind.of(rows, facts))
+  if found.reason is None and found.shows_nan and not apart:
+    return 'NaN where no token is shows in its results; take apart=True.'
+  return found.reason
 
 
-def apart(device: Device, facts: Facts) -> bool:
+def apart(device: Device, facts: Facts, *, rows: bool) -> bool:
   """Whether a page that is not full must be kept from cuDNN; where no such GPU can be tried, it is."""
-  return refusal(device, facts) is not None or _tried(device, facts)[1]
+  if refusal(device, facts, rows=rows, apart=True) is not None:
+    return True
+  return _tried(device, Kind.of(rows, facts)).shows_nan
 
 
 def _version(parts: tuple[int, int]) -> str:
   return '.'.join(map(str, parts))
 
 
-def _tried(device: Device, facts: Facts) -> tuple[str | None, bool]:
-  """What came of a trial of this kind of problem: why not, or None; and whether NaN where no token is shows."""
-  if not _is_here(device):
-    return None, True
-  sizes = (int(facts[name]) for name in ('query_heads', 'kv_heads', 'head_dim', 'page_size'))
-  with _TRIAL:
-    return _try(str(facts['dtype']), *sizes)
+_UNTRIED = Finding(None, True)
+_findings: dict[tuple[str, Kind], Finding] = {}
+_trying = threading.Lock()
 
 
-def _is_here(device: Device) -> bool:
-  """Whether programs for a device can run in this process."""
-  return device.platform == jax.default_backend() == 'gpu'
+def _tried(device: Device, kind: Kind) -> Finding:
+  """What comes of trying it on a device of this process; where there is none, nothing speaks against it."""
+  here = _local(device)
+  if here is None:
+    return _UNTRIED
+  with _trying:
+    key = device.name, kind
+    if key not in _findings:
+      with ThreadPoolExecutor(1) as pool:  # whoever asks may be tracing, and another thread is not
+        finding = pool.submit(trial, kind, here).result()
+      if finding.reason is not None and 'RESOURCE_EXHAUSTED' in finding.reason:
+        return finding  # next time there may be room
+      _findings[key] = finding
+    return _findings[key]
 
 
-_TRIAL = threading.Lock()
+def _local(device: Device) -> Any:
+  """A GPU of this process that is such a device, or None."""
+  if device.platform != 'gpu' or jax.default_backend() != 'gpu':
+    return None
+  return next((one for one in jax.local_devices() if devices.of(one).name == device.name), None)
 
 
-@functools.cache
-def _try(dtype: str, query_heads: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[str | None, bool]:
-  with ThreadPoolExecutor(1) as pool:  # whoever asks may be tracing, and another thread is not
-    return pool.submit(trial, dtype, query_heads, kv_heads, head_dim, page_size).result()
-
-
-def trial(dtype: str, query_heads: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[str | None, bool]:
-  """Attend to small problems of this kind on the current device, and compare.
-
-  Returns:
-    Why cuDNN cannot be relied on for it, or None; and whether it must not see pages that are not full.
-  """
-  reason, unsafe = None, False
+def trial(kind: Kind, device: Any = None) -> Finding:
+  """Attend to small problems of a kind on a `jax.Device`, the default one if None, and compare."""
+  reason, shows_nan = None, False
   for keep_apart in (False, True):
     for poisoned in (False, True):
       try:
-        with jax.debug_nans(False):
-          error = _error(_problem(dtype, query_heads, kv_heads, head_dim, page_size, poisoned), keep_apart)
+        with jax.debug_nans(False), jax.default_device(device):
+          error = _error(kind, poisoned, keep_apart)
       except Exception as raised:  # whatever XLA or cuDNN raise: there is another way
-        return f'cuDNN was tried, and {type(raised).__name__} was raised: {str(raised)[:300]}', True
-      if not error <= _LIMITS[dtype]:
+        return Finding(f'cuDNN was tried, and {type(raised).__name__} was raised: {str(raised)[:300]}', True)
+      if not error <= _LIMITS[kind.dtype]:
         reason = f'cuDNN was tried, and its result differs from plain products by {error:.1e} of them.'
         break
     else:
-      return None, unsafe
-    unsafe = True
-  return reason, unsafe
+      return Finding(None, shows_nan)
+    shows_nan = True
+  return Finding(reason, shows_nan)
 
 
-def _problem(dtype: str, query_heads: int, kv_heads: int, head_dim: int, page_size: int, poisoned: bool) -> Any:
-  """Queries, pages and tables of three sequences, and their tokens."""
+# ---------------------------------------------------------------------------- what is asked, and what it should be
+
+_COUNTS = (130, 7, 64)  # rows that count, of a tile as long as the first
+
+
+def _error(kind: Kind, poisoned: bool, keep_apart: bool) -> float:
+  """How far cuDNN is from plain products at most, as a share of these; NaN if it is."""
   rng = np.random.default_rng(0)
-  lengths = np.array([max(2 * page_size, 256) + 1, 1, page_size], np.int32)
-  counts = -(-lengths // page_size)
-  pages = rng.standard_normal((counts.sum() + 3, 2, kv_heads, page_size, head_dim)).astype(np.float32)
-  ids = rng.permutation(len(pages))
-  tables = np.full((3, counts[0] + 1), ids[-1])  # behind a sequence stands a page of nobody
-  held = np.zeros((len(pages), page_size), bool)
-  for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-    tables[row, :count], ids = ids[:count], ids[count:]
-    held[tables[row, :count]] = np.arange(count * page_size).reshape(count, page_size) < length
-  if poisoned:
-    pages = np.where(held[:, None, None, :, None], pages, np.nan)
-  q = rng.standard_normal((3, 5, query_heads, head_dim)).astype(np.float32)
-  return jnp.asarray(q, dtype), jnp.asarray(pages, dtype), jnp.asarray(tables, jnp.int32), jnp.asarray(lengths)
+  lengths = np.array([max(2 * kind.page_size, 256) + 1, 1, kind.page_size], np.int32)
+  pages, tables = _scattered(rng, kind, lengths, poisoned)
+  counts = np.array(_COUNTS if kind.rows else (1, 1, 1), np.int32)
+
+  def drawn(heads: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal((3, counts[0], heads, kind.head_dim)), kind.dtype)
+
+  q, own = drawn(kind.query_heads), (drawn(kind.kv_heads), drawn(kind.kv_heads))
+  ask = _ask_rows if kind.rows else _ask_heads
+  found = ask(q, own, pages, jnp.asarray(tables), jnp.asarray(counts), jnp.asarray(lengths), keep_apart)
+  errors = []
+  for number, count in enumerate(counts):
+    rows = _wide(q)[number, :count]
+    cached = _tokens(_wide(pages), tables[number], int(lengths[number]))
+    keys, values = (_wide(part)[number, :count] for part in own)
+    expected = (_products(rows, *cached), _products(rows, keys, values, causal=True))
+    for results, sought in zip(found, expected, strict=False):  # of heads, the pages alone
+      errors += [_difference(_wide(one)[number, :count], other) for one, other in zip(results, sought, strict=True)]
+  return float(np.max(errors))
 
 
 @functools.partial(jax.jit, static_argnames='apart')
-def _ask(q: jax.Array, pages: jax.Array, tables: jax.Array, lengths: jax.Array, apart: bool) -> Any:
-  """What cuDNN gives when it is called in each way that there is, with the keys of the last."""
-  count, rows, query_heads, head_dim = q.shape
-  kv_heads, scale = pages.shape[2], head_dim**-0.5
-  all_rows, group = jnp.full(count, rows, jnp.int32), query_heads // kv_heads
-  by_token = cudnn.attend_pages(q, pages, tables, all_rows, lengths, softmax_scale=scale, apart=apart)
-  grouped, all_heads = q[:, 0].reshape(count, kv_heads, group, head_dim), jnp.full(count, group, jnp.int32)
-  by_head = cudnn.attend_pages(
-    grouped, pages, tables, all_heads, lengths, softmax_scale=scale, heads_first=True, apart=apart
+def _ask_rows(
+  q: jax.Array, own: Any, pages: jax.Array, tables: jax.Array, counts: jax.Array, lengths: jax.Array, apart: bool
+) -> Any:
+  """As prefill: over pages, and causally over a chunk's own keys; `[X, R, H, D]` and `[X, R, H]` each."""
+  scale, (keys, values) = q.shape[-1] ** -0.5, own
+  before = cudnn.attend_pages(q, pages, tables, counts, lengths, softmax_scale=scale, apart=apart)
+  out, lse = cudnn.attend(q, keys, values, counts, counts, softmax_scale=scale, causal=True, return_lse=True)
+  assert lse is not None
+  return before, (out, jnp.moveaxis(lse, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnames='apart')
+def _ask_heads(
+  q: jax.Array, own: Any, pages: jax.Array, tables: jax.Array, counts: jax.Array, lengths: jax.Array, apart: bool
+) -> Any:
+  """As decode: one row of each sequence, whose heads are the rows of a problem."""
+  del own
+  group = q.shape[2] // pages.shape[2]
+  grouped = q.reshape(len(q), pages.shape[2], group, q.shape[3])
+  out, lse = cudnn.attend_pages(
+    grouped, pages, tables, group * counts, lengths, softmax_scale=q.shape[-1] ** -0.5, heads_first=True, apart=apart
   )
-  own = q[:, :, ::group]
-  chunk = cudnn.attend(q, own, own, all_rows, all_rows, softmax_scale=scale, causal=True, return_lse=True)
-  return by_token, by_head, chunk, own
+  return ((out.reshape(q.shape), lse.reshape(q.shape[:-1])),)
 
 
-def _error(problem: Any, keep_apart: bool) -> float:
-  """How far cuDNN is from plain products at most, as a share of these; NaN if it is."""
-  q, pages, tables, lengths = problem
-  count, scale = len(q), q.shape[-1] ** -0.5
-  by_token, by_head, chunk, own = jax.tree.map(
-    lambda array: np.asarray(array, np.float64), _ask(q, pages, tables, lengths, keep_apart)
-  )
-  queries, cached = np.asarray(q, np.float64), np.asarray(pages, np.float64)
-  expected = [_products(queries[i], *_tokens(cached, tables[i], int(lengths[i])), scale) for i in range(count)]
-  out, lse = (np.stack(part) for part in zip(*expected, strict=True))
-  expected = [_products(queries[i], own[i], own[i], scale, causal=True) for i in range(count)]
-  chunk_out, chunk_lse = (np.stack(part) for part in zip(*expected, strict=True))
-  pairs = [
-    (by_token[0], out),
-    (by_token[1], lse),
-    (by_head[0].reshape(out[:, 0].shape), out[:, 0]),
-    (by_head[1].reshape(lse[:, 0].shape), lse[:, 0]),
-    (chunk[0], chunk_out),
-    (np.moveaxis(chunk[1], 1, 2), chunk_lse),
-  ]
-  return float(np.max([np.linalg.norm(found - sought) / np.linalg.norm(sought) for found, sought in pairs]))
+def _scattered(
+  rng: np.random.Generator, kind: Kind, lengths: np.ndarray, poisoned: bool
+) -> tuple[jax.Array, np.ndarray]:
+  """Pages of sequences in any order, and their tables, which go on with a page of nobody; NaN where no token is."""
+  counts = -(-lengths // kind.page_size)
+  shape = counts.sum() + 3, 2, kind.kv_heads, kind.page_size, kind.head_dim
+  pages, ids = rng.standard_normal(shape).astype(np.float32), rng.permutation(shape[0])
+  tables = np.full((len(lengths), counts.max() + 1), ids[-1], np.int32)
+  held = np.zeros((shape[0], kind.page_size), bool)
+  for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+    tables[row, :count], ids = ids[:count], ids[count:]
+    held[tables[row, :count]] = np.arange(count * kind.page_size).reshape(count, -1) < length
+  if poisoned:
+    pages = np.where(held[:, None, None, :, None], pages, np.nan)
+  return jnp.asarray(pages, kind.dtype), tables
 
 
-def _tokens(pages: np.ndarray, table: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(pages: np.ndarray, table: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
   """Keys and values `[S, K, D]` of a sequence."""
-  keys, values = np.moveaxis(pages[np.asarray(table)], (1, 3), (0, 2)).reshape(2, -1, pages.shape[2], pages.shape[4])
+  keys, values = np.moveaxis(pages[table], (1, 3), (0, 2)).reshape(2, -1, pages.shape[2], pages.shape[4])
   return keys[:length], values[:length]
 
 
 def _products(
-  q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, causal: bool = False
+  q: np.ndarray, keys: np.ndarray, values: np.ndarray, causal: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
   """Attention `[R, H, D]` of all rows to all keys, or of row i up to key i, and the logarithms of its sums `[R, H]`."""
   group = q.shape[1] // keys.shape[1]
   keys, values = (np.repeat(tokens, group, axis=1) for tokens in (keys, values))
-  scores = np.einsum('rhd,shd->rhs', q, keys) * scale
+  scores = np.einsum('rhd,shd->rhs', q, keys) * q.shape[-1] ** -0.5
   hidden = causal & (np.arange(len(keys)) > np.arange(len(q))[:, None])
   scores = np.where(hidden[:, None], -np.inf, scores)
   lse = np.log(np.exp(scores).sum(-1))
   return np.einsum('rhs,shd->rhd', np.exp(scores - lse[..., None]), values), lse
+
+
+def _wide(array: jax.Array) -> np.ndarray:
+  return np.asarray(array, np.float64)
+
+
+def _difference(found: np.ndarray, sought: np.ndarray) -> float:
+  return float(np.linalg.norm(found - sought) / np.linalg.norm(sought))

@@ -114,15 +114,16 @@ def current() -> Device:
 def of(device: Any) -> Device:
   """What is known of a `jax.Device`, or of the abstract one of a mesh."""
   kind = _OTHER_KINDS.get(device.device_kind, device.device_kind)
-  platform = getattr(device, 'platform', None) or kind
   if known := _KINDS.get(kind):
     if isinstance(known.chip, Tpu):  # as many cores as this process sees in one
       cores = getattr(device, 'num_cores', None) or known.chip.cores
       return dataclasses.replace(known, chip=dataclasses.replace(known.chip, cores=cores))
     return known
+  if not hasattr(device, 'platform'):  # an abstract one knows its kind alone
+    device = next((one for one in jax.devices() if one.device_kind == device.device_kind), device)
+  platform = getattr(device, 'platform', kind)
   if platform not in ('gpu', 'cuda', 'rocm'):
     return Device(kind, platform)
-  capability = re.fullmatch(
-    r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', ''))
-  )  # ROCm says gfx90a and such
-  return Device(kind, 'gpu', Gpu((int(capability[1]), int(capability[2]))) if capability else None)
+  # ROCm's devices have names there, such as gfx90a.
+  found = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', '')))
+  return Device(kind, 'gpu', None if found is None else Gpu((int(found[1]), int(found[2]))))

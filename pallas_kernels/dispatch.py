@@ -42,8 +42,8 @@ class Tuned(Generic[Config]):
   config: type[Config]
   rule: Callable[[Device, tuning.Facts], Config]
   refusal: Callable[[Config, Device, tuning.Facts], str | None]
+  platforms: tuple[str, ...]
   shorten: Callable[[Config], Config] = lambda config: config
-  platforms: tuple[str, ...] = ('tpu',)
 
 
 def choose(
@@ -68,7 +68,7 @@ def choose(
   device = device or current()
   if wanted is None:
     own = (name for name, one in implementations.items() if isinstance(one, Tuned) and device.platform in one.platforms)
-    wanted = (*own, _PLAIN)
+    wanted = (*(name for name in own if name not in tuning.left_out()), _PLAIN)
   names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
   reasons: list[str] = []
   for name in names:

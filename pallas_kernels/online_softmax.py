@@ -44,9 +44,9 @@ def owners(ends: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def table_blocks(tables: jax.Array, page_size: int, block_tokens: int) -> jax.Array:
-  """Page tables `[B, N]` cut into blocks `[B, M, n]` of about `block_tokens` cached tokens, the last padded."""
+  """Page tables `[B, N]` cut into blocks `[B, M, n]` of `block_tokens` cached tokens, rounded up to whole pages."""
   width = tables.shape[1]
-  block_pages = min(max(block_tokens // page_size, 1), width)
+  block_pages = min(-(-block_tokens // page_size), width)
   return jnp.pad(tables, ((0, 0), (0, -width % block_pages))).reshape(tables.shape[0], -1, block_pages)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 Facts = Mapping[str, int | str]  # what a choice depends on: sizes as numbers, kinds as words
 FORM = 'PALLAS_KERNELS_FORM'  # of the environment: which of two equally near rows to take
 FORMS = ('fast', 'small')
+WITHOUT = 'PALLAS_KERNELS_WITHOUT'  # of the environment: implementations that are taken by name alone, 'cudnn,...'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ def form() -> str:
   if wanted not in FORMS:
     raise ValueError(f'{FORM}={wanted!r} is no form of a kernel; set it to {" or ".join(map(repr, FORMS))}.')
   return wanted
+
+
+def left_out() -> frozenset[str]:
+  """The names of implementations that the environment leaves out of what is taken where nobody asks for one."""
+  return frozenset(name.strip() for name in os.environ.get(WITHOUT, '').split(','))
 
 
 def nearest(rows: tuple[Row, ...], device: str, facts: Facts, form: str = 'fast') -> tuple[Row, bool] | None:

@@ -253,7 +253,9 @@ def _check_conversion(source: jnp.dtype, scaled: bool, target: jnp.dtype, target
 def _implementations(function: str, tpu: Any) -> dict[str, Plain | Tuned]:
   run = getattr(tpu, function)
   return {
-    'pallas_tpu': Tuned(lambda *args, device, **named: run(*args, **named), tpu.Config, tpu.rule, tpu.refusal),
+    'pallas_tpu': Tuned(
+      lambda *args, device, **named: run(*args, **named), tpu.Config, tpu.rule, tpu.refusal, ('tpu',)
+    ),
     'xla': Plain(getattr(xla, function)),
     'reference': Plain(getattr(reference, function)),
   }

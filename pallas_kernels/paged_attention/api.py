@@ -19,9 +19,9 @@ from pallas_kernels.paged_attention import cudnn, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
-    pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
+    pallas_tpu.paged_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, ('tpu',), pallas_tpu.shorten
   ),
-  'cudnn': Tuned(cudnn.paged_attention, cudnn.Config, cudnn.rule, cudnn.refusal, platforms=('gpu',)),
+  'cudnn': Tuned(cudnn.paged_attention, cudnn.Config, cudnn.rule, cudnn.refusal, ('gpu',)),
   'xla': Plain(xla.paged_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.paged_attention),
 }
@@ -81,7 +81,8 @@ def paged_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales)
+  traced = softmax_scale if isinstance(softmax_scale, jax.core.Tracer) else None
+  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales, traced_scale=traced)
   facts = describe(layout, q, pages, tables, options) | {'query_tokens': q.shape[1] if q.ndim == 4 else 1}
   return choose('paged_attention', IMPLEMENTATIONS, implementation, facts)(
     jnp.asarray(q),

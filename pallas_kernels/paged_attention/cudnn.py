@@ -23,14 +23,14 @@ class Config:
 
 def rule(device: Device, facts: Facts) -> Config:
   """Both forms are right; that which leaves all to cuDNN is faster, where NaN behind a sequence does not harm it."""
-  return Config(cudnn_trial.apart(device, facts))
+  return Config(cudnn_trial.apart(device, facts, rows=False))
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why cuDNN cannot attend so, or None."""
   if int(facts['query_tokens']) > 1:
     return f'it takes one query a sequence, and there are {facts["query_tokens"]}.'
-  return cudnn_trial.refusal(device, facts)
+  return cudnn_trial.refusal(device, facts, rows=False, apart=config.apart)
 
 
 def paged_attention(

@@ -20,9 +20,9 @@ from pallas_kernels.prefill_attention import cudnn, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS: dict[str, Plain | Tuned] = {
   'pallas_tpu': Tuned(
-    pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
+    pallas_tpu.prefill_attention, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, ('tpu',), pallas_tpu.shorten
   ),
-  'cudnn': Tuned(cudnn.prefill_attention, cudnn.Config, cudnn.rule, cudnn.refusal, platforms=('gpu',)),
+  'cudnn': Tuned(cudnn.prefill_attention, cudnn.Config, cudnn.rule, cudnn.refusal, ('gpu',)),
   'xla': Plain(xla.prefill_attention, xla.BY_PLATFORM),
   'reference': Plain(reference.prefill_attention),
 }
@@ -84,7 +84,8 @@ def prefill_attention(
       page_size=layout.page_size,
       sliding_window=sliding_window,
     )
-  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales)
+  traced = softmax_scale if isinstance(softmax_scale, jax.core.Tracer) else None
+  options = named(sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks, scales=scales, traced_scale=traced)
   facts = describe(layout, q, pages, tables, options) | {'tokens': q.shape[0]}
   return choose('prefill_attention', IMPLEMENTATIONS, implementation, facts)(
     jnp.asarray(q),

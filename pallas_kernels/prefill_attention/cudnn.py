@@ -32,12 +32,12 @@ class Config:
 
 def rule(device: Device, facts: Facts) -> Config:
   """Larger tiles gather less, smaller ones are emptier at the end of a chunk; which is faster nobody has measured."""
-  return Config(cudnn_trial.apart(device, facts))
+  return Config(cudnn_trial.apart(device, facts, rows=True))
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
   """Why cuDNN cannot attend so, or None."""
-  return cudnn_trial.refusal(device, facts)
+  return cudnn_trial.refusal(device, facts, rows=True, apart=config.apart)
 
 
 def prefill_attention(

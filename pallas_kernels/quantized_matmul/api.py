@@ -11,7 +11,7 @@ from pallas_kernels.quantized_matmul.storage import UNIT
 
 IMPLEMENTATIONS: dict[str, dispatch.Plain | dispatch.Tuned] = {
   'pallas_tpu': dispatch.Tuned(
-    pallas_tpu.quantized_matmul, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, pallas_tpu.shorten
+    pallas_tpu.quantized_matmul, pallas_tpu.Config, pallas_tpu.rule, pallas_tpu.refusal, ('tpu',), pallas_tpu.shorten
   ),
   'xla': dispatch.Plain(xla.quantized_matmul),
   'reference': dispatch.Plain(reference.quantized_matmul),

@@ -28,6 +28,8 @@ from pdjax.types.request import FinishReason, Request, TokenLogprob
 
 LimitOf = Callable[[Request], int]
 
+_MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
+
 
 @dataclasses.dataclass(slots=True)
 class _Progress:
@@ -158,7 +160,7 @@ class Worker:
         self._programs[key] = self._lower(key).compile()
       return time.perf_counter() - begin
 
-    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+    with ThreadPoolExecutor(max(2, min(_MOST_COMPILERS, (os.cpu_count() or 2) // 2))) as pool:
       seconds = {'x'.join(map(str, key)): took for key, took in zip(keys, pool.map(timed, keys), strict=True)}
     for key in keys:
       if key[0] in ('decode', 'fused'):

@@ -1,9 +1,11 @@
 """Attention by cuDNN without cuDNN: what is sent to XLA, and, with a stand-in for the call, all that is around it."""
 
+import dataclasses
 import functools
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from pallas_kernels import cudnn, cudnn_trial, devices, dispatch, paged_attention, prefill_attention
+from pallas_kernels import cudnn, cudnn_trial, devices, dispatch, paged_attention, prefill_attention, tuning
 from pallas_kernels.paged_attention import cudnn as decode
 from pallas_kernels.prefill_attention import cudnn as prefill
 from tests.pallas_kernels.dense import Paged
@@ -32,11 +34,11 @@ def lowered(function, *shapes) -> str:
 
 
 def call_of(text: str) -> tuple[dict, str, str]:
-  """Of the only call of cuDNN in a program: what XLA is told, how its operands and results lie, and their types."""
+  """Of the only call of cuDNN in a program: what XLA is told, the attributes beside that, and the types."""
   (line,) = (line for line in text.splitlines() if cudnn.TARGET in line)
-  told = re.search(r'backend_config = "((?:[^"\\]|\\.)*)"', line)[1]
-  layouts = re.search(r'operand_layouts = .*?index>\], result_layouts = .*?index>\]', line)[0]
-  return json.loads(told.replace('\\22', '"')), layouts, line.split(' : (')[-1]
+  told = re.search(r'backend_config = "((?:[^"\\]|\\.)*)"(, )?', line)
+  attributes = line.replace(told[0], '').split(' {')[1].split('} : ')[0]
+  return json.loads(told[1].replace('\\22', '"')), attributes, line.split(' : (')[-1]
 
 
 @pytest.fixture
@@ -86,14 +88,14 @@ def test_rows_lie_as_the_model_has_them_and_pages_as_the_pool_has_them():
   text = lowered(
     lambda q, pages, *rest: cudnn.attend_pages(q, pages, *rest, softmax_scale=0.5, apart=False), *arguments
   )
-  told, layouts, types = call_of(text)
+  told, attributes, types = call_of(text)
   told = told['cudnn_fmha_backend_config']
   assert told['is_paged_attention']
   assert told['bmm1_dot_dimension_numbers']['lhs_batch_dimensions'] == ['0', '2']  # [X, R, H, D]
   assert told['bmm1_dot_dimension_numbers']['rhs_batch_dimensions'] == ['0', '1']  # [2P, K, G, D]
   assert told['bmm2_dot_dimension_numbers']['rhs_contracting_dimensions'] == ['2']
   assert types.startswith('tensor<1x64x4x32xbf16>, tensor<18x2x16x32xbf16>, tensor<18x2x16x32xbf16>')
-  assert 'result_layouts = [dense<[3, 1, 2, 0]>' in layouts  # rows before heads: nothing is turned round
+  assert 'result_layouts = [dense<[3, 1, 2, 0]>' in attributes  # rows before heads: nothing is turned round
   assert not re.search(r'stablehlo.(gather|dynamic_slice|pad).*x2x16x32xbf16', text)  # and no page is copied
 
 
@@ -131,7 +133,8 @@ def stand_in(
 @pytest.fixture
 def call(monkeypatch):
   def take(**options):
-    cudnn_trial._ask.clear_cache()
+    cudnn_trial._ask_rows.clear_cache()
+    cudnn_trial._ask_heads.clear_cache()
     monkeypatch.setattr(cudnn, 'attend', functools.partial(stand_in, **options))
 
   take()
@@ -242,58 +245,162 @@ def test_tables_may_name_pages_that_there_are_not_where_no_token_is(call):
 
 # ---------------------------------------------------------------------------- the trial
 
+ROWS, HEADS = (cudnn_trial.Kind(rows, 'bfloat16', 6, 2, 16, 8) for rows in (True, False))
+both = pytest.mark.parametrize('kind', [ROWS, HEADS], ids=['rows', 'heads'])
+RELIABLE, KEPT_APART = cudnn_trial.Finding(None, False), cudnn_trial.Finding(None, True)
 
-KIND = ('bfloat16', 6, 2, 16, 8)
 
-
-def test_a_trial_finds_what_can_be_relied_on(call):
+@both
+def test_a_trial_finds_what_can_be_relied_on(call, kind):
   call(leaks=False)
-  assert cudnn_trial.trial(*KIND) == (None, False)
+  assert cudnn_trial.trial(kind) == RELIABLE
   call(leaks=True)
-  assert cudnn_trial.trial(*KIND) == (None, True)
-  assert cudnn_trial.trial('float16', *KIND[1:]) == (None, True)
+  assert cudnn_trial.trial(kind) == KEPT_APART
+  assert cudnn_trial.trial(dataclasses.replace(kind, dtype='float16')) == KEPT_APART
 
 
 def test_a_trial_looks_for_nan_also_where_jax_would_raise(call):
   call(leaks=True)
   with jax.debug_nans(True):
-    assert cudnn_trial.trial(*KIND) == (None, True)
+    assert cudnn_trial.trial(HEADS) == KEPT_APART
 
 
-def test_a_trial_says_why_not(call, monkeypatch):
+@both
+def test_a_trial_says_why_not(call, monkeypatch, kind):
   call(off=0.1)
-  reason, _ = cudnn_trial.trial(*KIND)
-  assert re.search(r'its result differs from plain products by \d\.\de-0[12] of them', reason)
+  assert re.search(r'its result differs from plain products by \d\.\de[+-]0\d of them', cudnn_trial.trial(kind).reason)
   call(off=np.nan)
-  assert 'by nan of them' in cudnn_trial.trial(*KIND)[0]
+  assert 'by nan of them' in cudnn_trial.trial(kind).reason
 
   def refuse(*args, **kwargs):
     raise NotImplementedError('no plan was found')
 
-  cudnn_trial._ask.clear_cache()
+  call()
   monkeypatch.setattr(cudnn, 'attend', refuse)
-  assert cudnn_trial.trial(*KIND) == ('cuDNN was tried, and NotImplementedError was raised: no plan was found', True)
+  said = 'cuDNN was tried, and NotImplementedError was raised: no plan was found'
+  assert cudnn_trial.trial(kind) == cudnn_trial.Finding(said, True)
 
 
-def test_a_trial_runs_once_and_while_jax_traces(call, monkeypatch):
-  call(leaks=False)
-  monkeypatch.setattr(cudnn_trial, '_is_here', lambda device: True)
-  cudnn_trial._try.cache_clear()
-  trials = []
-  monkeypatch.setattr(cudnn_trial, 'trial', lambda *kind: trials.append(kind) or found)
-  q, pages = jnp.ones((2, 6, 16), BF16), jnp.ones((4, 2, 2, 8, 16), BF16)
-  tables, lengths = jnp.zeros((2, 2), INT32), jnp.ones(2, INT32)
+@both
+def test_a_trial_sees_keys_and_values_that_were_mixed_up(call, monkeypatch, kind):
+  call()
+  right = cudnn.attend
+
+  def mixed_up(*arguments, **named):
+    tables = named.pop('tables', None)
+    return right(*arguments, tables=None if tables is None else tables[::-1], **named)
+
+  monkeypatch.setattr(cudnn, 'attend', mixed_up)
+  assert 'differs from plain products' in cudnn_trial.trial(kind).reason
+
+
+@pytest.fixture
+def tried(monkeypatch):
+  """Trials that were run, on an H100 that is said to be here; `findings` are what comes of them."""
+  trials: list[cudnn_trial.Kind] = []
+  findings: dict[bool, cudnn_trial.Finding] = {True: RELIABLE, False: RELIABLE}
+  monkeypatch.setattr(cudnn_trial, '_findings', {})
+  monkeypatch.setattr(cudnn_trial, '_local', lambda device: 'a device')
+  monkeypatch.setattr(cudnn_trial, 'trial', lambda kind, device: trials.append(kind) or findings[kind.rows])
   monkeypatch.setattr(dispatch, 'current', lambda: H100)
-  found = (None, False)
+  return trials, findings
+
+
+POOL = jnp.ones((2, 6, 16), BF16), jnp.ones((4, 2, 2, 8, 16), BF16), jnp.zeros((2, 2), INT32), jnp.ones(2, INT32)
+
+
+def test_a_trial_runs_once_and_while_jax_traces(call, tried):
+  trials, _ = tried
   for _ in range(2):
-    assert jax.jit(lambda q: paged_attention(q, pages, tables, lengths))(q).shape == q.shape
-  assert trials == [KIND]
-  cudnn_trial._try.cache_clear()
-  found = ('cuDNN was tried, and it rained.', True)
+    assert jax.jit(paged_attention)(*POOL).shape == (2, 6, 16)
+  assert trials == [HEADS]
+
+
+def test_decode_does_not_depend_on_what_came_of_prefill(call, tried):
+  trials, findings = tried
+  findings[True] = cudnn_trial.Finding('cuDNN was tried, and it rained.', True)
+  q, pages, tables, lengths = POOL
+  offsets = jnp.array([0, 1, 2], INT32)
   with pytest.raises(ValueError, match='cudnn: cuDNN was tried, and it rained'):
-    paged_attention(q, pages, tables, lengths, implementation='cudnn')
-  assert paged_attention(q, pages, tables, lengths).shape == q.shape  # by XLA
-  cudnn_trial._try.cache_clear()
+    prefill_attention(q, pages, tables, offsets, lengths, implementation='cudnn')
+  assert prefill_attention(q, pages, tables, offsets, lengths).shape == q.shape  # by XLA
+  assert paged_attention(*POOL, implementation='cudnn').shape == q.shape
+  assert set(trials) == {ROWS, HEADS}
+
+
+def test_a_trial_without_memory_is_run_again(call, tried):
+  trials, findings = tried
+  findings[False] = cudnn_trial.Finding('cuDNN was tried, and X was raised: RESOURCE_EXHAUSTED: no room', True)
+  for _ in range(2):
+    with pytest.raises(ValueError, match='no room'):
+      paged_attention(*POOL, implementation='cudnn')
+  assert len(trials) >= 2
+  findings[False] = RELIABLE
+  paged_attention(*POOL, implementation='cudnn')
+
+
+def test_a_row_that_lets_cudnn_see_what_shows_nan_is_passed_over(call, tried, monkeypatch, caplog):
+  _, findings = tried
+  findings[False] = KEPT_APART
+  row = tuning.Row('h100', {}, {'apart': False}, implementation='cudnn')
+  monkeypatch.setattr(tuning, 'load', lambda kernel: (row,))
+  dispatch._log.cache_clear()
+  with caplog.at_level(logging.INFO, 'pallas_kernels'):
+    paged_attention(*POOL)
+  assert 'takes cudnn, Config(apart=True) by rule, not of its row: NaN where no token is shows' in caplog.text
+
+
+def test_threads_that_ask_at_once_share_a_trial(call, tried):
+  trials, _ = tried
+  facts = dataclasses.asdict(HEADS) | {'q_dtype': 'bfloat16', 'layout': 'plain'}
+  with ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda _: cudnn_trial.apart(H100, facts, rows=False), range(32)))
+  assert trials == [HEADS]
+
+
+def test_the_environment_leaves_it_out(call, tried, monkeypatch):
+  monkeypatch.setenv(tuning.WITHOUT, 'cudnn, another')
+  paged_attention(*POOL)
+  assert not tried[0]
+  paged_attention(*POOL, implementation='cudnn')  # by its name it is taken all the same
+  assert tried[0] == [HEADS]
+
+
+# ---------------------------------------------------------------------------- what callers may hand it
+
+
+def test_lengths_of_64_bits_reach_it_as_32():
+  with jax.enable_x64(True):
+    text = lowered(
+      functools.partial(prefill.prefill_attention, softmax_scale=1.0, config=prefill.Config(), device=H100),
+      shape(64, 4, 32), shape(9, 2, 2, 16, 32), shape(3, 4, dtype=INT32), shape(4, dtype=INT32), shape(3, dtype=INT32),
+    )  # fmt: skip
+  for line in text.splitlines():
+    if cudnn.TARGET in line:
+      assert 'xi64' not in line.split('} : ')[-1]
+
+
+def test_a_scale_may_be_any_number_and_one_that_is_traced_is_left_to_xla(monkeypatch, caplog):
+  monkeypatch.setattr(dispatch, 'current', lambda: H100)
+  scaled = functools.partial(paged_attention, softmax_scale=np.float32(0.5))
+  assert cudnn.TARGET in lowered(scaled, *inputs())
+  traced = lowered(
+    lambda scale, *rest: paged_attention(*rest, softmax_scale=scale), shape(dtype=jnp.float32), *inputs()
+  )
+  assert cudnn.TARGET not in traced
+
+
+def test_it_can_be_mapped(monkeypatch):
+  monkeypatch.setattr(dispatch, 'current', lambda: H100)
+  q, pages, tables, lengths = inputs()
+  text = lowered(
+    jax.vmap(paged_attention, (0, None, 0, None)),
+    shape(3, *q.shape),
+    pages,
+    shape(3, *tables.shape, dtype=INT32),
+    lengths,
+  )
+  assert cudnn.TARGET in text
 
 
 # ---------------------------------------------------------------------------- who takes it
@@ -324,7 +431,7 @@ def test_gpus_take_cudnn_where_it_can(monkeypatch, caplog):
   [
     (T4, inputs(jnp.float16), {}, 'compute capability 8.0 and up, and t4 has 7.5'),
     (H100, inputs(jnp.float32), {}, 'bfloat16 or float16, and pages are float32'),
-    (H100, inputs(), {'soft_cap': 5.0, 'sliding_window': 8}, 'no sliding_window, no soft_cap'),
+    (H100, inputs(), {'soft_cap': 5.0, 'sliding_window': 8}, 'no sliding_window and no soft_cap'),
     (H100, inputs(), {'sinks': np.zeros(32, np.float32)}, 'no sinks'),
     (A100, inputs(head_dim=256), {}, 'heads of 256 are no multiple of 8 up to 128'),
     (H100, inputs(head_dim=12), {}, 'heads of 12 are no multiple of 8 up to 256'),
@@ -340,6 +447,18 @@ def test_everything_else_is_left_to_xla_with_the_reason(monkeypatch, caplog, dev
 
 def test_wide_heads_are_for_later_gpus(monkeypatch, caplog):
   assert 'takes cudnn' in taken(monkeypatch, caplog, H100, *inputs(head_dim=256))
+
+
+@pytest.mark.parametrize(('device', 'way'), [(H100, 'cudnn, Config(apart=True'), (A100, 'cudnn'), (T4, 'xla, blocks=')])
+def test_prefill_is_taken_by_the_same(monkeypatch, caplog, device, way):
+  monkeypatch.setattr(dispatch, 'current', lambda: device)
+  dispatch._log.cache_clear()
+  numbers = shape(2, 9, dtype=INT32), shape(3, dtype=INT32), shape(2, dtype=INT32)
+  half = jnp.float16 if device is T4 else BF16
+  with caplog.at_level(logging.INFO, 'pallas_kernels'):
+    attend = functools.partial(prefill_attention)  # another one each time, or JAX would remember what came of the last
+    jax.eval_shape(attend, shape(64, 32, 128, dtype=half), shape(9, 2, 8, 16, 128, dtype=half), *numbers)
+  assert f'on {device.name} takes {way}' in caplog.text
 
 
 def test_int8_pages_are_left_to_xla(monkeypatch, caplog):
@@ -365,6 +484,20 @@ def test_known_gpus_are_told_by_kind_and_unknown_ones_by_their_capability():
   unknown = devices.of(Fake('NVIDIA RTX 9090', '12.0'))
   assert (unknown.name, unknown.platform, unknown.gpu) == ('NVIDIA RTX 9090', 'gpu', devices.Gpu((12, 0)))
   assert devices.of(Fake('gfx90a', 'gfx90a')).gpu is None
+
+
+def test_a_gpu_that_is_in_no_table_is_known_inside_a_mesh_too(monkeypatch):
+  """The device of a mesh in context says its kind alone."""
+
+  class Abstract:
+    device_kind, num_cores = 'NVIDIA L40S', None
+
+  class Real(Abstract):
+    platform, compute_capability = 'gpu', '8.9'
+
+  monkeypatch.setattr(jax, 'devices', lambda *args: [Real()])
+  found = devices.of(Abstract())
+  assert (found.name, found.platform, found.gpu) == ('NVIDIA L40S', 'gpu', devices.Gpu((8, 9)))
 
 
 # ---------------------------------------------------------------------------- programs

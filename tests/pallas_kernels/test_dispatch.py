@@ -25,7 +25,9 @@ def refusal(config, device, facts):
 
 
 IMPLEMENTATIONS = {
-  'pallas_tpu': Tuned(lambda **kwargs: ('tpu', kwargs['config']), Config, lambda device, facts: Config(8), refusal),
+  'pallas_tpu': Tuned(
+    lambda **kwargs: ('tpu', kwargs['config']), Config, lambda device, facts: Config(8), refusal, ('tpu',)
+  ),
   'xla': Plain(lambda **kwargs: ('xla', None)),
 }
 ROWS = (
@@ -162,9 +164,13 @@ def test_rules_have_something_for_every_device():
     'query_heads': 32, 'kv_heads': 8, 'head_dim': 128, 'page_size': 16, 'batch': 64, 'context': 131_072,
     'query_tokens': 1, 'tokens': 512, 'layers': 32,
   }  # fmt: skip
-  copies = Tuned(copy_tpu.gather_pages, copy_tpu.Config, copy_tpu.rule, copy_tpu.refusal)
+  copies = Tuned(copy_tpu.gather_pages, copy_tpu.Config, copy_tpu.rule, copy_tpu.refusal, ('tpu',))
   appends = Tuned(
-    pallas_tpu_append.append_tokens, pallas_tpu_append.Config, pallas_tpu_append.rule, pallas_tpu_append.refusal
+    pallas_tpu_append.append_tokens,
+    pallas_tpu_append.Config,
+    pallas_tpu_append.rule,
+    pallas_tpu_append.refusal,
+    ('tpu',),
   )
   attentions = [KERNELS[name]['pallas_tpu'] for name in ('paged_attention', 'prefill_attention')]
   for device in (devices.by_name(name) for name in ('v5e', 'v5p', 'v6e', 'tpu7x')):

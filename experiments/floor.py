@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,11 +27,14 @@ def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
 def products(model: ModelSpec, rows: int, unembedded: int, outputs_first: bool) -> Callable[[], Any]:
   """Every product of a pass over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one.
 
-  Matrices lie `[outputs, inputs]` and are multiplied as the model does it, or `[inputs, outputs]` and as they lie.
+  Matrices lie `[outputs, inputs]` and are multiplied as the model does it, or `[inputs, outputs]` and as they lie. Each
+  layer has inputs of its own: where products share one, XLA makes one product of them on a GPU, for which it joins
+  their matrices on every call.
   """
   heads = model.head_dim * (model.query_heads + 2 * model.kv_heads)
   wide, embed = model.ffn_dim, model.embed_dim
-  shapes = [(embed, heads), (model.query_heads * model.head_dim, embed), (embed, wide), (embed, wide), (wide, embed)]
+  widths = (embed, model.query_heads * model.head_dim, embed, wide)
+  outputs = (heads, embed, wide, wide, embed)
   rng = np.random.default_rng(0)
 
   @functools.cache
@@ -44,17 +47,32 @@ def products(model: ModelSpec, rows: int, unembedded: int, outputs_first: bool) 
   def matrix(inner: int, outer: int) -> jax.Array:
     return random(outer, inner) if outputs_first else random(inner, outer)
 
-  multiply = project if outputs_first else jnp.matmul
-  inputs = [random(rows, inner) for inner, _ in shapes]
-  layers = [[matrix(*shape) for shape in shapes] for _ in range(model.num_layers)]
-  last, unembed = random(unembedded, embed), matrix(embed, model.vocab_size)
-
-  @jax.jit
-  def run(inputs, layers, last, unembed):
-    return [list(map(multiply, inputs, layer)) for layer in layers], multiply(last, unembed)
-
+  inputs = [[random(rows, width) for width in widths] for _ in range(model.num_layers)]
+  layers = [
+    [matrix(widths[place], outer) for place, outer in zip(_INPUT_OF, outputs, strict=True)]
+    for _ in range(model.num_layers)
+  ]
+  arguments = inputs, layers, random(unembedded, embed), matrix(embed, model.vocab_size)
+  call = jax.jit(functools.partial(multiply_all, project if outputs_first else jnp.matmul))
   with jax.default_matmul_precision('highest'):
-    return functools.partial(run.lower(inputs, layers, last, unembed).compile(), inputs, layers, last, unembed)
+    return functools.partial(call.lower(*arguments).compile(), *arguments)
+
+
+_INPUT_OF = (0, 1, 2, 2, 3)  # which of a layer's inputs each of its matrices multiplies: gate and up have the same
+
+
+def multiply_all(
+  multiply: Callable[[jax.Array, jax.Array], jax.Array],
+  inputs: Sequence[Sequence[jax.Array]],
+  layers: Sequence[Sequence[jax.Array]],
+  last: jax.Array,
+  unembed: jax.Array,
+) -> tuple[list[list[jax.Array]], jax.Array]:
+  """Each layer's matrices by that layer's inputs, and the rows that are unembedded."""
+  results = []
+  for given, matrices in zip(inputs, layers, strict=True):
+    results.append([multiply(given[place], one) for place, one in zip(_INPUT_OF, matrices, strict=True)])
+  return results, multiply(last, unembed)
 
 
 def products_s(model: ModelSpec, rows: int, unembedded: int, repeats: int) -> float:

@@ -25,18 +25,18 @@ _TOY = flags.DEFINE_bool('toy', False, 'Toy shapes: the figures mean nothing.')
 
 
 class _Choices(logging.Handler):
-  """Notes once which implementation of a kernel is taken where nobody asks for one, and why."""
+  """Notes once which implementation of a kernel is taken where nobody asks for one, and why no other."""
 
   def __init__(self, figures: Figures):
     super().__init__(logging.INFO)
     self._figures = figures
-    self._noted: set[tuple[str, str]] = set()
+    self._noted: set[tuple[str, str, str]] = set()
 
   def emit(self, record: logging.LogRecord) -> None:
     if isinstance(record.args, tuple) and len(record.args) == 6:
       kernel, _, name, taken, _, passed_over = map(str, record.args)
-      if (kernel, name) not in self._noted:
-        self._noted.add((kernel, name))
+      if (kernel, name, passed_over) not in self._noted:
+        self._noted.add((kernel, name, passed_over))
         self._figures.note(f'{kernel} takes {name}, {taken}{passed_over}')
 
 
@@ -51,9 +51,6 @@ def main(argv: list[str]) -> None:
   context = Context(_PLATFORM.value, sizes, figures, folder, _TOY.value)
   if _PLATFORM.value == 'cpu':
     jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_compilation_cache_dir', context.cache)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   choices = logging.getLogger('pallas_kernels')
   choices.setLevel(logging.INFO)
   choices.addHandler(_Choices(figures))

@@ -5,9 +5,9 @@ import functools
 import json
 import pathlib
 
+from experiments.device_check.bounds import Ceilings, hand_over, measure_ceilings
 from experiments.device_check.figures import Figures
 from experiments.device_check.sizes import Sizes
-from experiments.device_check.timing import Ceilings, measure_ceilings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Context:
 
   @functools.cached_property
   def ceilings(self) -> Ceilings:
-    """Those in the result, if the part that measures them has run, or else measured now."""
+    """Those in the result, if a part has measured them, or else measured now: then they are rows of this part."""
     file = self.folder / 'result.json'
     try:
       parts = json.loads(file.read_text(encoding='utf-8'))['parts']
-      rows = {row['name']: row['value'] for part in parts if part['part'] == 'ceilings' for row in part['rows']}
+      rows = {row['name']: row['value'] for part in reversed(parts) for row in part['rows']}
       return Ceilings.of_rows(rows)
     except (OSError, ValueError, KeyError, TypeError):
-      return measure_ceilings(self.sizes)
+      found = measure_ceilings(self.sizes)
+      hand_over(self.figures, found)
+      return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.device_check import large
 from experiments.device_check.context import Context
 from experiments.device_check.figures import CHECKED
 from experiments.device_check.float64 import Sequences, attend, dtype_of, error
 from experiments.device_check.kernels import AUTOMATIC, implementations, wanted
+from experiments.device_check.sizes import Chunks
 from experiments.device_check.timing import compilers, describe
 from pallas_kernels import (
   append_tokens,
@@ -33,10 +36,16 @@ from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS as QUANTIZED_MAT
 from pallas_kernels.quantized_matmul.storage import dequantize
 
 BOUNDS = {'float32': 1e-5, 'float16': 2e-3, 'bfloat16': 2e-2}  # ‖error‖ / ‖answer‖ by the dtype of queries
-CHUNKS = ((37, 0), (1, 64), (0, 0), (33, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
+CHUNKS = ((37, 0), (1, 64), (0, 0), (300, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
+ALONE: dict[str, Chunks] = {  # with nothing beside them, as they are where a pass has one prompt
+  'one chunk': ((293, 0),),
+  'one chunk behind a prefix': ((131, 700),),
+  'long': ((70, 2200), (20, 0)),  # in tables of more tokens than any implementation takes in one turn
+}
 _TRACERS = 4  # threads that trace, of which Python lets one run at a time, beside those that compile
 PADDING = 5  # rows behind the chunks
 LENGTHS = (1, 100, 0, 257, 33)  # cached tokens of decoding sequences; 0 is a row not in use
+LONG_LENGTHS = (2300, 64)
 QUERIES = 3  # newest tokens of each, where they are several
 _OPTIONS: dict[str, dict[str, Any]] = {
   'plain': {},
@@ -53,7 +62,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 class Check:
   """One call: what it is given, and what it must answer.
 
-  `expected` are pairs of an answer and the largest relative error that it may have; 0 is for bits that are kept.
+  `expected` are pairs of an answer and the largest relative error that it may have; 0 is for bits that are kept. Only
+  one that `may_refuse`, because its implementation is asked for by name, passes if there is no answer.
   """
 
   name: str
@@ -61,31 +71,52 @@ class Check:
   inputs: tuple[Any, ...]
   expected: tuple[tuple[np.ndarray, float], ...]
   precision: str = 'default'  # of matrix products, as `jax.default_matmul_precision` takes it
+  may_refuse: bool = False
 
 
-def run(context: Context) -> None:
-  """Compile side by side and compare one after another, as soon as each is there."""
+def run(context: Context, seed: int | None = None) -> None:
+  """Compile side by side and compare one after another, as soon as each is there; then what is large.
+
+  Inputs are other ones each time, unless a `seed` is given that was told before.
+  """
   figures, begin = context.figures, time.perf_counter()
-  rng = np.random.default_rng(time.time_ns())
-  todo = checks(context, rng)
+  seed = time.time_ns() if seed is None else seed
+  figures.note(f'inputs are those of seed {seed}')
+  todo = checks(context, np.random.default_rng(seed))
   print(f'{len(todo)} calls drawn in {time.perf_counter() - begin:.1f} s', flush=True)
+  check_all(context, todo)
+  figures.compiled(time.perf_counter() - begin)
+  large.run(context)
+
+
+def check_all(context: Context, todo: Sequence[Check]) -> None:
+  """Compile calls side by side and compare their answers one after another, as soon as each is there."""
+  figures, begin = context.figures, time.perf_counter()
+  distrusted: set[str] = set()
   with ThreadPoolExecutor(_TRACERS) as tracers, ThreadPoolExecutor(compilers()) as pool:
     programs = _Programs(pool)
     for check, future in zip(todo, [tracers.submit(programs.compile, check) for check in todo], strict=True):
       try:
         result = _run_poisoned(future.result().result(), check.inputs)
       except _Refused as refusal:
-        figures.note(f'{check.name}: refused, {refusal}')
+        reason = str(refusal)
+        figures.note(f'{check.name}: refused, {reason}')
+        if _TRIED in reason and reason not in distrusted:  # said once, of all the calls that come to it
+          distrusted.add(reason)
+          figures.fail(f'{check.name}: {reason}')
       except Exception as failure:  # to compile or to run it: the others go on
         figures.fail(f'{check.name}: {describe(failure)}')
       else:
         _compare(context, check, result)
-  figures.compiled(time.perf_counter() - begin)
   print(f'{len(todo)} calls, {programs.count} programs, in {time.perf_counter() - begin:.1f} s', flush=True)
 
 
 class _Refused(Exception):
-  """A kernel is not for a problem."""
+  """An implementation that was asked for by name is not for a problem."""
+
+
+_REFUSED = 'cannot run on'  # in what `pallas_kernels.dispatch` raises, and nothing else
+_TRIED = 'was tried'  # in the reason, if the implementation was run and found to be wrong
 
 
 class _Programs:
@@ -105,12 +136,14 @@ class _Programs:
     """Trace a call; its program, which is being compiled if it is new.
 
     Raises:
-      _Refused: if the kernel says that it is not for this problem.
+      _Refused: if the implementation that is asked for says that it is not for this problem, and it may.
     """
     with jax.default_matmul_precision(check.precision):
       try:
         lowered = jax.jit(check.call).lower(*check.inputs)
       except ValueError as refusal:
+        if not check.may_refuse or _REFUSED not in str(refusal):
+          raise
         raise _Refused(str(refusal)[:300]) from refusal
     text = lowered.as_text()
     with self._lock:
@@ -122,9 +155,10 @@ class _Programs:
 def _run_poisoned(call: Any, inputs: tuple[Any, ...]) -> list[Any]:
   """Run a program just after the memory that its results will lie in was filled with NaN and given back."""
   given = jax.block_until_ready(jax.device_put(inputs))
-  for shape in jax.tree.leaves(call.out_info):
-    if jnp.issubdtype(shape.dtype, jnp.floating):
-      jax.block_until_ready(jax.device_put(np.full(shape.shape, np.nan, shape.dtype))).delete()
+  shapes = [one for one in jax.tree.leaves(call.out_info) if jnp.issubdtype(one.dtype, jnp.floating)]
+  poison = jax.block_until_ready([jax.device_put(np.full(one.shape, np.nan, one.dtype)) for one in shapes])
+  for array in poison:  # when all are there: else the second would lie where the first did
+    array.delete()
   return jax.device_get(call(*given))
 
 
@@ -162,7 +196,7 @@ def checks(context: Context, rng: np.random.Generator) -> list[Check]:
         if not first and dtype == 'float16':
           continue
         names = sizes.checked_options if first and dtype != 'float16' else ('plain', 'all, lse')
-        found += _attention(context, rng, heads, page_size, dtype, names)
+        found += _attention(context, rng, heads, page_size, dtype, names, alone=first and dtype != 'float16')
   found += _copies(context, rng)
   found += _products(context, rng)
   return found
@@ -180,14 +214,12 @@ def _attention(
   page_size: int,
   dtype: str,
   options: Sequence[str],
+  alone: bool,
 ) -> list[Check]:
   query_heads, kv_heads, head_dim = heads
   bound, kind = BOUNDS[dtype], dtype_of(dtype)
   sinks = rng.standard_normal(query_heads).astype(np.float32)
   lse_bound = max(bound / 10, 1e-5)  # of scores alone, and these in float32
-
-  def drawn(lengths, stored):
-    return Sequences.random(rng, lengths, kv_heads, head_dim, page_size, stored)
 
   def given(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Options of a kernel, those of the answer, and what pages hold."""
@@ -198,43 +230,45 @@ def _attention(
       exact['sinks'] = sinks
     return chosen, exact, stored
 
-  arrays: tuple[Any, ...]
   calls: dict[str, list[tuple[str, Any, tuple[Any, ...], Any]]] = {'prefill': [], 'decode': []}
-  for name in options:
+
+  def add(phase: str, title: str, name: str, lengths: Sequence[int], rows: Sequence[slice | int], q: np.ndarray, *more):
+    """Draw sequences, and what the last tokens of each, which are these rows of q, have to answer."""
     chosen, exact, stored = given(name)
-    extra = {'sinks': sinks} if 'sinks' in exact else {}
-    expected_of = functools.partial(_expected, with_lse='return_lse' in chosen, bound=bound, lse_bound=lse_bound)
+    sequences = Sequences.random(rng, lengths, kv_heads, head_dim, page_size, stored)
+    answers = [np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)]
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+      if length:
+        new = q[row].reshape(-1, query_heads, head_dim)
+        position = np.arange(length - len(new), length)
+        out, lse = attend(new, sequences.keys[index], sequences.values[index], position, **exact)
+        answers[0][row], answers[1][row] = out.reshape(q[row].shape), lse.reshape(q[row].shape[:-1])
+    arrays = (q, sequences.pages, sequences.tables, *more, np.array(lengths, np.int32))
+    named = {'sinks': exact['sinks']} if 'sinks' in exact else {}
+    if sequences.scales is not None:
+      named['scales'] = sequences.scales
+    expected = _expected(answers, 'return_lse' in chosen, bound, lse_bound)
+    calls[phase].append((title, chosen, (arrays, named), expected))
 
-    lengths = [new + before for new, before in CHUNKS]
-    sequences = drawn(lengths, stored)
-    offsets = np.cumsum([0, *(new for new, _ in CHUNKS)]).astype(np.int32)
+  def add_prefill(title: str, name: str, chunks: Chunks) -> None:
+    offsets = np.cumsum([0, *(new for new, _ in chunks)]).astype(np.int32)
     q = rng.standard_normal((offsets[-1] + PADDING, query_heads, head_dim)).astype(kind)
-    answers = [np.zeros(q.shape), np.full(q.shape[:2], -np.inf)]
-    for row, (new, before) in enumerate(CHUNKS):
-      part = slice(offsets[row], offsets[row + 1])
-      if new:
-        answers[0][part], answers[1][part] = attend(
-          q[part], sequences.keys[row], sequences.values[row], before + np.arange(new), **exact
-        )
-    arrays = (q, sequences.pages, sequences.tables, offsets, np.array(lengths, np.int32))
-    scales = {} if sequences.scales is None else {'scales': sequences.scales}
-    calls['prefill'].append((name, chosen, (arrays, extra | scales), expected_of(answers)))
+    rows = [slice(start, stop) for start, stop in itertools.pairwise(offsets)]
+    add('prefill', title, name, [sum(chunk) for chunk in chunks], rows, q, offsets)
 
-    sequences = drawn(LENGTHS, stored)
-    scales = {} if sequences.scales is None else {'scales': sequences.scales}
-    for queries in (1, QUERIES) if name in ('plain', 'all, lse') else (1,):
-      q = rng.standard_normal((len(LENGTHS), queries, query_heads, head_dim)).astype(kind)
-      answers = [np.zeros(q.shape), np.full(q.shape[:3], -np.inf)]
-      for row, length in enumerate(LENGTHS):
-        if length:
-          answers[0][row], answers[1][row] = attend(
-            q[row], sequences.keys[row], sequences.values[row], length - queries + np.arange(queries), **exact
-          )
-      if queries == 1:
-        q, answers = q[:, 0], [answer[:, 0] for answer in answers]
-      arrays = (q, sequences.pages, sequences.tables, np.array(LENGTHS, np.int32))
-      title = name if queries == 1 else f'{name}, {queries} queries'
-      calls['decode'].append((title, chosen, (arrays, extra | scales), expected_of(answers)))
+  def add_decode(title: str, name: str, lengths: Sequence[int], queries: int = 1) -> None:
+    shape = (len(lengths), query_heads, head_dim) if queries == 1 else (len(lengths), queries, query_heads, head_dim)
+    add('decode', title, name, lengths, range(len(lengths)), rng.standard_normal(shape).astype(kind))
+
+  for name in options:
+    add_prefill(name, name, CHUNKS)
+    add_decode(name, name, LENGTHS)
+    if name in ('plain', 'all, lse'):
+      add_decode(f'{name}, {QUERIES} queries', name, LENGTHS, QUERIES)
+  if alone:
+    for title, chunks in ALONE.items():
+      add_prefill(f'lse, {title}', 'lse', chunks)
+    add_decode('lse, long', 'lse', LONG_LENGTHS)
 
   found = []
   shape = f'{dtype}, {query_heads}/{kv_heads} of {head_dim}, page {page_size}'
@@ -246,9 +280,12 @@ def _attention(
     for way in _ways(table, context.platform):
       precision = 'highest' if dtype == 'float32' else 'default'
       found += [
-        Check(f'{phase} {way}, {shape}, {name}', _called(kernel, way, chosen), inputs, expected, precision)
+        Check(
+          f'{phase} {way}, {shape}, {name}', _called(kernel, way, chosen), inputs, expected, precision,
+          may_refuse=way != AUTOMATIC,
+        )
         for name, chosen, inputs, expected in calls[phase]
-      ]
+      ]  # fmt: skip
   return found
 
 
@@ -271,6 +308,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
   kv_heads, head_dim, page_size, pages = 8, 128, 16, 24
   found = []
   for function, way in [(name, way) for name in PAGE_COPY for way in _ways(PAGE_COPY[name], context.platform)]:
+    named = way != AUTOMATIC
     for dtype in context.sizes.checked_dtypes:
       kind = dtype_of(dtype)
       pool = rng.standard_normal((pages, 2, kv_heads, page_size, head_dim)).astype(kind)
@@ -280,7 +318,11 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
       if function == 'gather_pages':
         found.append(
           Check(
-            name, functools.partial(gather_pages, implementation=wanted(way)), (pool, ids[:-1]), ((pool[ids[:-1]], 0),)
+            name,
+            functools.partial(gather_pages, implementation=wanted(way)),
+            (pool, ids[:-1]),
+            ((pool[ids[:-1]], 0),),
+            may_refuse=named,
           )
         )
       elif function == 'scatter_pages':
@@ -288,7 +330,13 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
         after = pool.copy()
         after[ids[:-1]] = values[:-1]  # the last number is out of the pool: it drops its page
         found.append(
-          Check(name, functools.partial(scatter_pages, implementation=wanted(way)), (pool, ids, values), ((after, 0),))
+          Check(
+            name,
+            functools.partial(scatter_pages, implementation=wanted(way)),
+            (pool, ids, values),
+            ((after, 0),),
+            may_refuse=named,
+          )
         )
       else:
         places = rng.permutation(pages * page_size)[:41]
@@ -303,6 +351,7 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
             functools.partial(append_tokens, implementation=wanted(way)),
             (pool, k, v, page, offset),
             ((after, 0),),
+            may_refuse=named,
           )
         )
     if function == 'append_tokens':
@@ -325,7 +374,9 @@ def _quantized_append(rng: np.random.Generator, way: str) -> Check:
 
   after = np.zeros((pages, 2, kv_heads, page_size, head_dim))
   after[page, 0, :, offset], after[page, 1, :, offset] = k, v
-  return Check(f'append_tokens {way}, int8 with scales', call, (k, v, page, offset), ((after, 1e-2),))
+  return Check(
+    f'append_tokens {way}, int8 with scales', call, (k, v, page, offset), ((after, 1e-2),), may_refuse=way != AUTOMATIC
+  )
 
 
 def _products(context: Context, rng: np.random.Generator) -> list[Check]:
@@ -348,6 +399,13 @@ def _products(context: Context, rng: np.random.Generator) -> list[Check]:
         values, scales = map(np.asarray, (weights.values, weights.scales))
         expected = x.astype(np.float64) @ exact
         found.append(
-          Check(f'quantized_matmul {way}, {dtype}, {name}', call, (x, values, scales), ((expected, bound),), precision)
+          Check(
+            f'quantized_matmul {way}, {dtype}, {name}',
+            call,
+            (x, values, scales),
+            ((expected, bound),),
+            precision,
+            may_refuse=way != AUTOMATIC,
+          )
         )
   return found

@@ -1,10 +1,8 @@
 """Decode attention in bfloat16 by shape: a token of each sequence over its pages, beside contiguous keys."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from experiments.device_check.context import Context
@@ -12,10 +10,12 @@ from experiments.device_check.kernels import (
   AUTOMATIC,
   CUDNN,
   DENSE,
+  POOL_ELEMENTS,
   Pool,
+  calls_of,
+  chained,
   dense,
   implementations,
-  rotating,
   say_what_is_missing,
   sets,
   time_all,
@@ -34,24 +34,23 @@ def run(context: Context) -> None:
   say_what_is_missing(context)
   most = max(sizes.batches) * max(sizes.contexts)
   pools = {page_size: Pool.draw(context, most, page_size) for page_size in sizes.page_sizes}
-  shapes = [(batch, length) for length in sizes.contexts for batch in sizes.batches]
+  shapes = []
+  for shape in [(batch, length) for length in sizes.contexts for batch in sizes.batches]:
+    if all(pool.holds([shape[1]] * shape[0]) for pool in pools.values()):
+      shapes.append(shape)
+    else:
+      context.figures.note(f'{title(shape)}: not measured, a pool would need more than {POOL_ELEMENTS:,} elements')
   cases = []
   for shape in shapes:
     if context.platform == 'gpu':
-      cases.append(Case(f'{title(shape)}, {CUDNN}', _contiguous(context, shape, 'cudnn'), shape))
-    for page_size, pool in pools.items():
-      cases.append(
-        Case(f'{title(shape)}, page {page_size}, {AUTOMATIC}', _paged(context, shape, pool, AUTOMATIC), shape)
-      )
+      cases.append(_contiguous(context, shape, CUDNN, 'cudnn'))
+    cases += [_paged(context, shape, pool, AUTOMATIC) for pool in pools.values()]
     if shape[1] != sizes.contexts[0]:
       continue
-    first = sizes.page_sizes[0]
-    for name in implementations(IMPLEMENTATIONS, context.platform):
-      cases.append(Case(f'{title(shape)}, page {first}, {name}', _paged(context, shape, pools[first], name), shape))
-    cases.append(Case(f'{title(shape)}, {DENSE}', _contiguous(context, shape, 'xla'), shape))
-  shape, first, width = shapes[0], sizes.page_sizes[0], 4 * shapes[0][1]
-  name = f'{title(shape)}, page {first}, {AUTOMATIC}, in tables for {width:,}'
-  cases.append(Case(name, _paged(context, shape, pools[first], AUTOMATIC, width), shape))
+    first = pools[sizes.page_sizes[0]]
+    cases += [_paged(context, shape, first, name) for name in implementations(IMPLEMENTATIONS, context.platform)]
+    cases.append(_contiguous(context, shape, DENSE, 'xla'))
+  cases.append(_paged(context, shapes[0], pools[sizes.page_sizes[0]], AUTOMATIC, 4 * shapes[0][1]))
 
   def add(case: Case, seconds: float, found: Mapping[str, float]) -> None:
     read = read_bytes(case.about, sizes.heads)
@@ -60,10 +59,10 @@ def run(context: Context) -> None:
     context.figures.add(
       case.name, read / seconds / 1e9, 'GB/s',
       peer=CUDNN if has_peer else None, peer_value=read / peer_s / 1e9 if has_peer and peer_s else None,
-      floor_share=read / context.ceilings.copy_bytes_per_s / seconds, microseconds=round(1e6 * seconds, 2),
+      floor_share=read / context.ceilings.copy_bytes_per_s / seconds,
+      bound_share=read / context.ceilings.bytes_per_s / seconds, microseconds=round(1e6 * seconds, 2),
     )  # fmt: skip
 
-  _ = context.ceilings
   time_all(context, cases, add)
 
 
@@ -79,37 +78,43 @@ def read_bytes(shape: _Shape, heads: tuple[int, int, int]) -> int:
   return 2 * 2 * batch * length * kv_heads * head_dim
 
 
-def _paged(
-  context: Context, shape: _Shape, pool: Pool, name: str, width: int | None = None
-) -> Callable[[], Callable[[int], Any]]:
+def calls(context: Context, shape: _Shape) -> int:
+  """How many decode steps of a shape are to be in one program."""
+  return calls_of(context, read_bytes(shape, context.sizes.heads) / context.ceilings.bytes_per_s)
+
+
+def _paged(context: Context, shape: _Shape, pool: Pool, name: str, width: int | None = None) -> Case:
   batch, length = shape
   query_heads, _, head_dim = context.sizes.heads
+  count = calls(context, shape)
+
+  def attend(q, table, pages, lengths):
+    return paged_attention(q, pages, table, lengths, implementation=wanted(name))
 
   def make() -> Callable[[int], Any]:
-    call = jax.jit(functools.partial(paged_attention, implementation=wanted(name)))
     queries = [draw((batch, query_heads, head_dim), 'bfloat16', seed) for seed in range(2)]
     lengths = jnp.full(batch, length, jnp.int32)
-    tables = pool.tables(context, [length] * batch, width)
-    return rotating(call, [(queries[i % 2], pool.pages, table, lengths) for i, table in enumerate(tables)])
+    return chained(attend, queries, pool.tables(context, [length] * batch, width), (pool.pages, lengths), count)
 
-  return make
+  wide = '' if width is None else f', in tables for {width:,}'
+  called = f'{title(shape)}, page {pool.page_size}, {name}{wide}'
+  return Case(called, make, shape, count, needed=name == AUTOMATIC)
 
 
-def _contiguous(context: Context, shape: _Shape, implementation: str) -> Callable[[], Callable[[int], Any]]:
+def _contiguous(context: Context, shape: _Shape, name: str, implementation: str) -> Case:
   batch, length = shape
   query_heads, kv_heads, head_dim = context.sizes.heads
-  attend = dense(implementation)
+  count = calls(context, shape)
 
-  def call(q, k, v, lengths):
-    return attend(q, k, v, key_value_seq_lengths=lengths)
+  def attend(q, keys, lengths):
+    return dense(implementation)(q, *keys, key_value_seq_lengths=lengths)
 
   def make() -> Callable[[int], Any]:
     lengths = jnp.full(batch, length, jnp.int32)
-    inputs = []
+    queries, keys = [], []
     for seed in range(sets(context, read_bytes(shape, context.sizes.heads))):
-      q = draw((batch, 1, query_heads, head_dim), 'bfloat16', 3 * seed)
-      k, v = (draw((batch, length, kv_heads, head_dim), 'bfloat16', 3 * seed + part) for part in (1, 2))
-      inputs.append((q, k, v, lengths))
-    return rotating(jax.jit(call), inputs)
+      queries.append(draw((batch, 1, query_heads, head_dim), 'bfloat16', 3 * seed))
+      keys.append(tuple(draw((batch, length, kv_heads, head_dim), 'bfloat16', 3 * seed + part) for part in (1, 2)))
+    return chained(attend, queries, keys, (lengths,), count)
 
-  return make
+  return Case(f'{title(shape)}, {name}', make, shape, count)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.device_check.ceilings import nominal
+from experiments.device_check.bounds import nominal
 from experiments.device_check.context import Context
 from experiments.device_check.drawn import DrawnCheckpoint
 from experiments.device_check.timing import draw
@@ -27,20 +27,21 @@ from pdjax.engine.worker import Worker
 from pdjax.model.weights import load_weights
 from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, Done, Event, StepOrder
 from pdjax.sharding import make_mesh
-from pdjax.types import ModelSpec, Request, SamplingParams
+from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec
 from pdjax.types.cluster import Role
 
 PAGE_SIZE = 16
 _DTYPE = 'bfloat16'
 _BYTES = 2
 _UNCOUNTED = 2  # passes at the beginning of a row of them
+_MAX_CHUNKS = WorkerSpec('any').max_chunks  # by default
 _SPARE = 0.9  # of the device's memory, which weights and pages may fill
 
 
 def run(context: Context) -> None:
-  """All figures with few layers, which compile quickly."""
+  """All figures with few layers, which compile quickly; a prompt also in passes with room for more, as by default."""
   sizes = context.sizes
-  measure(context, sizes.few_layers, sizes.prompt_len, sizes.decode_batches)
+  measure(context, sizes.few_layers, sizes.prompt_len, sizes.decode_batches, (1, _MAX_CHUNKS))
 
 
 def run_whole(context: Context) -> None:
@@ -63,32 +64,50 @@ def _first_batches(batches: Sequence[int]) -> tuple[int, ...]:
   return (batches[0], batches[-2]) if len(batches) > 2 else (batches[0],)
 
 
-def measure(context: Context, layers: int, prompt_len: int | None, batches: Sequence[int]) -> None:
-  """Build the workers that it takes, and measure the passes of both."""
+def measure(
+  context: Context, layers: int, prompt_len: int | None, batches: Sequence[int], max_chunks: Sequence[int] = (1,)
+) -> None:
+  """Build the workers that it takes, and measure their passes.
+
+  Args:
+    context: Where figures go.
+    layers: Of the model.
+    prompt_len: Tokens of prompts, or None to measure none.
+    batches: Sequences of decode steps.
+    max_chunks: Most chunks of a prefill pass, for each of which prompts are measured, one a pass.
+  """
   figures, sizes = context.figures, context.sizes
   _ = context.ceilings  # before the weights take the memory
   begin = time.perf_counter()
   longest = sizes.decode_context + 2 * sizes.decode_steps + 2
   context_len = max(prompt_len or 0, longest)
   model = dataclasses.replace(sizes.model, num_layers=layers, context_len=context_len)
-  batches = _that_fit(context, model, prompt_len, batches, longest)
+  prompt_tokens = 2 * len(max_chunks) * (prompt_len or 0)
+  batches = _that_fit(context, model, prompt_tokens, batches, longest)
   device = jax.devices()[0]
   mesh = make_mesh(model, [device])
   weights = load_weights(DrawnCheckpoint(model), model, {0: mesh}, jnp.dtype(_DTYPE))[0]
   jax.block_until_ready(weights)
   print(f'weights drawn in {time.perf_counter() - begin:.1f} s', flush=True)
 
-  common = {'page_size': PAGE_SIZE, 'kv_dtype': _DTYPE, 'max_fused_steps': 1, 'max_chunks': 1}
+  common: dict[str, Any] = {'page_size': PAGE_SIZE, 'kv_dtype': _DTYPE, 'max_fused_steps': 1}
   specs = []
   if prompt_len is not None:
-    pages = 2 * -(-prompt_len // PAGE_SIZE)
-    specs.append(
-      FewBuckets('prefill0', Role.PREFILL, num_pages=pages, max_step_tokens=prompt_len, max_sequences=1, **common)  # type: ignore[arg-type]
-    )
+    room: dict[str, Any] = {'num_pages': 2 * -(-prompt_len // PAGE_SIZE), 'max_step_tokens': prompt_len}
+    for index, most in enumerate(max_chunks):
+      specs.append(FewBuckets(f'prefill{index}', Role.PREFILL, **room, max_chunks=most, max_sequences=1, **common))
   if batches:
     pages, most = max(batches) * -(-longest // PAGE_SIZE), max(batches)
     specs.append(
-      FewBuckets('decode0', Role.DECODE, num_pages=pages, max_sequences=most, batches=tuple(sorted(batches)), **common)  # type: ignore[arg-type]
+      FewBuckets(
+        'decode0',
+        Role.DECODE,
+        num_pages=pages,
+        max_sequences=most,
+        max_chunks=1,
+        batches=tuple(sorted(batches)),
+        **common,
+      )
     )
   workers = [Worker(spec, model, mesh, weights, lambda request: request.sampling.max_tokens) for spec in specs]
   begin = time.perf_counter()
@@ -104,8 +123,9 @@ def measure(context: Context, layers: int, prompt_len: int | None, batches: Sequ
   try:
     for worker in workers:
       _fill(worker)
-    if prompt_len is not None:
-      _prefill(context, engine, model, prompt_len)
+    for spec in specs:
+      if spec.role is Role.PREFILL:
+        _prefill(context, engine, model, spec)
     for batch in batches:
       _decode(context, engine, model, batch)
   finally:
@@ -113,11 +133,11 @@ def measure(context: Context, layers: int, prompt_len: int | None, batches: Sequ
 
 
 def _that_fit(
-  context: Context, model: ModelSpec, prompt_len: int | None, batches: Sequence[int], longest: int
+  context: Context, model: ModelSpec, prompt_tokens: int, batches: Sequence[int], longest: int
 ) -> list[int]:
-  """The batches whose pages fit beside weights and the prompt's pages."""
+  """The batches whose pages fit beside weights and the pages of so many tokens of prompts."""
   room = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf) * _SPARE
-  room -= model.weight_bytes(_BYTES) + 2 * (prompt_len or 0) * model.kv_bytes_per_token(_BYTES)
+  room -= model.weight_bytes(_BYTES) + prompt_tokens * model.kv_bytes_per_token(_BYTES)
   fitting = []
   for batch in batches:
     needed = batch * longest * model.kv_bytes_per_token(_BYTES)
@@ -176,7 +196,8 @@ def _tokens(model: ModelSpec, count: int, seed: int) -> tuple[int, ...]:
   return tuple(np.random.default_rng(seed).integers(2, model.vocab_size, count).tolist())
 
 
-def _prefill(context: Context, engine: Engine, model: ModelSpec, prompt_len: int) -> None:
+def _prefill(context: Context, engine: Engine, model: ModelSpec, spec: WorkerSpec) -> None:
+  prompt_len = spec.max_step_tokens
   pages = -(-prompt_len // PAGE_SIZE)
   sampling = SamplingParams(max_tokens=2, ignore_eos=True)
   orders = []
@@ -184,13 +205,14 @@ def _prefill(context: Context, engine: Engine, model: ModelSpec, prompt_len: int
     number = next(_numbers)
     request = Request(f'p{number}', _tokens(model, prompt_len, number), sampling)
     own = tuple(range(index % 2 * pages, (index % 2 + 1) * pages))
-    orders.append(StepOrder(number, 'prefill0', chunks=(ChunkOrder(request, 0, prompt_len, own),)))
+    orders.append(StepOrder(number, spec.name, chunks=(ChunkOrder(request, 0, prompt_len, own),)))
   pass_s = _per_pass_s(_ends_s(engine, orders))
   flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
   said = nominal(jax.devices()[0])
   more: dict[str, Any] = {} if said is None else {'mfu_of_data_sheet': flops / pass_s / said[1]}
+  room = '' if spec.max_chunks == 1 else f', in a pass for {spec.max_chunks}'
   context.figures.add(
-    f'prefill of {prompt_len:,} tokens, {model.num_layers} layers', prompt_len / pass_s, 'tokens/s',
+    f'prefill of {prompt_len:,} tokens, {model.num_layers} layers{room}', prompt_len / pass_s, 'tokens/s',
     floor_share=flops / pass_s / context.ceilings.flops_per_s, milliseconds=1e3 * pass_s,
     tflops_per_s=flops / pass_s / 1e12, **more,
   )  # fmt: skip
@@ -219,8 +241,8 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
     moved = multiplied_bytes(model) + cached * model.kv_bytes_per_token(_BYTES)
     context.figures.add(
       f'decode step of {batch} at {sizes.decode_context:,}, {model.num_layers} layers{name}', 1e3 * seconds, 'ms',
-      floor_share=moved / context.ceilings.copy_bytes_per_s / seconds, tokens_per_s=batch / seconds,
-      bytes_moved=moved,
+      floor_share=moved / context.ceilings.copy_bytes_per_s / seconds,
+      bound_share=moved / context.ceilings.bytes_per_s / seconds, tokens_per_s=batch / seconds, bytes_moved=moved,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ class Figures:
     """Add lines to the file at `path`; `marks` says whether a figure over its bound is marked."""
     self._path, self._marks = pathlib.Path(path), marks
     self.failures: list[str] = []
+    self.remark: str | None = None  # a note of every figure that is added while it stands
 
   def add(
     self,
@@ -30,6 +31,7 @@ class Figures:
     peer: str | None = None,
     peer_value: float | None = None,
     floor_share: float | None = None,
+    bound_share: float | None = None,
     **more: Any,
   ) -> dict[str, Any]:
     """Hand over one figure; see `experiments.rows.row`.
@@ -40,11 +42,15 @@ class Figures:
       unit: Its unit.
       peer: What was measured beside it.
       peer_value: That figure, in the same unit.
-      floor_share: The least time that it could take as a share of the time that it took; above 1, it is marked.
+      floor_share: The least time that it could take as a share of the time that it took.
+      bound_share: The same by a bound that nothing can pass, where `floor_share` is by one that some can; above 1, the
+        figure is marked.
       **more: Other entries of the row, such as a note.
     """
-    if self._marks and floor_share is not None and floor_share > _TOLERANCE:
-      more['note'] = '; '.join(filter(None, (OVER, more.get('note'))))
+    bound_share = floor_share if bound_share is None else bound_share
+    over = OVER if self._marks and bound_share is not None and bound_share > _TOLERANCE else None
+    if notes := [note for note in (over, more.get('note'), self.remark) if note]:
+      more['note'] = '; '.join(notes)
     one = row(name, value, unit, peer=peer, peer_value=peer_value, floor_share=floor_share) | more
     self._write({'row': one})
     beside = '' if one['ratio'] is None else f', {one["ratio"]:.3f} of {peer}'
@@ -64,6 +70,11 @@ class Figures:
     self._write({'failure': text})
     print(f'FAILED {text}', file=sys.stderr, flush=True)
 
+  def give_up(self, text: str) -> None:
+    """Say what there was no time for; the part goes on, and is not complete, so that it runs again next time."""
+    self._write({'given_up': text})
+    print(text, flush=True)
+
   def pass_over(self, reason: str) -> None:
     """Say why the part does nothing here."""
     self._write({'passed_over': reason})
@@ -79,11 +90,13 @@ class Figures:
 
 
 def read_lines(path: pathlib.Path) -> dict[str, Any]:
-  """What a part has handed over: `rows`, `notes`, `failures`, `passed_over` and `compile_s`.
+  """What a part has handed over: `rows`, `notes`, `failures`, `given_up`, `passed_over` and `compile_s`.
 
   A line that a part was killed in is left out.
   """
-  found: dict[str, Any] = {'rows': [], 'notes': [], 'failures': [], 'passed_over': None, 'compile_s': None}
+  found: dict[str, Any] = {
+    'rows': [], 'notes': [], 'failures': [], 'given_up': [], 'passed_over': None, 'compile_s': None,
+  }  # fmt: skip
   text = path.read_text(encoding='utf-8') if path.is_file() else ''
   for line in text.splitlines():
     try:
@@ -97,6 +110,8 @@ def read_lines(path: pathlib.Path) -> dict[str, Any]:
         found['notes'].append(note)
       case {'failure': failure}:
         found['failures'].append(failure)
+      case {'given_up': text}:
+        found['given_up'].append(text)
       case {'passed_over': reason}:
         found['passed_over'] = reason
       case {'compile_s': seconds}:

@@ -38,14 +38,17 @@ def run(context: Context) -> None:
   if not missed <= _BOUND:
     context.figures.fail(f'{NAME}: the relative error is {missed:.3g}, so it is not timed')
     return
+  ceilings = context.ceilings
   cases = []
   for length in context.sizes.contexts:
     cases.append(Case(f'{title((1, length))}, {NAME}', functools.partial(_make, context, length), (1, length)))
 
   def add(case: Case, seconds: float, found: Mapping[str, float]) -> None:
     read = read_bytes(case.about, context.sizes.heads)
-    share = read / context.ceilings.copy_bytes_per_s / seconds
-    context.figures.add(case.name, read / seconds / 1e9, 'GB/s', floor_share=share, microseconds=1e6 * seconds)
+    share, bound_share = (read / most / seconds for most in (ceilings.copy_bytes_per_s, ceilings.bytes_per_s))
+    context.figures.add(
+      case.name, read / seconds / 1e9, 'GB/s', floor_share=share, bound_share=bound_share, microseconds=1e6 * seconds
+    )
 
   time_all(context, cases, add)
 

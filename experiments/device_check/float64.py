@@ -69,25 +69,26 @@ def attend(
     `[T, H, D]` and the logarithm of each softmax's sum `[T, H]`; zeros and -inf for queries that see nothing.
   """
   (tokens, query_heads, head_dim), kv_heads = q.shape, keys.shape[1]
-  rows = q.astype(np.float64).reshape(tokens, kv_heads, -1, head_dim)
-  scores = np.einsum('tkrd,skd->tkrs', rows, keys) * head_dim**-0.5
+  rows = np.moveaxis(q.astype(np.float64).reshape(tokens, kv_heads, -1, head_dim), 0, 1)  # [K, T, H/K, D]
+  shape = *rows.shape[:3], len(keys)
+  scores = (rows.reshape(kv_heads, -1, head_dim) @ np.moveaxis(keys, 0, 2)).reshape(shape) * head_dim**-0.5
   if soft_cap is not None:
     scores = soft_cap * np.tanh(scores / soft_cap)
   place = np.arange(len(keys))
   seen = place <= position[:, None]
   if sliding_window is not None:
     seen &= place > position[:, None] - sliding_window
-  scores = np.where(seen[:, None, None], scores, -np.inf)
-  sink = np.full((kv_heads, rows.shape[2], 1), -np.inf) if sinks is None else sinks.reshape(kv_heads, -1, 1)
+  scores = np.where(seen[:, None], scores, -np.inf)
+  sink = np.full((kv_heads, 1, shape[2], 1), -np.inf) if sinks is None else sinks.reshape(kv_heads, 1, -1, 1)
   scores = np.concatenate([scores, np.broadcast_to(sink, (*scores.shape[:-1], 1))], -1)
   top = np.maximum(scores.max(-1, keepdims=True), -1e300)
   weights = np.exp(scores - top)
   total = weights.sum(-1, keepdims=True)
-  out = np.einsum('tkrs,skd->tkrd', weights[..., :-1] / np.where(total == 0, 1, total), values)
+  weights = (weights[..., :-1] / np.where(total == 0, 1, total)).reshape(kv_heads, -1, len(keys))
+  out = np.moveaxis((weights @ np.moveaxis(values, 0, 1)).reshape(rows.shape), 1, 0).reshape(q.shape)
   with np.errstate(divide='ignore'):
-    lse = (top + np.log(total)).reshape(tokens, query_heads)
+    lse = np.moveaxis(top + np.log(total), 1, 0).reshape(tokens, query_heads)
   blind = position < 0
-  out = out.reshape(q.shape)
   out[blind], lse[blind] = 0, -np.inf
   return out, lse
 

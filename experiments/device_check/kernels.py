@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.device_check.context import Context
-from experiments.device_check.timing import Case, compilers, draw, median_s, prepare
+from experiments.device_check.timing import Case, compilers, describe, draw, median_s, prepare
 from pallas_kernels import PageLayout, devices
 
 AUTOMATIC = 'automatic'
-_MOST_ELEMENTS = 1 << 30  # of a pool: kernels may count them in 32 bits
+WHILE_COMPILING = 'other programs were being compiled'  # notes of figures
+LAUNCH_BOUND = 'launch-bound'
+_STARTS = 2  # times that of starting a small program, below which a program may be waiting for the next start
+_MOST_CHAINED = 4  # what they take to compile grows with them
+POOL_ELEMENTS = 1 << 30  # at most, of a pool that is drawn at random; `large` looks at one that is larger
 CUDNN, DENSE = 'cuDNN on contiguous keys', 'XLA on contiguous keys'
 
 
@@ -44,15 +49,20 @@ class Pool:
     layout = PageLayout.best(devices.current(), kv_heads, page_size, head_dim)
     elements = 2 * kv_heads * page_size * head_dim
     rotated = -(-context.sizes.rotated_bytes // (elements * jnp.dtype(dtype).itemsize))
-    count = min(max(-(-tokens // page_size), rotated), _MOST_ELEMENTS // elements) + 1
+    count = min(max(-(-tokens // page_size), rotated), POOL_ELEMENTS // elements) + 1
     pages = draw((count, *layout.page_shape), dtype, page_size)
     return cls(pages, page_size, np.random.default_rng(page_size).permutation(count).astype(np.int32))
 
-  def tables(self, context: Context, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
-    """Page tables of sequences of these lengths, each of other pages than the ones before, as many as no cache holds.
+  def holds(self, lengths: Sequence[int]) -> bool:
+    """Whether there are pages enough for sequences of these lengths, none of them named twice."""
+    return sum(-(-length // self.page_size) for length in lengths) <= len(self.order)
 
-    Where the pool has fewer pages than they name in all, some are named twice.
+  def tables(self, context: Context, lengths: Sequence[int], width: int | None = None) -> list[jax.Array]:
+    """Page tables of sequences that the pool holds, each of other pages than the ones before.
+
+    They are as many as no cache holds, or as the pool has pages for.
     """
+    assert self.holds(lengths), (lengths, len(self.order))
     counts = [-(-length // self.page_size) for length in lengths]
     width = max(counts) if width is None else -(-width // self.page_size)
     page_bytes = self.pages.nbytes // len(self.order)
@@ -61,7 +71,7 @@ class Pool:
     for start in range(0, most * sum(counts), sum(counts)):
       table, place = np.zeros((len(lengths), width), np.int32), start
       for row, count in enumerate(counts):
-        table[row, :count] = np.take(self.order, range(place, place + count), mode='wrap')
+        table[row, :count] = self.order[place : place + count]
         place += count
       tables.append(jnp.asarray(table))
     return tables
@@ -70,6 +80,34 @@ class Pool:
 def rotating(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[[int], Any]:
   """What calls with each of the inputs in turn."""
   return lambda number: call(*inputs[number % len(inputs)])
+
+
+def chained(
+  attend: Callable[..., Any], queries: Sequence[Any], keys: Sequence[Any], shared: tuple[Any, ...], calls: int
+) -> Callable[[int], Any]:
+  """What makes so many calls in one program, with other keys each: starting a program may take longer than a call.
+
+  Args:
+    attend: Of queries, one set of keys and what is shared; its answer must be as queries are, for it is what the next
+      call of the same program is given, so that none can be left out or joined with another.
+    queries: What the first call of a program is given, in turns.
+    keys: What the calls are given in turns: keys and values themselves, or tables that name their pages.
+    shared: What all calls are given.
+    calls: Calls of a program.
+  """
+
+  def attend_in_turn(q, keys, shared):
+    return functools.reduce(lambda q, own: attend(q, own, *shared), keys, q)
+
+  count = -(-len(keys) // calls)
+  groups = [tuple(keys[place % len(keys)] for place in range(i * calls, (i + 1) * calls)) for i in range(count)]
+  run = jax.jit(attend_in_turn)
+  return lambda number: run(queries[number % len(queries)], groups[number % count], shared)
+
+
+def calls_of(context: Context, least_s: float) -> int:
+  """How many calls that take so long at least are to be in one program, so that its start does not count."""
+  return min(_MOST_CHAINED, max(1, math.ceil(_STARTS * context.ceilings.start_s / least_s)))
 
 
 def sets(context: Context, each_bytes: int) -> int:
@@ -83,23 +121,43 @@ def dense(implementation: str) -> Callable[..., Any]:
 
 
 def time_all(context: Context, cases: Sequence[Case], add: Callable[[Case, float, Mapping[str, float]], None]) -> None:
-  """Compile all cases side by side, then time them one by one; `add` is given a case, its seconds and all so far."""
-  figures = context.figures
-  calls, refused, compile_s = prepare(cases, context.sizes.compile_s)
-  figures.compiled(compile_s)
-  print(f'{len(calls)} programs compiled in {compile_s:.1f} s, {compilers()} at once', flush=True)
-  for name, reason in refused.items():
-    figures.note(f'{name}: not measured, {reason}')
+  """Compile all cases side by side, then time them one by one; `add` is given a case, its seconds and all so far.
+
+  A case that is needed and cannot be timed is a failure of the part. Of others, those given up leave it incomplete.
+  """
+  figures, start_s = context.figures, context.ceilings.start_s
+  prepared = prepare(cases, context.sizes.compile_s)
+  figures.compiled(prepared.seconds)
+  print(f'{len(prepared.calls)} programs compiled in {prepared.seconds:.1f} s, {compilers()} at once', flush=True)
+
+  def missing(case: Case, reason: str, tell: Callable[[str], None]) -> None:
+    (figures.fail if case.needed else tell)(f'{case.name}: not measured, {reason}')
+
   found: dict[str, float] = {}
   for case in cases:
-    if case.name not in calls:
+    if case.name in prepared.late:
+      missing(case, f'not compiled within {prepared.seconds:.0f} s', figures.give_up)
       continue
+    if case.name in prepared.refused:  # what this device or version refuses is one figure less
+      missing(case, describe(prepared.refused[case.name]), figures.note)
+      continue
+    compiling = prepared.compiling
     try:
-      found[case.name] = median_s(calls.pop(case.name), context.sizes)
+      seconds = median_s(prepared.calls.pop(case.name), context.sizes)
     except Exception as error:  # such as no more memory: the next may still run
-      figures.note(f'{case.name}: not measured, {type(error).__name__}: {str(error)[:200]}')
+      missing(case, describe(error), figures.give_up)
       continue
-    add(case, found[case.name], found)
+    remarks = [
+      WHILE_COMPILING if compiling else None,
+      LAUNCH_BOUND if seconds < _STARTS * start_s else None,
+      f'{case.calls} calls a program' if case.calls > 1 else None,
+    ]
+    found[case.name] = seconds / case.calls
+    figures.remark = '; '.join(filter(None, remarks)) or None
+    try:
+      add(case, found[case.name], found)
+    finally:
+      figures.remark = None
 
 
 def say_what_is_missing(context: Context) -> None:

@@ -1,6 +1,5 @@
 """Prefill attention in bfloat16 by shape: chunks over pages, beside the same over contiguous keys."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +13,10 @@ from experiments.device_check.kernels import (
   CUDNN,
   DENSE,
   Pool,
+  calls_of,
+  chained,
   dense,
   implementations,
-  rotating,
   say_what_is_missing,
   sets,
   time_all,
@@ -34,22 +34,17 @@ def run(context: Context) -> None:
   say_what_is_missing(context)
   most = max(sum(new + before for new, before in chunks) for chunks in sizes.prefills)
   pools = {page_size: Pool.draw(context, 2 * most, page_size) for page_size in sizes.page_sizes}
+  first = pools[sizes.page_sizes[0]]
   cases = []
   for chunks in sizes.prefills:
-    about = chunks
     if context.platform == 'gpu':
-      cases.append(Case(f'prefill {title(chunks)}, {CUDNN}', _contiguous(context, chunks, 'cudnn'), about))
-    for page_size, pool in pools.items():
-      case = functools.partial(_name, chunks, page_size)
-      cases.append(Case(case(AUTOMATIC), _paged(context, chunks, pool, AUTOMATIC), about))
-    for name in implementations(IMPLEMENTATIONS, context.platform):
-      cases.append(
-        Case(_name(chunks, sizes.page_sizes[0], name), _paged(context, chunks, pools[sizes.page_sizes[0]], name), about)
-      )
+      cases.append(_contiguous(context, chunks, CUDNN, 'cudnn'))
+    cases += [_paged(context, chunks, pool, AUTOMATIC) for pool in pools.values()]
+    cases += [_paged(context, chunks, first, name) for name in implementations(IMPLEMENTATIONS, context.platform)]
     query_heads, _, _ = sizes.heads
     scores = 4 * query_heads * max(new * max(before, new) for new, before in chunks)
     if scores <= sizes.scores_bytes:
-      cases.append(Case(f'prefill {title(chunks)}, {DENSE}', _contiguous(context, chunks, 'xla'), about))
+      cases.append(_contiguous(context, chunks, DENSE, 'xla'))
     else:
       context.figures.note(f'prefill {title(chunks)}, {DENSE}: not measured, its scores are {scores / 2**30:.0f} GiB')
 
@@ -63,7 +58,6 @@ def run(context: Context) -> None:
       floor_share=flops / context.ceilings.flops_per_s / seconds, microseconds=round(1e6 * seconds, 2),
     )  # fmt: skip
 
-  _ = context.ceilings  # measured now, if they were not before: while nothing else runs
   time_all(context, cases, add)
 
 
@@ -81,58 +75,65 @@ def work(chunks: Chunks, heads: tuple[int, int, int]) -> int:
   return 4 * query_heads * head_dim * sum(new * before + new * (new + 1) // 2 for new, before in chunks)
 
 
-def _name(chunks: Chunks, page_size: int, implementation: str) -> str:
-  return f'prefill {title(chunks)}, page {page_size}, {implementation}'
+def calls(context: Context, chunks: Chunks) -> int:
+  """How many prefills of a shape are to be in one program."""
+  return calls_of(context, work(chunks, context.sizes.heads) / context.ceilings.flops_per_s)
 
 
-def _paged(context: Context, chunks: Chunks, pool: Pool, name: str) -> Callable[[], Callable[[int], Any]]:
+def _paged(context: Context, chunks: Chunks, pool: Pool, name: str) -> Case:
   query_heads, _, head_dim = context.sizes.heads
-  new = [one for one, _ in chunks]
-  lengths = [sum(chunk) for chunk in chunks]
+  new, lengths = [one for one, _ in chunks], [sum(chunk) for chunk in chunks]
+  count = calls(context, chunks)
+
+  def attend(q, table, pages, offsets, stops):
+    return prefill_attention(q, pages, table, offsets, stops, implementation=wanted(name))
 
   def make() -> Callable[[int], Any]:
-    call = jax.jit(functools.partial(prefill_attention, implementation=wanted(name)))
-    tables = pool.tables(context, lengths)
-    offsets, stops = jnp.asarray(np.cumsum([0, *new]), jnp.int32), jnp.asarray(lengths, jnp.int32)
     queries = [draw((sum(new), query_heads, head_dim), 'bfloat16', seed) for seed in range(4)]
-    inputs = [
-      (queries[i % 4], pool.pages, table, offsets, stops) for i, table in enumerate((tables * 4)[: max(4, len(tables))])
-    ]
-    return rotating(call, inputs)
+    offsets, stops = jnp.asarray(np.cumsum([0, *new]), jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return chained(attend, queries, pool.tables(context, lengths), (pool.pages, offsets, stops), count)
 
-  return make
+  called = f'prefill {title(chunks)}, page {pool.page_size}, {name}'
+  return Case(called, make, chunks, count, needed=name == AUTOMATIC)
 
 
-def _contiguous(context: Context, chunks: Chunks, implementation: str) -> Callable[[], Callable[[int], Any]]:
-  """The calls that it takes over contiguous keys: what lies before each chunk whole, and the chunk by itself causal.
+def _contiguous(context: Context, chunks: Chunks, name: str, implementation: str) -> Case:
+  """The calls that it takes over contiguous keys: the chunk by itself causal, and what lies before each chunk whole.
 
   Their results would still have to be joined, which is not counted.
   """
   query_heads, kv_heads, head_dim = context.sizes.heads
   attend = dense(implementation)
+  count = calls(context, chunks)
 
-  def call(queries, keys, values, cached_keys, cached_values):
+  def attend_all(queries, keys):
     results = []
-    for i, (_, before) in enumerate(chunks):
-      results.append(attend(queries[i], keys[i], values[i], is_causal=True))
-      if before:
-        results.append(attend(queries[i], cached_keys[i], cached_values[i]))
+    for q, (own, cached), (_, before) in zip(queries, keys, chunks, strict=True):
+      out = attend(q, *own, is_causal=True)
+      results.append(attend(out, *cached) if before else out)  # of the first's answer, so that neither is left out
     return results
 
-  def drawn(seed: int) -> tuple[list[jax.Array], ...]:
-    q, k, v, cached_k, cached_v = [], [], [], [], []
+  def drawn(seed: int, tokens: int, heads: int) -> jax.Array:
+    return draw((1, tokens, heads, head_dim), 'bfloat16', seed)
+
+  def drawn_keys(seed: int) -> Any:
+    keys = []
     for place, (new, before) in enumerate(chunks):
       one = 100 * seed + 10 * place
-      q.append(draw((1, new, query_heads, head_dim), 'bfloat16', one))
-      k.append(draw((1, new, kv_heads, head_dim), 'bfloat16', one + 1))
-      v.append(draw((1, new, kv_heads, head_dim), 'bfloat16', one + 2))
-      cached_k.append(draw((1, max(before, 1), kv_heads, head_dim), 'bfloat16', one + 3))
-      cached_v.append(draw((1, max(before, 1), kv_heads, head_dim), 'bfloat16', one + 4))
-    return q, k, v, cached_k, cached_v
+      keys.append(
+        tuple(
+          tuple(drawn(one + 2 * part + i, max(tokens, 1), kv_heads) for i in (0, 1))
+          for part, tokens in enumerate((new, before))
+        )
+      )
+    return keys
 
   def make() -> Callable[[int], Any]:
     new_bytes = sum(2 * head_dim * (new * query_heads + 2 * (new + before) * kv_heads) for new, before in chunks)
-    inputs = [drawn(seed) for seed in range(min(16, sets(context, new_bytes)))]
-    return rotating(jax.jit(call), inputs)
+    seeds = range(min(16, sets(context, new_bytes)))
+    queries = [
+      [drawn(100 * seed + 10 * i + 4, new, query_heads) for i, (new, _) in enumerate(chunks)] for seed in seeds
+    ]
+    return chained(attend_all, queries, [drawn_keys(seed) for seed in seeds], (), count)
 
-  return make
+  return Case(f'prefill {title(chunks)}, {name}', make, chunks, count)

@@ -1,9 +1,12 @@
 """The result of a check of a device: what was measured on which device with which versions of what, and its table."""
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import pathlib
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.device_check.figures import CHECKED, OVER
+from pallas_kernels import tuning
 from pdjax.types.json_text import json_text
 
 FORMAT = 2
-_SAME = ('format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'commit', 'sources')
+_SAME = (
+  'format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'sources', 'environment',
+)  # fmt: skip
+_SETTINGS = (  # of the environment, that change what is compiled or how much memory there is
+  'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'XLA_PYTHON_CLIENT_PREALLOCATE', 'XLA_PYTHON_CLIENT_ALLOCATOR',
+  'XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_CLIENT_MEM_FRACTION', 'TF_GPU_ALLOCATOR', 'NVIDIA_TF32_OVERRIDE',
+  'JAX_ENABLE_X64', 'JAX_DEFAULT_MATMUL_PRECISION', 'CUDA_VISIBLE_DEVICES', tuning.FORM, tuning.WITHOUT,
+)  # fmt: skip
 _ROOT = pathlib.Path(__file__).parents[2]
 
 # Run by a process of its own, so that the one that waits for the parts holds no device.
@@ -82,18 +93,43 @@ def sources(root: pathlib.Path = _ROOT) -> str:
   return digest.hexdigest()[:12]
 
 
-def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-  """Whether two results are of the same code, device and versions, at the same shapes."""
-  return all(one.get(name) == other.get(name) for name in _SAME)
+def settings() -> dict[str, str]:
+  """What the environment says about programs and memory."""
+  return {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+  """In what two results are not of the same code, device, versions and settings, at the same shapes.
+
+  The commit is not among them: where `sources` are equal, it differs in what no part runs.
+  """
+  return [name for name in _SAME if one.get(name) != other.get(name)]
 
 
 def load(file: pathlib.Path) -> dict[str, Any] | None:
-  """What a result's file holds, or None if it holds no result."""
+  """What a result's file holds, or None if it holds no result of this format."""
+  found = _read(file)
+  whole = found.get('format') == FORMAT and isinstance(found.get('parts'), list)
+  return found if whole else None
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
   try:
     found = json.loads(file.read_text(encoding='utf-8'))
   except (OSError, ValueError):
-    return None
-  return found if isinstance(found, dict) and found.get('format') == FORMAT else None
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def set_aside(file: pathlib.Path) -> pathlib.Path:
+  """Give a result's file another name, by its commit or else its date, that none has; which one."""
+  found = _read(file)
+  called = re.sub(r'[^\w-]+', '-', str(found.get('commit') or found.get('date') or 'damaged'))
+  if (commit := re.fullmatch(r'([0-9a-f]{12})[0-9a-f]*(-changes-[0-9a-f]+)?', called)) is not None:
+    called = commit[1] + (commit[2] or '')
+  names = (f'{file.stem}-{called}{number}.json' for number in itertools.chain([''], itertools.count(-2, -1)))
+  kept = next(path for path in map(file.with_name, names) if not path.exists())
+  return file.rename(kept)
 
 
 def save(file: pathlib.Path, result: Mapping[str, Any]) -> None:

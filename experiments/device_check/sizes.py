@@ -31,6 +31,9 @@ class Sizes:
     checked_heads: Query heads, key/value heads and head sizes that answers are checked with.
     checked_page_sizes: Tokens per page that they are checked with.
     checked_dtypes: What they are checked in.
+    compared_prefill: Packed chunks, as large as timed ones, that the automatic choice is compared with plain XLA at.
+    compared_decode: Sequences and cached tokens of each that it is compared at.
+    far_elements: Elements of a pool at whose far end pages are read: more than 32 bits count.
     checked_options: Names of options that they are checked with, of the first heads and pages.
     scores_bytes: Most bytes of the scores that the attention which keeps all of them may have.
     model: The model whose passes are measured.
@@ -44,6 +47,8 @@ class Sizes:
     handoff: Tokens of the prompt that is handed over, tokens of its chunks, and rounds.
     tuned_prefills: Packed chunks that parameters of prefill attention are timed at.
     tuned_blocks: Query tokens and cached tokens a block, of which the fastest is looked for.
+    tuned_packed: Packed chunks that cuDNN's tiles are timed at.
+    tuned_tile_rows: Rows of a tile, of which the fastest is looked for.
     tuned_decodes: Sequences and cached tokens of each that parameters of decode attention are timed at.
     tuned_block_tokens: Cached tokens a block, of which the fastest is looked for.
   """
@@ -70,6 +75,9 @@ class Sizes:
   checked_page_sizes: tuple[int, ...] = (16, 64)
   checked_dtypes: tuple[str, ...] = ('float32', 'bfloat16', 'float16')
   checked_options: tuple[str, ...] = ('plain', 'all, lse', 'int8 pages', 'window', 'soft cap', 'sinks', 'lse')
+  compared_prefill: Chunks = ((2048, 14_336),)
+  compared_decode: tuple[int, int] = (64, 2048)
+  far_elements: int = (1 << 31) + (1 << 22)
   scores_bytes: int = 4 << 30
   model: ModelSpec = dataclasses.field(default_factory=ModelSpec.llama3_8b)
   few_layers: int = 4
@@ -82,7 +90,9 @@ class Sizes:
   handoff: tuple[int, int, int] = (1024, 256, 3)
   tuned_prefills: tuple[Chunks, ...] = (((256, 768),), ((2048, 2048),))
   tuned_blocks: tuple[tuple[int, int], ...] = ((128, 512), (256, 1024), (256, 2048), (512, 1024))
-  tuned_decodes: tuple[tuple[int, int], ...] = ((1, 2048), (16, 2048), (64, 2048))
+  tuned_packed: tuple[Chunks, ...] = (((512, 0), (512, 1024), (512, 2048), (512, 3072)),)
+  tuned_tile_rows: tuple[int, ...] = (128, 256, 512)
+  tuned_decodes: tuple[tuple[int, int], ...] = ((1, 2048), (16, 2048), (64, 2048), (16, 8192))
   tuned_block_tokens: tuple[int, ...] = (512, 1024, 2048, 4096)
 
   @classmethod
@@ -97,7 +107,9 @@ class Sizes:
       copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, heads=(4, 2, 16),
       prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
       checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
-      checked_options=('plain', 'all, lse', 'int8 pages'), model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
+      checked_options=('plain', 'all, lse', 'int8 pages'), compared_prefill=((16, 40),), compared_decode=(2, 40),
+      far_elements=1 << 14, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
       decode_batches=(1, 2), decode_steps=3, prefill_passes=2, served=(1, 32, 4), handoff=(16, 8, 1),
-      tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
+      tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_packed=(((8, 0), (8, 8)),), tuned_tile_rows=(8,),
+      tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
     )  # fmt: skip

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,25 +49,52 @@ def median_s(call: Callable[[int], Any], sizes: Sizes) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Something to time: `make` draws its inputs and answers with what starts it on a number of them.
+  """Something to time.
 
-  `about` is for whoever made the case.
+  Attributes:
+    name: What its figure is called.
+    make: Draws its inputs and answers with what starts it on a number of them.
+    about: For whoever made the case.
+    calls: How many calls of what is timed one start makes.
+    needed: Whether the part has failed if it cannot be timed.
   """
 
   name: str
   make: Callable[[], Callable[[int], Any]]
   about: Any = None
+  calls: int = 1
+  needed: bool = False
 
 
-def prepare(cases: Sequence[Case], limit_s: float) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], float]:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What came of preparing cases, by their names.
+
+  Attributes:
+    calls: What starts each.
+    refused: Why others cannot be.
+    late: Those that were given up, of which some may be compiling still.
+    seconds: How long it took.
+  """
+
+  calls: dict[str, Callable[[int], Any]]
+  refused: dict[str, Exception]
+  late: dict[str, concurrent.futures.Future[Any]]
+  seconds: float
+
+  @property
+  def compiling(self) -> bool:
+    """Whether one of those that were given up has not ended yet: it keeps the host busy, and may try out programs."""
+    return any(not future.done() for future in self.late.values())
+
+
+def prepare(cases: Sequence[Case], limit_s: float, grace_s: float = 10.0) -> Prepared:
   """Draw the inputs of all cases and run each once, which compiles it, side by side.
 
   Args:
     cases: Those that are begun first come first.
-    limit_s: Seconds after which those that are not compiled are given up.
-
-  Returns:
-    What starts each, why others cannot be, both by name, and the seconds it took.
+    limit_s: Seconds after which no other is begun.
+    grace_s: Most seconds for which those that are begun by then are waited for.
   """
 
   def first(case: Case) -> Callable[[int], Any]:
@@ -80,15 +107,18 @@ def prepare(cases: Sequence[Case], limit_s: float) -> tuple[dict[str, Callable[[
   futures = {case.name: pool.submit(first, case) for case in cases}
   concurrent.futures.wait(futures.values(), limit_s)
   pool.shutdown(wait=False, cancel_futures=True)
-  calls, refused = {}, {}
+  concurrent.futures.wait(futures.values(), grace_s)
+  calls, refused, late = {}, {}, {}
   for name, future in futures.items():
     if future.cancelled() or not future.done():
-      refused[name] = f'not compiled within {limit_s:.0f} s'
-    elif error := future.exception():  # a kernel that this device or version refuses is one figure less
-      refused[name] = describe(error)
+      late[name] = future
+    elif error := future.exception():
+      if not isinstance(error, Exception):
+        raise error
+      refused[name] = error
     else:
       calls[name] = future.result()
-  return calls, refused, time.perf_counter() - begin
+  return Prepared(calls, refused, late, time.perf_counter() - begin)
 
 
 def compilers() -> int:
@@ -110,38 +140,3 @@ def draw(shape: Iterable[int], dtype: Any, seed: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
   return jax.random.normal(key, shape, dtype)
-
-
-# ---------------------------------------------------------------------------- ceilings
-
-COPY, PRODUCT = 'copy, read and written', 'product in bfloat16'  # names of their rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-  """What the device reached at best: bytes per second read and written by a copy, FLOP/s of a product in bfloat16."""
-
-  copy_bytes_per_s: float
-  flops_per_s: float
-
-  @classmethod
-  def of_rows(cls, values: Mapping[str, float]) -> 'Ceilings':
-    """From the figures of rows by name.
-
-    Raises:
-      KeyError: if they are not there.
-    """
-    return cls(values[COPY] * 1e9, values[PRODUCT] * 1e12)
-
-
-def measure_ceilings(sizes: Sizes) -> Ceilings:
-  """Copy one large array by the runtime and by a program, whichever is faster, and multiply two large matrices."""
-  count = sizes.copy_bytes // 2
-  array = draw((count,), 'bfloat16', 0)
-  copies = [jax.jit(jnp.copy), jax.jit(jnp.negative)]  # the second reads and writes as much, in a program of its own
-  copy_s = min(median_s(lambda _, copy=copy: copy(array), sizes) for copy in copies)  # type: ignore[misc]
-  array.delete()
-  a, b = (draw((sizes.product_size,) * 2, 'bfloat16', seed) for seed in (1, 2))
-  multiply = jax.jit(jnp.matmul)
-  product_s = median_s(lambda _: multiply(a, b), sizes)
-  return Ceilings(2 * 2 * count / copy_s, 2 * sizes.product_size**3 / product_s)

@@ -53,7 +53,7 @@ _TIMEOUT_S = flags.DEFINE_float('timeout_s', 90, 'Most seconds of one part.', lo
 _AGAIN = flags.DEFINE_bool('again', False, 'Run parts anew whose result is there.')
 _TUNE = flags.DEFINE_bool('tune', False, 'Also time parameters of kernels, and write them to DIR/tuned_<kernel>.json.')
 _COMMIT = flags.DEFINE_string('commit', None, 'What the result calls the commit where there is no repository.')
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Every part on a CPU at toy shapes: shows that it works, no more.')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'On a CPU at toy shapes, all parts but FlashInfer and golden tokens.')
 
 _LIMIT_S = 60.0  # of finding out what the device is
 

@@ -44,7 +44,7 @@ class Ceilings:
     Raises:
       KeyError: if they are not there.
     """
-    return cls(values[COPY] * 1e9, values[READ] * 1e9, values[PRODUCT] * 1e12, values[START] * 1e-6)
+    return cls(values[COPY] * 1e9, values[READ] * 1e9, values[PRODUCT] * 1e12, values[START] / 1e6)
 
 
 def measure_ceilings(sizes: Sizes) -> Ceilings:

@@ -196,7 +196,7 @@ def checks(context: Context, rng: np.random.Generator) -> list[Check]:
         if not first and dtype == 'float16':
           continue
         names = sizes.checked_options if first and dtype != 'float16' else ('plain', 'all, lse')
-        found += _attention(context, rng, heads, page_size, dtype, names, alone=first and dtype != 'float16')
+        found += _attention(context, rng, heads, page_size, dtype, names, alone=first and dtype in sizes.checked_alone)
   found += _copies(context, rng)
   found += _products(context, rng)
   return found

@@ -18,7 +18,6 @@ AUTOMATIC = 'automatic'
 WHILE_COMPILING = 'other programs were being compiled'  # notes of figures
 LAUNCH_BOUND = 'launch-bound'
 _STARTS = 2  # times that of starting a small program, below which a program may be waiting for the next start
-_MOST_CHAINED = 4  # what they take to compile grows with them
 POOL_ELEMENTS = 1 << 30  # at most, of a pool that is drawn at random; `large` looks at one that is larger
 CUDNN, DENSE = 'cuDNN on contiguous keys', 'XLA on contiguous keys'
 
@@ -107,7 +106,7 @@ def chained(
 
 def calls_of(context: Context, least_s: float) -> int:
   """How many calls that take so long at least are to be in one program, so that its start does not count."""
-  return min(_MOST_CHAINED, max(1, math.ceil(_STARTS * context.ceilings.start_s / least_s)))
+  return min(context.sizes.chained_calls, max(1, math.ceil(_STARTS * context.ceilings.start_s / least_s)))
 
 
 def sets(context: Context, each_bytes: int) -> int:

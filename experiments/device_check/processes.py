@@ -1,4 +1,4 @@
-"""Parts in processes of their own: each is ended with all that it has started, and what it has found by then is kept."""
+"""Parts in processes of their own: each is ended with all that it has started, and what it has found is kept."""
 
 import contextlib
 import datetime

@@ -22,6 +22,7 @@ class Sizes:
     rotated_bytes: Least bytes of the inputs that timed calls take in turns: more than any cache holds.
     groups: Groups of calls of which the median counts.
     group_s: Least seconds of a group.
+    chained_calls: Most calls of a program, where calls are shorter than the start of a program.
     compile_s: Seconds after which kernels that are not compiled are given up, so that there is time for the others.
     heads: Query heads, key/value heads and head size of timed kernels.
     prefills: Packed chunks of each timed prefill, by worth.
@@ -31,6 +32,7 @@ class Sizes:
     checked_heads: Query heads, key/value heads and head sizes that answers are checked with.
     checked_page_sizes: Tokens per page that they are checked with.
     checked_dtypes: What they are checked in.
+    checked_alone: What they are checked in with one chunk to a call, and with long contexts.
     compared_prefill: Packed chunks, as large as timed ones, that the automatic choice is compared with plain XLA at.
     compared_decode: Sequences and cached tokens of each that it is compared at.
     far_elements: Elements of a pool at whose far end pages are read: more than 32 bits count.
@@ -58,6 +60,7 @@ class Sizes:
   rotated_bytes: int = 256 << 20
   groups: int = 7
   group_s: float = 0.03
+  chained_calls: int = 4
   compile_s: float = 55.0
   heads: tuple[int, int, int] = (32, 8, 128)
   prefills: tuple[Chunks, ...] = (
@@ -75,6 +78,7 @@ class Sizes:
   checked_page_sizes: tuple[int, ...] = (16, 64)
   checked_dtypes: tuple[str, ...] = ('float32', 'bfloat16', 'float16')
   checked_options: tuple[str, ...] = ('plain', 'all, lse', 'int8 pages', 'window', 'soft cap', 'sinks', 'lse')
+  checked_alone: tuple[str, ...] = ('float32', 'bfloat16')
   compared_prefill: Chunks = ((2048, 14_336),)
   compared_decode: tuple[int, int] = (64, 2048)
   far_elements: int = (1 << 31) + (1 << 22)
@@ -104,11 +108,11 @@ class Sizes:
   def toy(cls) -> 'Sizes':
     """Small enough for a CPU to go through all of it in seconds: the figures mean nothing."""
     return cls(
-      copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, heads=(4, 2, 16),
-      prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
+      copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, chained_calls=2,
+      heads=(4, 2, 16), prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
       checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
-      checked_options=('plain', 'all, lse', 'int8 pages'), compared_prefill=((16, 40),), compared_decode=(2, 40),
-      far_elements=1 << 14, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
+      checked_options=('plain', 'all, lse', 'int8 pages'), checked_alone=('float32',), compared_prefill=((16, 40),),
+      compared_decode=(2, 40), far_elements=1 << 14, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
       decode_batches=(1, 2), decode_steps=3, prefill_passes=2, served=(1, 32, 4), handoff=(16, 8, 1),
       tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_packed=(((8, 0), (8, 8)),), tuned_tile_rows=(8,),
       tuned_decodes=((1, 32),), tuned_block_tokens=(16,),

@@ -1,13 +1,12 @@
 """Calls are timed with inputs in turns, and a kernel that will not compile in time costs no other its figure."""
 
-import dataclasses
+import concurrent.futures
 import threading
 
-import jax
 import jax.numpy as jnp
 
 from experiments.device_check import Sizes
-from experiments.device_check.timing import COPY, PRODUCT, Case, Ceilings, measure_ceilings, median_s, prepare
+from experiments.device_check.timing import Case, describe, median_s, prepare
 
 TOY = Sizes.toy()
 
@@ -35,16 +34,23 @@ def test_what_fails_or_does_not_end_is_told_and_the_rest_is_there():
 
   cases = [Case('good', lambda: lambda number: jnp.ones(1)), Case('bad', fail), Case('slow', wait)]
   try:
-    calls, refused, _ = prepare(cases, limit_s=1.0)
+    prepared = prepare(cases, limit_s=1.0, grace_s=0.1)
+    assert prepared.compiling
   finally:
     end.set()
-  assert list(calls) == ['good']
-  assert refused['bad'] == 'NotImplementedError: no such kernel' and 'not compiled within 1 s' in refused['slow']
+  assert list(prepared.calls) == ['good'] and list(prepared.late) == ['slow']
+  assert describe(prepared.refused['bad']) == 'NotImplementedError: no such kernel'
+  concurrent.futures.wait(prepared.late.values())
+  assert not prepared.compiling
 
 
-def test_ceilings_are_those_of_the_rows_or_measured():
-  found = Ceilings.of_rows({COPY: 2.0, PRODUCT: 3.0})
-  assert (found.copy_bytes_per_s, found.flops_per_s) == (2e9, 3e12)
-  measured = measure_ceilings(dataclasses.replace(TOY, copy_bytes=1 << 12))
-  assert measured.copy_bytes_per_s > 0 and measured.flops_per_s > 0
-  assert jax.devices()
+def test_what_is_being_compiled_when_time_is_up_is_waited_for():
+  end = threading.Event()
+
+  def wait():
+    end.wait()
+    return lambda number: jnp.ones(1)
+
+  threading.Timer(0.5, end.set).start()
+  prepared = prepare([Case('slow', wait)], limit_s=0.01, grace_s=60)
+  assert list(prepared.calls) == ['slow'] and not prepared.late and not prepared.compiling

@@ -108,11 +108,11 @@ class Sizes:
   def toy(cls) -> 'Sizes':
     """Small enough for a CPU to go through all of it in seconds: the figures mean nothing."""
     return cls(
-      copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, chained_calls=2,
+      copy_bytes=1 << 20, product_size=64, rotated_bytes=1 << 16, groups=2, group_s=0.0, chained_calls=2, compile_s=300,
       heads=(4, 2, 16), prefills=(((32, 0),), ((8, 0), (8, 16))), batches=(2,), contexts=(64,), page_sizes=(16,),
       checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
       checked_options=('plain', 'all, lse', 'int8 pages'), checked_alone=('float32',), compared_prefill=((16, 40),),
-      compared_decode=(2, 40), far_elements=1 << 14, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
+      compared_decode=(2, 40), far_elements=1 << 18, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
       decode_batches=(1, 2), decode_steps=3, prefill_passes=2, served=(1, 32, 4), handoff=(16, 8, 1),
       tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_packed=(((8, 0), (8, 8)),), tuned_tile_rows=(8,),
       tuned_decodes=((1, 32),), tuned_block_tokens=(16,),

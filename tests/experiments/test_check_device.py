@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from experiments.device_check import PARTS
+from pallas_kernels.tuning import Row
 from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,7 +53,8 @@ def test_every_part_runs_at_toy_shapes_without_what_is_not_needed(dry_run):
     assert all(
       {'name', 'value', 'unit', 'peer', 'peer_value', 'ratio', 'floor_share'} <= row.keys() for row in part['rows']
     )
-  assert {file.name for file in out.iterdir()} == {'result.json', 'tuned.json', 'logs', 'cache'}
+  tuned = {f'tuned_{kernel}.json' for kernel in ('prefill_attention', 'paged_attention')}
+  assert {file.name for file in out.iterdir()} == {'result.json', *tuned, 'logs', 'cache'}
 
 
 def test_the_table_has_every_part_and_comes_last(dry_run):
@@ -64,11 +67,11 @@ def test_the_table_has_every_part_and_comes_last(dry_run):
 
 def test_parameters_are_timed_and_written_as_tables_of_kernels_have_them(dry_run):
   out, _ = dry_run
-  rows = json.loads((out / 'tuned.json').read_text(encoding='utf-8'))
-  assert {row['kernel'] for row in rows} == {'prefill_attention', 'paged_attention'}
-  for row in rows:
-    assert row.keys() == {'kernel', 'implementation', 'device', 'problem', 'config', 'figures'}
-    assert row['device'] == 'cpu' and row['figures']['microseconds'] > 0 and row['figures']['date']
+  for kernel in ('prefill_attention', 'paged_attention'):
+    rows = [Row(**row) for row in json.loads((out / f'tuned_{kernel}.json').read_text(encoding='utf-8'))]
+    assert rows and all('whole' in row.config and row.implementation == 'xla' for row in rows)
+    for row in rows:
+      assert row.device == 'cpu' and row.figures['microseconds'] > 0 and row.figures['date']
 
 
 def test_a_part_that_passed_is_not_run_again_unless_it_is_asked_for(dry_run):
@@ -80,6 +83,31 @@ def test_a_part_that_passed_is_not_run_again_unless_it_is_asked_for(dry_run):
   done = command(out, '--dry_run', '--only=ceilings', '--again')
   assert done.returncode == 0 and 'passed already' not in done.stdout
   assert len(result(out)['parts']) == len(PARTS)
+
+
+def change(out: pathlib.Path, **changes) -> None:
+  file = out / 'result.json'
+  file.write_text(json.dumps(result(out) | changes), encoding='utf-8')
+
+
+def test_a_result_of_these_sources_is_taken_whatever_the_commit_and_any_other_is_kept_aside(dry_run, tmp_path):
+  out, _ = dry_run
+  mine = tmp_path / 'out'
+  mine.mkdir()
+  shutil.copy(out / 'result.json', mine)
+  ceilings = ('--dry_run', '--only=ceilings')
+  change(mine, commit=40 * 'a')
+  assert 'ceilings: passed already on' in command(mine, *ceilings).stdout
+  change(mine, commit=40 * 'a', sources='others')
+  before = (mine / 'result.json').read_bytes()
+  done = command(mine, *ceilings)
+  assert done.returncode == 0 and 'differs in sources: it is kept as result-aaaaaaaaaaaa.json' in done.stdout
+  assert (mine / 'result-aaaaaaaaaaaa.json').read_bytes() == before
+  assert [part['part'] for part in result(mine)['parts']] == ['ceilings']
+  (mine / 'result.json').write_text('{"format": 2, "par', encoding='utf-8')
+  done = command(mine, *ceilings)
+  assert done.returncode == 0 and 'is damaged or no result of format 2' in done.stdout
+  assert (mine / 'result-damaged.json').read_text(encoding='utf-8') == '{"format": 2, "par'
 
 
 def test_a_part_out_of_time_is_told_and_the_next_runs(tmp_path):

@@ -1,4 +1,4 @@
-"""Calls that are chained are all made, on inputs of their own; what cannot be timed is told, and fails where it must."""
+"""Chained calls are all made, on inputs of their own; what cannot be timed is told, and fails where it must."""
 
 import pathlib
 import threading

@@ -1,8 +1,9 @@
 """A result says of which code it is, changes that were not committed included."""
 
+import json
 import subprocess
 
-from experiments.device_check.result import commit, load, same, save, sources
+from experiments.device_check.result import commit, differences, load, save, set_aside, settings, sources
 
 
 def git(folder, *arguments):
@@ -34,12 +35,30 @@ def test_without_a_repository_there_is_no_commit_but_a_digest_of_the_code(tmp_pa
   assert sources(tmp_path) != before
 
 
-def test_results_of_another_device_or_format_are_others(tmp_path):
+def test_results_of_another_device_format_or_setting_are_others(tmp_path, monkeypatch):
   file = tmp_path / 'result.json'
   assert load(file) is None
-  save(file, {'format': 1, 'device': 'a'})
+  save(file, {'format': 1, 'device': 'a', 'parts': []})
   assert load(file) is None
-  save(file, {'format': 2, 'device': 'a'})
+  monkeypatch.setenv('XLA_FLAGS', '--xla_one')
+  save(file, {'format': 2, 'device': 'a', 'parts': [], 'environment': settings()})
   found = load(file)
-  assert same(found, {'format': 2, 'device': 'a', 'date': 'another'})
-  assert not same(found, {'format': 2, 'device': 'b'})
+  assert differences(found, {'format': 2, 'device': 'a', 'environment': settings(), 'commit': 'b', 'date': 'c'}) == []
+  assert differences(found, {'format': 2, 'device': 'b', 'environment': settings()}) == ['device']
+  monkeypatch.setenv('XLA_FLAGS', '--xla_two')
+  assert differences(found, {'format': 2, 'device': 'a', 'environment': settings()}) == ['environment']
+
+
+def test_a_result_is_kept_by_its_commit_or_its_date_and_takes_no_name_that_is_there(tmp_path):
+  file, commit = tmp_path / 'result.json', '0123456789abcdef' + 24 * '0'
+  dated = {'commit': None, 'date': '2026-11-28T01:02:03+00:00'}
+  texts = [json.dumps({'commit': commit})] * 3 + [json.dumps({'commit': f'{commit}+changes a1b2'}), json.dumps(dated)]
+  names = []
+  for text in [*texts, '{"comm']:
+    file.write_text(text, encoding='utf-8')
+    names.append(set_aside(file).name)
+    assert not file.exists() and (tmp_path / names[-1]).read_text(encoding='utf-8') == text
+  assert names == [
+    'result-0123456789ab.json', 'result-0123456789ab-2.json', 'result-0123456789ab-3.json',
+    'result-0123456789ab-changes-a1b2.json', 'result-2026-11-28T01-02-03-00-00.json', 'result-damaged.json',
+  ]  # fmt: skip

@@ -35,6 +35,7 @@ from experiments.device_check.parts import PARTS, Part
 from experiments.device_check.processes import Processes, environment, now
 from experiments.device_check.result import (
   DESCRIBE,
+  ENDED_WELL,
   FORMAT,
   commit,
   differences,
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
   if processes.ended_by is not None:
     sys.exit(128 + processes.ended_by)
   names = {part.name for part in todo}
-  sys.exit(any(done['status'] not in ('passed', 'passed over') for done in result['parts'] if done['part'] in names))
+  sys.exit(any(done['status'] not in ENDED_WELL for done in result['parts'] if done['part'] in names))
 
 
 def taken_up(file: pathlib.Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:

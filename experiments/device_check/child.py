@@ -1,7 +1,6 @@
 """The process of one part of the check of a device; `experiments.check_device` starts it."""
 
 import importlib
-import logging
 import os
 import pathlib
 import sys
@@ -11,6 +10,7 @@ import traceback
 import jax
 from absl import app, flags
 
+from experiments.device_check.choices import note_choices
 from experiments.device_check.context import Context
 from experiments.device_check.figures import Figures
 from experiments.device_check.parts import PARTS
@@ -24,22 +24,6 @@ _FOLDER = flags.DEFINE_string('folder', None, 'Where the result is, and the cach
 _TOY = flags.DEFINE_bool('toy', False, 'Toy shapes: the figures mean nothing.')
 
 
-class _Choices(logging.Handler):
-  """Notes once which implementation of a kernel is taken where nobody asks for one, and why no other."""
-
-  def __init__(self, figures: Figures):
-    super().__init__(logging.INFO)
-    self._figures = figures
-    self._noted: set[tuple[str, str, str]] = set()
-
-  def emit(self, record: logging.LogRecord) -> None:
-    if isinstance(record.args, tuple) and len(record.args) == 6:
-      kernel, _, name, taken, _, passed_over = map(str, record.args)
-      if (kernel, name, passed_over) not in self._noted:
-        self._noted.add((kernel, name, passed_over))
-        self._figures.note(f'{kernel} takes {name}, {taken}{passed_over}')
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
@@ -51,9 +35,7 @@ def main(argv: list[str]) -> None:
   context = Context(_PLATFORM.value, sizes, figures, folder, _TOY.value)
   if _PLATFORM.value == 'cpu':
     jax.config.update('jax_platforms', 'cpu')
-  choices = logging.getLogger('pallas_kernels')
-  choices.setLevel(logging.INFO)
-  choices.addHandler(_Choices(figures))
+  note_choices(figures)
   begin = time.perf_counter()
   try:
     module, name = PARTS[_PART.value].function.split(':')

@@ -44,7 +44,7 @@ class Part:
     if missing := [package for package in self.packages if importlib.util.find_spec(package) is None]:
       return f'{" and ".join(missing)} not installed'
     if toy and self.command and self.toy is None:
-      return 'it has no toy shape'
+      return 'it has nothing small to run'
     return None
 
   def command_line(self, platform: str, toy: bool, lines: str, rows: str, folder: str) -> list[str]:

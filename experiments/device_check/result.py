@@ -1,5 +1,6 @@
 """The result of a check of a device: what was measured on which device with which versions of what, and its table."""
 
+import collections
 import hashlib
 import itertools
 import json
@@ -15,17 +16,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.device_check.figures import CHECKED, OVER
-from pallas_kernels import tuning
 from pdjax.types.json_text import json_text
 
 FORMAT = 2
+ENDED_WELL = ('passed', 'passed over')
 _SAME = (
   'format', 'dry_run', 'device', 'count', 'platform', 'compute_capability', 'versions', 'sources', 'environment',
 )  # fmt: skip
-_SETTINGS = (  # of the environment, that change what is compiled or how much memory there is
+SETTINGS = (  # of the environment, that change what is compiled or how much memory there is
   'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'XLA_PYTHON_CLIENT_PREALLOCATE', 'XLA_PYTHON_CLIENT_ALLOCATOR',
   'XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_CLIENT_MEM_FRACTION', 'TF_GPU_ALLOCATOR', 'NVIDIA_TF32_OVERRIDE',
-  'JAX_ENABLE_X64', 'JAX_DEFAULT_MATMUL_PRECISION', 'CUDA_VISIBLE_DEVICES', tuning.FORM, tuning.WITHOUT,
+  'JAX_ENABLE_X64', 'JAX_DEFAULT_MATMUL_PRECISION', 'CUDA_VISIBLE_DEVICES', 'PALLAS_KERNELS_FORM',
+  'PALLAS_KERNELS_WITHOUT',
 )  # fmt: skip
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -95,7 +97,7 @@ def sources(root: pathlib.Path = _ROOT) -> str:
 
 def settings() -> dict[str, str]:
   """What the environment says about programs and memory."""
-  return {name: os.environ[name] for name in _SETTINGS if name in os.environ}
+  return {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -150,16 +152,16 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
     console.print(_table(part))
     for note in part['notes']:
       console.print(f'  {note}', markup=False)
-  failed = [part for part in result['parts'] if part['status'] not in ('passed', 'passed over')]
+  failed = [part for part in result['parts'] if part['status'] not in ENDED_WELL]
   for part in failed:
     console.print(f'{part["part"]}: {part["status"]}, {part["reason"]}', markup=False)
   over = [row['name'] for part in result['parts'] for row in part['rows'] if OVER in (row.get('note') or '')]
   if over:
     console.print(f'{OVER}, so that what measured it is at fault: {"; ".join(over)}', markup=False)
-  passed = sum(part['status'] == 'passed' for part in result['parts'])
-  console.print(
-    f'{passed} parts passed, {len(failed)} failed, {len(result["parts"]) - passed - len(failed)} passed over'
-  )
+  counts = collections.Counter(part['status'] for part in result['parts'])
+  others = [f'{count} {status}' for status, count in counts.items() if status not in (*ENDED_WELL, 'failed')]
+  told = [f'{counts["passed"]} parts passed', f'{counts["failed"]} failed', *others]
+  console.print(f'{", ".join(told)}, {counts["passed over"]} passed over')
 
 
 def _table(part: Mapping[str, Any]) -> Table:

@@ -3,7 +3,17 @@
 import json
 import subprocess
 
-from experiments.device_check.result import commit, differences, load, save, set_aside, settings, sources
+from experiments.device_check.result import (
+  SETTINGS,
+  commit,
+  differences,
+  load,
+  save,
+  set_aside,
+  settings,
+  sources,
+)
+from pallas_kernels import tuning
 
 
 def git(folder, *arguments):
@@ -47,6 +57,10 @@ def test_results_of_another_device_format_or_setting_are_others(tmp_path, monkey
   assert differences(found, {'format': 2, 'device': 'b', 'environment': settings()}) == ['device']
   monkeypatch.setenv('XLA_FLAGS', '--xla_two')
   assert differences(found, {'format': 2, 'device': 'a', 'environment': settings()}) == ['environment']
+
+
+def test_settings_are_those_of_xla_its_memory_and_the_kernels():
+  assert {tuning.FORM, tuning.WITHOUT, 'XLA_FLAGS', 'XLA_CLIENT_MEM_FRACTION'} < set(SETTINGS)
 
 
 def test_a_result_is_kept_by_its_commit_or_its_date_and_takes_no_name_that_is_there(tmp_path):

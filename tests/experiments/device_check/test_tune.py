@@ -2,8 +2,20 @@
 
 import dataclasses
 import json
+import pathlib
 
-from experiments.device_check.tune import Choice, _block_tokens, _blocks, rows_of
+import jax
+import numpy as np
+import pytest
+
+from experiments.device_check import Sizes
+from experiments.device_check.bounds import Ceilings
+from experiments.device_check.context import Context
+from experiments.device_check.figures import Figures, read_lines
+from experiments.device_check.kernels import Pool
+from experiments.device_check.tune import Choice, _block_tokens, _blocks, _packed, rows_of
+from pallas_kernels import devices
+from pallas_kernels.prefill_attention.cudnn import Config
 from pallas_kernels.tuning import Row, nearest
 from pdjax.types.json_text import json_text
 
@@ -50,3 +62,21 @@ def test_parameters_say_up_to_which_table_there_is_one_block():
     {'block_tokens': 512, 'whole': 0}, {'block_tokens': 1024, 'whole': 2048},
   ]  # fmt: skip
   assert _block_tokens([16], 64, {}) == [{'block_tokens': 16, 'whole': 0}]
+
+
+@pytest.mark.parametrize(
+  ('device', 'dtype', 'timed'), [('h100', 'bfloat16', 3), ('h100', 'float32', 0), ('t4', 'float16', 0)]
+)
+def test_tiles_of_cudnn_are_timed_where_it_can_run_and_else_the_reason_is_told(
+  device, dtype, timed, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(devices, 'current', lambda: devices.by_name(device))
+  context = Context('gpu', Sizes.real(), Figures(str(tmp_path / 'lines.jsonl')), pathlib.Path(tmp_path))
+  context.__dict__['ceilings'] = Ceilings(3e12, 3e12, 8e14, 8e-6)
+  pool = Pool(jax.ShapeDtypeStruct((9, 2, 8, 16, 128), dtype), 16, np.arange(9))
+  (chunks,) = context.sizes.tuned_packed
+  choices = [case.about for case in _packed(context, pool, chunks)]
+  assert len(choices) == timed and bool(read_lines(tmp_path / 'lines.jsonl')['notes']) == (not timed)
+  rows = [Config(**choice.config).tile_rows for choice in choices]
+  assert rows == list(context.sizes.tuned_tile_rows)[:timed]
+  assert all(choice.implementation == 'cudnn' and choice.problem['tokens'] == 2048 for choice in choices)

@@ -68,13 +68,13 @@ def refusal(device: Device, facts: Facts, *, rows: bool, apart: bool) -> str | N
   if capability < _FIRST_GPU:
     return f'cuDNN attends on GPUs of compute capability 8.0 and up, and {device.name} has {_version(capability)}.'
   if dtype not in cudnn.TYPES:
-    return f'cuDNN attends in bfloat16 or float16, and pages are {dtype}.'
+    return f'cuDNN attends in bfloat16 or float16, and pages are {dtype}; take one of these, or xla.'
   if facts['q_dtype'] != dtype:
     return f'q is {facts["q_dtype"]}, and pages are {dtype}.'
   if facts['layout'] != PLAIN:
     return f'it reads plain pages, and these are {facts["layout"]}.'
   if (options := facts.get('options', 'none')) != 'none':
-    return f'the call is made with no {str(options).replace(" ", " and no ")}.'
+    return f'it asks cuDNN for no {str(options).replace(" ", " and no ")}, which this has; take xla.'
   widest = 256 if capability >= _FIRST_GPU_OF_WIDE_HEADS else 128
   if head_dim % 8 or head_dim > widest:
     return f'heads of {head_dim} are no multiple of 8 up to {widest}.'

@@ -66,14 +66,18 @@ def choose(
     ValueError: if a name is unknown, or if none that is wanted can run, with the reason of each.
   """
   device = device or current()
+  left_out: frozenset[str] = frozenset()
   if wanted is None:
     own = (name for name, one in implementations.items() if isinstance(one, Tuned) and device.platform in one.platforms)
-    wanted = (*(name for name in own if name not in tuning.left_out()), _PLAIN)
+    wanted, left_out = (*own, _PLAIN), tuning.left_out()
   names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
   reasons: list[str] = []
   for name in names:
     if name not in implementations:
       raise ValueError(f'{kernel}: implementation {name!r} is unknown; there are {", ".join(implementations)}.')
+    if name in left_out:
+      reasons.append(f'{name}: {tuning.WITHOUT} leaves it out.')
+      continue
     rows = tuple(row for row in tuning.load(kernel) if row.implementation == name)
     found = _parameters(implementations[name], rows, device, facts)
     if not isinstance(found, str):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.resources
 import json
 import math
@@ -50,8 +51,30 @@ def form() -> str:
 
 
 def left_out() -> frozenset[str]:
-  """The names of implementations that the environment leaves out of what is taken where nobody asks for one."""
-  return frozenset(name.strip() for name in os.environ.get(WITHOUT, '').split(','))
+  """The names of implementations that the environment leaves out of what is taken where nobody asks for one.
+
+  Raises:
+    ValueError: if no kernel has one of that name that could be left out.
+  """
+  names = frozenset(name.strip() for name in os.environ.get(WITHOUT, '').split(',')) - {''}
+  if unknown := names - _own_implementations():
+    raise ValueError(
+      f'{WITHOUT} names {", ".join(map(repr, sorted(unknown)))}, which no kernel has; what can be left out is '
+      f'{", ".join(sorted(_own_implementations()))}, separated by commas.'
+    )
+  return names
+
+
+@functools.cache
+def _own_implementations() -> frozenset[str]:
+  """The names of all kernels' implementations that have parameters: none of them is needed, others are there."""
+  found = set()
+  for folder in importlib.resources.files('pallas_kernels').iterdir():
+    if folder.is_dir() and (folder / 'api.py').is_file():
+      tables = importlib.import_module(f'pallas_kernels.{folder.name}.api').IMPLEMENTATIONS
+      for table in tables.values() if isinstance(next(iter(tables.values())), dict) else [tables]:
+        found |= {name for name, one in table.items() if hasattr(one, 'platforms')}
+  return frozenset(found)
 
 
 def nearest(rows: tuple[Row, ...], device: str, facts: Facts, form: str = 'fast') -> tuple[Row, bool] | None:

@@ -268,5 +268,9 @@ def _fit(value: Any, hint: Any, what: str) -> Any:
       return str(value)
     if isinstance(origin, type) and type(value) is origin:
       return value
+  kinds = typing.get_args(hint) if union else (hint,)
+  if all(kind is type(None) or typing.get_origin(kind) is Literal for kind in kinds):
+    named = [repr(name) for kind in kinds for name in typing.get_args(kind) or (None,)]
+    raise ValueError(f'{what} is {value!r}, expected one of {", ".join(named)}.')
   expected = hint.__name__ if isinstance(hint, type) else str(hint).replace('typing.', '')
   raise ValueError(f'{what} is {expected}, but {value!r} is {type(value).__name__}.')

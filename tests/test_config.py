@@ -189,7 +189,7 @@ def test_no_override_is_the_same_config():
     ('page_size={[]: 1}', "page_size is int, but '{[]: 1}' is str"),
     ('workload.requests_per_s=fast', "requests_per_s is float, but 'fast' is str"),
     ('workload.sampling.ignore_eos=1', 'ignore_eos is bool, but 1 is int'),
-    ('dtype=float64', "dtype is Literal['auto', 'float32', 'bfloat16', 'float16'], but 'float64' is str"),
+    ('dtype=float64', "dtype is 'float64', expected one of 'auto', 'float32', 'bfloat16', 'float16'."),
     ('workers.0.num_pages=many', "but 'many' is str"),
     ('workers.0.role=translate', "role is Role, but 'translate' is str"),
     ('workers.0=5', '0 is WorkerSpec, but 5 is int'),

@@ -358,12 +358,24 @@ def test_threads_that_ask_at_once_share_a_trial(call, tried):
   assert trials == [HEADS]
 
 
-def test_the_environment_leaves_it_out(call, tried, monkeypatch):
-  monkeypatch.setenv(tuning.WITHOUT, 'cudnn, another')
-  paged_attention(*POOL)
+def test_the_environment_leaves_it_out_and_the_log_says_so(call, tried, monkeypatch, caplog):
+  monkeypatch.setenv(tuning.WITHOUT, 'cudnn, pallas_tpu')
+  dispatch._log.cache_clear()
+  with caplog.at_level(logging.INFO, 'pallas_kernels'):
+    paged_attention(*POOL)
   assert not tried[0]
+  assert 'takes xla' in caplog.text and 'not cudnn: PALLAS_KERNELS_WITHOUT leaves it out' in caplog.text
   paged_attention(*POOL, implementation='cudnn')  # by its name it is taken all the same
   assert tried[0] == [HEADS]
+
+
+@pytest.mark.parametrize('wrong', ['cuddn', 'xla', 'cuDNN', 'cudnn;pallas_tpu'])
+def test_what_cannot_be_left_out_is_named(monkeypatch, wrong):
+  monkeypatch.setenv(tuning.WITHOUT, wrong)
+  with pytest.raises(
+    ValueError, match=f"PALLAS_KERNELS_WITHOUT names '{wrong}'.*cudnn, pallas_tpu, separated by commas"
+  ):
+    paged_attention(*POOL)
 
 
 # ---------------------------------------------------------------------------- what callers may hand it

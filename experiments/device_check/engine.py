@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.device_check.bounds import nominal
+from experiments.device_check.bounds import nominal, unknown
 from experiments.device_check.context import Context
 from experiments.device_check.drawn import DrawnCheckpoint
 from experiments.device_check.timing import draw
@@ -115,8 +115,14 @@ def measure(
     programs = list(pool.map(lambda worker: worker.compile('default'), workers))
   compile_s = time.perf_counter() - begin
   figures.compiled(compile_s)
-  seconds = ', '.join(f'{name} {took:.1f} s' for each in programs for name, took in each.items())
+  seconds = ', '.join(
+    f'{spec.name} {name} {took:.1f} s'
+    for spec, each in zip(specs, programs, strict=True)
+    for name, took in each.items()
+  )
   print(f'compiled in {compile_s:.1f} s: {seconds}', flush=True)
+  if prompt_len is not None and nominal(device) is None:
+    figures.note(f'no MFU of a data sheet: {unknown(device)}')
   figures.note(f'pages of {PAGE_SIZE} tokens, tables for {context_len:,}; compiling took {seconds}')
 
   engine = Engine(workers, {})

@@ -81,9 +81,7 @@ def _ours(name: str, about: str, **fields) -> Part:
 def _transfer(transport: str, **fields) -> Part:
   toy = (f'--transport={transport}', '--mib=1', '--repeats=1')
   command = ('bench_transfer', f'--transport={transport}')
-  return Part(
-    transport, f'what {transport} carries', command=command, toy=toy, packages=_SERVING, **fields
-  )
+  return Part(transport, f'what {transport} carries', command=command, toy=toy, packages=_SERVING, **fields)
 
 
 def _tokens(name: str, way: str) -> Part:

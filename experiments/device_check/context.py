@@ -20,6 +20,7 @@ class Context:
     figures: Takes what is found.
     folder: Of the result, and of the cache of programs.
     toy: Whether sizes are toys.
+    seed: Of random inputs that are other ones each time, or None to draw that too.
   """
 
   platform: str
@@ -27,6 +28,7 @@ class Context:
   figures: Figures
   folder: pathlib.Path
   toy: bool = False
+  seed: int | None = None
 
   @property
   def cache(self) -> str:

@@ -74,14 +74,14 @@ class Check:
   may_refuse: bool = False
 
 
-def run(context: Context, seed: int | None = None) -> None:
+def run(context: Context) -> None:
   """Compile side by side and compare one after another, as soon as each is there; then what is large.
 
-  Inputs are other ones each time, unless a `seed` is given that was told before.
+  Inputs are other ones each time, unless the context has a seed that was told before.
   """
   figures, begin = context.figures, time.perf_counter()
-  seed = time.time_ns() if seed is None else seed
-  figures.note(f'inputs are those of seed {seed}')
+  seed = time.time_ns() if context.seed is None else context.seed
+  figures.note(f'inputs are those of --seed={seed}')
   todo = checks(context, np.random.default_rng(seed))
   print(f'{len(todo)} calls drawn in {time.perf_counter() - begin:.1f} s', flush=True)
   check_all(context, todo)

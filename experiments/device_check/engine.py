@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.device_check.bounds import nominal
+from experiments.device_check.bounds import nominal, unknown
 from experiments.device_check.context import Context
 from experiments.device_check.drawn import DrawnCheckpoint
+from experiments.device_check.result import MFU
 from experiments.device_check.timing import draw
 from experiments.few_buckets import FewBuckets
 from pdjax.engine.engine import Engine
@@ -115,8 +116,14 @@ def measure(
     programs = list(pool.map(lambda worker: worker.compile('default'), workers))
   compile_s = time.perf_counter() - begin
   figures.compiled(compile_s)
-  seconds = ', '.join(f'{name} {took:.1f} s' for each in programs for name, took in each.items())
+  seconds = ', '.join(
+    f'{spec.name} {name} {took:.1f} s'
+    for spec, each in zip(specs, programs, strict=True)
+    for name, took in each.items()
+  )
   print(f'compiled in {compile_s:.1f} s: {seconds}', flush=True)
+  if prompt_len is not None and nominal(device) is None:
+    figures.note(f'no MFU of a data sheet: {unknown(device)}')
   figures.note(f'pages of {PAGE_SIZE} tokens, tables for {context_len:,}; compiling took {seconds}')
 
   engine = Engine(workers, {})
@@ -209,7 +216,7 @@ def _prefill(context: Context, engine: Engine, model: ModelSpec, spec: WorkerSpe
   pass_s = _per_pass_s(_ends_s(engine, orders))
   flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
   said = nominal(jax.devices()[0])
-  more: dict[str, Any] = {} if said is None else {'mfu_of_data_sheet': flops / pass_s / said[1]}
+  more: dict[str, Any] = {} if said is None else {MFU: flops / pass_s / said[1]}
   room = '' if spec.max_chunks == 1 else f', in a pass for {spec.max_chunks}'
   context.figures.add(
     f'prefill of {prompt_len:,} tokens, {model.num_layers} layers{room}', prompt_len / pass_s, 'tokens/s',

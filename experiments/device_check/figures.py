@@ -10,6 +10,7 @@ from pdjax.types.json_text import json_text
 
 OVER = 'over its bound'  # the note of a figure that cannot be: what measured it is at fault
 CHECKED = 'relative error'  # the unit of answers that are checked
+FAR = 'at the end of'  # in the name of one that is read there of a large pool
 _TOLERANCE = 1.02  # of a bound that was itself measured
 
 

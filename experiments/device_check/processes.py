@@ -26,8 +26,12 @@ _MOST_TOLD = 3  # figures that a part had no time for
 class Processes:
   """Runs parts, several at once if asked from several threads, and ends all of them if this process is to end."""
 
-  def __init__(self, platform: str, toy: bool, timeout_s: float, folder: pathlib.Path):
-    """Run parts on a platform, at toy shapes or not, each for so long at most; logs and programs go to a folder."""
+  def __init__(self, platform: str, toy: bool, timeout_s: float, folder: pathlib.Path, seed: int | None = None):
+    """Run parts on a platform, at toy shapes or not, each for so long at most; logs and programs go to a folder.
+
+    A `seed` is for those whose inputs are random.
+    """
+    self._seed = seed
     self._platform, self._toy, self._timeout_s, self._folder = platform, toy, timeout_s, folder
     self._running: set[int] = set()
     self.ended_by: int | None = None  # the signal that has told this process to end
@@ -55,11 +59,13 @@ class Processes:
     reason = part.passed_over(self._platform, self._toy)
     if reason is not None:
       return _done(part, 'passed over', reason, 0.0, date, read_lines(pathlib.Path(os.devnull)), [])
-    print(f'{part.name}: {part.about}', flush=True)
+    say(f'{part.name}: {part.about}')
     printed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
       lines, rows = pathlib.Path(temporary, 'lines.jsonl'), pathlib.Path(temporary, 'rows.json')
       command = part.command_line(self._platform, self._toy, str(lines), str(rows), str(self._folder))
+      if part.seeded and self._seed is not None:
+        command.append(f'--seed={self._seed}')
       code = self._wait(part, command, printed)
       seconds = round(time.perf_counter() - begin, 1)
       found = read_lines(lines)
@@ -131,7 +137,7 @@ def _relay(process: 'subprocess.Popen[str]', name: str, log: pathlib.Path, print
       printed.append(line.rstrip('\n'))
       file.write(line)
       file.flush()
-      print(f'  {name} | {line}', end='', flush=True)
+      say(f'  {name} | {line.rstrip()}')
 
 
 def _done(
@@ -167,6 +173,11 @@ def environment(folder: pathlib.Path, shares: bool, toy: bool = False) -> dict[s
   if toy:
     own['XLA_FLAGS'] = ' '.join(filter(None, (os.environ.get('XLA_FLAGS'), _QUICK)))
   return os.environ | own
+
+
+def say(text: str) -> None:
+  """Print a line in one piece, so that those of two threads are never on one."""
+  print(f'{text}\n', end='', flush=True)
 
 
 def now() -> str:

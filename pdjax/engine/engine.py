@@ -169,21 +169,17 @@ class Engine:
       failed()
       return
     worker = self.workers[order.worker]
+    jobs: list[Callable[[], None]] = [failed]
     try:
       if not worker.broken:
-        worker.clear_slots(order)  # a pass handed over next, before anyone knows, must not go on with what was there
+        jobs.insert(0, worker.leave_out(order))
     except Exception as error:
       message = describe(error)
     if worker.broken:
       self._post_broken(order.worker, worker.incarnation, message)
       return
-
-    def fail() -> None:  # after the passes before it, which may still end some of its requests well
-      for request in (*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)):
-        worker.forget(request)
-      failed()
-
-    self._passes[order.worker].add(fail)
+    for job in jobs:  # after the passes before it, which may still end some of its requests well
+      self._passes[order.worker].add(job)
 
   def _post_crash(self, error: BaseException) -> None:
     self._mailbox.post(lambda _: _Crashed(error))

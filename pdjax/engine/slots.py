@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.model.sampling import Sampling, count
+from pdjax.model.sampling import Chosen, Sampling, count
 
 
 @jax.tree_util.register_dataclass
@@ -34,16 +34,16 @@ class Sequences:
     }
     return cls(**new, sampling=Sampling.stack((), (), (), rows))
 
-  def advance(self, tokens: jax.Array) -> 'Sequences':
-    """The rows one token later; those not alive stay as they are."""
-    alive = self.alive
+  def advance(self, chosen: Chosen) -> 'Sequences':
+    """The rows one token later; those not alive stay as they are, and one without a token to choose ends."""
+    alive, tokens = self.alive, chosen.tokens
     generated = self.generated + alive
     return dataclasses.replace(
       self,
       tokens=jnp.where(alive, tokens, self.tokens),
       lengths=self.lengths + alive,
       generated=generated,
-      alive=alive & ~self.sampling.ended(tokens, generated),
+      alive=alive & chosen.finite & ~self.sampling.ended(tokens, generated),
     )
 
 

@@ -64,7 +64,7 @@ class Passes:
   def finish(self, weights: Weights, slots: Slots, x: jax.Array, chunks: Chunks) -> tuple[Slots, Chosen]:
     """The last of them: each sequence's next token `[C]`."""
     first = self._first_tokens(bind(self.model, weights), x, chunks, slots)
-    return _admit_chunks(slots, chunks, first.tokens), first
+    return _admit_chunks(slots, chunks, first), first
 
   def decode(
     self, weights: Weights, pages: KVPages, slots: Slots, ids: jax.Array, steps: jax.Array
@@ -95,7 +95,7 @@ class Passes:
     x, pages = self._run(weights, pages, packed, rows, chunks, sequences)
     first = self._first_tokens(model, x, chunks, slots)
     chosen, slots, sequences = self._next_tokens(model, x[chunks.tokens.shape[0] :], slots, ids, sequences)
-    slots = _admit_chunks(slots.put(ids, sequences), chunks, first.tokens)
+    slots = _admit_chunks(slots.put(ids, sequences), chunks, first)
     return pages, slots, first, jax.tree.map(lambda one: one[None], chosen)
 
   def _first_tokens(self, model: Transformer, x: jax.Array, chunks: Chunks, slots: Slots) -> Chosen:
@@ -108,7 +108,7 @@ class Passes:
     chosen = sample(self._logits(model, x), rows.sampling, rows.generated, lambda: slots.history[ids])
     slots = slots.count(ids, rows, chosen.tokens)
     tokens = jnp.where(rows.alive, chosen.tokens, NO_TOKEN)
-    return dataclasses.replace(chosen, tokens=tokens), slots, rows.advance(chosen.tokens)
+    return dataclasses.replace(chosen, tokens=tokens), slots, rows.advance(chosen)
 
   def _logits(self, model: Transformer, x: jax.Array) -> jax.Array:
     vocab = ShardingRules.for_model(self.model, self.mesh.size).vocab
@@ -200,8 +200,9 @@ def _decode_rows(slots: Sequences, pages: KVPages) -> Rows:
   return Rows(slots.lengths, jnp.where(slots.alive, page, pages.num_pages), slots.lengths % pages.page_size)
 
 
-def _admit_chunks(slots: Slots, chunks: Chunks, first: jax.Array) -> Slots:
+def _admit_chunks(slots: Slots, chunks: Chunks, first: Chosen) -> Slots:
   """Put sequences whose prompt is computed, and that stay, into their slots."""
-  one = jnp.ones_like(first)
-  rows = Sequences(first, chunks.lengths, one, ~chunks.sampling.ended(first, one), chunks.tables, chunks.sampling)
-  return slots.put(chunks.slots, rows).count(chunks.slots, rows, first)
+  one = jnp.ones_like(first.tokens)
+  alive = first.finite & ~chunks.sampling.ended(first.tokens, one)
+  rows = Sequences(first.tokens, chunks.lengths, one, alive, chunks.tables, chunks.sampling)
+  return slots.put(chunks.slots, rows).count(chunks.slots, rows, first.tokens)

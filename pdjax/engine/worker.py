@@ -102,6 +102,7 @@ class Worker:
     self.mesh = mesh
     self.weights = weights
     self.incarnation = 0
+    self._dtype = jax.tree.leaves(weights)[0].dtype
     self._limit_of = limit_of
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // spec.page_size)
@@ -111,6 +112,7 @@ class Worker:
     )
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
+    self._left_out: set[str] = set()  # requests of which a pass is missing here, until they begin again
     self.page_shapes = KVPages.shapes(
       model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
     )
@@ -128,6 +130,7 @@ class Worker:
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
     self._progress = {}  # another one, for passes under way go on with the last
+    self._left_out = set()
 
   @property
   def broken(self) -> bool:
@@ -282,11 +285,14 @@ class Worker:
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
     """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any."""
     admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
+    self._left_out -= {chunk.request.id for chunk in order.chunks if chunk.start == 0}
+    self._left_out -= {admission.request.id for _, admission in admitted}
     if admitted:
       self._admit(admitted)
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
-        self._track(chunk.request, ())
+        if chunk.request.id not in self._left_out:
+          self._track(chunk.request, ())
         self._remember(chunk.request, (), self._num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
@@ -312,26 +318,63 @@ class Worker:
     results: list[Result | None] = []
     computed = 0
     if pending.first is not None:
-      first = np.asarray(pending.first.tokens).tolist()
-      for row, (chunk, token) in enumerate(zip(order.chunks, first, strict=False)):
+      first, finite = jax.device_get((pending.first.tokens, pending.first.finite))
+      for row, (chunk, token) in enumerate(zip(order.chunks, first.tolist(), strict=False)):
         if chunk.is_last:
           computed += 1
-          told = functools.partial(_told, pending.first, row)
-          results.append(_result(pending.progress, chunk.request.id, [token], told, leaves=chunk.slot is None))
+          told, error = functools.partial(_told, pending.first, row), None if finite[row] else self._not_finite
+          results.append(_result(pending.progress, chunk.request.id, [token], told, error, leaves=chunk.slot is None))
     if pending.tokens is not None:
-      columns = np.asarray(pending.tokens.tokens)[: order.steps].T.tolist()
-      for row, (decode, column) in enumerate(zip(order.decodes, columns, strict=False)):
+      chosen, finite = jax.device_get((pending.tokens.tokens, pending.tokens.finite))
+      for row, (decode, column) in enumerate(zip(order.decodes, chosen[: order.steps].T.tolist(), strict=False)):
         computed += len(column)
         tokens = [token for token in column if token != NO_TOKEN]
         if tokens:
           told = functools.partial(_told, pending.tokens, np.s_[: len(tokens), row])
-          results.append(_result(pending.progress, decode.request, tokens, told))
+          error = None if finite[len(tokens) - 1, row] else self._not_finite  # where it is not, the sequence ended
+          results.append(_result(pending.progress, decode.request, tokens, told, error))
     delivered = tuple(result for result in results if result is not None)
     return delivered, computed - sum(len(result.tokens) for result in delivered)
+
+  @property
+  def _not_finite(self) -> str:
+    return (
+      f'worker {self.spec.name!r} computed logits that are not finite (NaN or infinite), so there is no token to '
+      f'choose; look for NaN in the weights, or for numbers that {self._dtype} does not hold (then set another dtype).'
+    )
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
     self._progress.pop(request, None)
+    self._left_out.discard(request)
+
+  def leave_out(self, order: StepOrder) -> Callable[[], None]:
+    """Go on without a pass that could not be handed to the devices.
+
+    What is dispatched next may have been decided before anyone knew. So nothing stays alive in the slots that the pass
+    was to use or fill, and what is computed of its requests counts for nothing until they begin again.
+
+    Returns:
+      Lets go of its requests; to be called once the passes before it were collected.
+
+    Raises:
+      Exception: if the slots cannot be cleared; then the worker is `broken`.
+    """
+    requests = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
+    self._left_out.update(requests)
+    try:
+      self.clear_slots(order)
+    except Exception:
+      for leaf in jax.tree.leaves(self.slots):
+        leaf.delete()  # a sequence alive in one of them would write into pages that are others' by then
+      raise
+    progress = self._progress
+
+    def forget() -> None:
+      for request in requests:
+        progress.pop(request, None)
+
+    return forget
 
   def _track(self, request: Request, tokens: Sequence[int]) -> None:
     """Follow a sequence from here on, these tokens being delivered already."""
@@ -417,6 +460,7 @@ def _result(
   request: str,
   tokens: list[int],
   told: Callable[[int], tuple[TokenLogprob, ...]],
+  error: str | None,
   *,
   leaves: bool = False,
 ) -> Result | None:
@@ -427,16 +471,21 @@ def _result(
     request: Its id.
     tokens: What the pass brought it.
     told: Gives their log probabilities, with so many of the likeliest.
+    error: Why the last of them is none, if it is not; the request ends with that, unless a token before it ends it.
     leaves: Whether it decodes elsewhere.
   """
   progress = followed.get(request)
   if progress is None:
     return None
-  kept, reason, text = progress.take(tokens)
+  if error is not None:
+    tokens = tokens[:-1]
+  kept, reason, text = progress.take(tokens) if tokens else (0, None, '')
+  error = error if reason is None else None
+  reason = reason if error is None else 'error'
   if leaves or reason is not None:
     followed.pop(request, None)
   logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
-  return Result(request, tuple(tokens[:kept]), reason, text, logprobs)
+  return Result(request, tuple(tokens[:kept]), reason, text, logprobs, error)
 
 
 def _told(chosen: Chosen, place: Any, most: int) -> tuple[TokenLogprob, ...]:

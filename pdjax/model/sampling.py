@@ -84,6 +84,7 @@ class Chosen:
   """The next token of each of B sequences and, where it is asked for, how likely it and the K likeliest were."""
 
   tokens: jax.Array  # [B] int32
+  finite: jax.Array  # [B] bool, whether there was one to choose: no logit NaN, and the highest of them finite
   logprobs: jax.Array  # [B] float32
   top_tokens: jax.Array  # [B, K] int32, likeliest first; of equals the smaller id
   top_logprobs: jax.Array  # [B, K] float32
@@ -93,7 +94,7 @@ class Chosen:
     """Tokens of any shape, of which nothing more is told."""
     zeros = jnp.zeros(tokens.shape, jnp.float32)
     top = jnp.zeros((*tokens.shape, min(MAX_LOGPROBS, vocab_size)), jnp.float32)
-    return cls(tokens, zeros, top.astype(jnp.int32), top)
+    return cls(tokens, jnp.ones(tokens.shape, bool), zeros, top.astype(jnp.int32), top)
 
 
 def sample(
@@ -129,28 +130,45 @@ def sample(
 
     kept = jax.lax.cond(jnp.any(cut), cut_off, lambda: scaled)
     noise = jax.vmap(lambda key, count: _gumbel(key, count, vocab_size))(sampling.keys, generated)
-    return jnp.where(sampled, likeliest(kept + noise), greedy)
+    return jnp.where(sampled, likeliest(kept + noise)[0], greedy)
+
+  def take_likeliest():
+    tokens, highest = likeliest(logits)
+    return dataclasses.replace(Chosen.of(tokens, vocab_size), finite=jnp.isfinite(highest))
 
   def choose(wanted):
-    greedy = likeliest(wanted)
+    greedy, highest = likeliest(wanted)
     tokens = jax.lax.cond(jnp.any(sampled), lambda: draw(wanted, greedy), lambda: greedy)
-    return jax.lax.cond(jnp.any(sampling.tells), lambda: tell(logits, tokens), lambda: Chosen.of(tokens, vocab_size))
+    told = jax.lax.cond(jnp.any(sampling.tells), lambda: tell(logits, tokens), lambda: Chosen.of(tokens, vocab_size))
+    return dataclasses.replace(told, finite=jnp.isfinite(highest))
 
   # Branches of whole ways to choose, rather than of the logits to choose by: these would be copied at each branch.
-  ways = [lambda: Chosen.of(likeliest(logits), vocab_size), lambda: choose(logits)]
+  ways = [take_likeliest, lambda: choose(logits)]
   way = jnp.any(sampled | sampling.tells).astype(jnp.int32)
   if history is not None:
     ways.append(lambda: choose(penalise(logits, history(), sampling)))
     way = jnp.where(jnp.any(sampling.penalised), 2, way)
-  return jax.lax.switch(way, ways)
+  chosen = jax.lax.switch(way, ways)
+  return dataclasses.replace(chosen, finite=chosen.finite & ~have_nan(logits))
 
 
-def likeliest(logits: jax.Array) -> jax.Array:
-  """The first of the highest of each row of `[B, V]`, as argmax; on a CPU in a tenth of its time."""
+def have_nan(logits: jax.Array) -> jax.Array:
+  """`[B]`, whether rows of logits `[B, V]` have a NaN, or both infinities: no other sum of them is NaN."""
+  return jnp.isnan(jnp.sum(logits, axis=1))
+
+
+def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The first of the highest of each row of `[B, V]`, as argmax, and how high it is; on a CPU in a tenth of its time.
+
+  Of a row with NaN it is any: which of NaN and a number XLA's maximum on a CPU takes depends on where they stand.
+  """
   blocks = _blocks(logits, -jnp.inf)
-  block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  highest = jnp.max(blocks, axis=-1)
+  block = jnp.argmax(highest, axis=-1)
   within = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-  return (block * blocks.shape[-1] + within).astype(jnp.int32)
+  # Of the maxima that were found: their maximum XLA would look for among all logits once more.
+  highest = jnp.take_along_axis(highest, block[:, None], axis=1)[:, 0]
+  return (block * blocks.shape[-1] + within).astype(jnp.int32), highest
 
 
 def _blocks(rows: jax.Array, padding: float) -> jax.Array:
@@ -168,7 +186,8 @@ def tell(logits: jax.Array, tokens: jax.Array) -> Chosen:
   total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
   _, best_tokens = jax.lax.top_k(_comparable(logits), min(MAX_LOGPROBS, logits.shape[1]))
   own, best = (jnp.take_along_axis(logits, which, axis=1) - total for which in (tokens[:, None], best_tokens))
-  return Chosen(tokens, own[:, 0], best_tokens.astype(jnp.int32), best)
+  told = Chosen.of(tokens, logits.shape[1])
+  return dataclasses.replace(told, logprobs=own[:, 0], top_tokens=best_tokens.astype(jnp.int32), top_logprobs=best)
 
 
 def _comparable(logits: jax.Array) -> jax.Array:

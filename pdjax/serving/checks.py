@@ -1,10 +1,16 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
 
-from pdjax.serving.messages import Action, All, Chunk, Step
+from pdjax.serving.messages import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
 from pdjax.serving.view import MAX_ORDERS, ClusterView, Phase, RequestState, WorkerState
 from pdjax.types.request import MAX_STOP_TOKENS
+
+MOST_IDLE_ANSWERS = 10_000  # of one turn
+MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
+_ACTIONS = (Step, Transfer, Cancel, Reject, Abandon, Resend)
 
 
 class PolicyError(RuntimeError):
@@ -72,6 +78,36 @@ def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
     return None
   known = (hasattr(token, '__index__') and 0 <= token < vocab_size for token in prompt)
   return next((place for place, one in enumerate(known) if not one), None)
+
+
+def ask(policy: Any, view: ClusterView) -> list[Action]:
+  """What a policy answers, as a list.
+
+  Raises:
+    PolicyError: if that is no sequence of actions.
+  """
+  answer = policy.decide(view)
+  name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel or Reject'
+  if isinstance(answer, str | bytes) or not isinstance(answer, Iterable):
+    raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
+  actions = list(answer if isinstance(answer, Sized) else itertools.islice(answer, MOST_YIELDED + 1))
+  if not isinstance(answer, Sized) and len(actions) > MOST_YIELDED:
+    raise PolicyError(
+      f'{name} yields more than {MOST_YIELDED:,} actions in one answer, the last {actions[-1]!r:.200}; let it end.'
+    )
+  for action in actions:
+    if not isinstance(action, _ACTIONS):
+      raise PolicyError(f'{name} answered {answer!r:.200} with {action!r:.200} in it, {expected}.')
+  return actions
+
+
+def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:
+  """Raise `PolicyError` if so many answers of one turn have started nothing that none ever will; `last` is the last."""
+  if num_idle >= MOST_IDLE_ANSWERS:
+    raise PolicyError(
+      f'policy {type(policy).__name__} gave {num_idle:,} answers in one turn that started no order, the last '
+      f'{last!r:.200}; answer with [] where there is nothing to do.'
+    )
 
 
 def find_request(view: ClusterView, action: Action, request: str) -> RequestState:

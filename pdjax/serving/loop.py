@@ -4,8 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from pdjax.serving.checks import ask, check_idle
 from pdjax.serving.messages import Action, Arrived, Event, Finished, Order, Started, Turn, Withdrawn
 from pdjax.serving.state import ClusterState
+from pdjax.serving.waits import tell_of_long_wait
 
 
 class Arrivals(Protocol):
@@ -36,7 +38,10 @@ class Policy(Protocol):
   """
 
   def decide(self, state: ClusterState) -> Sequence[Action]:
-    """What to do now, in order; it is asked again, with that done, until it answers with nothing."""
+    """What to do now, in order; it is asked again, with that done, until it answers with nothing.
+
+    It may `yield` its actions; all are taken before the first is done.
+    """
 
 
 class Backend(Protocol):
@@ -45,6 +50,9 @@ class Backend(Protocol):
   Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; what is told of it
   after that counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
   over, in any of these ways, none of its pages is read or written for it any more.
+
+  A backend in whose time nobody waits may say so with a class attribute `waits = False`; then it is not told where the
+  next request is long in coming.
   """
 
   def submit(self, orders: Sequence[Order]) -> None:
@@ -61,37 +69,53 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
   """Serve requests until none can come and none is left; yield all that happens, in order.
 
   The clock is read once a turn; the policy is asked until it wants nothing more. Before it, a turn does what must be
-  done: refuse what can never run, end what was withdrawn, give up or try again what failed.
+  done: refuse what can never run, end what was withdrawn, give up or try again what failed. A request's end comes right
+  behind what ended it, so that nothing which the same turn brings later is taken for its.
 
   Raises:
-    PolicyError: if an action cannot be done.
+    PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
     StuckError: if requests wait for what can never come.
   """
+  now_s, is_told = 0.0, not getattr(backend, 'waits', True)
   while not arrivals.closed or state.unfinished:
-    next_s = min(arrivals.next_s(), state.next_timer_s)
+    arrives_s = arrivals.next_s()
+    next_s = min(arrives_s, state.next_timer_s)
     if math.isinf(next_s):
       state.check_progress()
+    if not is_told and not state.unfinished:
+      is_told = tell_of_long_wait(now_s, arrives_s)
     now_s, events = backend.wait(next_s)
     yield Turn(now_s)
-    for event in events:
-      if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
-        yield event
-    for event in state.timers_due(now_s):  # what has ended by now is not late
-      if state.apply(event, now_s):
-        yield event
-    finished = state.take_finished()
+    finished = [*state.take_finished()]  # whom the turn before ended by what it started
     yield from finished
+    yield from _happened(events, now_s, state, finished)
+    yield from _happened(state.timers_due(now_s), now_s, state, finished)  # what has ended by now is not late
     for event in arrivals.due(now_s, finished):
       state.apply(event, now_s)
       yield event
-    while actions := state.must() or policy.decide(state):
+    num_idle = 0
+    while actions := state.must() or ask(policy, state):
+      num_started = 0
       for action in actions:
         orders = state.start(action)
         backend.submit(orders)
+        num_started += len(orders)
         for order in orders:
           yield Started(now_s, order)
       for event in arrivals.due(now_s, ()):  # whoever is withdrawn by now is not served on
         state.apply(event, now_s)
         yield event
+      num_idle += not num_started
+      check_idle(policy, num_idle, actions)
     if occupancy := state.take_occupancy(now_s):
       yield occupancy
+
+
+def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finished: list[Finished]) -> Iterator[Event]:
+  """Apply events; those that count, each with the requests it ended right behind it, which are added to `finished`."""
+  for event in events:
+    if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
+      yield event
+    ended = state.take_finished()
+    finished += ended
+    yield from ended

@@ -254,11 +254,12 @@ class Result:
   Attributes:
     request: Its id.
     tokens: The tokens, up to one that ended it.
-    finish_reason: Why it ended with them, or None.
+    finish_reason: Why it ended with them, or None; 'error' where no further one could be chosen.
     text: The text that is sure now, and was not before: some of it is held back while a character is unfinished or a
       stop string may have begun, so the text and the tokens of one result need not belong together. Empty where there
       is no tokenizer.
     logprobs: How likely each token was, if the request asks for it.
+    error: What went wrong, if it ended with an error.
   """
 
   request: str
@@ -266,6 +267,7 @@ class Result:
   finish_reason: FinishReason | None = None
   text: str = ''
   logprobs: tuple[TokenLogprob, ...] = ()
+  error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -311,7 +313,8 @@ class Done:
 class Failed:
   """An order did not end well, and no page of it is read or written any more.
 
-  Every request of a pass ends with the error; what becomes of that of a transfer, `FaultSpec` says.
+  What becomes of the requests of a pass, or that of a transfer, `FaultSpec` says. Of a request in such a pass nothing
+  comes any more, from passes behind it either, until one begins it again: with its first chunk, or by an admission.
 
   Attributes:
     order: Its id.

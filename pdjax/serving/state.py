@@ -23,6 +23,7 @@ from pdjax.serving.messages import (
   Order,
   Reject,
   Resend,
+  Result,
   Step,
   StepOrder,
   TimerDue,
@@ -231,12 +232,16 @@ class ClusterState(ClusterView):
       case StepOrder():
         self._step_ended(order)
         for result in event.results:
-          self._got(result.request, result.tokens, result.finish_reason, now_s)
+          self._got(result, now_s)
         for chunk in order.chunks:
           entry = self.requests.get(chunk.request.id)
           if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
             entry.computed = entry.computed or chunk.restores
             self._settle(entry)
+        for decode in order.decodes:  # the pass may have brought it nothing
+          entry = self.requests.get(decode.request)
+          if entry is not None and entry.phase is Phase.RESTARTING:
+            self._begin_again(entry)
       case TransferOrder():
         if entry := self._transfer_ended(order):
           self._settle(entry)
@@ -275,14 +280,14 @@ class ClusterState(ClusterView):
       entry.transfers -= 1
     return entry
 
-  def _got(self, request: str, tokens: Sequence[int], reason: FinishReason | None, now_s: float) -> None:
-    entry = self.requests.get(request)
+  def _got(self, result: Result, now_s: float) -> None:
+    entry = self.requests.get(result.request)
     if entry is None or entry.phase is Phase.ENDING:
       return
-    entry.tokens.extend(tokens)
+    entry.tokens.extend(result.tokens)
     entry.computed = True
-    if reason is not None:
-      self._finish(entry, reason, now_s)
+    if result.finish_reason is not None:
+      self._finish(entry, result.finish_reason, now_s, result.error)
     else:
       self._settle(entry)
 
@@ -406,20 +411,19 @@ class ClusterState(ClusterView):
 
   def _fail(self, event: Failed, now_s: float) -> bool:
     order = self._in_flight.pop(event.order, None)
-    names = []
     match order:
       case StepOrder():
         self._step_ended(order)
-        names = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
+        for name in [*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)]:
+          if entry := self.requests.get(name):
+            self._lose_work(entry, order.worker, event.error, now_s)
       case TransferOrder():
         self._transfer_failed(order, event.error, event.corrupt, now_s)
       case EndOrder():
-        names = [order.request]
+        if entry := self.requests.get(order.request):
+          self._finish_all(entry, event.error, now_s)
       case AbandonOrder():
         raise AssertionError(f'{order} failed ({event.error}); it must not, for its pages cannot be given to others')
-    for name in names:
-      if entry := self.requests.get(name):
-        self._finish_all(entry, event.error, now_s)
     return order is not None
 
   # -------------------------------------------------------------------------- faults
@@ -488,16 +492,20 @@ class ClusterState(ClusterView):
     for attempt in self._transfers.forget_worker(worker):
       self.requests[attempt.request].transfers -= 1
     for entry in [entry for entry in self.requests.values() if worker in entry.pages]:
-      if entry.phase in (Phase.FINISHED, Phase.WAITING, Phase.ENDING, Phase.FOLLOWING):
-        continue  # it ended, or was begun again, with one before it; the end of the others is under way
-      if entry.phase is Phase.RESTARTING:
-        self._begin_again(entry)
-      elif self._faults.worker == 'fail':
-        self._finish_all(entry, error, now_s)
-      elif entry.target == worker and self._is_whole(entry):
-        self._lose_target(entry, error, now_s)
-      else:
-        self._restart(entry, error, now_s)
+      self._lose_work(entry, worker, error, now_s)
+
+  def _lose_work(self, entry: RequestState, worker: str, error: str, now_s: float) -> None:
+    """What a worker did or was to do for a request is gone: see to it as the fault settings say."""
+    if entry.phase in (Phase.FINISHED, Phase.WAITING, Phase.ENDING, Phase.FOLLOWING):
+      return  # it ended, or was begun again, with one before it; the end of the others is under way
+    if entry.phase is Phase.RESTARTING:
+      self._begin_again(entry)
+    elif self._faults.worker == 'fail':
+      self._finish_all(entry, error, now_s)
+    elif entry.target == worker and self._is_whole(entry):
+      self._lose_target(entry, error, now_s)
+    else:
+      self._restart(entry, error, now_s)
 
   def _return(self, name: str, incarnation: int, now_s: float) -> bool:
     worker = self.workers[name]

@@ -19,14 +19,15 @@ class FaultSpec:
   Attempts are bounded, so every request ends: a transfer that was tried `max_attempts` times is computed again, and a
   request that was begun `max_attempts` times ends with the error.
 
+  A pass that cannot be handed to its devices is as if its requests had lost the worker, which goes on with the others.
   A worker is lost when its pass fails, and when its process ends or is silent (`RayCluster.silence_s`). A pass has no
   deadline: one that hangs in a process which answers is not noticed.
 
   Attributes:
     transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
     corruption: When pages arrive that are not those that were sent, which only `TransferSpec.checksums` finds.
-    worker: When a worker is lost that holds pages of the request. With 'recompute', a prompt that is still whole on the
-      prefill worker is not computed again but sent to another place.
+    worker: When a worker is lost that holds pages of the request, or cannot begin a pass of it. With 'recompute', a
+      prompt that is still whole on the prefill worker is not computed again but sent to another place.
     max_attempts: Most times that one transfer is tried, and that one request is begun.
     backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on.
     patience_s: Seconds for which requests wait for a lost worker to come back if no other can serve them; then they end

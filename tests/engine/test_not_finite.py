@@ -1,4 +1,4 @@
-"""A request whose numbers are not finite is served, logged and told like any other, and changes no other's answer."""
+"""A request whose logits are not finite ends with an error that says so, and changes no other's answer."""
 
 import dataclasses
 import json
@@ -12,32 +12,34 @@ import pdjax
 from pdjax import launch
 from pdjax.launch import OpenedModel
 from pdjax.model.checkpoint import RandomCheckpoint
-from pdjax.serving.messages import Turn
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.serving.messages import Done, Turn
 from pdjax.types import SLO, Request, SamplingParams
 from pdjax.workload import Given
+from tests.engine.plain import generate
 from tests.tiny import TINY, byte_tokenizer, config, prompt
 
 POISON = 90  # the token whose embedding is not finite
 
 
 class Poisoned:
-  """Random weights in which one token's embedding is a value that spreads over all logits."""
+  """Random weights in which a row of a matrix, by default a token's embedding, is a value that spreads over logits."""
 
-  def __init__(self, value: float):
-    self._checkpoint, self._value = RandomCheckpoint(TINY), value
+  def __init__(self, value: float, row: int = POISON, name: str = 'embed'):
+    self._checkpoint, self._value, self._row, self._name = RandomCheckpoint(TINY), value, row, name
 
   def __getattr__(self, name):
     return getattr(self._checkpoint, name)
 
   def tensor(self, name: str) -> np.ndarray:
     tensor = np.array(self._checkpoint.tensor(name))
-    if name == 'embed':
-      tensor[POISON] = self._value
+    if name == self._name:
+      tensor[self._row] = self._value
     return tensor
 
 
-def opened(value: float) -> OpenedModel:
-  return OpenedModel(TINY, Poisoned(value), byte_tokenizer())
+def opened(value: float, *where) -> OpenedModel:
+  return OpenedModel(TINY, Poisoned(value, *where), byte_tokenizer())
 
 
 def asked() -> list[Request]:
@@ -60,12 +62,16 @@ def served(request, tmp_path_factory) -> tuple[pdjax.RunResult, pathlib.Path]:
   return launch.run(small, workdir=folder, opened=opened(float(request.param))), folder
 
 
-def test_everyone_is_answered(served):
+def test_who_it_concerns_is_told_why_and_gets_nothing(served):
   result, _ = served
-  assert [one.finish_reason for one in result.completions] == ['length'] * 9
-  told = {one.request.id: [each.logprob for each in one.logprobs] for one in result.completions}
-  for number in range(9):
-    assert any(math.isnan(one) for one in told[f'r{number}']) == (number % 3 == 1)
+  for number, one in enumerate(result.completions):
+    if number % 3 == 1:
+      assert (one.finish_reason, one.token_ids, one.text, one.logprobs) == ('error', (), '', ())
+      assert "worker 'prefill0' computed logits that are not finite (NaN or infinite)" in one.error
+    else:
+      assert (one.finish_reason, one.error, len(one.token_ids)) == ('length', None, 6)
+      assert all(math.isfinite(each.logprob) for each in one.logprobs)
+  assert any('not finite' in note for note in result.report.notes)
 
 
 def test_the_others_get_what_they_get_without_it(served):
@@ -80,7 +86,7 @@ def test_every_file_is_strict_json(served):
   _, folder = served
   lines = (folder / 'events.jsonl').read_text().splitlines()
   events = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-  assert any('"NaN"' in line for line in lines)
+  assert not any('"NaN"' in line for line in lines)
   assert sum(event['event'] == 'Finished' for event in events) == 9
   for name in ('report.json', 'trace.json'):
     json.loads((folder / name).read_text(), parse_constant=pytest.fail)
@@ -91,8 +97,75 @@ def test_a_session_with_a_work_directory_goes_on(tmp_path):
   deployment = launch.deploy(config(), opened(math.nan))
   with pdjax.Session(deployment, workdir=tmp_path) as session:
     streams = [session.submit(dataclasses.replace(one, slo=SLO(ttft_ms=math.inf))) for one in asked()]
-    assert [stream.result(60).finish_reason for stream in streams] == ['length'] * 9
+    reasons = [stream.result(60).finish_reason for stream in streams]
+    assert reasons == ['error' if number % 3 == 1 else 'length' for number in range(9)]
+    with pytest.raises(pdjax.RequestError, match="'error': worker 'prefill0' computed logits that are not finite"):
+      list(streams[1])
   assert (tmp_path / 'report.json').is_file()
+
+
+# ---------------------------------------------------------------------------- later in the answer
+
+
+def answering(value: int, sampling: SamplingParams) -> tuple[Request, tuple[int, ...]]:
+  """A request, and the tokens that it gets if the embedding of the token at that place of its answer is not finite."""
+  for seed in range(100):
+    request = Request('one', prompt(9, seed), sampling)
+    tokens, _ = generate(TINY, request)
+    if tokens[value] not in (*request.prompt, *tokens[:value]):
+      return request, tokens[: value + 1]
+  raise AssertionError('no such prompt')
+
+
+@pytest.mark.parametrize(
+  ('split', 'policy'),
+  [
+    ('1P1D', Disaggregated(max_prefill_tokens=16, decode_steps=4)),
+    ('1P1D', Disaggregated(max_prefill_tokens=16)),
+    ('1C', Colocated(token_budget=16)),
+  ],
+  ids=['in one pass of four steps', 'in passes of one step', 'beside chunks'],
+)
+@pytest.mark.parametrize('place', [0, 1, 2])  # of the last token that there is
+def test_the_tokens_before_it_are_delivered_and_none_after(split, policy, place):
+  sampling = SamplingParams(max_tokens=8, temperature=0.7, seed=3, repetition_penalty=1.1, ignore_eos=True, logprobs=1)
+  request, expected = answering(place, sampling)
+  others = [one for one in asked() if expected[-1] not in one.prompt]
+  others = [dataclasses.replace(one, arrival_s=0.0) for one in others if expected[-1] not in generate(TINY, one)[0]]
+  run = dataclasses.replace(config(split), policy=policy, workload=Given([request, *others]))
+  result = launch.run(run, opened=opened(math.nan, expected[-1]))
+  (one,) = [one for one in result.completions if one.request.id == 'one']
+  assert (one.token_ids, one.finish_reason) == (expected, 'error')
+  assert 'not finite' in one.error and one.text == byte_tokenizer().decode(expected)
+  assert len(one.logprobs) == len(one.token_ids)
+  told = [each.tokens for event in result.events if isinstance(event, Done) for each in event.results
+          if each.request == 'one']  # fmt: skip
+  assert sum(told, ()) == expected
+  healthy = {each.request.id: each.token_ids for each in result.completions if each is not one}
+  assert healthy == {each.id: generate(TINY, each)[0] for each in others} and len(healthy) > 2
+
+
+@pytest.mark.parametrize('end', [{'stop_token_ids': 'last'}, {'max_tokens': 2}], ids=['a stop token', 'the last token'])
+def test_who_has_all_its_tokens_by_then_has_no_error(end):
+  request, expected = answering(1, SamplingParams(max_tokens=8, ignore_eos=True))
+  end = {name: (expected[-1],) if value == 'last' else value for name, value in end.items()}
+  request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, **end))
+  run = dataclasses.replace(config(workload=Given([request])), policy=Disaggregated(decode_steps=4))
+  (one,) = launch.run(run, opened=opened(math.nan, expected[-1])).completions
+  assert (one.token_ids, one.finish_reason, one.error) == (*generate(TINY, request), None)
+
+
+@pytest.mark.parametrize('split', ['1P1D', '1C'])
+def test_weights_that_are_nan_serve_nobody_and_the_report_says_why(split):
+  requests = [Request(f'r{i}', prompt(5 + i, i), SamplingParams(max_tokens=4, n=1 + i)) for i in range(3)]
+  result = launch.run(config(split, workload=Given(requests)), opened=opened(math.nan, 3, 'layers.1.down'))
+  assert len(result.completions) == 6
+  assert all(one.finish_reason == 'error' and 'not finite' in one.error for one in result.completions)
+  assert (result.report.completed, result.report.failed) == (0, 6)
+  assert any('No request completed' in note for note in result.report.notes)
+
+
+# ---------------------------------------------------------------------------- logs
 
 
 class Full:

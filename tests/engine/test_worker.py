@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pdjax.engine.slots import Sequences, Slots
+from pdjax.engine.steps import Passes
 from pdjax.engine.worker import Worker
-from pdjax.kv import page_bytes
+from pdjax.kv import KVPages, page_bytes
 from pdjax.kv.transfer import DevicePut
+from pdjax.model import sampling
+from pdjax.model.transformer import weight_shapes
 from pdjax.serving.messages import ChunkOrder, StepOrder
-from pdjax.types import Request, SamplingParams, TransferSpec
+from pdjax.sharding import replicated
+from pdjax.types import ModelSpec, Request, SamplingParams, TransferSpec
 from tests.engine.cluster import Cluster, compiled
 from tests.tiny import TINY
 
@@ -50,6 +55,50 @@ def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_
   assert large.alias_size_in_bytes >= pool_bytes(larger)
   assert large.temp_size_in_bytes <= 1.1 * small.temp_size_in_bytes
   assert large.temp_size_in_bytes < pool_bytes(larger) / 4
+
+
+@pytest.mark.parametrize(
+  'fixture, name, key',
+  [
+    ('two_and_two', 'prefill0', ('prefill', 32)),
+    ('two_and_two', 'decode0', ('decode', 1)),
+    ('two_and_two', 'decode0', ('decode', 4)),
+    pytest.param('colocated_pair', 'both0', ('fused', 32, 2), marks=pytest.mark.slow),
+  ],
+  ids=lambda x: f'{x[0]}{x[-1]}' if isinstance(x, tuple) else '',
+)
+def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_pass(fixture, name, key, request):
+  worker = request.getfixturevalue(fixture).workers[name]
+  assert_cheap(lambda: worker._lower(key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sequences', [1, 8, 64])
+def test_so_it_does_for_a_model_as_people_use_them(sequences, one_and_one):
+  """The wider a model, the more of its pass is in its products; the more sequences, the more is in their logits."""
+  worker = one_and_one.workers['decode0']
+  model = ModelSpec.smollm2_135m()
+  pages = KVPages.shapes(model, 64, 16, jnp.dtype('float32'), worker.mesh)
+  width = model.context_len // 16
+  rows = np.zeros((sequences, model.vocab_size), np.uint16)
+  state = weight_shapes(model, jnp.dtype('float32')), Slots(Sequences.empty(sequences, width), rows)
+  weights, slots = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(worker.mesh)), state
+  )
+  ids, steps = np.zeros(sequences, np.int32), np.int32(1)
+  assert_cheap(lambda: jax.jit(Passes(model, worker.mesh, 16).decode).lower(weights, pages, slots, ids, steps))
+
+
+def assert_cheap(lower) -> None:
+  """Less than a hundredth of what a pass computes and reads, by the compiler's count, tells of finite logits."""
+  costs = lower().compile().cost_analysis()
+  likeliest = sampling.likeliest
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(sampling, 'have_nan', lambda logits: jnp.zeros(len(logits), bool))
+    patched.setattr(sampling, 'likeliest', lambda logits: (likeliest(logits)[0], jnp.zeros(len(logits))))
+    without = lower().compile().cost_analysis()
+  for what in ('flops', 'bytes accessed'):
+    assert without[what] < costs[what] < 1.01 * without[what]
 
 
 def test_a_pass_of_an_earlier_life_takes_nothing_of_the_next(two_and_two):

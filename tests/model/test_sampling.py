@@ -14,6 +14,7 @@ DRAWS = 20_000
 LOGITS = np.log(np.array([0.30, 0.02, 0.22, 0.05, 0.15, 0.10, 0.12, 0.04], np.float32))
 CHI_SQUARED_999 = {1: 10.828, 2: 13.816, 3: 16.266, 4: 18.467, 5: 20.515, 6: 22.458, 7: 24.322}  # by freedom
 
+raw_sample = sample
 sample = jax.jit(sample, static_argnames='history')
 keep_likely = jax.jit(keep_likely)
 
@@ -65,7 +66,7 @@ def test_cuts_and_the_likeliest_do_not_depend_on_the_size_of_the_vocabulary(voca
   cut = np.asarray(keep_likely(logits, np.array([0, 7, 0, 90], np.int32), np.array([0.8, 1, 1e-45, 0.6], np.float32)))
   for row, (top_k, top_p) in enumerate([(0, 0.8), (7, 1.0), (1, 1.0), (90, 0.6)]):
     np.testing.assert_array_equal(np.flatnonzero(np.isfinite(cut[row])), kept(logits[row], top_k, top_p))
-  np.testing.assert_array_equal(jax.jit(likeliest)(logits), logits.argmax(axis=1))
+  np.testing.assert_array_equal(jax.jit(likeliest)(logits), (logits.argmax(axis=1), logits.max(axis=1)))
 
 
 def test_equals_of_the_last_that_is_kept_are_kept_and_the_first_of_equals_is_the_likeliest():
@@ -77,7 +78,8 @@ def test_equals_of_the_last_that_is_kept_are_kept_and_the_first_of_equals_is_the
     [False, False, True, False, True, False, False],
     [False, True] * 2 + [False] * 3,
   ]
-  assert likeliest(jnp.asarray(logits)).tolist() == [2, 1]
+  tokens, highest = likeliest(jnp.asarray(logits))
+  assert tokens.tolist() == [2, 1] and highest.tolist() == [3, 5]
 
 
 def test_each_row_is_cut_by_its_own_rule():
@@ -245,6 +247,38 @@ def test_an_infinite_logit_is_drawn_however_others_are_cut_and_whoever_is_in_the
   params = [SamplingParams(temperature=1.0, **options), SamplingParams(temperature=1.0, min_p=0.5, top_k=2, seed=1)]
   for batch in ([params[0]], params):
     assert draw(batch, np.array(row, np.float32))[0] == token
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'logprobs': 3},
+    {'temperature': 1.0},
+    {'temperature': 0.7, 'top_k': 2, 'logprobs': 0},
+    {'temperature': 1.0, 'top_p': 0.5},
+    {'temperature': 1.0, 'min_p': 0.4},
+    {'temperature': 1.5, 'top_k': 3, 'top_p': 0.9, 'min_p': 0.1},
+    {'repetition_penalty': 1.5},
+    {'temperature': 1.0, 'repetition_penalty': 0.5, 'presence_penalty': 1.0, 'frequency_penalty': -1.0},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('vocab_size', [5, 300])
+def test_a_row_is_finite_if_it_has_no_nan_and_a_finite_highest_whoever_is_in_the_batch(options, vocab_size):
+  rng = np.random.default_rng(8)
+  logits = rng.standard_normal((40, vocab_size)).astype(np.float32)
+  for row, value in enumerate([NAN, NEGATIVE_NAN, np.inf, -np.inf] * 9):
+    logits[row, rng.choice(vocab_size, 1 + row % 4, replace=False)] = value
+  logits[36], logits[37] = -np.inf, NAN
+  others = [SamplingParams(), SamplingParams(temperature=1.0, top_k=2), SamplingParams(**options)]
+  params = [SamplingParams(**options, seed=i) if i % 3 else others[i % 2] for i in range(40)]
+  sampling = Sampling.stack(params, [9] * 40, [()] * 40, 40)
+  history = np.stack([past(range(3), [0, 1, 1], vocab_size)] * 40)
+  chosen = jax.jit(lambda: raw_sample(jnp.asarray(logits), sampling, np.full(40, 2), lambda: jnp.asarray(history)))()
+  expected = ~np.isnan(logits).any(axis=1) & np.isfinite(logits.max(axis=1))
+  np.testing.assert_array_equal(chosen.finite, expected)
+  assert 0 < expected.sum() < 40
 
 
 def test_asking_for_log_probabilities_changes_no_token():

@@ -443,3 +443,66 @@ def test_confirmations_that_a_dead_worker_owed_are_waited_for_no_longer():
   assert cluster.phase('a') is Phase.PREFILLED
   assert not cluster.state.apply(Done(abandon.id, 0.0, 99.0), 99.0)
   assert not cluster.state.apply(Done(order.id, 0.0, 99.0), 99.0)
+
+
+# ---------------------------------------------------------------------------- passes that could not begin
+
+
+def test_a_prompt_whose_pass_could_not_begin_begins_again_once_its_later_passes_have_ended():
+  cluster = Driver(faults=TWICE)
+  cluster.arrive('a', prompt_len=10)
+  first, _ = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
+  last, *transfers = cluster.start(Step('prefill0', (Chunk('a', 4, 6, 'decode0'),)))
+  fail(cluster, first)
+  assert cluster.phase('a') is Phase.RESTARTING and cluster.finished == []
+  for transfer in cluster.must():
+    cluster.end(transfer)
+  assert cluster.phase('a') is Phase.RESTARTING and transfers
+  cluster.end(last)  # nothing of it counts, so it brought nothing
+  assert cluster.phase('a') is Phase.WAITING and cluster.state.workers['prefill0'].up
+  assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (16, 16)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, 10),)))[0], {'a': 1}, {'a': 'stop'})
+  assert [end.tokens for end in cluster.finished] == [(7,)]
+  cluster.assert_idle()
+
+
+def test_a_decode_pass_that_could_not_begin_lets_its_requests_begin_again_with_what_the_passes_around_it_bring():
+  cluster = decoding(1)
+  before, failing = (cluster.start(Step('decode0', decodes=ALL))[0] for _ in range(2))
+  cluster.end(before, {'a': 1})
+  (behind,) = cluster.start(Step('decode0', decodes=ALL))
+  fail(cluster, failing)
+  assert cluster.phase('a') is Phase.RESTARTING
+  cluster.end(behind)  # its slot was cleared
+  entry = cluster.state.requests['a']
+  assert entry.phase is Phase.WAITING and entry.delivered == (7, 7) and cluster.state.workers['decode0'].up
+  assert cluster.free_pages('decode0') == 16
+
+
+def test_only_so_many_passes_of_a_request_may_fail_to_begin():
+  cluster = Driver(faults=TWICE)
+  cluster.arrive('a')
+  for _ in range(2):
+    assert cluster.finished == []
+    fail(cluster, cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))[0])
+  assert [(end.finish_reason, end.error) for end in cluster.finished] == [('error', 'boom')]
+  cluster.assert_idle()
+
+
+def test_a_cancelled_request_whose_pass_could_not_begin_is_cancelled():
+  cluster = Driver(faults=TWICE)
+  cluster.arrive('a')
+  (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
+  (end,) = cluster.start(Cancel('a'))
+  fail(cluster, step)
+  assert cluster.finished == []
+  cluster.end(end)
+  assert [end.finish_reason for end in cluster.finished] == ['cancelled']
+  cluster.assert_idle()
+
+
+def test_samples_that_wait_for_a_prompt_whose_pass_could_not_begin_compute_it_each_for_itself():
+  cluster = Driver(faults=TWICE)
+  cluster.arrive('a', n=3)
+  fail(cluster, cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))[0])
+  assert list(cluster.state.waiting) == ['a', 'a#1', 'a#2']

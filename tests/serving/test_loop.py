@@ -1,18 +1,22 @@
 """The loop with a backend and a policy that follow a script."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import pytest
 
 from pdjax.cost import Roofline
+from pdjax.launch import complete
+from pdjax.metrics import Report
 from pdjax.policies import Colocated
-from pdjax.serving import ALL, Cancel, Chunk, ClusterState, Step, StuckError, serve
+from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
 from pdjax.serving.messages import (
   Arrived,
   Done,
   EndOrder,
   Event,
+  Failed,
   Finished,
   Occupancy,
   Order,
@@ -25,6 +29,7 @@ from pdjax.serving.messages import (
 )
 from pdjax.simulator import Simulator
 from pdjax.types import Request, SamplingParams, colocated_pool
+from pdjax.types.faults import ALL_FAIL
 from pdjax.workload import ClosedLoop, Listed
 from tests.serving.driver import SIZES, TINY, Driver
 
@@ -224,6 +229,147 @@ def test_a_finished_request_brings_the_next_of_a_closed_loop_in_the_same_turn():
 
 def test_nothing_happens_without_requests():
   assert list(serve(Listed([]), Colocated(), ScriptedBackend(), ClusterState(TINY, WORKERS, 4))) == []
+
+
+# ---------------------------------------------------------------------------- ends
+
+
+def test_what_a_turn_brings_a_request_behind_its_failure_is_not_its():
+  """The pass of its first chunk failed; that of its last, which was under way by then, brought a token."""
+  failed, done = Failed(0, 1.0, 'boom'), Done(1, 0.0, 1.5, (Result('a', (7,), None, 'x'), Result('b', (8,), None, 'y')))
+  last = Done(2, 1.5, 2.0, (Result('b', (9,), 'length', 'z'),))
+  backend = ScriptedBackend((0.0, []), (2.0, [failed, done]), (3.0, [last]))
+  policy = ScriptedPolicy(
+    [Step('both0', (Chunk('a', 0, 1),)), Step('both0', (Chunk('a', 1, 2), Chunk('b', 0, 3)))],
+    [],
+    [Step('both0', decodes=ALL)],
+  )
+  state = ClusterState(TINY, WORKERS, 4, faults=ALL_FAIL)
+  events = list(serve(Listed([_request('a'), _request('b')]), policy, backend, state))
+  assert events[events.index(failed) : events.index(done) + 1] == [
+    failed,
+    Finished(2.0, 'a', 'error', (), 'boom'),
+    done,
+  ]
+  told = {one.request.id: (one.token_ids, one.text) for one in complete(events, has_text=True)}
+  assert told == {'a': ((), ''), 'b': ((8, 9), 'yz')}
+  assert Report.from_events(events, workers=WORKERS).wasted_tokens == 1
+
+
+def test_a_request_that_a_result_ends_with_an_error_keeps_its_tokens_and_others_go_on():
+  ended = Done(0, 0.0, 1.0, (Result('a', (7,), 'error', 'x', (), 'not finite'), Result('b', (8,), None, 'y')))
+  last = Done(1, 1.0, 2.0, (Result('b', (9,), 'length', 'z'),))
+  backend = ScriptedBackend((0.0, []), (1.0, [ended]), (2.0, [last]))
+  policy = ScriptedPolicy(
+    [Step('both0', (Chunk('a', 0, 3), Chunk('b', 0, 3)))], [], [Step('both0', decodes=('b',))]
+  )  # fmt: skip
+  state = ClusterState(TINY, WORKERS, 4)
+  events = list(serve(Listed([_request('a'), _request('b')]), policy, backend, state))
+  assert Finished(1.0, 'a', 'error', (7,), 'not finite') in events
+  assert Finished(2.0, 'b', 'length', (8, 9)) in events
+
+
+# ---------------------------------------------------------------------------- answers
+
+
+class Answers:
+  """A policy that gives the same answer every time."""
+
+  def __init__(self, answer):
+    self.answer = answer
+
+  def decide(self, state):
+    return self.answer() if callable(self.answer) else self.answer
+
+
+@pytest.mark.parametrize(
+  ('answer', 'words'),
+  [
+    (5, 'answered 5, expected a list of Step'),
+    (None, 'answered None, expected a list'),
+    (Cancel('a'), r"answered Cancel\(request='a'.*expected a list"),
+    ('wait', "answered 'wait', expected a list"),
+    ('', "answered '', expected a list"),
+    ([Cancel('a'), 'wait'], "with 'wait' in it, expected a list"),
+    ([None], 'with None in it, expected'),
+    ({'a': 1}, "with 'a' in it, expected"),
+    ([[Cancel('a')]], 'with .Cancel.* in it, expected'),
+    (lambda: (number for number in range(3)), 'with 0 in it, expected'),
+    (lambda: itertools.repeat(Step('both0', decodes=ALL)), 'yields more than 100,000 actions .* the last Step'),
+  ],
+  ids=str,
+)
+def test_an_answer_that_is_no_sequence_of_actions_is_an_error_that_names_policy_and_value(answer, words):
+  backend = ScriptedBackend((0.0, []))
+  with pytest.raises(PolicyError, match=f'(?s)policy Answers .*{words}'):
+    list(serve(Listed([_request('a')]), Answers(answer), backend, ClusterState(TINY, WORKERS, 4)))
+  assert backend.orders == []
+
+
+def test_a_policy_that_yields_its_actions_serves_like_one_that_lists_them():
+  class Yielding(Colocated):
+    def decide(self, state):
+      yield from super().decide(state)
+
+  class Views(Colocated):
+    def decide(self, state):
+      return dict(enumerate(super().decide(state))).values()
+
+  requests = [_request(name, max_tokens=5) for name in 'abc']
+  listed, yielded, viewed = (
+    list(serve(Listed(requests), policy(), _simulator(Listed([])), ClusterState(TINY, WORKERS, 4)))
+    for policy in (Colocated, Yielding, Views)
+  )
+  assert listed == yielded == viewed and sum(isinstance(event, Finished) for event in listed) == 3
+
+
+def test_answers_that_start_nothing_have_an_end_that_names_the_last():
+  state = ClusterState(TINY, WORKERS, 4)
+  state.start = lambda action: ()
+  policy = ScriptedPolicy(*[[Cancel(f'{number}')] for number in range(20_000)])
+  with pytest.raises(
+    PolicyError, match=r"ScriptedPolicy gave 10,000 answers in one turn .* the last \[Cancel\(.*'9999'"
+  ):
+    list(serve(Listed([_request('a')]), policy, ScriptedBackend((0.0, [])), state))
+  assert policy.asked == 10_000
+
+
+# ---------------------------------------------------------------------------- long waits
+
+
+@pytest.mark.parametrize(
+  ('arrivals_s', 'told'),
+  [
+    ([0.0, 30.0], None),
+    ([59.0], None),
+    ([61.0, 5000.0], '61.0'),
+    ([1764547200.0, 1764547201.0], '1764547200.0'),
+    ([0.0, 0.0, 1764547200123.0], '1764547200123.0'),
+    ([0.0, 1800.0], None),  # someone may think for long
+    ([0.0, 4000.0], '4000.0'),
+  ],
+)
+@pytest.mark.parametrize('waits', [True, False])
+def test_a_wait_that_may_be_another_unit_is_told_once_where_somebody_waits(arrivals_s, told, waits, caplog):
+  requests = [_request(f'r{number}', arrival_s) for number, arrival_s in enumerate(arrivals_s)]
+  simulator = _simulator(Listed([]))
+  simulator.waits = waits
+  list(serve(Listed(requests), Colocated(), simulator, ClusterState(TINY, WORKERS, 4)))
+  lines = [record.getMessage() for record in caplog.records]
+  assert len(lines) == (told is not None and waits)
+  assert all(f'{told} s after the start' in line and 'epoch or milliseconds?' in line for line in lines)
+
+
+def test_nobody_is_told_of_a_wait_for_what_is_under_way(caplog):
+  class Slow(_Second):
+    def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
+      return 10_000.0
+
+  simulator = Simulator(TINY, WORKERS, Slow())
+  simulator.waits = True
+  requests = [_request('a'), _request('b', 15_000.0)]
+  list(serve(Listed(requests), Colocated(), simulator, ClusterState(TINY, WORKERS, 4)))
+  assert caplog.records == []
 
 
 class _Second:

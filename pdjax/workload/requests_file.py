@@ -80,7 +80,7 @@ from typing import Any
 
 from pdjax.types.checks import is_whole
 from pdjax.types.json_text import json_text
-from pdjax.types.request import Completion, Request, SamplingParams, drawn_seed
+from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob, drawn_seed
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _LONGEST = 500  # characters of a refusal: a number may have thousands of digits
@@ -227,7 +227,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     e2el_s=times_s[-1] - request.arrival_s if ended_well else None,
     token_times_s=list(times_s),
     seed=request.sampling.seed,
-    logprobs=None if request.sampling.logprobs is None else list(map(dataclasses.asdict, outcome.logprobs)),
+    logprobs=None if request.sampling.logprobs is None else [_told(one) for one in outcome.logprobs],
   )
 
 
@@ -401,6 +401,10 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
     'logprobs': None,
   }
   return row | known
+
+
+def _told(logprob: TokenLogprob) -> dict[str, Any]:
+  return {'logprob': logprob.logprob, 'top': logprob.top}
 
 
 def _is_int(value: Any) -> bool:

@@ -161,7 +161,8 @@ class _Run:
     on_engine = _BACKEND.value == 'engine'
     path = None if folder is None or not (on_engine or rows is not None) else folder.path / ANSWERS
     earlier = [] if folder is None else folder.answered
-    self._answers = Answers(on_engine and opened.tokenizer is not None, path, earlier)
+    self._answers = Answers(on_engine and opened.tokenizer is not None, path, earlier, closed=self._write)
+    self._written: bool | None = None  # whether `requests.jsonl` could be made; None before that was tried
 
   def serve(self) -> int:
     """Serve what is not answered yet; the exit code."""
@@ -172,16 +173,15 @@ class _Run:
     except BaseException as raised:  # told once what was answered is written
       error = raised
     self._signals.hold()
+    if error is not None and not self._answers.began and self._signals.received is None:
+      self._written = True  # there is nothing to tell but the error
     self._answers.close()
     ends = self._outcomes()
-    written = True
-    if error is None or self._answers.began or self._signals.received is not None:
-      written = self._write(ends)
     if error is not None:
       code = _tell_end(error, self._signals, self._told(ends), self._folder)
       return code if code != 1 or not self._answers.began else _exit_code(ends) or 1
     self._show(ends, result)
-    if not written or (result is not None and result.unwritten):
+    if not self._written or (result is not None and result.unwritten):
       return self._signals.exit_code or 1
     return self._signals.exit_code or _exit_code(ends)
 
@@ -190,10 +190,15 @@ class _Run:
     assert self._config.workload is not None
     if self._folder is None or not self._folder.resumed:
       return self._rows is None or self._config.workload.num_requests > 0
-    arrivals = launch.arrivals_of(self._config.workload, self._config, self._opened)
-    self._answers.expect(event.request for event in arrivals.due(float('inf'), ()) if isinstance(event, Arrived))
-    arrivals = launch.arrivals_of(self._config.workload, self._config, self._opened)
-    if self._answers.left(arrivals).closed:
+    known = launch.arrivals_of(self._config.workload, self._config, self._opened).due(float('inf'), ())
+    self._answers.expect(event.request for event in known if isinstance(event, Arrived))
+    arrivals = self._answers.left(launch.arrivals_of(self._config.workload, self._config, self._opened))
+    if self._answers.has_earlier and not self._answers.num_earlier:
+      raise ValueError(
+        f'no answer in {self._folder.path} is to what is asked now; give the requests that the run began with, or '
+        'begin a new run in another workdir.'
+      )
+    if arrivals.closed:
       self._console.print(f'Nothing is left: {self._folder.path} has the answers to all requests.', markup=False)
       return False
     self._folder.put_away()
@@ -222,27 +227,32 @@ class _Run:
     """What became of everyone, in the order of the file or of arrival."""
     return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.completions)
 
-  def _write(self, ends: Sequence[Completion | Refused]) -> bool:
-    """Make `requests.jsonl`, whole or not at all; whether that could be done."""
+  def _write(self) -> None:
+    """Make `requests.jsonl`, whole or not at all, as soon as no more answers come."""
+    if self._written is not None:
+      return
+    self._written = True
     if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
-      return True
+      return
     path = self._folder.path / REQUESTS
     part = path.with_name(f'{REQUESTS}.part')
     try:
-      write_completions(part, ends)
+      write_completions(part, self._outcomes())
       part.replace(path)
     except OSError as error:
       with contextlib.suppress(OSError):
         part.unlink()
       where = f'; {ANSWERS} beside it has what could be written as requests ended'
       print(f'error: {path} cannot be written ({type(error).__name__}: {error}){where}.', file=sys.stderr)
-      return False
-    return True
+      self._written = False
 
   def _told(self, ends: Sequence[Completion | Refused]) -> str:
     """What is said behind the cause of an early end."""
-    num_served = sum(map(_is_served, ends))
-    told = f'{num_served} of {len(ends)} requests were served' if num_served else 'nothing was served'
+    assert self._config.workload is not None
+    num_served, num_asked = sum(map(_is_served, ends)), len(ends)
+    if self._rows is None:  # those that had not come yet have no end
+      num_asked = max(num_asked, self._config.workload.num_requests)
+    told = f'{num_served} of {num_asked} requests were served' if num_served else 'nothing was served'
     if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
       return told
     return f'{told}, --resume={self._folder.path} goes on'
@@ -277,7 +287,8 @@ def _folder(
       raise ValueError(
         f'the requests file {str(asked)!r} is where the answers are to go; rename it or give another --workdir.'
       )
-    more['requests'] = {'sha256': hashlib.sha256(asked.read_bytes()).hexdigest(), 'num_lines': len(rows)}
+    if asked.is_file():  # of what came through a pipe nothing is left to look at
+      more['requests'] = {'sha256': hashlib.sha256(asked.read_bytes()).hexdigest(), 'num_lines': len(rows)}
     serves = 'a file of requests'
     if not rows:
       console.print(f'{asked} has no requests.', markup=False)

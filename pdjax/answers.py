@@ -50,15 +50,21 @@ class Answers:
     has_text: Whether there is a tokenizer, so that an answer without text is an empty one.
     path: File that gets a line an answer, behind those that it has; None keeps answers in memory only.
     earlier: Lines of `read_answers`: what they answer is not served again, see `left`.
+    closed: Called by `close`, once all lines are on disk.
 
   Raises:
     OSError: if the file cannot be opened.
   """
 
   def __init__(
-    self, has_text: bool, path: str | os.PathLike[str] | None = None, earlier: Iterable[Mapping[str, Any]] = ()
+    self,
+    has_text: bool,
+    path: str | os.PathLike[str] | None = None,
+    earlier: Iterable[Mapping[str, Any]] = (),
+    closed: Callable[[], None] = lambda: None,
   ):
     self._has_text = has_text
+    self._closed = closed
     self._file = None if path is None else LinesFile(path, behind=True, insist=True)
     self._earlier = {identity: row for row in earlier if (identity := _identity_of_row(row)) is not None}
     self._earlier_ids = {identity[0] for identity in self._earlier}
@@ -121,8 +127,14 @@ class Answers:
     """Have the last lines on disk."""
     if self._file is not None:
       self._file.close()
+    self._closed()
 
   # -------------------------------------------------------------------------- what came of it
+
+  @property
+  def has_earlier(self) -> bool:
+    """Whether there were answers before."""
+    return bool(self._earlier)
 
   @property
   def began(self) -> bool:

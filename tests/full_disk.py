@@ -25,14 +25,14 @@ class Full:
 
 
 class FullDisk:
-  """Makes `pathlib.Path.open` open files of a name so that all of them have room for so many bytes, which may change."""
+  """Has `pathlib.Path.open` open files of a name so that they share room for so many bytes, which may change."""
 
   def __init__(self, monkeypatch, name: str, room: int):
     self.room = room
     real_open = pathlib.Path.open
 
-    def open_full(path, *args, **kwargs):
-      file = real_open(path, *args, **kwargs)
-      return Full(file, self) if path.name == name else file
+    def open_full(path, mode='r', *args, **kwargs):
+      file = real_open(path, mode, *args, **kwargs)
+      return Full(file, self) if path.name == name and mode[0] in 'wax' else file
 
     monkeypatch.setattr(pathlib.Path, 'open', open_full)

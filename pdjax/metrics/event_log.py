@@ -34,7 +34,7 @@ class EventLog:
   With a path, each event also goes to that file as one JSON line, less than a second later, see `read_events` for what
   it holds. The disk is never waited for by whoever appends. Close the log, or use it in a `with` statement, to have the
   last lines on disk. What cannot be written ends no serving: the file ends there, a warning and `notes` say from when
-  on and why, and the log in memory goes on.
+  on and why, and the log in memory goes on. The last of a disk's room is left to answers and reports.
 
   Args:
     path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
@@ -48,7 +48,7 @@ class EventLog:
     self._keep = keep
     self._events: list[Event] = []
     self._now_s = 0.0
-    self._file = None if path is None else LinesFile(path)
+    self._file = None if path is None else LinesFile(path, yields=True)
 
   def append(self, event: Event) -> None:
     """Add the event that happened next."""

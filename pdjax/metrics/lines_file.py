@@ -1,8 +1,10 @@
 """A file of lines that grows while a run goes on: a thread of its own writes it, at most a second behind."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import shutil
 import threading
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ _AGAIN_S = 1.0  # until what could not be written is tried again
 _STALL_S = 5.0  # a disk that takes nothing for so long is waited for no longer
 _PIECE_BYTES = 1 << 20
 _MOST_WAITING = 1 << 26  # characters
+_FREE_BYTES, _FREE_SHARE = 1 << 26, 0.1  # of a disk, whichever is less: what a file that yields leaves free
 
 
 class LinesFile:
@@ -28,12 +31,14 @@ class LinesFile:
     path: The file; missing folders are made.
     behind: Whether what it has stays, but for a last line that was cut short, and lines come behind it.
     insist: Whether lines that cannot be written wait until they can.
+    yields: Whether the file ends before it takes the last 64 MiB of its disk, or the last tenth of a small one, which
+      others need more.
 
   Raises:
     OSError: if it cannot be opened.
   """
 
-  def __init__(self, path: str | os.PathLike[str], *, behind: bool = False, insist: bool = False):
+  def __init__(self, path: str | os.PathLike[str], *, behind: bool = False, insist: bool = False, yields: bool = False):
     self.path = pathlib.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if behind:
@@ -41,6 +46,7 @@ class LinesFile:
     self._file = self.path.open('ab' if behind else 'wb', buffering=0)
     self._size = self._file.seek(0, os.SEEK_END) if self._file.seekable() else 0  # up to the last whole line
     self._insist = insist
+    self._yields = yields
     self._changed = threading.Condition()
     self._lines: list[tuple[Line, float]] = []
     self._waiting = 0  # characters of lines that are not written yet; those that are made late do not count
@@ -154,6 +160,8 @@ class LinesFile:
     data = memoryview(b''.join(line for line, _ in lines))
     place = 0
     try:
+      if self._yields:
+        self._leave_room(len(data))
       while place < len(data):
         place += self._file.write(data[place : place + _PIECE_BYTES]) or 0
         self._progress(place)
@@ -165,6 +173,14 @@ class LinesFile:
         logging.info('%s has all lines again.', self.path)
         self._missing = None
     self._progress(None)
+
+  def _leave_room(self, size: int) -> None:
+    try:
+      disk = shutil.disk_usage(self.path)
+    except OSError:  # then it is seen when it is full
+      return
+    if disk.total > 0 and disk.free - size < min(_FREE_BYTES, disk.total * _FREE_SHARE):
+      raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)} but what is kept for answers and reports')
 
   def _keep_whole_lines(self, lines: list[tuple[bytes, float]], place: int, error: Exception) -> None:
     whole = 0

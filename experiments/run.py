@@ -52,7 +52,7 @@ from pdjax import comparison, launch
 from pdjax.answers import Answers, is_served
 from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
-from pdjax.run_folder import ANSWERS, REQUESTS, TRACEBACK, RunFolder, read_run
+from pdjax.run_folder import ANSWERS, FILES, REQUESTS, REQUESTS_PART, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.messages import Arrived, Done, Event, Finished
 from pdjax.serving.state import StuckError
@@ -95,7 +95,7 @@ _KEPT = (
   'config', 'set', 'backend', 'requests', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
   'compilation_cache',
 )  # fmt: skip
-_EXPECTED = (ValueError, OSError, PolicyError, StuckError, DeviceError)  # their messages say all
+_EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
 
 
 def main(argv: list[str]) -> None:
@@ -178,7 +178,7 @@ class _Run:
     self._answers.close()
     ends = self._outcomes()
     if error is not None:
-      code = _tell_end(error, self._signals, self._told(ends), self._folder)
+      code = _tell_end(error, self._signals, self._told(ends), self._folder, self._answers.began)
       return code if code != 1 or not self._answers.began else _exit_code(ends) or 1
     self._show(ends, result)
     if not self._written or (result is not None and result.unwritten):
@@ -235,7 +235,7 @@ class _Run:
     if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
       return
     path = self._folder.path / REQUESTS
-    part = path.with_name(f'{REQUESTS}.part')
+    part = path.with_name(REQUESTS_PART)
     try:
       write_completions(part, self._outcomes())
       part.replace(path)
@@ -280,12 +280,16 @@ def _folder(
   if _WORKDIR.value is None:
     return contextlib.nullcontext()
   more: dict[str, Any] = {'command': {name: FLAGS[name].value for name in _KEPT}}
+  if (
+    _FIGURE.value is not None and pathlib.Path(_FIGURE.value).parent.resolve() == pathlib.Path(_WORKDIR.value).resolve()
+  ):
+    more['more_files'] = [pathlib.Path(_FIGURE.value).name]
   serves = "the config's workload"
   if _REQUESTS.value is not None and rows is not None:
     asked = pathlib.Path(_REQUESTS.value)
-    if asked.resolve() == (pathlib.Path(_WORKDIR.value) / REQUESTS).resolve():
+    if asked.name in FILES and asked.parent.resolve() == pathlib.Path(_WORKDIR.value).resolve():
       raise ValueError(
-        f'the requests file {str(asked)!r} is where the answers are to go; rename it or give another --workdir.'
+        f'the requests file {str(asked)!r} is where the run is to write; rename it or give another --workdir.'
       )
     if asked.is_file():  # of what came through a pipe nothing is left to look at
       more['requests'] = {'sha256': hashlib.sha256(asked.read_bytes()).hexdigest(), 'num_lines': len(rows)}
@@ -327,7 +331,9 @@ def _take_up_flags(folder: str) -> None:
     raise ValueError(f'the run in {folder!r} was a simulation without a file of requests, which leaves no answers.')
 
 
-def _tell_end(error: BaseException, signals: StopSignals, more: str, folder: RunFolder | None = None) -> int:
+def _tell_end(
+  error: BaseException, signals: StopSignals, more: str, folder: RunFolder | None = None, serving: bool = False
+) -> int:
   """Say in one line what ended the command early; the exit code."""
   # While Ray begins, SIGTERM is handled by Ray, as this.
   by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
@@ -338,7 +344,7 @@ def _tell_end(error: BaseException, signals: StopSignals, more: str, folder: Run
   if isinstance(error, SystemExit):
     raise error
   text = ' '.join(str(error).split('\n')).strip()
-  if not isinstance(error, _EXPECTED):
+  if not isinstance(error, _EXPECTED if serving else (ValueError, *_EXPECTED)):
     text = f'{type(error).__name__}: {text}{_place(error, folder)}'
   print(f'error: {text}{more and f" ({more})"}', file=sys.stderr)
   return 1

@@ -16,8 +16,10 @@ from pdjax.types.json_text import json_text
 
 RUN, ANSWERS, REQUESTS, EVENTS = 'run.json', 'answers.jsonl', 'requests.jsonl', 'events.jsonl'
 TRACEBACK = 'traceback.txt'
-_FILES = (
-  RUN, ANSWERS, REQUESTS, EVENTS, 'report.json', 'report.html', 'trace.json', 'metrics.prom', 'compare.json', TRACEBACK,
+REQUESTS_PART = f'{REQUESTS}.part'  # while it is written
+FILES = (
+  RUN, ANSWERS, REQUESTS, REQUESTS_PART, EVENTS, 'report.json', 'report.html', 'trace.json', 'metrics.prom',
+  'compare.json', TRACEBACK,
 )  # fmt: skip
 _KEPT = (RUN, ANSWERS)  # by a run that goes on
 _BASELINE = 'colocated'  # the folder of a comparison's other side
@@ -53,7 +55,8 @@ class RunFolder:
 
     Args:
       folder: The folder.
-      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say.
+      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say; `more_files` names files
+        that it leaves in the folder besides those of every run.
       say: Told in a line where an earlier run has gone.
 
     Raises:
@@ -73,7 +76,7 @@ class RunFolder:
         (path / RUN).unlink()
       else:
         say(f'{path} held an earlier run, which is in {_move_aside(path, names)} now')
-    elif taken := [name for name in _FILES if (path / name).is_file()]:
+    elif taken := [name for name in FILES if (path / name).is_file()]:
       raise ValueError(
         f'workdir {str(path)!r} has {", ".join(taken)}, and nothing says that a run left that; name another folder.'
       )
@@ -197,7 +200,10 @@ def _holds_run(path: pathlib.Path) -> bool:
 def _names(path: pathlib.Path) -> list[str]:
   """What a run left here, in the order in which it is to be moved: `run.json`, which says so, last."""
   names = sorted(entry.name for entry in path.iterdir())
-  ours = [name for name in names if name in _FILES or _is_before(name)]
+  more: list[str] = []
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    more = json.loads((path / RUN).read_text(encoding='utf-8')).get('more_files', [])
+  ours = [name for name in names if name in FILES or name in more or _is_before(name)]
   if 'compare.json' in names and (path / _BASELINE).is_dir():
     ours.append(_BASELINE)
   return sorted(ours, key=lambda name: name == RUN)

@@ -165,7 +165,7 @@ def test_a_run_is_broken_off_and_goes_on_from_python(tmp_path):
   assert {one.request.id: one.token_ids for one in result.completions} == whole
   assert result.report.num_prompts == 5 and '3 answers were there before' in ' '.join(result.report.notes)
   assert (tmp_path / 'out' / 'before-1' / 'report.json').is_file()
-  with pytest.raises(ValueError, match='config.seed was 0 and is 1'):
+  with pytest.raises(ValueError, match=r'config\.seed was 0 and is 1'):
     pdjax.run(dataclasses.replace(run, seed=1), workdir=tmp_path / 'out', resume=True)
   with pytest.raises(ValueError, match='resume goes with the folder of a run'):
     pdjax.run(run, resume=True)

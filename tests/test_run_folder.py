@@ -65,6 +65,15 @@ def test_files_of_somebody_else_stay_where_they_are(tmp_path):
   assert names(tmp_path / 'home.1') == ['events.jsonl', 'report.json', 'run.json']
 
 
+def test_a_picture_that_a_run_drew_in_its_folder_goes_with_it(tmp_path):
+  folder = tmp_path / 'out'
+  RunFolder.begin(folder, RUN | {'more_files': ['run.svg']}).close()
+  for name in ('run.svg', 'mine.svg'):
+    (folder / name).write_text(name)
+  begin(folder)
+  assert names(folder) == ['mine.svg', 'run.json'] and names(tmp_path / 'out.1') == ['run.json', 'run.svg']
+
+
 @pytest.mark.parametrize('name', ['report.json', 'requests.jsonl', 'events.jsonl', 'run.json'])
 def test_a_file_by_the_name_of_a_runs_that_no_run_left_is_refused(tmp_path, name):
   (tmp_path / name).write_text('{"mine": true}\n')

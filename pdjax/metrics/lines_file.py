@@ -14,7 +14,8 @@ Line = str | Callable[[], str]
 
 _DELAY_S = 0.5  # what comes meanwhile is written at once
 _AGAIN_S = 1.0  # until what could not be written is tried again
-_STALL_S = 5.0  # a disk that takes nothing for so long is waited for no longer
+_STALL_S = 5.0  # a disk that takes nothing for so long is waited for no longer in a run
+_CLOSE_S = 30.0  # and this long when it is over
 _PIECE_BYTES = 1 << 20
 _MOST_WAITING = 1 << 26  # characters
 _FREE_BYTES, _FREE_SHARE = 1 << 26, 0.1  # of a disk, whichever is less: what a file that yields leaves free
@@ -50,7 +51,7 @@ class LinesFile:
     self._changed = threading.Condition()
     self._lines: list[tuple[Line, float]] = []
     self._waiting = 0  # characters of lines that are not written yet; those that are made late do not count
-    self._written = 0  # pieces
+    self._written = 0  # steps forward, of whatever size
     self._unwritten: list[tuple[bytes, float]] = []  # what the thread could not write and will try again
     self._missing: tuple[float, str] | None = None  # from when on lines are not in the file, and why
     self._lost = False  # whether one of them never will be
@@ -106,9 +107,9 @@ class LinesFile:
       return
     while self._thread is not None and self._thread.is_alive():
       before = self._written
-      self._thread.join(_STALL_S)
+      self._thread.join(_CLOSE_S)
       if self._thread.is_alive() and before == self._written:
-        self._lack(TimeoutError(f'nothing was taken for {_STALL_S:g} s'), self._first_waiting_s())
+        self._lack(TimeoutError(f'nothing was taken for {_CLOSE_S:g} s'), self._first_waiting_s())
         return
     try:
       self._file.close()
@@ -147,6 +148,7 @@ class LinesFile:
   def _encoded(self, lines: list[tuple[Line, float]]) -> list[tuple[bytes, float]]:
     found = []
     for line, time_s in lines:
+      self._written += 1
       try:
         found.append(((line if isinstance(line, str) else line()).encode() + b'\n', time_s))
       except Exception as error:  # one line less; the others have their place

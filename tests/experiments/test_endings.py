@@ -203,10 +203,14 @@ def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
 
 
 WAYS = {
+  'finds a value wrong': 'error: ValueError: no such value (',
   'raises': 'error: ZeroDivisionError: nothing to divide by (',
   'asks for what cannot be': 'error: ',
   'does nothing': 'error: ',
 }
+
+
+UNFORESEEN = ('finds a value wrong', 'raises')
 
 
 @pytest.mark.parametrize(
@@ -234,9 +238,9 @@ def test_an_error_is_told_in_a_line_and_takes_no_answer_with_it(answered, tmp_pa
   assert len(kept) >= after and all('the run ended' in row['error'] for row in rows if row['id'] not in kept)
   report = json.loads((out / 'report.json').read_text())
   assert report['completed'] == len(kept) and 'The run was broken off before its end' in report['notes'][0]
-  if way == 'raises':
-    assert 'tiny_config.py' in last and 'ZeroDivisionError' in (out / 'traceback.txt').read_text()
-    assert 'traceback.txt' in last
+  assert (out / 'traceback.txt').is_file() == ('traceback.txt has the traceback' in last) == (way in UNFORESEEN)
+  if way in UNFORESEEN:
+    assert 'tiny_config.py' in last and 'in decide' in (out / 'traceback.txt').read_text()
 
 
 def test_a_run_without_a_work_directory_tells_an_error_in_a_line_too(answered):

@@ -141,7 +141,7 @@ def test_bad_ways_to_go_on_are_answered_in_a_line(run, answered, tmp_path):
     'was a simulation without a file of requests': (f'--resume={tmp_path / "alone"}',),
     'serves was "a comparison"': (f'--resume={tmp_path / "both"}', '--backend=engine'),
     'backend was "simulator" and is "engine"': (f'--resume={out}', '--backend=engine'),
-    'is where the answers are to go': (
+    'is where the run is to write': (
       *simulated, f'--requests={out / "requests.jsonl"}', f'--workdir={out / ".." / "out"}',
     ),
     'has report.json, and nothing says that a run left that': (

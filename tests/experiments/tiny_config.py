@@ -26,6 +26,8 @@ class Failing(Disaggregated):
       match self.way:
         case 'raises':
           raise ZeroDivisionError('nothing to divide\nby')
+        case 'finds a value wrong':
+          raise ValueError('no such value')
         case 'asks for what cannot be':
           return [Transfer('nobody', 'decode0')]
         case 'does nothing':

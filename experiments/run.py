@@ -4,6 +4,7 @@ python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo
 python -m experiments.run --config=configs/smollm2_cpu.py --set=policy.decode_steps=1 --goodput "ttft:500 tpot:50"
 python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the capital of France?"
 python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
+python -m experiments.run --resume=out
 python -m experiments.run --config=configs/smollm2_ray.py --ray_address=10.0.0.1:6379
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --workdir=out \
@@ -11,29 +12,49 @@ python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simu
 
 With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
 `report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, either side
-with several sizes of a pass, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how.
+with several sizes of a pass, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how. What an
+earlier run left in the folder is moved to one beside it, `out.1` or the next number; nothing is overwritten.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
-the same order; `pdjax/workload/requests_file.py` documents both formats. A line that cannot be served keeps no other
-from it: the exit code is 0 if all were, 3 if some were, and 1 if none was.
+the same order; `pdjax/workload/requests_file.py` documents both formats. Without, it has the requests of the workload
+as they arrived (a simulated workload has no answers). A line that cannot be served keeps no other from it.
+
+Answers outlive the run: `answers.jsonl` grows as requests end, at most a second behind (`pdjax/answers.py`), and after
+a signal, an error or a full disk `requests.jsonl` and the report are made of what there is. --resume=DIR goes on with
+the run in a folder: it serves what has no answer of `stop` or `length` there, the first of it at once and the others
+in their spacing, and then `requests.jsonl` has all. The command's options are known from `run.json`; they may be given
+anew, but another config is refused with the difference. The file of requests may have got other lines: a line is
+answered if its id, its prompt, its seed and its sampling are those of an answer. What the earlier part left, its log
+and report, is in `before-1`.
+
+The exit code is 0 if all requests were served, 3 if some were, 1 if none was, if the options are wrong or a result
+could not be written, and after SIGINT, SIGTERM and SIGHUP 130, 143 and 129. A second signal ends the command at once.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import os
 import pathlib
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.load_config import load_config
+from experiments.stop_signals import StopSignals
 from pdjax import comparison, launch
+from pdjax.answers import Answers, is_served
 from pdjax.config import ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
+from pdjax.run_folder import ANSWERS, FILES, REQUESTS, REQUESTS_PART, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.messages import Done, Event, Finished
+from pdjax.serving.messages import Arrived, Done, Event, Finished
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, Row, outcomes, read_rows, write_completions
@@ -45,7 +66,10 @@ T = TypeVar('T')
 _CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, each field.of.config=value.')
 _BACKEND = flags.DEFINE_enum('backend', 'engine', ['engine', 'simulator'], 'What carries the orders out.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for report.html, report.json, trace.json, events.jsonl.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder for answers, report.html, report.json, trace.json, events.jsonl.'
+)
+_RESUME = flags.DEFINE_string('resume', None, 'Go on with the run in this work directory: serve what is not answered.')
 _PROMPT = flags.DEFINE_string('prompt', None, 'Serve this prompt instead of the workload, and print the answer.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 128, 'Most tokens of the answer to --prompt.')
 _REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests instead of the workload.')
@@ -66,113 +90,305 @@ _RAY_ADDRESS = flags.DEFINE_string(
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
+# What `run.json` keeps of the command, for --resume.
+_KEPT = (
+  'config', 'set', 'backend', 'requests', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
+  'compilation_cache',
+)  # fmt: skip
+_EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(errors='replace')  # a terminal that lacks a character of an answer must not end the run
-  try:
-    code = _run(Console(highlight=False))
-  except (ValueError, OSError, PolicyError, StuckError, DeviceError) as error:
-    sys.exit(f'error: {error}')
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(130)
-  if code:
-    sys.exit(code)
+  with StopSignals() as signals:
+    try:
+      code = _run(_Screen(highlight=False), signals)
+    except BaseException as error:  # before anything was served
+      code = _tell_end(error, signals, '')
+    _flush()
+    if code:
+      sys.exit(code)
 
 
-def _run(console: Console) -> int:
+def _run(console: Console, signals: StopSignals) -> int:
   """Do what the flags ask for; the exit code, which tells whether everyone was served."""
+  if _RESUME.value is not None:
+    _take_up_flags(_RESUME.value)
   config = _config()
   opened = launch.open_model(config)
   if _COMPARE.value:
     _compare(config, opened, console)
     return 0
+  rows = None
   if _REQUESTS.value is not None:
-    return _serve_file(config, opened, console)
-  if _PROMPT.value is not None:
+    rows = _read(opened, _REQUESTS.value, config.seed)
+    if _WORKDIR.value is None:
+      raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
+    config = dataclasses.replace(config, workload=Given(_requests(rows)))
+  elif _PROMPT.value is not None:
     sampling = SamplingParams(max_tokens=_MAX_TOKENS.value)
     prompt = opened.make_request('prompt', _PROMPT.value, sampling)
     config = dataclasses.replace(config, workload=Given((prompt,)))
-  with Follow(console, config) as follow:
-    result = _serve(config, opened, console, follow)
-  _show_answers(console, result.completions, only_text=_PROMPT.value is not None)
-  if _PROMPT.value is None:
-    print_report(result.report, console)
-  _draw(result, console)
-  _show_workdir(console)
-  return _exit_code(result.completions) if _PROMPT.value is not None else 0
+  with _folder(config, rows, console) as folder:
+    return _Run(config, opened, folder, rows, console, signals).serve()
 
 
-def _serve(
-  config: ServingConfig, opened: launch.OpenedModel, console: Console, watch: launch.Watch, notes: Sequence[str] = ()
-) -> launch.RunResult:
-  """Run the config on the backend that the flags choose."""
-  if _BACKEND.value == 'engine':
-    return launch.run(config, workdir=_WORKDIR.value, say=console.print, watch=watch, opened=opened, notes=notes)
-  return launch.simulate(
-    config, workdir=_WORKDIR.value, watch=watch, calibrate=_CALIBRATE.value, opened=opened, notes=notes
-  )
+def _requests(rows: Sequence[Row]) -> tuple[Request, ...]:
+  return tuple(row.asked for row in rows if isinstance(row.asked, Request))
 
 
-def _serve_file(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> int:
-  """Serve the lines of a requests file; their answers are written whatever ends the run."""
-  assert _REQUESTS.value is not None
-  rows = _read(opened, _REQUESTS.value, config.seed)
+class _Run:
+  """Serves a config's workload; whatever ends that, its answers are written and its end is told in a line."""
+
+  def __init__(
+    self,
+    config: ServingConfig,
+    opened: launch.OpenedModel,
+    folder: RunFolder | None,
+    rows: list[Row] | None,
+    console: Console,
+    signals: StopSignals,
+  ):
+    self._config = config
+    self._opened = opened
+    self._folder = folder
+    self._rows = rows
+    self._console = console
+    self._signals = signals
+    on_engine = _BACKEND.value == 'engine'
+    path = None if folder is None or not (on_engine or rows is not None) else folder.path / ANSWERS
+    earlier = [] if folder is None else folder.answered
+    self._answers = Answers(on_engine and opened.tokenizer is not None, path, earlier, closed=self._write)
+    self._written: bool | None = None  # whether `requests.jsonl` could be made; None before that was tried
+
+  def serve(self) -> int:
+    """Serve what is not answered yet; the exit code."""
+    result, error = None, None
+    try:
+      if self._is_left():
+        result = self._launch()
+    except BaseException as raised:  # told once what was answered is written
+      error = raised
+    self._signals.hold()
+    if error is not None and not self._answers.began and self._signals.received is None:
+      self._written = True  # there is nothing to tell but the error
+    self._answers.close()
+    ends = self._outcomes()
+    if error is not None:
+      code = _tell_end(error, self._signals, self._told(ends), self._folder, self._answers.began)
+      return code if code != 1 or not self._answers.began else _exit_code(ends) or 1
+    self._show(ends, result)
+    if not self._written or (result is not None and result.unwritten):
+      return self._signals.exit_code or 1
+    return self._signals.exit_code or _exit_code(ends)
+
+  def _is_left(self) -> bool:
+    """Whether anything is to be served; only then the files of a run that is resumed are put away."""
+    assert self._config.workload is not None
+    if self._folder is None or not self._folder.resumed:
+      return self._rows is None or self._config.workload.num_requests > 0
+    known = launch.arrivals_of(self._config.workload, self._config, self._opened).due(float('inf'), ())
+    self._answers.expect(event.request for event in known if isinstance(event, Arrived))
+    arrivals = self._answers.left(launch.arrivals_of(self._config.workload, self._config, self._opened))
+    if self._answers.has_earlier and not self._answers.num_earlier:
+      raise ValueError(
+        f'no answer in {self._folder.path} is to what is asked now; give the requests that the run began with, or '
+        'begin a new run in another workdir.'
+      )
+    if arrivals.closed:
+      self._console.print(f'Nothing is left: {self._folder.path} has the answers to all requests.', markup=False)
+      return False
+    self._folder.put_away()
+    return True
+
+  def _launch(self) -> launch.RunResult:
+    """Run on the backend that the flags choose."""
+    with Follow(self._console, self._config, self._answers.num_earlier) as follow:
+      if _BACKEND.value == 'engine':
+        return launch.run(
+          self._config, workdir=self._folder, say=self._console.print, watch=follow, opened=self._opened,
+          notes=self._notes(), answers=self._answers, over=self._signals.hold,
+        )  # fmt: skip
+      return launch.simulate(
+        self._config, workdir=self._folder, watch=follow, calibrate=_CALIBRATE.value, opened=self._opened,
+        notes=self._notes(), answers=self._answers, over=self._signals.hold,
+      )  # fmt: skip
+
+  def _notes(self) -> list[str]:
+    if self._rows is None:
+      return []
+    num_refused = sum(isinstance(row.asked, Refused) for row in self._rows)
+    return [f'{num_refused} of {len(self._rows)} lines were refused as they were read.'] if num_refused else []
+
+  def _outcomes(self) -> Sequence[Completion | Refused]:
+    """What became of everyone, in the order of the file or of arrival."""
+    return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.completions)
+
+  def _write(self) -> None:
+    """Make `requests.jsonl`, whole or not at all, as soon as no more answers come."""
+    if self._written is not None:
+      return
+    self._written = True
+    if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
+      return
+    path = self._folder.path / REQUESTS
+    part = path.with_name(REQUESTS_PART)
+    try:
+      write_completions(part, self._outcomes())
+      part.replace(path)
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        part.unlink()
+      where = f'; {ANSWERS} beside it has what could be written as requests ended'
+      print(f'error: {path} cannot be written ({type(error).__name__}: {error}){where}.', file=sys.stderr)
+      self._written = False
+
+  def _told(self, ends: Sequence[Completion | Refused]) -> str:
+    """What is said behind the cause of an early end."""
+    assert self._config.workload is not None
+    num_served, num_asked = sum(map(_is_served, ends)), len(ends)
+    if self._rows is None:  # those that had not come yet have no end
+      num_asked = max(num_asked, self._config.workload.num_requests)
+    told = f'{num_served} of {num_asked} requests were served' if num_served else 'nothing was served'
+    if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
+      return told
+    return f'{told}, --resume={self._folder.path} goes on'
+
+  def _show(self, ends: Sequence[Completion | Refused], result: launch.RunResult | None) -> None:
+    """Print answers, refusals and figures."""
+    _show_answers(self._console, [one for one in ends if isinstance(one, Completion)], _PROMPT.value is not None)
+    refused = [one for one in ends if isinstance(one, Refused)]
+    for one in refused[:_SHOWN]:
+      self._console.print(f'{one.id} was refused: {one.error}', markup=False)
+    if len(refused) > _SHOWN:
+      left = len(refused) - _SHOWN
+      self._console.print(f'and {left} more lines were refused; {REQUESTS} has all of them.', markup=False)
+    if result is not None:
+      if _PROMPT.value is None:
+        print_report(result.report, self._console)
+      _draw(result, self._console)
+    _show_workdir(self._console)
+
+
+def _folder(
+  config: ServingConfig, rows: list[Row] | None, console: Console
+) -> contextlib.AbstractContextManager[RunFolder | None]:
+  """The work directory, if there is to be one, ready to be written into."""
   if _WORKDIR.value is None:
-    raise ValueError('--requests writes its answers into the work directory; give one with --workdir.')
-  launch.make_workdir(_WORKDIR.value)
-  if not rows:
-    console.print(f'{_REQUESTS.value} has no requests.', markup=False)
-  requests = tuple(row.asked for row in rows if isinstance(row.asked, Request))
-  num_refused = len(rows) - len(requests)
-  notes = [f'{num_refused} of {len(rows)} lines were refused as they were read.'] if num_refused else []
-  config = dataclasses.replace(config, workload=Given(requests))
-  events: list[Event] = []
-  result = None
-  try:
-    if requests:
-      with Follow(console, config) as follow:
+    return contextlib.nullcontext()
+  more: dict[str, Any] = {'command': {name: FLAGS[name].value for name in _KEPT}}
+  if (
+    _FIGURE.value is not None and pathlib.Path(_FIGURE.value).parent.resolve() == pathlib.Path(_WORKDIR.value).resolve()
+  ):
+    more['more_files'] = [pathlib.Path(_FIGURE.value).name]
+  serves = "the config's workload"
+  if _REQUESTS.value is not None and rows is not None:
+    asked = pathlib.Path(_REQUESTS.value)
+    if asked.name in FILES and asked.parent.resolve() == pathlib.Path(_WORKDIR.value).resolve():
+      raise ValueError(
+        f'the requests file {str(asked)!r} is where the run is to write; rename it or give another --workdir.'
+      )
+    if asked.is_file():  # of what came through a pipe nothing is left to look at
+      more['requests'] = {'sha256': hashlib.sha256(asked.read_bytes()).hexdigest(), 'num_lines': len(rows)}
+    serves = 'a file of requests'
+    if not rows:
+      console.print(f'{asked} has no requests.', markup=False)
+  elif _COMPARE.value:
+    serves = 'a comparison'
+  elif _PROMPT.value is not None:
+    serves = f'the prompt {_PROMPT.value!r}'
+  resume = _RESUME.value is not None
+  folder = launch.open_folder(
+    _WORKDIR.value, config, _BACKEND.value, resume=resume, serves=serves, more=more,
+    say=lambda line: console.print(line, markup=False, soft_wrap=True),
+  )  # fmt: skip
+  if resume and 'requests' in more and folder.run.get('requests') != more['requests']:
+    console.print(
+      f'{_REQUESTS.value} is not what it was when the run in {folder.path} began: lines that have an answer there keep '
+      'it, all others are served.',
+      markup=False,
+    )
+  return contextlib.closing(folder)
 
-        def watch(event: Event) -> None:
-          events.append(event)
-          follow(event)
 
-        result = _serve(config, opened, console, watch, notes)
-  finally:  # also of a run that breaks down or is interrupted: what was answered is not lost
-    has_text = opened.tokenizer is not None and _BACKEND.value == 'engine'
-    ends = outcomes(rows, launch.complete(events, has_text) if result is None else result.completions)
-    if events or not requests:
-      write_completions(pathlib.Path(_WORKDIR.value) / 'requests.jsonl', ends)
-  _show_answers(console, tuple(one for one in ends if isinstance(one, Completion)))
-  refused = [one for one in ends if isinstance(one, Refused)]
-  for one in refused[:_SHOWN]:
-    console.print(f'{one.id} was refused: {one.error}', markup=False)
-  if len(refused) > _SHOWN:
-    console.print(f'and {len(refused) - _SHOWN} more lines were refused; requests.jsonl has all of them.', markup=False)
-  if result is not None:
-    print_report(result.report, console)
-    _draw(result, console)
-  _show_workdir(console)
-  return _exit_code(ends)
+def _take_up_flags(folder: str) -> None:
+  """Give every flag that the command leaves out the value that it had when the run in a folder began."""
+  if _WORKDIR.value is not None and os.path.abspath(_WORKDIR.value) != os.path.abspath(folder):
+    raise ValueError(
+      f'--resume={folder} goes on in that folder, and --workdir={_WORKDIR.value} is another; leave it out.'
+    )
+  if _COMPARE.value:
+    raise ValueError('--resume goes on with a single run; begin a comparison again.')
+  command = read_run(folder).get('command') or {}
+  for name in _KEPT:
+    if not FLAGS[name].present and command.get(name) is not None:
+      FLAGS[name].value = command[name]
+  FLAGS['workdir'].value = folder
+  if _BACKEND.value == 'simulator' and _REQUESTS.value is None:
+    raise ValueError(f'the run in {folder!r} was a simulation without a file of requests, which leaves no answers.')
+
+
+def _tell_end(
+  error: BaseException, signals: StopSignals, more: str, folder: RunFolder | None = None, serving: bool = False
+) -> int:
+  """Say in one line what ended the command early; the exit code."""
+  # While Ray begins, SIGTERM is handled by Ray, as this.
+  by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
+  if signals.received is not None or by_ray or isinstance(error, KeyboardInterrupt):
+    stopped_by = signals.received or (signal.SIGTERM if by_ray else signal.SIGINT)
+    print(f'stopped by {stopped_by.name}{more and f": {more}"}', file=sys.stderr)
+    return 128 + stopped_by
+  if isinstance(error, SystemExit):
+    raise error
+  text = ' '.join(str(error).split('\n')).strip()
+  if not isinstance(error, _EXPECTED if serving else (ValueError, *_EXPECTED)):
+    text = f'{type(error).__name__}: {text}{_place(error, folder)}'
+  print(f'error: {text}{more and f" ({more})"}', file=sys.stderr)
+  return 1
+
+
+def _place(error: BaseException, folder: RunFolder | None) -> str:
+  """Where an error comes from that nobody foresaw, such as one of a policy, and where to read more."""
+  lines = ''.join(traceback.format_exception(error))
+  logging.debug('%s', lines)
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  more = '--verbosity=1 shows the traceback'
+  if folder is not None:
+    with contextlib.suppress(OSError):
+      (folder.path / TRACEBACK).write_text(lines, encoding='utf-8')
+      more = f'{folder.path / TRACEBACK} has the traceback'
+  return f' ({frame.filename}, line {frame.lineno}; {more})'
+
+
+def _is_served(one: Completion | Refused) -> bool:
+  return isinstance(one, Completion) and is_served(one)
 
 
 def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
   """0 if all were served, 3 if some were, and 1 if none was."""
-  served = [isinstance(one, Completion) and one.finish_reason in ('stop', 'length') for one in outcomes]
+  served = [_is_served(one) for one in outcomes]
   return 0 if all(served) else 3 if any(served) else 1
 
 
 def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> None:
   """Run the config and the colocated baseline, and say who wins where."""
+  with _folder(config, None, console) as folder:
+    _compare_in(None if folder is None else folder.path, config, opened, console)
+
+
+def _compare_in(
+  folder: pathlib.Path | None, config: ServingConfig, opened: launch.OpenedModel, console: Console
+) -> None:
   compared = comparison.compare(
     config,
     backend='engine' if _BACKEND.value == 'engine' else 'simulator',
     rates=None if _RATES.value is None else _numbers('rates', _RATES.value, float),
     splits=_SPLITS.value,
     budgets=None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int),
-    workdir=_WORKDIR.value,
+    workdir=folder,
     say=lambda line: console.print(line, markup=False, soft_wrap=True),
     calibrate=_CALIBRATE.value,
     opened=opened,
@@ -252,7 +468,7 @@ def _draw(result: launch.RunResult, console: Console) -> None:
     console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
 
 
-def _show_answers(console: Console, completions: tuple[Completion, ...], only_text: bool = False) -> None:
+def _show_answers(console: Console, completions: Sequence[Completion], only_text: bool = False) -> None:
   for completion in completions[: None if only_text else _SHOWN]:
     if completion.error:
       console.print(f'{completion.request.id} {completion.finish_reason}: {completion.error}', markup=False)
@@ -261,14 +477,33 @@ def _show_answers(console: Console, completions: tuple[Completion, ...], only_te
       console.print(f'{name}{completion.text.strip()}', markup=False)
 
 
+class _Screen(Console):
+  """A console whose reader may be gone, or its disk full: a run goes on without being seen."""
+
+  def print(self, *args: Any, **kwargs: Any) -> None:
+    with contextlib.suppress(OSError):
+      super().print(*args, **kwargs)
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+
+
+def _flush() -> None:
+  """Have what was printed on its way; where that cannot be, let Python not try again as it ends."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Follow:
   """Shows how many requests have ended and how many tokens came, while the run goes on."""
 
-  def __init__(self, console: Console, config: ServingConfig):
+  def __init__(self, console: Console, config: ServingConfig, already: int = 0):
     total = config.workload.num_requests if config.workload is not None else None
     columns = (TextColumn('serving'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[tokens]} tokens'))
     self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-    self._task = self._progress.add_task('serving', total=total, tokens=0, start=False)
+    self._task = self._progress.add_task('serving', total=total, tokens=0, start=False, completed=already)
     self._tokens = 0
     self._begun = False
 
@@ -276,12 +511,14 @@ class Follow:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._progress.stop()
+    with contextlib.suppress(OSError):
+      self._progress.stop()
 
   def __call__(self, event: Event) -> None:
     if not self._begun:
       self._begun = True
-      self._progress.start()
+      with contextlib.suppress(OSError):
+        self._progress.start()
       self._progress.start_task(self._task)
     match event:
       case Done(results=results) if results:

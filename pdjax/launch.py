@@ -8,18 +8,24 @@ import math
 import operator
 import pathlib
 import platform
+import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
+
+from pdjax.answers import Answers
 from pdjax.config import ServingConfig
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.metrics import EventLog, Report, draw
 from pdjax.metrics.counters import prometheus_text
-from pdjax.serving.loop import Arrivals, Backend, serve
-from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn
+from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
+from pdjax.serving.loop import Arrivals, serve
+from pdjax.serving.messages import Event
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.checks import check_text
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
   from pdjax.model.end_tokens import EndTokens
   from pdjax.model.tokenizer import Tokenizer
 
+Folder = str | pathlib.Path | RunFolder
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or the messages of a chat
 Say = Callable[[str], None]
 Watch = Callable[[Event], None]
@@ -50,6 +57,7 @@ class RunResult:
     events: The log that the report was computed from.
     workers: The cluster as it ran, `num_pages` filled in.
     model: The model as it was served.
+    unwritten: What of the report could not be written into the work directory, and why, in sentences.
   """
 
   report: Report
@@ -57,93 +65,118 @@ class RunResult:
   events: tuple[Event, ...]
   workers: tuple[WorkerSpec, ...]
   model: ModelSpec
+  unwritten: tuple[str, ...] = ()
 
 
 def run(
   config: ServingConfig,
   *,
-  workdir: str | pathlib.Path | None = None,
+  workdir: Folder | None = None,
+  resume: bool = False,
   say: Say = lambda line: None,
   watch: Watch = lambda event: None,
   opened: 'OpenedModel | None' = None,
   notes: Sequence[str] = (),
+  answers: Answers | None = None,
+  over: Callable[[], None] = lambda: None,
 ) -> RunResult:
   """Serve a config's workload on devices.
 
   With `platform='cpu'` JAX is told, if it has not started, to look for no other devices in this process.
 
+  Whatever ends the serving, an exception or Ctrl-C too, what was answered is in `answers.jsonl`, the report of what
+  happened so far is written, and then the exception goes on.
+
   Args:
     config: The run.
-    workdir: Gets `events.jsonl` and `report.json`; None writes nothing.
+    workdir: Gets `run.json`, `events.jsonl` and `answers.jsonl`, which grow as the run goes on, and the report; an
+      earlier run in it is moved to the folder's name with a number, see `RunFolder`. None writes nothing.
+    resume: Go on with the run in `workdir`: serve what has no answer there.
     say: Told in a line what is being done before the clock runs.
     watch: Called with every event, for progress.
     opened: What `open_model` answered, if it was asked before.
     notes: What a reader of the report should know besides, in sentences.
+    answers: Collects what ends; None makes one, with the file `answers.jsonl`.
+    over: Called once the serving is over, well or not, before anything is closed or reported.
 
   Raises:
-    ValueError: if the config does not fit the model, the devices or their memory, or has no workload.
+    ValueError: if the config does not fit the model, the devices or their memory, or has no workload, or if `workdir`
+      cannot be used.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  make_workdir(workdir)
   opened = opened or open_model(config)
-  arrivals = arrivals_of(config.workload, config, opened)
-  deployment = deploy(config, opened, arrivals.output_len, say)
-  engine = deployment.built.engine
-  try:
-    engine.start_clock()
-    log = _serve(arrivals, config, engine, deployment.empty_state(), workdir, watch)
-  finally:
-    engine.close()
-  events = tuple(log)
-  completions = complete(events, has_text=opened.tokenizer is not None)
-  report = deployment.report(events, completions, workdir, (*notes, *log.notes))
-  return RunResult(report, completions, events, deployment.built.workers, opened.model)
+  with _folder(workdir, config, 'engine', resume, say) as folder:
+    if answers is None:
+      path = None if folder is None else folder.path / ANSWERS
+      answers = Answers(opened.tokenizer is not None, path, [] if folder is None else folder.answered)
+      if folder is not None and folder.resumed:
+        folder.put_away()
+    arrivals = answers.left(arrivals_of(config.workload, config, opened))
+    deployment = deploy(config, opened, arrivals.output_len, say)
+    engine = deployment.built.engine
+
+    def report(events: Sequence[Event], notes: Sequence[str]) -> Report:
+      return deployment.report(events, answers.completions, None, notes)
+
+    with _Serving(folder, answers, report, notes, watch, over, engine.close) as serving:
+      engine.start_clock()
+      serving.follow(serve(arrivals, config.policy, engine, deployment.empty_state()))
+    return serving.result(deployment.built.workers, opened.model)
 
 
 def simulate(
   config: ServingConfig,
   *,
-  workdir: str | pathlib.Path | None = None,
+  workdir: Folder | None = None,
+  say: Say = lambda line: None,
   watch: Watch = lambda event: None,
   calibrate: bool = False,
   opened: 'OpenedModel | None' = None,
   notes: Sequence[str] = (),
+  answers: Answers | None = None,
+  over: Callable[[], None] = lambda: None,
 ) -> RunResult:
   """Serve a config's workload in virtual time, with the same loop, policy and state as `run`.
 
   Args:
     config: The run; `config.cost` says how long things take.
-    workdir: Gets `events.jsonl` and `report.json`; None writes nothing.
+    workdir: Gets `run.json`, `events.jsonl` and the report, as from `run`; None writes nothing.
+    say: Told in a line where an earlier run in `workdir` has gone.
     watch: Called with every event, for progress.
     calibrate: Measure this machine first and use that for `config.cost` (loads JAX).
     opened: What `open_model` answered, if it was asked before.
     notes: What a reader of the report should know besides, in sentences.
+    answers: Collects what ends; None makes one without a file, as tokens of a simulation say nothing.
+    over: Called once the run is over, well or not, before anything is reported.
 
   Raises:
-    ValueError: if the config does not fit the model or the memory, or has no workload.
+    ValueError: if the config does not fit the model or the memory, or has no workload, or if `workdir` cannot be used.
   """
-  make_workdir(workdir)
-  if calibrate:
-    config = calibrated(config)
   opened = opened or open_model(config)
-  model, cost = opened.model, config.cost
-  arrivals = arrivals_of(config.workload, config, opened)
-  workers, carved = size_simulated(config, model)
-  if isinstance(cost, Roofline):
-    cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
-  transfer = choose_granularity(config.transfer, model, workers, cost)
-  config = dataclasses.replace(config, transfer=transfer, dtype=config.definite_dtype)
-  state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
-  simulator = Simulator(model, workers, cost, arrivals.output_len)
-  log = _serve(arrivals, config, simulator, state, workdir, watch)
-  events = tuple(log)
-  completions = complete(events, has_text=False)
-  report = _report(
-    config, opened, workers, events, completions, workdir, 'simulator', (*notes, *log.notes),
-    calibrated=getattr(cost, 'calibrated', False),
-    environment={'devices': carved},
-  )  # fmt: skip
-  return RunResult(report, completions, events, workers, model)
+  answers = answers or Answers(has_text=False)
+  with _folder(workdir, config, 'simulator', False, say) as folder:
+    if calibrate:
+      config = calibrated(config)
+    model, cost = opened.model, config.cost
+    arrivals = answers.left(arrivals_of(config.workload, config, opened))
+    workers, carved = size_simulated(config, model)
+    if isinstance(cost, Roofline):
+      cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
+    transfer = choose_granularity(config.transfer, model, workers, cost)
+    config = dataclasses.replace(config, transfer=transfer, dtype=config.definite_dtype)
+    state = ClusterState(model, workers, config.page_size, config.transfer, faults=config.faults)
+    simulator = Simulator(model, workers, cost, arrivals.output_len)
+
+    def report(events: Sequence[Event], notes: Sequence[str]) -> Report:
+      return _report(
+        config, opened, workers, events, answers.completions, 'simulator', notes,
+        calibrated=getattr(cost, 'calibrated', False),
+        environment={'devices': carved},
+      )  # fmt: skip
+
+    with _Serving(folder, answers, report, notes, watch, over) as serving:
+      serving.follow(serve(arrivals, config.policy, simulator, state))
+    return serving.result(workers, model)
 
 
 def size_simulated(
@@ -289,15 +322,18 @@ class Deployment:
     workdir: str | pathlib.Path | None,
     notes: Sequence[str] = (),
   ) -> Report:
-    """The report of what was served here, with these notes among its own; `workdir` gets it as `report.json`."""
+    """The report of what was served here, with these notes among its own; `workdir` gets it, see `save_report`."""
     built, warm_up = self.built, self.built.warm_up
     config = dataclasses.replace(self.config, transfer=built.transfer, dtype=built.dtype)
-    return _report(
-      config, self.opened, built.workers, events, completions, workdir, 'engine', notes,
+    report = _report(
+      config, self.opened, built.workers, events, completions, 'engine', notes,
       warmup_s=warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
       calibrated=True,
       environment={'devices': built.devices, 'warm_up': dataclasses.asdict(warm_up)},
     )  # fmt: skip
+    if workdir is not None:
+      save_report(report, workdir)
+    return report
 
 
 def deploy(
@@ -342,12 +378,24 @@ def _build_processes(
   from pdjax.engine.ray_workers import RayProcesses
 
   assert config.processes is not None
-  processes = RayProcesses(config.processes, config.workers, config.platform, say)
+  with _sigterm_kept():
+    processes = RayProcesses(config.processes, config.workers, config.platform, say)
   try:
     return build_processes(config, model, processes.peers, output_len, say, closed=processes.close)
   except BaseException:
     processes.close()
     raise
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+  """What handles SIGTERM handles it afterwards too: Ray puts a handler of its own in its place as it begins."""
+  handler = signal.getsignal(signal.SIGTERM)
+  try:
+    yield
+  finally:
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,17 +525,50 @@ def calibrated(config: ServingConfig) -> ServingConfig:
 # ---------------------------------------------------------------------------- serving
 
 
-def make_workdir(workdir: str | pathlib.Path | None) -> None:
-  """Make the folder for results before anything takes time.
+def open_folder(
+  workdir: str | pathlib.Path,
+  config: ServingConfig | None,
+  backend: str,
+  *,
+  resume: bool = False,
+  serves: str = "the config's workload",
+  more: Mapping[str, Any] | None = None,
+  say: Say = lambda line: None,
+) -> RunFolder:
+  """The work directory of a run, which nobody else writes into until it is closed.
+
+  Args:
+    workdir: The folder.
+    config: The run; None if it is not known yet.
+    backend: What runs it.
+    resume: Go on with the run that is there.
+    serves: What it serves, in words; a workload of another kind than the config's own is not compared by its fields.
+    more: What else a new run's `run.json` is to say.
+    say: Told in a line where an earlier run has gone.
 
   Raises:
-    ValueError: if there cannot be one.
+    ValueError: if the folder cannot be used, or to resume, if its run is another one; see `RunFolder`.
   """
-  if workdir is not None:
-    try:
-      pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise ValueError(f'workdir {str(workdir)!r} cannot be made ({error.strerror}); name another folder.') from error
+  if config is not None and isinstance(config.workload, Given):
+    config = dataclasses.replace(config, workload=None)  # its requests are known by their own answers
+  about = {'backend': backend, 'serves': serves, 'config': describe(config)}
+  if resume:
+    return RunFolder.resume(workdir, about)
+  return RunFolder.begin(workdir, about | dict(more or {}), say)
+
+
+@contextlib.contextmanager
+def _folder(
+  workdir: Folder | None, config: ServingConfig, backend: str, resume: bool, say: Say
+) -> Iterator[RunFolder | None]:
+  """The work directory as a run takes it; one that was opened before stays open."""
+  if workdir is None or isinstance(workdir, RunFolder):
+    if resume:
+      raise ValueError(f'resume goes with the folder of a run, and workdir is {workdir!r}; name one.')
+    yield workdir
+    return
+  with contextlib.closing(open_folder(workdir, config, backend, resume=resume, say=say)) as folder:
+    yield folder
 
 
 def arrivals_of(workload: Workload | None, config: ServingConfig, opened: OpenedModel) -> Arrivals:
@@ -504,61 +585,84 @@ def arrivals_of(workload: Workload | None, config: ServingConfig, opened: Opened
   return Seeded(workload.arrivals(context), config.seed)
 
 
-def _serve(
-  arrivals: Arrivals,
-  config: ServingConfig,
-  backend: Backend,
-  state: ClusterState,
-  workdir: str | pathlib.Path | None,
-  watch: Watch,
-) -> EventLog:
-  path = None if workdir is None else pathlib.Path(workdir) / 'events.jsonl'
-  with EventLog(path) as log:
-    for event in serve(arrivals, config.policy, backend, state):
-      log.append(event)
-      watch(event)
-  return log
+class _Serving:
+  """Follows a run while it is served: its log, its answers, and in the end, however it comes, its report."""
+
+  def __init__(
+    self,
+    folder: RunFolder | None,
+    answers: Answers,
+    report: Callable[[Sequence[Event], Sequence[str]], Report],
+    notes: Sequence[str],
+    watch: Watch,
+    over: Callable[[], None],
+    close: Callable[[], None] = lambda: None,
+  ):
+    self._folder = None if folder is None else folder.path
+    self._answers = answers
+    self._make_report = report
+    self._notes = notes
+    self._watch = watch
+    self._over = over
+    self._close = close
+    self._unwritten: tuple[str, ...] = ()
+    self._now_s = 0.0
+
+  def __enter__(self) -> '_Serving':
+    try:
+      self._log = EventLog(None if self._folder is None else self._folder / EVENTS)
+    except BaseException:
+      self._close()
+      raise
+    return self
+
+  def follow(self, events: Iterator[Event]) -> None:
+    """Take notice of all that happens."""
+    for event in events:
+      self._log.append(event)
+      self._answers.note(event)
+      self._watch(event)
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+    try:
+      self._over()
+      self._log.close()
+      if error is not None:
+        self._answers.catch_up(self._log)
+      self._answers.close()
+    finally:
+      self._close()
+    self._events = tuple(self._log)
+    if error is None:
+      self._report = self._save(())
+    elif self._folder is not None:
+      try:
+        self._save((_broken_off(error),))
+      except Exception as failed:  # what ended the run is what is to be told
+        logging.error('%s gets no report (%s: %s).', self._folder, type(failed).__name__, failed)
+
+  def _save(self, notes: Sequence[str]) -> Report:
+    report = self._make_report(self._events, (*notes, *self._notes, *self._answers.notes, *self._log.notes))
+    if self._folder is not None:
+      self._unwritten = save_report(report, self._folder)
+    return report
+
+  def result(self, workers: tuple[WorkerSpec, ...], model: ModelSpec) -> RunResult:
+    """What came of a run that ended by itself."""
+    return RunResult(self._report, self._answers.completions, self._events, workers, model, self._unwritten)
 
 
-def complete(events: Sequence[Event], has_text: bool) -> tuple[Completion, ...]:
+def _broken_off(error: BaseException) -> str:
+  what = str(error) or 'no more is known'
+  return f'The run was broken off before its end ({type(error).__name__}: {what}).'
+
+
+def complete(events: Iterable[Event], has_text: bool) -> tuple[Completion, ...]:
   """What each sample of each request of a log got, in the order of arrival; as text too if there was a tokenizer."""
-  requests: dict[str, Request] = {}
-  results: dict[str, list[Result]] = {}
-  times_s: dict[str, list[float]] = {}
-  ends: dict[str, Finished] = {}
-  ended: set[str] = set()  # what passes under way still bring these is not counted
-  now_s = 0.0
+  answers = Answers(has_text)
   for event in events:
-    match event:
-      case Turn(turn_s):
-        now_s = turn_s
-      case Arrived(request):
-        for sample in request.samples():
-          requests[sample.id] = sample
-          results[sample.id], times_s[sample.id] = [], []
-      case Done():
-        for result in event.results:
-          if result.request not in ended:
-            results[result.request].append(result)
-            times_s[result.request] += [now_s] * len(result.tokens)
-      case Started(_, EndOrder(_, name)):
-        ended.add(name)
-      case Finished(_, name):
-        ends[name] = event
-        ended.add(name)
-  return tuple(
-    Completion(
-      request,
-      ends[name].tokens,
-      ends[name].finish_reason,
-      ends[name].error,
-      ''.join(result.text for result in results[name]) if has_text else None,
-      tuple(times_s[name][: len(ends[name].tokens)]),
-      tuple(logprob for result in results[name] for logprob in result.logprobs)[: len(ends[name].tokens)],
-    )
-    for name, request in requests.items()
-    if name in ends
-  )
+    answers.note(event)
+  return answers.completions
 
 
 # ---------------------------------------------------------------------------- reporting
@@ -570,7 +674,6 @@ def _report(
   workers: tuple[WorkerSpec, ...],
   events: Sequence[Event],
   completions: Sequence[Completion],
-  workdir: str | pathlib.Path | None,
   backend: str,
   notes: Sequence[str],
   *,
@@ -580,7 +683,7 @@ def _report(
 ) -> Report:
   workload = config.workload
   assert workload is not None
-  report = Report.from_events(
+  return Report.from_events(
     events,
     workers=workers,
     slo=config.slo,
@@ -598,11 +701,28 @@ def _report(
     calibrated=calibrated,
     generated_texts={one.request.id: one.text for one in completions if one.text is not None},
   )
-  if workdir is not None:
-    report.save(pathlib.Path(workdir) / 'report.json')
-    draw(report, workdir)
-    (pathlib.Path(workdir) / 'metrics.prom').write_text(prometheus_text(report.timeline), encoding='utf-8')
-  return report
+
+
+def save_report(report: Report, workdir: str | pathlib.Path) -> tuple[str, ...]:
+  """Write a report into a folder: figures, page, trace and counters; what could not be written, in sentences.
+
+  Nothing is raised: by now there are answers, which are worth more. A file that is written in part is taken away.
+  """
+  folder = pathlib.Path(workdir)
+  unwritten = []
+  for name, save in (
+    ('report.json', report.save),
+    ('metrics.prom', lambda path: path.write_text(prometheus_text(report.timeline), encoding='utf-8')),
+  ):
+    try:
+      save(folder / name)
+    except OSError as error:
+      unwritten.append(f'{folder / name} cannot be written ({type(error).__name__}: {error}).')
+      logging.error('%s', unwritten[-1])
+      with contextlib.suppress(OSError):
+        (folder / name).unlink()
+  draw(report, folder)
+  return tuple(unwritten)
 
 
 def describe(config: Any) -> Any:

@@ -15,6 +15,7 @@ from pdjax import launch
 from pdjax.config import ServingConfig
 from pdjax.launch import Deployment, Prompt, Say
 from pdjax.metrics import EventLog, Report
+from pdjax.run_folder import EVENTS, RunFolder
 from pdjax.serving.loop import serve
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Started, Turn
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
@@ -235,7 +236,9 @@ class Session:
     config: What serves, its workload aside; None takes `launch.default_config(checkpoint)`. A `Deployment` is taken as
       it is, and its engine is closed with the session.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
-    workdir: Gets `events.jsonl`, and in the end the report, as from `run`; None writes nothing.
+    workdir: Gets `run.json`, `events.jsonl`, which grows as the session goes on, and in the end the report, as from
+      `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What cannot be
+      written, as on a full disk, is told in the log and in the report, and the session goes on.
     seed: What requests without a seed of their own draw it from, in the order of arrival; None takes the config's.
     keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
       session that runs for days rather does without; `events.jsonl` is written all the same. An id is kept for ever,
@@ -278,20 +281,21 @@ class Session:
     Raises:
       SessionError: if it was started before.
       ValueError, FileNotFoundError, DeviceError: as `run` does.
+      OSError: if there is no room for the log.
     """
     if self._thread is not None or self._closed:
       raise SessionError('the session was started before, and runs only once; make a new one.')
-    launch.make_workdir(self._workdir)
-    path = None if self._workdir is None else pathlib.Path(self._workdir) / 'events.jsonl'
-    self._log = EventLog(path, keep=self._keep_events)
-    try:
+    with contextlib.ExitStack() as opened:
+      path = None
+      if self._workdir is not None:
+        folder = opened.enter_context(contextlib.closing(self._open_folder(self._workdir)))
+        path = folder.path / EVENTS
+      self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
       self._deployment = self._deploy()
       engine = self._deployment.built.engine
       self._live = Live(engine.interrupt)
       engine.start_clock()
-    except BaseException:
-      self._log.close()
-      raise
+      self._opened = opened.pop_all()
     self._thread = threading.Thread(target=self._run, name='pdjax-session', daemon=True)  # an exit closes it, below
     self._thread.start()
     atexit.register(self._close_at_exit)
@@ -327,6 +331,7 @@ class Session:
       saved, self._saved = self._saved, True
     if not saved:
       self._save_report()
+      self._opened.close()
     if self._cause is not None and not self._told:
       raise self._error()
 
@@ -391,6 +396,10 @@ class Session:
   @property
   def _has_text(self) -> bool:
     return self._deployment.opened.tokenizer is not None
+
+  def _open_folder(self, workdir: str | pathlib.Path) -> RunFolder:
+    config = self._config.config if isinstance(self._config, Deployment) else self._config
+    return launch.open_folder(workdir, config, 'engine', serves='what is submitted', say=self._say)
 
   def _deploy(self) -> Deployment:
     if isinstance(self._config, Deployment):

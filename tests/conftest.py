@@ -18,7 +18,7 @@ with quick_start():
 
 LONGEST = (
   'test_golden.py', 'test_check_transfers.py', 'test_tokens.py', 'test_tpu_programs.py',
-  'test_worker.py', 'test_processes.py', 'test_matrix_engine.py',
+  'test_worker.py', 'test_processes.py', 'test_matrix_engine.py', 'test_endings.py',
 )  # fmt: skip
 
 

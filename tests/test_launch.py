@@ -8,6 +8,7 @@ import pytest
 
 import pdjax
 from pdjax import launch
+from pdjax.answers import read_answers
 from pdjax.engine import build
 from pdjax.serving.messages import Arrived, Finished
 from tests.tiny import TINY, byte_tokenizer, config, prompt
@@ -137,6 +138,37 @@ def test_an_engine_without_weights_or_work_is_refused_before_anything_is_built()
     pdjax.run(dataclasses.replace(config(), workload=None))
   with pytest.raises(ValueError, match='one that prefills and one that decodes'):
     pdjax.ServingConfig(workers=pdjax.prefill_pool(1), model=TINY)
+
+
+def test_a_run_is_broken_off_and_goes_on_from_python(tmp_path):
+  output = pdjax.Uniform(1, 9)
+  sampling = pdjax.SamplingParams(temperature=1.0)
+  workload = pdjax.Poisson(
+    requests_per_s=200, num_requests=8, prompt=pdjax.Fixed(6), output=output, sampling=sampling, seed=3
+  )
+  run = config(workload=workload, **SMALL)
+  whole = {one.request.id: one.token_ids for one in pdjax.run(run).completions}
+  ended = []
+
+  def watch(event):
+    if isinstance(event, Finished):
+      ended.append(event.request)
+      if len(ended) == 3:
+        raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    pdjax.run(run, workdir=tmp_path / 'out', watch=watch)
+  assert [row['id'] for row in read_answers(tmp_path / 'out' / 'answers.jsonl')] == ended
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['completed'] == 3 and 'The run was broken off before its end (KeyboardInterrupt' in report['notes'][0]
+  result = pdjax.run(run, workdir=tmp_path / 'out', resume=True)
+  assert {one.request.id: one.token_ids for one in result.completions} == whole
+  assert result.report.num_prompts == 5 and '3 answers were there before' in ' '.join(result.report.notes)
+  assert (tmp_path / 'out' / 'before-1' / 'report.json').is_file()
+  with pytest.raises(ValueError, match=r'config\.seed was 0 and is 1'):
+    pdjax.run(dataclasses.replace(run, seed=1), workdir=tmp_path / 'out', resume=True)
+  with pytest.raises(ValueError, match='resume goes with the folder of a run'):
+    pdjax.run(run, resume=True)
 
 
 def test_a_simulation_that_measured_this_machine_first_says_so():

@@ -39,6 +39,7 @@ from pdjax.workload import Live
 from tests.engine.cluster import Cluster, assert_all_is_free
 from tests.engine.conftest import shared
 from tests.engine.plain import generate
+from tests.full_disk import FullDisk
 from tests.tiny import TINY, byte_tokenizer, prompt
 
 WAIT_S = 30.0  # for what takes milliseconds: past it, something hangs
@@ -637,6 +638,40 @@ def test_a_session_without_a_log_in_memory_serves_and_writes_its_file(begin, tmp
   with pytest.raises(pdjax.SessionError, match='keeps no events'):
     session.report()
   assert '"Finished"' in (tmp_path / 'events.jsonl').read_text()
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_a_full_disk_ends_the_log_and_no_stream(begin, tmp_path, monkeypatch, keep):
+  disk = FullDisk(monkeypatch, 'events.jsonl', room=3000)
+  with begin(workdir=tmp_path, keep_events=keep) as session:
+    for name in 'abc':
+      stream = session.submit(ask(name))
+      assert stream.result(WAIT_S).token_ids == expected(stream.request)
+  lines = (tmp_path / 'events.jsonl').read_text().splitlines()
+  assert disk.room < 3000 and [json.loads(line) for line in lines]
+  if keep:
+    for notes in (session.report().notes, json.loads((tmp_path / 'report.json').read_text())['notes']):
+      (note,) = (note for note in notes if 'ends early' in note)
+      assert str(tmp_path / 'events.jsonl') in note and 'No space left on device' in note
+
+
+def test_a_report_that_cannot_be_written_ends_no_session(begin, tmp_path):
+  (tmp_path / 'report.json').mkdir()
+  with begin(workdir=tmp_path) as session:
+    session.submit(ask('a')).result(WAIT_S)
+  assert session.report().completed == 1 and (tmp_path / 'report.html').is_file()
+
+
+def test_a_second_session_leaves_what_the_first_wrote(begin, tmp_path):
+  for name in 'ab':
+    with begin(workdir=tmp_path / 'out') as session:
+      session.submit(ask(name)).result(WAIT_S)
+  assert '"a"' in (tmp_path / 'out.1' / 'events.jsonl').read_text()
+  assert '"b"' in (tmp_path / 'out' / 'events.jsonl').read_text()
+  other = begin(workdir=tmp_path / 'out')
+  with begin(workdir=tmp_path / 'out'), pytest.raises(ValueError, match='is in use by another run'):
+    other.start()
+  other._config.built.engine.close()
 
 
 def test_every_arrival_is_in_the_first_turn_after_it(begin):

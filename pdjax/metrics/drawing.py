@@ -1,6 +1,8 @@
 """What a run leaves in its folder for people to look at; a run never fails because it could not be drawn."""
 
+import contextlib
 import os
+import pathlib
 import warnings
 
 from pdjax.metrics.page import Beside, save_html
@@ -9,12 +11,18 @@ from pdjax.metrics.report import Report
 
 
 def draw(report: Report, folder: str | os.PathLike, beside: Beside | None = None) -> None:
-  """Write `report.html` and `trace.json` into a folder; where one cannot be made, warn and go on."""
-  try:
-    save_trace(report, folder)
-    save_html(report, folder, beside)
-  except Exception as error:  # whatever it is, the run and its figures are worth more than the picture
-    warnings.warn(
-      f'{os.fspath(folder)} lacks a picture of the run ({type(error).__name__}: {error}); the figures are complete.',
-      stacklevel=2,
-    )
+  """Write `report.html` and `trace.json` into a folder; where one cannot be made, warn and go on without it."""
+  for name, save in (
+    ('trace.json', lambda path: save_trace(report, path)),
+    ('report.html', lambda path: save_html(report, path, beside)),
+  ):
+    path = pathlib.Path(folder) / name
+    try:
+      save(path)
+    except Exception as error:  # whatever it is, the run and its figures are worth more than the picture
+      with contextlib.suppress(OSError):
+        path.unlink()  # what there is of it
+      warnings.warn(
+        f'{path}, a picture of the run, cannot be made ({type(error).__name__}: {error}); the figures are complete.',
+        stacklevel=2,
+      )

@@ -1,15 +1,12 @@
 """The event log: every event of a run, in memory and, if wanted, as JSON lines in a file."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from absl import logging
-
+from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.messages import (
   AbandonOrder,
   Admission,
@@ -25,65 +22,59 @@ from pdjax.serving.messages import (
   Started,
   StepOrder,
   TransferOrder,
+  Turn,
 )
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Request
-
-_BUFFER_BYTES = 1 << 20  # one write a megabyte keeps the disk out of the serving loop
 
 
 class EventLog:
   """Collects events in order; iterate over it to read them.
 
-  With a path, each event also goes to that file as one JSON line, see `read_events` for what it holds. Close the
-  log, or use it in a `with` statement, to have the last lines on disk. What cannot be written ends no serving: the file
-  ends there, `notes` says so, and the log in memory goes on.
+  With a path, each event also goes to that file as one JSON line, less than a second later, see `read_events` for what
+  it holds. The disk is never waited for by whoever appends. Close the log, or use it in a `with` statement, to have the
+  last lines on disk. What cannot be written ends no serving: the file ends there, a warning and `notes` say from when
+  on and why, and the log in memory goes on. The last of a disk's room is left to answers and reports.
 
   Args:
     path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
     keep: Keep the events in memory; without, the log cannot be read here.
+
+  Raises:
+    OSError: if the file cannot be opened.
   """
 
   def __init__(self, path: str | os.PathLike | None = None, keep: bool = True):
     self._keep = keep
     self._events: list[Event] = []
-    self._file = None
-    self._notes: tuple[str, ...] = ()
-    if path is not None:
-      path = pathlib.Path(path)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      self._file = path.open('w', encoding='utf-8', buffering=_BUFFER_BYTES)
+    self._now_s = 0.0
+    self._file = None if path is None else LinesFile(path, yields=True)
 
   def append(self, event: Event) -> None:
     """Add the event that happened next."""
     if self._keep:
       self._events.append(event)
-    if self._file is not None:
-      try:
-        self._file.write(json_text(event_to_json(event)) + '\n')
-      except Exception as error:  # a full disk, or an event of somebody else's making: nobody's answer depends on it
-        self._end_file(error)
+    if self._file is None or self._file.ended:
+      return
+    if isinstance(event, Turn) and isinstance(event.now_s, float):
+      self._now_s = event.now_s
+    try:
+      line = json_text(event_to_json(event))
+    except Exception as error:  # an event of somebody else's making: nobody's answer depends on it
+      self._file.end(error, self._now_s)
+    else:
+      self._file.add(line, self._now_s)
 
   def close(self) -> None:
     """Write what is still buffered; nothing more goes into the file after this."""
     if self._file is not None:
-      try:
-        self._file.close()
-      except OSError as error:
-        self._end_file(error)
+      self._file.close()
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What a reader of the file should know, in sentences: that it ends early, and why."""
-    return self._notes
-
-  def _end_file(self, error: Exception) -> None:
-    assert self._file is not None
-    file, self._file = self._file, None
-    self._notes = (f'{file.name} ends early, as it cannot be written ({type(error).__name__}: {error}).',)
-    logging.error(self._notes[0])
-    with contextlib.suppress(OSError):  # what is buffered has no place either
-      file.close()
+    """What a reader of the file should know, in sentences: from when on it is incomplete, and why."""
+    note = None if self._file is None else self._file.note
+    return () if note is None else (note,)
 
   def __iter__(self) -> Iterator[Event]:
     return iter(self._events)

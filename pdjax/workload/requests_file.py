@@ -42,7 +42,8 @@ A line that cannot be served (no JSON, an unknown key, an id that another has, a
 than the workers hold, what pdjax does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and
 changes nothing for the others, which are served. Only a file that cannot be read stops the reading.
 `python -m experiments.run` ends with 0 if every line was served, with 3 if some were, and with 1 if none was. A run
-that is interrupted leaves the answers that it has.
+that is interrupted leaves the answers that it has, here and, as soon as they are complete, in `answers.jsonl` (see
+`pdjax.answers`); a line that it did not come to the end of has an `error` that says so, and --resume=DIR serves it.
 
 **Out**, one JSON object for every request, refused ones included. A served one with `n` samples has `n` lines, the
 first with its own id and the others with `id#1`, `id#2` and so on:
@@ -55,7 +56,7 @@ first with its own id and the others with `id#1`, `id#2` and so on:
 | `text`             | the output as text, as below, up to a stop string; null without a tokenizer, or simulated |
 | `finish_reason`    | `stop`, `length`, `cancelled`, `rejected` or `error` |
 | `error`            | what went wrong, or null |
-| `arrival_s`        | seconds after the start of the run; null for a line that was refused |
+| `arrival_s`        | seconds after the start of the run that served it; null for a line that was refused |
 | `ttft_s`           | from arrival to the first token; null if there was none |
 | `e2el_s`           | from arrival to the last token; null unless it ended with `stop` or `length` |
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
@@ -80,7 +81,7 @@ from typing import Any
 
 from pdjax.types.checks import is_whole
 from pdjax.types.json_text import json_text
-from pdjax.types.request import Completion, Request, SamplingParams, drawn_seed
+from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob, drawn_seed
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _LONGEST = 500  # characters of a refusal: a number may have thousands of digits
@@ -227,7 +228,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     e2el_s=times_s[-1] - request.arrival_s if ended_well else None,
     token_times_s=list(times_s),
     seed=request.sampling.seed,
-    logprobs=None if request.sampling.logprobs is None else list(map(dataclasses.asdict, outcome.logprobs)),
+    logprobs=None if request.sampling.logprobs is None else [_told(one) for one in outcome.logprobs],
   )
 
 
@@ -401,6 +402,10 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
     'logprobs': None,
   }
   return row | known
+
+
+def _told(logprob: TokenLogprob) -> dict[str, Any]:
+  return {'logprob': logprob.logprob, 'top': logprob.top}
 
 
 def _is_int(value: Any) -> bool:

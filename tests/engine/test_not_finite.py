@@ -17,6 +17,7 @@ from pdjax.serving.messages import Done, Turn
 from pdjax.types import SLO, Request, SamplingParams
 from pdjax.workload import Given
 from tests.engine.plain import generate
+from tests.full_disk import FullDisk
 from tests.tiny import TINY, byte_tokenizer, config, prompt
 
 POISON = 90  # the token whose embedding is not finite
@@ -165,49 +166,27 @@ def test_weights_that_are_nan_serve_nobody_and_the_report_says_why(split):
   assert any('No request completed' in note for note in result.report.notes)
 
 
-# ---------------------------------------------------------------------------- logs
-
-
-class Full:
-  """A file on a disk that is full after so many writes."""
-
-  name = 'events.jsonl'
-
-  def __init__(self, file, writes: int):
-    self._file, self._writes = file, writes
-
-  def write(self, text: str) -> None:
-    self._writes -= 1
-    if self._writes < 0:
-      raise OSError(28, 'No space left on device')
-    self._file.write(text)
-
-  def close(self) -> None:
-    self._file.close()
-    if self._writes < 0:
-      raise OSError(28, 'No space left on device')
-
-
-@pytest.mark.parametrize('writes', [0, 7, 1000])
-def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, writes):
+@pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, share):
   whole = launch.simulate(config(), workdir=tmp_path / 'whole')
-  real_open = pathlib.Path.open
-
-  def open_full(path, *args, **kwargs):
-    file = real_open(path, *args, **kwargs)
-    return Full(file, writes) if path.name == 'events.jsonl' else file
-
+  text = (tmp_path / 'whole' / 'events.jsonl').read_text()
   with monkeypatch.context() as patched:
-    patched.setattr(pathlib.Path, 'open', open_full)
+    FullDisk(patched, 'events.jsonl', int(share * len(text)))
     result = launch.simulate(config(), workdir=tmp_path / 'full')
   assert result.events == whole.events
   notes = [note for note in result.report.notes if 'ends early' in note]
-  assert len(notes) == (len(whole.events) > writes)
-  assert all('No space left on device' in note for note in notes)
   kept = (tmp_path / 'full' / 'events.jsonl').read_text()
-  assert (tmp_path / 'whole' / 'events.jsonl').read_text().startswith(kept) and kept.count('\n') == min(
-    writes, len(whole.events)
-  )
+  assert text.startswith(kept) and kept[-1:] in ('', '\n') and len(kept) >= int(share * len(text)) - 4096
+  if share == 1.0:
+    assert notes == [] and kept == text
+    return
+  now_s = 0.0
+  for event in whole.events[: kept.count('\n') + 1]:  # up to the first that is not in it
+    now_s = event.now_s if isinstance(event, Turn) else now_s
+  (note,) = notes
+  assert f'nothing from {now_s:.3f} s on' in note and 'No space left on device' in note
+  assert str(tmp_path / 'full' / 'events.jsonl') in note
+  assert list(json.loads((tmp_path / 'full' / 'report.json').read_text())['notes']).count(note) == 1
 
 
 def test_an_event_of_nobodys_kind_ends_no_log(tmp_path):

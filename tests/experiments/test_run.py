@@ -1,7 +1,6 @@
 """The command: files in and out, answers, and what a careless user types."""
 
 import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -9,21 +8,11 @@ import time
 
 import pytest
 
-from pdjax.model.checkpoint import RandomCheckpoint
 from tests.compiling import quick_environment
-from tests.hf import write_folder
+from tests.experiments.conftest import ROOT
 from tests.tiny import TINY, prompt
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIMULATED = ('--config=configs/llama3_8b_simulated.py:num_requests=4', '--backend=simulator')
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory) -> pathlib.Path:
-  """A folder as Hugging Face writes it, with the tiny model's weights and no tokenizer."""
-  folder = tmp_path_factory.mktemp('checkpoint')
-  write_folder(folder, RandomCheckpoint(TINY))
-  return folder
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,46 +20,6 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     [sys.executable, '-m', 'experiments.run', *arguments],
     cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300,
   )  # fmt: skip
-
-
-# Reads arguments as JSON lines and runs the command with each in a process forked from this one, where all of it is
-# imported but JAX has not started.
-FORKING = """
-import json, os, signal, sys, tempfile
-from absl import app
-from experiments import run
-
-for line in sys.stdin:
-  with tempfile.TemporaryFile('w+') as printed:
-    child = os.fork()
-    if not child:
-      signal.alarm(300)
-      os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-      os.dup2(printed.fileno(), 2)
-      sys.argv = ['experiments.run', *json.loads(line)]
-      app.run(run.main)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    printed.seek(0)
-    print(json.dumps([status, printed.read()]), flush=True)
-"""
-
-
-@pytest.fixture(scope='module')
-def answered():
-  """The command's exit status and what it says on stderr."""
-  with subprocess.Popen(
-    [sys.executable, '-c', FORKING], cwd=ROOT, env=quick_environment(), text=True, stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-  ) as process:  # fmt: skip
-
-    def answer(*arguments: str) -> tuple[int, str]:
-      process.stdin.write(json.dumps(arguments) + '\n')
-      process.stdin.flush()
-      line = process.stdout.readline()
-      assert line, 'the process that forks the others has ended'
-      return tuple(json.loads(line))
-
-    yield answer
 
 
 def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_others(checkpoint, tmp_path):
@@ -189,7 +138,7 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
   ],
 )
 def test_bad_input_is_answered_in_one_clear_line(answered, arguments, words):
-  status, said = answered(*arguments)
+  status, said, _ = answered(*arguments)
   assert status != 0
   assert 'Traceback' not in said
   assert all(word in said for word in words), said

@@ -1,0 +1,73 @@
+"""Signals that ask a command to end: the first lets it put its answers away, a second ends it at once."""
+
+import os
+import signal
+import threading
+import types
+
+_NAMES = ('SIGINT', 'SIGTERM', 'SIGHUP')
+
+
+class Stopped(KeyboardInterrupt):
+  """A signal asked the command to end; its name is the message."""
+
+
+class StopSignals:
+  """Has SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread, in a `with` statement, until they are held.
+
+  A second signal ends the process at once, whatever it is doing, even if the main thread is not in Python for a while,
+  as when it compiles. What ignored a signal before, as a shell has it for commands in the background, goes on ignoring
+  it.
+
+  Attributes:
+    received: The first that came; None while there was none.
+  """
+
+  def __init__(self) -> None:
+    self.received: signal.Signals | None = None
+    self._held = False
+    self._before: dict[int, object] = {}
+
+  def __enter__(self) -> 'StopSignals':
+    for name in _NAMES:
+      number = getattr(signal, name, None)  # Windows has no SIGHUP
+      if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._handle)
+    heard, self._told = os.pipe()
+    os.set_blocking(self._told, False)
+    self._fd_before = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+    self._thread = threading.Thread(target=self._listen, args=(heard,), name='stop-signals', daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)  # type: ignore[arg-type]
+    signal.set_wakeup_fd(self._fd_before)
+    os.close(self._told)
+    self._thread.join()
+
+  def hold(self) -> None:
+    """From now on a first signal is only remembered: what is being written is short, and is to be whole."""
+    self._held = True
+
+  @property
+  def exit_code(self) -> int | None:
+    """What a shell tells of a process that the signal ended, such as 143 for SIGTERM; None if none came."""
+    return None if self.received is None else 128 + self.received
+
+  def _listen(self, heard: int) -> None:
+    """On a thread of its own: end the process with the second signal, of which the main thread may hear late."""
+    count = 0
+    while numbers := os.read(heard, 1):
+      count += numbers[0] in self._before
+      if count == 2:
+        os._exit(128 + numbers[0])
+    os.close(heard)
+
+  def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    if self.received is not None:
+      os._exit(128 + number)
+    self.received = signal.Signals(number)
+    if not self._held:
+      raise Stopped(self.received.name)

@@ -1,0 +1,239 @@
+"""A file of lines that grows while a run goes on: a thread of its own writes it, at most a second behind."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable
+
+from absl import logging
+
+Line = str | Callable[[], str]
+
+_DELAY_S = 0.5  # what comes meanwhile is written at once
+_AGAIN_S = 1.0  # until what could not be written is tried again
+_STALL_S = 5.0  # a disk that takes nothing for so long is waited for no longer in a run
+_CLOSE_S = 30.0  # and this long when it is over
+_PIECE_BYTES = 1 << 20
+_MOST_WAITING = 1 << 26  # characters
+_FREE_BYTES, _FREE_SHARE = 1 << 26, 0.1  # of a disk, whichever is less: what a file that yields leaves free
+
+
+class LinesFile:
+  """Writes lines in the order in which they come, each less than a second later, so that a killed process loses little.
+
+  Whoever adds a line waits for no disk, unless one is so slow that 64 MiB are waiting. Nothing here raises once the
+  file is open: what cannot be written is told in the log, once, and in `note`. The file then ends with its last whole
+  line, or, if it insists, it gets the others as soon as they can be written.
+
+  Args:
+    path: The file; missing folders are made.
+    behind: Whether what it has stays, but for a last line that was cut short, and lines come behind it.
+    insist: Whether lines that cannot be written wait until they can.
+    yields: Whether the file ends before it takes the last 64 MiB of its disk, or the last tenth of a small one, which
+      others need more.
+
+  Raises:
+    OSError: if it cannot be opened.
+  """
+
+  def __init__(self, path: str | os.PathLike[str], *, behind: bool = False, insist: bool = False, yields: bool = False):
+    self.path = pathlib.Path(path)
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    if behind:
+      _cut_torn_line(self.path)
+    self._file = self.path.open('ab' if behind else 'wb', buffering=0)
+    self._size = self._file.seek(0, os.SEEK_END) if self._file.seekable() else 0  # up to the last whole line
+    self._insist = insist
+    self._yields = yields
+    self._changed = threading.Condition()
+    self._lines: list[tuple[Line, float]] = []
+    self._waiting = 0  # characters of lines that are not written yet; those that are made late do not count
+    self._written = 0  # steps forward, of whatever size
+    self._unwritten: list[tuple[bytes, float]] = []  # what the thread could not write and will try again
+    self._missing: tuple[float, str] | None = None  # from when on lines are not in the file, and why
+    self._lost = False  # whether one of them never will be
+    self._told = self._ended = self._closing = False
+    self._thread: threading.Thread | None = None
+
+  def add(self, line: Line, time_s: float = 0.0) -> None:
+    """Have a line written, or what a function makes of it by then.
+
+    Args:
+      line: Without its end; a function is called on the thread that writes.
+      time_s: When what it tells of happened, seconds after the start of the run.
+    """
+    with self._changed:
+      if self._ended or self._closing:
+        return
+      if self._waiting > _MOST_WAITING and not self._has_room():
+        self._end(TimeoutError(f'nothing was taken for {_STALL_S:g} s'), time_s)
+        return
+      self._lines.append((line, time_s))
+      if isinstance(line, str):
+        self._waiting += len(line)
+      if self._thread is None:
+        self._thread = threading.Thread(target=self._run, name=f'pdjax-{self.path.name}', daemon=True)
+        self._thread.start()
+      if len(self._lines) == 1 or self._waiting > _PIECE_BYTES:
+        self._changed.notify_all()
+
+  def end(self, error: Exception, time_s: float) -> None:
+    """Take no more lines, because of an error at that time; those that came before are written."""
+    with self._changed:
+      self._end(error, time_s)
+
+  @property
+  def ended(self) -> bool:
+    """Whether it takes no more lines."""
+    return self._ended
+
+  @property
+  def note(self) -> str | None:
+    """What a reader of the file should know, in a sentence: from when on it lacks lines, and why."""
+    if self._missing is None:
+      return None
+    from_s, why = self._missing
+    return f'{self.path} ends early: it has nothing from {from_s:.3f} s on, as it cannot be written ({why}).'
+
+  def close(self) -> None:
+    """Write what is left, and close the file."""
+    with self._changed:
+      closed, self._closing = self._closing, True
+      self._changed.notify_all()
+    if closed:
+      return
+    while self._thread is not None and self._thread.is_alive():
+      before = self._written
+      self._thread.join(_CLOSE_S)
+      if self._thread.is_alive() and before == self._written:
+        self._lack(TimeoutError(f'nothing was taken for {_CLOSE_S:g} s'), self._first_waiting_s())
+        return
+    try:
+      self._file.close()
+    except OSError as error:  # some file systems tell only now
+      self._lack(error, 0.0)
+
+  # -------------------------------------------------------------------------- with `_changed` held
+
+  def _has_room(self) -> bool:
+    """Wait while the disk is behind but goes on."""
+    while self._waiting > _MOST_WAITING and not self._ended:
+      before = self._written
+      self._changed.wait(_STALL_S)
+      if before == self._written:
+        return self._ended
+    return True
+
+  def _end(self, error: Exception, time_s: float) -> None:
+    self._ended = True
+    self._lack(error, time_s)
+
+  # -------------------------------------------------------------------------- the thread
+
+  def _run(self) -> None:
+    while True:
+      with self._changed:
+        again_s = _AGAIN_S if self._unwritten else None
+        self._changed.wait_for(lambda: self._closing or (self._lines and not self._unwritten), again_s)
+        self._changed.wait_for(lambda: self._closing or self._waiting > _PIECE_BYTES, _DELAY_S)
+        lines, self._lines = self._lines, []
+        closing = self._closing
+      self._write([*self._unwritten, *self._encoded(lines)])
+      if closing:
+        return
+
+  def _encoded(self, lines: list[tuple[Line, float]]) -> list[tuple[bytes, float]]:
+    found = []
+    for line, time_s in lines:
+      self._written += 1
+      try:
+        found.append(((line if isinstance(line, str) else line()).encode() + b'\n', time_s))
+      except Exception as error:  # one line less; the others have their place
+        self._lost = True
+        self._lack(error, time_s)
+    return found
+
+  def _write(self, lines: list[tuple[bytes, float]]) -> None:
+    """Write these, and keep or drop what cannot be written."""
+    self._unwritten = []
+    data = memoryview(b''.join(line for line, _ in lines))
+    place = 0
+    try:
+      if self._yields:
+        self._leave_room(len(data))
+      while place < len(data):
+        place += self._file.write(data[place : place + _PIECE_BYTES]) or 0
+        self._progress(place)
+    except Exception as error:  # a full disk, mostly
+      self._keep_whole_lines(lines, place, error)
+    else:
+      self._size += len(data)
+      if self._insist and self._missing is not None and not self._lost:
+        logging.info('%s has all lines again.', self.path)
+        self._missing = None
+    self._progress(None)
+
+  def _leave_room(self, size: int) -> None:
+    try:
+      disk = shutil.disk_usage(self.path)
+    except OSError:  # then it is seen when it is full
+      return
+    if disk.total > 0 and disk.free - size < min(_FREE_BYTES, disk.total * _FREE_SHARE):
+      raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)} but what is kept for answers and reports')
+
+  def _keep_whole_lines(self, lines: list[tuple[bytes, float]], place: int, error: Exception) -> None:
+    whole = 0
+    while whole < len(lines) and place >= len(lines[whole][0]):
+      place -= len(lines[whole][0])
+      self._size += len(lines[whole][0])
+      whole += 1
+    with contextlib.suppress(Exception):  # of the torn one that follows; a device cannot be cut
+      self._file.truncate(self._size)
+      self._file.seek(self._size)
+    first_s = lines[whole][1] if whole < len(lines) else 0.0
+    if self._insist:
+      self._unwritten = lines[whole:]
+      self._lack(error, first_s)
+      return
+    with self._changed:
+      self._lines.clear()
+      self._end(error, first_s)
+
+  def _progress(self, place: int | None) -> None:
+    """Tell those who wait for room; None at the end of all that was to be written."""
+    with self._changed:
+      self._written += 1
+      if place is None:
+        self._waiting = sum(len(line) for line, _ in self._lines if isinstance(line, str))
+      self._changed.notify_all()
+
+  def _lack(self, error: Exception, from_s: float) -> None:
+    self._missing = self._missing or (from_s, f'{type(error).__name__}: {error}')
+    if not self._told:
+      self._told = True
+      logging.error('%s', self.note)
+
+  def _first_waiting_s(self) -> float:
+    return next((time_s for _, time_s in (*self._unwritten, *self._lines)), 0.0)
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+  """Take off what follows the last end of a line: a process that was killed had not written the whole of it."""
+  if not path.is_file():
+    return
+  with path.open('r+b') as file:
+    end = file.seek(0, os.SEEK_END)
+    place = end
+    while place:
+      begin = max(place - _PIECE_BYTES, 0)
+      file.seek(begin)
+      found = file.read(place - begin).rfind(b'\n')
+      if found >= 0:
+        place = begin + found + 1
+        break
+      place = begin
+    if place < end:
+      file.truncate(place)

@@ -1,0 +1,276 @@
+"""The work directory of a run: `run.json` says what it is, and what an earlier run left is moved, not overwritten."""
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any, Literal
+
+from pdjax.answers import read_answers
+from pdjax.types.json_text import json_text
+
+RUN, ANSWERS, REQUESTS, EVENTS = 'run.json', 'answers.jsonl', 'requests.jsonl', 'events.jsonl'
+TRACEBACK = 'traceback.txt'
+REQUESTS_PART = f'{REQUESTS}.part'  # while it is written
+FILES = (
+  RUN, ANSWERS, REQUESTS, REQUESTS_PART, EVENTS, 'report.json', 'report.html', 'trace.json', 'metrics.prom',
+  'compare.json', TRACEBACK,
+)  # fmt: skip
+_KEPT = (RUN, ANSWERS)  # by a run that goes on
+_BASELINE = 'colocated'  # the folder of a comparison's other side
+_FORMAT = 1
+# What changes no answer: a run may go on with another one.
+_FREE = ('config.compilation_cache', 'config.slo', 'config.processes.address')
+
+Say = Callable[[str], None]
+
+
+class RunFolder:
+  """A folder that one run at a time writes into; `begin` and `resume` open it, and `close` gives it back.
+
+  An earlier run's files are moved to a folder beside it, `NAME.1` or the next number that is free; files of somebody
+  else stay where they are, and one that bears the name of a run's file is refused. A process that still writes into the
+  folder keeps others out of it.
+
+  Attributes:
+    path: The folder.
+    run: What `run.json` says.
+    resumed: Whether the run goes on that was there.
+  """
+
+  def __init__(self, path: pathlib.Path, run: Mapping[str, Any], lock: IO[str], resumed: bool):
+    self.path = path
+    self.run = run
+    self.resumed = resumed
+    self._lock = lock
+
+  @classmethod
+  def begin(cls, folder: str | os.PathLike[str], run: Mapping[str, Any], say: Say = lambda line: None) -> 'RunFolder':
+    """Make a folder for a new run, and put away what an earlier one left there.
+
+    Args:
+      folder: The folder.
+      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say; `more_files` names files
+        that it leaves in the folder besides those of every run.
+      say: Told in a line where an earlier run has gone.
+
+    Raises:
+      ValueError: if there cannot be such a folder, it has files of somebody else by the names of a run's, or another
+        process writes into it.
+    """
+    path = pathlib.Path(folder)
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(f'workdir {str(path)!r} cannot be made ({error.strerror}); name another folder.') from error
+    if _holds_run(path):
+      if (path / RUN).is_file():
+        _lock(path).close()
+      names = _names(path)
+      if names == [RUN]:  # of a run that ended before it had served anything
+        (path / RUN).unlink()
+      else:
+        say(f'{path} held an earlier run, which is in {_move_aside(path, names)} now')
+    elif taken := [name for name in FILES if (path / name).is_file()]:
+      raise ValueError(
+        f'workdir {str(path)!r} has {", ".join(taken)}, and nothing says that a run left that; name another folder.'
+      )
+    whole = {'format': _FORMAT, 'began': datetime.datetime.now().astimezone().isoformat(timespec='seconds'), **run}
+    lock = _lock(path, 'x')
+    try:
+      lock.write(json_text(whole, indent=2) + '\n')
+      lock.flush()
+    except OSError as error:
+      lock.close()
+      raise ValueError(f'{path / RUN} cannot be written ({error}); name another folder, or make room.') from error
+    return cls(path, json.loads(json_text(whole)), lock, False)
+
+  @classmethod
+  def resume(cls, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> 'RunFolder':
+    """Take up the run in a folder, if it is the same.
+
+    Raises:
+      ValueError: if there is none, the config or what it serves is another (the message tells the difference), or
+        another process writes into it.
+    """
+    path = pathlib.Path(folder)
+    there, now = read_run(path), json.loads(json_text(run))
+    if changed := differences({key: there.get(key) for key in now}, now):
+      raise ValueError(
+        f'the run in {str(path)!r} is another one: {"; ".join(changed)}. Give what its {RUN} says, or begin a new run '
+        'in another workdir.'
+      )
+    return cls(path, there, _lock(path), True)
+
+  @property
+  def answered(self) -> list[dict[str, Any]]:
+    """The answers that were there when the run was taken up, as `read_answers` gives them."""
+    return read_answers(self.path / ANSWERS) if self.resumed else []
+
+  def put_away(self) -> None:
+    """Move what the part before left, but for its answers, to `before-1` in the folder, or the next number."""
+    if names := [name for name in _names(self.path) if name not in _KEPT and not _is_before(name)]:
+      _move(self.path, names, _new_folder(self.path / f'before-{number}' for number in itertools.count(1)))
+
+  def close(self) -> None:
+    """Let others write into the folder."""
+    self._lock.close()
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """What the run in a folder is, as its `run.json` says.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  path = pathlib.Path(folder) / RUN
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f'{str(folder)!r} holds no run that can go on ({path} cannot be read: {error}); name the --workdir of one.'
+    ) from None
+  if not isinstance(found, dict) or found.get('format') != _FORMAT:
+    raise ValueError(f'{path} is of no run that this version can go on with; expected "format": {_FORMAT}.')
+  return found
+
+
+def differences(before: Any, now: Any, place: str = '') -> list[str]:
+  """Where two values of JSON differ, a sentence each; what changes no answer is passed over."""
+  if place in _FREE:
+    return []
+  if isinstance(before, dict) and isinstance(now, dict):
+    keys = dict.fromkeys((*before, *now))
+    return [
+      line for key in keys for line in differences(before.get(key), now.get(key), f'{place}.{key}' if place else key)
+    ]
+  if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+    return [
+      line
+      for index, (one, other) in enumerate(zip(before, now, strict=True))
+      for line in differences(one, other, f'{place}.{_name_of(one, other, index)}')
+    ]
+  if _plain(before) == _plain(now):
+    return []
+  return [f'{place} was {_shortened(before)} and is {_shortened(now)}']
+
+
+def _name_of(one: Any, other: Any, index: int) -> str:
+  """How an item of a list is called: by its name, if both have one."""
+  names = {item.get('name') if isinstance(item, dict) else None for item in (one, other)}
+  (name,) = names if len(names) == 1 else (None,)
+  return str(index) if name is None else str(name)
+
+
+def _plain(value: Any) -> Any:
+  """The value; of an object's text without the address, which is another one in every process."""
+  return re.sub(r' at 0x[0-9a-f]+', '', value) if isinstance(value, str) else value
+
+
+def _shortened(value: Any, width: int = 80) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= width else text[: width - 1] + '…'
+
+
+# ---------------------------------------------------------------------------- what is there
+
+
+def _holds_run(path: pathlib.Path) -> bool:
+  """Whether a run's files lie here; before there was `run.json`, its log says so."""
+  if (path / RUN).is_file():
+    text = (path / RUN).read_text(encoding='utf-8', errors='replace')
+    if not text.strip():  # of a process that was killed before it had written it
+      return True
+    with contextlib.suppress(ValueError):
+      found = json.loads(text)
+      return isinstance(found, dict) and 'format' in found and 'began' in found
+    return False
+  try:
+    with (path / EVENTS).open('rb') as file:
+      return (path / EVENTS).is_file() and file.read(10) == b'{"event": '
+  except OSError:
+    return False
+
+
+def _names(path: pathlib.Path) -> list[str]:
+  """What a run left here, in the order in which it is to be moved: `run.json`, which says so, last."""
+  names = sorted(entry.name for entry in path.iterdir())
+  more: list[str] = []
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    more = json.loads((path / RUN).read_text(encoding='utf-8')).get('more_files', [])
+  ours = [name for name in names if name in FILES or name in more or _is_before(name)]
+  if 'compare.json' in names and (path / _BASELINE).is_dir():
+    ours.append(_BASELINE)
+  return sorted(ours, key=lambda name: name == RUN)
+
+
+def _is_before(name: str) -> bool:
+  return re.fullmatch(r'before-\d+', name) is not None
+
+
+# ---------------------------------------------------------------------------- moving
+
+
+def _move_aside(path: pathlib.Path, names: list[str]) -> pathlib.Path:
+  """Move what a run left to a folder beside its own."""
+  place = path if path.name not in ('', '..') else pathlib.Path(os.path.abspath(path))
+  try:
+    target = _new_folder(place.with_name(f'{place.name}.{number}') for number in itertools.count(1))
+    return _move(path, names, target)
+  except OSError as error:
+    raise ValueError(
+      f'workdir {str(path)!r} holds an earlier run, which cannot be moved beside it ({error}); name another folder.'
+    ) from error
+
+
+def _new_folder(paths: Iterable[pathlib.Path]) -> pathlib.Path:
+  """The first of these that is not there yet, made."""
+  for path in paths:
+    with contextlib.suppress(FileExistsError):
+      path.mkdir()
+      return path
+  raise AssertionError('there are numbers without end')
+
+
+def _move(path: pathlib.Path, names: list[str], target: pathlib.Path) -> pathlib.Path:
+  for name in names:
+    shutil.move(path / name, target / name)  # a copy, where the folder is a file system of its own
+  return target
+
+
+# ---------------------------------------------------------------------------- one process at a time
+
+
+def _lock(path: pathlib.Path, mode: Literal['r+', 'x'] = 'r+') -> IO[str]:
+  """Hold `run.json` of a folder, which `x` makes, until it is closed, or the process ends in whatever way.
+
+  Raises:
+    ValueError: if another process holds it, or it cannot be opened.
+  """
+  try:
+    file = (path / RUN).open(mode, encoding='utf-8')
+  except FileExistsError:
+    raise _in_use(path) from None
+  except OSError as error:
+    raise ValueError(f'{path / RUN} cannot be opened ({error.strerror}); name another folder.') from error
+  try:
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise _in_use(path) from None
+  except (ImportError, OSError):  # Windows, or a file system without locks: then users take care
+    pass
+  return file
+
+
+def _in_use(path: pathlib.Path) -> ValueError:
+  return ValueError(
+    f'workdir {str(path)!r} is in use by another run, which has not ended; wait for it, or name another folder.'
+  )

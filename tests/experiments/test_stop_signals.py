@@ -1,0 +1,93 @@
+"""Signals that ask a command to end."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from experiments.stop_signals import Stopped, StopSignals
+
+ROOT = pathlib.Path(__file__).parents[2]
+CODES = {'SIGINT': 130, 'SIGTERM': 143, 'SIGHUP': 129}
+
+
+@pytest.mark.parametrize('name', sorted(CODES))
+def test_the_first_signal_raises_and_what_handled_it_before_does_so_afterwards(name):
+  number = signal.Signals[name]
+  before = signal.getsignal(number)
+  with StopSignals() as signals:
+    assert signals.exit_code is None
+    with pytest.raises(Stopped, match=name):
+      os.kill(os.getpid(), number)
+      signal.pause()
+    assert signals.received is number and signals.exit_code == CODES[name]
+  assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_comes_while_results_are_written_is_only_remembered():
+  with StopSignals() as signals:
+    signals.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.exit_code == 143
+
+
+def test_what_was_ignored_is_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with StopSignals() as signals:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert signals.received is None
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize('name', sorted(CODES))
+def test_a_second_signal_ends_the_process_at_once(name):
+  code = f"""
+import os, signal
+from experiments.stop_signals import StopSignals
+with StopSignals() as signals:
+  try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+  finally:
+    os.kill(os.getpid(), signal.{name})
+    print('still here')
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == CODES[name] and done.stdout == done.stderr == ''
+
+
+def test_a_second_signal_ends_a_process_that_is_not_in_python():
+  code = """
+import hashlib
+from experiments.stop_signals import StopSignals
+with StopSignals():
+  print('begun', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2**31 - 1)  # an hour, in which no handler of Python's is called
+"""
+  with subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == 'begun\n'
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def test_nothing_is_left_of_it_afterwards():
+  before = {*threading.enumerate()}, len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+  with StopSignals():
+    pass
+  after = {*threading.enumerate()}, len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else 0
+  assert after == before
+  with StopSignals() as signals:  # and another one counts from the beginning
+    signals.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert signals.received is signal.SIGTERM

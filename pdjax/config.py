@@ -22,6 +22,7 @@ from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.workload.workload import Workload
 
+KEEP_NO_PROGRAMS = 'off'  # instead of a folder
 DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 
 
@@ -52,7 +53,10 @@ class ServingConfig:
     platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds, and is refused on a Ray cluster with accelerators. CPU
       devices are virtual, as many as are needed.
     seed: What requests without a seed of their own draw it from, see `Request.seeded`.
-    compilation_cache: Folder where compiled programs are kept from run to run; None keeps none.
+    compilation_cache: Folder where compiled programs are kept from run to run; 'off' keeps none. None keeps none beyond
+      the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
+      next process of a lost worker takes those of the one before, unless JAX was given a folder by itself
+      (JAX_COMPILATION_CACHE_DIR). Whoever can write into such a folder can run code in its readers.
 
   Raises:
     ValueError: if a field is out of range or two workers have one name.
@@ -102,6 +106,8 @@ class ServingConfig:
     if self.max_context is not None and self.max_context < 1:
       raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
     check_seed(self.seed, 'seed')
+    if self.compilation_cache == '':
+      raise ValueError("compilation_cache is '', expected a folder, 'off' to keep no programs, or None.")
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:

@@ -470,6 +470,48 @@ def test_failures_at_any_time_leave_the_books_balanced(case, seed):
   assert reasons.total() == 24 and set(reasons) <= {'length', 'cancelled', 'error'}
 
 
+class Slow(Simulator):
+  """A worker is lost with the first end of an order, and is back much later, if at all."""
+
+  def __init__(self, *args, worker: str, told: list[tuple[float, Event]]):
+    super().__init__(*args)
+    self._worker = worker
+    self._told = told
+
+  def wait(self, until_s: float):
+    now_s, events = super().wait(min(until_s, self._told[0][0] if self._told else math.inf))
+    ended = [event for event in events if isinstance(event, Done)]
+    while self._told and self._told[0][0] <= now_s:
+      ended.append(self._told.pop(0)[1])
+    return now_s, ended
+
+
+@pytest.mark.parametrize('worker', ['prefill0', 'decode0'])
+def test_a_worker_that_needs_long_to_come_back_loses_no_request(worker):
+  case = Case('1P1D', 4, 1)
+  arrivals = case.arrivals()
+  told = [(1.0, WorkerLost(worker, 1.0, 'gone', returning=True)), (9000.0, WorkerBack(worker, 9000.0, 2))]
+  backend = Slow(TINY, case.workers, HandCost(), arrivals.output_len, worker=worker, told=told)
+  events = list(serve(arrivals, case.policy, backend, case.state()))
+  assert {end.finish_reason for end in _finished(events)} == {'length'}
+  assert max(end.now_s for end in _finished(events)) > 9000.0
+  (back,) = Report.from_events(events, workers=case.workers).returns
+  assert (back.worker, back.lost_s, back.seconds) == (worker, 1.0, 8999.0)
+  assert case.replay(events) == events
+
+
+def test_a_worker_that_does_not_come_back_ends_its_requests_when_patience_ends_after_the_last_try():
+  case = Case('1P1D', 4, 1)
+  arrivals = case.arrivals()
+  told = [(1.0, WorkerLost('decode0', 1.0, 'gone', returning=True)), (9000.0, WorkerLost('decode0', 9000.0, 'no more'))]
+  backend = Slow(TINY, case.workers, HandCost(), arrivals.output_len, worker='decode0', told=told)
+  events = list(serve(arrivals, case.policy, backend, case.state()))
+  failed = [end for end in _finished(events) if end.finish_reason == 'error']
+  assert failed and all("'decode0' (no more)" in end.error and end.now_s == 9060.0 for end in failed)
+  assert Report.from_events(events, workers=case.workers).returns == ()
+  assert case.replay(events) == events
+
+
 # ---------------------------------------------------------------------------- replay
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import psutil
+from jax.experimental.compilation_cache import compilation_cache
 
-from pdjax.config import ServingConfig
+from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
@@ -62,6 +63,27 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
   return devices
 
 
+def keep_programs(folder: str | None) -> None:
+  """Have JAX keep compiled programs, from now on and for all of this process.
+
+  Args:
+    folder: Where, as `ServingConfig.compilation_cache` says it; None leaves JAX as it is.
+  """
+  if folder is None:
+    return
+  path = None if folder == KEEP_NO_PROGRAMS else folder
+  if path != kept_programs():
+    compilation_cache.reset_cache()  # otherwise JAX goes on with the folder that it used first
+  jax.config.update('jax_compilation_cache_dir', path)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def kept_programs() -> str | None:
+  """The folder where JAX keeps compiled programs, if it does."""
+  return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+
+
 def device_memory_bytes(device: jax.Device) -> float:
   """Bytes that weights and pages may fill: on an accelerator, infinity if it does not say; on CPU, on all together."""
   if device.platform == 'cpu':
@@ -93,9 +115,7 @@ def build_engine(
       devices have no units for a dtype.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  keep_programs(config.compilation_cache)
   devices = prepare_devices(config.platform, devices_needed(config.workers))
   if devices[0].platform == 'cpu':
     keep_freed_memory()

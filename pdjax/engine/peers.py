@@ -28,7 +28,7 @@ class Assignment:
     precision: Of matrix products.
     transfer: How KV travels.
     moves_kv: Whether it does.
-    compilation_cache: Folder where compiled programs are kept; None keeps none.
+    compilation_cache: Where compiled programs are kept, see `keep_programs`.
   """
 
   spec: WorkerSpec
@@ -48,7 +48,7 @@ class Loaded:
 
   Attributes:
     hello: What others must know of it.
-    load_s: Seconds to load the weights.
+    load_s: Seconds to load the weights and sum them.
     compile_s: Seconds until every pass was compiled.
     program_s: Seconds of each program.
   """
@@ -172,10 +172,10 @@ class Peer(Protocol):
   name: str
 
   def ask(self, method: str, *args: Any) -> Any:
-    """Call a method of its `WorkerProcess` and wait for the answer.
+    """Call a method of its `WorkerProcess` and wait for the answer, however long that takes while it lives.
 
     Raises:
-      PeerLost: if the process is gone.
+      PeerLost: if the process is gone, or gives no sign of life for too long.
     """
 
   def tell(self, message: Message) -> None:
@@ -185,7 +185,7 @@ class Peer(Protocol):
     """Wait until something happened there, or a while.
 
     Raises:
-      PeerLost: if the process is gone.
+      PeerLost: as `ask` does.
     """
 
   def restart(self) -> None:

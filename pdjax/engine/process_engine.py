@@ -28,6 +28,7 @@ from pdjax.engine.peers import (
 )
 from pdjax.serving.messages import (
   AbandonOrder,
+  Comeback,
   Done,
   EndOrder,
   Event,
@@ -41,6 +42,21 @@ from pdjax.serving.messages import (
 )
 from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Revived:
+  """A lost worker in its new process.
+
+  Attributes:
+    incarnation: The life that it begins.
+    clock_s: What its clock shows when the controller's shows 0.
+    comeback: What took the time.
+  """
+
+  incarnation: int
+  clock_s: float
+  comeback: Comeback | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +85,16 @@ class _Returned:
 
   worker: str
   process: int
-  incarnation: int
+  revived: Revived
+  ended_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _GivenUp:
+  """A worker gets no process any more."""
+
+  worker: str
+  error: str
   ended_s: float
 
 
@@ -82,7 +107,8 @@ class Place:
     incarnation: Which of its lives this is; a failed pass begins another one in the same process.
     process: How many processes it has had.
     up: Whether it takes orders.
-    lost: Why its last process is gone.
+    returning: Whether it is lost, and a new process is being made for it.
+    lost: Why its last process is gone, or why there is no new one.
     clock_s: What its clock shows when the controller's shows 0.
   """
 
@@ -91,6 +117,7 @@ class Place:
   clock_s: float
   process: int = 1
   up: bool = True
+  returning: bool = False
   lost: str = ''
 
 
@@ -117,7 +144,7 @@ class ProcessEngine:
     incarnations: Mapping[str, int],
     clocks_s: Mapping[str, float],
     limit_of: Callable[[Request], int | None] = lambda request: None,
-    revive: Callable[[str, int], tuple[int, float]] | None = None,
+    revive: Callable[[str, int], Revived] | None = None,
     closed: Callable[[], None] = lambda: None,
   ):
     """Serve with processes that know one another.
@@ -127,8 +154,8 @@ class ProcessEngine:
       incarnations: Which of its lives each worker is in.
       clocks_s: What each process's clock shows when the controller's shows 0.
       limit_of: Most tokens of a request that a trace cuts short; None for others.
-      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it; the life, and
-        what its clock shows. It raises `PeerLost` where that cannot be. None lets a lost worker be lost for good.
+      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it. It raises
+        `PeerLost` where that cannot be, and always ends. None lets a lost worker be lost for good.
       closed: Called when all is over.
     """
     self.workers = {name: Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
@@ -170,6 +197,8 @@ class ProcessEngine:
           self._lose(item)
         case _Returned():
           self._come_back(item)
+        case _GivenUp():
+          self._give_up(item)
         case _Heard(news=WorkerLost()):
           down[item.worker] = item
         case _Heard(news=WorkerBack(incarnation=life)):
@@ -182,7 +211,7 @@ class ProcessEngine:
       self._mailbox.post(functools.partial(_Heard, item.worker, item.process, item.news))
     for name, place in self.workers.items():
       if not place.up:
-        self._post_lost(name, place.lost)
+        self._mailbox.post(functools.partial(self._describe_lost, name))
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
@@ -204,8 +233,9 @@ class ProcessEngine:
     began_s = self._mailbox.now_s()
     self._mailbox.post(lambda ended_s: Done(order, began_s, ended_s))
 
-  def _post_lost(self, worker: str, error: str) -> None:
-    self._mailbox.post(lambda ended_s: WorkerLost(worker, ended_s, error))
+  def _describe_lost(self, worker: str, ended_s: float) -> WorkerLost:
+    place = self.workers[worker]
+    return WorkerLost(worker, ended_s, place.lost, place.returning)
 
   # -------------------------------------------------------------------------- orders
 
@@ -265,6 +295,8 @@ class ProcessEngine:
             events += self._lose(item)
           case _Returned():
             events.append(self._come_back(item))
+          case _GivenUp():
+            events.append(self._give_up(item))
           case Interrupt():
             interrupted = True
           case _:
@@ -343,37 +375,43 @@ class ProcessEngine:
       except Exception as error:
         if self._closing:
           return
-        message = place.lost = describe_loss(error)
+        message = describe_loss(error)
       self._mailbox.post(functools.partial(_Gone, name, process, message))
       try:
-        life = self._return(name, place, life + 1, message)
+        revived = self._return(name, place, life + 1, message)
       except Exception as error:  # what waits for the worker, the loop ends when its patience does
-        place.lost = describe_loss(error)
-        self._post_lost(name, place.lost)
+        self._mailbox.post(functools.partial(_GivenUp, name, describe_loss(error)))
         return
-      self._mailbox.post(functools.partial(_Returned, name, process + 1, life))
+      life = revived.incarnation
+      self._mailbox.post(functools.partial(_Returned, name, process + 1, revived))
 
-  def _return(self, name: str, place: Place, life: int, message: str) -> int:
-    """Have a new process made for a lost worker, to begin that life; the life that begins in it."""
+  def _return(self, name: str, place: Place, life: int, message: str) -> Revived:
+    """Have a new process made for a lost worker, to begin that life in it."""
     if self._revive is None:
       raise PeerLost(f'it is lost and stays so: {message}')
-    life, place.clock_s = self._revive(name, life)
+    revived = self._revive(name, life)
     with self._clock:  # of the run that is under way now
+      place.clock_s = revived.clock_s
       place.peer.tell(StartClock(self._start_s + place.clock_s))
-    return life
+    return revived
 
   def _come_back(self, item: _Returned) -> WorkerBack:
+    place, revived = self.workers[item.worker], item.revived
+    place.up, place.returning, place.process, place.incarnation = True, False, item.process, revived.incarnation
+    return WorkerBack(item.worker, item.ended_s, revived.incarnation, revived.comeback)
+
+  def _give_up(self, item: _GivenUp) -> WorkerLost:
     place = self.workers[item.worker]
-    place.up, place.process, place.incarnation = True, item.process, item.incarnation
-    return WorkerBack(item.worker, item.ended_s, item.incarnation)
+    place.returning, place.lost = False, item.error
+    return self._describe_lost(item.worker, item.ended_s)
 
   def _lose(self, gone: _Gone) -> list[Event]:
     place = self.workers[gone.worker]
     if not place.up or gone.process != place.process:
       return []
-    place.up = False
+    place.up, place.returning, place.lost = False, self._revive is not None, gone.error
     self._drop_transfers(gone.worker)
-    return [WorkerLost(gone.worker, gone.ended_s, gone.error)]
+    return [self._describe_lost(gone.worker, gone.ended_s)]
 
 
 def describe_loss(error: Exception) -> str:

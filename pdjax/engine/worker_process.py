@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.engine.build import device_memory_bytes, prepare_devices
+from pdjax.engine.addresses import check_own
+from pdjax.engine.build import device_memory_bytes, keep_programs, kept_programs, prepare_devices
 from pdjax.engine.calibration import measure_chip
 from pdjax.engine.engine import describe
 from pdjax.engine.fingerprint import fingerprint
 from pdjax.engine.peers import Assignment, Loaded, Message, News, Pull, Settle, StartClock, Submit, node_name
+from pdjax.engine.program_folder import ProgramFolder
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
@@ -49,6 +51,7 @@ class WorkerProcess:
     self._error: BaseException | None = None
     self._closed = False
     self._serving = False
+    self._programs: ProgramFolder | None = None
 
   # -------------------------------------------------------------------------- beginning
 
@@ -56,8 +59,11 @@ class WorkerProcess:
     """Where this is; its devices are made ready, and what others pull is offered at that address.
 
     Raises:
-      DeviceError: if there are not so many devices of the platform, or they have no transfer server.
+      DeviceError: if the address is not this host's, there are not so many devices of the platform, or they have no
+        transfer server.
     """
+    host = self._node_host if host == 'node' else host
+    check_own(host)
     if not self._devices:
       found = prepare_devices(platform, num_devices)
       if len(found) < num_devices:
@@ -65,11 +71,25 @@ class WorkerProcess:
       self._devices = list(found[:num_devices])
     names = tuple(map(str, self._devices))
     first = self._devices[0]
-    self._server = Server(first, self._node_host if host == 'node' else host)
+    self._server = Server(first, host)
     memory = device_memory_bytes(first)
     kinds = tuple(map(DeviceKind.of, self._devices))
     self._machine = Machine(node_name(), os.getpid(), kinds, names, memory, self._server.address)
     return self._machine
+
+  def share_programs(self, folder: str | None) -> str | None:
+    """The temporary folder where this process keeps compiled programs if the config names none.
+
+    Args:
+      folder: One that another process of the run made on this host; None makes one.
+
+    Returns:
+      Where it is; None if JAX was told by others where to keep them.
+    """
+    if kept_programs() is not None:
+      return None
+    self._programs = ProgramFolder(folder)
+    return self._programs.path
 
   def load(self, assignment: Assignment) -> Loaded:
     """Load the weights and compile every pass.
@@ -79,13 +99,12 @@ class WorkerProcess:
     """
     self._assignment = assignment
     spec, model = assignment.spec, assignment.model
-    if assignment.compilation_cache:
-      jax.config.update('jax_compilation_cache_dir', assignment.compilation_cache)
-      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    keep_programs(assignment.compilation_cache)
     begin = time.perf_counter()
     checkpoint = self._open_checkpoint(assignment)
     mesh = make_mesh(model, self._devices)
     weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(assignment.dtype))[None]
+    summed = fingerprint(weights)
     sends = assignment.transfer if assignment.moves_kv else None
     worker = Worker(spec, model, mesh, weights, self._limit_of, checkpoint.tokenizer(), sends)
     worker.incarnation = assignment.incarnation
@@ -97,7 +116,7 @@ class WorkerProcess:
     self._thread.start()
     versions = tuple((name, _version(name)) for name in _VERSIONED)
     hello = Hello(
-      spec.name, worker.incarnation, self._machine, versions, model, fingerprint(weights), assignment.dtype,
+      spec.name, worker.incarnation, self._machine, versions, model, summed, assignment.dtype,
       describe_pool(worker),
     )  # fmt: skip
     return Loaded(hello, loaded - begin, compile_s, program_s)
@@ -233,7 +252,7 @@ class WorkerProcess:
       return news
 
   def close(self) -> None:
-    """End the threads; passes under way are waited for."""
+    """End the threads; passes under way are waited for, and a temporary folder of programs is let go of."""
     self._closed = True
     with self._changed:
       self._changed.notify_all()
@@ -241,6 +260,8 @@ class WorkerProcess:
       self.engine.stop()
       self._thread.join()
       self.engine.close()
+    if self._programs is not None:
+      self._programs.close()
 
   def _submit(self, orders, numbers: dict[int, int], limits: dict[str, int]) -> None:
     self._limits.update(limits)

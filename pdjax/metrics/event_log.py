@@ -23,6 +23,7 @@ from pdjax.serving.messages import (
   StepOrder,
   TransferOrder,
   Turn,
+  WorkerBack,
 )
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Request
@@ -126,6 +127,8 @@ def event_to_json(event: Event) -> dict[str, Any]:
     case Done():
       results = [_result(result) for result in event.results]
       return {'event': kind, **_fields(event), 'results': results, 'trip': event.trip and _fields(event.trip)}
+    case WorkerBack():
+      return {'event': kind, **_fields(event), 'comeback': event.comeback and _fields(event.comeback)}
     case Occupancy():
       return {'event': kind, **_fields(event), 'workers': [_fields(use) for use in event.workers]}
     case _:

@@ -313,7 +313,8 @@ def _folds(report: Report, beside: Beside | None) -> Iterator[tuple[str, str]]:
   yield 'Config', _pretty(report.config)
   if beside:
     yield f'Config of {beside.name}', _pretty(beside.baseline.config)
-  yield 'Environment', _pretty(report.environment)
+  returns = {'returns': [one.to_json() for one in report.returns]} if report.returns else {}
+  yield 'Environment', _pretty({**report.environment, **returns})
 
 
 def _pretty(data: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pdjax.metrics.numbers import digits_below, number
+from pdjax.metrics.returns import WorkerReturn
 from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
@@ -22,6 +23,7 @@ from pdjax.types.request import SLO
 
 _MOST_ERRORS = 3  # that a report's notes tell
 _LONGEST_ERROR = 240  # characters
+_MOST_RETURNS = 8  # that are told a line each
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Report:
     num_transfers: Transfers that ended well.
     transfers: What they cost, and how much of it was hidden.
     wasted_tokens: Tokens computed and thrown away.
+    returns: How long each worker that was lost took to come back, and of what.
     finish_reasons: How many requests ended how; `unfinished` if the log stops before.
     slo: The run's latency limits, if any.
     warmup_s: Seconds of loading and compiling before the clock ran, if known.
@@ -163,6 +166,7 @@ class Report:
   num_transfers: int
   transfers: TransferFigures
   wasted_tokens: int
+  returns: tuple[WorkerReturn, ...]
   finish_reasons: Mapping[str, int]
   slo: SLO | None
   warmup_s: float | None
@@ -260,6 +264,7 @@ class Report:
       num_transfers=sum(request.num_transfers for request in timeline.requests),
       transfers=TransferFigures.of(timeline),
       wasted_tokens=timeline.wasted_tokens,
+      returns=timeline.returns,
       finish_reasons=finish_reasons,
       slo=slo,
       warmup_s=warmup_s,
@@ -289,6 +294,12 @@ class Report:
     parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
     moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
     return _sum_of('hand-off', self.handoff.mean_ms, parts) + moved
+
+  def return_lines(self) -> list[str]:
+    """What the return of each worker that was lost took, in a line each; of many, the first."""
+    more = len(self.returns) - _MOST_RETURNS
+    lines = [str(one) for one in self.returns[:_MOST_RETURNS]]
+    return [*lines, f'{more:,} other returns; report.json has them all'] if more > 0 else lines
 
   def to_json(self) -> dict[str, Any]:
     """The report as plain dicts, lists and finite numbers.
@@ -350,6 +361,7 @@ class Report:
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
       'wasted_tokens': self.wasted_tokens,
+      'returns': [one.to_json() for one in self.returns],
       'goodput_share': self.goodput_share,
       'finish_reasons': self.finish_reasons,
       'slo': self.slo,
@@ -393,7 +405,7 @@ class Report:
     latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
     lines.append('p50/p99 ms: ' + ', '.join(f'{name} {number(s.p50_ms)}/{number(s.p99_ms)}' for name, s in latencies))
     lines += [self.ttft_account(), self.handoff_account()]
-    return '\n'.join([*lines, *(f'note: {note}' for note in self.notes)])
+    return '\n'.join([*lines, *self.return_lines(), *(f'note: {note}' for note in self.notes)])
 
 
 def _stats(values_s: Iterable[float | None]) -> Stats:

@@ -16,7 +16,8 @@ def render(report: Report) -> RenderableType:
   parts: list[RenderableType] = [_headline(report), _latencies(report), _totals(report)]
   if report.utilisation:
     parts += [Text(), _utilisation(report)]
-  parts.append(Padding(Text('\n'.join((report.ttft_account(), report.handoff_account()))), (1, 0, 0, 1), expand=False))
+  lines = (report.ttft_account(), report.handoff_account(), *report.return_lines())
+  parts.append(Padding(Text('\n'.join(lines)), (1, 0, 0, 1), expand=False))
   if report.notes:
     notes = Table.grid(padding=(0, 1))
     for note in report.notes:

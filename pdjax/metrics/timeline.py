@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Literal
 
+from pdjax.metrics.returns import WorkerReturn
 from pdjax.serving.messages import (
   AbandonOrder,
   Arrived,
@@ -19,6 +20,7 @@ from pdjax.serving.messages import (
   TransferOrder,
   Trip,
   Turn,
+  WorkerBack,
   WorkerLost,
 )
 from pdjax.types.request import SLO, FinishReason, Request
@@ -221,6 +223,7 @@ class Timeline:
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
     failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.
+    returns: Each return of a worker that was lost, in order.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -229,6 +232,7 @@ class Timeline:
   host_lags_s: tuple[float, ...] = ()
   wasted_tokens: int = 0
   failed_transfers: tuple[str, ...] = ()
+  returns: tuple[WorkerReturn, ...] = ()
 
   @property
   def start_s(self) -> float:
@@ -262,6 +266,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   occupancy: list[Occupancy] = []
   host_lags_s: list[float] = []
   wasted_tokens = 0
+  losses: dict[str, WorkerLost] = {}  # of workers that are not back
+  returns: list[WorkerReturn] = []
   now_s = 0.0
 
   for event in events:
@@ -297,10 +303,13 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       case TimerDue(_, 'deadline', int(overdue)):
         late.add(overdue)
       case WorkerLost(name):
+        losses.setdefault(name, event)
         open_orders = [one.order for one in orders.values() if isinstance(one.order, TransferOrder)]
         for lost in [order for order in open_orders if name in (order.source, order.target)]:
           failed_transfers.append(lost.request)
           del orders[lost.id]
+      case WorkerBack(name) if name in losses:
+        returns.append(WorkerReturn.of(losses.pop(name), event))
       case Arrived():
         drafts = samples[event.request.id] = [_Draft(sample) for sample in event.request.samples()]
         requests |= {draft.request.id: draft for draft in drafts}
@@ -316,6 +325,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
     host_lags_s=tuple(host_lags_s),
     wasted_tokens=wasted_tokens,
     failed_transfers=tuple(failed_transfers),
+    returns=tuple(returns),
   )
 
 

@@ -351,21 +351,58 @@ class TimerDue:
 class WorkerLost:
   """A worker's pages are gone, and orders that name it are over; it may come back.
 
-  What becomes of the requests that had pages there, `FaultSpec` says.
+  What becomes of the requests that had pages there, `FaultSpec` says. It is told once more when nobody brings the
+  worker back any longer.
+
+  Attributes:
+    worker: The worker.
+    ended_s: When that was known.
+    error: Why it is lost, or why it does not come back.
+    returning: Whether the backend is bringing it back, however long that takes: patience does not run meanwhile.
   """
 
   worker: str
   ended_s: float
   error: str
+  returning: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comeback:
+  """What the return of a worker in a new process was made of.
+
+  Attributes:
+    tries: How many processes were begun, the one that came back among them.
+    failed_s: Seconds of the tries that failed.
+    start_s: Seconds until the process was there with its devices.
+    load_s: Seconds to load the weights.
+    compile_s: Seconds until every pass was compiled, or taken from those that were kept.
+    connect_s: Seconds until the ways to other workers were ready.
+  """
+
+  tries: int
+  failed_s: float
+  start_s: float
+  load_s: float
+  compile_s: float
+  connect_s: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerBack:
-  """A lost worker takes orders again, its pages and slots empty, in another life that orders name."""
+  """A lost worker takes orders again, its pages and slots empty, in another life that orders name.
+
+  Attributes:
+    worker: The worker.
+    ended_s: When that was.
+    incarnation: The life.
+    comeback: What took the time, if it has another process.
+  """
 
   worker: str
   ended_s: float
   incarnation: int
+  comeback: Comeback | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

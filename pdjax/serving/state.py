@@ -194,8 +194,8 @@ class ClusterState(ClusterView):
         return self._fail(event, now_s)
       case TimerDue():
         return self._timer_due(event, now_s)
-      case WorkerLost(name, _, error):
-        self._lose(name, error, now_s)
+      case WorkerLost(name, _, error, returning):
+        self._lose(name, error, returning, now_s)
       case WorkerBack(name, _, incarnation):
         return self._return(name, incarnation, now_s)
       case Withdrawn(request):
@@ -479,10 +479,13 @@ class ClusterState(ClusterView):
     else:
       self._restart(entry, error, now_s)
 
-  def _lose(self, worker: str, error: str, now_s: float) -> None:
+  def _lose(self, worker: str, error: str, returning: bool, now_s: float) -> None:
     place = self.workers[worker]
     place.up, place.lost = False, error
-    self._timers.set('patience', worker, now_s + self._faults.patience_s)
+    if returning:
+      self._timers.cancel('patience', worker)
+    else:
+      self._timers.set('patience', worker, now_s + self._faults.patience_s)
     for order in [order for order in self._in_flight.values() if worker in _places(order)]:
       del self._in_flight[order.id]
       if isinstance(order, StepOrder):
@@ -512,7 +515,7 @@ class ClusterState(ClusterView):
     if incarnation <= worker.incarnation:
       return False  # told late, of a life that is over or known
     if worker.up:  # so that nobody waits for the one before it
-      self._lose(name, f'worker {name!r} began another life', now_s)
+      self._lose(name, f'worker {name!r} began another life', True, now_s)
     worker.incarnation, worker.up, worker.lost, worker.given_up = incarnation, True, '', False
     self._timers.cancel('patience', name)
     return True

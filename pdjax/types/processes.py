@@ -2,12 +2,17 @@
 
 import dataclasses
 import ipaddress
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 Strategy = Literal['PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD']
+Resources = Mapping[str, float]
 
 _SHOWN_ALONE = ('GPU', 'TPU')  # the resources of which Ray shows a process those alone that are set aside for it
+_LEAST = 1e-4  # of which Ray counts no part
+_MOST_STEPS = 2_000  # of a search for places
+_MOST_NODES = 8  # that a message names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -16,18 +21,21 @@ class RayCluster:
 
   Attributes:
     address: A Ray cluster that is there, `'host:port'`, or 'auto' for the one of this machine; None starts one here and
-      stops it in the end.
+      stops it in the end. One that does not answer, or lacks what the workers take, is told of within seconds; nodes
+      that an autoscaler would add are not waited for.
     host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster.
       Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
     strategy: How Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
       says, and nothing on CPU. A platform of None takes nothing either: fit for a cluster that has neither.
-    silence_s: Seconds without an answer after which a process counts as lost, though it has not ended.
+    silence_s: Seconds without a sign of life after which a process counts as lost, though it has not ended: from its
+      first call on, while it loads and compiles too, which it may do for as long as it wants. One that is not there at
+      all after so long, or a minute if that is longer, counts as lost as well.
 
   Raises:
-    ValueError: if the host is no address of one host, the strategy is unknown, or the cores or the silence are not
-      positive.
+    ValueError: if the address has no port, the host is no address of one host, the strategy is unknown, or the cores or
+      the silence are not positive.
   """
 
   address: str | None = None
@@ -38,6 +46,17 @@ class RayCluster:
   silence_s: float = 60.0
 
   def __post_init__(self):
+    if self.address not in (None, 'auto'):
+      port = self.address.rpartition(':')[2]
+      if (
+        ':' not in self.address
+        or '://' in self.address
+        or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+      ):
+        raise ValueError(
+          f"address is {self.address!r}, expected 'host:port', such as '10.0.0.1:6379', or 'auto' for the cluster of "
+          'this machine.'
+        )
     if self.host != 'node':
       try:
         unspecified = ipaddress.ip_address(self.host).is_unspecified
@@ -83,3 +102,83 @@ class RayCluster:
       f'the Ray cluster has {" and ".join(has)}, and with platform {platform!r} Ray sets none of them aside for a '
       f'worker: each would see them all, and two could take one; {remedy}.'
     )
+
+  def shortage(self, taken: Mapping[str, Resources], nodes: Mapping[str, Resources]) -> str | None:
+    """What the nodes of a Ray cluster lack for the workers, if they lack something though nobody else had any of it.
+
+    Args:
+      taken: What each worker takes, by its name.
+      nodes: What each node has in all, by its address.
+    """
+    kinds = tuple(dict.fromkeys(kind for bundle in taken.values() for kind in bundle))
+    needed, found = (
+      {kind: sum(one.get(kind, 0.0) for one in some.values()) for kind in kinds} for some in (taken, nodes)
+    )
+    for kind in kinds:
+      if needed[kind] > found[kind] + _LEAST:
+        each = ', '.join(f'{name} {bundle[kind]:g}' for name, bundle in taken.items() if kind in bundle)
+        has = f'{found[kind]:g}' if found[kind] else 'none'
+        return f'the workers take {needed[kind]:g} {kind} ({each}), the Ray cluster has {has}; {self._remedy(kind)}.'
+    rooms = [{kind: node.get(kind, 0.0) for kind in kinds} for node in nodes.values()]
+    has = ', '.join(f'{name} {_amounts(room)}' for name, room in list(zip(nodes, rooms, strict=True))[:_MOST_NODES])
+    has += f' and {len(rooms) - _MOST_NODES} more' if len(rooms) > _MOST_NODES else ''
+    for name, bundle in taken.items():
+      if not any(_fits(bundle, room) for room in rooms):
+        return (
+          f'worker {name!r} takes {_amounts(bundle)} of one node, but no node of the Ray cluster has as much ({has}); '
+          'lower tp or processes.cpus, or use a cluster of larger nodes.'
+        )
+    if self.strategy == 'STRICT_PACK' and not any(_fits(needed, room) for room in rooms):
+      return (
+        f"strategy 'STRICT_PACK' wants all workers on one node, with {_amounts(needed)}, but no node of the Ray "
+        f"cluster has as much ({has}); set processes.strategy to 'PACK'."
+      )
+    apart = self.strategy == 'STRICT_SPREAD'
+    if self.strategy != 'STRICT_PACK' and not _have_places(list(taken.values()), rooms, apart=apart):
+      each = ', '.join(f'{name} {_amounts(bundle)}' for name, bundle in taken.items())
+      if apart:
+        return (
+          f"strategy 'STRICT_SPREAD' wants each worker on a node of its own ({each}), but the Ray cluster has too few "
+          f"such nodes ({has}); set processes.strategy to 'SPREAD'."
+        )
+      return (
+        f'each worker wants its place on one node ({each}), but together they do not fit on those of the Ray cluster '
+        f'({has}); lower tp or processes.cpus, or use other nodes.'
+      )
+    return None
+
+  def _remedy(self, kind: str) -> str:
+    if kind == 'CPU':
+      return 'lower processes.cpus or the number of workers, or use a larger cluster'
+    if kind == self.accelerator:
+      return 'name in processes.accelerator what it has, lower tp or the number of workers, or use another cluster'
+    return "set platform to 'cpu', lower tp or the number of workers, or use a cluster that has them"
+
+
+def _fits(bundle: Resources, room: Resources) -> bool:
+  return all(amount <= room.get(kind, 0.0) + _LEAST for kind, amount in bundle.items())
+
+
+def _amounts(bundle: Resources) -> str:
+  return ' and '.join(f'{amount:g} {kind}' for kind, amount in bundle.items())
+
+
+def _have_places(bundles: Sequence[Resources], rooms: Sequence[Resources], *, apart: bool) -> bool:
+  """Whether all fit into the rooms at once, `apart` none beside another; yes too where that takes too long to say."""
+  order = sorted(bundles, key=lambda bundle: sorted(bundle.values()), reverse=True)  # the largest have the least choice
+  steps = itertools.count()
+
+  def place(index: int, left: Sequence[Resources]) -> bool:
+    if index == len(order) or next(steps) > _MOST_STEPS:
+      return True
+    bundle, tried = order[index], []
+    for at, room in enumerate(left):
+      if room in tried or not _fits(bundle, room):  # of rooms alike one stands for all
+        continue
+      tried.append(room)
+      rest = {} if apart else {kind: amount - bundle.get(kind, 0.0) for kind, amount in room.items()}
+      if place(index + 1, [*left[:at], rest, *left[at + 1 :]]):
+        return True
+    return False
+
+  return place(0, rooms)

@@ -40,11 +40,20 @@ def test_without_ray_the_reason_and_the_remedy_are_said(monkeypatch):
 
 
 class FakeRay(types.SimpleNamespace):
-  """A cluster with these resources, which starts nothing."""
+  """A cluster of nodes with these resources each, of which nobody ever gets any, and which starts nothing."""
 
-  def __init__(self, **resources: float):
+  def __init__(self, *nodes: str, **resources: float):
     self.calls: list[str] = []
-    super().__init__(__version__='0', is_initialized=lambda: False, cluster_resources=lambda: resources)
+    found = [
+      {'Alive': True, 'NodeManagerAddress': host, 'NodeManagerPort': 1, 'Resources': resources}
+      for host in nodes or ('127.0.0.1',)
+    ]
+    group = types.SimpleNamespace(wait=lambda seconds: False)
+    super().__init__(
+      __version__='0', is_initialized=lambda: False, cluster_resources=lambda: resources, nodes=lambda: found,
+      available_resources=lambda: {kind: amount / 4 for kind, amount in resources.items()},
+      util=types.SimpleNamespace(placement_group=lambda bundles, strategy: group, remove_placement_group=lambda one: 0),
+    )  # fmt: skip
 
   def init(self, **options):
     self.calls.append('init')
@@ -53,17 +62,82 @@ class FakeRay(types.SimpleNamespace):
     self.calls.append('shutdown')
 
 
+def use(monkeypatch, fake: FakeRay) -> None:
+  monkeypatch.setattr(ray_workers, 'import_ray', lambda: fake)
+  monkeypatch.setattr(ray_workers, 'make_token', lambda: None)
+  monkeypatch.setattr(ray_workers, 'check_cluster', lambda address: None)
+
+
 @pytest.mark.parametrize('address', [None, '10.0.0.1:6379'])
 @pytest.mark.parametrize('resources', [{'GPU': 2.0}, {'TPU': 4.0}])
 def test_without_a_platform_a_cluster_with_accelerators_is_refused_before_anything_starts(
   monkeypatch, address, resources
 ):
   fake = FakeRay(CPU=8.0, **resources)
-  monkeypatch.setattr(ray_workers, 'import_ray', lambda: fake)
-  monkeypatch.setattr(ray_workers, 'make_token', lambda: None)
+  use(monkeypatch, fake)
   with pytest.raises(DeviceError, match=r"with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"):
     RayProcesses(RayCluster(address), RUN.workers, None)
   assert fake.calls == ['init', 'shutdown']
+
+
+@pytest.mark.parametrize(
+  'fields, platform, words',
+  [
+    ({'host': '192.0.2.7'}, 'cpu', r"processes.host is '192\.0\.2\.7', where nothing can listen"),
+    ({'accelerator': 'H100'}, 'gpu', r'the workers take 2 H100 \(prefill0 1, decode0 1\), the Ray cluster has none'),
+    ({'strategy': 'STRICT_SPREAD'}, 'cpu', r'each worker on a node of its own .* \(this machine \d+ CPU\)'),
+  ],
+)
+def test_what_a_cluster_of_our_own_will_lack_is_told_before_it_is_started(monkeypatch, fields, platform, words):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+  with pytest.raises(DeviceError, match=words):
+    RayProcesses(RayCluster(**fields), RUN.workers, platform)
+  assert fake.calls == []
+
+
+@pytest.mark.parametrize(
+  'fields, platform, words',
+  [
+    ({}, 'gpu', r"the workers take 2 GPU \(prefill0 1, decode0 1\), the Ray cluster has none; set platform to 'cpu'"),
+    (
+      {'cpus': 9},
+      'cpu',
+      r"'prefill0' takes 9 CPU of one node, but no node .* \(10\.0\.0\.1:1 8 CPU, 10\.0\.0\.2:1 8 CPU, ",
+    ),
+    ({'cpus': 7, 'strategy': 'STRICT_PACK'}, 'cpu', "with 14 CPU, but no node .* set processes.strategy to 'PACK'"),
+    (
+      {'cpus': 7},
+      'cpu',
+      r"others leave 2 CPU .* free, where the workers find no places with strategy 'PACK' \(prefill0",
+    ),
+  ],
+)
+def test_what_a_cluster_lacks_that_is_there_is_told_before_anything_is_started_on_it(
+  monkeypatch, fields, platform, words
+):
+  fake = FakeRay('10.0.0.1', '10.0.0.2', '10.0.0.3', CPU=8.0)
+  use(monkeypatch, fake)
+  with pytest.raises(DeviceError, match=words):
+    RayProcesses(RayCluster('10.0.0.1:6379', **fields), RUN.workers, platform)
+  assert fake.calls == ['init', 'shutdown']
+
+
+def test_an_address_of_no_node_is_told_before_a_worker_starts_where_all_nodes_are_on_this_host(monkeypatch):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+  with pytest.raises(DeviceError, match=r"processes.host is '192\.0\.2\.7', where nothing can listen"):
+    RayProcesses(RayCluster('127.0.0.1:6379', host='192.0.2.7'), RUN.workers, 'cpu')
+
+
+def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypatch):
+  fake = FakeRay(CPU=8.0)
+  check = ray_workers.check_cluster
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, 'check_cluster', check)
+  with pytest.raises(DeviceError, match=r'no Ray cluster can be reached at 127\.0\.0\.1:1 \('):
+    RayProcesses(RayCluster('127.0.0.1:1'), RUN.workers, 'cpu')
+  assert fake.calls == []
 
 
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
@@ -167,13 +241,43 @@ def test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once(cluster, 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cluster, monkeypatch):
   peer = cluster.peers['decode0']
-  monkeypatch.setattr(peer, '_silence_s', ray_workers._LISTEN_S + 1)
+  monkeypatch.setattr(peer, '_silence_s', 1.0)
   stopped_s = killing(monkeypatch, cluster, 'decode0', Pull, sign=signal.SIGSTOP)
   served = cluster.serve(requests((9, 17, 40), max_tokens=12))
   assert stopped_s, 'nobody was stopped'
   assert assert_right_or_failed(served) == []
   (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
-  assert lost.worker == 'decode0' and 'has not answered for 6' in lost.error
+  assert lost.worker == 'decode0' and 'has not answered for 1 s' in lost.error
+
+
+def breaking(how: str) -> dict:
+  """What came of a run of which workers are broken, as a command of its own with what a user has by default."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, capture_output=True, text=True, timeout=900,
+    check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_both_workers_of_the_demo_killed_by_default_lose_no_sample_and_find_the_programs_of_those_before():
+  facts = breaking('kill both')
+  assert sorted(facts['killed']) == ['decode0', 'prefill0']
+  assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
+  assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
+  for one in facts['returns']:
+    assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
+    assert one['parts']['compiling'] < facts['compile_s'] / 2  # it reads what the first time computed
+  assert facts['left'] == [] and facts['folders'] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_while_it_starts_is_told_and_nothing_is_left():
+  facts = breaking('stop one at the start')
+  (stopped,) = facts['stopped']
+  assert facts['errors'] == [f"the process of worker '{stopped}' has not answered for 3 s"]
+  assert facts['left'] == [] and facts['folders'] == []
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A backend under which anything may go wrong at any time, as whoever asks for it says."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -39,9 +40,9 @@ class Chaos:
     backend.fault_of = lambda order: fault()
 
   def lose(self, worker: str, down_s: float) -> None:
-    """A worker dies now and is back then."""
+    """A worker dies now and is being brought back, until then."""
     lost, back = self.backend.lose(worker)
-    self._later += [(self.now_s, lost), (self.now_s + down_s, back)]
+    self._later += [(self.now_s, dataclasses.replace(lost, returning=down_s > 0)), (self.now_s + down_s, back)]
 
   def submit(self, orders: Sequence[Order]) -> None:
     self._transfers |= {order.id for order in orders if isinstance(order, TransferOrder)}

@@ -10,6 +10,7 @@ import pytest
 from pdjax.metrics.event_log import EventLog, event_to_json, read_events
 from pdjax.serving.messages import (
   Arrived,
+  Comeback,
   Done,
   EndOrder,
   Failed,
@@ -35,6 +36,7 @@ def _everything(disaggregated, stamps):
     Failed(10, 3.0, 'boom'),
     WorkerLost('p', 3.0, 'boom'),
     WorkerBack('p', 3.5, 2),
+    WorkerBack('p', 9.5, 3, Comeback(2, 1.0, 0.5, 0.75, 3.0, 0.25)),
     Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
   ]
 

@@ -426,6 +426,33 @@ def test_a_worker_that_comes_back_in_time_is_not_given_up():
   assert cluster.state.next_timer_s == math.inf
 
 
+def test_patience_runs_only_while_nobody_brings_the_worker_back():
+  cluster = decoding(faults=FaultSpec(patience_s=30.0), workers=prefill_pool(1, **SIZES) + decode_pool(1, **SIZES))
+  cluster.apply(WorkerLost('decode0', 9.0, 'gone', returning=True))
+  assert cluster.state.next_timer_s == math.inf and cluster.phase('a') is Phase.WAITING
+  cluster.state.check_progress()  # it is on its way
+  cluster.arrive('b')
+  due(cluster, 5000.0)
+  assert not cluster.finished and list(cluster.state.waiting) == ['a', 'b']
+  cluster.apply(WorkerLost('decode0', 5000.0, 'it did not come back in 3 tries'))
+  assert cluster.state.next_timer_s == cluster.now_s + 30.0
+  assert due(cluster, cluster.now_s + 29.0) == [] and not cluster.finished
+  due(cluster, cluster.now_s + 30.0)
+  error = "every worker that decodes is lost: 'decode0' (it did not come back in 3 tries)."
+  assert [(end.request, end.error) for end in cluster.finished] == [('a', error), ('b', error)]
+  assert cluster.free_pages('prefill0') == 16
+
+
+def test_a_worker_that_is_lost_once_more_while_it_was_given_time_is_brought_back_without_a_limit():
+  cluster = decoding(faults=FaultSpec(patience_s=30.0))
+  cluster.apply(WorkerLost('decode0', 9.0, 'gone'))
+  assert cluster.state.next_timer_s == cluster.now_s + 30.0
+  cluster.apply(WorkerLost('decode0', 9.5, 'gone', returning=True))
+  assert cluster.state.next_timer_s == math.inf
+  cluster.apply(WorkerBack('decode0', 500.0, 2))
+  assert cluster.state.workers['decode0'].up and cluster.state.next_timer_s == math.inf
+
+
 def test_another_life_of_a_worker_is_the_end_of_the_one_before_even_if_nobody_saw_it_die():
   cluster = decoding()
   (step,) = cluster.start(Step('decode0', decodes=ALL))

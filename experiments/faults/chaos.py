@@ -83,7 +83,11 @@ class Chaos:
         self._later.append((late.ended_s, late))
     told += [event for due_s, event in self._later if due_s <= self.now_s]
     self._later = [item for item in self._later if item[0] > self.now_s]
-    return self.now_s, sorted(told, key=told_when)
+    return self.now_s, self._in_order(told)
+
+  def _in_order(self, events: list[Event]) -> list[Event]:
+    """What is to be told, as the loop is to hear it."""
+    return sorted(events, key=told_when)
 
 
 def told_when(event: Event) -> tuple[float, int]:

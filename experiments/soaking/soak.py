@@ -27,7 +27,7 @@ _WISHES = 96  # known at one time
 _NEW_WISHES = 12  # of each session
 _WAVES = 3  # of each session
 _STORM = 0.15  # share of waves
-_MOST_PROBLEMS = 100  # kept in full
+_MOST_TOLD = 30  # problems of a kind that are told in full
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Tally:
     ends: Samples by finish reason.
     faults: Faults by kind.
     counts: What must not be, by kind of problem.
-    problems: The first of these in full.
+    problems: The first of each kind, in full.
   """
 
   sessions: int = 0
@@ -50,7 +50,7 @@ class Tally:
   ends: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-  problems: list[str] = dataclasses.field(default_factory=list)
+  problems: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   @property
   def well(self) -> bool:
@@ -81,6 +81,7 @@ class Soak:
 
   Attributes:
     tally: What was seen.
+    injected: Faults of the session that is served, by kind; they count in the tally when it is over.
     moved_s: When anything last happened, by `time.monotonic`.
   """
 
@@ -104,6 +105,7 @@ class Soak:
       quiet_s: Seconds after the last end by which everything must be free.
     """
     self.tally = Tally()
+    self.injected: collections.Counter[str] = collections.Counter()
     self.moved_s = time.monotonic()
     self._clusters = clusters
     self._answers = Answers(alone, going_on=self._going_on)
@@ -127,7 +129,7 @@ class Soak:
     cluster = self._clusters[number % len(self._clusters)]
     setting, share = draw_setting(rng)
     self._renew_wishes(rng)
-    injected: collections.Counter[str] = collections.Counter()
+    injected = self.injected = collections.Counter()
     before = set(threading.enumerate())
     readings: list[Reading] = []
     name = f'session {number} ({cluster.name}, {setting.name}, share {share:g})'
@@ -243,10 +245,10 @@ class Soak:
   def _wrong(self, now: _Now, problems: Sequence[Problem]) -> None:
     for problem in problems:
       self.tally.counts[problem.kind] += problem.count
-      line = f'{problem.kind.upper()} in {now.name}, wave {now.wave}, seed {self._seed}: {problem.what}'
-      if len(self.tally.problems) < _MOST_PROBLEMS:
-        self.tally.problems.append(line)
-        self._say(line)
+      told = self.tally.problems.setdefault(problem.kind, [])
+      if len(told) < _MOST_TOLD:
+        told.append(f'{problem.kind.upper()} in {now.name}, wave {now.wave}, seed {self._seed}: {problem.what}')
+        self._say(told[-1])
 
   # -------------------------------------------------------------------------- for whoever watches
 

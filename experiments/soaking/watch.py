@@ -17,7 +17,12 @@ class Hang(RuntimeError):
 
 
 def watch(
-  soak: Soak, seconds: float, say: Callable[[str], None], every_s: float = 5.0, patience_s: float = 60.0
+  soak: Soak,
+  seconds: float,
+  say: Callable[[str], None],
+  every_s: float = 5.0,
+  patience_s: float = 60.0,
+  until: Callable[[], bool] = lambda: False,
 ) -> None:
   """Let a soak run for so long; what was begun then is served to its end.
 
@@ -27,6 +32,7 @@ def watch(
     say: Told every `every_s` seconds how it goes, in a line.
     every_s: Seconds between two lines.
     patience_s: Seconds without any change after which it hangs.
+    until: Whether it may end before.
 
   Raises:
     Hang: if it hangs; its threads go on waiting.
@@ -36,7 +42,7 @@ def watch(
 
   def run() -> None:
     try:
-      soak.run(lambda: time.monotonic() >= begin_s + seconds)
+      soak.run(lambda: time.monotonic() >= begin_s + seconds or until())
     except BaseException as error:
       raised.append(error)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
+from experiments.faults.leaks import leaks
 from pdjax.config import ServingConfig
 from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
@@ -143,12 +144,7 @@ class Cluster:
 
 def assert_all_is_free(state: ClusterState) -> None:
   """Every page and every slot is back, and nothing is left to do."""
-  for worker in state.workers.values():
-    assert worker.allocator.num_free == worker.num_pages, worker.name
-    assert all(one.free_bytes == one.num_bytes for one in (worker.staging_out, worker.staging_in)), worker.name
-    assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences)), worker.name
-    assert not worker.orders and not worker.prefilling and not worker.decoding and worker.queued_tokens == 0
-  assert not state.unfinished and not state.waiting and not state.prefilled
+  assert leaks(state) == []
 
 
 class Impatient:

@@ -3,37 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
+from experiments.faults.chaos import Breakable, Fault, told_when
 from pdjax.serving.messages import (
   AbandonOrder,
   Arrived,
   Done,
   Event,
-  Failed,
   Finished,
   Order,
   StepOrder,
   TransferOrder,
   Withdrawn,
-  WorkerBack,
-  WorkerLost,
 )
 from pdjax.types import Request
 from pdjax.workload import Listed
-from tests.faults.shadow import Fault
-
-
-class Breakable(Protocol):
-  """A backend of which a worker can be lost and a transfer can fail."""
-
-  fault_of: Callable[[TransferOrder], Fault | None]
-
-  def submit(self, orders: Sequence[Order]) -> None: ...
-
-  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]: ...
-
-  def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]: ...
 
 
 class Asking(Listed):
@@ -213,8 +197,3 @@ class Injector:
       seen.tokens += sum(len(result.tokens) for result in event.results if result.request == seen.victim)
       if seen.open.pop(event.order, None) is not None:
         seen.ended.append(event)
-
-
-def told_when(event: Event) -> tuple[float, int]:
-  """As a backend tells of what has ended; that a worker is gone, it learns last."""
-  return (event.ended_s, event.order) if isinstance(event, Done | Failed) else (math.inf, 0)

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from experiments.faults.chaos import Fault
 from pdjax.serving.messages import Arrived, Done, Event, Order, StepOrder, TransferOrder, Withdrawn
 from pdjax.serving.state import ClusterState
 from pdjax.types import FaultSpec, Request, SamplingParams, WorkerSpec
 from tests.faults.injection import Asking, Injector, Seen
-from tests.faults.shadow import Fault
 from tests.tiny import prompt
 
 VICTIM = 'victim'

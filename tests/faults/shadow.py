@@ -8,8 +8,8 @@ brings is written when it ends.
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal
 
+from experiments.faults.chaos import Fault
 from pdjax.serving.messages import (
   AbandonOrder,
   Done,
@@ -24,8 +24,6 @@ from pdjax.serving.messages import (
 )
 from pdjax.simulator import Simulator
 from pdjax.types import ModelSpec, Request
-
-Fault = Literal['refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes']
 
 
 def next_token(sequence: Sequence[object], model: ModelSpec) -> int:

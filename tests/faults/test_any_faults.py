@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from experiments.faults.chaos import Chaos, End, Fault
+from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
 from pdjax.types import FaultSpec, Request, SamplingParams
-from tests.faults.chaos import Chaos, End
-from tests.faults.engine_faults import FaultyEngine
 from tests.faults.injection import Asking
 from tests.faults.oracles import assert_right, watched
-from tests.faults.shadow import Fault, ShadowSimulator
+from tests.faults.shadow import ShadowSimulator
 from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of
 from tests.faults.test_matrix_simulated import plain as plain_on_simulator
 from tests.faults.test_random_faults import CLUSTERS

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from experiments.faults.engine_faults import FaultyEngine, FaultyWay, fresh
 from pdjax.engine.engine import Engine
 from pdjax.serving import ClusterState
 from pdjax.types import Request
@@ -14,7 +15,6 @@ from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay_from
-from tests.faults.engine_faults import FaultyEngine, FaultyWay, fresh
 from tests.faults.injection import Again, Asking, Injector
 from tests.faults.matrix import COLUMNS, VICTIM, Cell, Times, cells
 from tests.faults.oracles import assert_right

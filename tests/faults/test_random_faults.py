@@ -8,15 +8,15 @@ from typing import get_args
 
 import pytest
 
+from experiments.faults.chaos import Breakable, Chaos, End, Fault
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.messages import AbandonOrder, Failed, Started, TimerDue, Withdrawn, WorkerLost
 from pdjax.simulator import Replay
 from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
-from tests.faults.chaos import Chaos, End
-from tests.faults.injection import Again, Asking, Breakable
+from tests.faults.injection import Again, Asking
 from tests.faults.oracles import assert_right, watched
-from tests.faults.shadow import Fault, ShadowSimulator
+from tests.faults.shadow import ShadowSimulator
 from tests.faults.test_matrix_simulated import plain
 from tests.test_simulator import HandCost
 from tests.tiny import SIZES, TINY, prompt

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
+from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving import serve
 from pdjax.serving.messages import Failed, TimerDue, WorkerLost
 from pdjax.types import FaultSpec
-from tests.faults.engine_faults import FaultyEngine
 from tests.faults.oracles import assert_right, watched
 from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of
 from tests.faults.test_random_faults import Dying, Leaving, some_requests

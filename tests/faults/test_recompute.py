@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
+from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving.messages import Done, Started, StepOrder, WorkerLost
 from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared_colocated
 from tests.engine.plain import answer
 from tests.engine.test_replay import replay
-from tests.faults.engine_faults import FaultyEngine
 from tests.faults.injection import Injector, Seen
 from tests.faults.oracles import assert_right
 from tests.faults.test_matrix_engine import cluster as disaggregated

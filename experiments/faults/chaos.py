@@ -1,14 +1,33 @@
 """A backend under which anything may go wrong at any time, as whoever asks for it says."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from pdjax.serving.messages import Done, Event, Order, TransferOrder
-from tests.faults.injection import Breakable, told_when
-from tests.faults.shadow import Fault
+from pdjax.serving.messages import Done, Event, Failed, Order, TransferOrder, WorkerBack, WorkerLost
 
-End = Literal['late', 'twice', 'lost']
+Fault = Literal['refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes']  # of a transfer
+End = Literal['late', 'twice', 'lost']  # how the completion of one is told
+
+
+class Breakable(Protocol):
+  """A backend of which a worker can be lost and a transfer can fail.
+
+  Attributes:
+    fault_of: Says what is to happen to a transfer: a `Fault`, another one that the backend knows, or None.
+  """
+
+  fault_of: Callable[[TransferOrder], Any]
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Begin the orders of one action; see `pdjax.serving.Backend`."""
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Wait until something happened or `until_s` has come; see `pdjax.serving.Backend`."""
+
+  def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
+    """Let a worker begin another life; what there is to tell of it."""
 
 
 class Chaos:
@@ -16,7 +35,7 @@ class Chaos:
 
   Args:
     backend: Carries out what it can.
-    fault: What is to happen to the next transfer.
+    fault: What is to happen to the next transfer, see `Breakable`.
     end: What is to become of the next completion of one.
     late_s: How late it is then.
     patience_s: Waits end after so long, so that whoever drives the loop gets a word in.
@@ -25,7 +44,7 @@ class Chaos:
   def __init__(
     self,
     backend: Breakable,
-    fault: Callable[[], Fault | None],
+    fault: Callable[[], Any],
     end: Callable[[], End | None],
     late_s: float,
     patience_s: float = float('inf'),
@@ -45,13 +64,15 @@ class Chaos:
     self._later += [(self.now_s, dataclasses.replace(lost, returning=down_s > 0)), (self.now_s + down_s, back)]
 
   def submit(self, orders: Sequence[Order]) -> None:
+    """Begin the orders of one action; see `pdjax.serving.Backend`."""
     self._transfers |= {order.id for order in orders if isinstance(order, TransferOrder)}
     self.backend.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
+    """Wait until there is something to tell or `until_s` has come; see `pdjax.serving.Backend`."""
     until_s = min([until_s, self.now_s + self._patience_s, *(due_s for due_s, _ in self._later)])
     self.now_s, events = self.backend.wait(until_s)
-    told = []
+    told: list[Event] = []
     for event in events:
       end = self._end() if isinstance(event, Done) and event.order in self._transfers else None
       if end in (None, 'twice'):
@@ -63,4 +84,13 @@ class Chaos:
         self._later.append((late.ended_s, late))
     told += [event for due_s, event in self._later if due_s <= self.now_s]
     self._later = [item for item in self._later if item[0] > self.now_s]
-    return self.now_s, sorted(told, key=told_when)
+    return self.now_s, self._in_order(told)
+
+  def _in_order(self, events: list[Event]) -> list[Event]:
+    """What is to be told, as the loop is to hear it."""
+    return sorted(events, key=told_when)
+
+
+def told_when(event: Event) -> tuple[float, int]:
+  """As a backend tells of what has ended; that a worker is gone, it learns last."""
+  return (event.ended_s, event.order) if isinstance(event, Done | Failed) else (math.inf, 0)

@@ -1,0 +1,1 @@
+"""Faults on demand, for a soak and for tests: of transfers, of their ends, of passes and of whole workers."""

@@ -1,0 +1,199 @@
+"""The engine with transfers, passes and workers that fail on demand, over compiled programs that work."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments.faults.chaos import Fault
+from pdjax.engine.engine import Engine, _Broken
+from pdjax.engine.worker import Pending, Worker
+from pdjax.kv.transfer import DevicePut, Parcel
+from pdjax.serving.messages import Event, Order, Result, StepOrder, TransferOrder, WorkerBack, WorkerLost
+from pdjax.types.span import Span
+
+STALL_S = 20.0  # longer than any test waits
+SLOW_S = 0.1
+PASS_STALL_S = 0.5
+
+WayFault = Fault | Literal['unwritable']
+PassFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls']
+
+
+class FaultyWay(DevicePut):
+  """A way between two pools that does to each transfer what it was told to do."""
+
+  def __init__(self, way: DevicePut, checksums: bool = True):
+    self.__dict__ |= way.__dict__
+    self.has_checksums = checksums
+    self.faults: deque[WayFault | None] = deque()
+    self.released = threading.Event()
+    self._fault: WayFault | None = None
+    self._unwritable: list[Parcel] = []
+    for shape in self.shapes:  # what is compiled for checksums is compiled now
+      DevicePut.send(self, self.first_span(shape)).wait()
+
+  def clear(self) -> None:
+    """Have nothing wrong with what comes next; those who wait go on, each until its transfer is there."""
+    self.faults.clear()
+    self._unwritable.clear()
+    self.released.set()
+    self.released = threading.Event()
+
+  def send(self, span: Span) -> Parcel:
+    """Put cached tokens on their way, with what is to happen to them."""
+    self._fault = fault = self.faults.popleft() if self.faults else None
+    if fault == 'refused':
+      raise RuntimeError('the transport refused it')
+    try:
+      parcel = super().send(span)
+    finally:
+      self._fault = None
+    if fault == 'unwritable':
+      self._unwritable.append(parcel)
+    elif fault is not None:
+      parcel.wait = self._waits(fault, parcel.wait)  # type: ignore[method-assign]
+    return parcel
+
+  def put(self, pieces: Sequence[jax.Array], devices: Sequence[jax.Device]) -> list[jax.Array]:
+    """Carry pieces over, damaged ones if that is to happen."""
+    if self._fault in ('corrupts', 'permutes'):
+      return [self._damaged(piece, device) for piece, device in zip(pieces, devices, strict=True)]
+    return super().put(pieces, devices)
+
+  def receive(self, parcel: Parcel) -> jax.Array:
+    """Write a parcel, unless that is to fail."""
+    if parcel in self._unwritable:
+      self._unwritable.remove(parcel)
+      raise RuntimeError('the pieces cannot be written')
+    return super().receive(parcel)
+
+  def _damaged(self, piece: jax.Array, device: jax.Device) -> jax.Array:
+    here = np.array(piece)
+    if self._fault == 'permutes':
+      here = np.roll(here, 1, 1 if here.shape[1] > 1 else -2)  # units, or of a single one the tokens
+    else:
+      here.reshape(-1).view(np.uint8)[3] ^= 1
+    assert here.tobytes() != np.asarray(piece).tobytes()
+    return jax.device_put(here, device)
+
+  def _waits(self, fault: WayFault, wait: Callable[[], None]) -> Callable[[], None]:
+    released = self.released
+
+    def waits() -> None:
+      released.wait(STALL_S if fault == 'stalls' else SLOW_S)
+      if fault == 'fails':
+        raise RuntimeError('the link broke')
+      wait()
+
+    return waits
+
+
+class FaultyWorker(Worker):
+  """A worker that does to each pass what it was told to do.
+
+  Attributes:
+    faults: What is to happen to a pass, by its order.
+  """
+
+  faults: dict[int, PassFault]
+  _refusing: bool
+
+  @classmethod
+  def of(cls, worker: Worker) -> 'FaultyWorker':
+    """The same worker, which engines and ways know, as one whose passes may fail from now on."""
+    worker.__class__ = cls
+    assert isinstance(worker, cls)
+    worker.faults, worker._refusing = {}, False
+    return worker
+
+  def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
+    """Hand a pass to the devices, or fail to."""
+    fault = self.faults.get(order.id)
+    if fault == 'refused':
+      raise RuntimeError('the pass was refused')
+    if fault == 'takes its pages':
+      for leaf in jax.tree.leaves(self.pages):
+        leaf.delete()
+      raise RuntimeError('the pass took its pages')
+    self._refusing = fault == 'refused halfway'
+    try:
+      return super().dispatch(order, after)
+    finally:
+      self._refusing = False
+
+  def program(self, *key: Any) -> jax.stages.Compiled:
+    """A compiled pass, or part of one; what computes layers is refused where a pass is to be refused halfway."""
+    if self._refusing and key[0] not in ('admit', 'remember', 'copy', 'begin'):
+      raise RuntimeError('the pass was refused halfway')
+    return super().program(*key)
+
+  def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
+    """Wait for a pass, or learn that it failed."""
+    fault = self.faults.get(order.id)
+    if fault == 'stalls':
+      time.sleep(PASS_STALL_S)
+    if fault == 'fails':
+      raise RuntimeError('the pass failed on its device')
+    return super().collect(order, pending)
+
+
+@contextlib.contextmanager
+def fresh(ways: Iterable[FaultyWay]) -> Iterator[None]:
+  """A run in which nothing is wrong yet, and after which no thread waits any more."""
+  before = set(threading.enumerate())  # of other engines in this process, which may be idle for long
+  for way in ways:
+    way.clear()
+  try:
+    yield
+  finally:
+    for way in ways:
+      way.released.set()
+    for thread in threading.enumerate():
+      if thread.name == 'pdjax-transfers' and thread not in before:
+        thread.join(STALL_S)
+
+
+class FaultyEngine:
+  """An engine whose workers can be lost and whose transfers can fail.
+
+  Attributes:
+    fault_of: Says what happens to a transfer: a `WayFault`, or None.
+  """
+
+  def __init__(self, engine: Engine):
+    self.fault_of: Callable[[TransferOrder], Any] = lambda order: None
+    self._engine = engine
+
+  def submit(self, orders: Sequence[Order]) -> None:
+    """Begin the orders of one action, each transfer with what is to happen to it."""
+    for order in orders:
+      if isinstance(order, TransferOrder) and self.hears(order):
+        way = self._engine._transports[order.source, order.target]
+        assert isinstance(way, FaultyWay)
+        way.faults.append(self.fault_of(order))
+    self._engine.submit(orders)
+
+  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
+    """Wait until something happened or `until_s` has come."""
+    return self._engine.wait(until_s)
+
+  def hears(self, order: Order) -> bool:
+    """Whether an order is for workers as they are now, and not for a life that is over."""
+    return not self._engine._is_stale(order)
+
+  def break_worker(self, worker: str) -> None:
+    """Let a worker be gone as one is whose pass failed; it begins another life when the engine next waits."""
+    self._engine._post_broken(worker, self._engine.workers[worker].incarnation, 'it is gone')
+
+  def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
+    """Let a worker begin another life; what there is to tell of it."""
+    incarnation = self._engine.workers[worker].incarnation
+    lost, back = self._engine._rebuild(_Broken(worker, incarnation, 'it is gone', self._engine._mailbox.now_s()))
+    assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
+    return lost, back

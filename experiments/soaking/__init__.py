@@ -1,0 +1,1 @@
+"""The parts of `experiments.soak`: clusters, requests and readers, what they must get, and waves of all that."""

@@ -1,0 +1,134 @@
+"""Users of a session: each submits, reads piece by piece in a thread or in asyncio, cancels or goes on with a chat."""
+
+import asyncio
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from experiments.soaking.requests import Visit
+from pdjax.session import Piece, RequestError, Session, SessionError, Stream
+from pdjax.types import Completion
+
+
+@dataclasses.dataclass(eq=False)
+class Reading:
+  """What a user saw of a stream.
+
+  Attributes:
+    visit: Who it is.
+    stream: The stream.
+    pieces: What came, in order.
+    completions: What became of each sample, once all have ended.
+    cancelled: Whether the user has cancelled.
+    raised: What the stream raised in the end.
+    over: Whether the user is done with it.
+  """
+
+  visit: Visit
+  stream: Stream
+  pieces: list[Piece] = dataclasses.field(default_factory=list)
+  completions: tuple[Completion, ...] = ()
+  cancelled: bool = False
+  raised: Exception | None = None
+  over: bool = False
+
+  def maybe_cancel(self) -> None:
+    """Cancel if it is time to."""
+    if not self.cancelled and self.visit.cancels_after is not None and len(self.pieces) >= self.visit.cancels_after:
+      self.cancelled = True
+      self.stream.cancel()
+
+  def take(self, piece: Piece) -> None:
+    """Read a piece."""
+    self.pieces.append(piece)
+    self.maybe_cancel()
+
+  def end(self, raised: Exception | None) -> None:
+    """The stream has ended."""
+    self.raised = raised
+    if not isinstance(raised, SessionError):
+      self.completions = self.stream.results(0.0)
+    self.over = True
+
+  @property
+  def next_visit(self) -> Visit | None:
+    """What the user asks next, if they do."""
+    if self.cancelled or len(self.completions) != 1:
+      return None
+    return self.visit.next_turn(self.completions[0])
+
+
+class Readers:
+  """All users of one wave.
+
+  Attributes:
+    readings: What they have seen; it grows while they read.
+    errors: What broke in a reader itself.
+  """
+
+  def __init__(self, session: Session, visits: Sequence[Visit], going_on: Callable[[], None]):
+    """Let them come, in threads of their own; `going_on` is called with every piece and every end."""
+    self.readings: list[Reading] = []
+    self.errors: list[BaseException] = []
+    self._session = session
+    self._going_on = going_on
+    waiting = [visit for visit in visits if visit.in_asyncio]
+    jobs: list[Callable[[], None]] = [functools.partial(self._read, visit) for visit in visits if not visit.in_asyncio]
+    if waiting:
+      jobs.append(lambda: asyncio.run(self._read_all(waiting)))
+    self._threads = [threading.Thread(target=self._run, args=(job,), name='soak-reader', daemon=True) for job in jobs]
+    for thread in self._threads:
+      thread.start()
+
+  def join(self) -> None:
+    """Wait until all have seen the end."""
+    for thread in self._threads:
+      thread.join()
+
+  def _run(self, job: Callable[[], None]) -> None:
+    try:
+      job()
+    except BaseException as error:  # such as of whoever comes when the session has broken down
+      self.errors.append(error)
+
+  def _begin(self, visit: Visit) -> Reading:
+    reading = Reading(visit, self._session.submit(visit.request))
+    self.readings.append(reading)
+    reading.maybe_cancel()
+    return reading
+
+  def _end(self, reading: Reading, raised: Exception | None) -> Visit | None:
+    reading.end(raised)
+    self._going_on()
+    return reading.next_visit
+
+  def _read(self, visit: Visit | None) -> None:
+    while visit is not None:
+      time.sleep(visit.after_s)
+      reading = self._begin(visit)
+      raised: Exception | None = None
+      try:
+        for piece in reading.stream:
+          reading.take(piece)
+          self._going_on()
+      except (RequestError, SessionError) as error:
+        raised = error
+      visit = self._end(reading, raised)
+
+  async def _read_all(self, visits: Sequence[Visit]) -> None:
+    await asyncio.gather(*map(self._read_in_asyncio, visits))
+
+  async def _read_in_asyncio(self, visit: Visit | None) -> None:
+    while visit is not None:
+      await asyncio.sleep(visit.after_s)
+      reading = self._begin(visit)
+      raised: Exception | None = None
+      try:
+        async for piece in reading.stream:
+          reading.take(piece)
+          self._going_on()
+      except (RequestError, SessionError) as error:
+        raised = error
+      visit = self._end(reading, raised)

@@ -1,0 +1,113 @@
+"""Whether a reader got what an undisturbed cluster answers, and nothing else: tokens, text, the end, and after it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from experiments.soaking.answers import Answers
+from experiments.soaking.readers import Reading
+from pdjax.session import RequestError, SessionError
+from pdjax.types import Completion
+
+Wrong = Literal['wrong tokens', 'stream differs', 'wrong end', 'leak', 'breakdown']
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Something that must not be.
+
+  Attributes:
+    kind: What kind of thing.
+    what: The thing itself, in a sentence.
+    count: How many there are of it.
+  """
+
+  kind: Wrong
+  what: str
+  count: int = 1
+
+
+def judge(reading: Reading, answers: Answers, may_fail: Callable[[str], bool]) -> list[Problem]:
+  """All that is wrong with what a reader got.
+
+  Args:
+    reading: What they got, once it is over.
+    answers: What is right, which they have learnt.
+    may_fail: Whether a request may end with such an error.
+  """
+  name = reading.visit.name
+  if isinstance(reading.raised, SessionError):
+    return []  # of the session, not of this reader
+  samples = reading.visit.request.samples()
+  if len(reading.completions) != len(samples):
+    return [Problem('wrong end', f'{name} asked for {len(samples)} samples and got {len(reading.completions)}.')]
+  problems = []
+  for index, (sample, got) in enumerate(zip(samples, reading.completions, strict=True)):
+    pieces = [piece for piece in reading.pieces if piece.sample == index]
+    delivered = tuple(token for piece in pieces for token in piece.tokens)
+    text = ''.join(piece.text for piece in pieces)
+    problems += _judge_sample(sample.id, delivered, text, got, answers.of(sample))
+    problems += _judge_end(sample.id, reading.cancelled, got, answers.of(sample), may_fail)
+  failed = any(one.error is not None for one in reading.completions)
+  if failed != isinstance(reading.raised, RequestError):
+    problems.append(
+      Problem('wrong end', f'{name} ended with {reading.completions}, and its stream {reading.raised!r}.')
+    )
+  return problems
+
+
+def judge_after_the_end(reading: Reading) -> list[Problem]:
+  """What came of a stream after its end, once the session is closed."""
+  late: list[object] = []
+  with contextlib.suppress(RequestError, SessionError):  # it was told before
+    for piece in reading.stream:
+      late.append(piece)
+  return [Problem('stream differs', f'{reading.visit.name} got {late} after its end.')] if late else []
+
+
+def _judge_sample(
+  name: str, delivered: tuple[int, ...], text: str, got: Completion, right: Completion
+) -> list[Problem]:
+  problems = []
+  if delivered != got.token_ids or text != got.text:
+    problems.append(
+      Problem(
+        'stream differs',
+        f'the pieces of {name} are {delivered} and {text!r}, its completion {got.token_ids} and {got.text!r} '
+        f'({got.finish_reason}, {got.error}).',
+      )
+    )
+  wrong = max(_num_wrong(tokens, right.token_ids) for tokens in (delivered, got.token_ids))
+  if wrong:
+    longest = max(delivered, got.token_ids, key=len)
+    problems.append(
+      Problem('wrong tokens', f'{name} got {longest}, not {right.token_ids} ({got.finish_reason}, {got.error}).', wrong)
+    )
+  return problems
+
+
+def _num_wrong(tokens: Sequence[int], right: Sequence[int]) -> int:
+  """How many tokens are not those that belong in their places."""
+  return sum(place >= len(right) or token != right[place] for place, token in enumerate(tokens))
+
+
+def _judge_end(
+  name: str, cancelled: bool, got: Completion, right: Completion, may_fail: Callable[[str], bool]
+) -> list[Problem]:
+  """What is wrong with how a sample ended; tokens that are wrong are told elsewhere."""
+  why = None
+  assert got.text is not None and right.text is not None
+  if got.finish_reason in ('stop', 'length'):
+    ours, theirs = ((one.finish_reason, len(one.token_ids), one.text) for one in (got, right))
+    if ours != theirs:
+      why = f'reason, tokens and text are {ours}, expected {theirs}'
+    elif len(got.logprobs) != len(right.logprobs):
+      why = f'{len(got.logprobs)} log probabilities, expected {len(right.logprobs)}'
+  elif not right.text.startswith(got.text):
+    why = f'the text {got.text!r} does not begin {right.text!r}'
+  elif got.finish_reason == 'cancelled':
+    why = None if cancelled else 'it was cancelled, and nobody asked for that'
+  elif not may_fail(got.error or ''):
+    why = f'{got.finish_reason} with {got.error!r}, which the fault settings do not allow'
+  return [] if why is None else [Problem('wrong end', f'{name}: {why}.')]

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -295,6 +297,43 @@ def test_a_client_without_the_token_is_refused(cluster, mode, tmp_path):
   assert done.returncode != 0 and 'IN' not in done.stdout
   assert 'authentication' in done.stderr.lower() or 'token' in done.stderr.lower(), done.stderr[-2000:]
   assert cluster.serve(requests((5,))).report.failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('private', [False, True])
+def test_what_ray_shows_without_a_token_is_what_the_security_page_says(tmp_path, private):
+  """Port 44217 and the session folder; RAY_TMPDIR closes the latter."""
+  code = (
+    'import os, urllib.request, ray; from pdjax.engine.ray_workers import make_token; make_token()\n'
+    'ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)\n'
+    'port = int(os.environ["AUTOSCALER_METRIC_PORT"])\n'
+    'import time; until = time.time() + 60\n'
+    'while True:\n'
+    '  try:\n'
+    '    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode(); break\n'
+    '  except OSError:\n'
+    '    assert time.time() < until; time.sleep(0.2)\n'
+    'folder = ray._private.worker._global_node.get_session_dir_path()\n'
+    'modes = [oct(os.stat(path).st_mode & 0o7777) for path in (folder, folder + "/sockets", folder + "/logs")]\n'
+    'import json; print(json.dumps([text, modes, folder, os.environ["RAY_AUTH_TOKEN"]]))\n'
+  )
+  environment = {key: value for key, value in os.environ.items() if not key.startswith('RAY_')}
+  environment |= {'RAY_USAGE_STATS_ENABLED': '0', 'AUTOSCALER_METRIC_PORT': '44999', 'HOME': str(tmp_path)}
+  if private:
+    environment['RAY_TMPDIR'] = tempfile.mkdtemp(prefix='r-')  # as short as sockets want it, and this user's alone
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  text, modes, folder, token = json.loads(done.stdout.splitlines()[-1])
+  assert 'autoscaler_active_nodes' in text and token not in text
+  assert modes == ['0o777'] * 3
+  written = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
+  assert written and not any(token in path.read_text(errors='replace') for path in written)
+  if private:
+    outside = pathlib.Path(environment['RAY_TMPDIR'])
+    assert outside in pathlib.Path(folder).parents and outside.stat().st_mode & 0o077 == 0
+    shutil.rmtree(outside)
 
 
 @pytest.mark.slow

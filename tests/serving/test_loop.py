@@ -297,7 +297,7 @@ class Answers:
     (lambda: (number for number in range(3)), 'with 0 in it, expected'),
     (lambda: itertools.repeat(Step('both0', decodes=ALL)), 'yields more than 100,000 actions .* the last Step'),
   ],
-  ids=str,
+  ids=lambda value: '' if callable(value) else str(value),
 )
 def test_an_answer_that_is_no_sequence_of_actions_is_an_error_that_names_policy_and_value(answer, words):
   backend = ScriptedBackend((0.0, []))

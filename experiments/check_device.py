@@ -12,9 +12,9 @@ golden tokens; --help names them. One that fails does not stop the others. What 
 ended.
 
 All 22 without --tune take 33 minutes at most, 90 s each. (a) to (d), which are ceilings, correct, prefill, decode,
-engine, engine_whole and engine_batches, take 11 minutes at most and, where nothing is in `cache` yet, perhaps six to
-eight: their programs are given up after 55 s of compiling. Golden tokens are a way a part, which took 23 to 42 s on an
-H100.
+engine, engine_whole and engine_batches, take 11 minutes at most and, by estimate, six to eight on one GPU where nothing
+is in `cache` yet; kernels of (c) that are not compiled after 55 s are given up. Golden tokens are a way a part; five
+ways took 23 to 42 s each on an H100.
 
 DIR gets `result.json` (every figure, written anew after each part), `logs`, `cache`, where compiled programs are kept,
 and `lock`, held while a command writes there. A part that passed for these sources, device, versions and settings
@@ -153,7 +153,11 @@ def made(out: str) -> pathlib.Path:
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
   """Meanwhile no other command writes to a folder; ends this one if another does."""
-  with (folder / 'lock').open('a+', encoding='utf-8') as file:
+  try:
+    lock = (folder / 'lock').open('a+', encoding='utf-8')
+  except OSError as error:
+    sys.exit(f'{folder / "lock"} cannot be opened ({error}); give another --out.')
+  with lock as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from experiments.device_check.parts import Part
+from experiments.device_check.parts import PARTS, Part
 from experiments.device_check.processes import Processes, environment
 from experiments.device_check.result import load
 
@@ -92,6 +92,21 @@ def test_what_a_part_leaves_behind_is_ended(tmp_path, monkeypatch):
   monkeypatch.setenv('LEFT', str(left))
   assert run(LEAVES, tmp_path)['status'] == 'passed'
   assert gone(int(left.read_text()))
+
+
+def test_a_part_whose_packages_are_missing_is_passed_over_with_the_reason(tmp_path):
+  done = Processes('cpu', True, 60, tmp_path).run(Planted('planted', 'a toy', packages=('json', 'no_such_package')))
+  assert (done['status'], done['reason']) == ('passed over', 'no_such_package not installed')
+  serving = [part for part in PARTS.values() if part.command]
+  assert all({'flax', 'psutil'} <= set(part.packages) for part in serving)
+
+
+def test_a_seed_goes_to_the_part_that_has_random_inputs(tmp_path):
+  for seeded in (True, False):
+    part = Planted('planted', 'a toy', code='print(sys.argv[3:])', seeded=seeded)
+    done = Processes('cpu', True, 60, tmp_path, seed=7).run(part)
+    assert done['printed'][-1] == ("['--seed=7']" if seeded else '[]')
+  assert [part.name for part in PARTS.values() if part.seeded] == ['correct']
 
 
 # The command itself, in which one part is planted that has begun another process and hangs, and one behind it.

@@ -30,21 +30,19 @@ that wants what is not installed says so and is passed over. A dry run leaves ou
 CPU there is no FlashInfer, and golden tokens are those of a whole model. Its figures mean nothing.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from absl import app, flags
 from rich.console import Console
 
+from experiments.device_check.folder import alone, made, taken_up
 from experiments.device_check.parts import PARTS, Part
 from experiments.device_check.processes import Processes, environment, now, say
 from experiments.device_check.result import (
@@ -52,13 +50,8 @@ from experiments.device_check.result import (
   ENDED_WELL,
   FORMAT,
   commit,
-  differences,
   heading,
-  kept_before,
-  load,
-  of_another_format,
   save,
-  set_aside,
   settings,
   show,
   sources,
@@ -129,71 +122,6 @@ def check(platform: str, todo: Sequence[Part], folder: pathlib.Path) -> None:
     sys.exit(128 + processes.ended_by)
   names = {part.name for part in todo}
   sys.exit(any(done['status'] not in ENDED_WELL for done in result['parts'] if done['part'] in names))
-
-
-def made(out: str) -> pathlib.Path:
-  """The folder that `out` names, made if it is not there.
-
-  Raises:
-    ValueError: if there can be none.
-  """
-  if not out.strip():
-    raise ValueError('--out is empty; it is to name the folder of the result.')
-  try:
-    folder = pathlib.Path(out).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-  except (OSError, RuntimeError, ValueError) as error:
-    what = 'is a file' if pathlib.Path(out).is_file() else f'cannot be made ({error})'
-    raise ValueError(f'--out {out!r} {what}; name a folder that is there or can be made.') from None
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise ValueError(f'--out {out!r} cannot be written to; name another folder or change its permissions.')
-  return folder
-
-
-@contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
-  """Meanwhile no other command writes to a folder; ends this one if another does."""
-  try:
-    lock = (folder / 'lock').open('a+', encoding='utf-8')
-  except OSError as error:
-    sys.exit(f'{folder / "lock"} cannot be opened ({error}); give another --out.')
-  with lock as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      other = file.read().strip()
-      sys.exit(f'process {other} is writing to {folder}; wait until it has ended, or give another --out.')
-    except OSError as error:
-      say(f'{folder} cannot be locked ({error}): let no other command write to it meanwhile')
-    file.truncate(0)
-    file.write(f'{os.getpid()}')
-    file.flush()
-    yield
-
-
-def taken_up(file: pathlib.Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The parts in a file if it is of this code, device, versions and settings.
-
-  Otherwise it is kept by another name, and one that was kept before and is of these takes its place.
-  """
-  before = load(file)
-  if before is not None:
-    differing = differences(before, result)
-    if not differing:
-      return [done for done in before['parts'] if done['part'] in PARTS]
-    say(f'{file} differs in {", ".join(differing)}: it is kept as {set_aside(file).name}')
-  elif file.exists():
-    what = f'no result of format {FORMAT}' if of_another_format(file) else 'damaged'
-    say(f'{file} is {what}: it is kept as {set_aside(file).name}')
-  else:
-    return []
-  kept = kept_before(file.parent, result)
-  if kept is None:
-    return []
-  say(f'{kept.name} is of these sources, versions and settings: it is taken back')
-  kept.replace(file)
-  return taken_up(file, result)
 
 
 def wanted(only: Sequence[str] | None, tune: bool) -> list[Part]:

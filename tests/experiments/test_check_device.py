@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from experiments import check_device
-from experiments.device_check import PARTS
+from experiments.device_check import PARTS, folder
 from experiments.device_check.result import load, save
 from pallas_kernels.tuning import Row
 from tests.compiling import quick_environment
@@ -136,9 +135,9 @@ def test_a_result_set_aside_is_taken_back_when_all_is_as_it_was(tmp_path, capsys
   file = tmp_path / 'result.json'
   one, other = described(environment='one'), described(environment='other')
   save(file, one | {'parts': [PASSED]})
-  assert check_device.taken_up(file, other) == [] and not file.exists()
+  assert folder.taken_up(file, other) == [] and not file.exists()
   save(file, other | {'parts': []})
-  assert check_device.taken_up(file, one) == [PASSED]
+  assert folder.taken_up(file, one) == [PASSED]
   assert load(file)['environment'] == 'one' and 'it is taken back' in capsys.readouterr().out
   assert len(list(tmp_path.glob('result-*.json'))) == 1
 
@@ -155,14 +154,14 @@ def test_a_folder_that_cannot_be_made_is_named_and_a_home_is_found(tmp_path, mon
   file.write_text('')
   for out, words in ((str(file), 'is a file'), (str(file / 'below'), 'cannot be made')):
     with pytest.raises(ValueError, match=words):
-      check_device.made(out)
+      folder.made(out)
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert check_device.made('~/device') == (tmp_path / 'device').resolve()
+  assert folder.made('~/device') == (tmp_path / 'device').resolve()
 
 
 def test_two_commands_do_not_write_to_one_folder(tmp_path):
   told = f'process {os.getpid()} is writing to'
-  with check_device.alone(tmp_path), pytest.raises(SystemExit, match=told), check_device.alone(tmp_path):
+  with folder.alone(tmp_path), pytest.raises(SystemExit, match=told), folder.alone(tmp_path):
     pass
-  with check_device.alone(tmp_path):
+  with folder.alone(tmp_path):
     pass

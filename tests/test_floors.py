@@ -15,7 +15,7 @@ ROOTS = ('pdjax', 'pallas_kernels', 'experiments', 'configs')
 LEVELS = {
   'experiments': 6, 'pdjax': 6,
   'pdjax.comparison': 5, 'pdjax.launch': 5, 'pdjax.session': 5,
-  'pdjax.engine': 4, 'configs': 4,
+  'pdjax.engine': 4, 'configs': 4, 'pdjax.answers': 4, 'pdjax.run_folder': 4,
   'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3, 'pdjax.config': 3,
   'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.workload': 2, 'pdjax.kv': 2, 'pdjax.sharding': 2,
   'pdjax.types': 1, 'pallas_kernels': 1,

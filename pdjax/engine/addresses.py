@@ -5,8 +5,6 @@ import subprocess
 import sys
 import threading
 
-import psutil
-
 from pdjax.types.cluster import DeviceError
 
 _CONNECT_S = 4.0  # with the name: a name server that is away takes its time
@@ -44,6 +42,8 @@ def check_own(host: str) -> None:
 
 def own_addresses() -> list[str]:
   """The addresses of this host."""
+  import psutil  # for a message alone
+
   found = (one for some in psutil.net_if_addrs().values() for one in some)
   kinds = (socket.AF_INET, socket.AF_INET6)
   return sorted({one.address.partition('%')[0] for one in found if one.family in kinds})

@@ -72,14 +72,15 @@ def waves(one: Soak, count: int) -> Soak:
 
 
 def test_some_seconds_in_which_everything_fails_find_nothing_wrong(soak):
-  lines = []
+  lines, before = [], set(threading.enumerate())
   one = soak()
   watch(one, 6.0, lines.append, every_s=1.0, patience_s=PATIENCE_S)
   tally = one.tally
   assert tally.well, tally.problems
   assert tally.requests and tally.tokens and tally.faults.total()
   assert lines and all('0 wrong tokens, 0 streams that differ, 0 wrong ends, 0 leaks' in line for line in lines)
-  assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(('pdjax', 'soak'))]
+  left = set(threading.enumerate()) - before
+  assert not [thread.name for thread in left if thread.name.startswith(('pdjax', 'soak'))]
 
 
 @pytest.mark.slow

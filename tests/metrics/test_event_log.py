@@ -87,7 +87,9 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   }  # fmt: skip
   assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
   done = next(line for line in lines if line['event'] == 'Done')
-  assert done['results'] == [{'request': 'r', 'tokens': [100], 'finish_reason': None, 'text': '', 'logprobs': []}]
+  assert done['results'] == [
+    {'request': 'r', 'tokens': [100], 'finish_reason': None, 'text': '', 'logprobs': [], 'error': None}
+  ]
 
 
 def test_numpy_integers_are_written_as_numbers(tmp_path):

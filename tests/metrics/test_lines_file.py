@@ -23,13 +23,17 @@ def until(condition, seconds: float = 60.0) -> None:
     time.sleep(0.01)
 
 
+_OTHERS: set[threading.Thread] = set()  # of tests that ran before in the same process
+
+
 def threads() -> list[str]:
-  return [thread.name for thread in threading.enumerate() if thread.name.startswith('pdjax-')]
+  return [one.name for one in threading.enumerate() if one.name.startswith('pdjax-') and one not in _OTHERS]
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-  assert threads() == []
+  _OTHERS.clear()
+  _OTHERS.update(threading.enumerate())
   yield
   assert threads() == []
 

@@ -173,6 +173,8 @@ class _Run:
     except BaseException as raised:  # told once what was answered is written
       error = raised
     self._signals.hold()
+    if error is not None:
+      self._signals.note(error)
     if error is not None and not self._answers.began and self._signals.received is None:
       self._written = True  # there is nothing to tell but the error
     self._answers.close()
@@ -335,10 +337,9 @@ def _tell_end(
   error: BaseException, signals: StopSignals, more: str, folder: RunFolder | None = None, serving: bool = False
 ) -> int:
   """Say in one line what ended the command early; the exit code."""
-  # While Ray begins, SIGTERM is handled by Ray, as this.
-  by_ray = isinstance(error, SystemExit) and error.code == signal.SIGTERM
-  if signals.received is not None or by_ray or isinstance(error, KeyboardInterrupt):
-    stopped_by = signals.received or (signal.SIGTERM if by_ray else signal.SIGINT)
+  signals.note(error)
+  if signals.received is not None or isinstance(error, KeyboardInterrupt):
+    stopped_by = signals.received or signal.SIGINT
     print(f'stopped by {stopped_by.name}{more and f": {more}"}', file=sys.stderr)
     return 128 + stopped_by
   if isinstance(error, SystemExit):

@@ -3,9 +3,11 @@
 import os
 import signal
 import threading
+import time
 import types
 
 _NAMES = ('SIGINT', 'SIGTERM', 'SIGHUP')
+_SAME_S = 0.1  # `timeout` sends its signal twice, to the process and to its group
 
 
 class Stopped(KeyboardInterrupt):
@@ -51,6 +53,11 @@ class StopSignals:
     """From now on a first signal is only remembered: what is being written is short, and is to be whole."""
     self._held = True
 
+  def note(self, error: BaseException) -> None:
+    """Take an error for the signal that it stands for, if any: Ray, while it begins, raises SystemExit for SIGTERM."""
+    if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+      self.received = self.received or signal.SIGTERM
+
   @property
   def exit_code(self) -> int | None:
     """What a shell tells of a process that the signal ended, such as 143 for SIGTERM; None if none came."""
@@ -58,16 +65,17 @@ class StopSignals:
 
   def _listen(self, heard: int) -> None:
     """On a thread of its own: end the process with the second signal, of which the main thread may hear late."""
-    count = 0
+    first_s = None
     while numbers := os.read(heard, 1):
-      count += numbers[0] in self._before
-      if count == 2:
-        os._exit(128 + numbers[0])
+      if numbers[0] in self._before:
+        now_s = time.monotonic()
+        first_s = now_s if first_s is None else first_s
+        if now_s - first_s > _SAME_S:
+          os._exit(128 + numbers[0])
     os.close(heard)
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
-    if self.received is not None:
-      os._exit(128 + number)
-    self.received = signal.Signals(number)
-    if not self._held:
-      raise Stopped(self.received.name)
+    if self.received is None:
+      self.received = signal.Signals(number)
+      if not self._held:
+        raise Stopped(self.received.name)

@@ -1,7 +1,7 @@
 """The loop: events come in, a policy answers with actions, a backend carries them out. Read this first."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from pdjax.serving.checks import ask, check_idle
@@ -37,7 +37,7 @@ class Policy(Protocol):
   are prepared.
   """
 
-  def decide(self, state: ClusterState) -> Sequence[Action]:
+  def decide(self, state: ClusterState) -> Iterable[Action]:
     """What to do now, in order; it is asked again, with that done, until it answers with nothing.
 
     It may `yield` its actions; all are taken before the first is done.

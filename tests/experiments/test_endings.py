@@ -193,7 +193,7 @@ def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
   command = Command(tmp_path, CONFIG, f'--requests={file}')
   command.until_reporting()
   command.process.send_signal(signal.SIGTERM)
-  time.sleep(0.3)
+  time.sleep(0.5)
   command.process.send_signal(signal.SIGINT)
   assert command.end() == 130
   assert told(read(command.out / 'requests.jsonl')) == undisturbed[:1]  # they are written before the report

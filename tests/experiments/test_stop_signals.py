@@ -49,14 +49,16 @@ def test_what_was_ignored_is_ignored():
 @pytest.mark.parametrize('name', sorted(CODES))
 def test_a_second_signal_ends_the_process_at_once(name):
   code = f"""
-import os, signal
+import os, signal, time
 from experiments.stop_signals import StopSignals
 with StopSignals() as signals:
   try:
     os.kill(os.getpid(), signal.SIGTERM)
     signal.pause()
   finally:
+    time.sleep(0.3)
     os.kill(os.getpid(), signal.{name})
+    time.sleep(60)
     print('still here')
 """
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -73,9 +75,9 @@ with StopSignals():
 """
   with subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == 'begun\n'
-    time.sleep(0.2)
+    time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
@@ -91,3 +93,20 @@ def test_nothing_is_left_of_it_afterwards():
     signals.hold()
     os.kill(os.getpid(), signal.SIGTERM)
   assert signals.received is signal.SIGTERM
+
+
+def test_the_two_signals_of_timeout_are_one():
+  with StopSignals() as signals:
+    signals.hold()
+    for _ in range(3):
+      os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received is signal.SIGTERM
+
+
+def test_a_signal_that_ray_handled_counts():
+  signals = StopSignals()
+  signals.note(ValueError('15'))
+  signals.note(SystemExit(1))
+  assert signals.exit_code is None
+  signals.note(SystemExit(15))
+  assert signals.received is signal.SIGTERM and signals.exit_code == 143

@@ -10,6 +10,7 @@ from experiments.faults.kinds import grouped
 from experiments.soaking.soak import Soak, Tally
 
 _POLL_S = 0.2
+_MOST_S = 1.0  # that one look counts for
 
 
 class Hang(RuntimeError):
@@ -48,11 +49,15 @@ def watch(
 
   thread = threading.Thread(target=run, name='soak', daemon=True)
   thread.start()
-  told_s = begin_s
+  told_s = now_s = seen_s = begin_s
+  idle_s = 0.0
   while thread.is_alive():
     thread.join(_POLL_S)
-    now_s = time.monotonic()
-    if now_s - soak.moved_s >= patience_s:
+    before_s, now_s = now_s, time.monotonic()
+    # While this process is stopped as a whole nothing can happen, so such a gap counts as a single look.
+    idle_s = idle_s + min(now_s - before_s, _MOST_S) if soak.moved_s == seen_s else 0.0
+    seen_s = soak.moved_s
+    if idle_s >= patience_s:
       raise Hang(f'nothing happened for {patience_s:g} s in {soak.describe_open()}')
     if now_s - told_s >= every_s:
       told_s = now_s

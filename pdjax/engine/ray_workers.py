@@ -27,7 +27,8 @@ Taken = Mapping[str, Mapping[str, float]]  # of what Ray counts, by worker
 
 _LISTEN_S = 5.0  # of one call that waits for news
 _PULSE_S = 1.0  # from one look at whether a process lives to the next, while an answer is waited for
-_PLACE_S = 6.0  # until Ray has set aside what the workers need: it begins nothing for that
+_PLACE_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
+_SLOW_PLACE_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
 _START_S = 60.0  # until a process is there, or longer if its silence may be
 _CLOSE_S = 10.0  # until a process has ended its threads
 _GROUPS = {'orders': 1, 'news': 1, 'control': 4, 'pulse': 1}  # threads for each kind of call
@@ -234,7 +235,7 @@ class RayProcesses:
         check_own(cluster.host)  # on other hosts, workers say so
       group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
       self._close_calls.append(lambda: ray.util.remove_placement_group(group))
-      if not group.wait(_PLACE_S):
+      if not self._is_placed(group, taken):
         free = ray.available_resources()
         left = ' and '.join(f'{free.get(kind, 0.0):g} {kind}' for kind in sorted(_kinds(taken)))
         each = ', '.join(f'{name} {dict(bundle)}' for name, bundle in taken.items())
@@ -250,6 +251,16 @@ class RayProcesses:
     except BaseException:
       self.close()
       raise
+
+  def _is_placed(self, group: Any, taken: Taken) -> bool:
+    """Whether Ray sets aside what the workers take before long, or later if there is as much that nobody has."""
+    if group.wait(_PLACE_S):
+      return True
+    free = self._ray.available_resources()
+    has_room = all(
+      free.get(kind, 0.0) >= sum(bundle.get(kind, 0.0) for bundle in taken.values()) for kind in _kinds(taken)
+    )
+    return group.wait(_SLOW_PLACE_S if has_room else 0.1)
 
   def _connect(self, cluster: RayCluster, taken: Taken) -> None:
     ray = self._ray

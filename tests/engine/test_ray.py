@@ -125,6 +125,17 @@ def test_what_a_cluster_lacks_that_is_there_is_told_before_anything_is_started_o
   assert fake.calls == ['init', 'shutdown']
 
 
+@pytest.mark.parametrize('free, waits', [(2.0, [6.0, 60.0]), (1.5, [6.0, 0.1])])
+def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_have(monkeypatch, free, waits):
+  fake, asked = FakeRay(CPU=8.0), []
+  fake.util.placement_group = lambda bundles, strategy: types.SimpleNamespace(wait=asked.append)
+  fake.available_resources = lambda: {'CPU': free}
+  use(monkeypatch, fake)
+  with pytest.raises(DeviceError, match=f'others leave {free:g} CPU of the Ray cluster free'):
+    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
+  assert asked == waits
+
+
 def test_an_address_of_no_node_is_told_before_a_worker_starts_where_all_nodes_are_on_this_host(monkeypatch):
   fake = FakeRay(CPU=8.0)
   use(monkeypatch, fake)

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.ffi import ffi_call
 
+from pallas_kernels.layouts import PageLayout
+from pallas_kernels.online_softmax import NOTHING, Seen, finish, gather_values, prepare, read, restore, weigh
+
 TARGET = '__cudnn$fmhaSoftmax'
 TYPES = {'bfloat16': 'BF16', 'float16': 'F16'}
 
@@ -60,7 +63,6 @@ def attend(
     float(softmax_scale),
     masked,
     heads_first=heads_first,
-    keys_heads_first=tables is not None,
     paged=tables is not None,
   )
   numbers = [query_lengths, lengths]
@@ -93,13 +95,12 @@ def config(
   masked: str,
   *,
   heads_first: bool,
-  keys_heads_first: bool,
   paged: bool,
 ) -> dict:
-  """What XLA is told of a call: the scores' shape `[X, H, R, S]`, their type, and how the axes of its operands lie."""
+  """What XLA is told of a call: the scores' shape `[X, H, R, S]`, their type, and how the axes of its operands lie.
 
-  def heads_axis(first: bool) -> int:
-    return 1 if first else 2
+  Heads come before tokens in queries with `heads_first`, and in keys and values where they are `paged`.
+  """
 
   def product(lhs: tuple[int, int], rhs: tuple[int, int]) -> dict[str, list[str]]:
     """Numbers of a product, of operands given as their contracted axis and that of the heads."""
@@ -110,7 +111,7 @@ def config(
       'rhs_batch_dimensions': ['0', str(rhs[1])],
     }
 
-  queries, keys = heads_axis(heads_first), heads_axis(keys_heads_first)
+  queries, keys = 1 if heads_first else 2, 1 if paged else 2  # the axis of heads
   return {
     'operation_queue_id': '0',
     'cudnn_fmha_backend_config': {
@@ -205,29 +206,22 @@ def attend_pages(
   out = jnp.where(any_seen[..., None], out, 0)
   if not apart:
     return out, lse
-  last = pages[jnp.take_along_axis(tables, jnp.minimum(full, tables.shape[1] - 1)[:, None], axis=1)[:, 0]]
-  return merge(out, lse, *_attend_page(q, last, lengths - seen, softmax_scale, heads_first))
+  last = jnp.take_along_axis(tables, jnp.minimum(full, tables.shape[1] - 1)[:, None], axis=1)[:, 0]
+  return merge(out, lse, *_attend_page(q, pages, last, lengths - seen, softmax_scale, heads_first))
 
 
 def _attend_page(
-  q: jax.Array, pages: jax.Array, lengths: jax.Array, softmax_scale: float, heads_first: bool
+  q: jax.Array, pages: jax.Array, ids: jax.Array, lengths: jax.Array, softmax_scale: float, heads_first: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """As `attend_pages`, to the first tokens of a page `[X, 2, K, G, D]` each, as products."""
-  q = q if heads_first else jnp.moveaxis(q, 1, 2)
-  count, _, _, head_dim = q.shape
-  kv_heads, page_size = pages.shape[2:4]
-  grouped = q.reshape(count, kv_heads, -1, head_dim)  # [X, K, H/K · R, D]
-  held = (jnp.arange(page_size) < lengths[:, None])[:, None]  # [X, 1, G]
-  values = jnp.where(held[..., None], pages[:, 1], 0)
-  scores = jnp.einsum('xkrd,xkgd->xkrg', grouped, pages[:, 0], preferred_element_type=jnp.float32) * softmax_scale
-  scores = jnp.where(held[:, :, None], scores, -jnp.inf)
-  top = jnp.maximum(scores.max(-1, keepdims=True), -1e30)  # finite where nothing is seen
-  weights = jnp.exp(scores - top)
-  total = weights.sum(-1, keepdims=True)
-  out = jnp.einsum('xkrg,xkgd->xkrd', weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
-  out = (out / jnp.where(total == 0, 1, total)).reshape(q.shape)
-  lse = (top + jnp.log(total)).reshape(q.shape[:-1])
-  return (out, lse) if heads_first else (jnp.moveaxis(out, 1, 2), jnp.moveaxis(lse, 1, 2))
+  """As `attend_pages`, to the first tokens of one page of each, `ids` `[X]`, as products."""
+  q = jnp.moveaxis(q, 1, 2) if heads_first else q
+  layout = PageLayout.of(pages.shape, q.shape[-1])
+  held = jnp.arange(layout.page_size) < lengths[:, None]  # [X, G]
+  keys, values = read(pages, ids[:, None], held, layout, q.dtype, None)
+  weights, top = weigh(prepare(q, layout.kv_heads, softmax_scale, q.dtype), keys, held[:, None, None])
+  seen = Seen(top, weights.sum(-1, keepdims=True), gather_values(weights, values))
+  out, lse = (restore(rows, q.shape[1]) for rows in finish(seen))
+  return (jnp.moveaxis(out, 1, 2), jnp.moveaxis(lse, 1, 2)) if heads_first else (out, lse)
 
 
 def merge(out: jax.Array, lse: jax.Array, other: jax.Array, other_lse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +229,7 @@ def merge(out: jax.Array, lse: jax.Array, other: jax.Array, other_lse: jax.Array
 
   A part that has seen nothing is zeros and -inf.
   """
-  top = jnp.maximum(jnp.maximum(lse, other_lse), -1e30)  # finite where neither has seen anything
+  top = jnp.maximum(jnp.maximum(lse, other_lse), NOTHING)  # finite where neither has seen anything
   weight, other_weight = jnp.exp(lse - top), jnp.exp(other_lse - top)
   total = weight + other_weight
   share, other_share = ((part / jnp.where(total == 0, 1, total))[..., None] for part in (weight, other_weight))

@@ -62,7 +62,7 @@ def prefill_attention(
   tiles = _Tiles.of(tokens, offsets, lengths, config.tile_rows)
   rows = tiles.row[:, None] + jnp.arange(tiles.rows)  # [X, R]
   queries = q[None] if tiles.alone else q.at[rows].get(mode='clip')
-  tables = jnp.clip(tables, 0, pages.shape[0] - 1)[tiles.sequence]  # [X, N]
+  tables = tables[tiles.sequence]  # [X, N]
 
   own = _read(pages, tables, tiles)
   count = jnp.maximum(tiles.count, 1)
@@ -131,4 +131,5 @@ def _read(pages: jax.Array, tables: jax.Array, tiles: _Tiles) -> tuple[jax.Array
   slot = jnp.minimum(position // page_size, tables.shape[1] - 1)
   page, offset = jnp.take_along_axis(tables, slot, axis=1), position % page_size
   held = (row < tiles.count[:, None])[..., None, None]
-  return jnp.where(held, pages[page, 0, :, offset], 0), jnp.where(held, pages[page, 1, :, offset], 0)
+  keys, values = (jnp.where(held, pages.at[page, part, :, offset].get(mode='clip'), 0) for part in (0, 1))
+  return keys, values

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import append_tokens, paged_attention, prefill_attention
+from pallas_kernels.online_softmax import owners
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.kv.pages import LAYER_SPEC, KVPages
 from pdjax.model.layers import Attend
@@ -188,7 +189,7 @@ def _append(pool: jax.Array, scales: jax.Array | None, k: jax.Array, v: jax.Arra
 
 def _chunk_rows(chunks: Chunks, pages: KVPages) -> Rows:
   row = jnp.arange(chunks.tokens.shape[0])
-  sequence = (chunks.offsets[1:-1] <= row[:, None]).sum(-1, dtype=jnp.int32)  # a search would be a loop
+  sequence = owners(chunks.offsets[1:-1], row)  # of padding, the last
   live = row < chunks.offsets[-1]
   position = jnp.where(live, chunks.lengths[sequence] - chunks.offsets[sequence + 1] + row, 0)
   page = chunks.tables[sequence, position // pages.page_size]

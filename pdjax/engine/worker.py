@@ -360,8 +360,7 @@ class Worker:
     Raises:
       Exception: if the slots cannot be cleared; then the worker is `broken`.
     """
-    requests = [chunk.request.id for chunk in order.chunks] + [decode.request for decode in order.decodes]
-    self._left_out.update(requests)
+    self._left_out.update(order.requests)
     try:
       self.clear_slots(order)
     except Exception:
@@ -371,7 +370,7 @@ class Worker:
     progress = self._progress
 
     def forget() -> None:
-      for request in requests:
+      for request in order.requests:
         progress.pop(request, None)
 
     return forget

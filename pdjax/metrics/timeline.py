@@ -337,7 +337,7 @@ def _step_span(order: StepOrder, done: Done, submitted_s: float) -> BusySpan:
     began_s=done.began_s,
     ended_s=done.ended_s,
     order=order.id,
-    requests=(*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)),
+    requests=order.requests,
     num_prompts=len(order.chunks),
     prompt_tokens=sum(chunk.length for chunk in order.chunks),
     output_tokens=sum(len(result.tokens) for result in done.results),

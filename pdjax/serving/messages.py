@@ -163,6 +163,11 @@ class StepOrder:
   incarnation: int = 1
   layer_groups: tuple[tuple[int, int], ...] = ()
 
+  @property
+  def requests(self) -> tuple[str, ...]:
+    """Whose the pass is, chunks first."""
+    return (*(chunk.request.id for chunk in self.chunks), *(decode.request for decode in self.decodes))
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferOrder:

@@ -238,10 +238,11 @@ class ClusterState(ClusterView):
           if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
             entry.computed = entry.computed or chunk.restores
             self._settle(entry)
-        for decode in order.decodes:  # the pass may have brought it nothing
-          entry = self.requests.get(decode.request)
-          if entry is not None and entry.phase is Phase.RESTARTING:
-            self._begin_again(entry)
+        if len(event.results) < len(order.decodes) + len(order.chunks):  # some got nothing of the pass
+          for decode in order.decodes:
+            entry = self.requests.get(decode.request)
+            if entry is not None and entry.phase is Phase.RESTARTING:
+              self._begin_again(entry)
       case TransferOrder():
         if entry := self._transfer_ended(order):
           self._settle(entry)
@@ -414,7 +415,7 @@ class ClusterState(ClusterView):
     match order:
       case StepOrder():
         self._step_ended(order)
-        for name in [*(chunk.request.id for chunk in order.chunks), *(decode.request for decode in order.decodes)]:
+        for name in order.requests:
           if entry := self.requests.get(name):
             self._lose_work(entry, order.worker, event.error, now_s)
       case TransferOrder():

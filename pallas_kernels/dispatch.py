@@ -16,6 +16,10 @@ _CALLED = {'tpu': 'TPUs', 'gpu': 'GPUs', 'cpu': 'CPUs'}
 Config = TypeVar('Config')
 
 
+class Refused(ValueError):
+  """None of the implementations that are wanted can run a problem."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plain:
   """An implementation that runs everywhere.
@@ -63,7 +67,8 @@ def choose(
     device: To compile for; the current one if None.
 
   Raises:
-    ValueError: if a name is unknown, or if none that is wanted can run, with the reason of each.
+    Refused: if none that is wanted can run, with the reason of each.
+    ValueError: if a name is unknown.
   """
   device = device or current()
   left_out: frozenset[str] = frozenset()
@@ -86,7 +91,7 @@ def choose(
       _log(level, kernel, name, taken, device.name, tuple(facts.items()), tuple(reasons))
       return run
     reasons.append(f'{name}: {found}')
-  raise ValueError(f'{kernel} cannot run on {device.name} as asked for. {" ".join(reasons)}')
+  raise Refused(f'{kernel} cannot run on {device.name} as asked for. {" ".join(reasons)}')
 
 
 def _parameters(

@@ -28,6 +28,7 @@ from pallas_kernels import (
   quantized_matmul,
   scatter_pages,
 )
+from pallas_kernels.dispatch import Refused
 from pallas_kernels.page_copy.api import IMPLEMENTATIONS as PAGE_COPY
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
@@ -98,8 +99,11 @@ def check_all(context: Context, todo: Sequence[Check]) -> None:
     for check, future in zip(todo, [tracers.submit(programs.compile, check) for check in todo], strict=True):
       try:
         result = _run_poisoned(future.result().result(), check.inputs)
-      except _Refused as refusal:
-        reason = str(refusal)
+      except Refused as refusal:
+        if not check.may_refuse:
+          figures.fail(f'{check.name}: {describe(refusal)}')
+          continue
+        reason = str(refusal)[:300]
         figures.note(f'{check.name}: refused, {reason}')
         if _TRIED in reason and reason not in distrusted:  # said once, of all the calls that come to it
           distrusted.add(reason)
@@ -111,12 +115,7 @@ def check_all(context: Context, todo: Sequence[Check]) -> None:
   print(f'{len(todo)} calls, {programs.count} programs, in {time.perf_counter() - begin:.1f} s', flush=True)
 
 
-class _Refused(Exception):
-  """An implementation that was asked for by name is not for a problem."""
-
-
-_REFUSED = 'cannot run on'  # in what `pallas_kernels.dispatch` raises, and nothing else
-_TRIED = 'was tried'  # in the reason, if the implementation was run and found to be wrong
+_TRIED = 'was tried'  # in the reason of a refusal, if the implementation was run and found to be wrong
 
 
 class _Programs:
@@ -136,15 +135,10 @@ class _Programs:
     """Trace a call; its program, which is being compiled if it is new.
 
     Raises:
-      _Refused: if the implementation that is asked for says that it is not for this problem, and it may.
+      Refused: if the implementation that is asked for says that it is not for this problem.
     """
     with jax.default_matmul_precision(check.precision):
-      try:
-        lowered = jax.jit(check.call).lower(*check.inputs)
-      except ValueError as refusal:
-        if not check.may_refuse or _REFUSED not in str(refusal):
-          raise
-        raise _Refused(str(refusal)[:300]) from refusal
+      lowered = jax.jit(check.call).lower(*check.inputs)
     text = lowered.as_text()
     with self._lock:
       if text not in self._by_text:

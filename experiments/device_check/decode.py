@@ -1,5 +1,6 @@
 """Decode attention in bfloat16 by shape: a token of each sequence over its pages, beside contiguous keys."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from experiments.device_check.kernels import (
   DENSE,
   POOL_ELEMENTS,
   Pool,
+  add_rate,
   calls_of,
   chained,
   dense,
@@ -52,18 +54,15 @@ def run(context: Context) -> None:
     cases.append(_contiguous(context, shape, DENSE, 'xla'))
   cases.append(_paged(context, shapes[0], pools[sizes.page_sizes[0]], AUTOMATIC, 4 * shapes[0][1]))
 
-  def add(case: Case, seconds: float, found: Mapping[str, float]) -> None:
-    read = read_bytes(case.about, sizes.heads)
-    peer_s = found.get(f'{title(case.about)}, {CUDNN}')
-    has_peer = peer_s is not None and CUDNN not in case.name
-    context.figures.add(
-      case.name, read / seconds / 1e9, 'GB/s',
-      peer=CUDNN if has_peer else None, peer_value=read / peer_s / 1e9 if has_peer and peer_s else None,
-      floor_share=read / context.ceilings.copy_bytes_per_s / seconds,
-      bound_share=read / context.ceilings.bytes_per_s / seconds, microseconds=round(1e6 * seconds, 2),
-    )  # fmt: skip
+  time_all(context, cases, functools.partial(add, context))
 
-  time_all(context, cases, add)
+
+def add(context: Context, case: Case, seconds: float, found: Mapping[str, float]) -> None:
+  """Hand over the rate at which a decode step reads its keys and values."""
+  add_rate(
+    context, case, seconds, found, title(case.about), read_bytes(case.about, context.sizes.heads), 'GB/s',
+    floor_share=context.ceilings.copy_bytes_per_s, bound_share=context.ceilings.bytes_per_s,
+  )  # fmt: skip
 
 
 def title(shape: _Shape) -> str:

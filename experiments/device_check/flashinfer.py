@@ -7,7 +7,7 @@ is not the same work, so they are left out.
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.device_check.context import Context
-from experiments.device_check.decode import read_bytes, title
+from experiments.device_check.decode import add, read_bytes, title
 from experiments.device_check.figures import CHECKED
 from experiments.device_check.float64 import attend, error
 from experiments.device_check.kernels import rotating, sets, time_all
@@ -38,19 +38,10 @@ def run(context: Context) -> None:
   if not missed <= _BOUND:
     context.figures.fail(f'{NAME}: the relative error is {missed:.3g}, so it is not timed')
     return
-  ceilings = context.ceilings
   cases = []
   for length in context.sizes.contexts:
     cases.append(Case(f'{title((1, length))}, {NAME}', functools.partial(_make, context, length), (1, length)))
-
-  def add(case: Case, seconds: float, found: Mapping[str, float]) -> None:
-    read = read_bytes(case.about, context.sizes.heads)
-    share, bound_share = (read / most / seconds for most in (ceilings.copy_bytes_per_s, ceilings.bytes_per_s))
-    context.figures.add(
-      case.name, read / seconds / 1e9, 'GB/s', floor_share=share, bound_share=bound_share, microseconds=1e6 * seconds
-    )
-
-  time_all(context, cases, add)
+  time_all(context, cases, functools.partial(add, context))
 
 
 def _register(head_dim: int) -> None:

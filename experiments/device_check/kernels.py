@@ -20,6 +20,7 @@ LAUNCH_BOUND = 'launch-bound'
 _STARTS = 2  # times that of starting a small program, below which a program may be waiting for the next start
 POOL_ELEMENTS = 1 << 30  # at most, of a pool that is drawn at random; `large` looks at one that is larger
 CUDNN, DENSE = 'cuDNN on contiguous keys', 'XLA on contiguous keys'
+_UNITS = {'GB/s': 1e9, 'TFLOP/s': 1e12}
 
 
 def implementations(table: Mapping[str, Any], platform: str) -> list[str]:
@@ -157,6 +158,37 @@ def time_all(context: Context, cases: Sequence[Case], add: Callable[[Case, float
       add(case, found[case.name], found)
     finally:
       figures.remark = None
+
+
+def add_rate(
+  context: Context,
+  case: Case,
+  seconds: float,
+  found: Mapping[str, float],
+  shape: str,
+  work: int,
+  unit: str,
+  **ceilings: float,
+) -> None:
+  """Hand over how fast a case does its work, beside cuDNN where that was timed at the same shape before.
+
+  Args:
+    context: Of the part.
+    case: What was timed.
+    seconds: Of a call.
+    found: Seconds of all cases so far, by name.
+    shape: The shape in words, with which the names of its cases begin.
+    work: Bytes or FLOPs of a call.
+    unit: What to say the rate in, such as GB/s.
+    **ceilings: Rates in bytes or FLOPs per second, by the share of `Figures.add` that is of them.
+  """
+  beside = f'{shape}, {CUDNN}'
+  peer_s = found.get(beside) if case.name != beside else None
+  context.figures.add(
+    case.name, work / seconds / _UNITS[unit], unit,
+    peer=None if peer_s is None else CUDNN, peer_value=None if peer_s is None else work / peer_s / _UNITS[unit],
+    **{share: work / seconds / most for share, most in ceilings.items()}, microseconds=round(1e6 * seconds, 2),
+  )  # fmt: skip
 
 
 def say_what_is_missing(context: Context) -> None:

@@ -19,6 +19,7 @@ from experiments.device_check.prefill import title
 from experiments.device_check.sizes import Chunks
 from experiments.device_check.timing import describe, draw
 from pallas_kernels import PageLayout, devices, paged_attention, prefill_attention
+from pallas_kernels.dispatch import Refused
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
 
@@ -82,8 +83,8 @@ def _compare(
   try:
     missed = error(call(), np.asarray(sought()).astype(np.float64))
   except Exception as failure:  # to compile or to run it: the others go on
-    if may_refuse and isinstance(failure, ValueError) and 'cannot run on' in str(failure):
-      context.figures.note(f'{name}: refused, {describe(failure)}')
+    if may_refuse and isinstance(failure, Refused):
+      context.figures.note(f'{name}: refused, {str(failure)[:300]}')
     else:
       context.figures.fail(f'{name}: {describe(failure)}')
     return

@@ -13,6 +13,7 @@ from experiments.device_check.kernels import (
   CUDNN,
   DENSE,
   Pool,
+  add_rate,
   calls_of,
   chained,
   dense,
@@ -49,14 +50,8 @@ def run(context: Context) -> None:
       context.figures.note(f'prefill {title(chunks)}, {DENSE}: not measured, its scores are {scores / 2**30:.0f} GiB')
 
   def add(case: Case, seconds: float, found: Mapping[str, float]) -> None:
-    flops = work(case.about, sizes.heads)
-    peer_s = found.get(f'prefill {title(case.about)}, {CUDNN}')
-    has_peer = peer_s is not None and CUDNN not in case.name
-    context.figures.add(
-      case.name, flops / seconds / 1e12, 'TFLOP/s',
-      peer=CUDNN if has_peer else None, peer_value=flops / peer_s / 1e12 if has_peer and peer_s else None,
-      floor_share=flops / context.ceilings.flops_per_s / seconds, microseconds=round(1e6 * seconds, 2),
-    )  # fmt: skip
+    shape, flops = f'prefill {title(case.about)}', work(case.about, sizes.heads)
+    add_rate(context, case, seconds, found, shape, flops, 'TFLOP/s', floor_share=context.ceilings.flops_per_s)
 
   time_all(context, cases, add)
 

@@ -109,9 +109,9 @@ def test_a_new_platform_is_what_its_implementations_say(monkeypatch, caplog, dev
 def test_what_cannot_run_is_passed_over_in_a_sequence_only(monkeypatch):
   facts = {'dtype': 'int8', 'most': 4}
   assert taken(monkeypatch, None, facts) == ('xla', None)
-  with pytest.raises(ValueError, match=r'a kernel cannot run on v6e .* pallas_tpu: blocks of 8 are too large'):
+  with pytest.raises(dispatch.Refused, match=r'a kernel cannot run on v6e .* pallas_tpu: blocks of 8 are too large'):
     taken(monkeypatch, 'pallas_tpu', facts)
-  with pytest.raises(ValueError, match='pallas_tpu: it is for TPUs, and this is cpu'):
+  with pytest.raises(dispatch.Refused, match='pallas_tpu: it is for TPUs, and this is cpu'):
     taken(monkeypatch, 'pallas_tpu', facts, CPU)
   with pytest.raises(ValueError, match="'cuda' is unknown; there are pallas_tpu, xla"):
     taken(monkeypatch, 'cuda', facts)

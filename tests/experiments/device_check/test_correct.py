@@ -15,6 +15,7 @@ from experiments.device_check import Sizes, correct, large
 from experiments.device_check.context import Context
 from experiments.device_check.correct import Check, check_all
 from experiments.device_check.figures import Figures, read_lines
+from pallas_kernels.dispatch import Refused
 
 X = np.arange(6.0, dtype=np.float32).reshape(2, 3)
 
@@ -23,9 +24,9 @@ def context(folder: pathlib.Path) -> Context:
   return Context('cpu', Sizes.toy(), Figures(str(folder / 'lines.jsonl')), folder, toy=True)
 
 
-def refuse(words: str):
+def refuse(error: Exception):
   def call(x):
-    raise ValueError(words)
+    raise error
 
   return call
 
@@ -37,8 +38,8 @@ def refuse(words: str):
     (lambda x: 2.1 * x, 'relative error is 0.05'),
     (lambda x: jnp.where(x > 4, jnp.nan, 2 * x), 'relative error is nan'),
     (lambda x: x @ x, 'TypeError'),
-    (refuse('a kernel cannot run on this'), 'cannot run on'),
-    (refuse('not for this problem'), 'not for this problem'),
+    (refuse(Refused('a kernel cannot run on this')), 'cannot run on'),
+    (refuse(ValueError('not for this problem')), 'not for this problem'),
   ],
 )
 def test_only_right_answers_pass_where_a_kernel_is_taken_by_itself(call, failure, tmp_path):
@@ -52,17 +53,18 @@ def test_only_right_answers_pass_where_a_kernel_is_taken_by_itself(call, failure
 
 
 @pytest.mark.parametrize(
-  ('words', 'failures'),
+  ('said', 'failures'),
   [
-    ('a kernel cannot run on this as asked for. It is for others.', 0),
-    ('a kernel cannot run on this as asked for. It was tried, and its result differs.', 1),
-    ('q has no such shape', 2),
+    (Refused('a kernel cannot run on this as asked for. It is for others.'), 0),
+    (Refused('a kernel cannot run on this as asked for. It was tried, and its result differs.'), 1),
+    (ValueError('q has no such shape'), 2),
+    (ValueError('a library cannot run on this either'), 2),
   ],
 )
 def test_what_is_asked_for_by_name_may_say_that_it_cannot_run_but_not_that_it_was_tried_in_vain(
-  words, failures, tmp_path
+  said, failures, tmp_path
 ):
-  todo = [Check(name, refuse(words), (X,), ((X, 1e-5),), may_refuse=True) for name in ('a', 'b')]
+  todo = [Check(name, refuse(said), (X,), ((X, 1e-5),), may_refuse=True) for name in ('a', 'b')]
   check_all(context(tmp_path), todo)
   found = read_lines(tmp_path / 'lines.jsonl')
   assert len(found['failures']) == failures

@@ -11,7 +11,16 @@ from experiments.device_check import Sizes, kernels
 from experiments.device_check.bounds import COPY, PRODUCT, READ, START, Ceilings
 from experiments.device_check.context import Context
 from experiments.device_check.figures import Figures, read_lines
-from experiments.device_check.kernels import LAUNCH_BOUND, WHILE_COMPILING, Pool, calls_of, chained, time_all
+from experiments.device_check.kernels import (
+  CUDNN,
+  LAUNCH_BOUND,
+  WHILE_COMPILING,
+  Pool,
+  add_rate,
+  calls_of,
+  chained,
+  time_all,
+)
 from experiments.device_check.timing import Case
 
 CEILINGS = Ceilings.of_rows({COPY: 2.0, READ: 4.0, PRODUCT: 3.0, START: 10.0})
@@ -91,3 +100,13 @@ def test_programs_that_are_shorter_than_two_starts_are_marked(context, monkeypat
   cases = [Case(name, lambda value=value: lambda number: value) for name, value in (('short', 19e-6), ('long', 20e-6))]
   time_all(context, cases, lambda case, seconds, found: context.figures.add(case.name, seconds, 's'))
   assert [row.get('note') for row in found(context)['rows']] == [LAUNCH_BOUND, None]
+
+
+def test_a_rate_stands_beside_that_of_cudnn_at_its_shape_and_cudnn_beside_nothing(context):
+  seconds = {f'a shape, {CUDNN}': 4e-9, 'another shape': 1.0}
+  for name, took in (('a shape, page 16, xla', 8e-9), (f'a shape, {CUDNN}', 4e-9)):
+    add_rate(context, Case(name, lambda: print, None), took, seconds, 'a shape', 8, 'GB/s', floor_share=2e9)
+  ours, peer = found(context)['rows']
+  assert (ours['peer'], peer['peer'], peer['peer_value']) == (CUDNN, None, None)
+  assert [ours['value'], ours['peer_value'], ours['floor_share']] == pytest.approx([1.0, 2.0, 0.5])
+  assert [peer['value'], peer['floor_share']] == pytest.approx([2.0, 1.0])

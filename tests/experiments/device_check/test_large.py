@@ -8,6 +8,7 @@ import pytest
 from experiments.device_check import Sizes, large
 from experiments.device_check.context import Context
 from experiments.device_check.figures import Figures, read_lines
+from pallas_kernels.dispatch import Refused
 
 
 def context(folder: pathlib.Path) -> Context:
@@ -33,11 +34,16 @@ def test_a_kernel_that_finds_other_pages_at_the_far_end_of_a_pool_fails(tmp_path
 
 
 @pytest.mark.parametrize(
-  ('words', 'may_refuse', 'failed'), [('it cannot run on this', True, False), ('it cannot run on this', False, True)]
+  ('said', 'may_refuse', 'failed'),
+  [
+    (Refused('it cannot run on this'), True, False),
+    (Refused('it cannot run on this'), False, True),
+    (ValueError('a library cannot run on this either'), True, True),
+  ],
 )
-def test_only_what_is_asked_for_by_name_may_refuse(words, may_refuse, failed, tmp_path):
+def test_only_what_is_asked_for_by_name_may_refuse(said, may_refuse, failed, tmp_path):
   def refuse():
-    raise ValueError(words)
+    raise said
 
   one = context(tmp_path)
   large._compare(one, 'a', refuse, refuse, may_refuse)

@@ -116,6 +116,6 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
   for event in events:
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
-    ended = state.take_finished()
-    finished += ended
-    yield from ended
+    if ended := state.take_finished():
+      finished += ended
+      yield from ended

@@ -380,16 +380,21 @@ def _build_processes(
   assert config.processes is not None
   with _sigterm_kept():
     processes = RayProcesses(config.processes, config.workers, config.platform, say)
+
+  def close() -> None:
+    with _sigterm_kept():
+      processes.close()
+
   try:
-    return build_processes(config, model, processes.peers, output_len, say, closed=processes.close)
+    return build_processes(config, model, processes.peers, output_len, say, closed=close)
   except BaseException:
-    processes.close()
+    close()
     raise
 
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-  """What handles SIGTERM handles it afterwards too: Ray puts a handler of its own in its place as it begins."""
+  """What handles SIGTERM does so afterwards too: Ray puts its own handler there as it begins, and none as it ends."""
   handler = signal.getsignal(signal.SIGTERM)
   try:
     yield

@@ -49,15 +49,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.load_config import load_config
 from experiments.stop_signals import StopSignals
 from pdjax import comparison, launch
-from pdjax.answers import Answers, is_served
-from pdjax.config import ServingConfig, apply_overrides
+from pdjax.answers import Answers
+from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
-from pdjax.run_folder import ANSWERS, FILES, REQUESTS, REQUESTS_PART, TRACEBACK, RunFolder, read_run
+from pdjax.run_folder import ANSWERS, BASELINE, CASES, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.messages import Arrived, Done, Event, Finished
+from pdjax.serving.messages import Done, Event, Finished
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
-from pdjax.workload import Given, Refused, Row, outcomes, read_rows, write_completions
+from pdjax.workload import Given, Refused, Row, outcomes, read_rows
 
 FLAGS = flags.FLAGS
 _SHOWN = 12  # answers, and refused lines, that are printed
@@ -95,6 +95,7 @@ _KEPT = (
   'config', 'set', 'backend', 'requests', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
   'compilation_cache',
 )  # fmt: skip
+_PATHS = ('config', 'requests', 'compilation_cache')
 _EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
 
 
@@ -120,8 +121,7 @@ def _run(console: Console, signals: StopSignals) -> int:
   config = _config()
   opened = launch.open_model(config)
   if _COMPARE.value:
-    _compare(config, opened, console)
-    return 0
+    return _compare(config, opened, console, signals)
   rows = None
   if _REQUESTS.value is not None:
     rows = _read(opened, _REQUESTS.value, config.seed)
@@ -160,9 +160,10 @@ class _Run:
     self._signals = signals
     on_engine = _BACKEND.value == 'engine'
     path = None if folder is None or not (on_engine or rows is not None) else folder.path / ANSWERS
-    earlier = [] if folder is None else folder.answered
+    earlier = None if folder is None else folder.answered
     self._answers = Answers(on_engine and opened.tokenizer is not None, path, earlier, closed=self._write)
-    self._written: bool | None = None  # whether `requests.jsonl` could be made; None before that was tried
+    self._leaves_answers = self._leaves_requests = path is not None
+    self._goes_on = False  # whether there is a run in the folder that this one goes on with
 
   def serve(self) -> int:
     """Serve what is not answered yet; the exit code."""
@@ -176,34 +177,39 @@ class _Run:
     if error is not None:
       self._signals.note(error)
     if error is not None and not self._answers.began and self._signals.received is None:
-      self._written = True  # there is nothing to tell but the error
+      self._leaves_requests = self._goes_on  # otherwise there is nothing to tell but the error
     self._answers.close()
     ends = self._outcomes()
     if error is not None:
       code = _tell_end(error, self._signals, self._told(ends), self._folder, self._answers.began)
-      return code if code != 1 or not self._answers.began else _exit_code(ends) or 1
+      return 3 if code == 1 and any(map(_is_served, ends)) else code
     self._show(ends, result)
-    if not self._written or (result is not None and result.unwritten):
+    if self._signals.received is not None:  # while this was written and shown
+      _tell_stop(self._signals.received, self._told(ends))
+    if self._answers.unwritten or (result is not None and result.unwritten):
       return self._signals.exit_code or 1
     return self._signals.exit_code or _exit_code(ends)
 
   def _is_left(self) -> bool:
-    """Whether anything is to be served; only then the files of a run that is resumed are put away."""
+    """Whether anything is to be served.
+
+    Raises:
+      ValueError: if a run goes on with a file of requests of which no line was answered, though others were.
+    """
     assert self._config.workload is not None
     if self._folder is None or not self._folder.resumed:
       return self._rows is None or self._config.workload.num_requests > 0
-    known = launch.arrivals_of(self._config.workload, self._config, self._opened).due(float('inf'), ())
-    self._answers.expect(event.request for event in known if isinstance(event, Arrived))
+    launch.expect(self._answers, self._config, self._opened)
     arrivals = self._answers.left(launch.arrivals_of(self._config.workload, self._config, self._opened))
-    if self._answers.has_earlier and not self._answers.num_earlier:
+    if self._rows is not None and self._answers.has_earlier and not self._answers.num_earlier:
       raise ValueError(
         f'no answer in {self._folder.path} is to what is asked now; give the requests that the run began with, or '
         'begin a new run in another workdir.'
       )
+    self._goes_on = True
     if arrivals.closed:
       self._console.print(f'Nothing is left: {self._folder.path} has the answers to all requests.', markup=False)
       return False
-    self._folder.put_away()
     return True
 
   def _launch(self) -> launch.RunResult:
@@ -229,24 +235,14 @@ class _Run:
     """What became of everyone, in the order of the file or of arrival."""
     return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.completions)
 
-  def _write(self) -> None:
-    """Make `requests.jsonl`, whole or not at all, as soon as no more answers come."""
-    if self._written is not None:
-      return
-    self._written = True
-    if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
-      return
-    path = self._folder.path / REQUESTS
-    part = path.with_name(REQUESTS_PART)
-    try:
-      write_completions(part, self._outcomes())
-      part.replace(path)
-    except OSError as error:
-      with contextlib.suppress(OSError):
-        part.unlink()
-      where = f'; {ANSWERS} beside it has what could be written as requests ended'
-      print(f'error: {path} cannot be written ({type(error).__name__}: {error}){where}.', file=sys.stderr)
-      self._written = False
+  def _write(self, everyone: Sequence[Completion]) -> str | None:
+    """Make `requests.jsonl` as soon as no more answers come; why it cannot be made, if so."""
+    if self._folder is None or not self._leaves_requests:
+      return None
+    problem = self._folder.write_requests(self._outcomes())
+    if problem is not None:
+      _say_error(f'error: {problem}')
+    return problem
 
   def _told(self, ends: Sequence[Completion | Refused]) -> str:
     """What is said behind the cause of an early end."""
@@ -254,8 +250,9 @@ class _Run:
     num_served, num_asked = sum(map(_is_served, ends)), len(ends)
     if self._rows is None:  # those that had not come yet have no end
       num_asked = max(num_asked, self._config.workload.num_requests)
-    told = f'{num_served} of {num_asked} requests were served' if num_served else 'nothing was served'
-    if self._folder is None or (_BACKEND.value == 'simulator' and self._rows is None):
+    noun = 'samples' if any(isinstance(one, Completion) and one.request.sample_of for one in ends) else 'requests'
+    told = f'{num_served} of {num_asked} {noun} were served' if num_served else 'nothing was served'
+    if self._folder is None or not self._leaves_answers or num_served == num_asked:
       return told
     return f'{told}, --resume={self._folder.path} goes on'
 
@@ -281,11 +278,11 @@ def _folder(
   """The work directory, if there is to be one, ready to be written into."""
   if _WORKDIR.value is None:
     return contextlib.nullcontext()
-  more: dict[str, Any] = {'command': {name: FLAGS[name].value for name in _KEPT}}
-  if (
-    _FIGURE.value is not None and pathlib.Path(_FIGURE.value).parent.resolve() == pathlib.Path(_WORKDIR.value).resolve()
-  ):
-    more['more_files'] = [pathlib.Path(_FIGURE.value).name]
+  more: dict[str, Any] = {'command': {name: _kept(name) for name in _KEPT}}
+  if _FIGURE.value is not None:
+    figure, workdir = (pathlib.Path(os.path.abspath(one)) for one in (_FIGURE.value, _WORKDIR.value))
+    if figure.is_relative_to(workdir):
+      more['more_files'] = [figure.relative_to(workdir).as_posix()]
   serves = "the config's workload"
   if _REQUESTS.value is not None and rows is not None:
     asked = pathlib.Path(_REQUESTS.value)
@@ -299,7 +296,7 @@ def _folder(
     if not rows:
       console.print(f'{asked} has no requests.', markup=False)
   elif _COMPARE.value:
-    serves = 'a comparison'
+    serves, more['more_files'] = 'a comparison', [BASELINE]
   elif _PROMPT.value is not None:
     serves = f'the prompt {_PROMPT.value!r}'
   resume = _RESUME.value is not None
@@ -314,6 +311,15 @@ def _folder(
       markup=False,
     )
   return contextlib.closing(folder)
+
+
+def _kept(name: str) -> Any:
+  """What `run.json` keeps of a flag: paths from the root, as the run may go on from another folder."""
+  value = FLAGS[name].value
+  if name not in _PATHS or value is None or value == KEEP_NO_PROGRAMS or '://' in value:
+    return value
+  path, colon, arguments = value.partition('.py:')
+  return f'{os.path.abspath(path)}{colon}{arguments}'
 
 
 def _take_up_flags(folder: str) -> None:
@@ -340,15 +346,25 @@ def _tell_end(
   signals.note(error)
   if signals.received is not None or isinstance(error, KeyboardInterrupt):
     stopped_by = signals.received or signal.SIGINT
-    print(f'stopped by {stopped_by.name}{more and f": {more}"}', file=sys.stderr)
+    _tell_stop(stopped_by, more)
     return 128 + stopped_by
-  if isinstance(error, SystemExit):
+  if isinstance(error, SystemExit) and not serving:
     raise error
   text = ' '.join(str(error).split('\n')).strip()
   if not isinstance(error, _EXPECTED if serving else (ValueError, *_EXPECTED)):
     text = f'{type(error).__name__}: {text}{_place(error, folder)}'
-  print(f'error: {text}{more and f" ({more})"}', file=sys.stderr)
+  _say_error(f'error: {text}{more and f" ({more})"}')
   return 1
+
+
+def _tell_stop(stopped_by: signal.Signals, more: str) -> None:
+  _say_error(f'stopped by {stopped_by.name}{more and f": {more}"}')
+
+
+def _say_error(line: str) -> None:
+  """Print a line to stderr; where that is a file on a full disk, there is nobody to tell."""
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _place(error: BaseException, folder: RunFolder | None) -> str:
@@ -365,7 +381,7 @@ def _place(error: BaseException, folder: RunFolder | None) -> str:
 
 
 def _is_served(one: Completion | Refused) -> bool:
-  return isinstance(one, Completion) and is_served(one)
+  return isinstance(one, Completion) and one.served
 
 
 def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
@@ -374,29 +390,34 @@ def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
   return 0 if all(served) else 3 if any(served) else 1
 
 
-def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console) -> None:
-  """Run the config and the colocated baseline, and say who wins where."""
+def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console, signals: StopSignals) -> int:
+  """Run the config and the colocated baseline, and say who wins where; the exit code."""
+  rates = None if _RATES.value is None else _numbers('rates', _RATES.value, float)
+  budgets = None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int)
   with _folder(config, None, console) as folder:
-    _compare_in(None if folder is None else folder.path, config, opened, console)
-
-
-def _compare_in(
-  folder: pathlib.Path | None, config: ServingConfig, opened: launch.OpenedModel, console: Console
-) -> None:
-  compared = comparison.compare(
-    config,
-    backend='engine' if _BACKEND.value == 'engine' else 'simulator',
-    rates=None if _RATES.value is None else _numbers('rates', _RATES.value, float),
-    splits=_SPLITS.value,
-    budgets=None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int),
-    workdir=folder,
-    say=lambda line: console.print(line, markup=False, soft_wrap=True),
-    calibrate=_CALIBRATE.value,
-    opened=opened,
-  )
-  console.print()
-  comparison.print_comparison(compared, console)
-  _show_workdir(console)
+    path = None if folder is None else folder.path
+    try:
+      compared = comparison.compare(
+        config,
+        backend='engine' if _BACKEND.value == 'engine' else 'simulator',
+        rates=rates,
+        splits=_SPLITS.value,
+        budgets=budgets,
+        workdir=path,
+        say=lambda line: console.print(line, markup=False, soft_wrap=True),
+        calibrate=_CALIBRATE.value,
+        opened=opened,
+        over=signals.hold,
+      )
+    except BaseException as error:
+      ended = None if path is None or not (path / CASES).is_file() else path / CASES
+      return _tell_end(error, signals, f'{ended} has the cases that had ended' if ended else '', folder)
+    console.print()
+    comparison.print_comparison(compared, console)
+    _show_workdir(console)
+    served = [ended for case in compared.cases for ended in case.outcomes.completed]
+    code = 0 if all(served) else 3 if any(served) else 1
+    return signals.exit_code or (1 if compared.unwritten else code)
 
 
 def _numbers(flag: str, texts: list[str], kind: Callable[[str], T]) -> list[T]:
@@ -491,10 +512,11 @@ class _Screen(Console):
 
 def _flush() -> None:
   """Have what was printed on its way; where that cannot be, let Python not try again as it ends."""
-  try:
-    sys.stdout.flush()
-  except OSError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Follow:

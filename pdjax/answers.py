@@ -27,10 +27,9 @@ from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.loop import Arrivals
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn, Withdrawn
 from pdjax.types.json_text import json_text
-from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
+from pdjax.types.request import SERVED, Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import completion_row
 
-_SERVED = ('stop', 'length')
 _DEFAULTS = SamplingParams()
 _KEYS = {
   'id', 'output_token_ids', 'text', 'finish_reason', 'arrival_s', 'token_times_s', 'seed', 'logprobs', 'prompt_hash',
@@ -49,8 +48,12 @@ class Answers:
   Args:
     has_text: Whether there is a tokenizer, so that an answer without text is an empty one.
     path: File that gets a line an answer, behind those that it has; None keeps answers in memory only.
-    earlier: Lines of `read_answers`: what they answer is not served again, see `left`.
-    closed: Called by `close`, once all lines are on disk.
+    earlier: Lines of `read_answers` if the run goes on with another: what they answer is not served again, see `left`.
+    closed: Called by `close` with `everyone`, once all lines are on disk; answers what it could not write, if anything.
+
+  Attributes:
+    num_earlier: How many of the samples known by now were answered earlier.
+    unwritten: What `closed` could not write, and why, in sentences.
 
   Raises:
     OSError: if the file cannot be opened.
@@ -60,20 +63,23 @@ class Answers:
     self,
     has_text: bool,
     path: str | os.PathLike[str] | None = None,
-    earlier: Iterable[Mapping[str, Any]] = (),
-    closed: Callable[[], None] = lambda: None,
+    earlier: Iterable[Mapping[str, Any]] | None = None,
+    closed: Callable[[Sequence[Completion]], str | None] = lambda everyone: None,
   ):
     self._has_text = has_text
     self._closed = closed
     self._file = None if path is None else LinesFile(path, behind=True, insist=True)
-    self._earlier = {identity: row for row in earlier if (identity := _identity_of_row(row)) is not None}
+    self._is_closed = False
+    self._goes_on = earlier is not None
+    self._earlier = {identity: row for row in earlier or () if (identity := _identity_of_row(row)) is not None}
     self._earlier_ids = {identity[0] for identity in self._earlier}
     self._expected: dict[str, None] = {}
     self._requests: dict[str, Request] = {}  # each sample that came, or is known to have come earlier, in that order
     self._under_way: dict[str, _Draft] = {}
     self._completions: dict[str, Completion] = {}
     self._now_s = 0.0
-    self.num_earlier = 0  # of those known by now to be answered earlier
+    self.num_earlier = 0
+    self.unwritten: tuple[str, ...] = ()
 
   # -------------------------------------------------------------------------- as a run goes on
 
@@ -87,11 +93,11 @@ class Answers:
   def left(self, arrivals: Arrivals) -> Arrivals:
     """What of a source of requests, each with a seed, is not answered yet.
 
-    The first that is left comes at 0 s and the others as long after it as in the source. The source hears that those
-    answered earlier have ended as they come, with the tokens that they got: a chat goes on where it was. If some
-    samples of a request are answered, the others come one by one under their own names.
+    In a run that goes on, the first comes at 0 s and the others as long after it as in the source. The source hears
+    that those answered earlier have ended as they come, with the tokens that they got: a chat goes on where it was. If
+    some samples of a request are answered, the others come one by one under their own names.
     """
-    return _Left(arrivals, self._recall) if self._earlier else arrivals
+    return _Left(arrivals, self._recall) if self._goes_on else arrivals
 
   def note(self, event: Event) -> None:
     """Take notice of what happened next."""
@@ -127,7 +133,9 @@ class Answers:
     """Have the last lines on disk."""
     if self._file is not None:
       self._file.close()
-    self._closed()
+    if not self._is_closed:
+      self._is_closed, problem = True, self._closed(self.everyone)
+      self.unwritten = () if problem is None else (problem,)
 
   # -------------------------------------------------------------------------- what came of it
 
@@ -149,7 +157,7 @@ class Answers:
   @property
   def everyone(self) -> tuple[Completion, ...]:
     """The same with those that have not ended, whose error says so."""
-    return tuple(self._completions.get(name) or unfinished(self._requests[name]) for name in self._names())
+    return tuple(self._completions.get(name) or Completion.unfinished(self._requests[name]) for name in self._names())
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -172,9 +180,9 @@ class Answers:
     ]
 
   def _keep(self, one: Completion, now_s: float) -> None:
-    self._completions[one.request.id] = one
     if self._file is not None:  # the text is made on the thread that writes: a long answer takes milliseconds
-      self._file.add(functools.partial(_line, one), now_s)
+      self._file.add(functools.partial(answer_line, one), now_s)
+    self._completions[one.request.id] = one  # last: what `catch_up` finds here is in the file
 
   def _recall(self, sample: Request) -> Completion | None:
     """What a sample got earlier, which from now on counts as told."""
@@ -186,16 +194,6 @@ class Answers:
       self._completions[sample.id] = _completion(sample, row)
       self._requests[sample.id] = self._completions[sample.id].request
     return self._completions[sample.id]
-
-
-def unfinished(request: Request) -> Completion:
-  """What a request got that a run did not come to the end of."""
-  return Completion(request, (), 'error', error='the run ended before it did.')
-
-
-def is_served(one: Completion) -> bool:
-  """Whether a request got what it asked for."""
-  return one.finish_reason in _SERVED
 
 
 class _Draft:
@@ -231,7 +229,7 @@ class _Draft:
 def read_answers(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The lines of an `answers.jsonl`, in their order; none if there is no such file.
 
-  A line that cannot be read, as the last of a process that was killed, is left out: its request is served again.
+  A line that cannot be read, as the last of a process that was killed may be, is left out: its request is served again.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -259,7 +257,8 @@ def prompt_hash(prompt: Sequence[int]) -> str:
   return hashlib.sha256(','.join(str(int(token)) for token in prompt).encode()).hexdigest()
 
 
-def _line(one: Completion) -> str:
+def answer_line(one: Completion) -> str:
+  """The line of one request, without its end."""
   return json_text(answer_row(one))
 
 
@@ -276,7 +275,7 @@ def _identity(sample: Request) -> _Identity:
 
 def _identity_of_row(row: Mapping[str, Any]) -> _Identity | None:
   """What a line answers; None if nothing, or if it is none of ours."""
-  if not row.keys() >= _KEYS or row['finish_reason'] not in _SERVED or not isinstance(row['id'], str):
+  if not row.keys() >= _KEYS or row['finish_reason'] not in SERVED or not isinstance(row['id'], str):
     return None
   return row['id'], str(row['prompt_hash']), row['seed'], json_text(row['sampling'])
 

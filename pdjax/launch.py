@@ -23,9 +23,10 @@ from pdjax.cost.memory import ACCELERATOR_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.metrics import EventLog, Report, draw
 from pdjax.metrics.counters import prometheus_text
+from pdjax.metrics.saving import write_each
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
 from pdjax.serving.loop import Arrivals, serve
-from pdjax.serving.messages import Event
+from pdjax.serving.messages import Arrived, Event
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.checks import check_text
@@ -57,7 +58,7 @@ class RunResult:
     events: The log that the report was computed from.
     workers: The cluster as it ran, `num_pages` filled in.
     model: The model as it was served.
-    unwritten: What of the report could not be written into the work directory, and why, in sentences.
+    unwritten: What of answers and report could not be written into the work directory, and why, in sentences.
   """
 
   report: Report
@@ -96,7 +97,7 @@ def run(
     watch: Called with every event, for progress.
     opened: What `open_model` answered, if it was asked before.
     notes: What a reader of the report should know besides, in sentences.
-    answers: Collects what ends; None makes one, with the file `answers.jsonl`.
+    answers: Collects what ends; None makes one, with the files `answers.jsonl` and in the end `requests.jsonl`.
     over: Called once the serving is over, well or not, before anything is closed or reported.
 
   Raises:
@@ -107,18 +108,20 @@ def run(
   opened = opened or open_model(config)
   with _folder(workdir, config, 'engine', resume, say) as folder:
     if answers is None:
-      path = None if folder is None else folder.path / ANSWERS
-      answers = Answers(opened.tokenizer is not None, path, [] if folder is None else folder.answered)
+      answers = _answers(folder, opened.tokenizer is not None)
       if folder is not None and folder.resumed:
-        folder.put_away()
+        expect(answers, config, opened)
     arrivals = answers.left(arrivals_of(config.workload, config, opened))
+    if folder is not None and folder.resumed and arrivals.closed:
+      folder = None  # nothing is left, and what is there is the run's
     deployment = deploy(config, opened, arrivals.output_len, say)
     engine = deployment.built.engine
 
     def report(events: Sequence[Event], notes: Sequence[str]) -> Report:
       return deployment.report(events, answers.completions, None, notes)
 
-    with _Serving(folder, answers, report, notes, watch, over, engine.close) as serving:
+    settled = {'dtype': deployment.config.dtype}
+    with _Serving(folder, answers, report, notes, watch, over, engine.close, settled) as serving:
       engine.start_clock()
       serving.follow(serve(arrivals, config.policy, engine, deployment.empty_state()))
     return serving.result(deployment.built.workers, opened.model)
@@ -576,6 +579,12 @@ def _folder(
     yield folder
 
 
+def expect(answers: Answers, config: ServingConfig, opened: OpenedModel) -> None:
+  """Tell answers which requests come, and in which order, as far as the workload knows before anything is answered."""
+  known = arrivals_of(config.workload, config, opened).due(math.inf, ())
+  answers.expect(event.request for event in known if isinstance(event, Arrived))
+
+
 def arrivals_of(workload: Workload | None, config: ServingConfig, opened: OpenedModel) -> Arrivals:
   """The requests of a workload as a model serves them, each with a seed.
 
@@ -602,7 +611,9 @@ class _Serving:
     watch: Watch,
     over: Callable[[], None],
     close: Callable[[], None] = lambda: None,
+    settled: Mapping[str, Any] | None = None,
   ):
+    self._run_folder = folder
     self._folder = None if folder is None else folder.path
     self._answers = answers
     self._make_report = report
@@ -610,11 +621,16 @@ class _Serving:
     self._watch = watch
     self._over = over
     self._close = close
+    self._settled = settled
     self._unwritten: tuple[str, ...] = ()
-    self._now_s = 0.0
 
   def __enter__(self) -> '_Serving':
     try:
+      if self._run_folder is not None:
+        if self._settled is not None:
+          self._run_folder.settle(self._settled)
+        if self._run_folder.resumed:
+          self._run_folder.put_away()
       self._log = EventLog(None if self._folder is None else self._folder / EVENTS)
     except BaseException:
       self._close()
@@ -654,7 +670,15 @@ class _Serving:
 
   def result(self, workers: tuple[WorkerSpec, ...], model: ModelSpec) -> RunResult:
     """What came of a run that ended by itself."""
-    return RunResult(self._report, self._answers.completions, self._events, workers, model, self._unwritten)
+    unwritten = (*self._answers.unwritten, *self._unwritten)
+    return RunResult(self._report, self._answers.completions, self._events, workers, model, unwritten)
+
+
+def _answers(folder: RunFolder | None, has_text: bool) -> Answers:
+  """What collects a run's answers, in its folder if it has one."""
+  if folder is None:
+    return Answers(has_text)
+  return Answers(has_text, folder.path / ANSWERS, folder.answered, closed=folder.write_requests)
 
 
 def _broken_off(error: BaseException) -> str:
@@ -714,20 +738,15 @@ def save_report(report: Report, workdir: str | pathlib.Path) -> tuple[str, ...]:
   Nothing is raised: by now there are answers, which are worth more. A file that is written in part is taken away.
   """
   folder = pathlib.Path(workdir)
-  unwritten = []
-  for name, save in (
-    ('report.json', report.save),
-    ('metrics.prom', lambda path: path.write_text(prometheus_text(report.timeline), encoding='utf-8')),
-  ):
-    try:
-      save(folder / name)
-    except OSError as error:
-      unwritten.append(f'{folder / name} cannot be written ({type(error).__name__}: {error}).')
-      logging.error('%s', unwritten[-1])
-      with contextlib.suppress(OSError):
-        (folder / name).unlink()
+  counters = prometheus_text(report.timeline)
+  unwritten = write_each(
+    {
+      folder / 'report.json': report.save,
+      folder / 'metrics.prom': lambda path: path.write_text(counters, encoding='utf-8'),
+    }
+  )
   draw(report, folder)
-  return tuple(unwritten)
+  return unwritten
 
 
 def describe(config: Any) -> Any:

@@ -11,19 +11,25 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, Literal
 
+from absl import logging
+
 from pdjax.answers import read_answers
 from pdjax.types.json_text import json_text
+from pdjax.types.request import Completion
+from pdjax.workload.requests_file import Refused, write_completions
 
 RUN, ANSWERS, REQUESTS, EVENTS = 'run.json', 'answers.jsonl', 'requests.jsonl', 'events.jsonl'
 TRACEBACK = 'traceback.txt'
-REQUESTS_PART = f'{REQUESTS}.part'  # while it is written
+REQUESTS_PART, RUN_PART = f'{REQUESTS}.part', f'{RUN}.part'  # while they are written
+CASES = 'cases.jsonl'  # of a comparison, one after another
+BASELINE = 'colocated'  # the folder of a comparison's other side
 FILES = (
-  RUN, ANSWERS, REQUESTS, REQUESTS_PART, EVENTS, 'report.json', 'report.html', 'trace.json', 'metrics.prom',
-  'compare.json', TRACEBACK,
+  RUN, RUN_PART, ANSWERS, REQUESTS, REQUESTS_PART, EVENTS, 'report.json', 'report.html', 'trace.json', 'metrics.prom',
+  'compare.json', CASES, TRACEBACK,
 )  # fmt: skip
 _KEPT = (RUN, ANSWERS)  # by a run that goes on
-_BASELINE = 'colocated'  # the folder of a comparison's other side
 _FORMAT = 1
+_BEGINS = '{\n  "format": '  # a `run.json`, of which a full disk may hold no more
 # What changes no answer: a run may go on with another one.
 _FREE = ('config.compilation_cache', 'config.slo', 'config.processes.address')
 
@@ -55,8 +61,8 @@ class RunFolder:
 
     Args:
       folder: The folder.
-      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say; `more_files` names files
-        that it leaves in the folder besides those of every run.
+      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say; `more_files` are paths in
+        the folder of what it leaves there besides the files of every run.
       say: Told in a line where an earlier run has gone.
 
     Raises:
@@ -72,21 +78,25 @@ class RunFolder:
       if (path / RUN).is_file():
         _lock(path).close()
       names = _names(path)
-      if names == [RUN]:  # of a run that ended before it had served anything
-        (path / RUN).unlink()
+      if _says_nothing(path, names):
+        for name in names:
+          (path / name).unlink()
       else:
         say(f'{path} held an earlier run, which is in {_move_aside(path, names)} now')
-    elif taken := [name for name in FILES if (path / name).is_file()]:
+    more = run.get('more_files', ())
+    taken = [name for name in FILES if (path / name).is_file()] + [name for name in more if (path / name).exists()]
+    if taken:
       raise ValueError(
         f'workdir {str(path)!r} has {", ".join(taken)}, and nothing says that a run left that; name another folder.'
       )
     whole = {'format': _FORMAT, 'began': datetime.datetime.now().astimezone().isoformat(timespec='seconds'), **run}
     lock = _lock(path, 'x')
     try:
-      lock.write(json_text(whole, indent=2) + '\n')
-      lock.flush()
+      _write_run(lock, whole)
     except OSError as error:
-      lock.close()
+      with contextlib.suppress(OSError):
+        lock.close()
+      (path / RUN).unlink()
       raise ValueError(f'{path / RUN} cannot be written ({error}); name another folder, or make room.') from error
     return cls(path, json.loads(json_text(whole)), lock, False)
 
@@ -108,18 +118,64 @@ class RunFolder:
     return cls(path, there, _lock(path), True)
 
   @property
-  def answered(self) -> list[dict[str, Any]]:
-    """The answers that were there when the run was taken up, as `read_answers` gives them."""
-    return read_answers(self.path / ANSWERS) if self.resumed else []
+  def answered(self) -> list[dict[str, Any]] | None:
+    """If a run is taken up, the answers that were there, as `read_answers` gives them."""
+    return read_answers(self.path / ANSWERS) if self.resumed else None
+
+  def settle(self, facts: Mapping[str, Any]) -> None:
+    """Keep in `run.json` what the devices made of the config, such as the dtype that 'auto' came to.
+
+    Raises:
+      ValueError: if it was something else when the run began (the message tells the difference).
+    """
+    before = self.run.get('settled')
+    if before is not None:
+      if changed := differences(before, dict(facts), 'settled'):
+        raise ValueError(
+          f'the run in {str(self.path)!r} cannot go on here: {"; ".join(changed)}. Go on with it where it began, or '
+          'begin a new run in another workdir.'
+        )
+      return
+    self.run = {**self.run, 'settled': dict(facts)}
+    part, lock = self.path / RUN_PART, None
+    try:
+      part.unlink(missing_ok=True)
+      lock = _lock(self.path, 'x', RUN_PART)
+      _write_run(lock, self.run)
+      part.replace(self.path / RUN)
+    except (OSError, ValueError) as error:  # such as a full disk: then nobody looks at it later
+      if lock is not None:
+        with contextlib.suppress(OSError):
+          lock.close()
+      logging.warning('%s does not say what the devices made of the config (%s).', self.path / RUN, error)
+      with contextlib.suppress(OSError):
+        part.unlink()
+      return
+    self._lock.close()
+    self._lock = lock
 
   def put_away(self) -> None:
     """Move what the part before left, but for its answers, to `before-1` in the folder, or the next number."""
     if names := [name for name in _names(self.path) if name not in _KEPT and not _is_before(name)]:
       _move(self.path, names, _new_folder(self.path / f'before-{number}' for number in itertools.count(1)))
 
+  def write_requests(self, ends: Iterable[Completion | Refused]) -> str | None:
+    """Make `requests.jsonl` of what became of everyone, whole or not at all; in a sentence, why it cannot be."""
+    path, part = self.path / REQUESTS, self.path / REQUESTS_PART
+    try:
+      write_completions(part, ends)
+      part.replace(path)
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        part.unlink()
+      where = f'{ANSWERS} beside it has what could be written as requests ended'
+      return f'{path} cannot be written ({type(error).__name__}: {error}); {where}.'
+    return None
+
   def close(self) -> None:
     """Let others write into the folder."""
-    self._lock.close()
+    with contextlib.suppress(OSError):
+      self._lock.close()
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -184,12 +240,11 @@ def _holds_run(path: pathlib.Path) -> bool:
   """Whether a run's files lie here; before there was `run.json`, its log says so."""
   if (path / RUN).is_file():
     text = (path / RUN).read_text(encoding='utf-8', errors='replace')
-    if not text.strip():  # of a process that was killed before it had written it
-      return True
-    with contextlib.suppress(ValueError):
+    try:
       found = json.loads(text)
-      return isinstance(found, dict) and 'format' in found and 'began' in found
-    return False
+    except ValueError:  # nothing of it may be there, or a part, if the process was killed as it wrote it
+      return not text.strip() or text.startswith(_BEGINS)
+    return isinstance(found, dict) and 'format' in found and 'began' in found
   try:
     with (path / EVENTS).open('rb') as file:
       return (path / EVENTS).is_file() and file.read(10) == b'{"event": '
@@ -203,10 +258,16 @@ def _names(path: pathlib.Path) -> list[str]:
   more: list[str] = []
   with contextlib.suppress(OSError, ValueError, AttributeError):
     more = json.loads((path / RUN).read_text(encoding='utf-8')).get('more_files', [])
-  ours = [name for name in names if name in FILES or name in more or _is_before(name)]
-  if 'compare.json' in names and (path / _BASELINE).is_dir():
-    ours.append(_BASELINE)
+  ours = [name for name in names if name in FILES or _is_before(name)]
+  ours += [name for name in more if (path / name).exists()]
+  if 'compare.json' in names and BASELINE not in ours and (path / BASELINE).is_dir():
+    ours.append(BASELINE)
   return sorted(ours, key=lambda name: name == RUN)
+
+
+def _says_nothing(path: pathlib.Path, names: Iterable[str]) -> bool:
+  """Whether these are of a run that ended before it had served anything."""
+  return all(name == RUN or ((path / name).is_file() and not (path / name).stat().st_size) for name in names)
 
 
 def _is_before(name: str) -> bool:
@@ -239,6 +300,7 @@ def _new_folder(paths: Iterable[pathlib.Path]) -> pathlib.Path:
 
 def _move(path: pathlib.Path, names: list[str], target: pathlib.Path) -> pathlib.Path:
   for name in names:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.move(path / name, target / name)  # a copy, where the folder is a file system of its own
   return target
 
@@ -246,28 +308,40 @@ def _move(path: pathlib.Path, names: list[str], target: pathlib.Path) -> pathlib
 # ---------------------------------------------------------------------------- one process at a time
 
 
-def _lock(path: pathlib.Path, mode: Literal['r+', 'x'] = 'r+') -> IO[str]:
+def _lock(path: pathlib.Path, mode: Literal['r+', 'x'] = 'r+', name: str = RUN) -> IO[str]:
   """Hold `run.json` of a folder, which `x` makes, until it is closed, or the process ends in whatever way.
+
+  Args:
+    path: The folder.
+    mode: For an existing file `r+`, for a new one `x`.
+    name: Of the file, if it is to become `run.json`.
 
   Raises:
     ValueError: if another process holds it, or it cannot be opened.
   """
   try:
-    file = (path / RUN).open(mode, encoding='utf-8')
+    file = (path / name).open(mode, encoding='utf-8')
   except FileExistsError:
     raise _in_use(path) from None
   except OSError as error:
-    raise ValueError(f'{path / RUN} cannot be opened ({error.strerror}); name another folder.') from error
+    raise ValueError(f'{path / name} cannot be opened ({error.strerror}); name another folder.') from error
   try:
     import fcntl
 
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not os.path.samestat(os.fstat(file.fileno()), (path / name).stat()):  # another took its place meanwhile
+      raise BlockingIOError
   except BlockingIOError:
     file.close()
     raise _in_use(path) from None
   except (ImportError, OSError):  # Windows, or a file system without locks: then users take care
     pass
   return file
+
+
+def _write_run(file: IO[str], run: Mapping[str, Any]) -> None:
+  file.write(json_text(run, indent=2) + '\n')
+  file.flush()
 
 
 def _in_use(path: pathlib.Path) -> ValueError:

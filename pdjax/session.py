@@ -5,6 +5,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import threading
@@ -12,10 +13,12 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from pdjax import launch
+from pdjax.answers import answer_line
 from pdjax.config import ServingConfig
 from pdjax.launch import Deployment, Prompt, Say
 from pdjax.metrics import EventLog, Report
-from pdjax.run_folder import EVENTS, RunFolder
+from pdjax.metrics.lines_file import LinesFile
+from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
 from pdjax.serving.loop import serve
 from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Started, Turn
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
@@ -236,13 +239,13 @@ class Session:
     config: What serves, its workload aside; None takes `launch.default_config(checkpoint)`. A `Deployment` is taken as
       it is, and its engine is closed with the session.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
-    workdir: Gets `run.json`, `events.jsonl`, which grows as the session goes on, and in the end the report, as from
-      `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What cannot be
-      written, as on a full disk, is told in the log and in the report, and the session goes on.
+    workdir: Gets `run.json`, `events.jsonl` and `answers.jsonl`, which grow as the session goes on, and in the end the
+      report, as from `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What
+      cannot be written, as on a full disk, is told in the log and in the report, and the session goes on.
     seed: What requests without a seed of their own draw it from, in the order of arrival; None takes the config's.
     keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
-      session that runs for days rather does without; `events.jsonl` is written all the same. An id is kept for ever,
-      some hundred bytes a request, so that none is used twice.
+      session that runs for days rather does without; `events.jsonl` and `answers.jsonl` are written all the same. An id
+      is kept for ever, some hundred bytes a request, so that none is used twice.
     say: Told in a line what is being done before the clock runs.
   """
 
@@ -265,6 +268,7 @@ class Session:
     self._lock = threading.Lock()
     self._thread: threading.Thread | None = None
     self._open: dict[str, _Open] = {}  # by sample
+    self._answers: LinesFile | None = None
     self._turn = Turn(0.0)
     self._numbers = itertools.count()
     self._closed = False
@@ -290,6 +294,7 @@ class Session:
       if self._workdir is not None:
         folder = opened.enter_context(contextlib.closing(self._open_folder(self._workdir)))
         path = folder.path / EVENTS
+        self._answers = opened.enter_context(contextlib.closing(LinesFile(folder.path / ANSWERS, insist=True)))
       self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
       self._deployment = self._deploy()
       engine = self._deployment.built.engine
@@ -330,6 +335,8 @@ class Session:
     with self._lock:
       saved, self._saved = self._saved, True
     if not saved:
+      if self._answers is not None:
+        self._answers.close()
       self._save_report()
       self._opened.close()
     if self._cause is not None and not self._told:
@@ -479,7 +486,11 @@ class Session:
         if not entry.not_finished:
           for sample_name in entry.samples:
             del self._open[sample_name]
-          entry.stream._end(launch.complete(entry.events, self._has_text))
+          completions = launch.complete(entry.events, self._has_text)
+          if self._answers is not None:
+            for one in completions:
+              self._answers.add(functools.partial(answer_line, one), self._turn.now_s)
+          entry.stream._end(completions)
 
   def _cancel_all(self) -> None:
     with self._lock:
@@ -492,7 +503,9 @@ class Session:
     requests = tuple(event.request for event in events if isinstance(event, Arrived))
     config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
     completions = launch.complete(events, self._has_text)
-    return dataclasses.replace(deployment, config=config).report(events, completions, workdir, self._log.notes)
+    answers_note = None if self._answers is None else self._answers.note
+    notes = (*self._log.notes, *([] if answers_note is None else [answers_note]))
+    return dataclasses.replace(deployment, config=config).report(events, completions, workdir, notes)
 
   def _save_report(self) -> None:
     if self._workdir is not None and self._keep_events:

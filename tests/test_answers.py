@@ -80,6 +80,23 @@ def test_what_an_interruption_left_unnoted_is_caught_up_and_nothing_is_told_twic
   assert answers.completions == launch.complete(events, has_text=False)
 
 
+def test_an_interruption_between_the_line_and_the_note_of_it_costs_no_line(tmp_path, monkeypatch):
+  events = [Turn(1.0), Arrived(ONE), Done(0, 0.0, 1.0, (Result('one', (5,)),)), Finished(1.0, 'one', 'length', (5,))]
+  answers = Answers(has_text=False, path=tmp_path / 'answers.jsonl')
+
+  def interrupted(line, now_s):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as signal:
+    signal.setattr(answers._file, 'add', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      for event in events:
+        answers.note(event)
+  answers.catch_up(events)
+  answers.close()
+  assert [row['id'] for row in read_answers(tmp_path / 'answers.jsonl')] == ['one']
+
+
 # ---------------------------------------------------------------------------- known again
 
 
@@ -189,6 +206,9 @@ def test_nothing_is_left_of_what_is_answered_and_without_answers_all_is_as_it_wa
   assert Answers(True, earlier=earlier(*requests)).left(Given(requests).arrivals(None)).closed
   source = Given(requests).arrivals(None)
   assert Answers(True).left(source) is source
+  goes_on = Answers(True, earlier=[]).left(source)  # with a run that was stopped before its first answer
+  assert [(one.request.id, one.request.arrival_s) for one in goes_on.due(0.0)] == [('r0', 0.0)]
+  assert goes_on.next_s() == 1.0
 
 
 WORKLOADS = {
@@ -214,10 +234,9 @@ def test_whatever_was_answered_a_resumed_run_serves_the_rest_and_has_all(kind, p
     return sorted((one.request.id, one.request.prompt, one.token_ids, one.finish_reason) for one in result.completions)
 
   assert told(again) == told(whole)
-  if kind != 'chats':  # whose seeds follow the order in which they happen to come
-    assert answers.num_earlier == len(rows) and again.report.num_prompts == len(whole.completions) - len(rows)
-    arrivals = [event.request.arrival_s for event in again.events if isinstance(event, Arrived)]
-    assert not arrivals or min(arrivals) == 0.0
+  assert answers.num_earlier == len(rows) and again.report.num_prompts == len(whole.completions) - len(rows)
+  arrivals = [event.request.arrival_s for event in again.events if isinstance(event, Arrived)]
+  assert not arrivals or min(arrivals) == 0.0
 
 
 def test_seeds_count_what_was_answered():

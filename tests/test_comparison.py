@@ -427,6 +427,31 @@ def test_the_engine_compiles_each_cluster_once(monkeypatch):
   assert 'ran once' in result.verdict()[-1]
 
 
+def test_cases_that_had_ended_outlive_a_comparison_that_is_stopped(tmp_path):
+  said = []
+
+  def say(line):
+    said.append(line)
+    if len(said) == 3:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    pdjax.compare(config('2P1D', workload=WORKLOAD), budgets=(8, 16), workdir=tmp_path, say=say)
+  rows = [json.loads(line) for line in (tmp_path / 'cases.jsonl').read_text().splitlines()]
+  assert [row['system'] for row in rows] == [line.split(' at ')[0] for line in said[:2]]
+  assert all(row['completed'] == 24 for row in rows) and not (tmp_path / 'compare.json').exists()
+
+
+def test_what_a_comparison_cannot_write_is_named_and_takes_no_figure_with_it(tmp_path):
+  for name in ('compare.json', 'colocated/report.json', 'colocated/events.jsonl'):
+    (tmp_path / name).mkdir(parents=True)
+  result = pdjax.compare(config('2P1D', workload=WORKLOAD), budgets=(8,), workdir=tmp_path)
+  assert [line.split()[0] for line in result.unwritten] == [
+    str(tmp_path / name) for name in ('compare.json', 'colocated/report.json', 'colocated/events.jsonl')
+  ]
+  assert (tmp_path / 'report.json').is_file() and (tmp_path / 'events.jsonl').is_file() and result.verdict()
+
+
 def test_a_division_that_does_not_fit_is_left_out_and_a_mistake_in_serving_is_not(monkeypatch):
   run = config('2P1D', workload=WORKLOAD, num_pages='auto')
   size, simulate = launch.size_simulated, launch.simulate

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from pdjax import launch
+from pdjax import launch, run_folder
 from pdjax.config import apply_overrides
 from pdjax.run_folder import RunFolder, differences, read_run
-from pdjax.types import RayCluster
+from pdjax.types import DeviceError, RayCluster
 from pdjax.workload import Given
 from tests.tiny import config, requests
 
@@ -72,6 +72,14 @@ def test_a_picture_that_a_run_drew_in_its_folder_goes_with_it(tmp_path):
     (folder / name).write_text(name)
   begin(folder)
   assert names(folder) == ['mine.svg', 'run.json'] and names(tmp_path / 'out.1') == ['run.json', 'run.svg']
+  RunFolder.begin(folder, RUN | {'more_files': ['charts/a.svg']}).close()
+  (folder / 'charts').mkdir()
+  for name in ('a.svg', 'b.svg'):
+    (folder / 'charts' / name).write_text(name)
+  begin(folder)
+  assert names(folder / 'charts') == ['b.svg'] and names(tmp_path / 'out.2' / 'charts') == ['a.svg']
+  with pytest.raises(ValueError, match=r'has mine.svg, and nothing says that a run left that'):
+    RunFolder.begin(folder, RUN | {'more_files': ['mine.svg']})
 
 
 @pytest.mark.parametrize('name', ['report.json', 'requests.jsonl', 'events.jsonl', 'run.json'])
@@ -95,13 +103,43 @@ def test_a_run_from_before_there_was_run_json_is_known_by_its_log(tmp_path):
   ]
 
 
-@pytest.mark.parametrize('text', [None, ''])
+@pytest.mark.parametrize('text', [None, '', '{\n  "format": 1,\n  "beg'])
 def test_a_run_that_has_served_nothing_leaves_nothing_to_move(tmp_path, text):
   folder = tmp_path / 'out'
   begin(folder)
   if text is not None:  # killed before it had written it
     (folder / 'run.json').write_text(text)
-  assert begin(folder) == [] and names(tmp_path) == ['out']
+  for name in ('answers.jsonl', 'events.jsonl'):  # opened, and nothing came
+    (folder / name).write_text('')
+  assert begin(folder) == [] and names(tmp_path) == ['out'] and names(folder) == ['run.json']
+
+
+def test_a_run_that_has_no_room_for_its_first_file_is_refused_and_leaves_none(tmp_path, monkeypatch):
+  def write(file, run):
+    file.write('{\n  "format"')
+    file.flush()
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as full, pytest.raises(ValueError, match=r'run.json cannot be written .*No space left'):
+    full.setattr(run_folder, '_write_run', write)
+    begin(tmp_path / 'out')
+  assert names(tmp_path / 'out') == []
+  begin(tmp_path / 'out')
+
+
+def test_what_a_comparison_leaves_goes_with_it_and_another_run_is_not_taken_for_a_part_of_it(tmp_path):
+  comparison = RUN | {'more_files': ['colocated']}
+  folder = tmp_path / 'out'
+  begin(folder / 'colocated', 'report.json')
+  with pytest.raises(ValueError, match='has colocated, and nothing says that a run left that'):
+    RunFolder.begin(folder, comparison)
+  assert names(folder / 'colocated') == ['report.json', 'run.json']
+  (folder / 'colocated').rename(tmp_path / 'mine')
+  RunFolder.begin(folder, comparison).close()
+  (folder / 'colocated').mkdir()  # and before `compare.json` is written, the process is killed
+  (folder / 'colocated' / 'report.json').write_text('{}')
+  begin(folder)
+  assert names(folder) == ['run.json'] and names(tmp_path / 'out.1') == ['colocated', 'run.json']
 
 
 @pytest.mark.parametrize('typed', ['.', 'out/', '../{}/out'])
@@ -162,6 +200,36 @@ def test_what_the_part_before_left_is_kept_in_the_folder_and_its_answers_grow(tm
   assert names(tmp_path.with_name(f'{tmp_path.name}.1')) == [
     'answers.jsonl', 'before-1', 'before-2', 'events.jsonl', 'run.json',
   ]  # fmt: skip
+
+
+def test_what_the_devices_made_of_the_config_is_held_to(tmp_path):
+  folder = RunFolder.begin(tmp_path / 'out', RUN)
+  folder.settle({'dtype': 'float32'})
+  with pytest.raises(ValueError, match='is in use by another run'):  # with the new file as with the old
+    RunFolder.resume(tmp_path / 'out', RUN)
+  folder.close()
+  folder = RunFolder.resume(tmp_path / 'out', RUN)
+  folder.settle({'dtype': 'float32'})
+  with pytest.raises(ValueError, match=r'cannot go on here: settled.dtype was "float32" and is "bfloat16". Go on with'):
+    folder.settle({'dtype': 'bfloat16'})
+  folder.close()
+  assert names(tmp_path / 'out') == ['run.json'] and read_run(tmp_path / 'out')['config'] == RUN['config']
+
+
+def test_a_folder_that_has_no_room_for_what_the_devices_made_of_the_config_goes_on(tmp_path, monkeypatch, caplog):
+  folder = RunFolder.begin(tmp_path / 'out', RUN)
+  before = (tmp_path / 'out' / 'run.json').read_bytes()
+
+  def write(file, run):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(run_folder, '_write_run', write)
+  folder.settle({'dtype': 'float32'})
+  assert (tmp_path / 'out' / 'run.json').read_bytes() == before and names(tmp_path / 'out') == ['run.json']
+  assert 'No space left on device' in caplog.text
+  with pytest.raises(ValueError, match='is in use by another run'):
+    RunFolder.resume(tmp_path / 'out', RUN)
+  folder.close()
 
 
 @pytest.mark.parametrize(('name', 'text'), [('other.json', '{}'), ('run.json', '{"format"'), ('run.json', '[1]')])
@@ -247,3 +315,41 @@ def test_a_report_that_cannot_be_written_takes_no_result_with_it(tmp_path):
   assert result.report.completed == 6 and len(result.completions) == 6
   assert [os.path.basename(line.split()[0]) for line in result.unwritten] == ['report.json', 'metrics.prom']
   assert 'Is a directory' in result.unwritten[0] and (tmp_path / 'report.html').is_file()
+
+
+def test_a_page_that_cannot_be_written_is_told_in_the_log_and_takes_no_figure_with_it(tmp_path, caplog):
+  (tmp_path / 'report.html').mkdir()
+  result = launch.simulate(config(), workdir=tmp_path)
+  assert result.unwritten == () and f'{tmp_path / "report.html"} cannot be written' in caplog.text
+  assert (tmp_path / 'trace.json').is_file() and (tmp_path / 'report.json').is_file()
+
+
+def raise_(error: Exception):
+  raise error
+
+
+def test_a_run_from_python_leaves_requests_and_goes_on(tmp_path, monkeypatch):
+  folder = tmp_path / 'out'
+  whole = launch.run(config('1P1D'), workdir=folder)
+  rows = (folder / 'requests.jsonl').read_text().splitlines()
+  assert [json.loads(row)['id'] for row in rows] == [one.request.id for one in whole.completions]
+  answers = (folder / 'answers.jsonl').read_text().splitlines(keepends=True)
+  (folder / 'answers.jsonl').write_text(''.join(answers[:2]))
+  again = launch.run(config('1P1D'), workdir=folder, resume=True)
+  assert [one.token_ids for one in again.completions] == [one.token_ids for one in whole.completions]
+  assert [json.loads(row)['output_token_ids'] for row in (folder / 'requests.jsonl').read_text().splitlines()] == [
+    json.loads(row)['output_token_ids'] for row in rows
+  ]
+  assert again.report.completed == len(rows) - 2 and (folder / 'before-1' / 'requests.jsonl').is_file()
+  before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+  (folder / 'answers.jsonl').write_text(''.join(answers[:2]))
+  with monkeypatch.context() as without, pytest.raises(DeviceError, match='no devices'):
+    without.setattr(launch, 'deploy', lambda *args: raise_(DeviceError('no devices')))
+    launch.run(config('1P1D'), workdir=folder, resume=True)
+  after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+  assert after == before | {'answers.jsonl': after['answers.jsonl']} and not (folder / 'before-2').exists()
+  (folder / 'answers.jsonl').write_bytes(before['answers.jsonl'])
+  nothing = launch.run(config('1P1D'), workdir=folder, resume=True)  # is left
+  assert len(nothing.completions) == len(rows) and nothing.report.num_prompts == 0
+  assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+  assert not (folder / 'before-2').exists()

@@ -16,6 +16,7 @@ import pytest
 
 import pdjax
 from pdjax import launch
+from pdjax.answers import read_answers
 from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
@@ -627,6 +628,10 @@ def test_the_report_can_be_had_at_any_time_and_the_folder_has_the_last(begin, tm
   assert (report.completed, report.backend, report.num_transfers > 0) == (2, 'engine', True)
   assert json.loads((tmp_path / 'report.json').read_text())['completed'] == 2
   assert len((tmp_path / 'events.jsonl').read_text().splitlines()) == len(session.events)
+  rows = read_answers(tmp_path / 'answers.jsonl')
+  assert sorted((row['id'], tuple(row['output_token_ids'])) for row in rows) == sorted(
+    (one.request.id, one.token_ids) for one in launch.complete(session.events, has_text=True)
+  )
 
 
 def test_a_session_without_a_log_in_memory_serves_and_writes_its_file(begin, tmp_path):

@@ -1,22 +1,29 @@
 """Runs every system of a comparison at every rate, on the engine or in simulation."""
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pdjax import launch
 from pdjax.comparison.contest import Case, Outcomes
 from pdjax.comparison.systems import System, at_rate, baselines, by_cluster, disaggregated_systems, with_split
-from pdjax.comparison.verdict import BackendName, Comparison, places
+from pdjax.comparison.verdict import BackendName, Comparison, case_json, places
 from pdjax.config import ServingConfig
 from pdjax.metrics import Report, Timeline
 from pdjax.metrics.event_log import EventLog
+from pdjax.metrics.lines_file import LinesFile
+from pdjax.metrics.saving import write_each
 from pdjax.metrics.wording import number, per_second, short
+from pdjax.run_folder import CASES, EVENTS
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role
+from pdjax.types.json_text import json_text
 from pdjax.workload import Workload
 
 Run = tuple[System, Workload, Report, tuple[Event, ...]]
@@ -37,6 +44,7 @@ def compare(
   say: launch.Say = lambda line: None,
   calibrate: bool = False,
   opened: launch.OpenedModel | None = None,
+  over: Callable[[], None] = lambda: None,
 ) -> Comparison:
   """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
 
@@ -53,10 +61,12 @@ def compare(
     splits: Splits to try instead of the config's own, see `with_split`. Each is compared with the baseline on as many
       devices as it takes.
     budgets: Tokens of one pass to try, on both sides; see `colocated_systems`.
-    workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows.
+    workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows; `cases.jsonl` gets the
+      figures of each case as it ends, and has them whatever becomes of the others.
     say: Told in a line what is being done.
     calibrate: Measure this machine first and simulate with that (loads JAX).
     opened: What `open_model` answered, if it was asked before.
+    over: Called once the last case has ended, before anything is written but `cases.jsonl`.
 
   Raises:
     ValueError: if a rate or split is not one, the workload has no rate, the config is colocated and there are no
@@ -77,32 +87,45 @@ def compare(
   shown = min(workloads, key=lambda workload: _distance(_rate(workload), own))
   cases: list[Case] = []
   full: dict[tuple[bool, int], tuple[int, Case, tuple[Event, ...]]] = {}  # the best of a side and number of devices
-  for cluster in by_cluster([*ours, *theirs]):
-    try:
-      for system, workload, report, events in _run_cluster(cluster, workloads, backend, opened, say):
-        case = Case(system, _rate(workload), report, Outcomes.of(report))
-        say(f'{system.name}{_at(case.rate)}: {_line(case)}')
-        side = system.colocated, system.devices
-        if workload is shown and (side not in full or case.merit > full[side][1].merit):
-          full[side] = len(cases), case, events
-        cases.append(dataclasses.replace(case, report=dataclasses.replace(report, timeline=Timeline())))
-    except DoesNotFit as error:
-      division = cluster[0].division
-      if not cluster[0].colocated:
-        raise
-      missing[division] = str(error)
-      say(f'{division} cannot be: {error}')
+  with contextlib.ExitStack() as stack:
+    ended = None if workdir is None else stack.enter_context(contextlib.closing(LinesFile(places(workdir)[0] / CASES)))
+    for cluster in by_cluster([*ours, *theirs]):
+      try:
+        for system, workload, report, events in _run_cluster(cluster, workloads, backend, opened, say):
+          case = Case(system, _rate(workload), report, Outcomes.of(report))
+          say(f'{system.name}{_at(case.rate)}: {_line(case)}')
+          if ended is not None:
+            ended.add(json_text(case_json(case)))
+          side = system.colocated, system.devices
+          if workload is shown and (side not in full or case.merit > full[side][1].merit):
+            full[side] = len(cases), case, events
+          cases.append(dataclasses.replace(case, report=dataclasses.replace(report, timeline=Timeline())))
+      except DoesNotFit as error:
+        division = cluster[0].division
+        if not cluster[0].colocated:
+          raise
+        missing[division] = str(error)
+        say(f'{division} cannot be: {error}')
+  over()
   _check_baselines(cases, missing)
   for index, case, _ in full.values():
     cases[index] = case
   comparison = Comparison(backend, tuple(cases), _rate(shown), missing)
-  if workdir is not None:
-    comparison.save(workdir)
-    for case, place in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
-      with EventLog(place / 'events.jsonl') as log:
-        for event in full[case.system.colocated, case.system.devices][2]:
-          log.append(event)
-  return comparison
+  if workdir is None:
+    return comparison
+  unwritten = list(comparison.save(workdir))
+  for case, place in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
+    events = full[case.system.colocated, case.system.devices][2]
+    unwritten += write_each({place / EVENTS: functools.partial(_write_log, events)})
+  return dataclasses.replace(comparison, unwritten=tuple(unwritten))
+
+
+def _write_log(events: Iterable[Event], path: pathlib.Path) -> None:
+  with EventLog(path) as log:
+    for event in events:
+      log.append(event)
+  if log.notes:
+    raise OSError(log.notes[0])
 
 
 def _disaggregated(config: ServingConfig, splits: Iterable[str] | None, budgets: Sequence[int] | None) -> list[System]:

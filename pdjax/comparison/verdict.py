@@ -26,7 +26,9 @@ from pdjax.comparison.contest import (
 from pdjax.comparison.sentences import at_one_rate, at_rates, over_rates, standings
 from pdjax.comparison.systems import System
 from pdjax.metrics import Beside, OverRate, charts, draw
+from pdjax.metrics.saving import write_each
 from pdjax.metrics.wording import listed, percent, plain, short
+from pdjax.run_folder import BASELINE
 from pdjax.types.json_text import json_text
 
 if TYPE_CHECKING:
@@ -46,12 +48,14 @@ class Comparison:
     cases: All of them, in the order in which they ran.
     shown_rate: The rate whose two best cases a page shows in full: the config's own, or the one next to it.
     missing: Divisions of the devices that cannot be, with the reason.
+    unwritten: What could not be written into the work directory, and why, in sentences.
   """
 
   backend: BackendName
   cases: tuple[Case, ...]
   shown_rate: float
   missing: Mapping[str, str]
+  unwritten: tuple[str, ...] = ()
 
   @property
   def rates(self) -> tuple[float, ...]:
@@ -115,23 +119,30 @@ class Comparison:
       },
       'best': {f'{rate:g}': [case.system.name for case in self.pair(rate)] for rate in self.rates},
       'missing': dict(self.missing),
-      'cases': [_case_json(case) for case in self.cases],
+      'cases': [case_json(case) for case in self.cases],
     }
 
-  def save(self, folder: str | os.PathLike) -> None:
+  def save(self, folder: str | os.PathLike) -> tuple[str, ...]:
     """Write `compare.json`, and the `report.html`, `report.json` and `trace.json` of the two runs shown.
 
     Those of the baseline go into a folder `colocated`; the page of the disaggregated run has both.
+
+    Returns:
+      What could not be written, and why, in sentences. Nothing is raised: the figures are worth more.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json_text(self.to_json(), indent=1)
-    (folder / 'compare.json').write_text(text + '\n', encoding='utf-8')
+    text = json_text(self.to_json(), indent=1) + '\n'
+    own, colocated = places(folder)
     ours, theirs = self.pair(self.shown_rate)
-    for case, place in zip((ours, theirs), places(folder), strict=True):
-      case.report.save(place)
-    draw(ours.report, folder, self.beside())
-    draw(theirs.report, places(folder)[1])
+    unwritten = write_each(
+      {
+        own / 'compare.json': lambda path: path.write_text(text, encoding='utf-8'),
+        own / 'report.json': ours.report.save,
+        colocated / 'report.json': theirs.report.save,
+      }
+    )
+    draw(ours.report, own, self.beside())
+    draw(theirs.report, colocated)
+    return unwritten
 
   def chart(self) -> 'alt.ConcatChart':
     """The comparison in one picture: figures over the rate, or at a single rate the latencies of the two runs shown."""
@@ -254,7 +265,8 @@ def _offered_within_limits(case: Case) -> float | None:
   return None if share is None else case.rate * share
 
 
-def _case_json(case: Case) -> dict[str, Any]:
+def case_json(case: Case) -> dict[str, Any]:
+  """The figures of a case as plain data."""
   whole = case.report.to_json()
   kept = {name: value for name, value in whole.items() if not isinstance(value, list) and name not in _LONG}
   system = case.system
@@ -318,4 +330,4 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def places(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
   """Where the files of the disaggregated run go, and those of the baseline."""
-  return pathlib.Path(folder), pathlib.Path(folder) / 'colocated'
+  return pathlib.Path(folder), pathlib.Path(folder) / BASELINE

@@ -21,6 +21,7 @@ from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.messages import Admission, ChunkOrder, Result, StepOrder
+from pdjax.serving.view import MAX_ORDERS
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
@@ -112,7 +113,7 @@ class Worker:
     )
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
-    self._left_out: set[str] = set()  # requests of which a pass is missing here, until they begin again
+    self._left_out: dict[str, int] = {}  # requests of which a pass is missing here, see `leave_out`
     self.page_shapes = KVPages.shapes(
       model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
     )
@@ -130,7 +131,7 @@ class Worker:
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
     self._progress = {}  # another one, for passes under way go on with the last
-    self._left_out = set()
+    self._left_out = {}
 
   @property
   def broken(self) -> bool:
@@ -285,8 +286,10 @@ class Worker:
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
     """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any."""
     admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
-    self._left_out -= {chunk.request.id for chunk in order.chunks if chunk.start == 0}
-    self._left_out -= {admission.request.id for _, admission in admitted}
+    if self._left_out:
+      anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}
+      anew |= {admission.request.id for _, admission in admitted}
+      self._left_out = {name: left - 1 for name, left in self._left_out.items() if left and name not in anew}
     if admitted:
       self._admit(admitted)
     for row, chunk in enumerate(order.chunks):
@@ -346,13 +349,14 @@ class Worker:
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
     self._progress.pop(request, None)
-    self._left_out.discard(request)
+    self._left_out.pop(request, None)
 
   def leave_out(self, order: StepOrder) -> Callable[[], None]:
     """Go on without a pass that could not be handed to the devices.
 
     What is dispatched next may have been decided before anyone knew. So nothing stays alive in the slots that the pass
-    was to use or fill, and what is computed of its requests counts for nothing until they begin again.
+    was to use or fill, and what is computed of its requests counts for nothing until they begin again, or until no
+    more passes can come that were decided in ignorance.
 
     Returns:
       Lets go of its requests; to be called once the passes before it were collected.
@@ -360,7 +364,7 @@ class Worker:
     Raises:
       Exception: if the slots cannot be cleared; then the worker is `broken`.
     """
-    self._left_out.update(order.requests)
+    self._left_out |= dict.fromkeys(order.requests, MAX_ORDERS)
     try:
       self.clear_slots(order)
     except Exception:

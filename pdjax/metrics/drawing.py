@@ -1,28 +1,38 @@
 """What a run leaves in its folder for people to look at; a run never fails because it could not be drawn."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from pdjax.metrics.page import Beside, save_html
 from pdjax.metrics.perfetto import save_trace
 from pdjax.metrics.report import Report
+from pdjax.metrics.saving import write_each
 
 
 def draw(report: Report, folder: str | os.PathLike, beside: Beside | None = None) -> None:
   """Write `report.html` and `trace.json` into a folder; where one cannot be made, warn and go on without it."""
-  for name, save in (
-    ('trace.json', lambda path: save_trace(report, path)),
-    ('report.html', lambda path: save_html(report, path, beside)),
-  ):
-    path = pathlib.Path(folder) / name
-    try:
-      save(path)
-    except Exception as error:  # whatever it is, the run and its figures are worth more than the picture
-      with contextlib.suppress(OSError):
-        path.unlink()  # what there is of it
-      warnings.warn(
-        f'{path}, a picture of the run, cannot be made ({type(error).__name__}: {error}); the figures are complete.',
-        stacklevel=2,
-      )
+  folder = pathlib.Path(folder)
+  saves: dict[str, Callable[[pathlib.Path], Any]] = {
+    'trace.json': lambda path: save_trace(report, path),
+    'report.html': lambda path: save_html(report, path, beside),
+  }
+  write_each({folder / name: functools.partial(_draw, save) for name, save in saves.items()})
+
+
+def _draw(save: Callable[[pathlib.Path], Any], path: pathlib.Path) -> None:
+  try:
+    save(path)
+  except OSError:
+    raise
+  except Exception as error:  # whatever it is, the run and its figures are worth more than the picture
+    with contextlib.suppress(OSError):
+      path.unlink()  # what there is of it
+    warnings.warn(
+      f'{path}, a picture of the run, cannot be made ({type(error).__name__}: {error}); the figures are complete.',
+      stacklevel=4,
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -30,7 +31,8 @@ class LinesFile:
 
   Args:
     path: The file; missing folders are made.
-    behind: Whether what it has stays, but for a last line that was cut short, and lines come behind it.
+    behind: Whether what it has stays, but for a last line that was cut short, and lines come behind it. A last line
+      that is whole JSON lacks its end alone, and gets it.
     insist: Whether lines that cannot be written wait until they can.
     yields: Whether the file ends before it takes the last 64 MiB of its disk, or the last tenth of a small one, which
       others need more.
@@ -43,7 +45,7 @@ class LinesFile:
     self.path = pathlib.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if behind:
-      _cut_torn_line(self.path)
+      _mend_last_line(self.path)
     self._file = self.path.open('ab' if behind else 'wb', buffering=0)
     self._size = self._file.seek(0, os.SEEK_END) if self._file.seekable() else 0  # up to the last whole line
     self._insist = insist
@@ -68,15 +70,16 @@ class LinesFile:
     with self._changed:
       if self._ended or self._closing:
         return
-      if self._waiting > _MOST_WAITING and not self._has_room():
-        self._end(TimeoutError(f'nothing was taken for {_STALL_S:g} s'), time_s)
+      try:
+        self._start_thread()
+        self._wait_for_room()
+      except (RuntimeError, TimeoutError) as error:
+        self._end(error, time_s)
+      if self.ended:  # while room was waited for, too: nothing comes behind what is missing
         return
       self._lines.append((line, time_s))
       if isinstance(line, str):
         self._waiting += len(line)
-      if self._thread is None:
-        self._thread = threading.Thread(target=self._run, name=f'pdjax-{self.path.name}', daemon=True)
-        self._thread.start()
       if len(self._lines) == 1 or self._waiting > _PIECE_BYTES:
         self._changed.notify_all()
 
@@ -118,14 +121,20 @@ class LinesFile:
 
   # -------------------------------------------------------------------------- with `_changed` held
 
-  def _has_room(self) -> bool:
-    """Wait while the disk is behind but goes on."""
+  def _start_thread(self) -> None:
+    """Begin to write, with the first line; a process that may have no more threads raises RuntimeError."""
+    if self._thread is None:
+      thread = threading.Thread(target=self._run, name=f'pdjax-{self.path.name}', daemon=True)
+      thread.start()
+      self._thread = thread
+
+  def _wait_for_room(self) -> None:
+    """Wait while the disk is behind but goes on; raises TimeoutError if it stands still."""
     while self._waiting > _MOST_WAITING and not self._ended:
       before = self._written
       self._changed.wait(_STALL_S)
-      if before == self._written:
-        return self._ended
-    return True
+      if before == self._written and not self._ended:
+        raise TimeoutError(f'nothing was taken for {_STALL_S:g} s')
 
   def _end(self, error: Exception, time_s: float) -> None:
     self._ended = True
@@ -220,8 +229,8 @@ class LinesFile:
     return next((time_s for _, time_s in (*self._unwritten, *self._lines)), 0.0)
 
 
-def _cut_torn_line(path: pathlib.Path) -> None:
-  """Take off what follows the last end of a line: a process that was killed had not written the whole of it."""
+def _mend_last_line(path: pathlib.Path) -> None:
+  """Take off what follows the last end of a line, as a killed process leaves it, or end it there if it is whole."""
   if not path.is_file():
     return
   with path.open('r+b') as file:
@@ -235,5 +244,12 @@ def _cut_torn_line(path: pathlib.Path) -> None:
         place = begin + found + 1
         break
       place = begin
-    if place < end:
+    if place == end:
+      return
+    file.seek(place)
+    try:
+      json.loads(file.read())
+    except ValueError:
       file.truncate(place)
+    else:
+      file.write(b'\n')

@@ -23,7 +23,7 @@ from pdjax.serving.messages import (
   WorkerBack,
   WorkerLost,
 )
-from pdjax.types.request import SLO, FinishReason, Request
+from pdjax.types.request import SERVED, SLO, FinishReason, Request
 
 SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']
 
@@ -106,7 +106,7 @@ class RequestTimeline:
   @property
   def completed(self) -> bool:
     """Whether it got all that it asked for."""
-    return self.finish_reason in ('stop', 'length')
+    return self.finish_reason in SERVED
 
   @property
   def num_tokens(self) -> int:

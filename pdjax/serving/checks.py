@@ -1,7 +1,7 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
 import itertools
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
 from pdjax.serving.messages import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
@@ -88,7 +88,7 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
   """
   answer = policy.decide(view)
   name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel or Reject'
-  if isinstance(answer, str | bytes) or not isinstance(answer, Iterable):
+  if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
   actions = list(answer if isinstance(answer, Sized) else itertools.islice(answer, MOST_YIELDED + 1))
   if not isinstance(answer, Sized) and len(actions) > MOST_YIELDED:

@@ -76,14 +76,14 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
     PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
     StuckError: if requests wait for what can never come.
   """
-  now_s, is_told = 0.0, not getattr(backend, 'waits', True)
+  now_s, longest_s = 0.0, 0.0 if getattr(backend, 'waits', True) else math.inf  # of the waits that were told
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()
     next_s = min(arrives_s, state.next_timer_s)
     if math.isinf(next_s):
       state.check_progress()
-    if not is_told and not state.unfinished:
-      is_told = tell_of_long_wait(now_s, arrives_s)
+    if not state.unfinished and longest_s < arrives_s - now_s < math.inf and tell_of_long_wait(now_s, arrives_s):
+      longest_s = arrives_s - now_s
     now_s, events = backend.wait(next_s)
     yield Turn(now_s)
     finished = [*state.take_finished()]  # whom the turn before ended by what it started

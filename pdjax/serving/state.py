@@ -648,6 +648,10 @@ class ClusterState(ClusterView):
     attempt = self._transfers.get(action.transfer)
     if attempt is None:
       raise PolicyError(f'{action!r}: no transfer of that id is under way.')
+    if any(
+      isinstance(order, AbandonOrder) and order.transfer == attempt.order.id for order in self._in_flight.values()
+    ):
+      raise PolicyError(f'{action!r}: the transfer is being given up already.')
     self._transfers.abandon(action.transfer)
     return AbandonOrder(self._order_id(), action.transfer, attempt.order.source, attempt.order.target)
 

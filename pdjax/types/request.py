@@ -8,6 +8,7 @@ from typing import Literal
 from pdjax.types.checks import check_list, check_seed, check_text, check_token_ids, is_number
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
+SERVED = ('stop', 'length')  # reasons of a request that got what it asked for
 
 _INT32 = 2**31  # what is kept on the device has 32 bits
 _FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -333,3 +334,13 @@ class Completion:
   text: str | None = None
   token_times_s: tuple[float, ...] = ()
   logprobs: tuple[TokenLogprob, ...] = ()
+
+  @classmethod
+  def unfinished(cls, request: Request) -> 'Completion':
+    """What a request got that a run did not come to the end of."""
+    return cls(request, (), 'error', error='the run ended before it did.')
+
+  @property
+  def served(self) -> bool:
+    """Whether the request got what it asked for."""
+    return self.finish_reason in SERVED

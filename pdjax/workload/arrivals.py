@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from pdjax.serving.messages import Arrived, Finished, Withdrawn
-from pdjax.types.request import SLO, Request, SamplingParams
+from pdjax.types.request import SERVED, SLO, Request, SamplingParams
 
 
 class _Scheduled:
@@ -182,7 +182,7 @@ class Chats(_Scheduled):
     if end.request not in self._asked:
       return
     chat, turn, request = self._asked.pop(end.request)
-    if end.finish_reason in ('stop', 'length') and turn + 1 < len(chat.turns):
+    if end.finish_reason in SERVED and turn + 1 < len(chat.turns):
       added = chat.turns[turn + 1]
       prompt = (*request.prompt, *end.tokens, *added.user)
       if self._fits(prompt, added):

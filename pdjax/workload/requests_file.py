@@ -202,7 +202,7 @@ def outcomes(rows: Iterable[Row], completions: Iterable[Completion]) -> list[Com
       found.append(row.asked)
       continue
     for sample in row.asked.samples():
-      one = by_id.get(sample.id) or Completion(sample, (), 'error', error='the run ended before it did.')
+      one = by_id.get(sample.id) or Completion.unfinished(sample)
       if one.finish_reason == 'rejected':
         found.append(row.refused(one.error or ''))
         break
@@ -215,7 +215,6 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
   if isinstance(outcome, Refused):
     return _output_row(outcome.id, outcome.prompt_token_ids, 'rejected', error=outcome.error)
   request, times_s = outcome.request, outcome.token_times_s
-  ended_well = times_s and outcome.finish_reason in ('stop', 'length')
   return _output_row(
     request.id,
     request.prompt,
@@ -225,7 +224,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     error=outcome.error,
     arrival_s=request.arrival_s,
     ttft_s=times_s[0] - request.arrival_s if times_s else None,
-    e2el_s=times_s[-1] - request.arrival_s if ended_well else None,
+    e2el_s=times_s[-1] - request.arrival_s if times_s and outcome.served else None,
     token_times_s=list(times_s),
     seed=request.sampling.seed,
     logprobs=None if request.sampling.logprobs is None else [_told(one) for one in outcome.logprobs],

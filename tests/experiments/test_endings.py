@@ -161,7 +161,7 @@ def test_what_was_answered_is_on_disk_and_going_on_gives_what_an_undisturbed_run
   # the exit code, and a line that says why
   assert code == CODES[number], command.errors
   assert 'Traceback' not in command.errors
-  if number != signal.SIGKILL and moment != 'reporting':
+  if number != signal.SIGKILL:
     assert command.errors.strip().splitlines()[-1].startswith(f'stopped by {number.name}: ')
   # nothing that it started is left
   assert psutil.wait_procs(children, timeout=90)[1] == []  # Ray's agents are the last to notice
@@ -188,6 +188,27 @@ def test_what_was_answered_is_on_disk_and_going_on_gives_what_an_undisturbed_run
   assert ('Nothing is left' in shown) == (len(kept) == len(undisturbed))
 
 
+@pytest.mark.slow
+def test_a_kill_loses_no_answer_that_is_older_than_a_second(tmp_path):
+  asked = lines([0.1 * i for i in range(NUM - 1)] + [1e3])
+  file = write(tmp_path / 'in.jsonl', asked)
+  answers = tmp_path / 'out' / 'answers.jsonl'
+  command = Command(tmp_path, f'{CONFIG}:way=tells who is there,answers={answers}', f'--requests={file}')
+  there = answers.with_suffix('.there')
+
+  def ended_long_ago() -> set[str]:
+    """Who had been there, and was not any more a second before the policy was last asked."""
+    rows = read(there)
+    early = [names for time_s, *names in rows if time_s < rows[-1][0] - 1.0]
+    return {name for names in early for name in names} - set(early[-1]) if early else set()
+
+  command.until(lambda: len(ended_long_ago()) >= 3)
+  command.process.send_signal(signal.SIGKILL)
+  assert command.end() == -9
+  ended = ended_long_ago()
+  assert len(ended) >= 3 and ended <= {row['id'] for row in read(answers)}
+
+
 def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
   file = write(tmp_path / 'in.jsonl', lines([0.0]))
   (tmp_path / 'out').mkdir()
@@ -207,12 +228,13 @@ def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
 WAYS = {
   'finds a value wrong': 'error: ValueError: no such value (',
   'raises': 'error: ZeroDivisionError: nothing to divide by (',
+  'exits': 'error: SystemExit: 0 (',
   'asks for what cannot be': 'error: ',
   'does nothing': 'error: ',
 }
 
 
-UNFORESEEN = ('finds a value wrong', 'raises')
+UNFORESEEN = ('finds a value wrong', 'raises', 'exits')
 
 
 @pytest.mark.parametrize(
@@ -249,6 +271,21 @@ def test_a_run_without_a_work_directory_tells_an_error_in_a_line_too(answered):
   status, said, _ = answered(f'{CONFIG}:way=raises,answers=README.md', '--backend=simulator')
   assert status == 1 and 'Traceback' not in said
   assert 'ZeroDivisionError' in said and '--verbosity=1 shows the traceback' in said and '--resume' not in said
+
+
+@pytest.mark.parametrize(('after', 'code'), [(0, 1), (2, 3)])
+def test_an_error_that_nobody_can_be_told_has_its_exit_code_and_its_report(tmp_path, after, code):
+  """Where the log of the command is on the disk that is full, and others of the workload have not come yet."""
+  out = tmp_path / 'out'
+  failing = f'{CONFIG}:way=raises,answers={out / "answers.jsonl"},after={after},apart_s=0.5'
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+      [sys.executable, '-m', 'experiments.run', failing, f'--workdir={out}'],
+      cwd=ROOT, env=quick_environment(), stdout=subprocess.PIPE, stderr=full, text=True, timeout=300,
+    )  # fmt: skip
+  assert done.returncode == code
+  assert json.loads((out / 'report.json').read_text())['completed'] == len(read(out / 'answers.jsonl')) < 6
+  assert len(read(out / 'requests.jsonl')) >= after
 
 
 SMALL_FILES = """

@@ -7,6 +7,8 @@ import pathlib
 import pytest
 
 from pdjax.answers import read_answers
+from pdjax.run_folder import read_run
+from tests.experiments.conftest import ROOT
 from tests.experiments.test_endings import CONFIG, lines, read, told, write
 
 
@@ -114,6 +116,32 @@ def test_a_file_that_has_nothing_to_do_with_the_answers_is_refused(run, answered
   status, said, _ = answered(f'--resume={out}', f'--requests={other}')
   assert status == 1 and f'no answer in {out} is to what is asked now' in said and said.count('\n') == 1
   assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_goes_on_from_another_folder(run, answered, tmp_path):
+  """Its config and its requests were named by where they lie from the one in which it began."""
+  out = tmp_path / 'out'
+  command = read_run(out)['command'] if run(lines([0.0] * 2))[0] == 0 else None
+  assert command['config'] == str(ROOT / 'tests/experiments/tiny_config.py')
+  assert all(os.path.isabs(command[name]) for name in ('config', 'requests'))
+  with_arguments = (f'{CONFIG}:too_long=1', f'--requests={tmp_path / "in.jsonl"}', '--compilation_cache=off')
+  assert answered(*with_arguments, f'--workdir={tmp_path / "other"}', '--backend=simulator')[0] == 0
+  command = read_run(tmp_path / 'other')['command']
+  assert command['config'].endswith('tiny_config.py:too_long=1') and command['compilation_cache'] == 'off'
+
+
+def test_users_of_whom_the_first_was_not_served_go_on(answered, tmp_path):
+  """Which requests come is not known before, but that they are of the same config."""
+  out = tmp_path / 'out'
+  status, said, _ = answered(f'{CONFIG}:one_at_a_time=True', f'--workdir={out}')
+  assert status == 0, said
+  whole = read(out / 'requests.jsonl')
+  rows = read_answers(out / 'answers.jsonl')
+  rows[0]['finish_reason'] = 'error'
+  (out / 'answers.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  status, said, shown = answered(f'--resume={out}')
+  assert status == 0 and '1 of 1 requests completed' in shown, said
+  assert told(read(out / 'requests.jsonl')) == told(whole)
 
 
 def test_a_second_run_leaves_the_first_beside_it(run, tmp_path):

@@ -88,6 +88,16 @@ def test_a_comparison_from_the_command_line_says_who_wins_and_leaves_a_page(tmp_
   data = json.loads((tmp_path / 'compare.json').read_text())
   assert {case['system'] for case in data['cases']} >= {f'{name}, 512 tokens' for name in ('2P1D', '1P2D', '3C tp4')}
   assert (tmp_path / 'report.html').stat().st_size < 5e6
+  cases = [json.loads(line) for line in (tmp_path / 'cases.jsonl').read_text().splitlines()]
+  assert {case['system'] for case in cases} == {case['system'] for case in data['cases']}
+
+
+def test_the_exit_code_of_a_comparison_says_whether_everyone_was_served(answered, tmp_path):
+  served = {}
+  for too_long in (0, 2, 6):
+    tiny = f'--config=tests/experiments/tiny_config.py:too_long={too_long}'
+    served[too_long] = answered(tiny, '--backend=simulator', '--compare', f'--workdir={tmp_path / str(too_long)}')[0]
+  assert served == {0: 0, 2: 3, 6: 1}
 
 
 def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrated(tmp_path):

@@ -69,8 +69,11 @@ def test_lines_come_in_their_order_from_all_sides(tmp_path):
 
 @pytest.mark.parametrize(
   ('before', 'kept'),
-  [('', ''), ('one\n', 'one\n'), ('one\ntw', 'one\n'), ('o', ''), ('one\n' + 'x' * 3_000_000, 'one\n')],
-)
+  [
+    ('', ''), ('one\n', 'one\n'), ('one\ntw', 'one\n'), ('o', ''), ('one\n' + 'x' * 3_000_000, 'one\n'),
+    ('{"id": "a"}\n{"id": "b"', '{"id": "a"}\n'), ('{"id": "a"}\n{"id": "b"}', '{"id": "a"}\n{"id": "b"}\n'),
+  ],
+)  # fmt: skip
 def test_lines_come_behind_what_is_there_but_for_a_torn_last_one(tmp_path, before, kept):
   (tmp_path / 'lines').write_text(before)
   file = LinesFile(tmp_path / 'lines', behind=True)
@@ -212,6 +215,42 @@ def test_with_much_waiting_for_a_stuck_disk_the_file_ends(tmp_path, monkeypatch,
   gate.set()
   file.close()
   assert len(warnings) == 1
+
+
+def test_nothing_comes_behind_what_could_not_be_written_though_somebody_waited_for_room(
+  tmp_path, monkeypatch, warnings
+):
+  gate, errors = threading.Event(), [OSError(28, 'No space left on device')]
+
+  def leave():
+    gate.wait()
+    if errors:
+      raise errors.pop()
+
+  slow(monkeypatch, leave)
+  monkeypatch.setattr(lines_file, '_MOST_WAITING', 1000)
+  file = LinesFile(tmp_path / 'lines')
+  for number in range(11):
+    file.add('x' * 100, float(number))
+  late = threading.Thread(target=file.add, args=('late', 11.0))
+  late.start()
+  until(lambda: file._changed._waiters)  # it waits for room
+  gate.set()
+  late.join()
+  file.close()
+  assert file.ended and file.path.read_text() == '' and 'nothing from 0.000 s on' in file.note
+
+
+def test_a_process_that_may_have_no_more_threads_goes_on_without_the_file(tmp_path, monkeypatch, warnings):
+  def start(thread):
+    raise RuntimeError("can't start new thread")
+
+  monkeypatch.setattr(threading.Thread, 'start', start)
+  file = LinesFile(tmp_path / 'lines')
+  file.add('one', 2.0)
+  file.add('two', 3.0)
+  file.close()
+  assert 'nothing from 2.000 s on' in file.note and 'new thread' in file.note and warnings == [file.note]
 
 
 def test_a_disk_that_is_only_slow_gets_every_line(tmp_path, monkeypatch, warnings):

@@ -235,6 +235,17 @@ def test_transfers_that_are_not_there_can_be_neither_given_up_nor_tried_again():
       cluster.start(action)
 
 
+def test_a_transfer_that_is_being_given_up_cannot_be_given_up_again():
+  """A policy that asked for it whenever it is asked would be asked for ever."""
+  cluster, order = moving()
+  (abandon,) = cluster.start(Abandon(order.id))
+  with pytest.raises(PolicyError, match='is being given up already'):
+    cluster.start(Abandon(order.id))
+  cluster.end(abandon)
+  cluster.end(cluster.start(Cancel('a'))[0])
+  cluster.assert_idle()
+
+
 def test_a_run_with_something_due_later_is_not_stuck():
   cluster, order = moving()
   fail(cluster, order)

@@ -20,8 +20,7 @@ from pdjax.kv.pages import KVPages, copy
 from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
-from pdjax.serving.messages import Admission, ChunkOrder, Result, StepOrder
-from pdjax.serving.view import MAX_ORDERS
+from pdjax.serving.messages import MAX_ORDERS, Admission, ChunkOrder, Result, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
-from pdjax.serving.messages import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
-from pdjax.serving.view import MAX_ORDERS, ClusterView, Phase, RequestState, WorkerState
+from pdjax.serving.messages import MAX_ORDERS, Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
+from pdjax.serving.view import ClusterView, Phase, RequestState, WorkerState
 from pdjax.types.request import MAX_STOP_TOKENS
 
 MOST_IDLE_ANSWERS = 10_000  # of one turn

@@ -16,6 +16,7 @@ class All(enum.Enum):
 
 
 ALL = All.ALL
+MAX_ORDERS = 2  # passes in flight on one worker: one that runs, one that is ready
 
 # ---------------------------------------------------------------------------- actions: what a policy wants
 

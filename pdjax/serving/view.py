@@ -6,13 +6,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from pdjax.serving.messages import StepOrder
+from pdjax.serving.messages import MAX_ORDERS, StepOrder
 from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.types.cluster import TransferSpec, WorkerSpec, ways, wire_dtype
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
-
-MAX_ORDERS = 2  # passes in flight on one worker: one that runs, one that is ready
 
 
 class Phase(enum.Enum):

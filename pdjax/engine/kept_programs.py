@@ -13,6 +13,7 @@ from pdjax.config import KEEP_NO_PROGRAMS
 _LEAST_S = 1.0  # of compiling, for which JAX keeps a program if nobody says otherwise
 _ENDING = '-cache'  # of a program's file, after its key
 _PROBE_BYTES = 2**16
+_LOGGER = 'jax._src.compiler'
 
 
 def keep_programs(folder: str | None) -> None:
@@ -73,23 +74,27 @@ class _RemoveUnreadable(logging.Filter):
   JAX (0.10.2) writes a program in one go, so a process that is killed meanwhile leaves half of it, and never writes
   one again whose file is there: it would be compiled at every start. What it logs between its try to read a program
   and compiling it names the key.
+
+  Args:
+    level: From which on records are shown; 0 is that of the logger above.
   """
+
+  def __init__(self, level: int):
+    super().__init__()
+    self._level = level
 
   def filter(self, record: logging.LogRecord) -> bool:
     folder = kept_programs()
     if folder is not None and str(record.msg).startswith('PERSISTENT COMPILATION CACHE MISS'):
-      with contextlib.suppress(OSError, TypeError, IndexError):  # a program that was not there, or another JAX's words
+      with contextlib.suppress(OSError, TypeError, LookupError):  # a program that was not there, or another JAX's words
         os.unlink(os.path.join(folder, f'{record.args[1]}{_ENDING}'))  # type: ignore[index]
-    parent = logging.getLogger(_LOGGER).parent
-    return parent is None or record.levelno >= parent.getEffectiveLevel()  # more is shown to nobody
-
-
-_LOGGER = 'jax._src.compiler'
+    above = logging.getLogger(_LOGGER).parent
+    return above is None or record.levelno >= (self._level or above.getEffectiveLevel())
 
 
 def remove_unreadable() -> None:
   """Have programs that are kept but cannot be read written anew, from now on and for all of this process."""
   logger = logging.getLogger(_LOGGER)
   if not any(isinstance(one, _RemoveUnreadable) for one in logger.filters):
-    logger.addFilter(_RemoveUnreadable())
+    logger.addFilter(_RemoveUnreadable(logger.level))
     logger.setLevel(logging.DEBUG)

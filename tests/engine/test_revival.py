@@ -292,7 +292,7 @@ def handshake_of(peers, run=None, say=lambda line: None) -> Handshake:
   return handshake
 
 
-@pytest.mark.parametrize('wrong', ['weights', 'devices', 'model', 'node'])
+@pytest.mark.parametrize('wrong', ['weights', 'devices', 'model', 'node', 'cut'])
 def test_one_that_does_not_fit_keeps_no_other_away(wrong):
   peers = peers_of(split='2P2D')
   handshake = handshake_of(peers)
@@ -305,6 +305,8 @@ def test_one_that_does_not_fit_keeps_no_other_away(wrong):
       peer.kind = DeviceKind('Tesla T4', 'gpu', '7.5')
     case 'model':
       peer.raises = {'load': [HandshakeError('another model')]}
+    case 'cut':
+      peer.raises = {'receive_from': [HandshakeError('another piece_heads')]}
     case 'node':
       for one in peers.values():
         one.node = '127.0.0.1'
@@ -315,7 +317,7 @@ def test_one_that_does_not_fit_keeps_no_other_away(wrong):
   for name in ('prefill0', 'prefill1', 'decode1'):
     assert handshake.revive(name, 2).incarnation == 2
     assert peers[name].asked.count('restart') == 1
-  assert not [one for one in peers['prefill0'].told if one.worker == 'decode0' and one.incarnation == 2]
+  assert peer.asked.count('receive_from') == (wrong == 'cut')  # nobody counts on it any more
 
 
 def test_all_that_come_back_are_compared_with_what_the_run_began_with(peers):

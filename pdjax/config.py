@@ -56,7 +56,8 @@ class ServingConfig:
     compilation_cache: Folder where compiled programs are kept from run to run; 'off' keeps none. None keeps none beyond
       the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
       next process of a lost worker takes those of the one before, unless JAX was given a folder by itself
-      (JAX_COMPILATION_CACHE_DIR). Whoever can write into such a folder can run code in its readers.
+      (JAX_COMPILATION_CACHE_DIR). With `processes`, programs are kept in such a temporary folder too where the one that
+      is named takes none, which is said. Whoever can write into such a folder can run code in its readers.
 
   Raises:
     ValueError: if a field is out of range or two workers have one name.

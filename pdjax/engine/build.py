@@ -8,9 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import psutil
-from jax.experimental.compilation_cache import compilation_cache
 
-from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
+from pdjax.config import ServingConfig
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
@@ -19,6 +18,7 @@ from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.host_memory import keep_freed_memory
+from pdjax.engine.kept_programs import keep_programs
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import TRANSPORTS, Transport
@@ -61,27 +61,6 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
       f"is first used, with jax.config.update('jax_num_cpu_devices', {needed}), or start the run in a fresh process."
     )
   return devices
-
-
-def keep_programs(folder: str | None) -> None:
-  """Have JAX keep compiled programs, from now on and for all of this process.
-
-  Args:
-    folder: Where, as `ServingConfig.compilation_cache` says it; None leaves JAX as it is.
-  """
-  if folder is None:
-    return
-  path = None if folder == KEEP_NO_PROGRAMS else folder
-  if path != kept_programs():
-    compilation_cache.reset_cache()  # otherwise JAX goes on with the folder that it used first
-  jax.config.update('jax_compilation_cache_dir', path)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-
-
-def kept_programs() -> str | None:
-  """The folder where JAX keeps compiled programs, if it does."""
-  return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
 
 
 def device_memory_bytes(device: jax.Device) -> float:

@@ -12,7 +12,7 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
 
   Args:
     config: The run.
-    kinds: What the devices of each worker are, by its name.
+    kinds: What the devices of each worker are, by its name, of those that are there.
 
   Raises:
     ValueError: if dtype is 'auto' and workers' devices are fastest in different ones, or weights or cached keys and
@@ -21,7 +21,7 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
   if config.dtype == 'auto':
     config = dataclasses.replace(config, dtype=_fastest(kinds))
   for worker in config.cluster:
-    for kind in kinds[worker.name]:
+    for kind in kinds.get(worker.name, ()):
       if kind.lacks_bfloat16 and 'bfloat16' in (config.dtype, worker.kv_dtype):
         what, remedy = 'dtype', "set dtype='float16', or dtype='auto' for what the devices are fastest in"
         if config.dtype != 'bfloat16':

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pdjax.engine.mailbox import Interrupt, Mailbox
@@ -42,6 +43,10 @@ from pdjax.serving.messages import (
 )
 from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
+
+_QUICK_TRIES = 3  # of bringing a worker back, before requests wait no longer than their patience
+_PAUSE_S = 1.0  # before the next, where something else was wrong than that the process ended
+_LONGEST_PAUSE_S = 60.0  # between later ones, each of which comes after twice the pause of the one before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,8 +95,8 @@ class _Returned:
 
 
 @dataclasses.dataclass(frozen=True)
-class _GivenUp:
-  """A worker gets no process any more."""
+class _NotBack:
+  """So far nobody could bring a worker back; it may still come."""
 
   worker: str
   error: str
@@ -107,7 +112,7 @@ class Place:
     incarnation: Which of its lives this is; a failed pass begins another one in the same process.
     process: How many processes it has had.
     up: Whether it takes orders.
-    returning: Whether it is lost, and a new process is being made for it.
+    returning: Whether it is lost, and a new process will be there before long.
     lost: Why its last process is gone, or why there is no new one.
     clock_s: What its clock shows when the controller's shows 0.
   """
@@ -154,8 +159,9 @@ class ProcessEngine:
       incarnations: Which of its lives each worker is in.
       clocks_s: What each process's clock shows when the controller's shows 0.
       limit_of: Most tokens of a request that a trace cuts short; None for others.
-      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it. It raises
-        `PeerLost` where that cannot be, and always ends. None lets a lost worker be lost for good.
+      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it. It always
+        ends, and raises whatever went wrong. `HandshakeError` is final; otherwise it is tried again until `close`, with
+        growing pauses after the first tries. None lets a lost worker be lost for good.
       closed: Called when all is over.
     """
     self.workers = {name: Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
@@ -168,7 +174,7 @@ class ProcessEngine:
     self._next_number = 1
     self._clock = threading.Lock()
     self._start_s = 0.0
-    self._closing = False
+    self._closing = threading.Event()
     self._threads = [
       threading.Thread(target=self._listen, args=(name,), name=f'pdjax-{name}', daemon=True) for name in peers
     ]
@@ -181,7 +187,7 @@ class ProcessEngine:
     Raises:
       ValueError: if the engine is closed.
     """
-    if self._closing:
+    if self._closing.is_set():
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
     self._transfers.clear()
     self._by_number.clear()
@@ -197,8 +203,8 @@ class ProcessEngine:
           self._lose(item)
         case _Returned():
           self._come_back(item)
-        case _GivenUp():
-          self._give_up(item)
+        case _NotBack():
+          self._stop_waiting(item)
         case _Heard(news=WorkerLost()):
           down[item.worker] = item
         case _Heard(news=WorkerBack(incarnation=life)):
@@ -219,7 +225,7 @@ class ProcessEngine:
 
   def close(self) -> None:
     """End the processes and the threads."""
-    self._closing = True
+    self._closing.set()
     try:
       for place in self.workers.values():
         place.peer.close()
@@ -295,8 +301,8 @@ class ProcessEngine:
             events += self._lose(item)
           case _Returned():
             events.append(self._come_back(item))
-          case _GivenUp():
-            events.append(self._give_up(item))
+          case _NotBack():
+            events.append(self._stop_waiting(item))
           case Interrupt():
             interrupted = True
           case _:
@@ -366,41 +372,64 @@ class ProcessEngine:
     life = place.incarnation  # the latest that was told of, of which the loop may hear later
     for process in itertools.count(1):
       try:
-        while not self._closing:
+        while not self._closing.is_set():
           for news in place.peer.listen():
             if isinstance(news, WorkerBack):
               life = news.incarnation
             self._mailbox.post(functools.partial(_Heard, name, process, news))
         return
       except Exception as error:
-        if self._closing:
+        if self._closing.is_set():
           return
         message = describe_loss(error)
       self._mailbox.post(functools.partial(_Gone, name, process, message))
-      try:
-        revived = self._return(name, place, life + 1, message)
-      except Exception as error:  # what waits for the worker, the loop ends when its patience does
-        self._mailbox.post(functools.partial(_GivenUp, name, describe_loss(error)))
+      revived = self._return(name, life + 1, message)
+      if revived is None:
         return
       life = revived.incarnation
+      with self._clock:  # of the run that is under way now
+        place.clock_s = revived.clock_s
+        place.peer.tell(StartClock(self._start_s + place.clock_s))
       self._mailbox.post(functools.partial(_Returned, name, process + 1, revived))
 
-  def _return(self, name: str, place: Place, life: int, message: str) -> Revived:
-    """Have a new process made for a lost worker, to begin that life in it."""
+  def _return(self, name: str, life: int, message: str) -> Revived | None:
+    """Have a new process made for a lost worker, to begin that life in it; None if there will be none."""
     if self._revive is None:
-      raise PeerLost(f'it is lost and stays so: {message}')
-    revived = self._revive(name, life)
-    with self._clock:  # of the run that is under way now
-      place.clock_s = revived.clock_s
-      place.peer.tell(StartClock(self._start_s + place.clock_s))
-    return revived
+      self._mailbox.post(functools.partial(_NotBack, name, f'it is lost and stays so: {message}'))
+      return None
+    begin = time.perf_counter()
+    for tries in itertools.count(1):
+      failed_s = time.perf_counter() - begin
+      try:
+        revived = self._revive(name, life)
+      except Exception as error:
+        if self._closing.is_set():
+          return None
+        reason, is_final = describe_loss(error), isinstance(error, HandshakeError)
+        pause_s = 0.0 if isinstance(error, PeerLost) else _PAUSE_S
+      else:
+        comeback = revived.comeback
+        if comeback is not None:
+          comeback = dataclasses.replace(comeback, tries=tries, failed_s=failed_s)
+        return dataclasses.replace(revived, comeback=comeback)
+      if tries == _QUICK_TRIES:
+        reason = f'worker {name!r} did not come back in {tries} tries, of which the last: {reason}'
+      if tries <= _QUICK_TRIES and (is_final or tries == _QUICK_TRIES):  # once: patience begins at each word of it
+        self._mailbox.post(functools.partial(_NotBack, name, reason))
+      if is_final:
+        return None
+      if tries >= _QUICK_TRIES:
+        pause_s = min(_PAUSE_S * 2 ** (tries - _QUICK_TRIES + 1), _LONGEST_PAUSE_S)
+      if self._closing.wait(pause_s):
+        return None
+    raise AssertionError
 
   def _come_back(self, item: _Returned) -> WorkerBack:
     place, revived = self.workers[item.worker], item.revived
     place.up, place.returning, place.process, place.incarnation = True, False, item.process, revived.incarnation
     return WorkerBack(item.worker, item.ended_s, revived.incarnation, revived.comeback)
 
-  def _give_up(self, item: _GivenUp) -> WorkerLost:
+  def _stop_waiting(self, item: _NotBack) -> WorkerLost:
     place = self.workers[item.worker]
     place.returning, place.lost = False, item.error
     return self._describe_lost(item.worker, item.ended_s)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections import defaultdict
@@ -17,9 +18,9 @@ from pdjax.engine.built import Built, WarmUp
 from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine, Revived
-from pdjax.engine.program_folder import remove_when_unused
+from pdjax.engine.program_folders import ProgramFolders
 from pdjax.serving.messages import Comeback
-from pdjax.types.cluster import WorkerSpec, ways
+from pdjax.types.cluster import DeviceError, WorkerSpec, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
@@ -27,10 +28,8 @@ from pdjax.types.request import Request
 
 _LINK_BYTES = 8 * 2**20
 _PINGS = 16  # of which the quickest tells how two clocks differ
-_MAX_REVIVALS = 3  # in a row that fail before a worker is given up
-_PAUSE_S = 1.0  # before the next, where something else was wrong than that the process ended
-_REMOVE_S = 3.0  # until processes that were killed are gone
 _LOOK_S = 1.0  # from one look at whether a process lives to the next, while another waits for it
+_PULL_S = 60.0  # until a pull of a few MB that measures the way has ended
 
 
 def build_processes(
@@ -58,7 +57,7 @@ def build_processes(
     DeviceError: if a process has no such devices, or no way to send KV to another.
     PeerLost: if a process ends meanwhile, or gives no sign of life for too long.
   """
-  handshake = Handshake(config, model, peers)
+  handshake = Handshake(config, model, peers, say)
 
   def close_peers() -> None:  # so that nobody waits for what they still load and compile
     for peer in peers.values():
@@ -74,16 +73,26 @@ def build_processes(
   with _if_it_fails(close_all), ThreadPoolExecutor(max(1, len(peers))) as pool, _if_it_fails(close_peers):
 
     def everywhere(ask: Callable[[str], Any]) -> dict[str, Any]:
-      asked = {name: pool.submit(ask, name) for name in peers}
+      open_answers, is_over = set(peers), threading.Event()
+
+      def ask_and_look(name: str) -> Any:
+        with _if_it_fails(is_over.set):
+          answer = ask(name)
+          open_answers.remove(name)
+          while open_answers and not is_over.wait(_LOOK_S):  # nobody else asks whether one that is done still lives
+            peers[name].ask('clock')
+        is_over.set()
+        return answer
+
+      asked = {name: pool.submit(ask_and_look, name) for name in peers}
       for answer in wait(asked.values(), return_when=FIRST_EXCEPTION).done:
         answer.result()  # what went wrong in one is told at once, whatever the others still do
       return {name: answer.result() for name, answer in asked.items()}
 
     begin = time.perf_counter()
     machines: dict[str, Machine] = everywhere(handshake.begin)
-    config = handshake.settle_dtype()
+    config = handshake.count_on(machines)
     specs = handshake.specs = _size_pools(config, model, machines)
-    handshake.check_reach()
     first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
     chip = peers[first].ask('measure', config.dtype, config.precision)
     link = handshake.measure_link(first, last)
@@ -96,7 +105,7 @@ def build_processes(
       pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
       where = f'{", ".join(machines[name].devices)} of process {machines[name].pid}'
       say(f'{name}: {spec.role.value}, tp={spec.tp} on {where}, {pages}')
-    check_together([one.hello for one in loaded.values()])
+    handshake.admit([one.hello for one in loaded.values()])
     program_s = {f'{name}/{key}': s for name, one in loaded.items() for key, s in one.program_s.items()}
     load_s = max(one.load_s for one in loaded.values())
     say(f'weights loaded and {len(program_s)} programs compiled in {time.perf_counter() - measured:.1f} s')
@@ -177,19 +186,26 @@ class Handshake:
     ways: From which worker to which.
   """
 
-  def __init__(self, config: ServingConfig, model: ModelSpec, peers: Mapping[str, Peer]):
+  def __init__(
+    self,
+    config: ServingConfig,
+    model: ModelSpec,
+    peers: Mapping[str, Peer],
+    say: Callable[[str], None] = lambda line: None,
+  ):
     self._config = config
     self._model = model
     self._peers = peers
+    self._say = say
     self.specs = {spec.name: spec for spec in config.workers}
     self.transfer = config.transfer
     pairs = ways(config.workers) if config.moves_kv else []
     self.ways: Sequence[tuple[str, str]] = [(source.name, target.name) for source, target in pairs]
     self._lock = threading.Lock()
-    self._machines: dict[str, Machine] = {}
-    self._hellos: dict[str, Hello] = {}
-    self._folders: dict[str, str] = {}  # of compiled programs, by node
-    self._one_folder = threading.Lock()
+    self._machines: dict[str, Machine] = {}  # of workers that are there
+    self._hellos: dict[str, Hello] = {}  # the same
+    self._began_with: tuple[Hello, ...] = ()
+    self._folders = ProgramFolders(config.compilation_cache, peers, say)
     self._one_at_a_time: dict[tuple[str, str], threading.Lock] = defaultdict(threading.Lock)  # by way
     self._number = itertools.count(1 << 46)  # of what is lent to measure, beyond those of transfers
 
@@ -197,69 +213,56 @@ class Handshake:
     """Have an empty process make its devices ready."""
     config = self._config
     host = '127.0.0.1' if config.processes is None else config.processes.host
-    machine = self._peers[name].ask('machine', config.platform, self.specs[name].tp, host)
-    with self._lock:
-      self._machines[name] = machine
-    return machine
+    return self._peers[name].ask('machine', config.platform, self.specs[name].tp, host)
 
-  def settle_dtype(self) -> ServingConfig:
-    """The config with a definite dtype, in which all devices that were made ready can compute; kept from now on.
+  def count_on(self, machines: Mapping[str, Machine]) -> ServingConfig:
+    """Have processes count among those that are there, if they fit them; before anything is loaded or pulled.
+
+    Returns:
+      The config with a definite dtype, in which all of their devices can compute; kept from now on.
 
     Raises:
-      ValueError: if there is none, see `pdjax.engine.dtypes.settle_dtype`.
+      ValueError: if there is no such dtype, see `pdjax.engine.dtypes.settle_dtype`.
+      HandshakeError: if a target cannot reach its source.
     """
     with self._lock:
-      kinds = {name: machine.kinds for name, machine in self._machines.items()}
-    self._config = settle_dtype(self._config, kinds)
-    return self._config
-
-  def _program_folder(self, name: str) -> str | None:
-    """Where a process keeps compiled programs: as the config says, or else with the others of its node."""
-    if self._config.compilation_cache is not None:
-      return self._config.compilation_cache
-    node = self._machines[name].node
-    with self._one_folder:
-      folder: str | None = self._peers[name].ask('share_programs', self._folders.get(node))
-      if folder is not None:
-        self._folders[node] = folder
-    return folder
+      known = {**self._machines, **machines}
+      config = settle_dtype(self._config, {name: machine.kinds for name, machine in known.items()})
+      for source, target in self.ways:
+        if source in known and target in known and (source in machines or target in machines):
+          _check_reach(source, known[source], target, known[target])
+      self._config, self._machines = config, known
+    return config
 
   def remove_folders(self) -> None:
     """See that no temporary folder of compiled programs is left on this host, where all processes were ended."""
-    folder = self._folders.get(node_name())
-    if folder is not None:
-      remove_when_unused(folder, _REMOVE_S)
+    self._folders.close()
 
   def load(self, name: str, incarnation: int) -> Loaded:
     """Have a process become a worker, and see that it is the one that was asked for."""
     config, spec = self._config, self.specs[name]
     assert config.checkpoint is not None
-    folder = self._program_folder(name)
+    folder = self._folders.of(name, self._machines[name].node)
     assignment = Assignment(
-      spec, incarnation, self._model, config.checkpoint, config.dtype, config.precision, self.transfer,
-      config.moves_kv, folder,
+      spec, incarnation, self._model, absolute_checkpoint(config.checkpoint), config.dtype, config.precision,
+      self.transfer, config.moves_kv, folder,
     )  # fmt: skip
     loaded = self._peers[name].ask('load', assignment)
     check_worker(loaded.hello, spec)
-    with self._lock:
-      self._hellos[name] = loaded.hello
     return loaded
 
-  def check_reach(self) -> None:
-    """See that every target can reach its sources, before anything is pulled.
+  def admit(self, hellos: Sequence[Hello]) -> None:
+    """Have workers count among those that are there, if they are as those with which the run began.
 
     Raises:
-      HandshakeError: if one cannot.
+      HandshakeError: if they serve another model, or with other weights or software.
     """
     with self._lock:
-      machines = dict(self._machines)
-    for source, target in self.ways:
-      ours, theirs = machines[source], machines[target]
-      if ours.node != theirs.node and ours.address.startswith(('127.', '[::1]')):
-        raise HandshakeError(
-          f'worker {source!r} on {ours.node} lets KV be pulled at {ours.address} only, which {target!r} on '
-          f"{theirs.node} cannot reach; set processes.host='node', and read docs/security.md before."
-        )
+      new = {hello.worker for hello in hellos}
+      began = sorted(self._began_with, key=lambda hello: hello.worker in new)  # a worker is compared with itself last
+      check_together([*hellos, *began])
+      self._began_with = self._began_with or tuple(hellos)
+      self._hellos.update({hello.worker: hello for hello in hellos})
 
   def connect(self, source: str, target: str) -> dict[str, float]:
     """Make a way ready at both ends; seconds of each program.
@@ -282,14 +285,25 @@ class Handshake:
     return {f'{source}→{target}/{name}': s for seconds in (send_s, receive_s) for name, s in seconds.items()}
 
   def measure_link(self, source: str, target: str) -> LinkSpec:
-    """What a pull between two processes carries."""
+    """What a pull between two processes carries.
+
+    Raises:
+      DeviceError: if nothing comes of a pull though both processes live.
+    """
+    address = self._machines[source].address
 
     def fetch(size: int) -> float:
       number = next(self._number)
       self._peers[source].ask('lend', number, size)
-      fetched = _begin(lambda: self._peers[target].ask('fetch', self._machines[source].address, number, size))
-      while not wait([fetched], _LOOK_S).done:  # a pull from one that hangs has no end
+      fetched = _begin(lambda: self._peers[target].ask('fetch', address, number, size))
+      until_s = time.perf_counter() + _PULL_S
+      while not wait([fetched], _LOOK_S).done:  # a pull from one that hangs, or cannot be reached, has no end
         self._peers[source].ask('clock')
+        if time.perf_counter() > until_s:
+          raise DeviceError(
+            f'worker {target!r} pulled nothing from {source!r} at {address} for {_PULL_S:g} s, though both answer; is '
+            'the way open, for any port? docs/security.md says what listens where.'
+          )
       return fetched.result()
 
     def seconds(size: int) -> float:
@@ -299,56 +313,54 @@ class Handshake:
     return LinkSpec(_LINK_BYTES / max(large_s - small_s, 1e-6), small_s, source='measured at warm-up')
 
   def revive(self, name: str, incarnation: int) -> Revived:
-    """Have the new process of a lost worker take its place.
+    """Have a new process of a lost worker take its place. What it tells counts for others only once it fits them.
 
     Raises:
-      PeerLost: if no new process comes as far as that.
-      HandshakeError: if it does not fit the others.
-      ValueError: if its devices have no units for a dtype.
+      HandshakeError: if it does not fit the others, and the next would not either.
+      PeerLost: if the new process is gone or silent before it has come as far as that. Whatever else goes wrong there
+        is raised as it is, such as a device's memory that the process before has not given back yet.
     """
-    begin = time.perf_counter()
-    for tries in range(1, _MAX_REVIVALS + 1):
-      with self._lock:
-        self._hellos.pop(name, None)
+    self._forget(name)
+    with _if_it_fails(lambda: self._forget(name)):
+      peer = self._peers[name]
+      begin = time.perf_counter()
+      peer.restart()
+      machine = self.begin(name)
       try:
-        return self._try_to_revive(name, incarnation, tries, time.perf_counter() - begin)
-      except ValueError:  # the next would not fit either
-        raise
-      except Exception as error:
-        last = error
-        if not isinstance(error, PeerLost):
-          time.sleep(_PAUSE_S)  # such as memory of a device that the process before has not given back yet
-    raise PeerLost(f'worker {name!r} did not come back in {_MAX_REVIVALS} tries, of which the last: {last}') from last
-
-  def _try_to_revive(self, name: str, incarnation: int, tries: int, failed_s: float) -> Revived:
-    peer = self._peers[name]
-    begin = time.perf_counter()
-    peer.restart()
-    machine = self.begin(name)
-    self.settle_dtype()  # its devices may be others now
-    self.check_reach()
-    started = time.perf_counter()
-    loaded = self.load(name, incarnation)
-    with self._lock:
-      others = [hello for other, hello in self._hellos.items() if other != name]
-    check_together([loaded.hello, *others])
-    compiled = time.perf_counter()
-    self._connect_again(name)
-    clock_s = clock_offset(peer, machine.node)
-    connected = time.perf_counter()
+        self.count_on({name: machine})  # its devices may be others now
+      except ValueError as error:
+        raise HandshakeError(str(error)) from error
+      started = time.perf_counter()
+      loaded = self.load(name, incarnation)
+      self.admit([loaded.hello])
+      compiled = time.perf_counter()
+      self._connect_again(name)
+      clock_s = clock_offset(peer, machine.node)
+      connected = time.perf_counter()
     compile_s = max(compiled - started - loaded.load_s, 0.0)
-    comeback = Comeback(tries, failed_s, started - begin, loaded.load_s, compile_s, connected - compiled)
+    comeback = Comeback(1, 0.0, started - begin, loaded.load_s, compile_s, connected - compiled)
     return Revived(incarnation, clock_s, comeback)
+
+  def _forget(self, name: str) -> None:
+    """A worker is not there, and no other has to fit it."""
+    with self._lock:
+      self._machines.pop(name, None)
+      self._hellos.pop(name, None)
 
   def _connect_again(self, name: str) -> None:
     """Every way from and to a worker; those that are lost themselves connect when they come back."""
     for source, target in self.ways:
-      if name in (source, target):
-        try:
+      if name not in (source, target):
+        continue
+      other = target if name == source else source
+      hello = self._hellos.get(other)
+      try:
+        self.connect(source, target)
+      except PeerLost:
+        if self._is_lost(name):
+          raise
+        if self._hellos.get(other) is hello and not self._is_lost(other):  # nobody else would make the way
           self.connect(source, target)
-        except PeerLost:
-          if self._is_lost(name):
-            raise
 
   def _is_lost(self, name: str) -> bool:
     try:
@@ -356,6 +368,20 @@ class Handshake:
     except PeerLost:
       return True
     return False
+
+
+def absolute_checkpoint(checkpoint: str) -> str:
+  """A checkpoint by a name that means the same in every folder: where there is such a path, all of it."""
+  is_path = checkpoint not in ('random', 'smollm2') and os.path.exists(checkpoint)
+  return os.path.abspath(checkpoint) if is_path else checkpoint
+
+
+def _check_reach(source: str, ours: Machine, target: str, theirs: Machine) -> None:
+  if ours.node != theirs.node and ours.address.startswith(('127.', '[::1]')):
+    raise HandshakeError(
+      f'worker {source!r} on {ours.node} lets KV be pulled at {ours.address} only, which {target!r} on '
+      f"{theirs.node} cannot reach; set processes.host='node', and read docs/security.md before."
+    )
 
 
 def _begin(do: Callable[[], float]) -> Future[float]:

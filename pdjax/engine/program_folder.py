@@ -4,6 +4,7 @@ Whoever can write into such a folder can run code in the processes that read it,
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import glob
 import os
@@ -17,6 +18,7 @@ _IN_USE = 'in_use'  # locked by each process that shares the folder, until it le
 _YOUNG_S = 60.0  # an unlocked folder of this age may have been made a moment ago
 
 
+@dataclasses.dataclass
 class ProgramFolder:
   """A share in the folder.
 
@@ -24,22 +26,39 @@ class ProgramFolder:
     path: Where it is.
   """
 
-  def __init__(self, path: str | None = None):
-    """Share a folder that another process made, or make one if there is none, or it may be somebody else's by now.
+  path: str
+  _held: int | None  # the file that says that it is in use, locked
 
-    Folders that nobody let go of, because a whole run was killed, are removed where one is made.
+  @classmethod
+  def make(cls) -> 'ProgramFolder':
+    """A new folder.
 
-    Args:
-      path: The folder; None makes one.
+    Raises:
+      OSError: if there can be none, such as on a full disk or where files cannot be locked; nothing is left of it.
     """
-    held = None if path is None else _hold(path)
-    if path is None or held is None:
-      _remove_left_over()
-      path = tempfile.mkdtemp(prefix=_PREFIX)
-      held = _hold(path)
-      assert held is not None, f'{path} was taken away as it was made'
-    self.path = path
-    self._held: int | None = held
+    path = tempfile.mkdtemp(prefix=_PREFIX)
+    try:
+      return cls(path, _lock(path))
+    except OSError:
+      shutil.rmtree(path, ignore_errors=True)
+      raise
+
+  @classmethod
+  def hold(cls, path: str) -> 'ProgramFolder | None':
+    """A share in a folder that another process made; None if it is gone, not this user's alone, or being removed."""
+    try:
+      return cls(path, _lock(path))
+    except OSError:
+      return None
+
+  @classmethod
+  def share(cls, path: str | None) -> 'ProgramFolder':
+    """A share in that folder, or in a new one if there is none, or it may be somebody else's by now.
+
+    Raises:
+      OSError: if there can be no new one.
+    """
+    return (None if path is None else cls.hold(path)) or cls.make()
 
   def close(self) -> None:
     """Let go; the last process that does removes the folder."""
@@ -50,6 +69,15 @@ class ProgramFolder:
       _remove_if_unused(self.path, held)
     finally:
       os.close(held)
+
+
+def remove_left_over() -> None:
+  """Remove the folders of this user on this host that nobody let go of, because a whole run was killed."""
+  with contextlib.suppress(OSError):
+    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f'{_PREFIX}*')):
+      with contextlib.suppress(OSError):
+        if time.time() - os.lstat(path).st_mtime > _YOUNG_S:
+          _is_left(path)
 
 
 def remove_when_unused(path: str, within_s: float) -> None:
@@ -79,22 +107,19 @@ def _is_left(path: str) -> bool:
   return os.path.exists(path)
 
 
-def _hold(path: str) -> int | None:
-  """The file that says a folder is in use, locked; None if it is gone, not this user's alone, or being removed."""
-  try:
-    if not _is_private(path):
-      return None
-    held = _open(path)
-  except OSError:
-    return None
+def _lock(path: str) -> int:
+  """The file that says a folder is in use, locked with all others that use it."""
+  if not _is_private(path):
+    raise PermissionError(f'{path} is not a folder that this user alone may enter')
+  held = _open(path)
   try:
     fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    if os.fstat(held).st_nlink:
-      return held
+    if not os.fstat(held).st_nlink:
+      raise FileNotFoundError(f'{path} is being removed')
   except OSError:
-    pass
-  os.close(held)
-  return None
+    os.close(held)
+    raise
+  return held
 
 
 def _open(path: str) -> int:
@@ -111,10 +136,3 @@ def _remove_if_unused(path: str, held: int) -> None:
   with contextlib.suppress(OSError):  # others hold it
     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_left_over() -> None:
-  for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f'{_PREFIX}*')):
-    with contextlib.suppress(OSError):
-      if time.time() - os.lstat(path).st_mtime > _YOUNG_S:
-        _is_left(path)

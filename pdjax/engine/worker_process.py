@@ -14,12 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pdjax.engine.addresses import check_own
-from pdjax.engine.build import device_memory_bytes, keep_programs, kept_programs, prepare_devices
+from pdjax.engine.build import device_memory_bytes, prepare_devices
 from pdjax.engine.calibration import measure_chip
 from pdjax.engine.engine import describe
 from pdjax.engine.fingerprint import fingerprint
-from pdjax.engine.peers import Assignment, Loaded, Message, News, Pull, Settle, StartClock, Submit, node_name
-from pdjax.engine.program_folder import ProgramFolder
+from pdjax.engine.kept_programs import keep_programs, keep_quick_programs, kept_programs, link_programs, why_not_kept
+from pdjax.engine.peers import (
+  Assignment,
+  Loaded,
+  Message,
+  News,
+  PeerLost,
+  Pull,
+  Settle,
+  StartClock,
+  Submit,
+  node_name,
+)
+from pdjax.engine.program_folder import ProgramFolder, remove_left_over
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
@@ -77,18 +89,29 @@ class WorkerProcess:
     self._machine = Machine(node_name(), os.getpid(), kinds, names, memory, self._server.address)
     return self._machine
 
-  def share_programs(self, folder: str | None) -> str | None:
-    """The temporary folder where this process keeps compiled programs if the config names none.
+  def why_not_kept(self, folder: str) -> str | None:
+    """What keeps programs from being written to a folder here; None if they can be."""
+    return why_not_kept(folder)
+
+  def share_programs(self, folder: str | None, readable: str | None = None) -> str | None:
+    """The temporary folder where this process keeps compiled programs if the config names none that takes them.
 
     Args:
       folder: One that another process of the run made on this host; None makes one.
+      readable: A folder that may have programs but takes none; they are found in the temporary one.
 
     Returns:
       Where it is; None if JAX was told by others where to keep them.
+
+    Raises:
+      OSError: if there can be no such folder.
     """
     if kept_programs() is not None:
+      keep_quick_programs()
       return None
-    self._programs = ProgramFolder(folder)
+    self._programs = ProgramFolder.share(folder)
+    if readable is not None and self._programs.path != folder:
+      link_programs(readable, self._programs.path)
     return self._programs.path
 
   def load(self, assignment: Assignment) -> Loaded:
@@ -100,6 +123,7 @@ class WorkerProcess:
     self._assignment = assignment
     spec, model = assignment.spec, assignment.model
     keep_programs(assignment.compilation_cache)
+    remove_left_over()
     begin = time.perf_counter()
     checkpoint = self._open_checkpoint(assignment)
     mesh = make_mesh(model, self._devices)
@@ -143,16 +167,24 @@ class WorkerProcess:
     return checkpoint
 
   def send_to(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
-    """Be ready to send KV to another worker; how it is cut, and the seconds of each program."""
-    engine, name = self.engine, other.worker
+    """Be ready to send KV to another worker; how it is cut, and the seconds of each program.
+
+    Raises:
+      PeerLost: if nothing is loaded here, as when the process that was meant is lost and this is the next.
+    """
+    engine, name = self._loaded_engine(), other.worker
     if name not in engine.senders:
       remote = RemotePool.of(other.model, other.pool)
       return self._prepare(Sender(engine.worker, remote, self._assignment.transfer, self._server), engine.senders, name)
     return engine.senders[name].plan(), {}
 
   def receive_from(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
-    """Be ready to pull KV from another worker, or from its new life; how it is cut, and the seconds of each program."""
-    engine, name = self.engine, other.worker
+    """Be ready to pull KV from another worker, or from its new life; how it is cut, and the seconds of each program.
+
+    Raises:
+      PeerLost: as `send_to`.
+    """
+    engine, name = self._loaded_engine(), other.worker
     if name not in engine.receivers:
       remote = RemotePool.of(other.model, other.pool)
       receiver = Receiver(remote, engine.worker, self._assignment.transfer, self._server, other.machine.address)
@@ -160,6 +192,11 @@ class WorkerProcess:
     receiver = engine.receivers[name]
     receiver.address = other.machine.address
     return receiver.plan(), {}
+
+  def _loaded_engine(self) -> WorkerEngine:
+    if not hasattr(self, 'engine'):
+      raise PeerLost(f'process {os.getpid()} has not loaded a worker yet')
+    return self.engine
 
   def _prepare(self, half: Half, halves: dict, name: str) -> tuple[WayPlan, dict[str, float]]:
     """Compile half a way. Its programs run once between orders, for they replace the worker's pages.

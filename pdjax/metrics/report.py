@@ -207,7 +207,8 @@ class Report:
       events: The log.
       workers: The cluster; each gets a line of utilisation.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
-      notes: Sentences for the reader. Shared devices, uncalibrated times and failed requests are noted anyway.
+      notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
+        that did not come back are noted anyway.
       config: The run's configuration, kept as it is.
       environment: Versions, devices and commit, kept as they are.
       seed: What the run's random numbers came from.
@@ -270,7 +271,7 @@ class Report:
       warmup_s=warmup_s,
       calibrated=calibrated,
       seed=seed,
-      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons, timeline.requests)))),
+      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons, timeline)))),
       config=dict(config or {}),
       environment=dict(environment or {}),
       generated_texts=dict(generated_texts or {}),
@@ -483,7 +484,7 @@ def _own_notes(
   workers: Sequence[WorkerSpec],
   calibrated: bool,
   finish_reasons: Mapping[str, int],
-  requests: Sequence[RequestTimeline],
+  timeline: Timeline,
 ) -> Iterable[str]:
   sharers: dict[int, list[str]] = {}
   for worker in workers:
@@ -493,6 +494,9 @@ def _own_notes(
     yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'
   if not calibrated:
     yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
+  for absence in timeline.absences:
+    yield _shortened(str(absence))
+  requests = timeline.requests
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
   if others:
     if any(request.completed for request in requests):
@@ -501,9 +505,13 @@ def _own_notes(
       yield f'No request completed ({others}).'
     errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
     for error in itertools.islice(errors, _MOST_ERRORS):
-      yield f'Error: {error[:_LONGEST_ERROR]}{"..." if len(error) > _LONGEST_ERROR else ""}'
+      yield f'Error: {_shortened(error)}'
     if len(errors) > _MOST_ERRORS:
       yield f'There were {len(errors) - _MOST_ERRORS:,} other errors; report.json has them all.'
+
+
+def _shortened(error: str) -> str:
+  return error if len(error) <= _LONGEST_ERROR else f'{error[:_LONGEST_ERROR]}...'
 
 
 def _error(request: RequestTimeline) -> str:

@@ -1,4 +1,4 @@
-"""How long workers that were lost took to come back, and of what."""
+"""How long workers that were lost took to come back, and of what; and which did not."""
 
 import dataclasses
 from typing import Any
@@ -53,3 +53,24 @@ class WorkerReturn:
       return f'{self.worker} was back after {number(self.seconds, 1)} s, in the same process'
     parts = ', '.join(f'{name} {number(seconds, 1)}' for name, seconds in self.parts_s.items())
     return f'{self.worker} was back after {number(self.seconds, 1)} s: {parts}'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerAbsence:
+  """A worker that was lost and not back when the run ended.
+
+  Attributes:
+    worker: Which.
+    lost_s: When it was lost, in seconds after the start of the run.
+    error: Why, or why it did not come back, where that was known.
+    returning: Whether it was being brought back when the run ended.
+  """
+
+  worker: str
+  lost_s: float
+  error: str
+  returning: bool
+
+  def __str__(self) -> str:
+    ending = 'was not back when the run ended' if self.returning else 'did not come back'
+    return f'{self.worker} was lost at {number(self.lost_s, 1)} s and {ending}: {self.error}'

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Literal
 
-from pdjax.metrics.returns import WorkerReturn
+from pdjax.metrics.returns import WorkerAbsence, WorkerReturn
 from pdjax.serving.messages import (
   AbandonOrder,
   Arrived,
@@ -224,6 +224,7 @@ class Timeline:
     wasted_tokens: Tokens computed and thrown away.
     failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.
     returns: Each return of a worker that was lost, in order.
+    absences: Each worker that was lost and did not return, in the order of the losses.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -233,6 +234,7 @@ class Timeline:
   wasted_tokens: int = 0
   failed_transfers: tuple[str, ...] = ()
   returns: tuple[WorkerReturn, ...] = ()
+  absences: tuple[WorkerAbsence, ...] = ()
 
   @property
   def start_s(self) -> float:
@@ -267,6 +269,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   host_lags_s: list[float] = []
   wasted_tokens = 0
   losses: dict[str, WorkerLost] = {}  # of workers that are not back
+  last_words: dict[str, WorkerLost] = {}  # of the same
   returns: list[WorkerReturn] = []
   now_s = 0.0
 
@@ -304,6 +307,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         late.add(overdue)
       case WorkerLost(name):
         losses.setdefault(name, event)
+        last_words[name] = event
         open_orders = [one.order for one in orders.values() if isinstance(one.order, TransferOrder)]
         for lost in [order for order in open_orders if name in (order.source, order.target)]:
           failed_transfers.append(lost.request)
@@ -326,6 +330,10 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
     wasted_tokens=wasted_tokens,
     failed_transfers=tuple(failed_transfers),
     returns=tuple(returns),
+    absences=tuple(
+      WorkerAbsence(name, lost.ended_s, last_words[name].error, last_words[name].returning)
+      for name, lost in losses.items()
+    ),
   )
 
 

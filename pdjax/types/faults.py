@@ -21,9 +21,11 @@ class FaultSpec:
 
   A pass that cannot be handed to its devices is as if its requests had lost the worker, which goes on with the others.
   A worker is lost when its pass fails, and when its process ends or is silent (`RayCluster.silence_s`). A pass has no
-  deadline: one that hangs in a process which answers is not noticed. A worker whose process is lost gets another, three
-  times if need be, which takes the compiled programs of the one before (`ServingConfig.compilation_cache`) and may take
-  as long as it needs; requests that no other worker can serve wait meanwhile.
+  deadline: one that hangs in a process which answers is not noticed. A worker whose process is lost gets another,
+  which takes the compiled programs of the one before (`ServingConfig.compilation_cache`) and may take as long as it
+  needs; requests that no other worker can serve wait meanwhile. After three tries that failed they wait no longer than
+  `patience_s`, and further tries follow, with pauses that grow to a minute, until one succeeds or all is closed. One
+  that does not fit the others, such as by other weights, is given up at once.
 
   Attributes:
     transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
@@ -33,8 +35,8 @@ class FaultSpec:
     max_attempts: Most times that one transfer is tried, and that one request is begun.
     backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on.
     patience_s: Seconds for which requests wait for a lost worker that nobody is bringing back, if no other can serve
-      them: from its loss, or from when the last try to bring it back has failed. Then they end with the error, and
-      those that come later are rejected.
+      them: from its loss, or from when the third try to bring it back has failed. Then they end with the error, and
+      those that come later are rejected, until it is back after all.
 
   Raises:
     ValueError: if an answer is unknown, or a number out of range.

@@ -187,9 +187,7 @@ def test_processes_are_asked_what_their_devices_are_before_they_load(dtype, mess
 def test_a_worker_that_comes_back_on_another_gpu_is_asked_again():
   peers = {'prefill0': Elsewhere('H100'), 'decode0': Elsewhere('A100')}
   handshake = Handshake(run_with(dtype='auto'), TINY, peers)
-  for name in peers:
-    handshake.begin(name)
-  assert handshake.settle_dtype().dtype == 'bfloat16'
+  assert handshake.count_on({name: handshake.begin(name) for name in peers}).dtype == 'bfloat16'
   peers['decode0'].devices = ('T4',)
   with pytest.raises(ValueError, match="dtype is 'bfloat16', but worker 'decode0' runs on Tesla T4"):
     handshake.revive('decode0', 2)

@@ -409,6 +409,12 @@ def test_a_process_of_another_model_is_refused_before_its_weights_are_loaded(tmp
     build_processes(run, TINY, peers)
 
 
+@pytest.mark.parametrize('method', ['send_to', 'receive_from'])
+def test_a_process_that_has_loaded_nothing_says_so_as_one_that_is_lost(method):
+  with pytest.raises(PeerLost, match='has not loaded a worker yet'):
+    getattr(WorkerProcess(), method)(None)
+
+
 def test_clocks_of_other_hosts_are_compared_by_the_quickest_answer():
   class Far:
     asked = 0

@@ -1,5 +1,7 @@
 """The folder of compiled programs of a run: who may share it, and that none is left."""
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -10,7 +12,7 @@ import threading
 import pytest
 
 from pdjax.engine import program_folder
-from pdjax.engine.program_folder import ProgramFolder, remove_when_unused
+from pdjax.engine.program_folder import ProgramFolder, remove_left_over, remove_when_unused
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +27,8 @@ def left(folders) -> list[str]:
 
 
 def test_nobody_else_can_look_into_it_and_the_last_to_let_go_removes_it(folders):
-  first = ProgramFolder()
-  second = ProgramFolder(first.path)
+  first = ProgramFolder.make()
+  second = ProgramFolder.share(first.path)
   assert second.path == first.path and os.path.dirname(first.path) == str(folders)
   assert stat.S_IMODE(os.stat(first.path).st_mode) == 0o700
   (folders / first.path / 'a-program').write_bytes(b'...')
@@ -37,7 +39,7 @@ def test_nobody_else_can_look_into_it_and_the_last_to_let_go_removes_it(folders)
 
 
 def test_two_runs_share_nothing():
-  first, second = ProgramFolder(), ProgramFolder()
+  first, second = ProgramFolder.make(), ProgramFolder.make()
   assert first.path != second.path
   first.close()
   assert not os.path.exists(first.path) and os.path.exists(second.path)
@@ -58,30 +60,56 @@ def test_what_may_be_somebody_elses_by_now_is_not_shared(folders, planted):
     path.chmod(0o770)
   if planted == 'in use elsewhere':
     (path / 'in_use').symlink_to(folders / 'elsewhere')
-  made = ProgramFolder(str(path))
+  made = ProgramFolder.share(str(path))
   assert made.path != str(path) and 'pdjax-programs-' in made.path
   made.close()
   assert os.path.lexists(path) == (planted != 'gone')
 
 
+def test_what_another_process_made_is_held_only_while_it_is_there(folders):
+  first = ProgramFolder.make()
+  second = ProgramFolder.hold(first.path)
+  first.close()
+  assert second is not None and os.path.exists(first.path)
+  second.close()
+  assert ProgramFolder.hold(first.path) is None and left(folders) == []
+
+
+@pytest.mark.parametrize('broken', ['no locks', 'full disk', 'no such folder'])
+def test_where_there_can_be_no_folder_the_reason_is_raised_and_nothing_is_left(folders, broken, monkeypatch):
+  def fail(*_):
+    raise OSError(errno.ENOLCK if broken == 'no locks' else errno.ENOSPC, broken)
+
+  if broken == 'no locks':
+    monkeypatch.setattr(fcntl, 'flock', fail)
+  elif broken == 'full disk':
+    monkeypatch.setattr(program_folder, '_open', fail)
+  else:
+    monkeypatch.setattr(tempfile, 'tempdir', str(folders / 'nowhere'))
+  with pytest.raises(OSError, match='nowhere' if broken == 'no such folder' else broken):
+    ProgramFolder.share(None)
+  remove_left_over()
+  assert list(folders.iterdir()) == []
+
+
 def test_what_a_killed_run_left_is_removed_by_the_next_and_what_is_in_use_is_not(folders, monkeypatch):
   code = (
     'import tempfile, sys, os; tempfile.tempdir = sys.argv[1]; from pdjax.engine.program_folder import ProgramFolder\n'
-    'kept = ProgramFolder(); print(kept.path, flush=True); os.kill(os.getpid(), 9)'
+    'kept = ProgramFolder.make(); print(kept.path, flush=True); os.kill(os.getpid(), 9)'
   )
   killed = subprocess.run([sys.executable, '-c', code, str(folders)], capture_output=True, text=True, check=False)
   assert left(folders) == [os.path.basename(killed.stdout.strip())]
-  young = ProgramFolder()  # a folder of a moment ago may be another run's that has not locked it yet
+  in_use = ProgramFolder.make()
+  remove_left_over()  # a folder of a moment ago may be another run's that has not locked it yet
   assert len(left(folders)) == 2
   monkeypatch.setattr(program_folder, '_YOUNG_S', -1.0)
-  new = ProgramFolder()
-  assert left(folders) == sorted(map(os.path.basename, (young.path, new.path)))
-  young.close()
-  new.close()
+  remove_left_over()
+  assert left(folders) == [os.path.basename(in_use.path)]
+  in_use.close()
 
 
 def test_one_whose_processes_were_killed_is_removed_once_they_are_gone(folders):
-  share = ProgramFolder()
+  share = ProgramFolder.make()
   remove_when_unused(share.path, 0.1)
   assert os.path.exists(share.path)
   timer = threading.Timer(0.2, os.close, [share._held])  # as when a process ends

@@ -1,15 +1,19 @@
 """What becomes of a lost worker: how often another process is tried, of what it is made, and what the loop hears."""
 
 import dataclasses
+import os
 import threading
 import time
 
 import pytest
 
+from pdjax.engine import process_engine as process_engine_module
 from pdjax.engine import processes as processes_module
-from pdjax.engine.peers import Loaded, PeerLost
+from pdjax.engine import program_folders as program_folders_module
+from pdjax.engine.peers import Loaded, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine, Revived
-from pdjax.engine.processes import Handshake, build_processes
+from pdjax.engine.processes import Handshake, absolute_checkpoint, build_processes
+from pdjax.engine.program_folder import ProgramFolder, remove_when_unused
 from pdjax.serving.messages import WorkerBack, WorkerLost
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, PoolShape, WayPlan
@@ -27,9 +31,12 @@ class Canned:
     self.node = node
     self.asked: list[str] = []
     self.assigned: list = []
+    self.told: list[Hello] = []  # of which others
     self.lives = 1
     self.raises: dict[str, list[Exception]] = {}  # by method, one a call
     self.waits: dict[str, threading.Event] = {}
+    self.weights = 'sum'
+    self.kind = DeviceKind('cpu', 'cpu')
     self.closed = threading.Event()
     self.lost: list[str] = []  # why it is gone, once it is to be
 
@@ -63,7 +70,7 @@ class Canned:
     pass
 
   def _machine(self, platform, num_devices, host):
-    self.machine = Machine(self.node, self.lives, (DeviceKind('cpu', 'cpu'),), ('cpu:0',), 1e9, f'{self.node}:1')
+    self.machine = Machine(self.node, self.lives, (self.kind,), ('cpu:0',), 1e9, f'{self.node}:1')
     return self.machine
 
   def _measure(self, *_):
@@ -78,25 +85,29 @@ class Canned:
   def _clock(self):
     return time.perf_counter()
 
-  def _share_programs(self, folder):
+  def _share_programs(self, folder, readable=None):
     return folder or f'/programs-of-{self.name}'
+
+  def _why_not_kept(self, folder):
+    return None
 
   def _load(self, assignment):
     self.assigned.append(assignment)
     spec = assignment.spec
     pool = PoolShape(spec.num_pages, spec.page_size, spec.kv_dtype, 'plain', (spec.tp, 1))
-    hello = Hello(spec.name, assignment.incarnation, self.machine, (), TINY, 'sum', 'float32', pool)
+    hello = Hello(spec.name, assignment.incarnation, self.machine, (), TINY, self.weights, 'float32', pool)
     return Loaded(hello, load_s=0.0, compile_s=0.0, program_s={})
 
   def _send_to(self, other):
+    self.told.append(other)
     return WayPlan(4, 'float32', 1, (1, 1), ((1, 1),)), {}
 
   _receive_from = _send_to
 
 
-def peers_of(*nodes: str) -> dict[str, Canned]:
-  names = ('prefill0', 'decode0')
-  return {name: Canned(name, node) for name, node in zip(names, nodes or ('here', 'here'), strict=True)}
+def peers_of(*nodes: str, split: str = '1P1D') -> dict[str, Canned]:
+  names = [worker.name for worker in config(split).workers]
+  return {name: Canned(name, node) for name, node in zip(names, nodes or ['here'] * len(names), strict=True)}
 
 
 @pytest.fixture
@@ -149,17 +160,86 @@ def test_a_worker_that_hangs_while_it_comes_back_is_tried_again_and_the_failed_t
   assert 0 < back.comeback.failed_s < back.ended_s - lost.ended_s
 
 
-def test_a_worker_that_does_not_come_back_in_three_tries_is_told_of_as_lost_for_good(built, peers):
-  peers['decode0'].raises = {'machine': [PeerLost(f'silence {i}') for i in range(1, 4)]}
+@pytest.fixture
+def hasty(monkeypatch):
+  """Pauses between tries that nobody notices."""
+  monkeypatch.setattr(process_engine_module, '_PAUSE_S', 1e-4)
+
+
+@pytest.fixture
+def lasting(monkeypatch):
+  """A pause after the first tries that no test outlives."""
+  monkeypatch.setattr(process_engine_module, '_PAUSE_S', 60.0)
+
+
+def test_a_worker_that_does_not_come_back_in_three_tries_is_waited_for_no_longer_and_tried_again(built, peers, hasty):
+  """Such as one whose disk is full for some time."""
+  silent = [PeerLost(f'silence {i}') for i in range(1, 4)]
+  peers['decode0'].raises = {'machine': [*silent, OSError('No space left on device'), *silent]}
   engine = built.engine
   engine.start_clock()
   peers['decode0'].lost.append('it was stopped')
-  lost, gone = events_of(engine, 2)
-  assert (lost.returning, gone.returning) == (True, False) and isinstance(gone, WorkerLost)
-  assert gone.error == "worker 'decode0' did not come back in 3 tries, of which the last: silence 3"
-  engine.start_clock()  # a further run learns it at once
+  lost, late, back = events_of(engine, 3)
+  assert (lost.returning, late.returning) == (True, False) and isinstance(late, WorkerLost)
+  assert late.error == "worker 'decode0' did not come back in 3 tries, of which the last: silence 3"
+  assert isinstance(back, WorkerBack) and back.comeback.tries == peers['decode0'].asked.count('restart') == 8
+  assert 0 < back.comeback.failed_s < back.ended_s - lost.ended_s
+
+
+def test_pauses_between_tries_grow(built, peers, monkeypatch):
+  engine, pauses = built.engine, []
+
+  class Noting(threading.Event):
+    def wait(self, timeout=None):
+      pauses.append(timeout)
+      return self.is_set()
+
+  noting = Noting()
+  monkeypatch.setattr(engine, '_closing', noting)
+  peers['decode0'].raises = {'load': [PeerLost('gone'), *(RuntimeError('RESOURCE_EXHAUSTED') for _ in range(10))]}
+  engine.start_clock()
+  peers['decode0'].lost.append('it was killed')
+  *_, back = events_of(engine, 3)
+  assert back.comeback.tries == 12
+  assert pauses == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
+
+
+def test_a_worker_that_nobody_waits_for_is_told_of_in_the_next_run_too(built, peers, lasting):
+  peers['decode0'].raises = {'machine': [PeerLost('silence')] * 3}
+  engine = built.engine
+  engine.start_clock()
+  peers['decode0'].lost.append('it was stopped')
+  _, late = events_of(engine, 2)
+  engine.start_clock()
   (again,) = events_of(engine, 1)
-  assert (again.worker, again.error, again.returning) == ('decode0', gone.error, False)
+  assert (again.worker, again.error, again.returning) == ('decode0', late.error, False)
+
+
+def test_one_that_does_not_fit_is_given_up_at_once_and_its_thread_ends(built, peers):
+  peers['decode0'].weights = 'other'
+  engine = built.engine
+  engine.start_clock()
+  peers['decode0'].lost.append('it was killed')
+  lost, gone = events_of(engine, 2)
+  assert lost.returning and not gone.returning
+  assert "worker 'decode0' has weights that sum to other, but worker 'prefill0' has" in gone.error
+  for thread in engine._threads:
+    if thread.name == 'pdjax-decode0':
+      thread.join(LONG_S)
+      assert not thread.is_alive()
+  assert peers['decode0'].asked.count('restart') == 1
+
+
+def test_closing_ends_a_worker_that_is_tried_again_and_again(peers, lasting):
+  built = build_processes(config('1P1D'), TINY, peers)
+  engine = built.engine
+  peers['decode0'].raises = {'restart': [PeerLost('nothing here')] * 1000}
+  engine.start_clock()
+  peers['decode0'].lost.append('it was killed')
+  events_of(engine, 2)
+  engine.close()
+  assert not any(thread.is_alive() for thread in engine._threads)
+  assert peers['decode0'].asked.count('restart') == 3
 
 
 def test_a_run_that_begins_while_a_worker_is_being_brought_back_hears_both(built, peers):
@@ -176,7 +256,7 @@ def test_a_run_that_begins_while_a_worker_is_being_brought_back_hears_both(built
   assert isinstance(back, WorkerBack)
 
 
-def test_a_worker_that_was_given_up_between_two_runs_is_not_waited_for(built, peers):
+def test_a_worker_that_was_not_brought_back_between_two_runs_is_not_waited_for(built, peers, lasting):
   peers['decode0'].raises = {'machine': [PeerLost('silence')] * 3}
   engine = built.engine
   engine.start_clock()
@@ -202,36 +282,92 @@ def test_without_anybody_who_brings_it_back_a_worker_is_lost_for_good_from_the_f
 # ---------------------------------------------------------------------------- tries
 
 
-def handshake_of(peers) -> Handshake:
+def handshake_of(peers, run=None, say=lambda line: None) -> Handshake:
   """One after which the workers are loaded and no way is connected."""
-  handshake = Handshake(config('1P1D'), TINY, peers)
-  handshake.specs = {spec.name: spec for spec in config('1P1D').cluster}
-  for name in peers:
-    handshake.begin(name)
-    handshake.load(name, 1)
+  run = run or config(f'{len(peers) // 2}P{len(peers) // 2}D')
+  handshake = Handshake(run, TINY, peers, say)
+  handshake.specs = {spec.name: spec for spec in run.cluster}
+  handshake.count_on({name: handshake.begin(name) for name in peers})
+  handshake.admit([handshake.load(name, 1).hello for name in peers])
   return handshake
 
 
-def test_what_does_not_fit_is_not_tried_again(peers):
+@pytest.mark.parametrize('wrong', ['weights', 'devices', 'model', 'node', 'cut'])
+def test_one_that_does_not_fit_keeps_no_other_away(wrong):
+  peers = peers_of(split='2P2D')
   handshake = handshake_of(peers)
-  peers['decode0'].raises = {'load': [HandshakeError('other weights')]}
-  with pytest.raises(HandshakeError, match='other weights'):
+  peer = peers['decode0']
+  match wrong:
+    case 'weights':
+      peer.weights = 'other'
+    case 'devices':
+      handshake._config = dataclasses.replace(handshake._config, dtype='bfloat16')
+      peer.kind = DeviceKind('Tesla T4', 'gpu', '7.5')
+    case 'model':
+      peer.raises = {'load': [HandshakeError('another model')]}
+    case 'cut':
+      peer.raises = {'receive_from': [HandshakeError('another piece_heads')]}
+    case 'node':
+      for one in peers.values():
+        one.node = '127.0.0.1'
+      handshake = handshake_of(peers)
+      peer.node = 'elsewhere'
+  with pytest.raises(HandshakeError):
     handshake.revive('decode0', 2)
-  assert peers['decode0'].asked.count('restart') == 1
+  for name in ('prefill0', 'prefill1', 'decode1'):
+    assert handshake.revive(name, 2).incarnation == 2
+    assert peers[name].asked.count('restart') == 1
+  assert peer.asked.count('receive_from') == (wrong == 'cut')  # nobody counts on it any more
 
 
-def test_what_may_be_over_soon_is_tried_again_after_a_while(peers, monkeypatch):
-  monkeypatch.setattr(processes_module, '_PAUSE_S', 0.05)
+def test_all_that_come_back_are_compared_with_what_the_run_began_with(peers):
   handshake = handshake_of(peers)
+  for name in peers:  # both are lost, and there is nobody else to compare with
+    handshake._forget(name)
+  peers['decode0'].weights = 'other'
+  with pytest.raises(HandshakeError, match=r"'decode0' has weights that sum to other, but worker 'prefill0' has"):
+    handshake.revive('decode0', 2)
+  assert isinstance(handshake.revive('prefill0', 2), Revived)
+
+
+def test_what_may_be_over_soon_is_tried_again_after_a_while(built, peers, hasty):
   peers['decode0'].raises = {'load': [RuntimeError('RESOURCE_EXHAUSTED'), DeviceError('in use')]}
-  revived = handshake.revive('decode0', 2)
-  assert revived.incarnation == 2 and revived.comeback.tries == 3 and revived.comeback.failed_s >= 0.1
+  engine = built.engine
+  engine.start_clock()
+  peers['decode0'].lost.append('it was killed')
+  _, back = events_of(engine, 2)
+  assert back.incarnation == 2 and back.comeback.tries == 3 and back.comeback.failed_s >= 2e-4
 
 
 def test_one_that_hangs_beside_a_worker_that_comes_back_does_not_keep_it_away(peers):
   handshake = handshake_of(peers)
-  peers['prefill0'].raises = {'send_to': [PeerLost('prefill0 has not answered for 60 s')]}
+  silent = PeerLost('prefill0 has not answered for 60 s')
+  peers['prefill0'].raises = {'send_to': [silent], 'clock': [silent]}
   assert isinstance(handshake.revive('decode0', 2), Revived)
+  assert peers['prefill0'].asked.count('send_to') == 1  # it makes the way when it is back
+
+
+def test_a_way_that_failed_between_two_that_live_is_made_again(peers):
+  handshake = handshake_of(peers)
+  peers['prefill0'].raises = {'send_to': [PeerLost('a call was lost')]}
+  handshake.revive('decode0', 2)
+  assert peers['prefill0'].asked.count('send_to') == 2
+  peers['prefill0'].raises = {'send_to': [PeerLost('a call was lost')] * 2}
+  with pytest.raises(PeerLost, match='a call was lost'):  # rather another try than a way that nobody makes
+    handshake.revive('decode0', 3)
+
+
+def test_a_worker_whose_next_process_has_loaded_nothing_is_not_waited_for(peers):
+  """The other was lost, and has another process, while a worker came back that knew it from before."""
+  handshake = handshake_of(peers)
+
+  def restarted(other):
+    handshake._forget('prefill0')
+    raise PeerLost('process 7 has not loaded a worker yet')
+
+  peers['prefill0']._send_to = restarted
+  assert isinstance(handshake.revive('decode0', 2), Revived)
+  assert peers['prefill0'].asked.count('send_to') == 1
 
 
 def test_of_two_that_come_back_at_once_only_one_makes_the_way_between_them(peers):
@@ -283,6 +419,86 @@ def test_a_folder_that_the_config_names_is_taken_as_it_is(given):
   built.engine.close()
 
 
+def test_where_the_named_folder_takes_no_programs_a_temporary_one_does_and_it_is_said_once_a_host(monkeypatch):
+  peers = peers_of()
+  for one in peers.values():
+    monkeypatch.setattr(one, '_why_not_kept', lambda folder: 'Read-only file system', raising=False)
+  said = []
+  built = build_processes(dataclasses.replace(config('1P1D'), compilation_cache='/kept'), TINY, peers, say=said.append)
+  assert len({one.assigned[-1].compilation_cache for one in peers.values()} | {'/kept'}) == 2
+  (line,) = [line for line in said if 'Read-only' in line]
+  assert line == (
+    "compilation_cache '/kept' takes no programs on here (Read-only file system); they are kept for this run only"
+  )
+  built.engine.close()
+
+
+def test_where_no_folder_can_be_made_the_run_is_served_without_and_it_is_said_once(peers):
+  for one in peers.values():
+    one.raises = {'share_programs': [OSError(28, 'No space left on device')] * 9}
+  said = []
+  built = build_processes(config('1P1D'), TINY, peers, say=said.append)
+  assert [one.assigned[-1].compilation_cache for one in peers.values()] == [None, None]
+  assert len([line for line in said if 'No space left on device' in line and 'programs' in line]) == 1
+  built.engine.close()
+
+
+def test_a_process_that_hangs_over_the_folder_keeps_no_other_of_its_host_waiting(peers):
+  handshake = handshake_of(peers)
+  peers['decode0'].waits = {'share_programs': threading.Event()}
+
+  def come_back():
+    with pytest.raises(PeerLost):
+      handshake.revive('decode0', 2)
+
+  hanging = threading.Thread(target=come_back)
+  hanging.start()
+  while peers['decode0'].asked.count('share_programs') < 2:
+    time.sleep(0.001)
+  assert isinstance(handshake.revive('prefill0', 2), Revived) and hanging.is_alive()
+  peers['decode0'].closed.set()
+  hanging.join()
+
+
+def test_the_controller_keeps_the_folder_of_its_host_until_the_end(monkeypatch, tmp_path):
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  peers, made = peers_of(node_name(), node_name()), []
+
+  def share(folder, readable=None):  # as a process that is killed at once
+    made.append(ProgramFolder.share(folder))
+    os.close(made[-1]._held)
+    return made[-1].path
+
+  for one in peers.values():
+    one._share_programs = share
+  built = build_processes(config('1P1D'), TINY, peers)
+  assert len({one.path for one in made}) == 1
+  remove_when_unused(made[0].path, 0.0)
+  assert os.path.isdir(made[0].path)
+  monkeypatch.setattr(program_folders_module, '_REMOVE_S', LONG_S)
+  built.engine.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('kept', ['programs', '/kept', 'gs://bucket/kept'])
+def test_processes_are_told_paths_that_mean_the_same_in_every_folder(kept, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'weights.gguf').touch()
+  peers = peers_of()
+  run = dataclasses.replace(config('1P1D'), compilation_cache=kept, checkpoint='weights.gguf')
+  handshake_of(peers, run)
+  assigned = peers['decode0'].assigned[-1]
+  assert assigned.checkpoint == str(tmp_path / 'weights.gguf')
+  assert assigned.compilation_cache == (str(tmp_path / kept) if kept == 'programs' else kept)
+
+
+@pytest.mark.parametrize('name', ['random', 'smollm2', 'owner/name', 'owner/name:file.gguf'])
+def test_a_checkpoint_that_is_no_path_keeps_its_name(name, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'random').touch()
+  assert absolute_checkpoint(name) == name
+
+
 # ---------------------------------------------------------------------------- the first time
 
 
@@ -296,9 +512,29 @@ def test_a_process_that_hangs_at_the_start_is_told_at_once_though_others_are_not
   assert all(one.closed.is_set() for one in peers.values())
 
 
+@pytest.mark.parametrize('method', ['machine', 'load'])
+def test_a_process_that_hangs_when_it_is_done_is_noticed_while_others_are_not(peers, method, monkeypatch):
+  monkeypatch.setattr(processes_module, '_LOOK_S', 0.01)
+  peers['prefill0'].waits = {method: threading.Event()}
+  peers['decode0'].raises = {'clock': [PeerLost("the process of worker 'decode0' has not answered for 60 s")]}
+  with pytest.raises(PeerLost, match="'decode0' has not answered for 60 s"):
+    build_processes(config('1P1D'), TINY, peers)
+  assert peers['prefill0'].asked[-1] == method
+
+
 def test_a_pull_from_a_process_that_hangs_is_not_waited_for(peers, monkeypatch):
   monkeypatch.setattr(processes_module, '_LOOK_S', 0.01)
   peers['decode0'].waits = {'fetch': threading.Event()}
   peers['prefill0'].raises = {'clock': [PeerLost("the process of worker 'prefill0' has not answered for 60 s")]}
   with pytest.raises(PeerLost, match="'prefill0' has not answered for 60 s"):
     build_processes(config('1P1D'), TINY, peers)
+
+
+def test_a_pull_of_which_nothing_comes_though_both_live_is_not_waited_for(peers, monkeypatch):
+  """A firewall swallows it."""
+  monkeypatch.setattr(processes_module, '_LOOK_S', 0.01)
+  monkeypatch.setattr(processes_module, '_PULL_S', 0.02)
+  peers['decode0'].waits = {'fetch': threading.Event()}
+  with pytest.raises(DeviceError, match=r"'decode0' pulled nothing from 'prefill0' at here:1 for 0\.02 s"):
+    build_processes(config('1P1D'), TINY, peers)
+  assert all(one.closed.is_set() for one in peers.values())

@@ -61,9 +61,22 @@ def test_a_run_in_which_nobody_was_lost_says_nothing_of_it(log):
   assert report.returns == () and 'was back' not in str(report) and '&#34;returns&#34;' not in render_html(report)
 
 
-def test_a_worker_that_never_came_back_has_no_return(log):
-  log.events += [WorkerLost('d', 1.0, 'gone', returning=True), WorkerLost('d', 9.0, 'no more')]
-  assert Report.from_events(log.events, workers=WORKERS).returns == ()
+def test_a_worker_that_never_came_back_is_noted_with_the_last_that_was_known(log):
+  log.events += [
+    WorkerLost('d', 1.0, 'gone', returning=True),
+    WorkerLost('p', 2.0, 'gone too', returning=True),
+    WorkerLost('d', 9.0, 'other weights'),
+    WorkerBack('p', 9.5, 2),
+    WorkerLost('p', 12.25, 'gone again', returning=True),
+  ]
+  report = Report.from_events(log.events, workers=WORKERS)
+  lines = ('d was lost at 1.0 s and did not come back: other weights',
+           'p was lost at 12.2 s and was not back when the run ended: gone again')  # fmt: skip
+  assert report.notes[:2] == lines and [one.worker for one in report.returns] == ['p']
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(render(report))
+  for text in (console.export_text(), str(report), render_html(report), json.dumps(report.to_json())):
+    assert all(line in text for line in lines)
 
 
 def test_many_returns_are_cut_short_where_people_read(log):

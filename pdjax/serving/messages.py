@@ -357,8 +357,8 @@ class TimerDue:
 class WorkerLost:
   """A worker's pages are gone, and orders that name it are over; it may come back.
 
-  What becomes of the requests that had pages there, `FaultSpec` says. It is told once more when nobody brings the
-  worker back any longer.
+  What becomes of the requests that had pages there, `FaultSpec` says. It is told once more when trying to bring the
+  worker back has failed, so that nobody waits longer than their patience; it may be back later all the same.
 
   Attributes:
     worker: The worker.

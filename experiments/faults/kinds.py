@@ -46,7 +46,8 @@ TOO_LATE = ('the transfer did not end within',)
 _CORRUPT = ('CorruptError',)
 _GONE = ('it is gone',)
 _AWAY = (*_GONE, 'began another life')  # one life is over before the return of the one before is told
-_GIVEN_UP = (*_AWAY, 'every worker that')  # it was away for longer than patience
+NOBODY_LEFT = 'every worker that'  # whoever could serve it was away for longer than patience
+_GIVEN_UP = (*_AWAY, NOBODY_LEFT)
 KINDS: dict[str, Kind] = {
   'transfer_refused': Kind('transfer', 'a transfer that cannot be started', ('the transport refused it',)),
   'transfer_fails': Kind('transfer', 'the link breaks under a transfer', ('the link broke',)),

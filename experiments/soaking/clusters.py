@@ -164,10 +164,15 @@ class FaultyCluster(Cluster):
       worker._progress.clear()
       if worker.broken:  # by the last pass of the engine before, of which nobody learned
         worker.reset()
-    with fresh(self._faulty):
-      engine = self.engine()
-      with contextlib.closing(engine):
-        yield engine
+    try:
+      with fresh(self._faulty):
+        engine = self.engine()
+        with contextlib.closing(engine):
+          yield engine
+    finally:
+      for worker in self._workers:
+        assert isinstance(worker, FaultyWorker)
+        worker.clear()  # so that it holds nothing of the engine
 
 
 class Alone(Cluster):

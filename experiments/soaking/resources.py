@@ -7,7 +7,7 @@ import time
 import jax
 import psutil
 
-_SLACK = {'device arrays': 8, 'open files': 2, 'threads': 2}  # what a library may keep that is used for the first time
+_SLACK = {'device arrays': 8, 'open files': 8, 'threads': 2}  # of a library that is used late for the first time
 
 
 class Resources:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import random
 
-from experiments.faults.kinds import KINDS, TOO_LATE
+from experiments.faults.kinds import KINDS, NOBODY_LEFT, TOO_LATE
 from pdjax.types import FaultSpec
 
 _MANY = 1_000_000  # attempts, of which none is the last: of 50, a long request may need every one by chance
@@ -31,6 +31,8 @@ class Setting:
     ]
     if late and self.fails:
       expected += TOO_LATE
+    if NOBODY_LEFT in error:  # it names the losses, too
+      return NOBODY_LEFT in expected
     return any(one in error for one in expected)
 
 

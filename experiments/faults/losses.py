@@ -40,7 +40,7 @@ class Losses:
     self._later = later
     self._acted = acted
     self._losses: dict[tuple[str, int], Loss] = {}  # by worker and the life that it begins then
-    self._to_give_up: dict[str, str] = {}  # kinds, by worker
+    self._to_give_up: set[str] = set()
 
   def lose(self, worker: str, loss: Loss) -> None:
     """A worker dies now, as one does whose pass fails."""
@@ -51,14 +51,13 @@ class Losses:
     """What the loop is told in place of an event."""
     match event:
       case WorkerLost(error=error) if error == NOBODY_BRINGS_IT_BACK:
-        kind = self._to_give_up.pop(event.worker, None)
-        if kind is None:  # it is back, by another loss since
+        if event.worker not in self._to_give_up:  # it is back, by another loss since
           return []
-        self._acted(kind)
+        self._to_give_up.remove(event.worker)
       case WorkerLost():
         loss = self._losses.get((event.worker, self._engine.incarnation(event.worker)))
         if loss is not None:
-          if loss.given_up_after_s is None and 'it is gone' in event.error:  # and not by a pass that failed before
+          if 'it is gone' in event.error:  # and not by a pass that failed before
             self._acted(loss.kind)
           return [dataclasses.replace(event, returning=loss.returning)]
       case WorkerBack():
@@ -66,8 +65,8 @@ class Losses:
         if loss is not None and loss.down_s:
           self._later(loss.down_s, event)
           if loss.given_up_after_s is not None:
-            self._to_give_up[event.worker] = loss.kind
+            self._to_give_up.add(event.worker)
             self._later(loss.given_up_after_s, WorkerLost(event.worker, event.ended_s, NOBODY_BRINGS_IT_BACK))
           return []
-        self._to_give_up.pop(event.worker, None)
+        self._to_give_up.discard(event.worker)
     return [event]

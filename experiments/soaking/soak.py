@@ -294,7 +294,10 @@ class Soak:
     for order in orders:
       if isinstance(order, AbandonOrder) and order.transfer not in now.hostile.made_late:
         attempt = state._transfers.get(order.transfer)
-        now.late += attempt is not None and TOO_LATE[0] in attempt.error
+        if attempt is not None and TOO_LATE[0] in attempt.error:
+          now.late += 1
+          if self.tally.late + now.late <= _MOST_TOLD:
+            self._say(f'late by itself {now.where}, seed {self._seed}: try {attempt.number} at {attempt.order!r:.200}')
     if now.small is not None and not now.was_full and _is_full(state):
       now.was_full = True
       now.dice.count(now.small)

@@ -6,10 +6,14 @@ python -m experiments.soak --minutes=1 --seed=7 --only=pass_refused,transfer_sta
 A tiny model with random weights on virtual CPU devices, in float32, disaggregated (2P2D) and colocated (2C) in turns,
 each in live sessions of a few waves: users come at random moments, read in threads and in asyncio, cancel, and go on
 with chats; answers are greedy or drawn from a seed, of one sample or several, cut short by stop strings and tokens.
-Meanwhile transfers fail, stall and come damaged, late or twice, passes are refused, fail and stall, workers are lost in
-prefill, in decode and while KV is handed over, and the disk of the log is full. Everything is answered by a cluster
-that nobody disturbs, too: tokens must be the same, in the stream as in its completion, errors come only where the fault
-settings allow one, and once nobody is served every page, slot, byte of staging and transfer is free.
+Meanwhile transfers fail, stall and come damaged, late or twice, links are slow or stand still, passes are refused,
+fail, stall and meet NaN, workers are lost in prefill, in decode and while KV is handed over, pools are small, and the
+disk of the log is full. Everything is answered by a cluster that nobody disturbs, too: tokens and log probabilities
+must be the same, in the stream as in its completion, and errors come only of NaN, or where the fault settings allow
+them. Once nobody is served every page, slot, byte of staging and transfer is free, a log that could not be written says
+from when on it is incomplete, and from session to session device arrays, open files and threads become no more.
+
+A fault is counted as it acts, not as it is drawn: a pass that was to fail may never begin.
 
 The seed is printed. With it the same is asked for in the same order; when what fails depends on the time that things
 take, so that a failure comes again as far as that allows. The exit status is 1 if anything was wrong, or if nothing
@@ -44,17 +48,19 @@ _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to th
 _WRONG = {
   'wrong tokens': 'tokens that an undisturbed run does not have',
   'stream differs': 'streams with other tokens or text than their completion',
+  'log probabilities': 'samples with other log probabilities than an undisturbed run',
   'wrong end': 'requests that ended otherwise than they should',
-  'leak': 'pages, slots, staging, transfers or threads that are not free',
+  'leak': 'pages, slots, staging, transfers, requests, threads, files or device arrays that are not free',
+  'log': 'logs that are torn, or lack lines and do not say from when on',
   'breakdown': 'sessions or readers that broke down',
 }
 
 
 def print_tally(console: Console, tally: Tally) -> None:
-  """Print what was injected and what was wrong as tables."""
+  """Print what went wrong on purpose and what was wrong as tables."""
   faults = Table(title='faults', box=None)
-  for column in ('kind', 'injected', 'what'):
-    faults.add_column(column, justify='right' if column == 'injected' else 'left')
+  for column in ('kind', 'acted', 'what'):
+    faults.add_column(column, justify='right' if column == 'acted' else 'left')
   for name, kind in KINDS.items():
     faults.add_row(name, f'{tally.faults[name]:,}', kind.what)
   wrong = Table(title='what must not be', box=None)
@@ -67,6 +73,7 @@ def print_tally(console: Console, tally: Tally) -> None:
   console.print(
     f'{tally.sessions:,} sessions, {tally.requests:,} requests, {tally.tokens:,} tokens; samples by end: {ends}.'
   )
+  console.print(f'{tally.late:,} transfers were late by themselves; on a machine that has time there should be none.')
 
 
 def rows(tally: Tally, seed: int, minutes: float) -> list[dict]:
@@ -74,6 +81,7 @@ def rows(tally: Tally, seed: int, minutes: float) -> list[dict]:
   found = [row('seed', seed, 'count'), row('minutes', minutes, 'min'), row('requests ended', tally.requests, 'count')]
   found += [row('tokens delivered', tally.tokens, 'count'), row('faults injected', tally.faults.total(), 'count')]
   found += [row(f'injected, {name}', tally.faults[name], 'count') for name in KINDS]
+  found.append(row('transfers late by themselves', tally.late, 'count'))
   return found + [row(name, tally.counts[name], 'count') for name in _WRONG]
 
 

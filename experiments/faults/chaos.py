@@ -74,7 +74,7 @@ class Chaos:
     self.now_s, events = self.backend.wait(until_s)
     told: list[Event] = []
     for event in events:
-      end = self._end() if isinstance(event, Done) and event.order in self._transfers else None
+      end = self._end_of(event) if isinstance(event, Done) and event.order in self._transfers else None
       if end in (None, 'twice'):
         told.append(event)
       if end in ('twice', 'late') and isinstance(event, Done):
@@ -85,6 +85,10 @@ class Chaos:
     told += [event for due_s, event in self._later if due_s <= self.now_s]
     self._later = [item for item in self._later if item[0] > self.now_s]
     return self.now_s, self._in_order(told)
+
+  def _end_of(self, done: Done) -> End | None:
+    """What is to become of the completion of a transfer."""
+    return self._end()
 
   def _in_order(self, events: list[Event]) -> list[Event]:
     """What is to be told, as the loop is to hear it."""

@@ -1,6 +1,7 @@
 """The engine with transfers, passes and workers that fail on demand, over compiled programs that work."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -13,7 +14,8 @@ import numpy as np
 from experiments.faults.chaos import Fault
 from pdjax.engine.engine import Engine, _Broken
 from pdjax.engine.worker import Pending, Worker
-from pdjax.kv.transfer import DevicePut, Parcel
+from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
+from pdjax.model.transformer import Weights
 from pdjax.serving.messages import Event, Order, Result, StepOrder, TransferOrder, WorkerBack, WorkerLost
 from pdjax.types.span import Span
 
@@ -22,42 +24,52 @@ SLOW_S = 0.1
 PASS_STALL_S = 0.5
 
 WayFault = Fault | Literal['unwritable']
-PassFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls']
+PassFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN']
 
 
 class FaultyWay(DevicePut):
-  """A way between two pools that does to each transfer what it was told to do."""
+  """A way between two pools that does to each transfer what it was told to do.
+
+  Attributes:
+    faults: What is to happen to each transfer that comes, or None, and who is told as it happens.
+  """
 
   def __init__(self, way: DevicePut, checksums: bool = True):
     self.__dict__ |= way.__dict__
     self.has_checksums = checksums
-    self.faults: deque[WayFault | None] = deque()
-    self.released = threading.Event()
+    self.faults: deque[tuple[WayFault | None, Callable[[], None]]] = deque()
+    self._released = threading.Event()
     self._fault: WayFault | None = None
-    self._unwritable: list[Parcel] = []
+    self._unwritable: list[tuple[Parcel, Callable[[], None]]] = []
     for shape in self.shapes:  # what is compiled for checksums is compiled now
       DevicePut.send(self, self.first_span(shape)).wait()
 
   def clear(self) -> None:
-    """Have nothing wrong with what comes next; those who wait go on, each until its transfer is there."""
+    """Have nothing wrong with what comes next; those who wait go on."""
     self.faults.clear()
     self._unwritable.clear()
-    self.released.set()
-    self.released = threading.Event()
+    self.go_on()
+
+  def go_on(self) -> None:
+    """Let all that stands still go on, each until its transfer is there."""
+    self._released.set()
+    self._released = threading.Event()
 
   def send(self, span: Span) -> Parcel:
     """Put cached tokens on their way, with what is to happen to them."""
-    self._fault = fault = self.faults.popleft() if self.faults else None
+    fault, acted = self.faults.popleft() if self.faults else (None, lambda: None)
     if fault == 'refused':
+      acted()
       raise RuntimeError('the transport refused it')
+    self._fault = fault
     try:
       parcel = super().send(span)
     finally:
       self._fault = None
     if fault == 'unwritable':
-      self._unwritable.append(parcel)
+      self._unwritable.append((parcel, acted))
     elif fault is not None:
-      parcel.wait = self._waits(fault, parcel.wait)  # type: ignore[method-assign]
+      parcel.wait = self._waits(fault, parcel.wait, acted)  # type: ignore[method-assign]
     return parcel
 
   def put(self, pieces: Sequence[jax.Array], devices: Sequence[jax.Device]) -> list[jax.Array]:
@@ -68,9 +80,11 @@ class FaultyWay(DevicePut):
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel, unless that is to fail."""
-    if parcel in self._unwritable:
-      self._unwritable.remove(parcel)
-      raise RuntimeError('the pieces cannot be written')
+    for place, (unwritable, acted) in enumerate(self._unwritable):
+      if unwritable is parcel:
+        del self._unwritable[place]
+        acted()
+        raise RuntimeError('the pieces cannot be written')
     return super().receive(parcel)
 
   def _damaged(self, piece: jax.Array, device: jax.Device) -> jax.Array:
@@ -82,14 +96,21 @@ class FaultyWay(DevicePut):
     assert here.tobytes() != np.asarray(piece).tobytes()
     return jax.device_put(here, device)
 
-  def _waits(self, fault: WayFault, wait: Callable[[], None]) -> Callable[[], None]:
-    released = self.released
+  def _waits(self, fault: WayFault, wait: Callable[[], None], acted: Callable[[], None]) -> Callable[[], None]:
+    released = self._released
 
     def waits() -> None:
+      if fault in ('stalls', 'slow'):
+        acted()
       released.wait(STALL_S if fault == 'stalls' else SLOW_S)
       if fault == 'fails':
+        acted()
         raise RuntimeError('the link broke')
-      wait()
+      try:
+        wait()
+      except CorruptError:
+        acted()
+        raise
 
     return waits
 
@@ -99,9 +120,11 @@ class FaultyWorker(Worker):
 
   Attributes:
     faults: What is to happen to a pass, by its order.
+    acted: Told of an order whose fault has acted, on whatever thread.
   """
 
   faults: dict[int, PassFault]
+  acted: Callable[[int], None]
   _refusing: bool
 
   @classmethod
@@ -109,38 +132,77 @@ class FaultyWorker(Worker):
     """The same worker, which engines and ways know, as one whose passes may fail from now on."""
     worker.__class__ = cls
     assert isinstance(worker, cls)
-    worker.faults, worker._refusing = {}, False
+    worker._refusing = False
+    worker.clear()
     return worker
+
+  def clear(self) -> None:
+    """Have nothing wrong with what comes next."""
+    self.faults, self.acted = {}, lambda order: None
 
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
     """Hand a pass to the devices, or fail to."""
     fault = self.faults.get(order.id)
     if fault == 'refused':
+      self.acted(order.id)
       raise RuntimeError('the pass was refused')
     if fault == 'takes its pages':
+      self.acted(order.id)
       for leaf in jax.tree.leaves(self.pages):
         leaf.delete()
       raise RuntimeError('the pass took its pages')
     self._refusing = fault == 'refused halfway'
+    weights = self.weights
+    if fault == 'NaN' and (token := self._token_in(order)) is not None:
+      self.weights = _with_nan_for(token, weights)
     try:
       return super().dispatch(order, after)
+    except _RefusedError:
+      self.acted(order.id)
+      raise
     finally:
-      self._refusing = False
+      self._refusing, self.weights = False, weights
 
   def program(self, *key: Any) -> jax.stages.Compiled:
     """A compiled pass, or part of one; what computes layers is refused where a pass is to be refused halfway."""
     if self._refusing and key[0] not in ('admit', 'remember', 'copy', 'begin'):
-      raise RuntimeError('the pass was refused halfway')
+      raise _RefusedError('the pass was refused halfway')
     return super().program(*key)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a pass, or learn that it failed."""
     fault = self.faults.get(order.id)
     if fault == 'stalls':
+      self.acted(order.id)
       time.sleep(PASS_STALL_S)
     if fault == 'fails':
+      self.acted(order.id)
       raise RuntimeError('the pass failed on its device')
-    return super().collect(order, pending)
+    results, wasted = super().collect(order, pending)
+    if fault == 'NaN' and any(result.error is not None for result in results):
+      self.acted(order.id)
+    return results, wasted
+
+  def _token_in(self, order: StepOrder) -> int | None:
+    """A token after which the pass chooses one; None if it chooses none."""
+    tokens: list[Callable[[], int]] = [functools.partial(int, one.token_ids[-1]) for one in order.chunks if one.is_last]
+    for decode in order.decodes:
+      if (admission := decode.admission) is not None:
+        tokens.append(functools.partial(int, (*admission.request.prompt, *admission.tokens)[-1]))
+      else:  # its slot knows, once the passes before are over
+        tokens.append(functools.partial(lambda slot: int(self.slots.rows.tokens[slot]), decode.slot))
+    return tokens[order.id % len(tokens)]() if tokens else None
+
+
+class _RefusedError(RuntimeError):
+  """A program was to be refused."""
+
+
+def _with_nan_for(token: int, weights: Weights) -> Weights:
+  """The weights with NaN in what they know of a token: whoever meets it has NaN in its logits, and in its pages."""
+  embed = np.array(weights['embed'])
+  embed[token] = np.nan
+  return {**weights, 'embed': jax.device_put(embed, weights['embed'].sharding)}
 
 
 @contextlib.contextmanager
@@ -153,7 +215,7 @@ def fresh(ways: Iterable[FaultyWay]) -> Iterator[None]:
     yield
   finally:
     for way in ways:
-      way.released.set()
+      way.clear()
     for thread in threading.enumerate():
       if thread.name == 'pdjax-transfers' and thread not in before:
         thread.join(STALL_S)
@@ -164,36 +226,48 @@ class FaultyEngine:
 
   Attributes:
     fault_of: Says what happens to a transfer: a `WayFault`, or None.
+    acted: Told of an order whose fault has acted, on whatever thread.
   """
 
   def __init__(self, engine: Engine):
     self.fault_of: Callable[[TransferOrder], Any] = lambda order: None
+    self.acted: Callable[[int], None] = lambda order: None
     self._engine = engine
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Begin the orders of one action, each transfer with what is to happen to it."""
     for order in orders:
       if isinstance(order, TransferOrder) and self.hears(order):
-        way = self._engine._transports[order.source, order.target]
-        assert isinstance(way, FaultyWay)
-        way.faults.append(self.fault_of(order))
+        fault = self.fault_of(order)
+        self.way(order.source, order.target).faults.append((fault, functools.partial(self.acted, order.id)))
     self._engine.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Wait until something happened or `until_s` has come."""
     return self._engine.wait(until_s)
 
+  def way(self, source: str, target: str) -> FaultyWay:
+    """The way between two workers."""
+    way = self._engine._transports[source, target]
+    assert isinstance(way, FaultyWay)
+    return way
+
   def hears(self, order: Order) -> bool:
     """Whether an order is for workers as they are now, and not for a life that is over."""
     return not self._engine._is_stale(order)
 
+  def incarnation(self, worker: str) -> int:
+    """Which of its lives a worker is in."""
+    return self._engine.workers[worker].incarnation
+
   def break_worker(self, worker: str) -> None:
     """Let a worker be gone as one is whose pass failed; it begins another life when the engine next waits."""
-    self._engine._post_broken(worker, self._engine.workers[worker].incarnation, 'it is gone')
+    self._engine._post_broken(worker, self.incarnation(worker), 'it is gone')
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
     """Let a worker begin another life; what there is to tell of it."""
-    incarnation = self._engine.workers[worker].incarnation
-    lost, back = self._engine._rebuild(_Broken(worker, incarnation, 'it is gone', self._engine._mailbox.now_s()))
+    lost, back = self._engine._rebuild(
+      _Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
+    )
     assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
     return lost, back

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from experiments.faults.chaos import Chaos, End
 from experiments.faults.engine_faults import FaultyEngine, FaultyWorker, PassFault, WayFault
-from experiments.faults.kinds import Dice
+from experiments.faults.kinds import KINDS, TOO_LATE, Dice
+from experiments.faults.losses import Loss, Losses
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.serving.messages import Done, Event, Order, StepOrder, TransferOrder, WorkerBack
+from pdjax.serving.messages import Done, Event, Order, StepOrder, TransferOrder
 
 WAY_FAULTS: dict[str, WayFault] = {
   'transfer_refused': 'refused',
@@ -27,8 +28,17 @@ PASS_FAULTS: dict[str, PassFault] = {
   'pass_fails': 'fails',
   'pass_takes_pages': 'takes its pages',
   'pass_stalls': 'stalls',
+  'pass_has_nan': 'NaN',
 }
+LINK_FAULTS: dict[str, WayFault] = {'link_slow': 'slow', 'link_stalls': 'stalls'}
+_LATE = {kind for kind in KINDS if TOO_LATE[0] in KINDS[kind].errors}
+_LINK_S = 1.0  # that a fault of a link lasts, which is a few tries at a transfer
 _DOWN_S = (0.0, 0.05, 0.3)  # that a lost worker is away
+_LOST_IN_TURN = {
+  'worker_restarts': Loss('worker_restarts'),
+  'worker_returns': Loss('worker_returns', down_s=0.4, returning=True),
+  'worker_given_up': Loss('worker_given_up', down_s=0.4, returning=True, given_up_after_s=0.1),
+}
 _RETOLD = 3  # passes of an earlier life that a worker tells of
 
 
@@ -37,6 +47,9 @@ class Hostile(Chaos):
 
   Attributes:
     engine: The engine, whose workers are faulty ones and its ways too.
+    submitting: Told of orders that are about to be handed over.
+    withdraw: Called with a sample of which no more is wanted from now on.
+    made_late: Transfers that were made late, or are never told to have ended.
   """
 
   def __init__(self, engine: Engine, dice: Dice, rng: random.Random, late_s: float):
@@ -49,22 +62,24 @@ class Hostile(Chaos):
       late_s: How late an end is told that is told late; more than the deadline of transfers.
     """
     self.engine = engine
+    self.submitting: Callable[[Sequence[Order]], None] = lambda orders: None
+    self.withdraw: Callable[[str], None] = lambda sample: None
+    self.made_late: set[int] = set()
     self._faulty = FaultyEngine(engine)
     self._dice = dice
     self._rng = rng
+    self._kinds: dict[int, str] = {}  # of faults, by the order that they happen to
+    self._links: dict[tuple[str, str], tuple[str, float]] = {}  # kinds of faults of ways, and when they end
     self._passes: dict[str, collections.deque[int]] = {
       name: collections.deque(maxlen=_RETOLD) for name in engine.workers
     }
-    self._down_s: dict[str, float] = {}  # of workers that are lost on purpose
-    super().__init__(self._faulty, self._draw_fault, self._draw_end, late_s)
+    super().__init__(self._faulty, lambda: None, lambda: None, late_s)
+    self._losses = Losses(self._faulty, self._tell_later, dice.count)
+    self._faulty.fault_of, self._faulty.acted = self._draw_fault, self._acted
     for worker in engine.workers.values():
       assert isinstance(worker, FaultyWorker)
-      worker.faults = {}
-
-  def lose(self, worker: str, down_s: float) -> None:
-    """A worker dies now, as one does whose pass fails, and is back so much later."""
-    self._faulty.break_worker(worker)
-    self._down_s[worker] = down_s
+      worker.clear()
+      worker.acted = self._acted
 
   @property
   def workers(self) -> Mapping[str, Worker]:
@@ -86,53 +101,78 @@ class Hostile(Chaos):
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Begin the orders of one action; then a worker of theirs may be lost."""
+    self.submitting(orders)
     for order in orders:
       if isinstance(order, StepOrder) and self._faulty.hears(order):
         self._passes[order.worker].append(order.id)
         kind = self._dice.draw('pass')
         if kind is not None:
+          self._kinds[order.id] = kind
           worker = self.engine.workers[order.worker]
           assert isinstance(worker, FaultyWorker)
           worker.faults[order.id] = PASS_FAULTS[kind]
     super().submit(orders)
     for order in orders:
-      self._maybe_lose(order)
+      self._after(order)
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
     """Wait until there is something to tell or `until_s` has come; a worker may have begun another life."""
-    if self._dice.draw('turn') is not None:
+    kind = self._dice.draw('turn')
+    if kind is not None:
       name = self._rng.choice(list(self.engine.workers))
-      self.lose(name, 0.0)
-      later_s = self.now_s + 0.01
-      self._later += [(later_s, Done(order, self.now_s, later_s)) for order in self._passes[name]]
-    now_s, events = super().wait(until_s)
-    told = []
-    for event in events:
-      down_s = self._down_s.pop(event.worker, 0.0) if isinstance(event, WorkerBack) else 0.0
-      if down_s:
-        self._later.append((now_s + down_s, event))
-      else:
-        told.append(event)
-    return now_s, told
+      self._losses.lose(name, _LOST_IN_TURN[kind])
+      for order in self._passes[name] if kind == 'worker_restarts' else ():
+        self._tell_later(0.01, Done(order, self.now_s, self.now_s + 0.01))
+    now_s, events = super().wait(min([until_s, *(ends_s for _, ends_s in self._links.values())]))
+    for way, (_, ends_s) in list(self._links.items()):
+      if ends_s <= now_s:
+        del self._links[way]
+        self._faulty.way(*way).go_on()
+    return now_s, [told for event in events for told in self._losses.told(event)]
 
   def _in_order(self, events: list[Event]) -> list[Event]:
     """As the engine tells it: that a worker is lost comes before what its passes in another life bring."""
     return events
 
-  def _maybe_lose(self, order: Order) -> None:
+  def _tell_later(self, after_s: float, event: Event) -> None:
+    self._later.append((self.now_s + after_s, event))
+
+  def _acted(self, order: int) -> None:
+    self._dice.count(self._kinds[order])
+
+  def _after(self, order: Order) -> None:
+    """What happens to others as soon as an order was handed over."""
     if not isinstance(order, StepOrder | TransferOrder) or not self._faulty.hears(order):
       return
     if isinstance(order, TransferOrder):
       kind, places = self._dice.draw('hand-off'), [order.source, order.target]
     else:
       kind, places = self._dice.draw('chunks' if order.chunks else 'decodes'), [order.worker]
-    if kind is not None:
-      self.lose(self._rng.choice(places), self._rng.choice(_DOWN_S))
+    if kind == 'cancels_in_hand_off':
+      assert isinstance(order, TransferOrder)
+      self.withdraw(order.request)
+    elif kind is not None:
+      self._losses.lose(self._rng.choice(places), Loss(kind, self._rng.choice(_DOWN_S)))
 
-  def _draw_fault(self) -> WayFault | None:
-    kind = self._dice.draw('transfer')
-    return None if kind is None else WAY_FAULTS[kind]
+  def _draw_fault(self, order: TransferOrder) -> WayFault | None:
+    way = order.source, order.target
+    if way not in self._links and (drawn := self._dice.draw('link')) is not None:
+      self._links[way] = drawn, self.now_s + _LINK_S
+    kind = self._links[way][0] if way in self._links else self._dice.draw('transfer')
+    if kind is None:
+      return None
+    self._note(order.id, kind)
+    return (LINK_FAULTS | WAY_FAULTS)[kind]
 
-  def _draw_end(self) -> End | None:
+  def _end_of(self, done: Done) -> End | None:
     kind = self._dice.draw('end')
-    return None if kind is None else ENDS[kind]
+    if kind is None:
+      return None
+    self._note(done.order, kind)
+    self._dice.count(kind)
+    return ENDS[kind]
+
+  def _note(self, order: int, kind: str) -> None:
+    self._kinds[order] = kind
+    if kind in _LATE:
+      self.made_late.add(order)

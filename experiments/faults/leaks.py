@@ -28,6 +28,14 @@ def leaks(state: ClusterState) -> list[str]:
     found.append(f'the orders {", ".join(map(str, state._in_flight))} are under way.')
   if state._transfers:
     found.append('transfers are under way, or to be tried again.')
+  if state._transfers._behind:
+    found.append(f'transfers wait for the passes {", ".join(map(str, state._transfers._behind))}.')
+  if state._due:
+    found.append(f'KV of {", ".join(state._due)} is to be sent on.')
+  if state._must or state._tasks:
+    found.append(f'these are to be done: {", ".join(map(repr, [*state._must.values(), *state._tasks]))}.')
+  if state._samples:
+    found.append(f'the samples {", ".join(state._samples)} are followed.')
   timers = [timer for timer, due_s in state._timers._due_s.items() if math.isfinite(due_s)]
   if timers and all(worker.up for worker in state.workers.values()):
     found.append(f'the timers {", ".join(f"{name} of {about}" for name, about in timers)} are set.')

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -25,6 +25,7 @@ from pdjax.types import (
   Completion,
   ModelSpec,
   Request,
+  Role,
   TransferSpec,
   WorkerSpec,
   colocated_pool,
@@ -41,6 +42,12 @@ MODEL = ModelSpec(
 )  # fmt: skip
 _SIZES = {'max_sequences': 4, 'max_step_tokens': 32, 'max_chunks': 4, 'num_pages': 72}
 _STAGED_PAGES = 24
+_FEW_PAGES = {Role.PREFILL: 24, Role.DECODE: 40, Role.BOTH: 40}  # the largest request needs 24 of a prompt, or 38
+FEW_PAGES: dict[str, dict[Role, int]] = {  # by kind of fault; a worker of both phases has few with either
+  'prefill_full': {role: _FEW_PAGES[role] for role in (Role.PREFILL, Role.BOTH)},
+  'decode_full': {role: _FEW_PAGES[role] for role in (Role.DECODE, Role.BOTH)},
+  'both_full': _FEW_PAGES,
+}
 _TRANSFER = TransferSpec(
   granularity='chunk',
   piece_bytes=4096,
@@ -121,10 +128,19 @@ class Cluster:
     """A new engine over the workers and ways; whoever takes it closes it."""
     return Engine(self._workers, self._ways)
 
-  def deployed(self, engine: Serving, **fields: Any) -> Watched:
-    """What a session takes: the cluster on such an engine, with some fields of the config replaced."""
+  def deployed(self, engine: Serving, pages: Mapping[Role, int] = {}, **fields: Any) -> Watched:
+    """What a session takes: the cluster on such an engine, with some fields of the config replaced.
+
+    Args:
+      engine: The engine.
+      pages: Pages of each worker of a role, where it may not use all that it has.
+      **fields: Of the config.
+    """
     deployment = self._deployment
-    built = dataclasses.replace(deployment.built, engine=engine)
+    workers = tuple(
+      dataclasses.replace(one, num_pages=pages.get(one.role, one.num_pages)) for one in deployment.built.workers
+    )
+    built = dataclasses.replace(deployment.built, engine=engine, workers=workers)
     return Watched(dataclasses.replace(deployment.config, **fields), deployment.opened, built)
 
 
@@ -148,10 +164,15 @@ class FaultyCluster(Cluster):
       worker._progress.clear()
       if worker.broken:  # by the last pass of the engine before, of which nobody learned
         worker.reset()
-    with fresh(self._faulty):
-      engine = self.engine()
-      with contextlib.closing(engine):
-        yield engine
+    try:
+      with fresh(self._faulty):
+        engine = self.engine()
+        with contextlib.closing(engine):
+          yield engine
+    finally:
+      for worker in self._workers:
+        assert isinstance(worker, FaultyWorker)
+        worker.clear()  # so that it holds nothing of the engine
 
 
 class Alone(Cluster):

@@ -21,7 +21,7 @@ class Reading:
     stream: The stream.
     pieces: What came, in order.
     completions: What became of each sample, once all have ended.
-    cancelled: Whether the user has cancelled.
+    cancelled: As which kind of fault the user has cancelled, if they have.
     raised: What the stream raised in the end.
     over: Whether the user is done with it.
   """
@@ -30,14 +30,19 @@ class Reading:
   stream: Stream
   pieces: list[Piece] = dataclasses.field(default_factory=list)
   completions: tuple[Completion, ...] = ()
-  cancelled: bool = False
+  cancelled: str | None = None
   raised: Exception | None = None
   over: bool = False
 
   def maybe_cancel(self) -> None:
     """Cancel if it is time to."""
-    if not self.cancelled and self.visit.cancels_after is not None and len(self.pieces) >= self.visit.cancels_after:
-      self.cancelled = True
+    if self.visit.cancels_after is not None and len(self.pieces) >= self.visit.cancels_after:
+      self.cancel('cancels')
+
+  def cancel(self, kind: str) -> None:
+    """From any thread: want no more."""
+    if self.cancelled is None:
+      self.cancelled = kind
       self.stream.cancel()
 
   def take(self, piece: Piece) -> None:

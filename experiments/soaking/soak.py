@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+import json
 import pathlib
 import random
 import tempfile
@@ -12,21 +14,25 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from experiments.faults.full_disk import can_fill_disk, fill_disk
 from experiments.faults.hostile import Hostile
-from experiments.faults.kinds import KINDS, Dice
+from experiments.faults.kinds import KINDS, TOO_LATE, Dice
 from experiments.faults.leaks import engine_leaks, leaks
 from experiments.soaking.answers import Answers
-from experiments.soaking.clusters import DEADLINE_S, Alone, FaultyCluster, Watched
+from experiments.soaking.clusters import DEADLINE_S, FEW_PAGES, Alone, FaultyCluster, Watched
+from experiments.soaking.logs import judge_log
 from experiments.soaking.readers import Readers, Reading
 from experiments.soaking.requests import Wish, cut_short, draw_visits, draw_wish
+from experiments.soaking.resources import Resources
 from experiments.soaking.settings import Setting, draw_setting
 from experiments.soaking.verdicts import Problem, judge, judge_after_the_end
 from pdjax.serving import ClusterState
+from pdjax.serving.messages import AbandonOrder, Order
 from pdjax.session import Session, SessionError
 
 _WISHES = 96  # known at one time
 _NEW_WISHES = 12  # of each session
 _WAVES = 3  # of each session
 _STORM = 0.15  # share of waves
+_FULL = 0.3  # share of sessions with small pools
 _MOST_TOLD = 30  # problems of a kind that are told in full
 
 
@@ -39,7 +45,8 @@ class Tally:
     requests: Streams that ended.
     tokens: Tokens delivered.
     ends: Samples by finish reason.
-    faults: Faults by kind.
+    faults: Faults that acted, by kind.
+    late: Transfers that were late although nobody made them so, as on a machine that is busy.
     counts: What must not be, by kind of problem.
     problems: The first of each kind, in full.
   """
@@ -49,6 +56,7 @@ class Tally:
   tokens: int = 0
   ends: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  late: int = 0
   counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   problems: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
@@ -65,11 +73,19 @@ class _Now:
   name: str
   cluster: FaultyCluster
   setting: Setting
+  dice: Dice
   deployment: Watched
   hostile: Hostile
   session: Session
+  small: str | None  # the kind of fault by which pools are small
+  was_full: bool = False  # such a pool
+  late: int = 0
   wave: int = 0
   readers: Readers | None = None
+
+  @property
+  def where(self) -> str:
+    return f'in {self.name}, wave {self.wave}'
 
   @property
   def state(self) -> ClusterState | None:
@@ -81,7 +97,7 @@ class Soak:
 
   Attributes:
     tally: What was seen.
-    injected: Faults of the session that is served, by kind; they count in the tally when it is over.
+    injected: Faults that acted in the session that is served, by kind; they count in the tally when it is over.
     moved_s: When anything last happened, by `time.monotonic`.
   """
 
@@ -114,12 +130,15 @@ class Soak:
     self._say = say
     self._quiet_s = quiet_s
     self._wishes: collections.deque[Wish] = collections.deque(maxlen=_WISHES)
+    self._resources = Resources(settled=len(clusters))
     self._now: _Now | None = None
 
   def run(self, until: Callable[[], bool]) -> None:
     """Serve one session after another until this is true, which is asked between two waves."""
     while not until():
       self._serve_session(until)
+      where = f'before session {self.tally.sessions}'
+      self._wrong(where, [Problem('leak', one) for one in self._resources.grown(self._quiet_s)])
 
   # -------------------------------------------------------------------------- sessions
 
@@ -136,10 +155,13 @@ class Soak:
     with tempfile.TemporaryDirectory() as folder, cluster.fresh() as engine:
       dice = Dice(random.Random(f'{self._seed}/{number}/faults'), share, self._kinds, injected)
       hostile = Hostile(engine, dice, random.Random(f'{self._seed}/{number}/workers'), late_s=1.5 * DEADLINE_S)
-      deployment = cluster.deployed(hostile, faults=setting.faults)
-      logs = rng.random() < 0.5
-      session = Session(deployment, workdir=folder if logs else None, keep_events=not logs and rng.random() < 0.5)
-      self._now = now = _Now(name, cluster, setting, deployment, hostile, session)
+      pools = [kind for kind in FEW_PAGES if kind in self._kinds]
+      small = rng.choice(pools) if pools and rng.random() < _FULL else None
+      deployment = cluster.deployed(hostile, FEW_PAGES[small] if small else {}, faults=setting.faults)
+      logs, keeps = rng.random() < 0.5, rng.random() < 0.5
+      session = Session(deployment, workdir=folder if logs else None, keep_events=keeps)
+      self._now = now = _Now(name, cluster, setting, dice, deployment, hostile, session, small)
+      hostile.submitting, hostile.withdraw = functools.partial(self._look, now), functools.partial(self._withdraw, now)
       fills_in = rng.randrange(_WAVES) if logs and 'log_full' in self._kinds and rng.random() < 0.5 else None
       try:
         session.start()
@@ -152,18 +174,21 @@ class Soak:
         self._going_on()
         session.close()
       except SessionError as error:
-        self._wrong(now, [Problem('breakdown', str(error))])
+        self._wrong(now.where, [Problem('breakdown', str(error))])
       finally:
         with contextlib.suppress(SessionError):
           session.close(cancel=True)
       if session._open:
-        self._wrong(now, [Problem('leak', f'the session still has {", ".join(session._open)}.')])
+        self._wrong(now.where, [Problem('leak', f'the session still has {", ".join(session._open)}.')])
+      if logs:
+        self._judge_log(now, pathlib.Path(folder), keeps, was_filled=fills_in is not None and fills_in <= now.wave)
     for reading in readings:
-      self._wrong(now, judge_after_the_end(reading))
+      self._wrong(now.where, judge_after_the_end(reading))
     left = [one.name for one in set(threading.enumerate()) - before if one.name.startswith('pdjax')]
     if left:
-      self._wrong(now, [Problem('leak', f'the threads {", ".join(left)} are left.')])
+      self._wrong(now.where, [Problem('leak', f'the threads {", ".join(left)} are left.')])
     self.tally.faults += injected
+    self.tally.late += now.late
     self._now = None
 
   def _renew_wishes(self, rng: random.Random) -> None:
@@ -189,12 +214,14 @@ class Soak:
     now.readers = readers = Readers(now.session, visits, self._going_on)
     if folder_to_fill is not None:
       time.sleep(fills_after_s)
-      injected['log_full'] += fill_disk(pathlib.Path(folder_to_fill)) > 0
+      fill_disk(pathlib.Path(folder_to_fill))
     readers.join()
-    injected['cancels'] += sum(reading.cancelled for reading in readers.readings)
+    for reading in readers.readings:
+      if reading.cancelled is not None and any(one.finish_reason == 'cancelled' for one in reading.completions):
+        injected[reading.cancelled] += 1
     for error in readers.errors:
       if not isinstance(error, SessionError):
-        self._wrong(now, [Problem('breakdown', f'a reader ended with {type(error).__name__}: {error}')])
+        self._wrong(now.where, [Problem('breakdown', f'a reader ended with {type(error).__name__}: {error}')])
     now.readers = None
     return readers.readings
 
@@ -203,7 +230,7 @@ class Soak:
     if now.session._cause is None:
       return False
     cause = now.session._cause
-    self._wrong(now, [Problem('breakdown', f'the session broke down: {type(cause).__name__}: {cause}')])
+    self._wrong(now.where, [Problem('breakdown', f'the session broke down: {type(cause).__name__}: {cause}')])
     return True
 
   # -------------------------------------------------------------------------- what is looked at
@@ -212,13 +239,21 @@ class Soak:
     self._answers.learn(reading.visit.request for reading in readings)
 
     def may_fail(error: str) -> bool:
-      return now.setting.allows(error, injected)
+      return now.setting.allows(error, injected, late=now.late > 0)
 
     for reading in readings:
       self.tally.requests += 1
       self.tally.tokens += sum(len(piece.tokens) for piece in reading.pieces)
       self.tally.ends.update(one.finish_reason for one in reading.completions)
-      self._wrong(now, judge(reading, self._answers, may_fail))
+      self._wrong(now.where, judge(reading, self._answers, may_fail))
+
+  def _judge_log(self, now: _Now, folder: pathlib.Path, keeps: bool, was_filled: bool) -> None:
+    """Look at the log of a session that is closed."""
+    notes = list(now.session._log.notes)
+    now.dice.counts['log_full'] += bool(notes)
+    self._wrong(now.where, judge_log(folder, now.session.events if keeps else None, notes, was_filled))
+    if keeps and not set(notes) <= set(json.loads((folder / 'report.json').read_text(encoding='utf-8'))['notes']):
+      self._wrong(now.where, [Problem('log', f'the report does not say: {" ".join(notes)}')])
 
   def _is_quiet(self, now: _Now) -> bool:
     """Whether all is free soon after the last end."""
@@ -228,7 +263,7 @@ class Soak:
       if not found:
         return True
       if time.monotonic() >= deadline_s:
-        self._wrong(now, [Problem('leak', one) for one in found])
+        self._wrong(now.where, [Problem('leak', one) for one in found])
         return False
       time.sleep(0.005)
 
@@ -242,13 +277,36 @@ class Soak:
     except RuntimeError as error:  # a dict that grew as it was walked
       return [f'the books change: {error}.']
 
-  def _wrong(self, now: _Now, problems: Sequence[Problem]) -> None:
+  def _wrong(self, where: str, problems: Sequence[Problem]) -> None:
     for problem in problems:
       self.tally.counts[problem.kind] += problem.count
       told = self.tally.problems.setdefault(problem.kind, [])
       if len(told) < _MOST_TOLD:
-        told.append(f'{problem.kind.upper()} in {now.name}, wave {now.wave}, seed {self._seed}: {problem.what}')
+        told.append(f'{problem.kind.upper()} {where}, seed {self._seed}: {problem.what}')
         self._say(told[-1])
+
+  # -------------------------------------------------------------------------- on the session's thread
+
+  def _look(self, now: _Now, orders: Sequence[Order]) -> None:
+    """Count what only the books tell: small pools that are full, and transfers that nobody made late."""
+    state = now.state
+    assert state is not None
+    for order in orders:
+      if isinstance(order, AbandonOrder) and order.transfer not in now.hostile.made_late:
+        attempt = state._transfers.get(order.transfer)
+        if attempt is not None and TOO_LATE[0] in attempt.error:
+          now.late += 1
+          if self.tally.late + now.late <= _MOST_TOLD:
+            self._say(f'late by itself {now.where}, seed {self._seed}: try {attempt.number} at {attempt.order!r:.200}')
+    if now.small is not None and not now.was_full and _is_full(state):
+      now.was_full = True
+      now.dice.count(now.small)
+
+  def _withdraw(self, now: _Now, sample: str) -> None:
+    """Have whoever asked for a sample want no more of it."""
+    for reading in list(now.readers.readings) if now.readers is not None else ():
+      if sample in [one.id for one in reading.visit.request.samples()]:
+        reading.cancel('cancels_in_hand_off')
 
   # -------------------------------------------------------------------------- for whoever watches
 
@@ -280,3 +338,14 @@ class Soak:
         yield f'  under way: {order!r:.300}'
     for one in self._held(now):
       yield f'  {one}'
+
+
+def _is_full(state: ClusterState) -> bool:
+  """Whether somebody waits for pages that no worker has free."""
+  room = state.room()
+  sides = (state.waiting, state.prefill_workers, False), (state.prefilled, state.decode_workers, True)
+  return any(
+    all(state.pages_needed(name, worker.name, decodes=decodes) > room.pages(worker.name) for worker in workers)
+    for queue, workers, decodes in sides
+    for name in queue
+  )

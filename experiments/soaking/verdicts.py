@@ -8,9 +8,10 @@ from typing import Literal
 from experiments.soaking.answers import Answers
 from experiments.soaking.readers import Reading
 from pdjax.session import RequestError, SessionError
-from pdjax.types import Completion
+from pdjax.types import Completion, Request, TokenLogprob
 
-Wrong = Literal['wrong tokens', 'stream differs', 'wrong end', 'leak', 'breakdown']
+Wrong = Literal['wrong tokens', 'stream differs', 'log probabilities', 'wrong end', 'leak', 'log', 'breakdown']
+_SAME_LOGPROB = 1e-4  # batches of another size add up in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ def judge(reading: Reading, answers: Answers, may_fail: Callable[[str], bool]) -
     delivered = tuple(token for piece in pieces for token in piece.tokens)
     text = ''.join(piece.text for piece in pieces)
     problems += _judge_sample(sample.id, delivered, text, got, answers.of(sample))
-    problems += _judge_end(sample.id, reading.cancelled, got, answers.of(sample), may_fail)
+    problems += _judge_logprobs(sample, [one for piece in pieces for one in piece.logprobs], got, answers.of(sample))
+    problems += _judge_end(sample.id, reading.cancelled is not None, got, answers.of(sample), may_fail)
   failed = any(one.error is not None for one in reading.completions)
   if failed != isinstance(reading.raised, RequestError):
     problems.append(
@@ -92,6 +94,31 @@ def _num_wrong(tokens: Sequence[int], right: Sequence[int]) -> int:
   return sum(place >= len(right) or token != right[place] for place, token in enumerate(tokens))
 
 
+def _judge_logprobs(
+  sample: Request, delivered: Sequence[TokenLogprob], got: Completion, right: Completion
+) -> list[Problem]:
+  why = None
+  expected = 0 if sample.sampling.logprobs is None else len(got.token_ids)
+  if tuple(delivered) != got.logprobs:
+    why = f'those of its pieces are {delivered}, and of its completion {got.logprobs}'
+  elif len(got.logprobs) != expected:
+    why = f'there are {len(got.logprobs)} of {len(got.token_ids)} tokens'
+  else:
+    for place, (one, other) in enumerate(zip(got.logprobs, right.logprobs, strict=False)):
+      if not _is_same(one, other):
+        why = f'that of token {place} is {one}, expected {other}'
+        break
+  return [] if why is None else [Problem('log probabilities', f'{sample.id}: {why} ({got.finish_reason}).')]
+
+
+def _is_same(one: TokenLogprob, other: TokenLogprob) -> bool:
+  """Whether two log probabilities are the same but for rounding, after which others may be the likeliest."""
+  ours, theirs = (one.logprob, *(value for _, value in one.top)), (other.logprob, *(value for _, value in other.top))
+  known = dict(other.top)
+  pairs = [*zip(ours, theirs, strict=False), *((value, known.get(token, value)) for token, value in one.top)]
+  return len(ours) == len(theirs) and all(abs(mine - right) <= _SAME_LOGPROB for mine, right in pairs)
+
+
 def _judge_end(
   name: str, cancelled: bool, got: Completion, right: Completion, may_fail: Callable[[str], bool]
 ) -> list[Problem]:
@@ -102,8 +129,6 @@ def _judge_end(
     ours, theirs = ((one.finish_reason, len(one.token_ids), one.text) for one in (got, right))
     if ours != theirs:
       why = f'reason, tokens and text are {ours}, expected {theirs}'
-    elif len(got.logprobs) != len(right.logprobs):
-      why = f'{len(got.logprobs)} log probabilities, expected {len(right.logprobs)}'
   elif not right.text.startswith(got.text):
     why = f'the text {got.text!r} does not begin {right.text!r}'
   elif got.finish_reason == 'cancelled':

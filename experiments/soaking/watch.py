@@ -74,5 +74,7 @@ def describe(tally: Tally) -> str:
     f'{tally.requests:,} requests ended, {tally.faults.total():,} faults ({groups or "none yet"}), '
     f'{tally.counts["wrong tokens"]} wrong tokens, {tally.counts["stream differs"]} streams that differ, '
     f'{tally.counts["wrong end"]} wrong ends, {tally.counts["leak"]} leaks, {tally.counts["breakdown"]} breakdowns, '
+    f'{tally.counts["log probabilities"]} wrong log probabilities, {tally.counts["log"]} wrong logs, '
+    f'{tally.late} late by themselves, '
     f'{memory:,.0f} MiB'
   )

@@ -1,5 +1,7 @@
 """The soak finds nothing wrong while everything fails, and it does find what was made wrong."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -9,27 +11,51 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import get_args
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.faults.chaos import End, Fault
-from experiments.faults.engine_faults import PassFault
+from experiments.faults.engine_faults import PASS_STALL_S, SLOW_S, PassFault
 from experiments.faults.full_disk import can_fill_disk, fill_disk
-from experiments.faults.hostile import ENDS, PASS_FAULTS, WAY_FAULTS
+from experiments.faults.hostile import ENDS, LINK_FAULTS, PASS_FAULTS, WAY_FAULTS
 from experiments.faults.kinds import KINDS, RATES, Dice, grouped
+from experiments.faults.leaks import leaks
+from experiments.faults.losses import NOBODY_BRINGS_IT_BACK, Loss, Losses
 from experiments.soaking.answers import Answers
-from experiments.soaking.clusters import MODEL, Alone, FaultyCluster, tokenizer
+from experiments.soaking.clusters import DEADLINE_S, FEW_PAGES, MODEL, Alone, FaultyCluster, tokenizer
+from experiments.soaking.logs import judge_log
 from experiments.soaking.requests import Wish, cut_short, draw_wish
+from experiments.soaking.resources import Resources
 from experiments.soaking.settings import SETTINGS
 from experiments.soaking.soak import Soak
 from experiments.soaking.watch import Hang, describe, watch
 from pdjax.engine.worker import Worker
+from pdjax.kv.transfer import Parcel
+from pdjax.metrics import EventLog
+from pdjax.metrics.lines_file import LinesFile
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
+from pdjax.run_folder import EVENTS
+from pdjax.serving import ClusterState
+from pdjax.serving.messages import (
+  Cancel,
+  Done,
+  Event,
+  Failed,
+  Resend,
+  TimerDue,
+  Turn,
+  Withdrawn,
+  WorkerBack,
+  WorkerLost,
+)
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.session import Piece, Stream
 from pdjax.sharding import make_mesh
@@ -39,6 +65,9 @@ from tests.compiling import quick_environment
 ROOT = pathlib.Path(__file__).parents[2]
 SEED = 19
 PATIENCE_S = 30.0
+MOST_SESSIONS = 60  # until a fault has acted
+FULL_POOL = 72  # pages
+NUM_SLOTS = 16  # of all workers that decode, at most
 
 
 @pytest.fixture(scope='module')
@@ -97,16 +126,123 @@ def test_a_minute_in_which_everything_fails_finds_nothing_wrong(tmp_path):
   assert rows['requests ended'] and rows['faults injected'] == sum(rows[f'injected, {kind}'] for kind in KINDS) > 0
 
 
+class Trace:
+  """What a fault left in the books: every event that a state was told of, and whether it counted."""
+
+  def __init__(self):
+    self.told: list[tuple[Event, bool]] = []
+    self.pages: dict[str, int] = {}  # of the smallest pool of each name
+    self.most_requests = 0
+
+  def note(self, state: ClusterState, event: Event, counted: bool) -> None:
+    self.told.append((event, counted))
+    self.most_requests = max(self.most_requests, len(state.requests))
+    for name, worker in state.workers.items():
+      self.pages[name] = min(worker.num_pages, self.pages.get(name, worker.num_pages))
+
+  def failed(self, error: str, corrupt: bool = False) -> bool:
+    return any(isinstance(one, Failed) and error in one.error and one.corrupt == corrupt for one, _ in self.told)
+
+  def lost(self, error: str, returning: bool = False) -> bool:
+    return any(
+      isinstance(one, WorkerLost) and error in one.error and one.returning == returning for one, _ in self.told
+    )
+
+  def late(self) -> int:
+    return sum(isinstance(one, TimerDue) and one.timer == 'deadline' for one, _ in self.told)
+
+  def slow(self) -> int:
+    trips = [one for one, _ in self.told if isinstance(one, Done) and one.trip is not None]
+    return sum(one.ended_s - one.began_s >= 0.9 * SLOW_S for one in trips)
+
+  def of_no_account(self) -> bool:
+    return any(isinstance(one, Done) and not counted for one, counted in self.told)
+
+  def long_pass(self) -> bool:
+    return any(isinstance(one, Done) and one.ended_s - one.began_s >= 0.9 * PASS_STALL_S for one, _ in self.told)
+
+  def not_finite(self) -> bool:
+    errors = [result.error or '' for one, _ in self.told if isinstance(one, Done) for result in one.results]
+    return any('not finite' in error for error in errors)
+
+  def given_up(self) -> bool:
+    returning = set()
+    for one, _ in self.told:
+      if isinstance(one, WorkerLost) and one.returning:
+        returning.add(one.worker)
+      elif isinstance(one, WorkerLost) and one.worker in returning and one.error == NOBODY_BRINGS_IT_BACK:
+        return True
+      elif isinstance(one, WorkerBack):
+        returning.discard(one.worker)
+    return False
+
+  def withdrawn(self) -> bool:
+    return any(isinstance(one, Withdrawn) for one, _ in self.told)
+
+  def small(self, *names: str) -> bool:
+    return any(self.pages.get(name, FULL_POOL) < FULL_POOL for name in names)
+
+
+TRACES: dict[str, Callable[[Trace], object]] = {
+  'transfer_refused': lambda trace: trace.failed('the transport refused it'),
+  'transfer_fails': lambda trace: trace.failed('the link broke'),
+  'transfer_stalls': Trace.late,
+  'transfer_slow': Trace.slow,
+  'pages_corrupt': lambda trace: trace.failed('CorruptError', corrupt=True),
+  'pages_permuted': lambda trace: trace.failed('CorruptError', corrupt=True),
+  'pages_unwritable': lambda trace: trace.lost('cannot be written'),
+  'link_slow': lambda trace: trace.slow() > 1,
+  'link_stalls': lambda trace: trace.late() > 1,
+  'end_late': lambda trace: trace.late() and trace.of_no_account(),
+  'end_twice': Trace.of_no_account,
+  'end_lost': Trace.late,
+  'pass_refused': lambda trace: trace.failed('the pass was refused'),
+  'pass_refused_halfway': lambda trace: trace.failed('refused halfway') or trace.lost('refused halfway'),
+  'pass_fails': lambda trace: trace.lost('failed on its device'),
+  'pass_takes_pages': lambda trace: trace.lost('took its pages'),
+  'pass_stalls': Trace.long_pass,
+  'pass_has_nan': Trace.not_finite,
+  'lost_in_prefill': lambda trace: trace.lost('it is gone'),
+  'lost_in_decode': lambda trace: trace.lost('it is gone'),
+  'lost_in_hand_off': lambda trace: trace.lost('it is gone'),
+  'worker_restarts': lambda trace: trace.lost('it is gone') and trace.of_no_account(),
+  'worker_returns': lambda trace: trace.lost('it is gone', returning=True),
+  'worker_given_up': Trace.given_up,
+  'prefill_full': lambda trace: trace.small('prefill0', 'both0'),
+  'decode_full': lambda trace: trace.small('decode0', 'both0'),
+  'both_full': lambda trace: trace.small('both0') or (trace.small('prefill0') and trace.small('decode0')),
+  'log_full': lambda trace: trace.told,  # what the log says of itself is what counts it
+  'cancels': Trace.withdrawn,
+  'cancels_in_hand_off': Trace.withdrawn,
+  'storm': lambda trace: trace.withdrawn() and trace.most_requests > NUM_SLOTS,
+}
+
+
 @pytest.mark.parametrize('kind', KINDS)
-def test_each_fault_by_itself_is_injected_and_survived(soak, monkeypatch, kind):
+def test_each_fault_by_itself_acts_and_is_survived(soak, monkeypatch, kind):
   if kind == 'log_full' and not can_fill_disk():
     pytest.skip('there is no /dev/full here')
   patient, *_ = SETTINGS
   monkeypatch.setattr('experiments.soaking.soak.draw_setting', lambda rng: (patient, 0.3))
+  trace, apply = Trace(), ClusterState.apply
+
+  def apply_and_note(state, event, now_s):
+    counted = apply(state, event, now_s)
+    trace.note(state, event, counted)
+    return counted
+
+  monkeypatch.setattr(ClusterState, 'apply', apply_and_note)
   one = soak(kinds=(kind,))
-  watch(one, math.inf, print, patience_s=PATIENCE_S, until=lambda: one.injected[kind] > 0)
+
+  def acted() -> bool:
+    return bool((one.tally.faults[kind] or one.injected[kind]) and TRACES[kind](trace))
+
+  watch(one, math.inf, print, patience_s=PATIENCE_S, until=lambda: acted() or one.tally.sessions > MOST_SESSIONS)
+  assert acted()
   assert one.tally.well, one.tally.problems
   assert kind in +one.tally.faults and set(+one.tally.faults) <= {kind, *(['cancels'] if kind == 'storm' else [])}
+  unserved = {'pass_has_nan': {'error'}, 'cancels': {'cancelled'}, 'cancels_in_hand_off': {'cancelled'}}
+  assert set(one.tally.ends) <= {'length', 'stop', *unserved.get(kind, {'cancelled'} if kind == 'storm' else ())}
 
 
 def test_what_everyone_is_to_get_is_what_a_plain_loop_gives(alone):
@@ -218,6 +354,128 @@ def test_a_page_that_is_never_given_back_is_found(soak, monkeypatch, number):
   assert tally.counts['leak'] == 1 and '1 of 72 pages of ' in tally.problems['leak'][0]
 
 
+def test_a_wrong_log_probability_is_found(soak, monkeypatch):
+  collect = Worker.collect
+  wrong = []
+
+  def lie(worker, order, pending):
+    results, wasted = collect(worker, order, pending)
+    for place, one in enumerate(results):
+      if worker.spec.name != 'both0' and one.logprobs and not wrong:
+        wrong.append(one.request)
+        first = dataclasses.replace(one.logprobs[0], logprob=one.logprobs[0].logprob - 0.01)
+        changed = dataclasses.replace(one, logprobs=(first, *one.logprobs[1:]))
+        results = (*results[:place], changed, *results[place + 1 :])
+    return results, wasted
+
+  monkeypatch.setattr(Worker, 'collect', lie)
+  tally = waves(soak(kinds=()), 4).tally
+  assert wrong and tally.counts == {'log probabilities': 1}
+  assert f' {wrong[0]}: that of token ' in tally.problems['log probabilities'][0]
+
+
+def test_a_transfer_that_nobody_made_late_is_counted(soak, monkeypatch):
+  wait = Parcel.wait
+  late = []
+
+  def wait_longer(parcel):
+    if not late and threading.current_thread().name == 'pdjax-transfers':
+      late.append(parcel)
+      time.sleep(2 * DEADLINE_S)
+    wait(parcel)
+
+  monkeypatch.setattr('experiments.soaking.soak.draw_setting', lambda rng: (SETTINGS[0], 0.1))
+  monkeypatch.setattr(Parcel, 'wait', wait_longer)
+  one = waves(soak(kinds=()), 4)
+  assert late and one.tally.late >= 1 and one.tally.well, one.tally.problems
+  assert f'{one.tally.late} late by themselves' in describe(one.tally)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'sentence'),
+  [
+    ('_due', {'r7': None}, 'KV of r7 is to be sent on.'),
+    ('_must', {'r7': Cancel('r7')}, "these are to be done: Cancel(request='r7', "),
+    ('_tasks', [Resend(3)], 'these are to be done: Resend(transfer=3).'),
+    ('_samples', {'r7': None}, 'the samples r7 are followed.'),
+  ],
+)
+def test_what_is_left_in_the_books_is_found(clusters, field, value, sentence):
+  with clusters[0].fresh() as engine:
+    state = clusters[0].deployed(engine).empty_state()
+  assert leaks(state) == []
+  setattr(state, field, value)
+  (found,) = leaks(state)
+  assert found.startswith(sentence)
+
+
+def test_what_grows_from_session_to_session_is_found_and_told_once(tmp_path):
+  resources, held = Resources(settled=1), [jnp.zeros(3)]
+  assert resources.grown(0.0) == resources.grown(0.0) == []  # the second is what the others are compared with
+  held += [jnp.full(3, index) for index in range(20)]
+  (arrays,) = resources.grown(0.0)
+  assert arrays.startswith('device arrays were ')
+  with contextlib.ExitStack() as files:
+    for index in range(20):
+      files.enter_context((tmp_path / str(index)).open('w'))
+    (opened,) = resources.grown(0.0)
+  assert opened.startswith('open files were ')
+  released = threading.Event()
+  threads = [threading.Thread(target=released.wait, args=(PATIENCE_S,)) for _ in range(20)]
+  for thread in threads:
+    thread.start()
+  (waiting,) = resources.grown(0.0)
+  released.set()
+  assert waiting.startswith('threads were ') and resources.grown(0.0) == []
+
+
+def a_log(folder) -> tuple[pathlib.Path, list[Event]]:
+  """A log of three turns, and what happened in them."""
+  events = [event for now_s in (0.5, 1.25, 2.0) for event in (Turn(now_s), Withdrawn(f'r{now_s}'))]
+  with EventLog(folder / EVENTS) as log:
+    for event in events:
+      log.append(event)
+  return folder / EVENTS, events
+
+
+def cut(path, lines: int) -> None:
+  path.write_bytes(b''.join(path.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+def test_a_log_that_says_from_when_on_it_ends_is_right_and_another_is_not(tmp_path):
+  path, events = a_log(tmp_path)
+  assert judge_log(tmp_path, events, [], was_full=False) == judge_log(tmp_path, None, [], was_full=True) == []
+  note = f'{path} ends early: it has nothing from 1.250 s on, as it cannot be written (OSError: full).'
+  (whole,) = judge_log(tmp_path, events, [note], was_full=True)
+  assert 'has all lines' in whole.what
+  cut(path, 3)  # the turn at 1.25 s is there, what happened in it is not
+  assert judge_log(tmp_path, events, [note], was_full=True) == []
+  (by_nobody,) = judge_log(tmp_path, events, [note], was_full=False)
+  assert 'nobody filled the disk' in by_nobody.what
+  (silent,) = judge_log(tmp_path, events, [], was_full=True)
+  assert "says 'nothing'" in silent.what
+  (too_late,) = judge_log(tmp_path, events, [note.replace('1.250', '2.000')], was_full=True)
+  assert 'it has nothing from 1.250 s on' in too_late.what and too_late.kind == 'log'
+
+
+def test_a_log_with_a_torn_line_or_others_events_is_found(tmp_path):
+  path, events = a_log(tmp_path)
+  path.write_bytes(path.read_bytes()[:-9])
+  (torn,) = judge_log(tmp_path, events, [], was_full=True)
+  assert 'torn' in torn.what
+  path, events = a_log(tmp_path)
+  (other,) = judge_log(tmp_path, events[::-1], [], was_full=True)
+  assert 'are not the first events' in other.what
+
+
+@pytest.mark.skipif(not can_fill_disk(), reason='there is no /dev/full here')
+def test_a_log_that_keeps_silent_about_a_full_disk_is_found(soak, monkeypatch):
+  monkeypatch.setattr(LinesFile, 'note', None)
+  one = soak(kinds=('log_full',))
+  watch(one, math.inf, print, patience_s=PATIENCE_S, until=lambda: one.tally.counts['log'] or one.tally.sessions > 40)
+  assert set(one.tally.counts) == {'log'} and 'it should say ' in one.tally.problems['log'][0]
+
+
 def test_a_request_that_ends_with_an_error_that_nothing_explains_is_found(soak, monkeypatch):
   dispatch = Worker.dispatch
   failed = []
@@ -283,6 +541,8 @@ def test_every_kind_of_fault_is_one_that_an_engine_can_be_given():
   assert by_moment['transfer'] == set(WAY_FAULTS) and set(get_args(Fault)) < set(WAY_FAULTS.values())
   assert by_moment['end'] == set(ENDS) and set(get_args(End)) == set(ENDS.values())
   assert by_moment['pass'] == set(PASS_FAULTS) and set(get_args(PassFault)) == set(PASS_FAULTS.values())
+  assert by_moment['link'] == set(LINK_FAULTS) and set(LINK_FAULTS.values()) < set(get_args(Fault))
+  assert {name for name, kind in KINDS.items() if kind.moment == 'pools'} == set(FEW_PAGES)
 
 
 def test_an_unknown_fault_is_refused_with_those_there_are():
@@ -293,14 +553,19 @@ def test_an_unknown_fault_is_refused_with_those_there_are():
   assert done.returncode == 1 and '--only names gremlins, expected some of transfer_refused, ' in done.stderr
 
 
-def test_dice_draw_what_is_wanted_as_often_as_is_wanted_and_count_it():
+def test_dice_draw_what_is_wanted_as_often_as_is_wanted_and_count_what_acted():
   counts = Counter()
   dice = Dice(random.Random(0), 0.5, ['transfer_fails', 'end_late', 'pass_refused', 'pass_stalls'], counts)
   drawn = Counter(dice.draw(moment) for moment in RATES for _ in range(2000))
-  assert set(drawn) == {None, 'transfer_fails', 'end_late', 'pass_refused', 'pass_stalls'}
-  assert counts == Counter({kind: count for kind, count in drawn.items() if kind is not None})
-  assert 900 < counts['transfer_fails'] < 1100 and 200 < counts['pass_refused'] + counts['pass_stalls'] < 400
-  assert grouped(counts)['transfers'] == counts['transfer_fails'] and grouped(counts)['logs'] == 0
+  assert set(drawn) == {None, 'transfer_fails', 'end_late', 'pass_refused', 'pass_stalls'} and not counts
+  assert 900 < drawn['transfer_fails'] < 1100 and 200 < drawn['pass_refused'] + drawn['pass_stalls'] < 400
+  threads = [threading.Thread(target=lambda: [dice.count('transfer_fails') for _ in range(100)]) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert counts == {'transfer_fails': 400}
+  assert grouped(counts)['transfers'] == 400 and grouped(counts)['logs'] == 0
 
 
 def test_only_what_is_wanted_is_injected(soak):
@@ -316,6 +581,53 @@ def test_errors_are_allowed_only_where_the_settings_and_the_faults_explain_them(
   assert strict.allows(link, Counter(transfer_fails=1)) and not strict.allows(link, Counter(transfer_slow=1))
   away = "every worker that decodes is lost: 'decode0' (it is gone)."
   assert short.allows(away, Counter(lost_in_decode=1)) and not short.allows(away, Counter(transfer_fails=1))
+  for harmless in ('cancels', 'storm', 'log_full', 'pass_stalls', 'both_full', 'worker_returns', 'worker_restarts'):
+    assert not short.allows(away, Counter({harmless: 1}))
+  again = "worker 'decode0' began another life"
+  assert short.allows(again, Counter(worker_returns=1)) and not short.allows(again, Counter(storm=1))
+
+
+def test_a_transfer_that_is_late_by_itself_explains_an_error_and_none_explains_one_without():
+  patient, _, short, _ = SETTINGS
+  late = 'the transfer did not end within 0.4 s'
+  assert short.allows(late, Counter(), late=True) and not patient.allows(late, Counter(), late=True)
+  assert not short.allows(late, Counter(transfer_fails=1))
+
+
+def test_what_nothing_mends_may_end_a_request_whatever_the_settings_say():
+  nan = "worker 'decode0' computed logits that are not finite (NaN or infinite), so there is no token to choose"
+  for setting in SETTINGS:
+    assert setting.allows(nan, Counter(pass_has_nan=1)) and not setting.allows(nan, Counter(pass_fails=1))
+
+
+class Lives:
+  """An engine that knows in which of its lives a worker is."""
+
+  def __init__(self):
+    self.life = 1
+
+  def incarnation(self, worker: str) -> int:
+    return self.life
+
+  def break_worker(self, worker: str) -> None:
+    self.life += 1
+
+
+def test_a_worker_that_is_given_up_is_told_so_while_it_is_away_and_only_then():
+  acted, later, lives = [], [], Lives()
+  losses = Losses(lives, lambda after_s, event: later.append((after_s, event)), acted.append)
+  loss = Loss('worker_given_up', down_s=0.4, returning=True, given_up_after_s=0.1)
+  lost, back = WorkerLost('decode0', 1.0, 'it is gone'), WorkerBack('decode0', 1.0, 2)
+  losses.lose('decode0', loss)
+  assert losses.told(lost) == [dataclasses.replace(lost, returning=True)] and losses.told(back) == []
+  assert later[0] == (0.4, back) and acted == ['worker_given_up']
+  after_s, given_up = later[1]
+  assert after_s == 0.1 and losses.told(given_up) == [given_up] and not given_up.returning
+  assert losses.told(back) == [back]
+  losses.lose('decode0', loss)
+  losses.told(lost), losses.told(dataclasses.replace(back, incarnation=3))
+  losses.told(dataclasses.replace(back, incarnation=4))  # by a pass that failed meanwhile
+  assert losses.told(given_up) == []
 
 
 @pytest.mark.skipif(not can_fill_disk(), reason='there is no /dev/full here')

@@ -47,13 +47,15 @@ class FakeRay(types.SimpleNamespace):
   def __init__(self, *nodes: str, **resources: float):
     self.calls: list[str] = []
     found = [
-      {'Alive': True, 'NodeManagerAddress': host, 'NodeManagerPort': 1, 'Resources': resources}
+      {'Alive': True, 'NodeID': host, 'NodeManagerAddress': host, 'NodeManagerPort': 1, 'Resources': resources}
       for host in nodes or ('127.0.0.1',)
     ]
     group = types.SimpleNamespace(wait=lambda seconds: False)
+    self.free = {one['NodeID']: {kind: amount / 4 for kind, amount in resources.items()} for one in found}
     super().__init__(
       __version__='0', is_initialized=lambda: False, cluster_resources=lambda: resources, nodes=lambda: found,
-      available_resources=lambda: {kind: amount / 4 for kind, amount in resources.items()},
+      get_runtime_context=lambda: types.SimpleNamespace(gcs_address='127.0.0.1:1'),
+      _private=types.SimpleNamespace(state=types.SimpleNamespace(available_resources_per_node=lambda: self.free)),
       util=types.SimpleNamespace(placement_group=lambda bundles, strategy: group, remove_placement_group=lambda one: 0),
     )  # fmt: skip
 
@@ -111,7 +113,8 @@ def test_what_a_cluster_of_our_own_will_lack_is_told_before_it_is_started(monkey
     (
       {'cpus': 7},
       'cpu',
-      r"others leave 2 CPU .* free, where the workers find no places with strategy 'PACK' \(prefill0",
+      r'others leave this of the Ray cluster free: 10\.0\.0\.1:1 2 CPU, 10\.0\.0\.2:1 2 CPU, 10\.0\.0\.3:1 2 CPU, '
+      r"where the workers find no places with strategy 'PACK' \(prefill0",
     ),
   ],
 )
@@ -125,15 +128,66 @@ def test_what_a_cluster_lacks_that_is_there_is_told_before_anything_is_started_o
   assert fake.calls == ['init', 'shutdown']
 
 
-@pytest.mark.parametrize('free, waits', [(2.0, [6.0, 60.0]), (1.5, [6.0, 0.1])])
-def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_have(monkeypatch, free, waits):
-  fake, asked = FakeRay(CPU=8.0), []
+@pytest.mark.parametrize(
+  'strategy, free, waits',
+  [
+    ('PACK', (2.0, 0.0), [6.0, 60.0]),
+    ('PACK', (1.0, 1.0), [6.0, 60.0]),
+    ('PACK', (1.5, 0.0), [6.0, 0.1]),
+    ('PACK', (1.9, 0.9), [6.0, 0.1]),  # enough together, and on no node
+    ('STRICT_PACK', (1.0, 1.0), [6.0, 0.1]),
+    ('STRICT_SPREAD', (3.0, 0.5), [6.0, 0.1]),
+    ('STRICT_SPREAD', (3.0, 1.0), [6.0, 60.0]),
+  ],
+)
+def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_have(monkeypatch, strategy, free, waits):
+  fake, asked = FakeRay('10.0.0.1', '10.0.0.2', CPU=8.0), []
   fake.util.placement_group = lambda bundles, strategy: types.SimpleNamespace(wait=asked.append)
-  fake.available_resources = lambda: {'CPU': free}
+  fake.free = {f'10.0.0.{index}': {'CPU': amount} for index, amount in enumerate(free, 1)}
   use(monkeypatch, fake)
-  with pytest.raises(DeviceError, match=f'others leave {free:g} CPU of the Ray cluster free'):
-    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
+  with pytest.raises(
+    DeviceError, match=rf'cluster free: 10\.0\.0\.1:1 {free[0]:g} CPU, 10\.0\.0\.2:1 {free[1]:g} CPU, where the workers'
+  ):
+    RayProcesses(RayCluster('10.0.0.1:6379', strategy=strategy), RUN.workers, 'cpu')
   assert asked == waits
+
+
+@pytest.mark.parametrize('named', ['ray://10.0.0.1:10001', 'http://10.0.0.1:8265', 'local', 'nonsense', 'head:70000'])
+def test_an_address_in_the_environment_is_looked_at_before_it_is_used(monkeypatch, named):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+  monkeypatch.setenv('RAY_ADDRESS', named)
+  with pytest.raises(DeviceError, match=rf"in RAY_ADDRESS, whose address is '{named}', expected 'host:port'"):
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+  assert fake.calls == []
+
+
+def test_the_cluster_that_the_environment_names_is_the_one_that_is_asked(monkeypatch):
+  fake, asked = FakeRay(CPU=1.0), []
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, 'check_cluster', asked.append)
+  monkeypatch.setenv('RAY_ADDRESS', '10.0.0.1:6379')
+  with pytest.raises(DeviceError, match='the Ray cluster has 1'):
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+  assert asked == ['10.0.0.1:6379']
+
+
+def test_all_that_ray_says_of_why_it_cannot_be_used_is_handed_on(monkeypatch):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+
+  def init(**options):
+    raise RuntimeError(
+      'Version mismatch: The cluster was started with:\n    Ray: 2.60.0\nThis process with:\n  Ray: 3.0'
+    )
+
+  fake.init = init
+  with pytest.raises(
+    DeviceError,
+    match=r"Ray cannot be used at '10\.0\.0\.1:6379' \(Version mismatch: The cluster was started with: Ray: 2\.60\.0 "
+    r'This process with: Ray: 3\.0\)',
+  ):
+    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
 
 
 def test_an_address_of_no_node_is_told_before_a_worker_starts_where_all_nodes_are_on_this_host(monkeypatch):

@@ -1,0 +1,80 @@
+"""That a control service is gone is noticed within seconds, and one that is away for a moment is no loss."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from pdjax.engine import control_service
+from pdjax.engine.control_service import ControlService, call_within
+from pdjax.types.cluster import DeviceError
+
+FAR_S = 30.0  # no test waits for so long
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(control_service, '_EACH_S', 0.02)
+  monkeypatch.setattr(control_service, '_LOOK_S', 0.02)
+
+
+def listening(port: int = 0) -> socket.socket:
+  return socket.create_server(('127.0.0.1', port))
+
+
+def test_a_service_that_is_gone_is_told_once_to_everyone_and_ends_what_waits(monkeypatch):
+  monkeypatch.setattr(control_service, '_AWAY_S', 0.1)
+  server = listening()
+  service = ControlService(f'127.0.0.1:{server.getsockname()[1]}')
+  told: list[DeviceError] = []
+  service.when_lost(told.append)
+  service.check()
+  server.close()
+  with pytest.raises(DeviceError, match=rf"Ray's control service at {service.address} is lost \(Connection refused, for"):
+    service.call(lambda: time.sleep(FAR_S), FAR_S)
+  assert service.is_lost
+  with pytest.raises(DeviceError, match='is lost'):
+    service.check()
+  service.when_lost(told.append)
+  assert len(told) == 2 and told[0] is told[1]
+
+
+def test_a_service_that_is_away_for_a_moment_is_not_lost(monkeypatch):
+  monkeypatch.setattr(control_service, '_AWAY_S', 1.0)
+  looked: list[str | None] = []
+  answers = iter(['Connection refused'] * 3 + [None] * 3)
+  monkeypatch.setattr(control_service, '_why_away', lambda host, port: looked.append(next(answers, None)) or looked[-1])
+  begin = time.monotonic()
+  service = ControlService('127.0.0.1:1')
+  while len(looked) < 8 or time.monotonic() - begin < 1.2:
+    time.sleep(0.02)
+  assert looked[:3] == ['Connection refused'] * 3 and not service.is_lost
+  service.close()
+
+
+def test_who_cannot_look_does_not_take_the_service_for_lost(monkeypatch):
+  """Such as a process that has no more files to open."""
+
+  def refuse(*_):
+    raise OSError(24, 'Too many open files')
+
+  monkeypatch.setattr(socket, 'create_connection', refuse)
+  assert control_service._why_away('127.0.0.1', 1) is None
+
+
+def test_a_service_is_not_looked_at_once_it_is_closed():
+  with listening() as server:
+    service = ControlService(f'127.0.0.1:{server.getsockname()[1]}')
+    thread = next(one for one in threading.enumerate() if one.name == 'pdjax-control-service' and one.is_alive())
+    service.close()
+    thread.join(FAR_S)
+    assert not thread.is_alive() and not service.is_lost
+
+
+def test_a_call_that_does_not_return_is_left_behind():
+  with pytest.raises(TimeoutError, match=r'no answer for 0\.1 s'):
+    call_within(lambda: time.sleep(FAR_S), 0.1)
+  assert call_within(lambda: 5, FAR_S) == 5
+  with pytest.raises(ZeroDivisionError):
+    call_within(lambda: 1 // 0, FAR_S)

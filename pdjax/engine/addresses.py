@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import Any
 
+from pdjax.engine.calls import begin_call
 from pdjax.types.cluster import DeviceError
 
 _ALL_S = 9.5  # for all that is asked of a cluster
@@ -110,14 +110,14 @@ class _Node:
 
 def _connect(host: str, port: int) -> None:
   """See that somebody listens there: at one address that the name has, if it has several."""
-  resolved = _begin(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+  resolved = begin_call(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
   if not wait([resolved], _RESOLVE_S).done:
     raise _Unreached(f'the name {host!r} is not resolved: no name server answered for {_RESOLVE_S:g} s')
   try:
     places = resolved.result()
   except (OSError, UnicodeError) as error:
     raise _Unreached(f'the name {host!r} is not resolved: {_reason(error)}') from None
-  open_ones = {_begin(lambda place=place: _open(*place)) for place in places}  # type: ignore[misc]
+  open_ones = {begin_call(lambda place=place: _open(*place)) for place in places}  # type: ignore[misc]
   until_s = time.monotonic() + _CONNECT_S
   reason = f'nobody answered for {_CONNECT_S:g} s'
   while open_ones:
@@ -140,20 +140,6 @@ def _open(family: int, kind: int, protocol: int, name: str, place: Any) -> None:
 
 def _reason(error: BaseException) -> str:
   return getattr(error, 'strerror', None) or str(error)
-
-
-def _begin(do: Callable[[], Any]) -> Future[Any]:
-  """Do something on a thread that nobody waits for."""
-  future: Future[Any] = Future()
-
-  def run() -> None:
-    try:
-      future.set_result(do())
-    except BaseException as error:
-      future.set_exception(error)
-
-  threading.Thread(target=run, name='pdjax-address', daemon=True).start()
-  return future
 
 
 def _ask(address: str, until_s: float) -> list[_Node]:

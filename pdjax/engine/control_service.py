@@ -5,9 +5,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from typing import TypeVar
 
+from pdjax.engine.calls import call_within
 from pdjax.types.cluster import DeviceError
 
 T = TypeVar('T')
@@ -15,7 +15,6 @@ T = TypeVar('T')
 _EACH_S = 1.0  # from one look to the next
 _CONNECT_S = 2.0
 _AWAY_S = 6.0  # after which it is lost and not just busy; a minute after its loss Ray ends this process
-_LOOK_S = 0.5  # from one look at whether it is lost to the next, while a call is waited for
 _NOBODY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
@@ -87,34 +86,6 @@ class ControlService:
       self._error, told = error, self._told
     for tell in told:
       tell(error)
-
-
-def call_within(do: Callable[[], T], limit_s: float, check: Callable[[], None] = lambda: None) -> T:
-  """Do something on a thread that is left behind if that takes longer than so many seconds.
-
-  Args:
-    do: What.
-    limit_s: The seconds.
-    check: Called twice a second meanwhile; what it raises ends the wait.
-
-  Raises:
-    TimeoutError: if it takes longer.
-  """
-  future: Future[T] = Future()
-
-  def run() -> None:
-    try:
-      future.set_result(do())
-    except BaseException as error:
-      future.set_exception(error)
-
-  threading.Thread(target=run, name='pdjax-call', daemon=True).start()
-  until_s = time.monotonic() + limit_s
-  while not wait([future], min(_LOOK_S, max(until_s - time.monotonic(), 0.0))).done:
-    check()
-    if time.monotonic() >= until_s:
-      raise TimeoutError(f'no answer for {limit_s:g} s')
-  return future.result()
 
 
 def _why_away(host: str, port: int) -> str | None:

@@ -17,12 +17,14 @@ import time
 import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import psutil
 
 from pdjax.engine.addresses import check_cluster, check_own, own_addresses
-from pdjax.engine.control_service import ControlService, call_within
+from pdjax.engine.calls import begin_call
+from pdjax.engine.control_service import ControlService
 from pdjax.engine.peers import Message, News, PeerLost
 from pdjax.types.cluster import DeviceError, WorkerSpec
 from pdjax.types.processes import RayCluster
@@ -33,11 +35,10 @@ _LISTEN_S = 5.0  # of one call that waits for news
 _PULSE_S = 1.0  # from one look at whether a process lives to the next, while an answer is waited for
 _PLACE_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
 _SLOW_PLACE_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
-_ASK_S = 60.0  # until Ray has taken the order to begin a process
 _KILL_S = 2.0
 _CLOSE_S = 10.0  # until a process has ended its threads
 _GIVE_BACK_S = 5.0  # until Ray has taken back what was set aside
-_SHUTDOWN_S = 30.0  # until Ray has ended here: half a minute before it ends all that have lost its control service
+_SHUTDOWN_S = 15.0  # until Ray has ended here, which takes half as long where its control service is lost
 _GROUPS = {'orders': 1, 'news': 1, 'control': 4, 'pulse': 1}  # threads for each kind of call
 _MOST_NODES = 8  # that a message names
 _MOST_LETTERS = 300  # of an error of Ray's
@@ -144,11 +145,11 @@ class RayPeer:
       raise PeerLost(f'worker {self.name!r} gets no new process: all is being closed.')
     name = f'{self.name}-{next(self._lives)}'
     try:
-      actor = self._service.call(lambda: self._start(name), _ASK_S)
+      actor = self._service.call(lambda: self._start(name), self._start_s)
     except TimeoutError:
       raise PeerLost(
         f"worker {self.name!r} gets no process: Ray's control service at {self._service.address} has not answered for "
-        f'{_ASK_S:g} s'
+        f'{self._start_s:g} s'
       ) from None
     with self._lock:
       self._actor, self._counts = actor, itertools.count()
@@ -275,25 +276,8 @@ class RayProcesses:
       self._close_calls.append(service.close)
       done = 'started' if cluster.address is None else 'reached'
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
-      if refusal := cluster.refusal(platform, ray.cluster_resources()):
-        raise DeviceError(refusal)
-      alive = [node for node in ray.nodes() if node['Alive']]
-      nodes = {f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': node['Resources'] for node in alive}
-      if shortage := cluster.shortage(taken, nodes):
-        raise DeviceError(shortage)
-      if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
-        check_own(cluster.host)  # on other hosts, workers say so
-      group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
-      self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
-      self._await_places(group, cluster, taken)
-      node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
-      self.peers = {
-        name: RayPeer(
-          name, functools.partial(self._start, group, index, bundle, node_host), ray, service, cluster.silence_s,
-          cluster.start_s,
-        )
-        for index, (name, bundle) in enumerate(taken.items())
-      }  # fmt: skip
+      # Without its control service Ray does not return from any of these.
+      self.peers = service.call(lambda: self._begin(cluster, taken, platform, service), math.inf)
     except BaseException:
       self.close()
       raise
@@ -302,6 +286,31 @@ class RayProcesses:
     """Call `tell`, from any thread, if Ray's control service is lost: a run cannot go on, and Ray ends it soon."""
     assert self._service is not None
     self._service.when_lost(tell)
+
+  def _begin(
+    self, cluster: RayCluster, taken: Taken, platform: str | None, service: ControlService
+  ) -> dict[str, RayPeer]:
+    """Have Ray set aside what the workers take, if it is there, and begin a process for each."""
+    ray = self._ray
+    if refusal := cluster.refusal(platform, ray.cluster_resources()):
+      raise DeviceError(refusal)
+    alive = [node for node in ray.nodes() if node['Alive']]
+    nodes = {f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': node['Resources'] for node in alive}
+    if shortage := cluster.shortage(taken, nodes):
+      raise DeviceError(shortage)
+    if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
+      check_own(cluster.host)  # on other hosts, workers say so
+    group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
+    self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
+    self._await_places(group, cluster, taken)
+    node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
+    return {
+      name: RayPeer(
+        name, functools.partial(self._start, group, index, dict(bundle), node_host), ray, service, cluster.silence_s,
+        cluster.start_s,
+      )
+      for index, (name, bundle) in enumerate(taken.items())
+    }  # fmt: skip
 
   def _await_places(self, group: Any, cluster: RayCluster, taken: Taken) -> None:
     """Wait until Ray has set aside what the workers take: longer, if the nodes have as much that nobody holds.
@@ -396,15 +405,15 @@ class RayProcesses:
   def _shut_down(self) -> None:
     """End Ray in this process, and what of it was started here, whether its control service answers or not."""
     family = {one for process in self._started for one in _with_children(process)}
-    try:
-      call_within(self._ray.shutdown, _SHUTDOWN_S)
-      if self._service is None or not self._service.is_lost:
-        return
-    except TimeoutError:
-      atexit.unregister(self._ray.shutdown)  # it would wait for ever
+    ended = begin_call(self._ray.shutdown)
+    wait([ended], _SHUTDOWN_S)
+    if ended.done() and (self._service is None or not self._service.is_lost):
+      return
     for process in family:
       with contextlib.suppress(psutil.Error):
         process.kill()
+    if not wait([ended], _SHUTDOWN_S).done:  # it may have waited for one of them
+      atexit.unregister(self._ray.shutdown)  # it would wait for ever
 
 
 def _processes_of(ray: types.ModuleType) -> list[psutil.Process]:

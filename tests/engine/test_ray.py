@@ -317,33 +317,53 @@ def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cl
   assert lost.worker == 'decode0' and 'has not answered for 1 s' in lost.error
 
 
-def breaking(how: str) -> dict:
-  """What came of a run of which workers are broken, as a command of its own with what a user has by default."""
+def breaking(how: str, folder: pathlib.Path) -> dict:
+  """What came of a run of which workers are broken, as a command of its own with what a user has by default.
+
+  Args:
+    how: One of `ray_breaking.WAYS`.
+    folder: Its temporary files, among which no other run has any.
+  """
+  environment = os.environ | {'TMPDIR': str(folder), 'RAY_TMPDIR': tempfile.gettempdir()}  # Ray wants a short one
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, capture_output=True, text=True, timeout=900,
-    check=False,
+    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, env=environment, capture_output=True,
+    text=True, timeout=900, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_both_workers_of_the_demo_killed_by_default_lose_no_sample_and_find_the_programs_of_those_before():
-  facts = breaking('kill both')
+@pytest.mark.parametrize(('kept', 'bar'), [(True, 0.35), (False, 1.3)])
+def test_both_workers_of_the_demo_killed_lose_no_sample_and_are_back_soon(tmp_path, kept, bar):
+  """By default they find the programs of those before; the bar is a part of the first warm-up."""
+  facts = breaking('kill both' if kept else 'kill both, and keep no programs', tmp_path)
   assert sorted(facts['killed']) == ['decode0', 'prefill0']
   assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
   assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
   for one in facts['returns']:
     assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
-    assert one['parts']['compiling'] < facts['compile_s'] / 2  # it reads what the first time computed
+    part = one['seconds'] / facts['warmup_s']
+    told = f'{one["worker"]}: {one["seconds"]:.2f} s, {part:.2f} of a warm-up of {facts["warmup_s"]:.2f} s'
+    print(told, one['parts'])
+    assert part <= bar, told
+    assert (one['parts']['compiling'] < facts['compile_s'] / 2) == kept  # it reads what the first time computed
   assert facts['left'] == [] and facts['folders'] == []
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_while_it_starts_is_told_and_nothing_is_left():
-  facts = breaking('stop one at the start')
+def test_a_process_that_is_stopped_while_it_starts_is_told_and_nothing_is_left(tmp_path):
+  facts = breaking('stop one at the start', tmp_path)
   (stopped,) = facts['stopped']
   assert facts['errors'] == [f"the process of worker '{stopped}' has not answered for 3 s"]
+  assert facts['left'] == [] and facts['folders'] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_before_it_is_there_is_told_and_nothing_is_left(tmp_path):
+  facts = breaking('stop all before they are there', tmp_path)
+  (stopped,) = facts['stopped']
+  assert facts['errors'] == [f"the process of worker '{stopped}' was not there after 8 s"]
   assert facts['left'] == [] and facts['folders'] == []
 
 

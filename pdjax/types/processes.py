@@ -21,9 +21,11 @@ class RayCluster:
 
   Attributes:
     address: A Ray cluster that is there, `'host:port'`, or 'auto' for the one of this machine; None starts one here and
-      stops it in the end. One that does not answer, or lacks what the workers take, is told of within seconds; nodes
-      that an autoscaler would add are not waited for.
-    host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster.
+      stops it in the end. One that does not answer, or lacks what the workers take, is told of within seconds, and
+      so is one of which this machine is no node; nodes that an autoscaler would add are not waited for. If nobody
+      listens for 6 s where its control service was, the run ends, with what was answered.
+    host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster,
+      which is 127.0.0.1 where the cluster is started here.
       Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
     strategy: How Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.

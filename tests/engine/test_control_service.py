@@ -1,5 +1,6 @@
 """That a control service is gone is noticed within seconds, and one that is away for a moment is no loss."""
 
+import math
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ import pytest
 
 from pdjax.engine import calls, control_service
 from pdjax.engine.control_service import ControlService
+from pdjax.engine.process_engine import ProcessEngine
 from pdjax.types.cluster import DeviceError
 
 FAR_S = 30.0  # no test waits for so long
@@ -72,3 +74,16 @@ def test_a_service_is_not_looked_at_once_it_is_closed():
     service.close()
     thread.join(FAR_S)
     assert not thread.is_alive() and not service.is_lost
+
+
+def test_a_run_that_waits_for_what_may_never_come_ends_when_it_is_told_so():
+  engine = ProcessEngine({}, {}, {})
+  engine.start_clock()
+  error = DeviceError('the control service is lost')
+  threading.Timer(0.1, lambda: engine.fail(error)).start()
+  assert engine.wait(math.inf)[1] == []  # what came before is heard first
+  for _ in range(2):
+    with pytest.raises(DeviceError) as caught:
+      engine.wait(math.inf)
+    assert caught.value is error
+  engine.close()

@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from pdjax.engine import ray_workers
+from pdjax.engine import addresses, ray_workers
 from pdjax.engine.peers import Pull, StartClock, Submit
 from pdjax.engine.processes import build_processes
 from pdjax.engine.ray_workers import RayProcesses, import_ray
@@ -210,16 +210,21 @@ def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypat
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
 
 
+def run_on_ray(tmp_path: pathlib.Path, split: str, decode_tp: int, **environment: str) -> dict:
+  """What a tiny run says of itself, as a command of its own."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
+    cwd=ROOT, env=quick_environment() | environment, capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('split, decode_tp, count', [('1P1D', 1, 2), ('2P1D', 2, 3)])
 def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
   """One command: tokens, who holds devices, who listens where, and what is left."""
-  done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
-    cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  facts = json.loads(done.stdout.splitlines()[-1])
+  facts = run_on_ray(tmp_path, split, decode_tp)
   assert {name: tuple(tokens) for name, tokens in facts['tokens'].items()} == {
     request.id: generate(TINY, request)[0] for request in requests()
   }
@@ -235,12 +240,32 @@ def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
 
 
 @pytest.mark.slow
+def test_all_that_a_cluster_started_here_listens_at_can_be_kept_on_loopback(tmp_path):
+  facts = run_on_ray(tmp_path, '1P1D', 1, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER='0')
+  assert not facts['errors'] and facts['left'] == []
+  heard = [address for some in facts['listening'].values() for address in some]
+  assert len(heard) > 6
+  assert {address.rpartition(':')[0] for address in heard} <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
+
+
+@pytest.mark.slow
 def test_on_a_real_cluster_with_gpus_no_worker_starts_without_a_platform(monkeypatch):
   begin = ray.init
   monkeypatch.setattr(ray, 'init', lambda **options: begin(**options, num_gpus=2))
   with pytest.raises(DeviceError, match='has 2 GPU, and with platform None'):
     RayProcesses(RUN.processes, RUN.workers, None)
   assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_by_the_name_of_its_node_a_worker_of_a_cluster_started_here_is_on_loopback():
+  run = dataclasses.replace(RUN, processes=RayCluster(cpus=0.5, host='node'))
+  processes = RayProcesses(run.processes, run.workers[:1], run.platform)
+  try:
+    (peer,) = processes.peers.values()
+    assert peer.ask('machine', 'cpu', 1, 'node').address.startswith('127.0.0.1:')
+  finally:
+    processes.close()
 
 
 @pytest.fixture(scope='module')
@@ -337,18 +362,22 @@ def breaking(how: str, folder: pathlib.Path) -> dict:
 @pytest.mark.parametrize(('kept', 'bar'), [(True, 0.35), (False, 1.3)])
 def test_both_workers_of_the_demo_killed_lose_no_sample_and_are_back_soon(tmp_path, kept, bar):
   """By default they find the programs of those before; the bar is a part of the first warm-up."""
-  facts = breaking('kill both' if kept else 'kill both, and keep no programs', tmp_path)
-  assert sorted(facts['killed']) == ['decode0', 'prefill0']
-  assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
-  assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
+  for tries in (1, 2):  # others may take the cores for a while
+    facts = breaking('kill both' if kept else 'kill both, and keep no programs', tmp_path)
+    assert sorted(facts['killed']) == ['decode0', 'prefill0']
+    assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
+    assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
+    assert facts['left'] == [] and facts['folders'] == []
+    took = {one['worker']: one['seconds'] / facts['warmup_s'] for one in facts['returns']}
+    for one in facts['returns']:
+      assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
+      print(f'{one["worker"]}: {one["seconds"]:.2f} s, {took[one["worker"]]:.2f} of a warm-up', one['parts'])
+    print(f'warm-up: {facts["warmup_s"]:.2f} s, of which compiling {facts["compile_s"]:.2f} s')
+    if tries == 2 or max(took.values()) <= bar:
+      break
+  assert max(took.values()) <= bar, took
   for one in facts['returns']:
-    assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
-    part = one['seconds'] / facts['warmup_s']
-    told = f'{one["worker"]}: {one["seconds"]:.2f} s, {part:.2f} of a warm-up of {facts["warmup_s"]:.2f} s'
-    print(told, one['parts'])
-    assert part <= bar, told
     assert (one['parts']['compiling'] < facts['compile_s'] / 2) == kept  # it reads what the first time computed
-  assert facts['left'] == [] and facts['folders'] == []
 
 
 @pytest.mark.slow
@@ -365,6 +394,15 @@ def test_a_process_that_is_stopped_before_it_is_there_is_told_and_nothing_is_lef
   (stopped,) = facts['stopped']
   assert facts['errors'] == [f"the process of worker '{stopped}' was not there after 8 s"]
   assert facts['left'] == [] and facts['folders'] == []
+
+
+@pytest.mark.slow
+def test_a_real_cluster_tells_which_of_its_nodes_are_here(cluster, monkeypatch):
+  address = import_ray().get_runtime_context().gcs_address
+  host = address.rpartition(':')[0]
+  assert addresses._ask(address, time.monotonic() + 60.0) == [addresses._Node(host, is_here=True)]
+  monkeypatch.setattr(addresses, 'own_addresses', lambda: ['192.0.2.7'])  # as behind a router
+  addresses.check_cluster(address)
 
 
 @pytest.mark.slow

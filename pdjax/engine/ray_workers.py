@@ -267,7 +267,9 @@ class RayProcesses:
     ray = self._ray = import_ray()
     self._close_calls: list[Callable[[], object]] = []
     self._service: ControlService | None = None
-    self._started: list[Any] = []  # Ray's own processes, if it was started here
+    self._family: set[psutil.Process] = (
+      set()
+    )  # what runs for the cluster, as far as it is known, if it was started here
     try:
       begin = time.perf_counter()
       taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
@@ -278,6 +280,7 @@ class RayProcesses:
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
       # Without its control service Ray does not return from any of these.
       self.peers = service.call(lambda: self._begin(cluster, taken, platform, service), math.inf)
+      self._note_family()
     except BaseException:
       self.close()
       raise
@@ -377,7 +380,8 @@ class RayProcesses:
       ) from error
     self._close_calls.append(self._shut_down)
     if cluster.address is None:
-      self._started = _processes_of(ray)
+      self._family |= _processes_of(ray)
+      self._note_family()
 
   def _start(self, group: Any, index: int, bundle: dict[str, float], node_host: str | None, name: str) -> Any:
     """An actor in one of the places that were set aside; when it is lost, its controller decides what then."""
@@ -404,37 +408,36 @@ class RayProcesses:
 
   def _shut_down(self) -> None:
     """End Ray in this process, and what of it was started here, whether its control service answers or not."""
-    family = {one for process in self._started for one in _with_children(process)}
+    self._note_family()
     ended = begin_call(self._ray.shutdown)
     wait([ended], _SHUTDOWN_S)
     if ended.done() and (self._service is None or not self._service.is_lost):
       return
-    for process in family:
+    for process in self._family:
       with contextlib.suppress(psutil.Error):
         process.kill()
     if not wait([ended], _SHUTDOWN_S).done:  # it may have waited for one of them
       atexit.unregister(self._ray.shutdown)  # it would wait for ever
 
+  def _note_family(self) -> None:
+    """Learn which processes run for the cluster; those whose parent has ended are told by nobody later."""
+    for process in [*self._family]:
+      with contextlib.suppress(psutil.Error):
+        self._family |= {*process.children(recursive=True)}
 
-def _processes_of(ray: types.ModuleType) -> list[psutil.Process]:
+
+def _processes_of(ray: types.ModuleType) -> set[psutil.Process]:
   """What Ray has started here for a cluster: its control service, its node and what belongs to it."""
   try:
     started = ray._private.worker._global_node.all_processes.values()
     pids = [one.process.pid for some in started for one in some]
   except Exception:  # of another Ray
-    return []
-  found = []
+    return set()
+  found = set()
   for pid in pids:
     with contextlib.suppress(psutil.Error):
-      found.append(psutil.Process(pid))
+      found.add(psutil.Process(pid))
   return found
-
-
-def _with_children(process: psutil.Process) -> list[psutil.Process]:
-  try:
-    return [process, *process.children(recursive=True)]
-  except psutil.Error:
-    return []
 
 
 def _kinds(taken: Taken) -> set[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 
@@ -205,6 +206,23 @@ def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypat
   with pytest.raises(DeviceError, match=r'no Ray cluster can be reached at 127\.0\.0\.1:1 \('):
     RayProcesses(RayCluster('127.0.0.1:1'), RUN.workers, 'cpu')
   assert fake.calls == []
+
+
+def test_what_was_started_here_is_ended_where_ray_cannot_end_it(monkeypatch):
+  """As where its control service was stopped."""
+  fake, stuck, forgotten = FakeRay(CPU=8.0), threading.Event(), []
+  fake.shutdown = lambda: stuck.wait(60.0)
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, '_SHUTDOWN_S', 0.1)
+  monkeypatch.setattr(ray_workers.atexit, 'unregister', forgotten.append)
+  with subprocess.Popen(['sleep', '600']) as child:
+    started = {'raylet': [types.SimpleNamespace(process=child)]}
+    fake._private.worker = types.SimpleNamespace(_global_node=types.SimpleNamespace(all_processes=started))
+    with pytest.raises(DeviceError, match='others leave'):
+      RayProcesses(RayCluster(), RUN.workers, 'cpu')
+    assert child.wait(30.0) == -signal.SIGKILL
+  assert forgotten == [fake.shutdown]  # it would keep this process from ending
+  stuck.set()
 
 
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')

@@ -377,6 +377,7 @@ def _build_processes(
   config: ServingConfig, model: ModelSpec, output_len: Callable[[str], int | None], say: Say
 ) -> 'Built':
   """As `deploy`, each worker in a process of its own; this one holds no devices."""
+  from pdjax.engine.process_engine import ProcessEngine
   from pdjax.engine.processes import build_processes
   from pdjax.engine.ray_workers import RayProcesses
 
@@ -389,7 +390,10 @@ def _build_processes(
       processes.close()
 
   try:
-    return build_processes(config, model, processes.peers, output_len, say, closed=close)
+    built = build_processes(config, model, processes.peers, output_len, say, closed=close)
+    assert isinstance(built.engine, ProcessEngine)
+    processes.when_lost(built.engine.fail)
+    return built
   except BaseException:
     close()
     raise

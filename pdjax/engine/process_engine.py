@@ -175,6 +175,7 @@ class ProcessEngine:
     self._clock = threading.Lock()
     self._start_s = 0.0
     self._closing = threading.Event()
+    self._failure: Exception | None = None
     self._threads = [
       threading.Thread(target=self._listen, args=(name,), name=f'pdjax-{name}', daemon=True) for name in peers
     ]
@@ -218,6 +219,11 @@ class ProcessEngine:
     for name, place in self.workers.items():
       if not place.up:
         self._mailbox.post(functools.partial(self._describe_lost, name))
+
+  def fail(self, error: Exception) -> None:
+    """From any thread: end the wait under way, and have every further one raise this; nothing can be served now."""
+    self._failure = error
+    self._mailbox.interrupt(lambda now_s: None)
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
@@ -286,7 +292,9 @@ class ProcessEngine:
   # -------------------------------------------------------------------------- news
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
-    """Wait until an order ended, an interrupt or `until_s` has come."""
+    """Wait until an order ended, an interrupt or `until_s` has come, or raise what `fail` was called with."""
+    if self._failure is not None:
+      raise self._failure
     while True:
       now_s, items = self._mailbox.collect(until_s)
       events: list[Event] = []

@@ -4,6 +4,7 @@ Ray places the processes, watches them and says at once when one is gone; orders
 does.
 """
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -16,9 +17,14 @@ import time
 import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
+import psutil
+
 from pdjax.engine.addresses import check_cluster, check_own, own_addresses
+from pdjax.engine.calls import begin_call
+from pdjax.engine.control_service import ControlService
 from pdjax.engine.peers import Message, News, PeerLost
 from pdjax.types.cluster import DeviceError, WorkerSpec
 from pdjax.types.processes import RayCluster
@@ -29,9 +35,13 @@ _LISTEN_S = 5.0  # of one call that waits for news
 _PULSE_S = 1.0  # from one look at whether a process lives to the next, while an answer is waited for
 _PLACE_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
 _SLOW_PLACE_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
-_START_S = 60.0  # until a process is there, or longer if its silence may be
+_KILL_S = 2.0
 _CLOSE_S = 10.0  # until a process has ended its threads
+_GIVE_BACK_S = 5.0  # until Ray has taken back what was set aside
+_SHUTDOWN_S = 15.0  # until Ray has ended here, which takes half as long where its control service is lost
 _GROUPS = {'orders': 1, 'news': 1, 'control': 4, 'pulse': 1}  # threads for each kind of call
+_MOST_NODES = 8  # that a message names
+_MOST_LETTERS = 300  # of an error of Ray's
 _STORE_BYTES = 80 * 2**20  # the least that Ray takes: no KV goes through its object store
 
 
@@ -63,9 +73,14 @@ def make_token() -> None:
 
 
 class RayWorker:
-  """What Ray runs in a worker's process: a `WorkerProcess`, and the order of what it is told."""
+  """What Ray runs in a worker's process: a `WorkerProcess`, and the order of what it is told.
 
-  def __init__(self):
+  Args:
+    node_host: The address that a host of 'node' stands for; None for that of its node in the Ray cluster.
+  """
+
+  def __init__(self, node_host: str | None = None):
+    self._node_host = node_host
     self._lock = threading.Lock()
     self._process: Any = None
     self._held: dict[int, Message] = {}
@@ -77,7 +92,7 @@ class RayWorker:
       if self._process is None:
         from pdjax.engine.worker_process import WorkerProcess  # JAX begins here
 
-        self._process = WorkerProcess(node_host=import_ray().util.get_node_ip_address())
+        self._process = WorkerProcess(node_host=self._node_host or import_ray().util.get_node_ip_address())
     return getattr(self._process, method)(*args)
 
   def pulse(self) -> None:
@@ -100,14 +115,26 @@ class RayPeer:
     name: The worker's name.
     start: Starts an actor by a name that none had before.
     ray: Ray.
+    service: Ray's control service. Once that is lost, what is asked raises a DeviceError.
     silence_s: Seconds without a sign of life after which it counts as lost.
+    start_s: Seconds until an actor must be there.
   """
 
-  def __init__(self, name: str, start: Callable[[str], Any], ray: types.ModuleType, silence_s: float):
+  def __init__(
+    self,
+    name: str,
+    start: Callable[[str], Any],
+    ray: types.ModuleType,
+    service: ControlService,
+    silence_s: float,
+    start_s: float,
+  ):
     self.name = name
     self._start = start
     self._ray = ray
+    self._service = service
     self._silence_s = silence_s
+    self._start_s = start_s
     self._lock = threading.Lock()
     self._lives = itertools.count(1)
     self._closed = False
@@ -116,7 +143,14 @@ class RayPeer:
   def _begin(self) -> None:
     if self._closed:
       raise PeerLost(f'worker {self.name!r} gets no new process: all is being closed.')
-    actor = self._start(f'{self.name}-{next(self._lives)}')
+    name = f'{self.name}-{next(self._lives)}'
+    try:
+      actor = self._service.call(lambda: self._start(name), self._start_s)
+    except TimeoutError:
+      raise PeerLost(
+        f"worker {self.name!r} gets no process: Ray's control service at {self._service.address} has not answered for "
+        f'{self._start_s:g} s'
+      ) from None
     with self._lock:
       self._actor, self._counts = actor, itertools.count()
       self._is_there = self._is_silent = False
@@ -126,12 +160,12 @@ class RayPeer:
     if self._is_there:
       return
     ray, actor = self._ray, self._actor
-    start_s = max(_START_S, self._silence_s)
     try:
-      ray.get(actor.__ray_ready__.remote(), timeout=None if math.isinf(start_s) else start_s)
-    except ray.exceptions.GetTimeoutError:
-      self._is_silent = True
-      raise PeerLost(f'the process of worker {self.name!r} was not there after {start_s:g} s') from None
+      ready = actor.__ray_ready__.remote()
+      if not self._wait([ready], self._start_s):
+        self._is_silent = True
+        raise PeerLost(f'the process of worker {self.name!r} was not there after {self._start_s:g} s')
+      ray.get(ready)
     except (ray.exceptions.RayError, ValueError) as error:
       raise PeerLost(f'there is no process for worker {self.name!r}: {_first_line(error)}') from error
     self._is_there = actor is self._actor
@@ -152,8 +186,7 @@ class RayPeer:
 
   def restart(self) -> None:
     """Have Ray start another process in the place of the lost one."""
-    with contextlib.suppress(Exception):  # one that lives still, but can do nothing, has the devices
-      self._ray.kill(self._actor)
+    self._kill()  # one that lives still, but can do nothing, has the devices
     try:
       self._begin()
     except (self._ray.exceptions.RayError, ValueError) as error:
@@ -166,22 +199,36 @@ class RayPeer:
     if not self._is_silent:
       with contextlib.suppress(Exception):
         self._ray.get(_method(self._actor, 'call', 'control').remote('close'), timeout=_CLOSE_S)
+    self._kill()
+
+  def _kill(self) -> None:
+    actor = self._actor
     with contextlib.suppress(Exception):
-      self._ray.kill(self._actor)
+      self._service.call(lambda: self._ray.kill(actor), _KILL_S)
 
   def _answer(self, group: str, method: str, *args: Any) -> Any:
     """Call a method and wait for its answer; while there is none, for signs of life."""
-    ray, actor = self._ray, self._actor
+    actor = self._actor
     answer = _method(actor, 'call', group).remote(method, *args)
-    while not ray.wait([answer], timeout=_PULSE_S)[0] and not math.isinf(self._silence_s):
+    while not self._wait([answer], math.inf if math.isinf(self._silence_s) else _PULSE_S):
       pulse = _method(actor, 'pulse', 'pulse').remote()
-      found, _ = ray.wait([answer, pulse], timeout=self._silence_s)
+      found = self._wait([answer, pulse], self._silence_s)
       if not found:
         self._is_silent = actor is self._actor
         raise PeerLost(f'the process of worker {self.name!r} has not answered for {self._silence_s:g} s')
       if pulse in found:
         self._get(pulse)  # of a process that is gone it raises
     return self._get(answer)
+
+  def _wait(self, answers: list[Any], seconds: float) -> list[Any]:
+    """Those of the answers that are there once one is, or after so long."""
+    until_s = time.monotonic() + seconds
+    while True:
+      self._service.check()
+      left_s = until_s - time.monotonic()
+      found, _ = self._ray.wait(answers, timeout=max(min(left_s, _PULSE_S), 0.0))
+      if found or left_s <= _PULSE_S:
+        return found
 
   def _get(self, answer: Any) -> Any:
     try:
@@ -219,48 +266,91 @@ class RayProcesses:
   ):
     ray = self._ray = import_ray()
     self._close_calls: list[Callable[[], object]] = []
+    self._service: ControlService | None = None
+    self._family: set[psutil.Process] = (
+      set()
+    )  # what runs for the cluster, as far as it is known, if it was started here
     try:
       begin = time.perf_counter()
       taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
       self._connect(cluster, taken)
+      service = self._service = ControlService(ray.get_runtime_context().gcs_address)
+      self._close_calls.append(service.close)
       done = 'started' if cluster.address is None else 'reached'
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
-      if refusal := cluster.refusal(platform, ray.cluster_resources()):
-        raise DeviceError(refusal)
-      alive = [node for node in ray.nodes() if node['Alive']]
-      nodes = {f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': node['Resources'] for node in alive}
-      if shortage := cluster.shortage(taken, nodes):
-        raise DeviceError(shortage)
-      if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
-        check_own(cluster.host)  # on other hosts, workers say so
-      group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
-      self._close_calls.append(lambda: ray.util.remove_placement_group(group))
-      if not self._is_placed(group, taken):
-        free = ray.available_resources()
-        left = ' and '.join(f'{free.get(kind, 0.0):g} {kind}' for kind in sorted(_kinds(taken)))
-        each = ', '.join(f'{name} {dict(bundle)}' for name, bundle in taken.items())
-        raise DeviceError(
-          f'others leave {left} of the Ray cluster free, where the workers find no places with strategy '
-          f'{cluster.strategy!r} ({each}); wait until the others have ended, lower the number of workers, tp or '
-          'processes.cpus, or use a larger cluster.'
-        )
-      self.peers = {
-        name: RayPeer(name, functools.partial(self._start, group, index, bundle), ray, cluster.silence_s)
-        for index, (name, bundle) in enumerate(taken.items())
-      }
+      # Without its control service Ray does not return from any of these.
+      self.peers = service.call(lambda: self._begin(cluster, taken, platform, service), math.inf)
+      self._note_family()
     except BaseException:
       self.close()
       raise
 
-  def _is_placed(self, group: Any, taken: Taken) -> bool:
-    """Whether Ray sets aside what the workers take before long, or later if there is as much that nobody has."""
+  def when_lost(self, tell: Callable[[DeviceError], None]) -> None:
+    """Call `tell`, from any thread, if Ray's control service is lost: a run cannot go on, and Ray ends it soon."""
+    assert self._service is not None
+    self._service.when_lost(tell)
+
+  def _begin(
+    self, cluster: RayCluster, taken: Taken, platform: str | None, service: ControlService
+  ) -> dict[str, RayPeer]:
+    """Have Ray set aside what the workers take, if it is there, and begin a process for each."""
+    ray = self._ray
+    if refusal := cluster.refusal(platform, ray.cluster_resources()):
+      raise DeviceError(refusal)
+    alive = [node for node in ray.nodes() if node['Alive']]
+    nodes = {f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': node['Resources'] for node in alive}
+    if shortage := cluster.shortage(taken, nodes):
+      raise DeviceError(shortage)
+    if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
+      check_own(cluster.host)  # on other hosts, workers say so
+    group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
+    self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
+    self._await_places(group, cluster, taken)
+    node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
+    return {
+      name: RayPeer(
+        name, functools.partial(self._start, group, index, dict(bundle), node_host), ray, service, cluster.silence_s,
+        cluster.start_s,
+      )
+      for index, (name, bundle) in enumerate(taken.items())
+    }  # fmt: skip
+
+  def _await_places(self, group: Any, cluster: RayCluster, taken: Taken) -> None:
+    """Wait until Ray has set aside what the workers take: longer, if the nodes have as much that nobody holds.
+
+    Raises:
+      DeviceError: if it does not come to that.
+    """
     if group.wait(_PLACE_S):
-      return True
-    free = self._ray.available_resources()
-    has_room = all(
-      free.get(kind, 0.0) >= sum(bundle.get(kind, 0.0) for bundle in taken.values()) for kind in _kinds(taken)
+      return
+    free = self._free()
+    has_room = cluster.shortage(taken, free) is None
+    if group.wait(_SLOW_PLACE_S if has_room else 0.1):
+      return
+    kinds = sorted(_kinds(taken))
+    shown = [
+      f'{node} {" and ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)}'
+      for node, amounts in [*free.items()][:_MOST_NODES]
+    ]
+    shown += [f'{len(free) - _MOST_NODES} more nodes'] if len(free) > _MOST_NODES else []
+    each = ', '.join(f'{name} {dict(bundle)}' for name, bundle in taken.items())
+    raise DeviceError(
+      f'others leave this of the Ray cluster free: {", ".join(shown)}, where the workers find no places with strategy '
+      f'{cluster.strategy!r} ({each}); wait until the others have ended, lower the number of workers, tp or '
+      'processes.cpus, or use a larger cluster.'
     )
-    return group.wait(_SLOW_PLACE_S if has_room else 0.1)
+
+  def _free(self) -> dict[str, Mapping[str, float]]:
+    """What nobody holds now, by node."""
+    try:
+      by_id = self._ray._private.state.available_resources_per_node()
+    except AttributeError:  # of another Ray
+      return {'all nodes': self._ray.available_resources()}
+    return {
+      f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': by_id.get(node['NodeID'], {})
+      for node in self._ray.nodes()
+      if node['Alive']
+    }
 
   def _connect(self, cluster: RayCluster, taken: Taken) -> None:
     ray = self._ray
@@ -276,7 +366,6 @@ class RayProcesses:
       make_token()
       options |= {
         'address': 'local', 'num_cpus': cpus, 'object_store_memory': _STORE_BYTES, 'include_dashboard': False,
-        '_node_ip_address': '127.0.0.1',
       }  # fmt: skip
     else:
       options |= {'address': cluster.address}
@@ -285,13 +374,16 @@ class RayProcesses:
     try:
       ray.init(configure_logging=False, **options)
     except Exception as error:
-      where = 'started here' if cluster.address is None else f'reached at {cluster.address!r}'
+      where = 'started here' if cluster.address is None else f'used at {cluster.address!r}'
       raise DeviceError(
-        f'Ray cannot be {where} ({_first_line(error)}); docs/security.md says what a client needs.'
+        f'Ray cannot be {where} ({_in_a_line(error)}); docs/security.md says what a client needs.'
       ) from error
-    self._close_calls.append(ray.shutdown)
+    self._close_calls.append(self._shut_down)
+    if cluster.address is None:
+      self._family |= _processes_of(ray)
+      self._note_family()
 
-  def _start(self, group: Any, index: int, bundle: dict[str, float], name: str) -> Any:
+  def _start(self, group: Any, index: int, bundle: dict[str, float], node_host: str | None, name: str) -> Any:
     """An actor in one of the places that were set aside; when it is lost, its controller decides what then."""
     ray = self._ray
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, index)
@@ -305,7 +397,7 @@ class RayProcesses:
       max_restarts=0,  # by itself Ray tells a second later that an actor is lost which it starts anew
       max_task_retries=0,
     )
-    return actor.remote()
+    return actor.remote(node_host)
 
   def close(self) -> None:
     """Give everything back, and end Ray if it was started here."""
@@ -313,6 +405,39 @@ class RayProcesses:
     for call in reversed(calls):
       with contextlib.suppress(Exception):
         call()
+
+  def _shut_down(self) -> None:
+    """End Ray in this process, and what of it was started here, whether its control service answers or not."""
+    self._note_family()
+    ended = begin_call(self._ray.shutdown)
+    wait([ended], _SHUTDOWN_S)
+    if ended.done() and (self._service is None or not self._service.is_lost):
+      return
+    for process in self._family:
+      with contextlib.suppress(psutil.Error):
+        process.kill()
+    if not wait([ended], _SHUTDOWN_S).done:  # it may have waited for one of them
+      atexit.unregister(self._ray.shutdown)  # it would wait for ever
+
+  def _note_family(self) -> None:
+    """Learn which processes run for the cluster; those whose parent has ended are told by nobody later."""
+    for process in [*self._family]:
+      with contextlib.suppress(psutil.Error):
+        self._family |= {*process.children(recursive=True)}
+
+
+def _processes_of(ray: types.ModuleType) -> set[psutil.Process]:
+  """What Ray has started here for a cluster: its control service, its node and what belongs to it."""
+  try:
+    started = ray._private.worker._global_node.all_processes.values()
+    pids = [one.process.pid for some in started for one in some]
+  except Exception:  # of another Ray
+    return set()
+  found = set()
+  for pid in pids:
+    with contextlib.suppress(psutil.Error):
+      found.add(psutil.Process(pid))
+  return found
 
 
 def _kinds(taken: Taken) -> set[str]:
@@ -339,9 +464,20 @@ def _found_here(kind: str) -> float:
 
 
 def _definite(address: str) -> str | None:
-  """Host and port of a cluster, where 'auto' stands for them the one that Ray would take; None if it knows of none."""
+  """Host and port of a cluster, where 'auto' stands for them the one that Ray would take; None if it knows of none.
+
+  Raises:
+    DeviceError: if Ray would take one from the environment that is no such address.
+  """
   if address != 'auto':
     return address
+  if named := os.environ.get('RAY_ADDRESS'):
+    try:
+      RayCluster(address=named)
+    except ValueError as error:
+      raise DeviceError(f"'auto' takes what the environment says in RAY_ADDRESS, whose {error}") from None
+    if named != 'auto':
+      return named
   try:
     from ray._private import services
 
@@ -353,3 +489,7 @@ def _definite(address: str) -> str | None:
 def _first_line(error: BaseException) -> str:
   text = str(error).strip()
   return text.splitlines()[0] if text else type(error).__name__
+
+
+def _in_a_line(error: BaseException) -> str:
+  return ' '.join(str(error).split())[:_MOST_LETTERS] or type(error).__name__

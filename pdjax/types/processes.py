@@ -21,21 +21,24 @@ class RayCluster:
 
   Attributes:
     address: A Ray cluster that is there, `'host:port'`, or 'auto' for the one of this machine; None starts one here and
-      stops it in the end. One that does not answer, or lacks what the workers take, is told of within seconds; nodes
-      that an autoscaler would add are not waited for.
-    host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster.
+      stops it in the end. One that does not answer, or lacks what the workers take, is told of within seconds, and
+      so is one of which this machine is no node; nodes that an autoscaler would add are not waited for. If nobody
+      listens for 6 s where its control service was, the run ends, with what was answered.
+    host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster,
+      which is 127.0.0.1 where the cluster is started here.
       Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
     strategy: How Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
       says, and nothing on CPU. A platform of None takes nothing either: fit for a cluster that has neither.
     silence_s: Seconds without a sign of life after which a process counts as lost, though it has not ended: from its
-      first call on, while it loads and compiles too, which it may do for as long as it wants. One that is not there at
-      all after so long, or a minute if that is longer, counts as lost as well.
+      first call on, while it loads and compiles too, which it may do for as long as it wants.
+    start_s: Seconds until a process that Ray was asked for must be there, before it can give any sign of life, at the
+      start and in each try to bring a worker back. Loading and compiling come after it.
 
   Raises:
-    ValueError: if the address has no port, the host is no address of one host, the strategy is unknown, or the cores or
-      the silence are not positive.
+    ValueError: if the address has no port, the host is no address of one host, the strategy is unknown, or the cores,
+      the silence or the start are not positive.
   """
 
   address: str | None = None
@@ -44,6 +47,7 @@ class RayCluster:
   cpus: float = 1.0
   accelerator: str | None = None
   silence_s: float = 60.0
+  start_s: float = 60.0
 
   def __post_init__(self):
     if self.address not in (None, 'auto'):
@@ -70,8 +74,9 @@ class RayCluster:
       raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
     if self.cpus <= 0:
       raise ValueError(f'cpus is {self.cpus}, expected more than 0 cores; a part of one will do, such as 0.1.')
-    if not self.silence_s > 0:
-      raise ValueError(f'silence_s is {self.silence_s}, expected more than 0 seconds; inf waits for ever.')
+    for name, seconds in (('silence_s', self.silence_s), ('start_s', self.start_s)):
+      if not seconds > 0:
+        raise ValueError(f'{name} is {seconds}, expected more than 0 seconds; inf waits for ever.')
 
   def resources(self, tp: int, platform: str | None) -> dict[str, float]:
     """What Ray sets aside for a worker of so many devices."""

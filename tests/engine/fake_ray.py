@@ -8,12 +8,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from pdjax.types.cluster import DeviceError
+
 
 class RayError(Exception):
-  """As Ray's."""
-
-
-class GetTimeoutError(RayError):
   """As Ray's."""
 
 
@@ -25,7 +23,7 @@ class RayTaskError(RayError):
     self.cause = cause
 
 
-EXCEPTIONS = types.SimpleNamespace(RayError=RayError, GetTimeoutError=GetTimeoutError, RayTaskError=RayTaskError)
+EXCEPTIONS = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
 
 class Actor:
@@ -79,6 +77,33 @@ class Actor:
         answer.set_result(found)
 
 
+class Service:
+  """A control service that answers, until it is lost.
+
+  Args:
+    address: Where.
+  """
+
+  def __init__(self, address: str = '10.0.0.1:6379'):
+    self.address = address
+    self.lost = threading.Event()
+
+  @property
+  def is_lost(self) -> bool:
+    return self.lost.is_set()
+
+  def check(self) -> None:
+    if self.lost.is_set():
+      raise DeviceError("Ray's control service is lost")
+
+  def call(self, do: Callable[[], Any], limit_s: float) -> Any:
+    self.check()
+    return do()
+
+  def close(self) -> None:
+    pass
+
+
 class FakeRay(types.SimpleNamespace):
   """What a peer asks of Ray itself."""
 
@@ -91,10 +116,7 @@ class FakeRay(types.SimpleNamespace):
     return [one for one in answers if one in done], [one for one in answers if one not in done]
 
   def get(self, answer, timeout=None):
-    try:
-      return answer.result(timeout)
-    except concurrent.futures.TimeoutError:
-      raise GetTimeoutError('too late') from None
+    return answer.result(timeout)
 
   def kill(self, actor: Actor) -> None:
     self.killed.append(actor)

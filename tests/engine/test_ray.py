@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 
 import pytest
 
-from pdjax.engine import ray_workers
+from pdjax.engine import addresses, ray_workers
 from pdjax.engine.peers import Pull, StartClock, Submit
 from pdjax.engine.processes import build_processes
 from pdjax.engine.ray_workers import RayProcesses, import_ray
@@ -47,13 +48,15 @@ class FakeRay(types.SimpleNamespace):
   def __init__(self, *nodes: str, **resources: float):
     self.calls: list[str] = []
     found = [
-      {'Alive': True, 'NodeManagerAddress': host, 'NodeManagerPort': 1, 'Resources': resources}
+      {'Alive': True, 'NodeID': host, 'NodeManagerAddress': host, 'NodeManagerPort': 1, 'Resources': resources}
       for host in nodes or ('127.0.0.1',)
     ]
     group = types.SimpleNamespace(wait=lambda seconds: False)
+    self.free = {one['NodeID']: {kind: amount / 4 for kind, amount in resources.items()} for one in found}
     super().__init__(
       __version__='0', is_initialized=lambda: False, cluster_resources=lambda: resources, nodes=lambda: found,
-      available_resources=lambda: {kind: amount / 4 for kind, amount in resources.items()},
+      get_runtime_context=lambda: types.SimpleNamespace(gcs_address='127.0.0.1:1'),
+      _private=types.SimpleNamespace(state=types.SimpleNamespace(available_resources_per_node=lambda: self.free)),
       util=types.SimpleNamespace(placement_group=lambda bundles, strategy: group, remove_placement_group=lambda one: 0),
     )  # fmt: skip
 
@@ -111,7 +114,8 @@ def test_what_a_cluster_of_our_own_will_lack_is_told_before_it_is_started(monkey
     (
       {'cpus': 7},
       'cpu',
-      r"others leave 2 CPU .* free, where the workers find no places with strategy 'PACK' \(prefill0",
+      r'others leave this of the Ray cluster free: 10\.0\.0\.1:1 2 CPU, 10\.0\.0\.2:1 2 CPU, 10\.0\.0\.3:1 2 CPU, '
+      r"where the workers find no places with strategy 'PACK' \(prefill0",
     ),
   ],
 )
@@ -125,15 +129,66 @@ def test_what_a_cluster_lacks_that_is_there_is_told_before_anything_is_started_o
   assert fake.calls == ['init', 'shutdown']
 
 
-@pytest.mark.parametrize('free, waits', [(2.0, [6.0, 60.0]), (1.5, [6.0, 0.1])])
-def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_have(monkeypatch, free, waits):
-  fake, asked = FakeRay(CPU=8.0), []
+@pytest.mark.parametrize(
+  'strategy, free, waits',
+  [
+    ('PACK', (2.0, 0.0), [6.0, 60.0]),
+    ('PACK', (1.0, 1.0), [6.0, 60.0]),
+    ('PACK', (1.5, 0.0), [6.0, 0.1]),
+    ('PACK', (1.9, 0.9), [6.0, 0.1]),  # enough together, and on no node
+    ('STRICT_PACK', (1.0, 1.0), [6.0, 0.1]),
+    ('STRICT_SPREAD', (3.0, 0.5), [6.0, 0.1]),
+    ('STRICT_SPREAD', (3.0, 1.0), [6.0, 60.0]),
+  ],
+)
+def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_have(monkeypatch, strategy, free, waits):
+  fake, asked = FakeRay('10.0.0.1', '10.0.0.2', CPU=8.0), []
   fake.util.placement_group = lambda bundles, strategy: types.SimpleNamespace(wait=asked.append)
-  fake.available_resources = lambda: {'CPU': free}
+  fake.free = {f'10.0.0.{index}': {'CPU': amount} for index, amount in enumerate(free, 1)}
   use(monkeypatch, fake)
-  with pytest.raises(DeviceError, match=f'others leave {free:g} CPU of the Ray cluster free'):
-    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
+  with pytest.raises(
+    DeviceError, match=rf'cluster free: 10\.0\.0\.1:1 {free[0]:g} CPU, 10\.0\.0\.2:1 {free[1]:g} CPU, where the workers'
+  ):
+    RayProcesses(RayCluster('10.0.0.1:6379', strategy=strategy), RUN.workers, 'cpu')
   assert asked == waits
+
+
+@pytest.mark.parametrize('named', ['ray://10.0.0.1:10001', 'http://10.0.0.1:8265', 'local', 'nonsense', 'head:70000'])
+def test_an_address_in_the_environment_is_looked_at_before_it_is_used(monkeypatch, named):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+  monkeypatch.setenv('RAY_ADDRESS', named)
+  with pytest.raises(DeviceError, match=rf"in RAY_ADDRESS, whose address is '{named}', expected 'host:port'"):
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+  assert fake.calls == []
+
+
+def test_the_cluster_that_the_environment_names_is_the_one_that_is_asked(monkeypatch):
+  fake, asked = FakeRay(CPU=1.0), []
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, 'check_cluster', asked.append)
+  monkeypatch.setenv('RAY_ADDRESS', '10.0.0.1:6379')
+  with pytest.raises(DeviceError, match='the Ray cluster has 1'):
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+  assert asked == ['10.0.0.1:6379']
+
+
+def test_all_that_ray_says_of_why_it_cannot_be_used_is_handed_on(monkeypatch):
+  fake = FakeRay(CPU=8.0)
+  use(monkeypatch, fake)
+
+  def init(**options):
+    raise RuntimeError(
+      'Version mismatch: The cluster was started with:\n    Ray: 2.60.0\nThis process with:\n  Ray: 3.0'
+    )
+
+  fake.init = init
+  with pytest.raises(
+    DeviceError,
+    match=r"Ray cannot be used at '10\.0\.0\.1:6379' \(Version mismatch: The cluster was started with: Ray: 2\.60\.0 "
+    r'This process with: Ray: 3\.0\)',
+  ):
+    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
 
 
 def test_an_address_of_no_node_is_told_before_a_worker_starts_where_all_nodes_are_on_this_host(monkeypatch):
@@ -153,19 +208,41 @@ def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypat
   assert fake.calls == []
 
 
+def test_what_was_started_here_is_ended_where_ray_cannot_end_it(monkeypatch):
+  """As where its control service was stopped."""
+  fake, stuck, forgotten = FakeRay(CPU=8.0), threading.Event(), []
+  fake.shutdown = lambda: stuck.wait(60.0)
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, '_SHUTDOWN_S', 0.1)
+  monkeypatch.setattr(ray_workers.atexit, 'unregister', forgotten.append)
+  with subprocess.Popen(['sleep', '600']) as child:
+    started = {'raylet': [types.SimpleNamespace(process=child)]}
+    fake._private.worker = types.SimpleNamespace(_global_node=types.SimpleNamespace(all_processes=started))
+    with pytest.raises(DeviceError, match='others leave'):
+      RayProcesses(RayCluster(), RUN.workers, 'cpu')
+    assert child.wait(30.0) == -signal.SIGKILL
+  assert forgotten == [fake.shutdown]  # it would keep this process from ending
+  stuck.set()
+
+
 ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluster]')
+
+
+def run_on_ray(tmp_path: pathlib.Path, split: str, decode_tp: int, **environment: str) -> dict:
+  """What a tiny run says of itself, as a command of its own."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
+    cwd=ROOT, env=quick_environment() | environment, capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('split, decode_tp, count', [('1P1D', 1, 2), ('2P1D', 2, 3)])
 def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
   """One command: tokens, who holds devices, who listens where, and what is left."""
-  done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
-    cwd=ROOT, env=quick_environment(), capture_output=True, text=True, timeout=300, check=False,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  facts = json.loads(done.stdout.splitlines()[-1])
+  facts = run_on_ray(tmp_path, split, decode_tp)
   assert {name: tuple(tokens) for name, tokens in facts['tokens'].items()} == {
     request.id: generate(TINY, request)[0] for request in requests()
   }
@@ -181,12 +258,32 @@ def test_a_run_on_ray_is_the_same_run(tmp_path, split, decode_tp, count):
 
 
 @pytest.mark.slow
+def test_all_that_a_cluster_started_here_listens_at_can_be_kept_on_loopback(tmp_path):
+  facts = run_on_ray(tmp_path, '1P1D', 1, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER='0')
+  assert not facts['errors'] and facts['left'] == []
+  heard = [address for some in facts['listening'].values() for address in some]
+  assert len(heard) > 6
+  assert {address.rpartition(':')[0] for address in heard} <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
+
+
+@pytest.mark.slow
 def test_on_a_real_cluster_with_gpus_no_worker_starts_without_a_platform(monkeypatch):
   begin = ray.init
   monkeypatch.setattr(ray, 'init', lambda **options: begin(**options, num_gpus=2))
   with pytest.raises(DeviceError, match='has 2 GPU, and with platform None'):
     RayProcesses(RUN.processes, RUN.workers, None)
   assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_by_the_name_of_its_node_a_worker_of_a_cluster_started_here_is_on_loopback():
+  run = dataclasses.replace(RUN, processes=RayCluster(cpus=0.5, host='node'))
+  processes = RayProcesses(run.processes, run.workers[:1], run.platform)
+  try:
+    (peer,) = processes.peers.values()
+    assert peer.ask('machine', 'cpu', 1, 'node').address.startswith('127.0.0.1:')
+  finally:
+    processes.close()
 
 
 @pytest.fixture(scope='module')
@@ -263,34 +360,67 @@ def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cl
   assert lost.worker == 'decode0' and 'has not answered for 1 s' in lost.error
 
 
-def breaking(how: str) -> dict:
-  """What came of a run of which workers are broken, as a command of its own with what a user has by default."""
+def breaking(how: str, folder: pathlib.Path) -> dict:
+  """What came of a run of which workers are broken, as a command of its own with what a user has by default.
+
+  Args:
+    how: One of `ray_breaking.WAYS`.
+    folder: Its temporary files, among which no other run has any.
+  """
+  environment = os.environ | {'TMPDIR': str(folder), 'RAY_TMPDIR': tempfile.gettempdir()}  # Ray wants a short one
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, capture_output=True, text=True, timeout=900,
-    check=False,
+    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, env=environment, capture_output=True,
+    text=True, timeout=900, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_both_workers_of_the_demo_killed_by_default_lose_no_sample_and_find_the_programs_of_those_before():
-  facts = breaking('kill both')
-  assert sorted(facts['killed']) == ['decode0', 'prefill0']
-  assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
-  assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
+@pytest.mark.parametrize(('kept', 'bar'), [(True, 0.35), (False, 1.3)])
+def test_both_workers_of_the_demo_killed_lose_no_sample_and_are_back_soon(tmp_path, kept, bar):
+  """By default they find the programs of those before; the bar is a part of the first warm-up."""
+  for tries in (1, 2):  # others may take the cores for a while
+    facts = breaking('kill both' if kept else 'kill both, and keep no programs', tmp_path)
+    assert sorted(facts['killed']) == ['decode0', 'prefill0']
+    assert facts['tokens'] == facts['undisturbed'] and len(facts['tokens']) == 12 and facts['errors'] == []
+    assert sorted(one['worker'] for one in facts['returns']) == ['decode0', 'prefill0']
+    assert facts['left'] == [] and facts['folders'] == []
+    took = {one['worker']: one['seconds'] / facts['warmup_s'] for one in facts['returns']}
+    for one in facts['returns']:
+      assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
+      print(f'{one["worker"]}: {one["seconds"]:.2f} s, {took[one["worker"]]:.2f} of a warm-up', one['parts'])
+    print(f'warm-up: {facts["warmup_s"]:.2f} s, of which compiling {facts["compile_s"]:.2f} s')
+    if tries == 2 or max(took.values()) <= bar:
+      break
+  assert max(took.values()) <= bar, took
   for one in facts['returns']:
-    assert set(one['parts']) == {'process start', 'weights', 'compiling', 'connecting'}
-    assert one['parts']['compiling'] < facts['compile_s'] / 2  # it reads what the first time computed
+    assert (one['parts']['compiling'] < facts['compile_s'] / 2) == kept  # it reads what the first time computed
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_while_it_starts_is_told_and_nothing_is_left(tmp_path):
+  facts = breaking('stop one at the start', tmp_path)
+  (stopped,) = facts['stopped']
+  assert facts['errors'] == [f"the process of worker '{stopped}' has not answered for 3 s"]
   assert facts['left'] == [] and facts['folders'] == []
 
 
 @pytest.mark.slow
-def test_a_process_that_is_stopped_while_it_starts_is_told_and_nothing_is_left():
-  facts = breaking('stop one at the start')
+def test_a_process_that_is_stopped_before_it_is_there_is_told_and_nothing_is_left(tmp_path):
+  facts = breaking('stop all before they are there', tmp_path)
   (stopped,) = facts['stopped']
-  assert facts['errors'] == [f"the process of worker '{stopped}' has not answered for 3 s"]
+  assert facts['errors'] == [f"the process of worker '{stopped}' was not there after 8 s"]
   assert facts['left'] == [] and facts['folders'] == []
+
+
+@pytest.mark.slow
+def test_a_real_cluster_tells_which_of_its_nodes_are_here(cluster, monkeypatch):
+  address = import_ray().get_runtime_context().gcs_address
+  host = address.rpartition(':')[0]
+  assert addresses._ask(address, time.monotonic() + 60.0) == [addresses._Node(host, is_here=True)]
+  monkeypatch.setattr(addresses, 'own_addresses', lambda: ['192.0.2.7'])  # as behind a router
+  addresses.check_cluster(address)
 
 
 @pytest.mark.slow

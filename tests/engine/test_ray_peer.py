@@ -9,7 +9,8 @@ import pytest
 from pdjax.engine import ray_workers
 from pdjax.engine.peers import PeerLost
 from pdjax.engine.ray_workers import RayPeer
-from tests.engine.fake_ray import Actor, FakeRay
+from pdjax.types.cluster import DeviceError
+from tests.engine.fake_ray import Actor, FakeRay, Service
 
 FAR_S = 30.0  # no test waits for so long
 
@@ -19,9 +20,15 @@ def quick(monkeypatch):
   monkeypatch.setattr(ray_workers, '_PULSE_S', 0.02)
 
 
-def peer_of(*actors: Actor, silence_s: float = 0.2, ray: FakeRay | None = None) -> RayPeer:
+def peer_of(
+  *actors: Actor,
+  silence_s: float = 0.2,
+  start_s: float = FAR_S,
+  ray: FakeRay | None = None,
+  service: Service | None = None,
+) -> RayPeer:
   left = iter(actors)
-  return RayPeer('decode0', lambda name: next(left), ray or FakeRay(), silence_s)
+  return RayPeer('decode0', lambda name: next(left), ray or FakeRay(), service or Service(), silence_s, start_s)
 
 
 def test_what_takes_long_is_waited_for_as_long_as_the_process_lives():
@@ -81,9 +88,9 @@ def test_what_a_method_raises_comes_as_it_is():
     peer_of(Actor({'load': load})).ask('load')
 
 
-def test_a_process_that_does_not_come_is_not_waited_for_without_end(monkeypatch):
-  monkeypatch.setattr(ray_workers, '_START_S', 0.05)
-  peer = peer_of(Actor({}, is_there=threading.Event()), Actor({'clock': lambda: 1.5}), silence_s=0.1)
+@pytest.mark.parametrize('silence_s', [0.01, math.inf])
+def test_a_process_that_does_not_come_is_not_waited_for_without_end(silence_s):
+  peer = peer_of(Actor({}, is_there=threading.Event()), Actor({'clock': lambda: 1.5}), silence_s=silence_s, start_s=0.1)
   with pytest.raises(PeerLost, match=r"the process of worker 'decode0' was not there after 0\.1 s"):
     peer.ask('clock')
   peer.restart()
@@ -112,3 +119,32 @@ def test_a_process_that_lives_is_asked_to_end_first():
   ray, actor = FakeRay(), Actor({'close': lambda: None})
   peer_of(actor, ray=ray).close()
   assert actor.asked == ['close'] and ray.killed == [actor]
+
+
+@pytest.mark.parametrize('moment', ['start', 'load', 'listen'])
+def test_what_is_waited_for_ends_when_the_control_service_is_lost(moment):
+  service, there = Service(), threading.Event()
+  actor = Actor({'load': lambda: time.sleep(FAR_S), 'listen': lambda seconds: time.sleep(FAR_S)}, there)
+  peer = peer_of(actor, silence_s=FAR_S, service=service)
+  if moment != 'start':
+    there.set()
+  threading.Timer(0.2, service.lost.set).start()
+  begin = time.perf_counter()
+  with pytest.raises(DeviceError, match="Ray's control service is lost"):
+    peer.listen() if moment == 'listen' else peer.ask('load')
+  assert time.perf_counter() - begin < FAR_S / 2
+  there.set()
+
+
+def test_no_process_is_begun_where_the_control_service_takes_no_order(monkeypatch):
+  """As a service that was stopped, which listens and answers nothing."""
+  service = Service()
+
+  def call(do, limit_s):
+    raise TimeoutError
+
+  actor = Actor({'clock': lambda: 1.5})
+  peer = peer_of(actor, actor, service=service)
+  monkeypatch.setattr(service, 'call', call)
+  with pytest.raises(PeerLost, match=r"gets no process: Ray's control service at 10\.0\.0\.1:6379 has not answered"):
+    peer.restart()

@@ -209,6 +209,38 @@ def test_a_kill_loses_no_answer_that_is_older_than_a_second(tmp_path):
   assert len(ended) >= 3 and ended <= {row['id'] for row in read(answers)}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('moment', 'code'), [('compiling', 1), ('serving', 3)])
+def test_a_control_service_of_ray_that_is_lost_ends_the_run_in_a_line(answered, undisturbed, tmp_path, moment, code):
+  """Ray itself would end the process a minute later, from outside of Python."""
+  pytest.importorskip('ray')
+  file = write(tmp_path / 'in.jsonl', lines([0.05 * i for i in range(NUM - 1)] + [1e3]))
+  command = Command(tmp_path, f'{CONFIG}:ray=True', f'--requests={file}')
+  out = command.out
+  command.until_answered(3) if moment == 'serving' else command.until_compiling()
+  seen = told(read(out / 'answers.jsonl'))
+  children = psutil.Process(command.process.pid).children(recursive=True)
+  (service,) = (one for one in children if one.name() == 'gcs_server')
+  service.kill()
+  assert command.end() == code, command.errors
+  last = command.errors.strip().splitlines()[-1]
+  assert last.startswith("error: Ray's control service at ") and f'--resume={out} goes on' in last, command.errors
+  assert 'Traceback' not in command.errors and command.errors.count('control service') == 1
+  assert psutil.wait_procs(children, timeout=90)[1] == []
+  kept = told(read(out / 'answers.jsonl'))
+  assert {*map(str, seen)} <= {*map(str, kept)} <= {*map(str, undisturbed)}
+  if moment == 'serving':
+    rows = read(out / 'requests.jsonl')
+    assert [row['id'] for row in rows] == [row[0] for row in undisturbed]
+    assert [row for row in told(rows) if row[3] == 'length'] == [row for row in undisturbed if row in kept]
+    report = json.loads((out / 'report.json').read_text())
+    assert report['completed'] == len(kept) >= 3 and "Ray's control service" in report['notes'][0]
+  write(file, lines(itertools.repeat(0.0)))
+  status, said, _ = answered(f'--resume={out}')
+  assert status == 0, said
+  assert told(read(out / 'requests.jsonl')) == undisturbed
+
+
 def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
   file = write(tmp_path / 'in.jsonl', lines([0.0]))
   (tmp_path / 'out').mkdir()

@@ -129,6 +129,7 @@ def test_by_default_nothing_listens_beyond_this_machine():
     ({'address': 'head:0'}, "address is 'head:0', expected 'host:port'"),
     ({'strategy': 'CLOSE'}, "strategy is 'CLOSE', expected one of PACK, SPREAD"),
     ({'cpus': 0}, 'cpus is 0, expected more than 0 cores'),
+    ({'start_s': 0}, 'start_s is 0, expected more than 0 seconds'),
     ({'silence_s': 0}, 'silence_s is 0, expected more than 0 seconds'),
   ],
 )

@@ -7,6 +7,10 @@ from pdjax.serving.timers import Timers
 from pdjax.types.faults import FaultSpec
 
 
+_LONGEST_BACKOFF_S = 60.0
+_MOST_DOUBLINGS = 64  # more come to no other wait, and in the end to no number
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Attempt:
   """One try at a transfer.
@@ -78,8 +82,9 @@ class Transfers:
     if attempt.number >= self._faults.max_attempts:
       return False
     self._again[attempt.order.id] = attempt
-    wait_s = self._faults.backoff_s * 2 ** (attempt.number - 1)
-    self._timers.set('retry', attempt.order.id, now_s + wait_s)
+    backoff_s = self._faults.backoff_s
+    wait_s = backoff_s * 2.0 ** min(attempt.number - 1, _MOST_DOUBLINGS)
+    self._timers.set('retry', attempt.order.id, now_s + min(wait_s, max(backoff_s, _LONGEST_BACKOFF_S)))
     return True
 
   def take_again(self, order: int) -> Attempt | None:

@@ -18,6 +18,8 @@ from pdjax.serving.messages import (
   WorkerBack,
   WorkerLost,
 )
+from pdjax.serving.timers import Timers
+from pdjax.serving.transfers import Attempt, Transfers
 from pdjax.types import FaultSpec, TransferSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver
 
@@ -159,6 +161,16 @@ def test_a_completion_that_comes_twice_or_for_nobody_changes_nothing():
   for event in (Done(order.id, 0.0, 1.0), Failed(order.id, 1.0, 'boom'), Done(12345, 0.0, 1.0)):
     assert not cluster.state.apply(event, cluster.now_s)
   assert cluster.phase('a') is Phase.DECODING
+
+
+@pytest.mark.parametrize(
+  ('backoff_s', 'number', 'wait_s'),
+  [(1.0, 6, 32.0), (1.0, 7, 60.0), (1.0, 5000, 60.0), (0.0, 5000, 0.0), (100.0, 9, 100.0), (1e308, 9, 1e308)],
+)
+def test_a_transfer_is_never_waited_for_longer_than_a_minute_before_it_is_tried_again(backoff_s, number, wait_s):
+  timers = Timers()
+  transfers = Transfers(timers, math.inf, FaultSpec(max_attempts=10_000, backoff_s=backoff_s))
+  assert transfers.try_again(Attempt(moving()[1], 'a', number), 0.0) and timers.next_s == wait_s
 
 
 def failed_beside_another(staging_pages: int) -> tuple[Driver, TransferOrder]:

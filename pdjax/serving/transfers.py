@@ -6,7 +6,6 @@ from pdjax.serving.messages import TransferOrder
 from pdjax.serving.timers import Timers
 from pdjax.types.faults import FaultSpec
 
-
 _LONGEST_BACKOFF_S = 60.0
 _MOST_DOUBLINGS = 64  # more come to no other wait, and in the end to no number
 

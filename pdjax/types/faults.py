@@ -33,8 +33,8 @@ class FaultSpec:
     worker: When a worker is lost that holds pages of the request, or cannot begin a pass of it. With 'recompute', a
       prompt that is still whole on the prefill worker is not computed again but sent to another place.
     max_attempts: Most times that one transfer is tried, and that one request is begun.
-    backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on up to a minute, or
-      up to `backoff_s` itself where that is more.
+    backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on up to a minute,
+      or up to `backoff_s` itself where that is more.
     patience_s: Seconds for which requests wait for a lost worker that nobody is bringing back, if no other can serve
       them: from its loss, or from when the third try to bring it back has failed. Then they end with the error, and
       those that come later are rejected, until it is back after all.

@@ -18,9 +18,7 @@ import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from pdjax.engine.addresses import check_cluster, check_own, own_addresses
 from pdjax.engine.calls import begin_call
@@ -28,6 +26,9 @@ from pdjax.engine.control_service import ControlService
 from pdjax.engine.peers import Message, News, PeerLost
 from pdjax.types.cluster import DeviceError, WorkerSpec
 from pdjax.types.processes import RayCluster
+
+if TYPE_CHECKING:
+  import psutil
 
 Taken = Mapping[str, Mapping[str, float]]  # of what Ray counts, by worker
 
@@ -267,9 +268,7 @@ class RayProcesses:
     ray = self._ray = import_ray()
     self._close_calls: list[Callable[[], object]] = []
     self._service: ControlService | None = None
-    self._family: set[psutil.Process] = (
-      set()
-    )  # what runs for the cluster, as far as it is known, if it was started here
+    self._family: set[psutil.Process] = set()  # of the cluster, as far as they are known, if it was started here
     try:
       begin = time.perf_counter()
       taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
@@ -408,6 +407,8 @@ class RayProcesses:
 
   def _shut_down(self) -> None:
     """End Ray in this process, and what of it was started here, whether its control service answers or not."""
+    import psutil
+
     self._note_family()
     ended = begin_call(self._ray.shutdown)
     wait([ended], _SHUTDOWN_S)
@@ -421,13 +422,17 @@ class RayProcesses:
 
   def _note_family(self) -> None:
     """Learn which processes run for the cluster; those whose parent has ended are told by nobody later."""
+    import psutil
+
     for process in [*self._family]:
       with contextlib.suppress(psutil.Error):
         self._family |= {*process.children(recursive=True)}
 
 
-def _processes_of(ray: types.ModuleType) -> set[psutil.Process]:
+def _processes_of(ray: types.ModuleType) -> 'set[psutil.Process]':
   """What Ray has started here for a cluster: its control service, its node and what belongs to it."""
+  import psutil
+
   try:
     started = ray._private.worker._global_node.all_processes.values()
     pids = [one.process.pid for some in started for one in some]

@@ -39,9 +39,7 @@ class ControlService:
     return self._error is not None
 
   def check(self) -> None:
-    """Raises:
-    DeviceError: if it is lost.
-    """
+    """Raise `DeviceError` if it is lost."""
     if self._error is not None:
       raise self._error
 

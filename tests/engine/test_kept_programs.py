@@ -56,10 +56,8 @@ def test_a_program_that_cannot_be_read_is_written_anew(tmp_path, damage):
   whole = {path: path.read_bytes() for path in tmp_path.glob('*-cache')}
   for path, content in whole.items():
     path.write_bytes({'empty': b'', 'zeros': bytes(len(content)), 'half': content[: len(content) // 2]}[damage])
-  jax.clear_caches()
   with pytest.warns(UserWarning, match='Error reading persistent compilation cache entry'):
     compile_something(104)
-  jax.clear_caches()
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     compile_something(104)
@@ -119,7 +117,6 @@ def test_programs_of_a_folder_that_takes_no_more_are_found_in_the_temporary_one(
   process = WorkerProcess()
   folder = process.share_programs(None, str(tmp_path / 'kept'))
   keep_programs(folder)
-  jax.clear_caches()
   compile_something(107)  # nothing new
   compile_something(108)
   entries = [entry for entry in os.scandir(folder) if entry.name.endswith('-cache')]

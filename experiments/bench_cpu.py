@@ -34,7 +34,9 @@ from pdjax.config import ServingConfig
 from pdjax.launch import Deployment, deploy, open_model
 from pdjax.policies import Disaggregated
 from pdjax.serving import Backend, ClusterState, serve
-from pdjax.serving.messages import Action, Done, Event, Finished, Order, Started, StepOrder
+from pdjax.serving.actions import Action
+from pdjax.serving.events import Done, Event, Finished, Started
+from pdjax.serving.orders import Order, StepOrder
 from pdjax.types import ModelSpec, Request, SamplingParams, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 

@@ -30,7 +30,7 @@ from pdjax.launch import Deployment, deploy, open_model
 from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
-from pdjax.serving.messages import Finished
+from pdjax.serving.events import Finished
 from pdjax.types import (
   ModelSpec,
   Request,

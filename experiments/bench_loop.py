@@ -20,7 +20,8 @@ from experiments.rows import row, save_rows
 from pdjax.metrics import EventLog
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
-from pdjax.serving.messages import AbandonOrder, Done, EndOrder, Event, Order, Result, StepOrder, TransferOrder, Turn
+from pdjax.serving.events import Done, Event, Result, Turn
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 

@@ -37,7 +37,7 @@ from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
 from pdjax.policies import Disaggregated
 from pdjax.serving import ClusterState, serve
-from pdjax.serving.messages import Done, Finished
+from pdjax.serving.events import Done, Finished
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, Role, SamplingParams, TransferSpec, WorkerSpec
 from pdjax.types.cluster import GranularityName, TransportName

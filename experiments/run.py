@@ -54,7 +54,7 @@ from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
 from pdjax.run_folder import ANSWERS, BASELINE, CASES, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.messages import Done, Event, Finished
+from pdjax.serving.events import Done, Event, Finished
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, Row, outcomes, read_rows

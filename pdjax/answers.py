@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pdjax.metrics.lines_file import LinesFile
+from pdjax.serving.events import Arrived, Done, Event, Finished, Result, Started, Turn, Withdrawn
 from pdjax.serving.loop import Arrivals
-from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Result, Started, Turn, Withdrawn
+from pdjax.serving.orders import EndOrder
 from pdjax.types.json_text import json_text
 from pdjax.types.request import SERVED, Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import completion_row

@@ -25,8 +25,8 @@ from pdjax.metrics import EventLog, Report, draw
 from pdjax.metrics.counters import prometheus_text
 from pdjax.metrics.saving import write_each
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
+from pdjax.serving.events import Arrived, Event
 from pdjax.serving.loop import Arrivals, serve
-from pdjax.serving.messages import Arrived, Event
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.checks import check_text

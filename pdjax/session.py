@@ -19,8 +19,9 @@ from pdjax.launch import Deployment, Prompt, Say
 from pdjax.metrics import EventLog, Report
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
+from pdjax.serving.events import Arrived, Done, Event, Finished, Started, Turn
 from pdjax.serving.loop import serve
-from pdjax.serving.messages import Arrived, Done, EndOrder, Event, Finished, Started, Turn
+from pdjax.serving.orders import EndOrder
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload import Given, Live, Seeded
 

@@ -6,22 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.cost.cost_model import CostModel
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Done,
-  EndOrder,
-  Event,
-  Failed,
-  Order,
-  Result,
-  Started,
-  StepOrder,
-  TransferOrder,
-  Trip,
-  Turn,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pdjax import launch
 from pdjax.answers import Answers, answer_row, prompt_hash, read_answers
-from pdjax.serving.messages import Arrived, Done, EndOrder, Finished, Result, Started, Turn
+from pdjax.serving.events import Arrived, Done, Finished, Result, Started, Turn
+from pdjax.serving.orders import EndOrder
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload import ClosedLoopWorkload, Fixed, Given, MultiTurn, Poisson, Uniform
 from tests.tiny import config, prompt

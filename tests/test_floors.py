@@ -125,7 +125,7 @@ def test_the_engine_takes_no_decisions():
   for module in _of({'pdjax.engine'}):
     seen = {name for name in OURS[module] if _unit(name) in DECIDES}
     sizes = {'pdjax.cost.memory', 'pdjax.cost.granularity', 'pdjax.cost.roofline'}
-    assert seen <= {'pdjax.serving.messages', 'pdjax.config', *sizes}, f'{module} imports {seen}'
+    assert seen <= {'pdjax.serving.orders', 'pdjax.serving.events', 'pdjax.config', *sizes}, f'{module} imports {seen}'
 
 
 def test_the_face_hands_out_what_it_says_and_from_where_it_says():

@@ -10,7 +10,7 @@ import pdjax
 from pdjax import launch
 from pdjax.answers import read_answers
 from pdjax.engine import build
-from pdjax.serving.messages import Arrived, Finished
+from pdjax.serving.events import Arrived, Finished
 from tests.tiny import TINY, byte_tokenizer, config, prompt
 
 SMALL = {'max_sequences': 2}

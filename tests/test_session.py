@@ -23,18 +23,8 @@ from pdjax.engine.worker import Worker
 from pdjax.launch import Deployment, OpenedModel
 from pdjax.policies import Disaggregated
 from pdjax.serving import PolicyError, StuckError
-from pdjax.serving.messages import (
-  Arrived,
-  Done,
-  EndOrder,
-  Finished,
-  Result,
-  Started,
-  StepOrder,
-  Turn,
-  Withdrawn,
-  WorkerLost,
-)
+from pdjax.serving.events import Arrived, Done, Finished, Result, Started, Turn, Withdrawn, WorkerLost
+from pdjax.serving.orders import EndOrder, StepOrder
 from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.workload import Live
 from tests.engine.cluster import Cluster, assert_all_is_free

@@ -12,8 +12,7 @@ import pytest
 from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ALL, Chunk, ClusterState, PolicyError, Step, StuckError, Transfer, serve
-from pdjax.serving.messages import (
-  AbandonOrder,
+from pdjax.serving.events import (
   Arrived,
   Done,
   Event,
@@ -21,14 +20,13 @@ from pdjax.serving.messages import (
   Finished,
   Result,
   Started,
-  StepOrder,
-  TransferOrder,
   Trip,
   Turn,
   Withdrawn,
   WorkerBack,
   WorkerLost,
 )
+from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.simulator import Replay, Simulator, started
 from pdjax.types import (
   Request,

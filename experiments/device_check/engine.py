@@ -26,7 +26,8 @@ from experiments.few_buckets import FewBuckets
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
 from pdjax.model.weights import load_weights
-from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, Done, Event, StepOrder
+from pdjax.serving.events import Done, Event
+from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec
 from pdjax.types.cluster import Role

@@ -18,7 +18,7 @@ from pdjax.launch import Deployment, OpenedModel, deploy
 from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import Policy, serve
-from pdjax.serving.messages import Finished
+from pdjax.serving.events import Finished
 from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from pdjax.serving.messages import Done, Event, Failed, Order, TransferOrder, WorkerBack, WorkerLost
+from pdjax.serving.events import Done, Event, Failed, WorkerBack, WorkerLost
+from pdjax.serving.orders import Order, TransferOrder
 
 Fault = Literal['refused', 'fails', 'stalls', 'slow', 'corrupts', 'permutes']  # of a transfer
 End = Literal['late', 'twice', 'lost']  # how the completion of one is told

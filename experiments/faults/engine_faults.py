@@ -16,7 +16,8 @@ from pdjax.engine.engine import Engine, _Broken
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
 from pdjax.model.transformer import Weights
-from pdjax.serving.messages import Event, Order, Result, StepOrder, TransferOrder, WorkerBack, WorkerLost
+from pdjax.serving.events import Event, Result, WorkerBack, WorkerLost
+from pdjax.serving.orders import Order, StepOrder, TransferOrder
 from pdjax.types.span import Span
 
 STALL_S = 20.0  # longer than any test waits

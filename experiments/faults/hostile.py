@@ -10,7 +10,8 @@ from experiments.faults.kinds import KINDS, TOO_LATE, Dice
 from experiments.faults.losses import Loss, Losses
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.serving.messages import Done, Event, Order, StepOrder, TransferOrder
+from pdjax.serving.events import Done, Event
+from pdjax.serving.orders import Order, StepOrder, TransferOrder
 
 WAY_FAULTS: dict[str, WayFault] = {
   'transfer_refused': 'refused',

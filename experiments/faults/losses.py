@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from experiments.faults.engine_faults import FaultyEngine
-from pdjax.serving.messages import Event, WorkerBack, WorkerLost
+from pdjax.serving.events import Event, WorkerBack, WorkerLost
 
 NOBODY_BRINGS_IT_BACK = 'it is gone, and nobody brings it back'
 

@@ -20,7 +20,7 @@ from pdjax.launch import Deployment, OpenedModel
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
-from pdjax.serving.messages import Event
+from pdjax.serving.events import Event
 from pdjax.types import (
   Completion,
   ModelSpec,

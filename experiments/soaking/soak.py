@@ -25,7 +25,7 @@ from experiments.soaking.resources import Resources
 from experiments.soaking.settings import Setting, draw_setting
 from experiments.soaking.verdicts import Problem, judge, judge_after_the_end
 from pdjax.serving import ClusterState
-from pdjax.serving.messages import AbandonOrder, Order
+from pdjax.serving.orders import AbandonOrder, Order
 from pdjax.session import Session, SessionError
 
 _WISHES = 96  # known at one time

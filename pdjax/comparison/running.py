@@ -20,8 +20,8 @@ from pdjax.metrics.lines_file import LinesFile
 from pdjax.metrics.saving import write_each
 from pdjax.metrics.wording import number, per_second, short
 from pdjax.run_folder import CASES, EVENTS
+from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals, serve
-from pdjax.serving.messages import Event
 from pdjax.types.cluster import Role
 from pdjax.types.json_text import json_text
 from pdjax.workload import Workload

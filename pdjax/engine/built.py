@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from pdjax.serving.messages import Event, Order
+from pdjax.serving.events import Event
+from pdjax.serving.orders import Order
 from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.hardware import ChipSpec, DtypeName, LinkSpec
 

@@ -8,19 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, Parcel, Transport
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Done,
-  EndOrder,
-  Event,
-  Failed,
-  Order,
-  StepOrder,
-  TransferOrder,
-  Trip,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.events import Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import pathlib
 import socket
 from typing import Any, Protocol
 
-from pdjax.serving.messages import Event, Order, TransferOrder
+from pdjax.serving.events import Event
+from pdjax.serving.orders import Order, TransferOrder
 from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec
 from pdjax.types.handshake import Hello, Manifest
 from pdjax.types.model import ModelSpec

@@ -27,20 +27,8 @@ from pdjax.engine.peers import (
   TransferFailed,
   Written,
 )
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Comeback,
-  Done,
-  EndOrder,
-  Event,
-  Failed,
-  Order,
-  StepOrder,
-  TransferOrder,
-  Trip,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
 

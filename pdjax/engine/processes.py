@@ -19,7 +19,7 @@ from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine, Revived
 from pdjax.engine.program_folders import ProgramFolders
-from pdjax.serving.messages import Comeback
+from pdjax.serving.events import Comeback
 from pdjax.types.cluster import DeviceError, WorkerSpec, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec

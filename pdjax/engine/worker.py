@@ -20,7 +20,8 @@ from pdjax.kv.pages import KVPages, copy
 from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
-from pdjax.serving.messages import MAX_ORDERS, Admission, ChunkOrder, Result, StepOrder
+from pdjax.serving.events import Result
+from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec

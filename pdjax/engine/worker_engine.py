@@ -12,7 +12,7 @@ from pdjax.engine.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import CorruptError, Parcel
 from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
-from pdjax.serving.messages import EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.handshake import Manifest
 
 

@@ -7,23 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.serving.messages import (
+from pdjax.serving.events import Arrived, Done, Event, Occupancy, Result, Started, Turn, WorkerBack
+from pdjax.serving.orders import (
   AbandonOrder,
   Admission,
-  Arrived,
   ChunkOrder,
   DecodeOrder,
-  Done,
   EndOrder,
-  Event,
-  Occupancy,
   Order,
-  Result,
-  Started,
   StepOrder,
   TransferOrder,
-  Turn,
-  WorkerBack,
 )
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Request
@@ -93,7 +86,7 @@ class EventLog:
 def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
   """Read a file that `EventLog` wrote, one dict per event, in order.
 
-  Each has the fields of its event in `pdjax.serving.messages` and the name of its class under `event`:
+  Each has the fields of its event in `pdjax.serving.events` and the name of its class under `event`:
 
       {"event": "Turn", "now_s": 0.25}
       {"event": "Arrived", "request": {"id": "r0", "prompt_len": 512, "sampling": {...}, "arrival_s": 0.2, ...}}

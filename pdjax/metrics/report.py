@@ -16,7 +16,7 @@ from pdjax.metrics.returns import WorkerReturn
 from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
-from pdjax.serving.messages import Event
+from pdjax.serving.events import Event
 from pdjax.types.cluster import Role, WorkerSpec, split_name
 from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from pdjax.metrics.numbers import number
-from pdjax.serving.messages import Comeback, WorkerBack, WorkerLost
+from pdjax.serving.events import Comeback, WorkerBack, WorkerLost
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

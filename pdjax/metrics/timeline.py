@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from pdjax.metrics.returns import WorkerAbsence, WorkerReturn
-from pdjax.serving.messages import (
-  AbandonOrder,
+from pdjax.serving.events import (
   Arrived,
   Done,
   Event,
@@ -15,14 +14,13 @@ from pdjax.serving.messages import (
   Finished,
   Occupancy,
   Started,
-  StepOrder,
   TimerDue,
-  TransferOrder,
   Trip,
   Turn,
   WorkerBack,
   WorkerLost,
 )
+from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.types.request import SERVED, SLO, FinishReason, Request
 
 SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']

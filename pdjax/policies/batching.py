@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.policies.placement import Placement
-from pdjax.serving.messages import Chunk
+from pdjax.serving.actions import Chunk
 from pdjax.serving.state import ClusterState
 from pdjax.serving.view import RequestState, Room, WorkerState
 

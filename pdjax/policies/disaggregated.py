@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
-from pdjax.serving.messages import ALL, Action, Step, Transfer
+from pdjax.serving.actions import ALL, Action, Step, Transfer
 from pdjax.serving.state import ClusterState
 from pdjax.serving.view import RequestState, Room, WorkerState
 

@@ -1,8 +1,10 @@
 """The loop and its bookkeeping."""
 
+from pdjax.serving.actions import ALL, Action, Cancel, Chunk, Reject, Step, Transfer
 from pdjax.serving.checks import PolicyError
+from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve
-from pdjax.serving.messages import ALL, Action, Cancel, Chunk, Event, Order, Reject, Step, Transfer
+from pdjax.serving.orders import Order
 from pdjax.serving.state import ClusterState, StuckError
 from pdjax.serving.view import ClusterView, Phase, RequestState, Room, WorkerState
 

@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
-from pdjax.serving.messages import MAX_ORDERS, Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
+from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
+from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestState, WorkerState
 from pdjax.types.request import MAX_STOP_TOKENS
 

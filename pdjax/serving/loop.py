@@ -4,8 +4,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from pdjax.serving.actions import Action
 from pdjax.serving.checks import ask, check_idle
-from pdjax.serving.messages import Action, Arrived, Event, Finished, Order, Started, Turn, Withdrawn
+from pdjax.serving.events import Arrived, Event, Finished, Started, Turn, Withdrawn
+from pdjax.serving.orders import Order
 from pdjax.serving.state import ClusterState
 from pdjax.serving.waits import tell_of_long_wait
 

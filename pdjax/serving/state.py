@@ -3,36 +3,31 @@
 import dataclasses
 from collections.abc import Sequence
 
+from pdjax.serving.actions import Abandon, Action, Cancel, Chunk, Reject, Resend, Step, Transfer
 from pdjax.serving.checks import PolicyError, check_step, check_up, describe_needs, find_request, find_worker, why_unfit
-from pdjax.serving.messages import (
-  Abandon,
-  AbandonOrder,
-  Action,
-  Admission,
+from pdjax.serving.events import (
   Arrived,
-  Cancel,
-  Chunk,
-  ChunkOrder,
-  DecodeOrder,
   Done,
-  EndOrder,
   Event,
   Failed,
   Finished,
   Occupancy,
-  Order,
-  Reject,
-  Resend,
   Result,
-  Step,
-  StepOrder,
   TimerDue,
-  Transfer,
-  TransferOrder,
   Withdrawn,
   WorkerBack,
   WorkerLost,
   WorkerUse,
+)
+from pdjax.serving.orders import (
+  AbandonOrder,
+  Admission,
+  ChunkOrder,
+  DecodeOrder,
+  EndOrder,
+  Order,
+  StepOrder,
+  TransferOrder,
 )
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers

@@ -4,7 +4,7 @@ import heapq
 import itertools
 import math
 
-from pdjax.serving.messages import TimerDue, TimerName
+from pdjax.serving.events import TimerDue, TimerName
 
 
 class Timers:

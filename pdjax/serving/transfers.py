@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pdjax.serving.messages import TransferOrder
+from pdjax.serving.orders import TransferOrder
 from pdjax.serving.timers import Timers
 from pdjax.types.faults import FaultSpec
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from pdjax.serving.messages import MAX_ORDERS, StepOrder
+from pdjax.serving.orders import MAX_ORDERS, StepOrder
 from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.types.cluster import TransferSpec, WorkerSpec, ways, wire_dtype
 from pdjax.types.model import ModelSpec

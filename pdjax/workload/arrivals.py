@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from pdjax.serving.messages import Arrived, Finished, Withdrawn
+from pdjax.serving.events import Arrived, Finished, Withdrawn
 from pdjax.types.request import SERVED, SLO, Request, SamplingParams
 
 

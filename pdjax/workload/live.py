@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from pdjax.serving.messages import Arrived, Finished, Withdrawn
+from pdjax.serving.events import Arrived, Finished, Withdrawn
 from pdjax.types.request import Request
 
 Interrupt = Callable[[Callable[[float], None]], None]

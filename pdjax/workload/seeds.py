@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from pdjax.serving.events import Arrived, Finished, Withdrawn
 from pdjax.serving.loop import Arrivals
-from pdjax.serving.messages import Arrived, Finished, Withdrawn
 
 
 class Seeded:

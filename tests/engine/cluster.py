@@ -13,8 +13,9 @@ from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
 from pdjax.launch import complete
 from pdjax.metrics import Report
+from pdjax.serving.events import Done, Event, Started
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve
-from pdjax.serving.messages import Done, Event, Started, TransferOrder
+from pdjax.serving.orders import TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
 from pdjax.types.cluster import wire_dtype

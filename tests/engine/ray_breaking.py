@@ -18,7 +18,7 @@ import psutil
 from configs import smollm2_cpu, smollm2_ray
 from pdjax import launch
 from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
-from pdjax.serving.messages import Done
+from pdjax.serving.events import Done
 from pdjax.types import RayCluster
 from pdjax.types.cluster import DeviceError
 from tests.engine.ray_run import _is_alive

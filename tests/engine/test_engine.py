@@ -11,7 +11,8 @@ import pytest
 from pdjax.engine.engine import Engine, describe
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
-from pdjax.serving.messages import Done, Failed, Started, TransferOrder, WorkerLost
+from pdjax.serving.events import Done, Failed, Started, WorkerLost
+from pdjax.serving.orders import TransferOrder
 from pdjax.types import Request, SamplingParams
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.span import Span

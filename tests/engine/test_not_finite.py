@@ -13,7 +13,7 @@ from pdjax import launch
 from pdjax.launch import OpenedModel
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.messages import Done, Turn
+from pdjax.serving.events import Done, Turn
 from pdjax.types import SLO, Request, SamplingParams
 from pdjax.workload import Given
 from tests.engine.plain import generate

@@ -18,7 +18,8 @@ from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
-from pdjax.serving.messages import AbandonOrder, Started, StepOrder, TransferOrder, WorkerBack, WorkerLost
+from pdjax.serving.events import Started, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine

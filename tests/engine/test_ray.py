@@ -19,7 +19,7 @@ from pdjax.engine import addresses, ray_workers
 from pdjax.engine.peers import Pull, StartClock, Submit
 from pdjax.engine.processes import build_processes
 from pdjax.engine.ray_workers import RayProcesses, import_ray
-from pdjax.serving.messages import WorkerBack, WorkerLost
+from pdjax.serving.events import WorkerBack, WorkerLost
 from pdjax.types import FaultSpec, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
 from tests.compiling import CACHE, quick_environment

@@ -6,8 +6,9 @@ import pytest
 
 from pdjax.policies import Disaggregated
 from pdjax.serving import ClusterState, PolicyError, StuckError
+from pdjax.serving.events import Done, Event, Turn
 from pdjax.serving.loop import Arrivals, serve
-from pdjax.serving.messages import Done, Event, StepOrder, Turn
+from pdjax.serving.orders import StepOrder
 from pdjax.simulator import Replay, started
 from pdjax.types import Request, SamplingParams
 from pdjax.workload.arrivals import Listed

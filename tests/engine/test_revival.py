@@ -14,7 +14,7 @@ from pdjax.engine.peers import Loaded, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine, Revived
 from pdjax.engine.processes import Handshake, absolute_checkpoint, build_processes
 from pdjax.engine.program_folder import ProgramFolder, remove_when_unused
-from pdjax.serving.messages import WorkerBack, WorkerLost
+from pdjax.serving.events import WorkerBack, WorkerLost
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, PoolShape, WayPlan
 from pdjax.types.hardware import ChipSpec, DeviceKind

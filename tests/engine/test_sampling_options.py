@@ -11,7 +11,8 @@ from tokenizers import decoders, models
 from pdjax.engine.detokenize import Detokenizer
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.messages import Done, Finished, Started, StepOrder, Withdrawn
+from pdjax.serving.events import Done, Finished, Started, Withdrawn
+from pdjax.serving.orders import StepOrder
 from pdjax.types import Request, SamplingParams
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Cluster, live_pages

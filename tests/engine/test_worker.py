@@ -14,7 +14,7 @@ from pdjax.kv import KVPages, page_bytes
 from pdjax.kv.transfer import DevicePut
 from pdjax.model import sampling
 from pdjax.model.transformer import weight_shapes
-from pdjax.serving.messages import ChunkOrder, StepOrder
+from pdjax.serving.orders import ChunkOrder, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types import ModelSpec, Request, SamplingParams, TransferSpec
 from tests.engine.cluster import Cluster, compiled

@@ -16,8 +16,8 @@ from pdjax.engine.processes import build_processes
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.launch import complete
 from pdjax.metrics import Report
+from pdjax.serving.events import Finished, WorkerBack
 from pdjax.serving.loop import serve
-from pdjax.serving.messages import Finished, WorkerBack
 from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free

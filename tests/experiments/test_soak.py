@@ -44,18 +44,8 @@ from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
 from pdjax.run_folder import EVENTS
 from pdjax.serving import ClusterState
-from pdjax.serving.messages import (
-  Cancel,
-  Done,
-  Event,
-  Failed,
-  Resend,
-  TimerDue,
-  Turn,
-  Withdrawn,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.actions import Cancel, Resend
+from pdjax.serving.events import Done, Event, Failed, TimerDue, Turn, Withdrawn, WorkerBack, WorkerLost
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.session import Piece, Stream
 from pdjax.sharding import make_mesh

@@ -8,7 +8,7 @@ from typing import Any
 
 from pdjax.config import ServingConfig
 from pdjax.policies import Disaggregated
-from pdjax.serving.messages import Action, Transfer
+from pdjax.serving.actions import Action, Transfer
 from pdjax.types import RayCluster
 from pdjax.workload import ClosedLoopWorkload, Fixed, Given
 from tests.tiny import config, requests

@@ -5,17 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from experiments.faults.chaos import Breakable, Fault, told_when
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Arrived,
-  Done,
-  Event,
-  Finished,
-  Order,
-  StepOrder,
-  TransferOrder,
-  Withdrawn,
-)
+from pdjax.serving.events import Arrived, Done, Event, Finished, Withdrawn
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.types import Request
 from pdjax.workload import Listed
 

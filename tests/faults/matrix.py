@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from experiments.faults.chaos import Fault
-from pdjax.serving.messages import Arrived, Done, Event, Order, StepOrder, TransferOrder, Withdrawn
+from pdjax.serving.events import Arrived, Done, Event, Withdrawn
+from pdjax.serving.orders import Order, StepOrder, TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import FaultSpec, Request, SamplingParams, WorkerSpec
 from tests.faults.injection import Asking, Injector, Seen

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from pdjax.serving import ClusterState
-from pdjax.serving.messages import Done, Event, Finished, TransferOrder, Turn
+from pdjax.serving.events import Done, Event, Finished, Turn
+from pdjax.serving.orders import TransferOrder
 from pdjax.types import Request
 from tests.engine.cluster import assert_all_is_free
 

@@ -10,18 +10,8 @@ import zlib
 from collections.abc import Callable, Sequence
 
 from experiments.faults.chaos import Fault
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Done,
-  Event,
-  Failed,
-  Order,
-  Result,
-  StepOrder,
-  TransferOrder,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.events import Done, Event, Failed, Result, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.simulator import Simulator
 from pdjax.types import ModelSpec, Request
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from experiments.faults.chaos import Chaos, End, Fault
 from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving import ClusterState, serve
-from pdjax.serving.messages import Arrived, Event, Turn, Withdrawn
+from pdjax.serving.events import Arrived, Event, Turn, Withdrawn
 from pdjax.types import FaultSpec, Request, SamplingParams
 from tests.faults.injection import Asking
 from tests.faults.oracles import assert_right, watched

@@ -11,7 +11,8 @@ import pytest
 from experiments.faults.chaos import Breakable, Chaos, End, Fault
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, serve
-from pdjax.serving.messages import AbandonOrder, Failed, Started, TimerDue, Withdrawn, WorkerLost
+from pdjax.serving.events import Failed, Started, TimerDue, Withdrawn, WorkerLost
+from pdjax.serving.orders import AbandonOrder
 from pdjax.simulator import Replay
 from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
 from tests.faults.injection import Again, Asking

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving import serve
-from pdjax.serving.messages import Failed, TimerDue, WorkerLost
+from pdjax.serving.events import Failed, TimerDue, WorkerLost
 from pdjax.types import FaultSpec
 from tests.faults.oracles import assert_right, watched
 from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from experiments.faults.engine_faults import FaultyEngine
-from pdjax.serving.messages import Done, Started, StepOrder, WorkerLost
+from pdjax.serving.events import Done, Started, WorkerLost
+from pdjax.serving.orders import StepOrder
 from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared_colocated

@@ -11,7 +11,8 @@ import pytest
 
 from pdjax.engine.worker import Worker
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.messages import Done, Failed, Finished, StepOrder, WorkerLost
+from pdjax.serving.events import Done, Failed, Finished, WorkerLost
+from pdjax.serving.orders import StepOrder
 from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.types.faults import ALL_FAIL
 from tests.engine.cluster import Cluster, Served

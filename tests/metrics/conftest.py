@@ -6,20 +6,8 @@ import pytest
 
 import pdjax
 from pdjax.metrics import Report
-from pdjax.serving.messages import (
-  Admission,
-  Arrived,
-  ChunkOrder,
-  DecodeOrder,
-  Done,
-  Event,
-  Finished,
-  Result,
-  Started,
-  StepOrder,
-  TransferOrder,
-  Turn,
-)
+from pdjax.serving.events import Arrived, Done, Event, Finished, Result, Started, Turn
+from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder, TransferOrder
 from pdjax.types.request import Request
 from pdjax.types.span import Span
 from tests import tiny

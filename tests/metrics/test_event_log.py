@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from pdjax.metrics.event_log import EventLog, event_to_json, read_events
-from pdjax.serving.messages import (
+from pdjax.serving.events import (
   Arrived,
   Comeback,
   Done,
-  EndOrder,
   Failed,
   Occupancy,
   Result,
@@ -22,6 +21,7 @@ from pdjax.serving.messages import (
   WorkerLost,
   WorkerUse,
 )
+from pdjax.serving.orders import EndOrder
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
 
 

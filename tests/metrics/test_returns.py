@@ -10,7 +10,7 @@ from rich.console import Console
 from pdjax.metrics import Report
 from pdjax.metrics.page import render_html
 from pdjax.metrics.table import render
-from pdjax.serving.messages import Comeback, WorkerBack, WorkerLost
+from pdjax.serving.events import Comeback, WorkerBack, WorkerLost
 from pdjax.types import WorkerSpec
 
 WORKERS = (WorkerSpec('p', 'prefill', num_pages=8), WorkerSpec('d', 'decode', num_pages=8))

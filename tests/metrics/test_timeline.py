@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.metrics.timeline import read_timeline
-from pdjax.serving.messages import Failed, WorkerLost
+from pdjax.serving.events import Failed, WorkerLost
 from pdjax.types.request import SLO
 
 

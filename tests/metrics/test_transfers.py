@@ -5,7 +5,7 @@ import pytest
 from pdjax.metrics.counters import counters, prometheus_text
 from pdjax.metrics.timeline import read_timeline
 from pdjax.metrics.transfers import TransferFigures
-from pdjax.serving.messages import Failed, Trip, WorkerLost
+from pdjax.serving.events import Failed, Trip, WorkerLost
 from tests.metrics.conftest import Log
 
 

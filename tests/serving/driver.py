@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 from pdjax.serving import ClusterState, Phase
-from pdjax.serving.messages import Action, Arrived, Done, EndOrder, Event, Finished, Order, Result
+from pdjax.serving.actions import Action
+from pdjax.serving.events import Arrived, Done, Event, Finished, Result
+from pdjax.serving.orders import EndOrder, Order
 from pdjax.types import (
   FaultSpec,
   ModelSpec,

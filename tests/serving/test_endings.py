@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Step, Transfer
-from pdjax.serving.messages import EndOrder, Failed, Order, StepOrder, TransferOrder, Withdrawn, WorkerBack, WorkerLost
+from pdjax.serving.events import Failed, Withdrawn, WorkerBack, WorkerLost
+from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types import colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver
 

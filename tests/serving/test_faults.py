@@ -6,18 +6,9 @@ import math
 import pytest
 
 from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Step, StuckError, Transfer
-from pdjax.serving.messages import (
-  Abandon,
-  AbandonOrder,
-  Done,
-  Failed,
-  Resend,
-  TimerDue,
-  TransferOrder,
-  Withdrawn,
-  WorkerBack,
-  WorkerLost,
-)
+from pdjax.serving.actions import Abandon, Resend
+from pdjax.serving.events import Done, Failed, TimerDue, Withdrawn, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, TransferOrder
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Attempt, Transfers
 from pdjax.types import FaultSpec, TransferSpec, colocated_pool, decode_pool, prefill_pool

@@ -3,7 +3,8 @@
 import pytest
 
 from pdjax.serving import Cancel, Chunk, ClusterState, Phase, Step, Transfer
-from pdjax.serving.messages import Failed, StepOrder, TransferOrder, WorkerLost
+from pdjax.serving.events import Failed, WorkerLost
+from pdjax.serving.orders import StepOrder, TransferOrder
 from pdjax.types import TransferSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver
 

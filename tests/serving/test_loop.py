@@ -11,22 +11,20 @@ from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
-from pdjax.serving.messages import (
+from pdjax.serving.events import (
   Arrived,
   Done,
-  EndOrder,
   Event,
   Failed,
   Finished,
   Occupancy,
-  Order,
   Result,
   Started,
-  StepOrder,
   Turn,
   Withdrawn,
   WorkerUse,
 )
+from pdjax.serving.orders import EndOrder, Order, StepOrder
 from pdjax.simulator import Simulator
 from pdjax.types import Request, SamplingParams, colocated_pool
 from pdjax.types.faults import ALL_FAIL

@@ -3,7 +3,7 @@
 import pytest
 
 from pdjax.serving import ALL, Cancel, Chunk, PolicyError, Reject, Step, StuckError, Transfer
-from pdjax.serving.messages import Action
+from pdjax.serving.actions import Action
 from pdjax.types import Role, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver, snapshot
 

@@ -8,20 +8,8 @@ import pytest
 
 from pdjax.metrics import Report
 from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Reject, Step, Transfer, serve
-from pdjax.serving.messages import (
-  AbandonOrder,
-  Arrived,
-  Done,
-  Event,
-  Failed,
-  Finished,
-  Started,
-  StepOrder,
-  TransferOrder,
-  Turn,
-  Withdrawn,
-  WorkerLost,
-)
+from pdjax.serving.events import Arrived, Done, Event, Failed, Finished, Started, Turn, Withdrawn, WorkerLost
+from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.simulator import started
 from pdjax.types import Request, SamplingParams, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from pdjax.serving import ALL, Chunk, ClusterState, Phase, Step, Transfer
-from pdjax.serving.messages import Admission, ChunkOrder, DecodeOrder, EndOrder, Finished, StepOrder, TransferOrder
+from pdjax.serving.events import Finished
+from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, EndOrder, StepOrder, TransferOrder
 from pdjax.types import WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.types.span import Span
 from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver

@@ -2,7 +2,7 @@
 
 import math
 
-from pdjax.serving.messages import TimerDue
+from pdjax.serving.events import TimerDue
 from pdjax.serving.timers import Timers
 
 

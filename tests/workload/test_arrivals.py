@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pdjax.serving.messages import Arrived, Finished
+from pdjax.serving.events import Arrived, Finished
 from pdjax.types.request import Request, SamplingParams
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pdjax.serving.messages import Arrived, Finished, Withdrawn
+from pdjax.serving.events import Arrived, Finished, Withdrawn
 from pdjax.types import Request, SamplingParams
 from pdjax.workload import Live
 

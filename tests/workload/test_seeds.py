@@ -2,7 +2,7 @@
 
 import math
 
-from pdjax.serving.messages import Arrived, Withdrawn
+from pdjax.serving.events import Arrived, Withdrawn
 from pdjax.types.request import Request, SamplingParams
 from pdjax.workload import ClosedLoop, Listed, Seeded
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pdjax.serving.messages import Finished
+from pdjax.serving.events import Finished
 from pdjax.types.request import SLO, SamplingParams
 from pdjax.workload.lengths import Fixed, Lognormal, Uniform
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson

@@ -1,0 +1,80 @@
+"""What a policy answers: one step of a worker, a move, an end; plans, without numbers."""
+
+import dataclasses
+import enum
+
+
+class All(enum.Enum):
+  """Stands for every sequence that can decode on the worker."""
+
+  ALL = 'all'
+
+
+ALL = All.ALL
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+  """Prompt tokens `start` to `start + length` of a request.
+
+  With `send_to`, the pages that the chunk completes travel to that worker as soon as they are computed.
+  """
+
+  request: str
+  start: int
+  length: int
+  send_to: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+  """One pass of a worker over some prompt chunks, some decoding sequences, or both.
+
+  `steps` decode steps run on the device between two decisions; with chunks there is just one.
+  """
+
+  worker: str
+  chunks: tuple[Chunk, ...] = ()
+  decodes: tuple[str, ...] | All = ()
+  steps: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transfer:
+  """Move the KV of a finished prompt to another worker, where it will decode."""
+
+  request: str
+  target: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel:
+  """End a request with all its samples, or one further sample of a request; what it holds is released."""
+
+  request: str
+  reason: str = 'cancelled'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reject:
+  """Refuse a request that has not started."""
+
+  request: str
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abandon:
+  """Give up a transfer under way, by the id of its order. The state itself asks for it; a policy need not."""
+
+  transfer: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resend:
+  """Try a transfer that failed once more, by the id of its order. Only the state itself asks for it."""
+
+  transfer: int
+
+
+Action = Step | Transfer | Cancel | Reject | Abandon | Resend

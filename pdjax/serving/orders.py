@@ -1,0 +1,141 @@
+"""What a backend carries out: actions with every number filled in."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from pdjax.types.request import FinishReason, Request
+from pdjax.types.span import Span
+
+MAX_ORDERS = 2  # steps in flight on one worker: one that runs, one that is ready
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkOrder:
+  """A chunk with the pages of its sequence on the worker, `pages[i]` holding tokens `i·page_size` and up.
+
+  `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
+  `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
+  prompt, as if they were part of it, and no token comes of that; the sequence is admitted with them.
+  """
+
+  request: Request
+  start: int
+  length: int
+  pages: tuple[int, ...]
+  slot: int | None = None
+  delivered: tuple[int, ...] = ()
+
+  @property
+  def is_last(self) -> bool:
+    """Whether the chunk ends its prompt, so that the first token comes of it."""
+    return not self.delivered and self.start + self.length == self.request.prompt_len
+
+  @property
+  def restores(self) -> bool:
+    """Whether all that a request begun again had cached is there once the chunk is computed."""
+    return bool(self.delivered) and self.start + self.length == self.request.prompt_len + len(self.delivered) - 1
+
+  @property
+  def token_ids(self) -> Sequence[int]:
+    """What is computed."""
+    prompt, end = self.request.prompt, self.start + self.length
+    if end <= len(prompt):
+      return prompt[self.start : end]
+    return (*prompt[self.start :], *self.delivered[max(self.start - len(prompt), 0) :])[: self.length]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Admission:
+  """A sequence that arrives in a slot: its pages here and the tokens generated so far.
+
+  A further sample of a prompt has no tokens yet: it begins with the prompt's last token, in a page of its own. `copy`
+  says which page to copy into which of its own before that; None if all its pages are filled already.
+  """
+
+  request: Request
+  pages: tuple[int, ...]
+  tokens: tuple[int, ...]
+  copy: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeOrder:
+  """A decoding sequence: its slot, the most tokens it has cached when the pass begins, and what is new in the slot."""
+
+  request: str
+  slot: int
+  context: int
+  admission: Admission | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOrder:
+  """`Step`, ready to run, by that life of the worker whose pages it names.
+
+  `layer_groups` are those it runs in, as (first, one after the last); none on workers whose passes run whole.
+  """
+
+  id: int
+  worker: str
+  chunks: tuple[ChunkOrder, ...] = ()
+  decodes: tuple[DecodeOrder, ...] = ()
+  steps: int = 1
+  incarnation: int = 1
+  layer_groups: tuple[tuple[int, int], ...] = ()
+
+  @property
+  def requests(self) -> tuple[str, ...]:
+    """Whose the pass is, chunks first."""
+    return (*(chunk.request.id for chunk in self.chunks), *(decode.request for decode in self.decodes))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferOrder:
+  """Copy cached tokens of a sequence to another worker; begins once order `after` has ended.
+
+  Attributes:
+    id: Of the order.
+    request: Whose tokens they are.
+    source: The worker that has them.
+    target: The worker that gets them.
+    span: The tokens, and the pages of either worker that hold them.
+    after: The order that computes the last of them, if it has not ended.
+    incarnations: The lives of source and target whose pages these are.
+    staging_bytes: What it takes of the staging memory of either side while it is under way.
+  """
+
+  id: int
+  request: str
+  source: str
+  target: str
+  span: Span
+  after: int | None = None
+  incarnations: tuple[int, int] = (1, 1)
+  staging_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndOrder:
+  """End a request without running it further: cancelled or rejected."""
+
+  id: int
+  request: str
+  finish_reason: FinishReason
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AbandonOrder:
+  """Give up a transfer under way.
+
+  Its `Done` says that no page of the transfer is read or written any more, now or later, and comes soon whatever has
+  become of the transfer. What the transfer brought before that counts, if its own `Done` comes first.
+  """
+
+  id: int
+  transfer: int
+  source: str
+  target: str
+
+
+Order = StepOrder | TransferOrder | EndOrder | AbandonOrder

@@ -121,6 +121,14 @@ def test_only_the_engine_and_what_stands_above_it_see_both_wings():
       assert _unit(module) in SEES_BOTH, f'{module} sees {sorted(seen & DECIDES)} and {sorted(seen & COMPUTES)}'
 
 
+def test_a_phase_changes_through_one_function():
+  """Which asserts against the table of moves."""
+  for module, path in FILES.items():
+    stored = [one for one in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(one, ast.Attribute)]
+    changed = [one for one in stored if one.attr == 'phase' and isinstance(one.ctx, ast.Store)]
+    assert len(changed) == (module == 'pdjax.serving.requests'), module
+
+
 def test_the_engine_takes_no_decisions():
   for module in _of({'pdjax.engine'}):
     seen = {name for name in OURS[module] if _unit(name) in DECIDES}

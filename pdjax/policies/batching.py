@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.policies.placement import Placement
 from pdjax.serving.actions import Chunk
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import RequestState
 from pdjax.serving.state import ClusterState
-from pdjax.serving.view import RequestState, Room, WorkerState
+from pdjax.serving.view import Room
 
 
 class ChunkBatches:

@@ -8,8 +8,8 @@ from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, Action, Step
 from pdjax.serving.checks import PolicyError
+from pdjax.serving.requests import RequestState
 from pdjax.serving.state import ClusterState
-from pdjax.serving.view import RequestState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, Action, Step, Transfer
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import RequestState
 from pdjax.serving.state import ClusterState
-from pdjax.serving.view import RequestState, Room, WorkerState
+from pdjax.serving.view import Room
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from pdjax.serving.view import Room, WorkerState
+from pdjax.serving.place import WorkerState
+from pdjax.serving.view import Room
 
 
 class Placement(Protocol):

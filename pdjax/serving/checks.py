@@ -6,7 +6,9 @@ from typing import Any
 
 from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
 from pdjax.serving.orders import MAX_ORDERS
-from pdjax.serving.view import ClusterView, Phase, RequestState, WorkerState
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import Phase, RequestState
+from pdjax.serving.view import ClusterView
 from pdjax.types.request import MAX_STOP_TOKENS
 
 MOST_IDLE_ANSWERS = 10_000  # of one turn

@@ -29,9 +29,11 @@ from pdjax.serving.orders import (
   StepOrder,
   TransferOrder,
 )
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import Phase, RequestState, Samples, enter
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
-from pdjax.serving.view import ClusterView, Phase, RequestState, Samples, WorkerState
+from pdjax.serving.view import ClusterView
 from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
@@ -214,7 +216,7 @@ class ClusterState(ClusterView):
       for one in entries.values():
         one.samples = samples
       for one in samples.following.values():
-        one.phase = Phase.FOLLOWING
+        enter(one, Phase.FOLLOWING)
     problem = why_unfit(self, entry, finds_stops=self._finds_stops)
     if problem:
       self._must[request.id] = Reject(request.id, problem)
@@ -298,11 +300,11 @@ class ClusterState(ClusterView):
     if not entry.computed or entry.phase in (Phase.ENDING, Phase.FINISHED):
       return
     if entry.target is None:
-      entry.phase = Phase.PREFILLED
+      enter(entry, Phase.PREFILLED)
       if not any(worker.given_up for worker in self.decode_workers) or not self._refuse_unfit(entry, self._now_s):
         self._file(self.prefilled, entry)
     elif entry.transfers or entry.request.id in self._due:
-      entry.phase = Phase.MOVING
+      enter(entry, Phase.MOVING)
     else:
       self._begin_decoding(entry)
       if entry.samples is not None and followed:
@@ -313,7 +315,7 @@ class ClusterState(ClusterView):
   def _begin_decoding(self, entry: RequestState) -> None:
     assert entry.target is not None
     if entry.phase is not Phase.DECODING:
-      entry.phase = Phase.DECODING
+      enter(entry, Phase.DECODING)
       self.workers[entry.target].decoding[entry.request.id] = entry
     if entry.worker is not None and entry.worker != entry.target and entry.worker in entry.pages:
       self.workers[entry.worker].allocator.drop(entry.pages.pop(entry.worker))
@@ -329,7 +331,8 @@ class ClusterState(ClusterView):
     if entry.slot is not None:
       assert entry.target is not None
       self.workers[entry.target].free_slots.append(entry.slot)
-    entry.pages, entry.slot, entry.phase = {}, None, Phase.FINISHED
+    entry.pages, entry.slot = {}, None
+    enter(entry, Phase.FINISHED)
     del self.requests[name]
     self._transfers.forget(name)
     if reason in ('cancelled', 'error'):
@@ -562,7 +565,7 @@ class ClusterState(ClusterView):
         self._finish(one, 'error', now_s, error)
         continue
       self._unschedule(one)
-      one.phase = Phase.RESTARTING
+      enter(one, Phase.RESTARTING)
       self._give_up(one.request.id, error)
       one.transfers = len(self._transfers.of(one.request.id))
       self._begin_again(one)
@@ -580,7 +583,7 @@ class ClusterState(ClusterView):
     entry.worker, entry.started, entry.tokens_due, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0, 0
     entry.computed = entry.admitted = False
     entry.delivered = tuple(entry.tokens)
-    entry.phase = Phase.WAITING
+    enter(entry, Phase.WAITING)
     if not self._refuse_unfit(entry, self._now_s):
       self._file(self.waiting, entry)
 
@@ -635,7 +638,7 @@ class ClusterState(ClusterView):
       )
     self._unschedule_all(entries)
     for entry in entries:
-      entry.phase = Phase.ENDING
+      enter(entry, Phase.ENDING)
       self._give_up(entry.request.id, reason)
     return tuple(EndOrder(self._order_id(), entry.request.id, reason, action.reason) for entry in entries)
 
@@ -704,7 +707,8 @@ class ClusterState(ClusterView):
     entry = self.requests[chunk.request]
     if entry.phase is Phase.WAITING:
       del self.waiting[chunk.request]
-      entry.phase, entry.worker = Phase.PREFILLING, worker.name
+      enter(entry, Phase.PREFILLING)
+      entry.worker = worker.name
       worker.prefilling[chunk.request] = entry
       worker.queued_tokens += entry.prompt_left
       self._reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
@@ -717,7 +721,8 @@ class ClusterState(ClusterView):
       del worker.prefilling[chunk.request]
       entry.steps_in_flight += not entry.delivered
       if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
-        entry.phase, entry.admitted, slot = Phase.DECODING, True, entry.slot
+        enter(entry, Phase.DECODING)
+        entry.admitted, slot = True, entry.slot
         worker.decoding[chunk.request] = entry
     return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
 
@@ -824,7 +829,8 @@ class ClusterState(ClusterView):
         f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
       )
     del self.prefilled[action.request]
-    entry.phase, entry.tokens_due = Phase.MOVING, entry.prefill_len
+    enter(entry, Phase.MOVING)
+    entry.tokens_due = entry.prefill_len
     self._reserve(entry, target, decodes=True)
     return tuple(self._send_due(entry, None))
 

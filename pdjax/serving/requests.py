@@ -1,0 +1,130 @@
+"""Requests as the books know them: what each has, where it stands, and the moves between the phases."""
+
+import dataclasses
+import enum
+
+from pdjax.types.request import Request
+
+
+class Phase(enum.Enum):
+  """Where a request stands."""
+
+  WAITING = 'waiting'  # nothing started
+  PREFILLING = 'prefilling'  # some chunk started, more to come or to end
+  PREFILLED = 'prefilled'  # first token delivered, its KV on a worker where it will not decode
+  MOVING = 'moving'  # its KV on the way, the prompt all computed
+  DECODING = 'decoding'  # in a slot
+  FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
+  RESTARTING = 'restarting'  # to begin again, once orders about it have ended
+  ENDING = 'ending'  # cancelled or rejected, to be confirmed
+  FINISHED = 'finished'
+
+
+_ENDS = frozenset({Phase.ENDING, Phase.FINISHED})
+MOVES: dict[Phase, frozenset[Phase]] = {
+  Phase.WAITING: _ENDS | {Phase.PREFILLING, Phase.FOLLOWING},
+  Phase.PREFILLING: _ENDS | {Phase.PREFILLED, Phase.MOVING, Phase.DECODING, Phase.RESTARTING},
+  Phase.PREFILLED: _ENDS | {Phase.MOVING, Phase.DECODING, Phase.RESTARTING},
+  Phase.MOVING: _ENDS | {Phase.PREFILLED, Phase.DECODING, Phase.RESTARTING},
+  Phase.DECODING: _ENDS | {Phase.RESTARTING},
+  Phase.FOLLOWING: _ENDS | {Phase.PREFILLED, Phase.MOVING, Phase.DECODING, Phase.RESTARTING},  # as heir of the carrier
+  Phase.RESTARTING: _ENDS | {Phase.WAITING},
+  Phase.ENDING: frozenset({Phase.FINISHED}),
+  Phase.FINISHED: frozenset(),
+}
+
+
+@dataclasses.dataclass(slots=True)
+class RequestState:
+  """What the cluster knows of one request. Read it in a policy, change it only in `ClusterState`.
+
+  Attributes:
+    request: The request.
+    limit: Most tokens it may generate: its own `max_tokens`, or what is left of the model's context.
+    phase: Where it stands.
+    worker: Where it is prefilled.
+    target: Where it decodes; the same as `worker` when nothing moves.
+    started: Prompt tokens handed to the worker.
+    tokens: Tokens generated and delivered.
+    steps_in_flight: Most tokens that orders under way can bring it.
+    transfers: Transfers of its pages under way or to be tried again.
+    pages: Pages it holds, by worker.
+    slot: Its slot on `target`.
+    tokens_due: Tokens of its prompt that can be sent on, those under way to be computed counted.
+    tokens_sent: Tokens of its prompt that were sent on.
+    last_step: The order that computes the last of those due.
+    computed: Whether its whole prompt is computed.
+    admitted: Whether a pass has put it into its slot.
+    copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
+    samples: The samples of its prompt, if there are several.
+    delivered: The tokens it had when it was last begun again.
+    attempts: How often it was begun.
+    number: Its place in the order of arrival.
+  """
+
+  request: Request
+  limit: int
+  phase: Phase = Phase.WAITING
+  worker: str | None = None
+  target: str | None = None
+  started: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  steps_in_flight: int = 0
+  transfers: int = 0
+  pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  slot: int | None = None
+  tokens_due: int = 0
+  tokens_sent: int = 0
+  last_step: int | None = None
+  computed: bool = False
+  admitted: bool = False
+  copy: tuple[int, int] | None = None
+  samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
+  delivered: tuple[int, ...] = ()
+  attempts: int = 1
+  number: int = 0
+
+  @property
+  def prefill_len(self) -> int:
+    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
+    return self.request.prompt_len + max(len(self.delivered) - 1, 0)
+
+  @property
+  def prompt_left(self) -> int:
+    """Tokens of these that no pass was given yet."""
+    return self.prefill_len - self.started
+
+  @property
+  def tokens_left(self) -> int:
+    """Tokens that may still be asked for, those under way not counted."""
+    return self.limit - len(self.tokens) - self.steps_in_flight
+
+
+@dataclasses.dataclass(slots=True)
+class Samples:
+  """The samples of one prompt.
+
+  One of them carries the prompt: its phase and its pages are the prompt's, and policies see it as a request like any
+  other. The others follow: they hold nothing until the carrier has a place to decode, where pages and slots of all are
+  reserved at once, and begin once the whole prompt is there. They share the carrier's full pages, and begin by copying
+  its page with the prompt's last token. A carrier that ends before that hands the prompt on to a follower.
+
+  Attributes:
+    ids: All of them; the first is the request's own and stands for all where one is withdrawn or cancelled.
+    living: Those that have not ended, by id.
+    carrier: The one that carries the prompt, or did.
+    following: Those that have not begun, by id.
+  """
+
+  ids: tuple[str, ...]
+  living: dict[str, RequestState]
+  carrier: RequestState
+  following: dict[str, RequestState]
+
+
+def enter(entry: RequestState, phase: Phase) -> None:
+  """Let a request stand somewhere else; every change of a phase goes through here."""
+  assert phase is entry.phase or phase in MOVES[entry.phase], (
+    f'{entry.request.id} is {entry.phase.value} and cannot be {phase.value}'
+  )
+  entry.phase = phase

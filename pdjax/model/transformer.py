@@ -1,5 +1,6 @@
 """The transformer: tokens and pages in, logits and pages out. Outside this folder its weights are a plain pytree."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,33 +55,38 @@ def run_blocks(
   return x, tuple(new_pages)
 
 
-def _abstract(model: ModelSpec, dtype: jnp.dtype) -> Transformer:
-  return nnx.eval_shape(lambda: Transformer(model, dtype))
+@functools.lru_cache(maxsize=64)
+def _parts(model: ModelSpec, dtype: jnp.dtype, layers: range | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+  """The whole model, or a list of its blocks, without the bytes: made once, not for each program that binds it."""
+  if layers is None:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(model, dtype)))
+  return nnx.split(nnx.eval_shape(lambda: nnx.List([Block(model, layer, dtype) for layer in layers])))
+
+
+def _bind(parts: tuple[nnx.GraphDef, nnx.State], weights: dict[Any, Any]) -> Any:
+  graph, state = parts
+  state = jax.tree.map(lambda leaf: leaf, state)  # a copy, to be filled
+  nnx.replace_by_pure_dict(state, weights)
+  return nnx.merge(graph, state)
 
 
 def bind(model: ModelSpec, weights: Weights) -> Transformer:
   """The model with these weights, for use under `jit`."""
-  graph, state = nnx.split(_abstract(model, jax.tree.leaves(weights)[0].dtype))
-  nnx.replace_by_pure_dict(state, weights)
-  return nnx.merge(graph, state)
+  return _bind(_parts(model, jax.tree.leaves(weights)[0].dtype), weights)
 
 
 def bind_blocks(model: ModelSpec, weights: Sequence[Weights], first: int) -> Sequence[Block]:
   """The blocks from layer `first` on with these weights, one item a layer, for use under `jit`."""
   layers = range(first, first + len(weights))
-  dtype = jax.tree.leaves(weights)[0].dtype
-  graph, state = nnx.split(nnx.eval_shape(lambda: nnx.List([Block(model, layer, dtype) for layer in layers])))
-  layer_weights: Any = dict(enumerate(weights))
-  nnx.replace_by_pure_dict(state, layer_weights)
-  return nnx.merge(graph, state)
+  return _bind(_parts(model, jax.tree.leaves(weights)[0].dtype, layers), dict(enumerate(weights)))
 
 
 def weight_shapes(model: ModelSpec, dtype: jnp.dtype) -> Weights:
   """The shape and dtype of every weight, without its bytes."""
-  return nnx.to_pure_dict(nnx.state(_abstract(model, dtype)))
+  return nnx.to_pure_dict(_parts(model, jnp.dtype(dtype))[1])
 
 
 def weight_axes(model: ModelSpec) -> dict[str, tuple[str | None, ...]]:
   """The logical axes of every weight by its dotted name."""
-  state = nnx.state(_abstract(model, jnp.dtype(jnp.float32)))
+  _, state = _parts(model, jnp.dtype(jnp.float32))
   return {'.'.join(map(str, path)): param.axes for path, param in nnx.to_flat_state(state)}

@@ -306,6 +306,7 @@ def _about_gantt(reports: Sequence[Report]) -> list[str]:
       f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every pass is in '
       'trace.json, which ui.perfetto.dev opens.'
     )
+  lines += [f'{line}.' for report in reports for line in report.return_lines()]
   return lines
 
 

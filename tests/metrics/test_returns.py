@@ -7,11 +7,13 @@ import json
 import pytest
 from rich.console import Console
 
+from pdjax import launch
 from pdjax.metrics import Report
 from pdjax.metrics.page import render_html
 from pdjax.metrics.table import render
 from pdjax.serving.events import Comeback, WorkerBack, WorkerLost
 from pdjax.types import WorkerSpec
+from tests.tiny import config
 
 WORKERS = (WorkerSpec('p', 'prefill', num_pages=8), WorkerSpec('d', 'decode', num_pages=8))
 TOOK = Comeback(tries=1, failed_s=0.0, start_s=2.0, load_s=1.0, compile_s=4.0, connect_s=0.5)
@@ -54,6 +56,13 @@ def test_table_text_and_page_tell_of_them(report):
   for text in (console.export_text(), str(report)):
     assert line in text and 'd was back after 0.2 s, in the same process' in text
   assert '&#34;process start&#34;: 2.0' in render_html(report)
+
+
+def test_the_page_tells_of_them_beside_what_workers_did():
+  run = launch.simulate(config('1P1D'))
+  comes_back = (WorkerLost('decode0', 2.0, 'it was killed', returning=True), WorkerBack('decode0', 9.5, 2, TOOK))
+  page = render_html(Report.from_events((*run.events, *comes_back), workers=run.workers))
+  assert 'decode0 was back after 7.5 s: process start 2.0, weights 1.0, compiling 4.0, connecting 0.5.' in page
 
 
 def test_a_run_in_which_nobody_was_lost_says_nothing_of_it(log):

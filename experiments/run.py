@@ -52,9 +52,9 @@ from pdjax import comparison, launch
 from pdjax.answers import Answers
 from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
-from pdjax.run_folder import ANSWERS, BASELINE, CASES, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
+from pdjax.run_folder import ANSWERS, BASELINE, CASES, EVENTS, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.events import Done, Event, Finished
+from pdjax.serving.events import Done, Event, Finished, WorkerBack, WorkerLost
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, Row, outcomes, read_rows
@@ -181,7 +181,9 @@ class _Run:
     self._answers.close()
     ends = self._outcomes()
     if error is not None:
-      code = _tell_end(error, self._signals, self._told(ends), self._folder, self._answers.began)
+      is_refused = self._folder is not None and self._folder.resumed and not self._goes_on
+      told = '' if is_refused else self._told(ends)
+      code = _tell_end(error, self._signals, told, self._folder, self._answers.began)
       return 3 if code == 1 and any(map(_is_served, ends)) else code
     self._show(ends, result)
     if self._signals.received is not None:  # while this was written and shown
@@ -203,14 +205,37 @@ class _Run:
     arrivals = self._answers.left(launch.arrivals_of(self._config.workload, self._config, self._opened))
     if self._rows is not None and self._answers.has_earlier and not self._answers.num_earlier:
       raise ValueError(
-        f'no answer in {self._folder.path} is to what is asked now; give the requests that the run began with, or '
-        'begin a new run in another workdir.'
+        f'no answer in {self._folder.path} is to what is asked now (a line without an id has that of its row); give '
+        'the requests that the run began with, or begin a new run in another workdir.'
       )
     self._goes_on = True
+    self._tell_changes()
     if arrivals.closed:
       self._console.print(f'Nothing is left: {self._folder.path} has the answers to all requests.', markup=False)
+      if missing := [name for name in ('report.json', 'report.html') if not (self._folder.path / name).is_file()]:
+        why = f'{EVENTS} has what they are made of' if (self._folder.path / EVENTS).is_file() else 'it had no events'
+        self._console.print(f'The run ended before it had written {" and ".join(missing)}; {why}.', markup=False)
       return False
     return True
+
+  def _tell_changes(self) -> None:
+    """Say what of a file of requests is another than when the run began, and keep which it is now."""
+    assert self._folder is not None
+    now = _of_requests(self._rows)
+    if not now or all(self._folder.run.get(name) == value for name, value in now.items()):
+      return
+    if self._folder.run.get('requests') != now['requests']:
+      self._console.print(
+        f'{_REQUESTS.value} is not what it was when the run in {self._folder.path} began: lines that have an answer '
+        'there keep it, all others are served.',
+        markup=False,
+      )
+    self._folder.keep(now)
+    if self._answers.num_unasked:
+      noun = 'answer' if self._answers.num_unasked == 1 else 'answers'
+      self._console.print(
+        f'{self._answers.num_unasked} {noun} in {ANSWERS} are to lines that are not asked any more.', markup=False
+      )
 
   def _launch(self) -> launch.RunResult:
     """Run on the backend that the flags choose."""
@@ -233,7 +258,7 @@ class _Run:
 
   def _outcomes(self) -> Sequence[Completion | Refused]:
     """What became of everyone, in the order of the file or of arrival."""
-    return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.completions)
+    return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.everyone)
 
   def _write(self, everyone: Sequence[Completion]) -> str | None:
     """Make `requests.jsonl` as soon as no more answers come; why it cannot be made, if so."""
@@ -290,8 +315,7 @@ def _folder(
       raise ValueError(
         f'the requests file {str(asked)!r} is where the run is to write; rename it or give another --workdir.'
       )
-    if asked.is_file():  # of what came through a pipe nothing is left to look at
-      more['requests'] = {'sha256': hashlib.sha256(asked.read_bytes()).hexdigest(), 'num_lines': len(rows)}
+    more |= _of_requests(rows)
     serves = 'a file of requests'
     if not rows:
       console.print(f'{asked} has no requests.', markup=False)
@@ -299,18 +323,20 @@ def _folder(
     serves, more['more_files'] = 'a comparison', [BASELINE]
   elif _PROMPT.value is not None:
     serves = f'the prompt {_PROMPT.value!r}'
-  resume = _RESUME.value is not None
   folder = launch.open_folder(
-    _WORKDIR.value, config, _BACKEND.value, resume=resume, serves=serves, more=more,
+    _WORKDIR.value, config, _BACKEND.value, resume=_RESUME.value is not None, serves=serves, more=more,
     say=lambda line: console.print(line, markup=False, soft_wrap=True),
   )  # fmt: skip
-  if resume and 'requests' in more and folder.run.get('requests') != more['requests']:
-    console.print(
-      f'{_REQUESTS.value} is not what it was when the run in {folder.path} began: lines that have an answer there keep '
-      'it, all others are served.',
-      markup=False,
-    )
   return contextlib.closing(folder)
+
+
+def _of_requests(rows: list[Row] | None) -> dict[str, Any]:
+  """What `run.json` keeps of a file of requests; of what came through a pipe nothing is left to look at."""
+  if rows is None or _REQUESTS.value is None or not pathlib.Path(_REQUESTS.value).is_file():
+    return {}
+  digest = hashlib.sha256(pathlib.Path(_REQUESTS.value).read_bytes()).hexdigest()
+  command = {name: _kept(name) for name in _KEPT}
+  return {'command': command, 'requests': {'sha256': digest, 'num_lines': len(rows)}}
 
 
 def _kept(name: str) -> Any:
@@ -330,7 +356,19 @@ def _take_up_flags(folder: str) -> None:
     )
   if _COMPARE.value:
     raise ValueError('--resume goes on with a single run; begin a comparison again.')
-  command = read_run(folder).get('command') or {}
+  run = read_run(folder)
+  command = run.get('command') or {}
+  serves = run.get('serves')
+  if serves == 'a comparison':
+    raise ValueError(f'the run in {folder!r} is a comparison, which does not go on; begin it again.')
+  if serves == 'what is submitted':
+    raise ValueError(f'the run in {folder!r} was a session, which does not go on; begin another one.')
+  if not command:
+    raise ValueError(
+      f'the run in {folder!r} was begun from Python; go on with pdjax.run(config, workdir={folder!r}, resume=True).'
+    )
+  if FLAGS['prompt'].present and command.get('requests') is not None:
+    raise ValueError(f'the run in {folder!r} serves a file of requests; leave --prompt out.')
   for name in _KEPT:
     if not FLAGS[name].present and command.get(name) is not None:
       FLAGS[name].value = command[name]
@@ -527,6 +565,7 @@ class Follow:
     columns = (TextColumn('serving'), BarColumn(), MofNCompleteColumn(), TextColumn('{task.fields[tokens]} tokens'))
     self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
     self._task = self._progress.add_task('serving', total=total, tokens=0, start=False, completed=already)
+    self._console = console
     self._tokens = 0
     self._begun = False
 
@@ -549,6 +588,11 @@ class Follow:
         self._progress.update(self._task, tokens=self._tokens)
       case Finished():
         self._progress.advance(self._task)
+      case WorkerLost(worker, _, error, returning):
+        then = 'another process takes its place' if returning else 'it serves nobody until it is back'
+        self._console.print(f'{worker} is lost ({error}); {then}', markup=False, soft_wrap=True)
+      case WorkerBack(worker):
+        self._console.print(f'{worker} is back', markup=False)
 
 
 if __name__ == '__main__':

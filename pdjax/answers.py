@@ -28,7 +28,7 @@ from pdjax.serving.events import Arrived, Done, Event, Finished, Result, Started
 from pdjax.serving.loop import Arrivals
 from pdjax.serving.orders import EndOrder
 from pdjax.types.json_text import json_text
-from pdjax.types.request import SERVED, Completion, Request, SamplingParams, TokenLogprob
+from pdjax.types.request import SERVED, Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import completion_row
 
 _DEFAULTS = SamplingParams()
@@ -146,6 +146,11 @@ class Answers:
     return bool(self._earlier)
 
   @property
+  def num_unasked(self) -> int:
+    """Answers from before that nobody known by now asks for any more."""
+    return len(self._earlier) - self.num_earlier
+
+  @property
   def began(self) -> bool:
     """Whether anything was asked in this run."""
     return len(self._requests) > self.num_earlier
@@ -157,8 +162,8 @@ class Answers:
 
   @property
   def everyone(self) -> tuple[Completion, ...]:
-    """The same with those that have not ended, whose error says so."""
-    return tuple(self._completions.get(name) or Completion.unfinished(self._requests[name]) for name in self._names())
+    """The same with those that have not ended, whose error says so, with the tokens that they had by then."""
+    return tuple(self._completions.get(name) or self._unfinished(name) for name in self._names())
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -179,6 +184,10 @@ class Answers:
       *(name for name in self._expected if name in self._requests),
       *(name for name in self._requests if name not in self._expected),
     ]
+
+  def _unfinished(self, name: str) -> Completion:
+    draft = self._under_way.get(name)
+    return Completion.unfinished(self._requests[name]) if draft is None else draft.unfinished(self._has_text)
 
   def _keep(self, one: Completion, now_s: float) -> None:
     if self._file is not None:  # the text is made on the thread that writes: a long answer takes milliseconds
@@ -212,15 +221,23 @@ class _Draft:
       self._times_s += [now_s] * len(result.tokens)
 
   def completion(self, end: Finished, has_text: bool) -> Completion:
-    count = len(end.tokens)
+    return self._completion(end.tokens, end.finish_reason, end.error, has_text)
+
+  def unfinished(self, has_text: bool) -> Completion:
+    """What it has got if nothing more comes."""
+    whole = Completion.unfinished(self.request)
+    tokens = tuple(token for result in self._results for token in result.tokens)
+    return self._completion(tokens, whole.finish_reason, whole.error, has_text)
+
+  def _completion(self, tokens: tuple[int, ...], reason: FinishReason, error: str | None, has_text: bool) -> Completion:
     return Completion(
       self.request,
-      end.tokens,
-      end.finish_reason,
-      end.error,
+      tokens,
+      reason,
+      error,
       ''.join(result.text for result in self._results) if has_text else None,
-      tuple(self._times_s[:count]),
-      tuple(logprob for result in self._results for logprob in result.logprobs)[:count],
+      tuple(self._times_s[: len(tokens)]),
+      tuple(logprob for result in self._results for logprob in result.logprobs)[: len(tokens)],
     )
 
 

@@ -136,18 +136,22 @@ class RunFolder:
           'begin a new run in another workdir.'
         )
       return
-    self.run = {**self.run, 'settled': dict(facts)}
+    self.keep({'settled': dict(facts)})
+
+  def keep(self, facts: Mapping[str, Any]) -> None:
+    """Have `run.json` say these things, too, or instead; where it cannot be written, a warning says so."""
+    self.run = {**self.run, **facts}
     part, lock = self.path / RUN_PART, None
     try:
       part.unlink(missing_ok=True)
       lock = _lock(self.path, 'x', RUN_PART)
       _write_run(lock, self.run)
       part.replace(self.path / RUN)
-    except (OSError, ValueError) as error:  # such as a full disk: then nobody looks at it later
+    except (OSError, ValueError) as error:  # such as a full disk
       if lock is not None:
         with contextlib.suppress(OSError):
           lock.close()
-      logging.warning('%s does not say what the devices made of the config (%s).', self.path / RUN, error)
+      logging.warning('%s cannot be written anew with %s (%s).', self.path / RUN, ', '.join(facts), error)
       with contextlib.suppress(OSError):
         part.unlink()
       return

@@ -64,6 +64,9 @@ def test_who_has_not_ended_is_told_with_an_error_in_the_place_where_it_came():
   noted(answers, dataclasses.replace(ONE, id='two'))
   assert [(one.request.id, one.finish_reason) for one in answers.everyone] == [('one', 'error'), ('two', 'length')]
   assert answers.everyone[0].error == 'the run ended before it did.'
+  answers.note(Turn(2.5))
+  answers.note(Done(0, 0.0, 2.0, (Result('one', (5, 6)),)))
+  assert (answers.everyone[0].token_ids, answers.everyone[0].token_times_s) == ((5, 6), (2.5, 2.5))
   assert [one.request.id for one in answers.completions] == ['two']
 
 

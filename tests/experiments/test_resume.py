@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from pdjax.answers import read_answers
-from pdjax.run_folder import read_run
+from pdjax.run_folder import RunFolder, read_run
 from tests.experiments.conftest import ROOT
 from tests.experiments.test_endings import CONFIG, lines, read, told, write
 
@@ -55,11 +55,14 @@ def test_of_a_whole_run_nothing_is_left_and_its_report_stays(run, answered, tmp_
   out = tmp_path / 'out'
   assert run(lines([0.0] * 3))[0] == 0
   before = {path.name: path.read_bytes() for path in out.iterdir()}
-  for remove in ((), ('requests.jsonl',)):  # as if it had been killed while it was written
+  for remove in ((), ('requests.jsonl',), ('report.html',)):  # as if it had been killed while it was written
     for name in remove:
       (out / name).unlink()
     status, said, shown = answered(f'--resume={out}')
     assert status == 0 and said == '' and 'Nothing is left' in shown
+    if 'report.html' in remove:
+      del before['report.html']
+    assert ('ended before it had written report.html;' in ' '.join(shown.split())) == ('report.html' in remove)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -106,6 +109,14 @@ def test_lines_that_were_mended_or_added_are_served_and_all_others_keep_their_an
   assert now['request-1'] == first['request-1'] and now['request-3'] == first['request-3']
   assert len(now['request-0']['output_token_ids']) == 13 and 'line-3' not in now
   assert '4 of 4 requests completed' in shown
+  status, said, shown = answered(f'--resume={out}')  # with the file that was given last, of which nothing is left
+  assert status == 0 and 'Nothing is left' in shown and 'is not what it was' not in shown, said
+  assert [row['id'] for row in read(out / 'requests.jsonl')] == [*now]
+  fewer = write(tmp_path / 'fewer.jsonl', [longer, *rows[1:3]])
+  status, _, shown = answered(f'--resume={out}', f'--requests={fewer}')
+  shown = ' '.join(shown.split())
+  assert status == 0 and 'is not what it was' in shown and '3 answers in answers.jsonl are to lines that' in shown
+  assert read_run(out)['command']['requests'] == str(fewer)
 
 
 def test_a_file_that_has_nothing_to_do_with_the_answers_is_refused(run, answered, tmp_path):
@@ -115,6 +126,7 @@ def test_a_file_that_has_nothing_to_do_with_the_answers_is_refused(run, answered
   before = {path.name: path.read_bytes() for path in out.iterdir()}
   status, said, _ = answered(f'--resume={out}', f'--requests={other}')
   assert status == 1 and f'no answer in {out} is to what is asked now' in said and said.count('\n') == 1
+  assert 'goes on' not in said and 'keep it' not in said
   assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -160,14 +172,18 @@ def test_bad_ways_to_go_on_are_answered_in_a_line(run, answered, tmp_path):
   assert answered(*simulated, f'--workdir={tmp_path / "alone"}')[0] == 0
   compared = ('--config=configs/llama3_8b_simulated.py:num_requests=4', '--compare', '--budgets=512')
   assert answered(*compared, '--backend=simulator', f'--workdir={tmp_path / "both"}')[0] == 0
+  RunFolder.begin(tmp_path / 'python', {'backend': 'engine', 'serves': 'requests', 'config': {}}).close()
+  RunFolder.begin(tmp_path / 'session', {'backend': 'engine', 'serves': 'what is submitted', 'config': {}}).close()
   for words, arguments in {
     'holds no run that can go on': (f'--resume={tmp_path / "nowhere"}',),
     'holds no run that can': (f'--resume={tmp_path}',),
     'is another; leave it out': (f'--resume={out}', f'--workdir={tmp_path / "other"}'),
     'a single run': (f'--resume={out}', '--compare'),
-    '--prompt and --requests are both given': (f'--resume={out}', '--prompt=Hi'),
     'was a simulation without a file of requests': (f'--resume={tmp_path / "alone"}',),
-    'serves was "a comparison"': (f'--resume={tmp_path / "both"}', '--backend=engine'),
+    'is a comparison, which does not go on': (f'--resume={tmp_path / "both"}', '--backend=engine'),
+    'serves a file of requests; leave --prompt out': (f'--resume={out}', '--prompt=Hi'),
+    'was begun from Python; go on with pdjax.run(': (f'--resume={tmp_path / "python"}',),
+    'was a session, which does not go on': (f'--resume={tmp_path / "session"}',),
     'backend was "simulator" and is "engine"': (f'--resume={out}', '--backend=engine'),
     'is where the run is to write': (
       *simulated, f'--requests={out / "requests.jsonl"}', f'--workdir={out / ".." / "out"}',

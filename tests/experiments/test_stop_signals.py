@@ -1,5 +1,6 @@
 """Signals that ask a command to end."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -27,6 +28,28 @@ def test_the_first_signal_raises_and_what_handled_it_before_does_so_afterwards(n
       signal.pause()
     assert signals.received is number and signals.exit_code == CODES[name]
   assert signal.getsignal(number) is before
+
+
+def test_a_stop_that_python_lets_not_through_is_raised_again():
+  """As in a callback of the garbage collector, of which JAX has one."""
+  came = []
+
+  def callback(phase, info):
+    if not came:
+      came.append(phase)
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.01)  # here it is raised
+
+  gc.callbacks.append(callback)
+  try:
+    with StopSignals() as signals:
+      gc.collect()
+      assert signals.received is signal.SIGTERM  # and yet nothing was raised
+      with pytest.raises(Stopped, match='SIGTERM'):
+        time.sleep(30)
+      time.sleep(0.1)  # it counts for no second one
+  finally:
+    gc.callbacks.remove(callback)
 
 
 def test_a_signal_that_comes_while_results_are_written_is_only_remembered():

@@ -31,13 +31,21 @@ The exit code is 0 if all requests were served, 3 if some were, 1 if none was, i
 could not be written, and after SIGINT, SIGTERM and SIGHUP 130, 143 and 129. A second signal ends the command at once.
 """
 
+import sys
+
+if __name__ == '__main__':  # until all the rest is there, which takes a second
+  sys.excepthook = lambda kind, error, trace: (
+    print('stopped by SIGINT: nothing was served', file=sys.stderr)
+    if kind is KeyboardInterrupt
+    else sys.__excepthook__(kind, error, trace)
+  )
+
 import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar

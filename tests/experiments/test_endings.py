@@ -254,6 +254,17 @@ def test_a_second_signal_ends_the_command_at_once(undisturbed, tmp_path):
   assert told(read(command.out / 'requests.jsonl')) == undisturbed[:1]  # they are written before the report
 
 
+def test_a_stop_while_the_command_is_imported_is_told_in_a_line(tmp_path):
+  (tmp_path / 'absl').mkdir()
+  (tmp_path / 'absl' / '__init__.py').write_text('raise KeyboardInterrupt')  # as if it came just then
+  environment = quick_environment() | {'PYTHONPATH': str(tmp_path)}
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.run', CONFIG], cwd=ROOT, env=environment, capture_output=True, text=True,
+    timeout=300,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (-signal.SIGINT, 'stopped by SIGINT: nothing was served\n')
+
+
 # ---------------------------------------------------------------------------- errors
 
 

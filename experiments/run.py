@@ -47,7 +47,7 @@ import os
 import pathlib
 import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -198,7 +198,7 @@ class _Run:
       _tell_stop(self._signals.received, self._told(ends))
     if self._answers.unwritten or (result is not None and result.unwritten):
       return self._signals.exit_code or 1
-    return self._signals.exit_code or _exit_code(ends)
+    return self._signals.exit_code or _exit_code(map(_is_served, ends))
 
   def _is_left(self) -> bool:
     """Whether anything is to be served.
@@ -229,10 +229,11 @@ class _Run:
   def _tell_changes(self) -> None:
     """Say what of a file of requests is another than when the run began, and keep which it is now."""
     assert self._folder is not None
-    now = _of_requests(self._rows)
-    if not now or all(self._folder.run.get(name) == value for name, value in now.items()):
+    requests = _of_requests(self._rows)
+    now = {'command': _command(), 'requests': requests}
+    if requests is None or all(self._folder.run.get(name) == value for name, value in now.items()):
       return
-    if self._folder.run.get('requests') != now['requests']:
+    if self._folder.run.get('requests') != requests:
       self._console.print(
         f'{_REQUESTS.value} is not what it was when the run in {self._folder.path} began: lines that have an answer '
         'there keep it, all others are served.',
@@ -311,7 +312,7 @@ def _folder(
   """The work directory, if there is to be one, ready to be written into."""
   if _WORKDIR.value is None:
     return contextlib.nullcontext()
-  more: dict[str, Any] = {'command': {name: _kept(name) for name in _KEPT}}
+  more: dict[str, Any] = {'command': _command()}
   if _FIGURE.value is not None:
     figure, workdir = (pathlib.Path(os.path.abspath(one)) for one in (_FIGURE.value, _WORKDIR.value))
     if figure.is_relative_to(workdir):
@@ -323,7 +324,8 @@ def _folder(
       raise ValueError(
         f'the requests file {str(asked)!r} is where the run is to write; rename it or give another --workdir.'
       )
-    more |= _of_requests(rows)
+    if _RESUME.value is None and (about := _of_requests(rows)) is not None:
+      more['requests'] = about
     serves = 'a file of requests'
     if not rows:
       console.print(f'{asked} has no requests.', markup=False)
@@ -338,13 +340,16 @@ def _folder(
   return contextlib.closing(folder)
 
 
-def _of_requests(rows: list[Row] | None) -> dict[str, Any]:
+def _of_requests(rows: list[Row] | None) -> dict[str, Any] | None:
   """What `run.json` keeps of a file of requests; of what came through a pipe nothing is left to look at."""
   if rows is None or _REQUESTS.value is None or not pathlib.Path(_REQUESTS.value).is_file():
-    return {}
-  digest = hashlib.sha256(pathlib.Path(_REQUESTS.value).read_bytes()).hexdigest()
-  command = {name: _kept(name) for name in _KEPT}
-  return {'command': command, 'requests': {'sha256': digest, 'num_lines': len(rows)}}
+    return None
+  return {'sha256': hashlib.sha256(pathlib.Path(_REQUESTS.value).read_bytes()).hexdigest(), 'num_lines': len(rows)}
+
+
+def _command() -> dict[str, Any]:
+  """What `run.json` keeps of the command."""
+  return {name: _kept(name) for name in _KEPT}
 
 
 def _kept(name: str) -> Any:
@@ -430,9 +435,9 @@ def _is_served(one: Completion | Refused) -> bool:
   return isinstance(one, Completion) and one.served
 
 
-def _exit_code(outcomes: Sequence[Completion | Refused]) -> int:
+def _exit_code(served: Iterable[bool]) -> int:
   """0 if all were served, 3 if some were, and 1 if none was."""
-  served = [_is_served(one) for one in outcomes]
+  served = list(served)
   return 0 if all(served) else 3 if any(served) else 1
 
 
@@ -461,8 +466,7 @@ def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console
     console.print()
     comparison.print_comparison(compared, console)
     _show_workdir(console)
-    served = [ended for case in compared.cases for ended in case.outcomes.completed]
-    code = 0 if all(served) else 3 if any(served) else 1
+    code = _exit_code(served for case in compared.cases for served in case.outcomes.completed)
     return signals.exit_code or (1 if compared.unwritten else code)
 
 

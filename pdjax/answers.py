@@ -172,9 +172,7 @@ class Answers:
     if self.num_earlier:
       noun = 'answer was' if self.num_earlier == 1 else 'answers were'
       notes.append(f'{self.num_earlier} {noun} there before; the figures are those of the rest, served in this run.')
-    if self._file is not None and self._file.note is not None:
-      notes.append(self._file.note)
-    return tuple(notes)
+    return *notes, *(() if self._file is None else self._file.notes)
 
   # -------------------------------------------------------------------------- inside
 

@@ -617,8 +617,7 @@ class _Serving:
     close: Callable[[], None] = lambda: None,
     settled: Mapping[str, Any] | None = None,
   ):
-    self._run_folder = folder
-    self._folder = None if folder is None else folder.path
+    self._folder = folder
     self._answers = answers
     self._make_report = report
     self._notes = notes
@@ -630,12 +629,12 @@ class _Serving:
 
   def __enter__(self) -> '_Serving':
     try:
-      if self._run_folder is not None:
+      if self._folder is not None:
         if self._settled is not None:
-          self._run_folder.settle(self._settled)
-        if self._run_folder.resumed:
-          self._run_folder.put_away()
-      self._log = EventLog(None if self._folder is None else self._folder / EVENTS)
+          self._folder.settle(self._settled)
+        if self._folder.resumed:
+          self._folder.put_away()
+      self._log = EventLog(None if self._folder is None else self._folder.path / EVENTS)
     except BaseException:
       self._close()
       raise
@@ -664,12 +663,12 @@ class _Serving:
       try:
         self._save((_broken_off(error),))
       except Exception as failed:  # what ended the run is what is to be told
-        logging.error('%s gets no report (%s: %s).', self._folder, type(failed).__name__, failed)
+        logging.error('%s gets no report (%s: %s).', self._folder.path, type(failed).__name__, failed)
 
   def _save(self, notes: Sequence[str]) -> Report:
     report = self._make_report(self._events, (*notes, *self._notes, *self._answers.notes, *self._log.notes))
     if self._folder is not None:
-      self._unwritten = save_report(report, self._folder)
+      self._unwritten = save_report(report, self._folder.path)
     return report
 
   def result(self, workers: tuple[WorkerSpec, ...], model: ModelSpec) -> RunResult:

@@ -504,8 +504,7 @@ class Session:
     requests = tuple(event.request for event in events if isinstance(event, Arrived))
     config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
     completions = launch.complete(events, self._has_text)
-    answers_note = None if self._answers is None else self._answers.note
-    notes = (*self._log.notes, *([] if answers_note is None else [answers_note]))
+    notes = (*self._log.notes, *(() if self._answers is None else self._answers.notes))
     return dataclasses.replace(deployment, config=config).report(events, completions, workdir, notes)
 
   def _save_report(self) -> None:

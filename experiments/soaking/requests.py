@@ -57,7 +57,7 @@ class Visit:
 
   def next_turn(self, answer: Completion) -> 'Visit | None':
     """The visit that follows an answer, if one does and the context has room for it."""
-    if not self.wish.goes_on_with or answer.finish_reason not in ('stop', 'length'):
+    if not self.wish.goes_on_with or not answer.served:
       return None
     wish = self.wish.next_turn(answer)
     if len(wish.prompt) >= MODEL.context_len:

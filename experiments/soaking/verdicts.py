@@ -125,7 +125,7 @@ def _judge_end(
   """What is wrong with how a sample ended; tokens that are wrong are told elsewhere."""
   why = None
   assert got.text is not None and right.text is not None
-  if got.finish_reason in ('stop', 'length'):
+  if got.served:
     ours, theirs = ((one.finish_reason, len(one.token_ids), one.text) for one in (got, right))
     if ours != theirs:
       why = f'reason, tokens and text are {ours}, expected {theirs}'

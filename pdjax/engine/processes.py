@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from pdjax.config import ServingConfig
@@ -15,6 +15,7 @@ from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.engine.built import Built, WarmUp
+from pdjax.engine.calls import begin_call
 from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
 from pdjax.engine.process_engine import ProcessEngine, Revived
@@ -295,7 +296,7 @@ class Handshake:
     def fetch(size: int) -> float:
       number = next(self._number)
       self._peers[source].ask('lend', number, size)
-      fetched = _begin(lambda: self._peers[target].ask('fetch', address, number, size))
+      fetched = begin_call(lambda: self._peers[target].ask('fetch', address, number, size))
       until_s = time.perf_counter() + _PULL_S
       while not wait([fetched], _LOOK_S).done:  # a pull from one that hangs, or cannot be reached, has no end
         self._peers[source].ask('clock')
@@ -382,17 +383,3 @@ def _check_reach(source: str, ours: Machine, target: str, theirs: Machine) -> No
       f'worker {source!r} on {ours.node} lets KV be pulled at {ours.address} only, which {target!r} on '
       f"{theirs.node} cannot reach; set processes.host='node', and read docs/security.md before."
     )
-
-
-def _begin(do: Callable[[], float]) -> Future[float]:
-  """Do something on a thread that nobody waits for when the process ends."""
-  future: Future[float] = Future()
-
-  def run() -> None:
-    try:
-      future.set_result(do())
-    except BaseException as error:
-      future.set_exception(error)
-
-  threading.Thread(target=run, name='pdjax-fetch', daemon=True).start()
-  return future

@@ -67,8 +67,7 @@ class EventLog:
   @property
   def notes(self) -> tuple[str, ...]:
     """What a reader of the file should know, in sentences: from when on it is incomplete, and why."""
-    note = None if self._file is None else self._file.note
-    return () if note is None else (note,)
+    return () if self._file is None else self._file.notes
 
   def __iter__(self) -> Iterator[Event]:
     return iter(self._events)

@@ -101,6 +101,11 @@ class LinesFile:
     from_s, why = self._missing
     return f'{self.path} ends early: it has nothing from {from_s:.3f} s on, as it cannot be written ({why}).'
 
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """`note` as what a report adds to others: a sentence, or none."""
+    return () if self.note is None else (self.note,)
+
   def close(self) -> None:
     """Write what is left, and close the file."""
     with self._changed:

@@ -33,7 +33,7 @@ from experiments.transformers_peer import TransformersPeer, missing, plain_llama
 from pdjax.config import ServingConfig
 from pdjax.launch import Deployment, deploy, open_model
 from pdjax.policies import Disaggregated
-from pdjax.serving import Backend, ClusterState, serve
+from pdjax.serving import Backend, ClusterView, serve
 from pdjax.serving.actions import Action
 from pdjax.serving.events import Done, Event, Finished, Started
 from pdjax.serving.orders import Order, StepOrder
@@ -93,13 +93,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class WholeBatch(Disaggregated):
-  """Begins to decode once a decode worker holds `batch` sequences, so that every decode pass is a whole batch."""
+  """Begins to decode once a decode worker holds `batch` sequences, so that every decode step is a whole batch."""
 
   batch: int = 1
 
-  def decide(self, state: ClusterState) -> list[Action]:
-    actions = super().decide(state)
-    if any(len(worker.decodable()) == self.batch for worker in state.decode_workers):
+  def decide(self, view: ClusterView) -> list[Action]:
+    actions = super().decide(view)
+    if any(len(worker.decodable()) == self.batch for worker in view.decode_workers):
       return actions
     return [action for action in actions if not getattr(action, 'decodes', ())]
 

@@ -86,7 +86,7 @@ def turn_seconds(
     log.append(event)
     if isinstance(event, Turn):
       now = time.perf_counter()
-      if all(len(worker.decoding) == batch for worker in state.decode_workers):
+      if all(len(worker.decoding) == batch for worker in state.view.decode_workers):
         seconds.append(now - begin)
         turns += 1
       begin = now

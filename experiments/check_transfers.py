@@ -137,8 +137,11 @@ class Pools:
     units = sum(-(-length // unit) for length in PROMPT_LENS)
     assert moved == units * unit * case.model.cached_token_bytes('float32'), f'{case} moved {moved} bytes'
     for place in state.workers.values():
-      assert place.allocator.num_free == place.num_pages and len(place.free_slots) == place.spec.max_sequences, case
-      assert place.staging_out.free_bytes == place.staging_in.free_bytes == state.transfer.staging_bytes, case
+      assert place.free_pages == place.num_pages and place.free_slots == place.spec.max_sequences, case
+      holdings = state.books.holdings[place.name]
+      assert holdings.staging_out.free_bytes == holdings.staging_in.free_bytes == state.view.transfer.staging_bytes, (
+        case
+      )
     tokens = {event.request: event.tokens for event in events if isinstance(event, Finished)}
     pairs = {request.id: (tokens[request.id], self._plain(case.model, request.prompt_len)) for request in requests}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

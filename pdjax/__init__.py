@@ -14,7 +14,7 @@ if TYPE_CHECKING:
   from pdjax.metrics import Report
   from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
-  from pdjax.serving import ALL, Cancel, Chunk, Reject, Step, Transfer
+  from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Reject, Step, Transfer, WakeAt
   from pdjax.session import Piece, RequestError, Session, SessionError, Stream
   from pdjax.types import (
     SLO,
@@ -52,7 +52,7 @@ _HOMES = {
   'pdjax.model.checkpoint': ['load'],
   'pdjax.policies': ['Colocated', 'Disaggregated'],
   'pdjax.launch': ['RunResult', 'generate', 'run', 'simulate'],
-  'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'Reject', 'Step', 'Transfer'],
+  'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'ClusterView', 'Reject', 'Step', 'Transfer', 'WakeAt'],
   'pdjax.session': ['Piece', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
     'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
@@ -66,11 +66,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'Colocated', 'Comparison', 'Completion',
-  'Constant', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn',
-  'Piece', 'Poisson', 'Reject', 'Report', 'Request', 'RequestError', 'Roofline', 'RunResult', 'SamplingParams',
-  'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'Transfer', 'Uniform', 'WorkerSpec', 'colocated_pool',
-  'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
+  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated', 'Comparison',
+  'Completion', 'Constant', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec',
+  'MultiTurn', 'Piece', 'Poisson', 'Reject', 'Report', 'Request', 'RequestError', 'Roofline', 'RunResult',
+  'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'Transfer', 'Uniform', 'WakeAt',
+  'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

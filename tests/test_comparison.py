@@ -106,7 +106,7 @@ def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
 def test_a_policy_without_a_size_of_its_passes_is_tried_as_it_is():
   @dataclasses.dataclass(frozen=True)
   class Plain:
-    def decide(self, state):
+    def decide(self, view):
       return []
 
   run = dataclasses.replace(config(), policy=Plain())

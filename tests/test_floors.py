@@ -25,6 +25,14 @@ DECIDES = {
   'configs',
 }  # fmt: skip
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
+LONG = {  # files over 500 lines, with the one idea that each holds
+  'pdjax.engine.worker': 'the bytes of one mesh: the programs that run there, and what they bring',
+  'pdjax.launch': 'run, simulate, generate: a config becomes a result',
+  'pdjax.metrics.charts': 'every chart of a report, drawn in one style',
+  'pdjax.metrics.report': 'every figure of a run, worked out from its timeline',
+  'pdjax.session': 'live use: requests in, streams out, on a thread of its own',
+  'pdjax.workload.requests_file': 'a file of requests, one on a line, and what is wrong with which line',
+}
 SEES_BOTH = {'pdjax.engine', 'pdjax.launch', 'pdjax', 'experiments'}  # the engine, and what stands above it
 
 
@@ -127,6 +135,78 @@ def test_a_phase_changes_through_one_function():
     stored = [one for one in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(one, ast.Attribute)]
     changed = [one for one in stored if one.attr == 'phase' and isinstance(one.ctx, ast.Store)]
     assert len(changed) == (module == 'pdjax.serving.requests'), module
+
+
+def test_policies_see_the_cluster_through_its_view_alone():
+  for module in _of({'pdjax.policies'}):
+    seen = {name for name in OURS[module] if _unit(name) == 'pdjax.serving'}
+    assert seen <= {f'pdjax.serving.{name}' for name in ('actions', 'view', 'checks')}, f'{module} imports {seen}'
+
+
+def calls_inside(source: str) -> dict[str, set[str]]:
+  """Which functions and methods of a file each of them calls, itself aside; methods where called on `self`."""
+  tree = ast.parse(source)
+  functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+  classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+  methods = {
+    f'{one.name}.{node.name}': (one.name, node)
+    for one in classes
+    for node in one.body
+    if isinstance(node, ast.FunctionDef)
+  }
+  names = {*functions, *methods}
+  made = {one.name: f'{one.name}.__init__' for one in classes}
+
+  def called(node: ast.AST, owner: str) -> set[str]:
+    found = set()
+    for one in ast.walk(node):
+      if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load):
+        found.add(made.get(one.id, one.id))
+      elif isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name) and one.value.id in ('self', 'cls'):
+        found.add(f'{owner}.{one.attr}')
+    return found & names
+
+  graph = {name: called(node, '') - {name} for name, node in functions.items()}
+  return graph | {name: called(node, owner) - {name} for name, (owner, node) in methods.items()}
+
+
+def test_calls_inside_a_file_are_found():
+  source = """
+def f():
+  return [g for _ in A().x]
+def g(): f()
+class A:
+  def __init__(self): self._m()
+  def _m(self):
+    g()
+    return self._m
+"""
+  assert calls_inside(source) == {'f': {'g', 'A.__init__'}, 'g': {'f'}, 'A.__init__': {'A._m'}, 'A._m': {'g'}}
+
+
+@pytest.mark.parametrize('module', _of({'pdjax.serving'}))
+def test_what_stands_in_a_file_of_the_books_calls_each_other_in_no_ring(module):
+  """A call of itself is none."""
+  graph = calls_inside(FILES[module].read_text(encoding='utf-8'))
+  assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(graph)  # raises CycleError
+
+
+def test_no_class_of_the_books_has_more_than_25_methods():
+  counts = {
+    f'{module}.{node.name}': sum(isinstance(one, ast.FunctionDef) for one in node.body)
+    for module in _of({'pdjax.serving'})
+    for node in ast.parse(FILES[module].read_text(encoding='utf-8')).body
+    if isinstance(node, ast.ClassDef)
+  }
+  assert max(counts.values()) > 10 and {name: count for name, count in counts.items() if count > 25} == {}
+
+
+def test_long_files_hold_one_idea_each():
+  """Of `pdjax/`, over 500 lines; the state, which only hands on, stays under 300."""
+  lines = {module: path.read_text(encoding='utf-8').count('\n') for module, path in FILES.items()}
+  long = {module for module, count in lines.items() if count > 500 and module.split('.')[0] == 'pdjax'}
+  assert long == LONG.keys()
+  assert lines['pdjax.serving.state'] < 300
 
 
 def test_the_engine_takes_no_decisions():

@@ -282,7 +282,7 @@ def test_an_object_is_the_same_in_another_process(tmp_path):
   class Policy:
     moves_kv = True
 
-    def decide(self, state):
+    def decide(self, view):
       return []
 
   def run():

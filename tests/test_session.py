@@ -95,10 +95,10 @@ class Asked:
     self._policy = Disaggregated(**{'max_prefill_tokens': 16} | fields)
     self._before, self._after = before, after
 
-  def decide(self, state):
-    self._before(state)
-    actions = self._policy.decide(state)
-    self._after(state, actions)
+  def decide(self, view):
+    self._before(view)
+    actions = self._policy.decide(view)
+    self._after(view, actions)
     return actions
 
 
@@ -519,8 +519,8 @@ def test_what_breaks_the_loop_reaches_everyone_who_waits_and_everyone_who_comes(
 
 def test_an_action_that_cannot_be_done_is_told_on_leaving_if_nobody_waited(begin):
   class Confused:
-    def decide(self, state):
-      return [pdjax.Transfer('nobody', 'decode0')] if state.waiting else []
+    def decide(self, view):
+      return [pdjax.Transfer('nobody', 'decode0')] if view.waiting else []
 
   session = begin(Confused(), broken=True)
   with pytest.raises(pdjax.SessionError, match=r"broke down: PolicyError: .*'nobody' is unknown") as caught, session:
@@ -534,8 +534,8 @@ def test_requests_that_a_policy_holds_back_are_told_in_the_end_but_may_wait_for_
   class Pairs(Disaggregated):
     """Serves nobody alone."""
 
-    def decide(self, state):
-      return super().decide(state) if len(state.waiting) != 1 else []
+    def decide(self, view):
+      return super().decide(view) if len(view.waiting) != 1 else []
 
   session = begin(Pairs(), broken=True).start()
   first = session.submit(ask('a'))
@@ -691,8 +691,8 @@ def test_cancelling_all_on_leaving_reaches_those_that_a_policy_holds_back(begin,
   """A closed queue lets the loop wait for nobody, so they have to be cancelled before it closes."""
 
   class Pairs(Disaggregated):
-    def decide(self, state):
-      return super().decide(state) if len(state.waiting) != 1 else []
+    def decide(self, view):
+      return super().decide(view) if len(view.waiting) != 1 else []
 
   close = Live.close
   for late in (pdjax.Session._cancel_all, close):

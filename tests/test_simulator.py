@@ -268,21 +268,21 @@ EVERY_CASE = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def _check_pages(state: ClusterState, transfers: dict[int, TransferOrder]) -> None:
   """Every page is held by one request or by transfers under way, or free."""
   for name, worker in state.workers.items():
-    owned = Counter(page for entry in state.requests.values() for page in entry.pages.get(name, ()))
+    owned = Counter(page for entry in state.view.requests.values() for page in entry.pages.get(name, ()))
     assert not owned or owned.most_common(1)[0][1] == 1, f'two requests hold one page of {name}'
     moving = {page for order in transfers.values() if order.source == name for page in order.span.source_pages}
     moving |= {page for order in transfers.values() if order.target == name for page in order.span.target_pages}
-    assert worker.allocator.num_free == worker.num_pages - len(owned.keys() | moving)
-    slots = [entry.slot for entry in state.requests.values() if entry.target == name and entry.slot is not None]
-    assert sorted([*slots, *worker.free_slots]) == list(range(worker.spec.max_sequences))
+    assert worker.free_pages == worker.num_pages - len(owned.keys() | moving)
+    slots = [entry.slot for entry in state.view.requests.values() if entry.target == name and entry.slot is not None]
+    assert sorted([*slots, *state.books.holdings[name].slots]) == list(range(worker.spec.max_sequences))
     assert len(worker.orders) <= 2
 
 
 def _assert_all_free(state: ClusterState) -> None:
   assert not state.unfinished
-  for worker in state.workers.values():
-    assert worker.allocator.num_free == worker.num_pages and worker.queued_tokens == 0
-    assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
+  for name, worker in state.workers.items():
+    assert worker.free_pages == worker.num_pages and worker.queued_tokens == 0
+    assert sorted(state.books.holdings[name].slots) == list(range(worker.spec.max_sequences))
     assert not worker.orders and not worker.decoding and not worker.prefilling
 
 
@@ -387,7 +387,9 @@ def test_small_pools_make_prompts_wait(split):
   waited = 0
   for event in serve(arrivals, case.policy, case.simulator(arrivals), state):
     if isinstance(event, Turn):
-      waited += bool(state.waiting or state.prefilled) and all(w.allocator.num_free == 0 for w in state.decode_workers)
+      waited += bool(state.view.waiting or state.view.prefilled) and all(
+        w.free_pages == 0 for w in state.view.decode_workers
+      )
   assert waited > 10
 
 

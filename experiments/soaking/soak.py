@@ -24,7 +24,7 @@ from experiments.soaking.requests import Wish, cut_short, draw_visits, draw_wish
 from experiments.soaking.resources import Resources
 from experiments.soaking.settings import Setting, draw_setting
 from experiments.soaking.verdicts import Problem, judge, judge_after_the_end
-from pdjax.serving import ClusterState
+from pdjax.serving import ClusterState, ClusterView
 from pdjax.serving.orders import AbandonOrder, Order
 from pdjax.session import Session, SessionError
 
@@ -293,12 +293,12 @@ class Soak:
     assert state is not None
     for order in orders:
       if isinstance(order, AbandonOrder) and order.transfer not in now.hostile.made_late:
-        attempt = state._transfers.get(order.transfer)
+        attempt = state.books.transfers.get(order.transfer)
         if attempt is not None and TOO_LATE[0] in attempt.error:
           now.late += 1
           if self.tally.late + now.late <= _MOST_TOLD:
             self._say(f'late by itself {now.where}, seed {self._seed}: try {attempt.number} at {attempt.order!r:.200}')
-    if now.small is not None and not now.was_full and _is_full(state):
+    if now.small is not None and not now.was_full and _is_full(state.view):
       now.was_full = True
       now.dice.count(now.small)
 
@@ -332,20 +332,20 @@ class Soak:
         tokens = sum(len(piece.tokens) for piece in reading.pieces)
         yield f'  {reading.visit.name} has {tokens} tokens{", was cancelled" if reading.cancelled else ""}.'
     if now.state is not None:
-      for name, entry in list(now.state.requests.items()):
+      for name, entry in list(now.state.books.requests.items()):
         yield f'  {name} is {entry.phase.value}, begun {entry.attempts} times; {entry.transfers} transfers.'
-      for order in list(now.state._in_flight.values()):
+      for order in list(now.state.books.in_flight.values()):
         yield f'  under way: {order!r:.300}'
     for one in self._held(now):
       yield f'  {one}'
 
 
-def _is_full(state: ClusterState) -> bool:
+def _is_full(view: ClusterView) -> bool:
   """Whether somebody waits for pages that no worker has free."""
-  room = state.room()
-  sides = (state.waiting, state.prefill_workers, False), (state.prefilled, state.decode_workers, True)
+  room = view.room()
+  sides = (view.waiting, view.prefill_workers, False), (view.prefilled, view.decode_workers, True)
   return any(
-    all(state.pages_needed(name, worker.name, decodes=decodes) > room.pages(worker.name) for worker in workers)
+    all(view.pages_needed(name, worker.name, decodes=decodes) > room.pages(worker.name) for worker in workers)
     for queue, workers, decodes in sides
     for name in queue
   )

@@ -1,32 +1,29 @@
-"""Filling one pass of each worker with prompt chunks, in an order of one's choice: what both policies share."""
+"""Filling one step of each worker with prompt chunks, in an order of one's choice: what both policies share."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.policies.placement import Placement
 from pdjax.serving.actions import Chunk
-from pdjax.serving.place import WorkerState
-from pdjax.serving.requests import RequestState
-from pdjax.serving.state import ClusterState
-from pdjax.serving.view import Room
+from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 
 
 class ChunkBatches:
-  """The chunks of the next pass of each worker, within its limits and a token budget."""
+  """The chunks of the next step of each worker, within its limits and a token budget."""
 
-  def __init__(self, workers: Sequence[WorkerState], budgets: dict[str, int]):
+  def __init__(self, workers: Sequence[WorkerView], budgets: dict[str, int]):
     self.chunks: dict[str, list[Chunk]] = {worker.name: [] for worker in workers}
     self._workers = workers
     self._budgets = {worker.name: min(budgets[worker.name], worker.spec.max_step_tokens) for worker in workers}
 
-  def open(self) -> list[WorkerState]:
-    """Workers whose pass can take another chunk."""
+  def open(self) -> list[WorkerView]:
+    """Workers whose step can take another chunk."""
     return [worker for worker in self._workers if self.takes_more(worker)]
 
-  def takes_more(self, worker: WorkerState) -> bool:
-    """Whether the worker's pass can take another chunk."""
+  def takes_more(self, worker: WorkerView) -> bool:
+    """Whether the worker's step can take another chunk."""
     return self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
 
-  def add(self, entry: RequestState, worker: WorkerState, send_to: str | None) -> None:
+  def add(self, entry: RequestView, worker: WorkerView, send_to: str | None) -> None:
     """Add as much of a prompt as the budget allows."""
     length = min(entry.prompt_left, self._budgets[worker.name])
     self._budgets[worker.name] -= length
@@ -34,23 +31,23 @@ class ChunkBatches:
 
 
 def fill_prefills(
-  state: ClusterState,
+  view: ClusterView,
   room: Room,
-  workers: Sequence[WorkerState],
+  workers: Sequence[WorkerView],
   budgets: dict[str, int],
-  waiting: Iterable[RequestState],
+  waiting: Iterable[RequestView],
   placement: Placement,
-  target_of: Callable[[RequestState, WorkerState], str | None],
+  target_of: Callable[[RequestView, WorkerView], str | None],
 ) -> dict[str, list[Chunk]]:
-  """Chunks for one pass of each worker: prompts begun there first, then waiting ones in the order given.
+  """Chunks for one step of each worker: prompts begun there first, then waiting ones in the order given.
 
   Stops at the first waiting request that fits no worker, so that a long prompt is not overtaken for ever.
 
   Args:
-    state: The cluster.
+    view: The cluster.
     room: What is free; what is taken here is counted there.
-    workers: Those that may take a pass now.
-    budgets: Most prompt tokens of the pass, by worker.
+    workers: Those that may take a step now.
+    budgets: Most prompt tokens of the step, by worker.
     waiting: Requests not begun, in the order to serve them.
     placement: Chooses among workers that can take a request.
     target_of: Where a request's KV is to travel from that worker: a name, or None to stay.
@@ -67,11 +64,11 @@ def fill_prefills(
   for entry in waiting:
     request = entry.request.id
     targets = {worker.name: target_of(entry, worker) for worker in batches.open()}
-    stays = {name: targets[name] is None and state.workers[name].role.decodes for name in targets}
-    able = [state.workers[name] for name in targets if room.fits(request, name, decodes=stays[name])]
+    stays = {name: targets[name] is None and view.workers[name].role.decodes for name in targets}
+    able = [view.workers[name] for name in targets if room.fits(request, name, decodes=stays[name])]
     if not able:
       break
-    worker = placement.choose(able, room)
+    worker = placement.choose(entry, able, room)
     send_to = targets[worker.name]
     room.take(request, worker.name, decodes=stays[worker.name])
     if send_to is not None:

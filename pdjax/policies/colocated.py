@@ -8,18 +8,17 @@ from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, Action, Step
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.requests import RequestState
-from pdjax.serving.state import ClusterState
+from pdjax.serving.view import ClusterView, RequestView
 
 
 @dataclasses.dataclass(frozen=True)
 class Colocated:
-  """Decodes first, then as many prompt tokens as the budget leaves, in one pass (Sarathi-Serve, Agrawal et al. 2024).
+  """Decodes first, then as many prompt tokens as the budget leaves, in one step (Sarathi-Serve, Agrawal et al. 2024).
 
-  Nothing moves between workers. A pass without prompt tokens runs several decode steps on the device.
+  Nothing moves between workers. A step without prompt tokens runs several decode steps on the device.
 
   Attributes:
-    token_budget: Most tokens of one pass, a decoding sequence counted as one.
+    token_budget: Most tokens of one step, a decoding sequence counted as one.
     decode_steps: Decode steps fused on the device where no prompt has work.
     placement: Chooses the worker of a new request.
   """
@@ -33,12 +32,12 @@ class Colocated:
   def __post_init__(self):
     require_positive(self, 'token_budget', 'decode_steps')
 
-  def decide(self, state: ClusterState) -> list[Action]:
-    room = state.room()
-    both = [worker for worker in state.prefill_workers if worker.role.decodes]
+  def decide(self, view: ClusterView) -> list[Action]:
+    room = view.room()
+    both = [worker for worker in view.prefill_workers if worker.role.decodes]
     if not both:
       raise PolicyError(
-        f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(state.workers)}; use '
+        f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
         'colocated_pool, or the policy Disaggregated.'
       )
     workers = [worker for worker in both if room.orders(worker.name) > 0]
@@ -46,8 +45,8 @@ class Colocated:
       return []
     decodes = {worker.name: len(worker.decodable()) for worker in workers}
     budgets = {name: max(self.token_budget - count, 0) for name, count in decodes.items()}
-    waiting = self.order(state.waiting.values())
-    batches = fill_prefills(state, room, workers, budgets, waiting, self.placement, lambda entry, worker: None)
+    waiting = self.order(view.waiting.values())
+    batches = fill_prefills(view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None)
     actions: list[Action] = []
     for name, chunks in batches.items():
       if chunks or decodes[name]:
@@ -55,6 +54,6 @@ class Colocated:
         actions.append(Step(name, tuple(chunks), ALL if decodes[name] else (), steps))
     return actions
 
-  def order(self, waiting: Iterable[RequestState]) -> Iterable[RequestState]:
+  def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""
     return waiting

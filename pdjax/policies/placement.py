@@ -4,22 +4,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from pdjax.serving.place import WorkerState
-from pdjax.serving.view import Room
+from pdjax.serving.view import RequestView, Room, WorkerView
 
 
 class Placement(Protocol):
   """Chooses one of the workers that have room for a request."""
 
-  def choose(self, workers: Sequence[WorkerState], room: Room) -> WorkerState:
-    """One of `workers`, which are never none."""
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
+    """One of `workers`, which are never none, for this request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FewestQueuedTokens:
   """The worker with the fewest prompt tokens still to compute; of equals, the one with the most free slots."""
 
-  def choose(self, workers: Sequence[WorkerState], room: Room) -> WorkerState:
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
     return min(workers, key=lambda worker: (room.queued_tokens(worker.name), -room.slots(worker.name)))
 
 
@@ -27,7 +26,7 @@ class FewestQueuedTokens:
 class MostFreePages:
   """The worker with the most free pages; the first of equals."""
 
-  def choose(self, workers: Sequence[WorkerState], room: Room) -> WorkerState:
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
     return max(workers, key=lambda worker: room.pages(worker.name))
 
 
@@ -35,5 +34,5 @@ class MostFreePages:
 class MostFreeSlots:
   """The worker with the most free slots, so that batches stay even; the first of equals."""
 
-  def choose(self, workers: Sequence[WorkerState], room: Room) -> WorkerState:
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
     return max(workers, key=lambda worker: room.slots(worker.name))

@@ -28,7 +28,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-  """One pass of a worker over some prompt chunks, some decoding sequences, or both.
+  """One step of a worker over some prompt chunks, some decoding sequences, or both.
 
   `steps` decode steps run on the device between two decisions; with chunks there is just one.
   """
@@ -77,4 +77,15 @@ class Resend:
   transfer: int
 
 
-Action = Step | Transfer | Cancel | Reject | Abandon | Resend
+@dataclasses.dataclass(frozen=True, slots=True)
+class WakeAt:
+  """Ask the policy again at `at_s`, whatever happens until then; nothing is started.
+
+  Of the times that a policy named since it was last woken, the earliest counts: woken, it looks again and names the
+  next. A policy that answers with nothing else is not asked again in this turn.
+  """
+
+  at_s: float
+
+
+Action = Step | Transfer | Cancel | Reject | Abandon | Resend | WakeAt

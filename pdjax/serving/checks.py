@@ -4,23 +4,22 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
-from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer
+from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer, WakeAt
 from pdjax.serving.orders import MAX_ORDERS
-from pdjax.serving.place import WorkerState
-from pdjax.serving.requests import Phase, RequestState
-from pdjax.serving.view import ClusterView
+from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
 from pdjax.types.request import MAX_STOP_TOKENS
 
 MOST_IDLE_ANSWERS = 10_000  # of one turn
+MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
-_ACTIONS = (Step, Transfer, Cancel, Reject, Abandon, Resend)
+_ACTIONS = (Step, Transfer, Cancel, Reject, Abandon, Resend, WakeAt)
 
 
 class PolicyError(RuntimeError):
   """A policy asked for what the cluster cannot do; the message names the action and what is short."""
 
 
-def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> str | None:
+def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> str | None:
   """Why the request can never be served here, or None."""
   request, model = entry.request, view.model
   if request.prompt_len > model.context_len:
@@ -75,7 +74,7 @@ def why_unfit(view: ClusterView, entry: RequestState, *, finds_stops: bool) -> s
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
   """The place of the first that is no token id of the vocabulary, or None; prompts that say so are not walked.
 
-  What is no integer is none: found later, it would break the pass of others.
+  What is no integer is none: found later, it would break the step of others.
   """
   if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
     return None
@@ -90,7 +89,7 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     PolicyError: if that is no sequence of actions.
   """
   answer = policy.decide(view)
-  name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel or Reject'
+  name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel, Reject or WakeAt'
   if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
   actions = list(answer if isinstance(answer, Sized) else itertools.islice(answer, MOST_YIELDED + 1))
@@ -113,7 +112,7 @@ def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:
     )
 
 
-def find_request(view: ClusterView, action: Action, request: str) -> RequestState:
+def find_request(view: ClusterView, action: Action, request: str) -> RequestView:
   """The request that an action names; raises `PolicyError` if there is none."""
   entry = view.requests.get(request)
   if entry is None:
@@ -121,7 +120,7 @@ def find_request(view: ClusterView, action: Action, request: str) -> RequestStat
   return entry
 
 
-def find_worker(view: ClusterView, action: Action, name: str) -> WorkerState:
+def find_worker(view: ClusterView, action: Action, name: str) -> WorkerView:
   """The worker that an action names; raises `PolicyError` if there is none."""
   worker = view.workers.get(name)
   if worker is None:
@@ -129,7 +128,7 @@ def find_worker(view: ClusterView, action: Action, name: str) -> WorkerState:
   return worker
 
 
-def check_up(action: Action, worker: WorkerState) -> None:
+def check_up(action: Action, worker: WorkerView) -> None:
   """Raise `PolicyError` if a worker is lost."""
   if not worker.up:
     raise PolicyError(f'{action!r}: worker {worker.name!r} is lost ({worker.lost}); wait until it is back.')
@@ -141,16 +140,17 @@ def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: boo
   return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
 
-def check_step(view: ClusterView, step: Step, worker: WorkerState) -> list[RequestState]:
-  """The sequences a step decodes.
+def check_step(view: ClusterView, step: Step) -> list[str]:
+  """The sequences a step decodes, by id.
 
   Raises:
-    PolicyError: if the worker cannot take the step.
+    PolicyError: if there is no such worker, or it cannot take the step.
   """
+  worker = find_worker(view, step, step.worker)
   check_up(step, worker)
   if len(worker.orders) >= MAX_ORDERS:
     raise PolicyError(
-      f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} passes in flight already; wait for one to end.'
+      f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} steps in flight already; wait for one to end.'
     )
   most = 1 if step.chunks else worker.spec.max_fused_steps
   if not 1 <= step.steps <= most:
@@ -159,22 +159,22 @@ def check_step(view: ClusterView, step: Step, worker: WorkerState) -> list[Reque
       f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
     )
   if isinstance(step.decodes, All):
-    decodes = [worker.decoding[name] for name in worker.decodable()]
+    decodes = worker.decodable()
   else:
-    decodes = [find_request(view, step, name) for name in step.decodes]
-    for name, entry in zip(step.decodes, decodes, strict=True):
+    decodes = list(step.decodes)
+    for name, entry in [(name, find_request(view, step, name)) for name in decodes]:
       if name not in worker.decoding or entry.tokens_left < 1:
         raise PolicyError(f'{step!r}: request {name!r} has nothing to decode on worker {worker.name!r}.')
   if not step.chunks and not decodes:
     raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
-  if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(map(id, decodes))):
+  if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(decodes)):
     raise PolicyError(f'{step!r}: a request stands in it twice.')
   spec = worker.spec
   tokens = sum(chunk.length for chunk in step.chunks)
   if len(step.chunks) > spec.max_chunks or tokens > spec.max_step_tokens:
     raise PolicyError(
       f'{step!r}: {len(step.chunks)} chunks with {tokens} tokens, but worker {worker.name!r} takes '
-      f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one pass.'
+      f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one step.'
     )
   if step.chunks and not spec.role.prefills:
     raise PolicyError(f'{step!r}: worker {worker.name!r} has role {spec.role.value}, so it takes no chunks.')
@@ -184,7 +184,7 @@ def check_step(view: ClusterView, step: Step, worker: WorkerState) -> list[Reque
   return decodes
 
 
-def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerState) -> None:
+def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView) -> None:
   entry = find_request(view, step, chunk.request)
   if entry.phase not in (Phase.WAITING, Phase.PREFILLING):
     raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
@@ -207,7 +207,7 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerStat
       )
 
 
-def _check_room(view: ClusterView, step: Step, worker: WorkerState) -> None:
+def _check_room(view: ClusterView, step: Step, worker: WorkerView) -> None:
   """Raise unless every worker has the pages and slots that the step's new requests need."""
   room = view.room()
   for chunk in step.chunks:

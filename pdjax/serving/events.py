@@ -118,17 +118,18 @@ class Failed:
   corrupt: bool = False
 
 
-TimerName = Literal['deadline', 'retry', 'patience']
+TimerName = Literal['deadline', 'retry', 'patience', 'wake']
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TimerDue:
-  """The time has come for what the state waited with.
+  """The time has come for what the books waited with.
 
   Attributes:
     due_s: When that was.
-    timer: 'deadline' of a transfer that has not ended, 'retry' of one that failed, 'patience' with a lost worker.
-    about: The id of the transfer's order, or the name of the worker.
+    timer: 'deadline' of a transfer that has not ended, 'retry' of one that failed, 'patience' with a lost worker,
+      'wake' of a policy that named this time.
+    about: The id of the transfer's order, or the name of the worker; 'policy' if that is woken.
   """
 
   due_s: float

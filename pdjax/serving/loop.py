@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from pdjax.serving.actions import Action
+from pdjax.serving.actions import Action, WakeAt
 from pdjax.serving.checks import ask, check_idle
 from pdjax.serving.events import Arrived, Event, Finished, Started, Turn, Withdrawn
 from pdjax.serving.orders import Order
 from pdjax.serving.state import ClusterState
+from pdjax.serving.view import ClusterView
 from pdjax.serving.waits import tell_of_long_wait
 
 
@@ -33,14 +34,14 @@ class Arrivals(Protocol):
 
 
 class Policy(Protocol):
-  """What to do next: a pure function of the state.
+  """What to do next: a pure function of what it sees of the cluster.
 
   A policy that never sends KV may say so with a class attribute `moves_kv = False`; then no ways between workers
   are prepared.
   """
 
-  def decide(self, state: ClusterState) -> Iterable[Action]:
-    """What to do now, in order; it is asked again, with that done, until it answers with nothing.
+  def decide(self, view: ClusterView) -> Iterable[Action]:
+    """What to do now, in order; it is asked again, with that done, until it answers with nothing but `WakeAt`.
 
     It may `yield` its actions; all are taken before the first is done.
     """
@@ -58,7 +59,7 @@ class Backend(Protocol):
   """
 
   def submit(self, orders: Sequence[Order]) -> None:
-    """Begin the orders that one action became: a pass comes together with the transfers that leave with it.
+    """Begin the orders that one action became: a step comes together with the transfers that leave with it.
 
     Never raises and never waits; what goes wrong comes back as an event.
     """
@@ -82,7 +83,7 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()
     next_s = min(arrives_s, state.next_timer_s)
-    if math.isinf(next_s):
+    if math.isinf(arrives_s):
       state.check_progress()
     if not state.unfinished and longest_s < arrives_s - now_s < math.inf and tell_of_long_wait(now_s, arrives_s):
       longest_s = arrives_s - now_s
@@ -96,7 +97,7 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
       state.apply(event, now_s)
       yield event
     num_idle = 0
-    while actions := state.must() or ask(policy, state):
+    while actions := state.must() or ask(policy, state.view):
       num_started = 0
       for action in actions:
         orders = state.start(action)
@@ -104,9 +105,12 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
         num_started += len(orders)
         for order in orders:
           yield Started(now_s, order)
-      for event in arrivals.due(now_s, ()):  # whoever is withdrawn by now is not served on
+      came = arrivals.due(now_s, ())
+      for event in came:  # whoever is withdrawn by now is not served on
         state.apply(event, now_s)
         yield event
+      if not came and all(isinstance(action, WakeAt) for action in actions):
+        break  # it wants nothing more until then
       num_idle += not num_started
       check_idle(policy, num_idle, actions)
     if occupancy := state.take_occupancy(now_s):

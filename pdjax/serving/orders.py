@@ -60,7 +60,7 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeOrder:
-  """A decoding sequence: its slot, the most tokens it has cached when the pass begins, and what is new in the slot."""
+  """A decoding sequence: its slot, the most tokens it has cached when the step begins, and what is new in the slot."""
 
   request: str
   slot: int
@@ -70,9 +70,9 @@ class DecodeOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOrder:
-  """`Step`, ready to run, by that life of the worker whose pages it names.
+  """`Step`, ready to run, by that incarnation of the worker whose pages it names.
 
-  `layer_groups` are those it runs in, as (first, one after the last); none on workers whose passes run whole.
+  `layer_groups` are those it runs in, as (first, one after the last); none on workers whose steps run whole.
   """
 
   id: int
@@ -85,8 +85,14 @@ class StepOrder:
 
   @property
   def requests(self) -> tuple[str, ...]:
-    """Whose the pass is, chunks first."""
+    """Whose the step is, chunks first."""
     return (*(chunk.request.id for chunk in self.chunks), *(decode.request for decode in self.decodes))
+
+  def has(self, request: str) -> bool:
+    """Whether it computes something of a request."""
+    return any(chunk.request.id == request for chunk in self.chunks) or any(
+      decode.request == request for decode in self.decodes
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ class TransferOrder:
     target: The worker that gets them.
     span: The tokens, and the pages of either worker that hold them.
     after: The order that computes the last of them, if it has not ended.
-    incarnations: The lives of source and target whose pages these are.
+    incarnations: Those of source and target whose pages these are.
     staging_bytes: What it takes of the staging memory of either side while it is under way.
   """
 

@@ -1,4 +1,4 @@
-"""A worker as the books know it: its pages, its slots, the steps in flight, and which of its lives this is."""
+"""A worker as the books know it: what it has to give, what stands there, and which of its incarnations this is."""
 
 from collections import deque
 
@@ -8,33 +8,48 @@ from pdjax.serving.requests import RequestState
 from pdjax.types.cluster import WorkerSpec
 
 
-class WorkerState:
-  """What the cluster knows of one worker.
+class Holdings:
+  """What can be taken of a place and is given back.
 
   Attributes:
-    page_size: Tokens per page.
-    allocator: Its pages.
+    pages: Its pages.
+    slots: Slots that are free, the one to take next first.
     staging_out: Bytes for what is on its way from here.
     staging_in: Bytes for what is on its way to here.
-    free_slots: Places free among the sequences that decode at once.
-    orders: Passes in flight, oldest first.
+  """
+
+  def __init__(self, num_pages: int, num_slots: int, staging_bytes: int):
+    self.pages = PageAllocator(num_pages)
+    self.slots = deque(range(num_slots))
+    self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
+
+
+class WorkerState:
+  """What the cluster knows of one worker; only the files of `serving/` change it.
+
+  Attributes:
+    spec: The worker as the config has it.
+    name: Its name.
+    role: What it runs.
+    page_size: Tokens per page.
+    num_pages: Pages in all, free or not.
+    orders: Steps in flight, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
-    incarnation: Which of its lives this is; the backend says when another begins.
+    incarnation: Which of its incarnations this is; the backend says when another begins.
     up: Whether it takes orders: it was not lost, or is back.
     lost: Why it is not up.
     given_up: Whether nobody waits for it to come back any more.
   """
 
-  def __init__(self, spec: WorkerSpec, num_pages: int, page_size: int, staging_bytes: int):
+  def __init__(self, spec: WorkerSpec, page_size: int, holdings: Holdings):
     self.spec = spec
     self.name = spec.name
-    self.page_size = page_size
     self.role = spec.role
-    self.allocator = PageAllocator(num_pages)
-    self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
-    self.free_slots = deque(range(spec.max_sequences))
+    self.page_size = page_size
+    self.num_pages = holdings.pages.num_pages
+    self._holdings = holdings
     self.orders: deque[StepOrder] = deque()
     self.prefilling: dict[str, RequestState] = {}
     self.decoding: dict[str, RequestState] = {}
@@ -45,9 +60,14 @@ class WorkerState:
     self.given_up = False
 
   @property
-  def num_pages(self) -> int:
-    """Pages in all, free or not."""
-    return self.allocator.num_pages
+  def free_pages(self) -> int:
+    """Pages that nobody holds."""
+    return self._holdings.pages.num_free
+
+  @property
+  def free_slots(self) -> int:
+    """Slots in which no sequence stands."""
+    return len(self._holdings.slots)
 
   def decodable(self) -> list[str]:
     """Sequences that another decode step can bring a token."""

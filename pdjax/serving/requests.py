@@ -36,7 +36,7 @@ MOVES: dict[Phase, frozenset[Phase]] = {
 
 @dataclasses.dataclass(slots=True)
 class RequestState:
-  """What the cluster knows of one request. Read it in a policy, change it only in `ClusterState`.
+  """What the cluster knows of one request; only the files of `serving/` change it.
 
   Attributes:
     request: The request.
@@ -46,7 +46,7 @@ class RequestState:
     target: Where it decodes; the same as `worker` when nothing moves.
     started: Prompt tokens handed to the worker.
     tokens: Tokens generated and delivered.
-    steps_in_flight: Most tokens that orders under way can bring it.
+    steps_in_flight: Most tokens that orders in flight can bring it.
     transfers: Transfers of its pages under way or to be tried again.
     pages: Pages it holds, by worker.
     slot: Its slot on `target`.
@@ -54,7 +54,7 @@ class RequestState:
     tokens_sent: Tokens of its prompt that were sent on.
     last_step: The order that computes the last of those due.
     computed: Whether its whole prompt is computed.
-    admitted: Whether a pass has put it into its slot.
+    admitted: Whether a step has put it into its slot.
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
     samples: The samples of its prompt, if there are several.
     delivered: The tokens it had when it was last begun again.
@@ -91,13 +91,37 @@ class RequestState:
 
   @property
   def prompt_left(self) -> int:
-    """Tokens of these that no pass was given yet."""
+    """Tokens of these that no step was given yet."""
     return self.prefill_len - self.started
 
   @property
   def tokens_left(self) -> int:
     """Tokens that may still be asked for, those under way not counted."""
     return self.limit - len(self.tokens) - self.steps_in_flight
+
+  @property
+  def followers(self) -> 'dict[str, RequestState]':
+    """Samples that wait for the prompt which this one carries, by id; none if it carries none for others."""
+    return self.samples.following if self.samples is not None and self.samples.carrier is self else {}
+
+  @property
+  def slots_needed(self) -> int:
+    """Slots where it decodes: one, and one for each further sample that follows it."""
+    return 1 + len(self.followers)
+
+  def whole_pages(self, page_size: int, *, decodes: bool) -> int:
+    """Pages of so many tokens for this one sequence: for its prompt, or for all its tokens but the last."""
+    tokens = self.request.prompt_len + self.limit - 1 if decodes else self.prefill_len
+    return -(-tokens // page_size)
+
+  def shared_pages(self, page_size: int) -> int:
+    """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
+    return (self.request.prompt_len - 1) // page_size
+
+  def pages_needed(self, page_size: int, *, decodes: bool) -> int:
+    """As `whole_pages`, those of the samples that follow it counted too: all but those of the prompt's full pages."""
+    whole = self.whole_pages(page_size, decodes=decodes)
+    return whole + len(self.followers) * (whole - self.shared_pages(page_size)) if decodes else whole
 
 
 @dataclasses.dataclass(slots=True)

@@ -25,6 +25,10 @@ class Timers:
     """Call it off, if it is set."""
     self._due_s.pop((timer, about), None)
 
+  def due_s(self, timer: TimerName, about: int | str) -> float:
+    """When it is due; infinity if it is not set."""
+    return self._due_s.get((timer, about), math.inf)
+
   @property
   def next_s(self) -> float:
     """When the next is due; infinity if none is set."""

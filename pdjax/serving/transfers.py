@@ -38,13 +38,13 @@ class Transfers:
     self._faults = faults
     self._under_way: dict[int, Attempt] = {}
     self._again: dict[int, Attempt] = {}
-    self._behind: dict[int, list[int]] = {}  # by the pass that computes what they move
+    self._behind: dict[int, list[int]] = {}  # by the step that computes what they move
 
   def __bool__(self) -> bool:
     return bool(self._under_way or self._again)
 
   def begin(self, order: TransferOrder, number: int, now_s: float, *, waits: bool) -> None:
-    """Note an order handed over; its time runs from now, or if it waits for a pass from the end of that."""
+    """Note an order handed over; its time runs from now, or if it waits for a step from the end of that."""
     self._under_way[order.id] = Attempt(order, order.request, number)
     if waits:
       assert order.after is not None
@@ -52,8 +52,8 @@ class Transfers:
     else:
       self._timers.set('deadline', order.id, now_s + self._deadline_s)
 
-  def pass_ended(self, order: int, now_s: float) -> None:
-    """Let the time of those that waited for a pass begin."""
+  def step_ended(self, order: int, now_s: float) -> None:
+    """Let the time of those that waited for a step begin."""
     for name in self._behind.pop(order, ()):
       if name in self._under_way and not self._under_way[name].abandoned:
         self._timers.set('deadline', name, now_s + self._deadline_s)

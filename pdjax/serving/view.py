@@ -1,13 +1,150 @@
-"""What policies look at: the requests, the workers, and what is free."""
+"""What policies look at: the requests, the workers, and what is free. It can be read, and nothing else."""
 
-import math
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from pdjax.serving.orders import MAX_ORDERS
-from pdjax.serving.place import WorkerState
-from pdjax.serving.requests import RequestState
-from pdjax.types.cluster import TransferSpec, WorkerSpec, ways, wire_dtype
+from pdjax.serving.books import Books
+from pdjax.serving.orders import MAX_ORDERS, StepOrder
+from pdjax.serving.requests import Phase
+from pdjax.types.cluster import Role, TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.request import Request
+
+
+class RequestView(Protocol):
+  """A request as a policy sees it: the books' own object, to be read."""
+
+  @property
+  def request(self) -> Request:
+    """The request."""
+
+  @property
+  def limit(self) -> int:
+    """Most tokens it may generate: its own `max_tokens`, or what is left of the model's context."""
+
+  @property
+  def phase(self) -> Phase:
+    """Where it stands."""
+
+  @property
+  def worker(self) -> str | None:
+    """Where it is prefilled."""
+
+  @property
+  def target(self) -> str | None:
+    """Where it decodes; the same as `worker` when nothing moves."""
+
+  @property
+  def pages(self) -> Mapping[str, tuple[int, ...]]:
+    """Pages it holds, by worker."""
+
+  @property
+  def started(self) -> int:
+    """Prompt tokens handed to the worker."""
+
+  @property
+  def prefill_len(self) -> int:
+    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
+
+  @property
+  def prompt_left(self) -> int:
+    """Tokens of these that no step was given yet."""
+
+  @property
+  def tokens(self) -> Sequence[int]:
+    """Tokens generated and delivered."""
+
+  @property
+  def delivered(self) -> Sequence[int]:
+    """The tokens it had when it was last begun again."""
+
+  @property
+  def tokens_left(self) -> int:
+    """Tokens that may still be asked for, those under way not counted."""
+
+  @property
+  def computed(self) -> bool:
+    """Whether its whole prompt is computed."""
+
+  @property
+  def attempts(self) -> int:
+    """How often it was begun."""
+
+  @property
+  def number(self) -> int:
+    """Its place in the order of arrival."""
+
+  @property
+  def slots_needed(self) -> int:
+    """Slots where it decodes: one, and one for each further sample that follows it."""
+
+
+class WorkerView(Protocol):
+  """A worker as a policy sees it: the books' own object, to be read."""
+
+  @property
+  def spec(self) -> WorkerSpec:
+    """The worker as the config has it."""
+
+  @property
+  def name(self) -> str:
+    """Its name."""
+
+  @property
+  def role(self) -> Role:
+    """What it runs."""
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in all, free or not."""
+
+  @property
+  def free_pages(self) -> int:
+    """Pages that nobody holds."""
+
+  @property
+  def free_slots(self) -> int:
+    """Slots in which no sequence stands."""
+
+  @property
+  def orders(self) -> Sequence[StepOrder]:
+    """Steps in flight, oldest first."""
+
+  @property
+  def prefilling(self) -> Mapping[str, RequestView]:
+    """Prompts begun here with tokens left to hand over, in order."""
+
+  @property
+  def decoding(self) -> Mapping[str, RequestView]:
+    """Sequences in its slots."""
+
+  @property
+  def queued_tokens(self) -> int:
+    """Prompt tokens of requests begun here that are not computed yet."""
+
+  @property
+  def incarnation(self) -> int:
+    """Which of its incarnations this is."""
+
+  @property
+  def up(self) -> bool:
+    """Whether it takes orders: it was not lost, or is back."""
+
+  @property
+  def lost(self) -> str:
+    """Why it is not up."""
+
+  @property
+  def given_up(self) -> bool:
+    """Whether nobody waits for it to come back any more."""
+
+  def decodable(self) -> list[str]:
+    """Sequences that another decode step can bring a token."""
 
 
 class Room:
@@ -21,14 +158,14 @@ class Room:
 
   def pages(self, worker: str) -> int:
     """Free pages."""
-    return self._view.workers[worker].allocator.num_free - self._pages.get(worker, 0)
+    return self._view.workers[worker].free_pages - self._pages.get(worker, 0)
 
   def slots(self, worker: str) -> int:
     """Free places among the sequences that decode at once."""
-    return len(self._view.workers[worker].free_slots) - self._slots.get(worker, 0)
+    return self._view.workers[worker].free_slots - self._slots.get(worker, 0)
 
   def orders(self, worker: str) -> int:
-    """Passes that may still be handed over; none to a worker that is lost."""
+    """Steps that may still be handed over; none to a worker that is lost."""
     place = self._view.workers[worker]
     return MAX_ORDERS - len(place.orders) if place.up else 0
 
@@ -55,48 +192,63 @@ class Room:
 
 
 class ClusterView:
-  """The cluster as a policy may look at it.
+  """The cluster as a policy sees it: the books as they are now, to be read.
 
-  Attributes:
-    model: The model served.
-    transfer: How KV travels.
-    workers: Each worker by name, in the order of the config.
-    prefill_workers: Those that prefill.
-    decode_workers: Those that decode.
-    requests: Each unfinished request by id.
-    waiting: Those that nothing was started of, in order of arrival.
-    prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
+  The requests and workers in it are the books' own, no copies, so a view costs nothing and is always up to date.
   """
 
-  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], page_size: int, transfer: TransferSpec):
-    """Start with every page free; see `ClusterState`."""
-    self.model = model
-    self.transfer = transfer
-    self.workers: dict[str, WorkerState] = {}
-    for spec in workers:
-      if spec.name in self.workers:
-        raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
-      if not isinstance(spec.num_pages, int):
-        raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-      self.workers[spec.name] = WorkerState(spec, spec.num_pages, spec.page_size or page_size, transfer.staging_bytes)
-    self.prefill_workers = [worker for worker in self.workers.values() if worker.role.prefills]
-    self.decode_workers = [worker for worker in self.workers.values() if worker.role.decodes]
-    if not self.prefill_workers or not self.decode_workers:
-      missing = 'prefills' if not self.prefill_workers else 'decodes'
-      raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
-    self._check_staging()
-    self.requests: dict[str, RequestState] = {}
-    self.waiting: dict[str, RequestState] = {}
-    self.prefilled: dict[str, RequestState] = {}
+  def __init__(self, books: Books):
+    """Look at these books."""
+    self._books = books
+    self._workers: Mapping[str, WorkerView] = types.MappingProxyType(books.workers)
+    self._requests: Mapping[str, RequestView] = types.MappingProxyType(books.requests)
+    self._waiting: Mapping[str, RequestView] = types.MappingProxyType(books.waiting)
+    self._prefilled: Mapping[str, RequestView] = types.MappingProxyType(books.prefilled)
 
-  def _check_staging(self) -> None:
-    for pair in ways([worker.spec for worker in self.workers.values()]):
-      source, target = (self.workers[spec.name] for spec in pair)
-      if (needed := self.unit_bytes(source, target)) > self.transfer.staging_bytes:
-        raise ValueError(
-          f'staging_bytes is {self.transfer.staging_bytes}, but one unit of {self.unit(source, target)} tokens from '
-          f'{source.name!r} to {target.name!r} has {needed} bytes; raise TransferSpec.staging_bytes.'
-        )
+  @property
+  def now_s(self) -> float:
+    """The time of the turn: seconds since the clock started."""
+    return self._books.now_s
+
+  @property
+  def model(self) -> ModelSpec:
+    """The model served."""
+    return self._books.model
+
+  @property
+  def transfer(self) -> TransferSpec:
+    """How KV travels."""
+    return self._books.transfer
+
+  @property
+  def workers(self) -> Mapping[str, WorkerView]:
+    """Each worker by name, in the order of the config."""
+    return self._workers
+
+  @property
+  def prefill_workers(self) -> Sequence[WorkerView]:
+    """Those that prefill."""
+    return self._books.prefill_workers
+
+  @property
+  def decode_workers(self) -> Sequence[WorkerView]:
+    """Those that decode."""
+    return self._books.decode_workers
+
+  @property
+  def requests(self) -> Mapping[str, RequestView]:
+    """Each unfinished request by id."""
+    return self._requests
+
+  @property
+  def waiting(self) -> Mapping[str, RequestView]:
+    """Those that nothing was started of, in order of arrival."""
+    return self._waiting
+
+  @property
+  def prefilled(self) -> Mapping[str, RequestView]:
+    """Those whose prompt is computed and whose KV has nowhere to go yet, in order."""
+    return self._prefilled
 
   def room(self) -> Room:
     """A fresh scratch view of what is free."""
@@ -107,29 +259,11 @@ class ClusterView:
 
     With further samples that follow it, theirs too: all but those of the prompt's full pages.
     """
-    entry, place = self.requests[request], self.workers[worker]
-    whole = self.whole_pages(entry, place, decodes=decodes)
-    return whole + (self.slots_needed(request) - 1) * (whole - self.shared_pages(entry, place)) if decodes else whole
+    return self._books.requests[request].pages_needed(self._books.workers[worker].page_size, decodes=decodes)
 
   def slots_needed(self, request: str) -> int:
     """Slots where it decodes: one, and one for each further sample that follows it."""
-    samples = self.requests[request].samples
-    return 1 if samples is None or samples.carrier.request.id != request else 1 + len(samples.following)
+    return self._books.requests[request].slots_needed
 
-  def whole_pages(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> int:
-    """Pages of a worker for one sequence."""
-    tokens = entry.request.prompt_len + entry.limit - 1 if decodes else entry.prefill_len
-    return -(-tokens // worker.page_size)
 
-  def shared_pages(self, entry: RequestState, worker: WorkerState) -> int:
-    """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
-    return (entry.request.prompt_len - 1) // worker.page_size
-
-  def unit(self, source: WorkerState, target: WorkerState) -> int:
-    """Tokens of the largest piece that pages of both are made of."""
-    return math.gcd(source.page_size, target.page_size)
-
-  def unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
-    """Bytes of such a piece while it travels."""
-    ours, theirs = (worker.spec.kv_dtype or 'float32' for worker in (source, target))
-    return self.unit(source, target) * self.model.cached_token_bytes(wire_dtype(ours, theirs))
+__all__ = ['ClusterView', 'Phase', 'RequestView', 'Room', 'WorkerView']

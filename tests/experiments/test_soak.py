@@ -126,7 +126,7 @@ class Trace:
 
   def note(self, state: ClusterState, event: Event, counted: bool) -> None:
     self.told.append((event, counted))
-    self.most_requests = max(self.most_requests, len(state.requests))
+    self.most_requests = max(self.most_requests, len(state.view.requests))
     for name, worker in state.workers.items():
       self.pages[name] = min(worker.num_pages, self.pages.get(name, worker.num_pages))
 
@@ -384,10 +384,10 @@ def test_a_transfer_that_nobody_made_late_is_counted(soak, monkeypatch):
 @pytest.mark.parametrize(
   ('field', 'value', 'sentence'),
   [
-    ('_due', {'r7': None}, 'KV of r7 is to be sent on.'),
-    ('_must', {'r7': Cancel('r7')}, "these are to be done: Cancel(request='r7', "),
-    ('_tasks', [Resend(3)], 'these are to be done: Resend(transfer=3).'),
-    ('_samples', {'r7': None}, 'the samples r7 are followed.'),
+    ('due', {'r7': None}, 'KV of r7 is to be sent on.'),
+    ('must', {'r7': Cancel('r7')}, "these are to be done: Cancel(request='r7', "),
+    ('tasks', [Resend(3)], 'these are to be done: Resend(transfer=3).'),
+    ('samples', {'r7': None}, 'the samples r7 are followed.'),
   ],
 )
 def test_what_is_left_in_the_books_is_found(clusters, field, value, sentence):

@@ -22,11 +22,11 @@ class Failing(Disaggregated):
   answers: str = ''
   after: int = 0
 
-  def decide(self, state: Any) -> list[Action]:
+  def decide(self, view: Any) -> list[Action]:
     path = pathlib.Path(self.answers)
     if self.way == 'tells who is there':
       with path.with_suffix('.there').open('a') as file:
-        file.write(json.dumps([time.monotonic(), *state.requests]) + '\n')
+        file.write(json.dumps([time.monotonic(), *view.requests]) + '\n')
     elif path.is_file() and path.read_bytes().count(b'\n') >= self.after:
       match self.way:
         case 'raises':
@@ -39,7 +39,7 @@ class Failing(Disaggregated):
           return [Transfer('nobody', 'decode0')]
         case 'does nothing':
           return []
-    return super().decide(state)
+    return super().decide(view)
 
 
 def get_config(

@@ -113,9 +113,9 @@ class Cell:
 
   def is_full(self, state: ClusterState) -> bool:
     """Whether nobody has room for the victim, where the column says so."""
-    sides = {'prefill': state.prefill_workers, 'decode': state.decode_workers}
-    room = state.room()
-    return VICTIM in state.requests and not any(
+    sides = {'prefill': state.view.prefill_workers, 'decode': state.view.decode_workers}
+    room = state.view.room()
+    return VICTIM in state.view.requests and not any(
       room.fits(VICTIM, worker.name, decodes=role == 'decode')
       for role in FULL.get(self.column, ((), {}))[1]
       for worker in sides[role]

@@ -24,10 +24,10 @@ def watched(events: Iterable[Event], state: ClusterState, most_turns: int) -> It
 
 def assert_held(state: ClusterState) -> None:
   """No page of a transfer that is not over is free, and none can be taken from it."""
-  for order in state._in_flight.values():
+  for order in state.books.in_flight.values():
     if isinstance(order, TransferOrder):
       for worker, pages in ((order.source, order.span.source_pages), (order.target, order.span.target_pages)):
-        assert not set(pages) & set(state.workers[worker].allocator._free), f'{order} lost pages on {worker}'
+        assert not set(pages) & set(state.books.holdings[worker].pages._free), f'{order} lost pages on {worker}'
 
 
 def assert_right(
@@ -54,6 +54,6 @@ def assert_right(
     else:
       assert end.tokens == expected[: len(end.tokens)], f'{end.request} got {end.tokens}, not of {expected}'
   assert_all_is_free(state)
-  assert not state._transfers
+  assert not state.books.transfers
   assert state.next_timer_s == math.inf or not all(worker.up for worker in state.workers.values())
   return {end.request: end.finish_reason for end in ends}

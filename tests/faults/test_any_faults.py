@@ -83,7 +83,7 @@ class AnyFaults(RuleBasedStateMachine):
   @precondition(lambda self: self.count > 0)
   @rule(data=st.data(), turns=st.integers(0, 6))
   def withdraw(self, data, turns) -> None:
-    names = [*self.state.requests, 'r0']
+    names = [*self.state.view.requests, 'r0']
     self.arrivals.push(Withdrawn(data.draw(st.sampled_from(names))))
     self.go_on(turns)
 

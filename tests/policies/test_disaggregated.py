@@ -12,11 +12,11 @@ POLICY = Disaggregated(max_prefill_tokens=16)
 
 def _carry_out(cluster: Driver, policy=POLICY) -> list:
   """Decide once and start what was decided."""
-  return [order for action in policy.decide(cluster.state) for order in cluster.start(action)]
+  return [order for action in policy.decide(cluster.view) for order in cluster.start(action)]
 
 
 def test_nothing_is_wanted_of_an_empty_cluster():
-  assert POLICY.decide(Driver().state) == []
+  assert POLICY.decide(Driver().view) == []
 
 
 def test_deciding_changes_nothing():
@@ -24,7 +24,7 @@ def test_deciding_changes_nothing():
   for index in range(6):
     cluster.arrive(f'r{index}', prompt_len=9)
   before = snapshot(cluster.state)
-  assert POLICY.decide(cluster.state) == POLICY.decide(cluster.state) != []
+  assert POLICY.decide(cluster.view) == POLICY.decide(cluster.view) != []
   assert snapshot(cluster.state) == before
 
 
@@ -32,7 +32,7 @@ def test_prompts_are_packed_in_order_of_arrival_up_to_the_budget():
   cluster = Driver()
   for name, prompt_len in (('z', 5), ('a', 7), ('m', 9), ('b', 2)):
     cluster.arrive(name, prompt_len, max_tokens=2)
-  assert POLICY.decide(cluster.state) == [
+  assert POLICY.decide(cluster.view) == [
     Step('prefill0', (Chunk('z', 0, 5, 'decode0'), Chunk('a', 0, 7, 'decode0'), Chunk('m', 0, 4, 'decode0')))
   ]
 
@@ -42,7 +42,7 @@ def test_a_prompt_that_was_begun_goes_on_before_others_begin():
   cluster.arrive('long', prompt_len=20)
   _carry_out(cluster)
   cluster.arrive('short', prompt_len=3)
-  assert POLICY.decide(cluster.state) == [
+  assert POLICY.decide(cluster.view) == [
     Step('prefill0', (Chunk('long', 16, 4, 'decode0'), Chunk('short', 0, 3, 'decode0')))
   ]
 
@@ -51,7 +51,7 @@ def test_a_worker_is_given_two_passes_and_no_third():
   cluster = Driver()
   cluster.arrive('long', prompt_len=50, max_tokens=8)
   assert len(_carry_out(cluster)) == len(_carry_out(cluster)) == 2  # each a pass and a transfer
-  assert POLICY.decide(cluster.state) == []
+  assert POLICY.decide(cluster.view) == []
 
 
 def test_the_workers_own_limits_bound_a_pass():
@@ -59,17 +59,17 @@ def test_the_workers_own_limits_bound_a_pass():
   cluster = Driver(prefill_pool(1, **sizes) + decode_pool(1, **SIZES))
   for name, prompt_len in (('a', 2), ('b', 3), ('c', 2)):
     cluster.arrive(name, prompt_len)
-  assert POLICY.decide(cluster.state) == [Step('prefill0', (Chunk('a', 0, 2, 'decode0'), Chunk('b', 0, 3, 'decode0')))]
+  assert POLICY.decide(cluster.view) == [Step('prefill0', (Chunk('a', 0, 2, 'decode0'), Chunk('b', 0, 3, 'decode0')))]
   cluster = Driver(prefill_pool(1, **sizes) + decode_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=30)
-  assert POLICY.decide(cluster.state) == [Step('prefill0', (Chunk('a', 0, 8, 'decode0'),))]
+  assert POLICY.decide(cluster.view) == [Step('prefill0', (Chunk('a', 0, 8, 'decode0'),))]
 
 
 def test_prompts_go_to_the_prefill_worker_with_the_shortest_queue():
   cluster = Driver(prefill_pool(2, **SIZES) + decode_pool(1, **SIZES))
   for name, prompt_len in (('a', 12), ('b', 4), ('c', 5), ('d', 2)):
     cluster.arrive(name, prompt_len, max_tokens=1)
-  assert POLICY.decide(cluster.state) == [
+  assert POLICY.decide(cluster.view) == [
     Step('prefill0', (Chunk('a', 0, 12),)),
     Step('prefill1', (Chunk('b', 0, 4), Chunk('c', 0, 5), Chunk('d', 0, 2))),  # 0 + 4 + 5 < 12
   ]
@@ -79,7 +79,7 @@ def test_kv_goes_to_the_decode_worker_with_the_most_free_slots():
   cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(2, **SIZES))
   for name in 'abc':
     cluster.arrive(name, prompt_len=3)
-  assert POLICY.decide(cluster.state) == [
+  assert POLICY.decide(cluster.view) == [
     Step('prefill0', (Chunk('a', 0, 3, 'decode0'), Chunk('b', 0, 3, 'decode1'), Chunk('c', 0, 3, 'decode0')))
   ]
 
@@ -87,24 +87,24 @@ def test_kv_goes_to_the_decode_worker_with_the_most_free_slots():
 def test_a_request_for_one_token_is_sent_nowhere():
   cluster = Driver()
   cluster.arrive('a', max_tokens=1)
-  assert POLICY.decide(cluster.state) == [Step('prefill0', (Chunk('a', 0, 6),))]
+  assert POLICY.decide(cluster.view) == [Step('prefill0', (Chunk('a', 0, 6),))]
 
 
 def test_a_prompt_is_prefilled_although_there_is_no_room_to_decode_and_moves_when_there_is():
   cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(1, **SIZES | {'max_sequences': 1}))
   cluster.arrive('a', max_tokens=2)
   cluster.arrive('b', max_tokens=2)
-  decision = POLICY.decide(cluster.state)
+  decision = POLICY.decide(cluster.view)
   assert decision == [Step('prefill0', (Chunk('a', 0, 6, 'decode0'), Chunk('b', 0, 6)))]
   step, transfer = cluster.start(decision[0])
   cluster.end(step, {'a': 1, 'b': 1})
-  assert POLICY.decide(cluster.state) == []  # the slot is kept for `a`
+  assert POLICY.decide(cluster.view) == []  # the slot is kept for `a`
   cluster.end(transfer)
-  assert POLICY.decide(cluster.state) == [Step('decode0', decodes=ALL)]
+  assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL)]
   (decode,) = _carry_out(cluster)
-  assert POLICY.decide(cluster.state) == []
+  assert POLICY.decide(cluster.view) == []
   cluster.end(decode, {'a': 1}, {'a': 'length'})
-  assert POLICY.decide(cluster.state) == [Transfer('b', 'decode0')]
+  assert POLICY.decide(cluster.view) == [Transfer('b', 'decode0')]
 
 
 def test_room_that_some_wait_for_is_not_promised_to_later_prompts():
@@ -118,7 +118,7 @@ def test_room_that_some_wait_for_is_not_promised_to_later_prompts():
   cluster.end(step, {'large': 1})
   assert cluster.phase('large') is Phase.PREFILLED
   cluster.arrive('small', prompt_len=3, max_tokens=2)  # would fit
-  assert Step('prefill0', (Chunk('small', 0, 3),)) in POLICY.decide(cluster.state)
+  assert Step('prefill0', (Chunk('small', 0, 3),)) in POLICY.decide(cluster.view)
 
 
 def test_prompts_move_in_the_order_they_were_prefilled():
@@ -127,7 +127,7 @@ def test_prompts_move_in_the_order_they_were_prefilled():
     cluster.arrive(name, max_tokens=8)
   chunks = tuple(Chunk(name, 0, 6) for name in 'bac')
   cluster.end(cluster.start(Step('prefill0', chunks))[0], {'b': 1, 'a': 1, 'c': 1})
-  assert POLICY.decide(cluster.state) == [Transfer(name, 'decode0') for name in 'bac']
+  assert POLICY.decide(cluster.view) == [Transfer(name, 'decode0') for name in 'bac']
 
 
 def test_the_first_that_fits_nowhere_is_not_overtaken_by_those_that_move():
@@ -135,7 +135,7 @@ def test_the_first_that_fits_nowhere_is_not_overtaken_by_those_that_move():
   for name, max_tokens in (('a', 11), ('b', 27), ('c', 2)):  # 4, 8 and 2 pages
     cluster.arrive(name, max_tokens=max_tokens)
   cluster.end(cluster.start(Step('prefill0', tuple(Chunk(n, 0, 6) for n in 'abc')))[0], {'a': 1, 'b': 1, 'c': 1})
-  assert POLICY.decide(cluster.state) == [Transfer('a', 'decode0')]
+  assert POLICY.decide(cluster.view) == [Transfer('a', 'decode0')]
 
 
 def test_a_long_prompt_at_the_head_is_not_overtaken():
@@ -144,9 +144,9 @@ def test_a_long_prompt_at_the_head_is_not_overtaken():
   (step,) = _carry_out(cluster)
   cluster.arrive('long', prompt_len=24, max_tokens=1)  # 6
   cluster.arrive('short', prompt_len=2, max_tokens=1)
-  assert POLICY.decide(cluster.state) == []
+  assert POLICY.decide(cluster.view) == []
   cluster.end(step, {'a': 1}, {'a': 'length'})
-  assert POLICY.decide(cluster.state) == [Step('prefill0', (Chunk('long', 0, 16),))]
+  assert POLICY.decide(cluster.view) == [Step('prefill0', (Chunk('long', 0, 16),))]
 
 
 def _decoding(cluster: Driver, *names: str, max_tokens: int = 9) -> None:
@@ -162,23 +162,23 @@ def test_a_decode_worker_is_kept_two_passes_ahead_over_all_it_holds():
   cluster = Driver()
   _decoding(cluster, 'a', 'b')
   for _ in range(2):
-    assert POLICY.decide(cluster.state) == [Step('decode0', decodes=ALL)]
+    assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL)]
     _carry_out(cluster)
-  assert POLICY.decide(cluster.state) == []
+  assert POLICY.decide(cluster.view) == []
 
 
 def test_decode_steps_are_fused_as_configured():
   cluster = Driver()
   _decoding(cluster, 'a')
   policy = dataclasses.replace(POLICY, decode_steps=4)
-  assert policy.decide(cluster.state) == [Step('decode0', decodes=ALL, steps=4)]
+  assert policy.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=4)]
 
 
 def test_no_pass_is_wanted_once_every_token_is_asked_for():
   cluster = Driver()
   _decoding(cluster, 'a', max_tokens=2)
   _carry_out(cluster)
-  assert POLICY.decide(cluster.state) == []
+  assert POLICY.decide(cluster.view) == []
 
 
 def test_transfers_prefills_and_decodes_are_decided_together():
@@ -187,7 +187,7 @@ def test_transfers_prefills_and_decodes_are_decided_together():
   cluster.arrive('m')
   cluster.end(cluster.start(Step('prefill0', (Chunk('m', 0, 6),)))[0], {'m': 1})
   cluster.arrive('w', prompt_len=3)
-  assert POLICY.decide(cluster.state) == [
+  assert POLICY.decide(cluster.view) == [
     Transfer('m', 'decode1'),
     Step('prefill0', (Chunk('w', 0, 3),)),  # sent later: `m` was waiting for room before it
     Step('decode0', decodes=ALL),
@@ -197,18 +197,18 @@ def test_transfers_prefills_and_decodes_are_decided_together():
 def test_workers_of_both_roles_fuse_and_need_no_transfer():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=4)
-  assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('a', 0, 4),))]
+  assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('a', 0, 4),))]
   (step,) = _carry_out(cluster)
   cluster.end(step, {'a': 1})
   cluster.arrive('b', prompt_len=5)
-  assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('b', 0, 5),), ALL)]
+  assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('b', 0, 5),), ALL)]
 
 
 def test_a_worker_of_both_roles_may_send_what_it_cannot_decode():
   workers = colocated_pool(1, **SIZES | {'num_pages': 3}) + decode_pool(1, **SIZES)
   cluster = Driver(workers)
   cluster.arrive('a', prompt_len=12, max_tokens=9)  # 3 pages to prefill, 5 to decode
-  assert POLICY.decide(cluster.state) == [Step('both0', (Chunk('a', 0, 12, 'decode0'),))]
+  assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('a', 0, 12, 'decode0'),))]
 
 
 def test_waiting_prompts_can_be_served_in_another_order():
@@ -219,5 +219,5 @@ def test_waiting_prompts_can_be_served_in_another_order():
   cluster = Driver()
   for name, prompt_len in (('a', 9), ('b', 3), ('c', 6)):
     cluster.arrive(name, prompt_len, max_tokens=1)
-  (step,) = ShortestFirst(max_prefill_tokens=10).decide(cluster.state)
+  (step,) = ShortestFirst(max_prefill_tokens=10).decide(cluster.view)
   assert step.chunks == (Chunk('b', 0, 3), Chunk('c', 0, 6), Chunk('a', 0, 1))

@@ -24,7 +24,8 @@ def cluster():
 
 def _choose(cluster: Driver, placement, names: str = '012') -> str:
   workers = [cluster.state.workers[f'both{name}'] for name in names]
-  return placement.choose(workers, cluster.state.room()).name
+  request = next(iter(cluster.view.requests.values()))
+  return placement.choose(request, workers, cluster.view.room()).name
 
 
 def test_fewest_queued_tokens_counts_what_is_under_way_and_what_is_left(cluster):
@@ -41,7 +42,7 @@ def test_of_equally_long_queues_the_one_with_more_free_slots_is_taken():
 
 
 def test_most_free_pages_and_fewest_sequences_look_at_their_own_resource(cluster):
-  room = cluster.state.room()
+  room = cluster.view.room()
   names = cluster.state.workers
   assert [room.pages(name) for name in names] == [11, 2, 15] and [room.slots(name) for name in names] == [3, 2, 3]
   assert _choose(cluster, MostFreePages()) == 'both2' and _choose(cluster, MostFreePages(), '01') == 'both0'
@@ -51,13 +52,14 @@ def test_most_free_pages_and_fewest_sequences_look_at_their_own_resource(cluster
 def test_what_a_decision_took_counts():
   cluster = Driver(colocated_pool(2, **SIZES))
   cluster.arrive('a')
-  room = cluster.state.room()
+  room = cluster.view.room()
   workers = list(cluster.state.workers.values())
-  assert MostFreeSlots().choose(workers, room).name == MostFreePages().choose(workers, room).name == 'both0'
+  request = cluster.view.requests['a']
+  assert {one.choose(request, workers, room).name for one in (MostFreeSlots(), MostFreePages())} == {'both0'}
   room.take('a', 'both0', decodes=True)
   room.take_tokens('both0', 6)
   for placement in (MostFreeSlots(), MostFreePages(), FewestQueuedTokens()):
-    assert placement.choose(workers, room).name == 'both1'
+    assert placement.choose(request, workers, room).name == 'both1'
 
 
 def test_placements_are_values():

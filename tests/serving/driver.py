@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pdjax.serving import ClusterState, Phase
+from pdjax.serving import ClusterState, ClusterView, Phase
 from pdjax.serving.actions import Action
 from pdjax.serving.events import Arrived, Done, Event, Finished, Result
 from pdjax.serving.orders import EndOrder, Order
@@ -41,6 +41,10 @@ class Driver:
     self.now_s = 0.0
     self.finished: list[Finished] = []
 
+  @property
+  def view(self) -> ClusterView:
+    return self.state.view
+
   def arrive(self, name: str, prompt_len: int = 6, max_tokens: int = 4, prompt=None, **sampling) -> Request:
     prompt = tuple(range(2, 2 + prompt_len)) if prompt is None else prompt
     request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), arrival_s=self.now_s)
@@ -72,30 +76,32 @@ class Driver:
     return self.finished[-1]
 
   def phase(self, name: str) -> Phase:
-    return self.state.requests[name].phase
+    return self.state.view.requests[name].phase
 
   def free_pages(self, worker: str) -> int:
-    return self.state.workers[worker].allocator.num_free
+    return self.state.workers[worker].free_pages
 
   def assert_idle(self) -> None:
     """Nothing is left: every page and every slot is free, and no order or request is known."""
-    for worker in self.state.workers.values():
-      assert worker.allocator.num_free == worker.num_pages, f'{worker.name} kept pages'
-      for staging in (worker.staging_out, worker.staging_in):
+    for name, worker in self.state.workers.items():
+      holdings = self.state.books.holdings[name]
+      assert worker.free_pages == worker.num_pages, f'{worker.name} kept pages'
+      for staging in (holdings.staging_out, holdings.staging_in):
         assert staging.free_bytes == staging.num_bytes, f'{worker.name} kept staging'
-      assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
+      assert sorted(holdings.slots) == list(range(worker.spec.max_sequences))
       assert not worker.orders and not worker.prefilling and not worker.decoding
       assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
-    assert not self.state.unfinished and not self.state.waiting and not self.state.prefilled and not self.state._due
+    assert not self.state.unfinished and not self.state.view.waiting and not self.state.view.prefilled
+    assert not self.state.books.due and not self.state.books.unsettled
 
 
 def snapshot(state: ClusterState) -> dict:
   """Everything a state holds, to compare before and after."""
   workers = {
     name: (
-      tuple(worker.allocator._free),
-      tuple(worker.allocator._holders),
-      tuple(worker.free_slots),
+      tuple(state.books.holdings[name].pages._free),
+      tuple(state.books.holdings[name].pages._holders),
+      tuple(state.books.holdings[name].slots),
       tuple(worker.orders),
       tuple(worker.prefilling),
       tuple(worker.decoding),
@@ -103,6 +109,7 @@ def snapshot(state: ClusterState) -> dict:
     )
     for name, worker in state.workers.items()
   }
-  requests = {name: repr(entry) for name, entry in state.requests.items()}
-  queues = (tuple(state.waiting), tuple(state.prefilled), tuple(state._in_flight), state._next_order)
+  requests = {name: repr(entry) for name, entry in state.view.requests.items()}
+  books = state.books
+  queues = (tuple(books.waiting), tuple(books.prefilled), tuple(books.in_flight), books._next_order)
   return {'workers': workers, 'requests': requests, 'queues': queues}

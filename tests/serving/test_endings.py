@@ -83,7 +83,7 @@ def test_a_withdrawn_request_releases_everything_in_whatever_order_things_end(ph
     if isinstance(phase, Phase):
       assert cluster.phase('a') is phase
     cluster.apply(Withdrawn('a'))
-    assert not cluster.state.waiting and not cluster.state.prefilled
+    assert not cluster.view.waiting and not cluster.view.prefilled
     (end,) = cluster.must()
     assert end == EndOrder(end.id, 'a', 'cancelled', 'cancelled') and cluster.phase('a') is Phase.ENDING
     for order in _in_turns(orders, end)[place]:
@@ -95,7 +95,7 @@ def test_a_withdrawn_request_releases_everything_in_whatever_order_things_end(ph
 @PHASES
 def test_tokens_delivered_before_a_cancellation_stay_and_later_ones_do_not_count(phase):
   cluster, orders = SETUPS[phase]()
-  delivered = tuple(cluster.state.requests['a'].tokens)
+  delivered = tuple(cluster.view.requests['a'].tokens)
   (end,) = cluster.start(Cancel('a'))
   for order in (*orders, end):
     _end(cluster, order)
@@ -202,13 +202,13 @@ def test_an_end_that_fails_ends_the_request_all_the_same():
 def test_a_lost_worker_ends_every_request_that_had_pages_there(phase, lost):
   cluster, orders = SETUPS[phase]()
   lost = 'both0' if phase == 'colocated' else lost
-  held = lost in cluster.state.requests['a'].pages
+  held = lost in cluster.view.requests['a'].pages
   cluster.apply(WorkerLost(lost, 1.0, 'gone'))
   gone = [order for order in orders if _runs_on(order, lost)]
   if held:
     assert [(end.finish_reason, end.error) for end in cluster.finished] == [('error', 'gone')]
   else:
-    assert cluster.finished == [] and 'a' in cluster.state.requests
+    assert cluster.finished == [] and 'a' in cluster.view.requests
   for order in orders:
     if order not in gone:
       _end(cluster, order)
@@ -239,7 +239,7 @@ def test_a_lost_worker_leaves_the_others_alone_and_serves_again_once_it_is_back(
   assert cluster.free_pages('prefill0') == 16
   with pytest.raises(PolicyError, match=r"'prefill0' is lost \(.+\); wait"):
     cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
-  assert cluster.state.room().orders('prefill0') == 0 and not cluster.state.room().fits('c', 'prefill0', decodes=False)
+  assert cluster.view.room().orders('prefill0') == 0 and not cluster.view.room().fits('c', 'prefill0', decodes=False)
   cluster.apply(WorkerBack('prefill0', 1.5, incarnation=2))
   (again,) = cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
   assert again.incarnation == 2

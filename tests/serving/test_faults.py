@@ -197,7 +197,7 @@ def test_what_is_new_does_not_take_the_room_that_a_second_try_waits_for(is_cance
   cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))
   due(cluster, cluster.now_s + 4.0)
   assert cluster.must() == ()
-  assert cluster.state.workers['prefill0'].staging_out.free_bytes == 4 * 256  # as much as 'd' would take
+  assert cluster.state.books.holdings['prefill0'].staging_out.free_bytes == 4 * 256  # as much as 'd' would take
   assert len(cluster.start(Step('prefill0', (Chunk('d', 0, 4, 'decode0'),)))) == 1
   if is_cancelled:
     cluster.apply(Withdrawn('a'))
@@ -274,7 +274,7 @@ def decoding(count: int = 3, **options) -> Driver:
 def test_a_request_whose_decode_worker_is_lost_begins_again_with_what_it_got():
   cluster = decoding()
   cluster.apply(WorkerLost('decode0', 9.0, 'gone'))
-  entry = cluster.state.requests['a']
+  entry = cluster.view.requests['a']
   assert entry.phase is Phase.WAITING and entry.tokens == [7, 7, 7] and entry.prompt_left == 12
   (first,) = cluster.start(Step('prefill1', (Chunk('a', 0, 8),)))
   second, transfer = cluster.start(Step('prefill1', (Chunk('a', 8, 4),)))[0], None
@@ -336,9 +336,9 @@ def test_a_request_begun_again_comes_before_those_that_came_after_it():
   for name in 'abcd':
     cluster.arrive(name)
   cluster.start(Step('prefill0', (Chunk('a', 0, 6), Chunk('c', 0, 6))))
-  assert list(cluster.state.waiting) == ['b', 'd']
+  assert list(cluster.view.waiting) == ['b', 'd']
   cluster.apply(WorkerLost('prefill0', 1.0, 'gone'))
-  assert list(cluster.state.waiting) == ['a', 'b', 'c', 'd']
+  assert list(cluster.view.waiting) == ['a', 'b', 'c', 'd']
 
 
 def test_a_request_waits_for_its_own_passes_before_it_begins_again():
@@ -349,12 +349,12 @@ def test_a_request_waits_for_its_own_passes_before_it_begins_again():
   last, rest = cluster.start(Step('prefill0', (Chunk('a', 4, 6, 'decode0'),)))
   cluster.end(step)
   fail(cluster, transfer)
-  assert cluster.phase('a') is Phase.RESTARTING and not cluster.state.waiting
+  assert cluster.phase('a') is Phase.RESTARTING and not cluster.view.waiting
   (abandon,) = cluster.must()
   cluster.end(abandon)
   assert cluster.phase('a') is Phase.RESTARTING
   cluster.end(last, {'a': 1})  # a token is a token
-  assert cluster.phase('a') is Phase.WAITING and cluster.state.requests['a'].delivered == (7,)
+  assert cluster.phase('a') is Phase.WAITING and cluster.view.requests['a'].delivered == (7,)
   assert not cluster.state.apply(Done(rest.id, 0.0, 9.0), 9.0)
   cluster.apply(Withdrawn('a'))
   cluster.end(cluster.must()[0])
@@ -369,7 +369,7 @@ def test_samples_that_have_begun_begin_again_each_by_itself():
   names = ('a', 'a#1', 'a#2')
   cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], dict.fromkeys(names, 1), {'a#1': 'stop'})
   cluster.apply(WorkerLost('decode0', 9.0, 'gone'))
-  assert list(cluster.state.waiting) == ['a', 'a#2']
+  assert list(cluster.view.waiting) == ['a', 'a#2']
   (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 11), Chunk('a#2', 0, 10))))
   assert [chunk.delivered for chunk in step.chunks] == [(7, 7), (7,)]
   cluster.end(step)
@@ -387,7 +387,7 @@ def test_samples_that_wait_for_a_prompt_that_is_lost_compute_it_each_for_itself(
   step, _ = cluster.start(Step('prefill0', (Chunk('a', 0, 10, 'decode0'),)))
   cluster.end(step, {'a': 1})
   cluster.apply(WorkerLost('prefill0', 9.0, 'gone'))
-  assert list(cluster.state.waiting) == ['a', 'a#1', 'a#2'] and cluster.free_pages('decode0') == 16
+  assert list(cluster.view.waiting) == ['a', 'a#1', 'a#2'] and cluster.free_pages('decode0') == 16
   (step,) = cluster.start(Step('prefill1', tuple(Chunk(name, 0, 10) for name in ('a', 'a#1', 'a#2'))))
   assert [chunk.is_last for chunk in step.chunks] == [False, True, True]
   cluster.end(step, {'a#1': 1, 'a#2': 1}, {'a#1': 'stop', 'a#2': 'stop'})
@@ -430,7 +430,7 @@ def test_requests_wait_for_a_lost_worker_for_a_while_and_then_learn_why():
   assert cluster.reject_unfit().finish_reason == 'rejected'
   cluster.apply(WorkerBack('decode0', 99.0, 2))
   cluster.arrive('c')
-  assert cluster.must() == () and list(cluster.state.waiting) == ['c']
+  assert cluster.must() == () and list(cluster.view.waiting) == ['c']
 
 
 def test_a_worker_that_comes_back_in_time_is_not_given_up():
@@ -447,7 +447,7 @@ def test_patience_runs_only_while_nobody_brings_the_worker_back():
   cluster.state.check_progress()  # it is on its way
   cluster.arrive('b')
   due(cluster, 5000.0)
-  assert not cluster.finished and list(cluster.state.waiting) == ['a', 'b']
+  assert not cluster.finished and list(cluster.view.waiting) == ['a', 'b']
   cluster.apply(WorkerLost('decode0', 5000.0, 'it did not come back in 3 tries'))
   assert cluster.state.next_timer_s == cluster.now_s + 30.0
   assert due(cluster, cluster.now_s + 29.0) == [] and not cluster.finished
@@ -515,7 +515,7 @@ def test_a_decode_pass_that_could_not_begin_lets_its_requests_begin_again_with_w
   fail(cluster, failing)
   assert cluster.phase('a') is Phase.RESTARTING
   cluster.end(behind)  # its slot was cleared
-  entry = cluster.state.requests['a']
+  entry = cluster.view.requests['a']
   assert entry.phase is Phase.WAITING and entry.delivered == (7, 7) and cluster.state.workers['decode0'].up
   assert cluster.free_pages('decode0') == 16
 
@@ -546,4 +546,4 @@ def test_samples_that_wait_for_a_prompt_whose_pass_could_not_begin_compute_it_ea
   cluster = Driver(faults=TWICE)
   cluster.arrive('a', n=3)
   fail(cluster, cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))[0])
-  assert list(cluster.state.waiting) == ['a', 'a#1', 'a#2']
+  assert list(cluster.view.waiting) == ['a', 'a#1', 'a#2']

@@ -20,7 +20,7 @@ def _prefill(cluster: Driver, name: str, *lengths: int) -> list[tuple[TransferOr
     step, *transfers = cluster.start(Step('prefill0', (Chunk(name, start, length, 'decode0'),)))
     assert isinstance(step, StepOrder)
     start += length
-    is_last = start == cluster.state.requests[name].request.prompt_len
+    is_last = start == cluster.view.requests[name].request.prompt_len
     cluster.end(step, {name: 1} if is_last else {})
     sent.append(tuple(transfers))
   return sent
@@ -87,15 +87,15 @@ def test_no_more_travels_at_once_than_staging_holds_and_the_rest_follows_in_turn
   step, *under_way = cluster.start(Step('prefill0', (Chunk('a', 0, 22, 'decode0'), Chunk('b', 0, 4, 'decode0'))))
   assert [(order.request, *_spans([order])[0][:2]) for order in under_way] == [('a', 0, 4), ('a', 4, 4), ('a', 8, 4)]
   cluster.end(step, {'a': 1, 'b': 1})
-  worker = cluster.state.workers['prefill0']
-  assert worker.staging_out.free_bytes == 0 and cluster.must() == ()
+  staging = cluster.state.books.holdings['prefill0'].staging_out
+  assert staging.free_bytes == 0 and cluster.must() == ()
   seen = []
   while under_way:
     order = under_way.pop(0)
     seen.append((order.request, order.span.start))
     cluster.end(order)
     under_way += cluster.must()
-    assert worker.staging_out.free_bytes == (3 - len(under_way)) * PAGE_BYTES
+    assert staging.free_bytes == (3 - len(under_way)) * PAGE_BYTES
   assert seen == [('a', 0), ('a', 4), ('a', 8), ('a', 12), ('a', 16), ('a', 20), ('b', 0)]
   assert cluster.phase('a') is cluster.phase('b') is Phase.DECODING
   for name in 'ab':

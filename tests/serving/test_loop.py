@@ -61,7 +61,7 @@ class ScriptedPolicy:
     self.answers = list(answers)
     self.asked = 0
 
-  def decide(self, state):
+  def decide(self, view):
     self.asked += 1
     return self.answers.pop(0) if self.answers else []
 
@@ -170,8 +170,8 @@ def test_every_order_is_handed_over_before_the_log_says_so():
 
 def test_what_was_withdrawn_is_ended_before_the_policy_is_asked():
   class Asked:
-    def decide(self, state):
-      assert all(entry.phase.value == 'ending' for entry in state.requests.values())
+    def decide(self, view):
+      assert all(entry.phase.value == 'ending' for entry in view.requests.values())
       return []
 
   backend = ScriptedBackend((0.0, []), (0.0, [Done(0, 0.0, 0.0)]))
@@ -184,8 +184,8 @@ def test_what_was_withdrawn_is_ended_before_the_policy_is_asked():
 
 def test_a_policy_may_cancel_what_is_withdrawn_in_the_same_turn():
   class Impatient:
-    def decide(self, state):
-      return [Cancel(name) for name, entry in state.requests.items() if entry.phase.value != 'ending']
+    def decide(self, view):
+      return [Cancel(name) for name, entry in view.requests.items() if entry.phase.value != 'ending']
 
   backend = ScriptedBackend((0.0, []), (0.0, [Done(0, 0.0, 0.0)]))
   events = list(serve(Withdrawing([_request('a')], 'a', 0.0), Impatient(), backend, ClusterState(TINY, WORKERS, 4)))
@@ -276,7 +276,7 @@ class Answers:
   def __init__(self, answer):
     self.answer = answer
 
-  def decide(self, state):
+  def decide(self, view):
     return self.answer() if callable(self.answer) else self.answer
 
 
@@ -310,12 +310,12 @@ def test_an_answer_that_is_no_sequence_of_actions_is_an_error_that_names_policy_
 
 def test_a_policy_that_yields_its_actions_serves_like_one_that_lists_them():
   class Yielding(Colocated):
-    def decide(self, state):
-      yield from super().decide(state)
+    def decide(self, view):
+      yield from super().decide(view)
 
   class Views(Colocated):
-    def decide(self, state):
-      return dict(enumerate(super().decide(state))).values()
+    def decide(self, view):
+      return dict(enumerate(super().decide(view))).values()
 
   requests = [_request(name, max_tokens=5) for name in 'abc']
   listed, yielded, viewed = (
@@ -424,6 +424,6 @@ def test_the_log_says_how_full_the_cluster_is_whenever_that_changes():
       said |= {use.worker: (use.pages, use.decoding) for use in event.workers}
       num_waiting, changes = event.waiting, changes + 1
       for name, worker in state.workers.items():
-        assert said[name] == (worker.num_pages - worker.allocator.num_free, len(worker.decoding))
-      assert event.waiting == len(state.waiting)
+        assert said[name] == (worker.num_pages - worker.free_pages, len(worker.decoding))
+      assert event.waiting == len(state.view.waiting)
   assert changes > 3 and set(said.values()) == {(0, 0)} and num_waiting == 0

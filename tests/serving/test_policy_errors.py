@@ -82,7 +82,7 @@ MISUSES: dict[str, tuple[object, str]] = {
   'reject after the start': (Reject('p', 'why'), 'only a waiting one can be rejected, cancel it'),
   'cancel of a cancelled request': (Cancel('e'), 'is being ended already'),
   'reject of a cancelled request': (Reject('e', 'why'), 'is being ended already'),
-  'no action at all': ('decode, please', 'is no action; answer with Step, Transfer, Cancel or Reject'),
+  'no action at all': ('decode, please', 'is no action; answer with Step, Transfer, Cancel, Reject or WakeAt'),
 }
 
 
@@ -102,7 +102,7 @@ def test_a_worker_takes_no_third_pass():
   for start in (0, 10):
     cluster.start(_chunk('both0', 'a', start, 10))
   before = snapshot(cluster.state)
-  with pytest.raises(PolicyError, match="'both0' has 2 passes in flight already; wait for one to end"):
+  with pytest.raises(PolicyError, match="'both0' has 2 steps in flight already; wait for one to end"):
     cluster.start(_chunk('both0', 'a', 20, 10))
   assert snapshot(cluster.state) == before
 

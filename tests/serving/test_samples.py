@@ -62,10 +62,10 @@ def test_seeds_of_samples_and_of_neighbours_do_not_meet():
 def test_samples_share_the_pages_before_the_prompts_last_token(prompt_len, shared, own):
   """Pages of 4 tokens, 4 tokens to generate: what is written is the prompt's last token and what follows it."""
   cluster, _ = prefilled(prompt_len)
-  assert cluster.state.pages_needed('a', 'decode0', decodes=True) == shared + 3 * own
+  assert cluster.view.pages_needed('a', 'decode0', decodes=True) == shared + 3 * own
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
   assert cluster.free_pages('decode0') == 16 - shared - 3 * own
-  assert len(cluster.state.workers['decode0'].free_slots) == 1
+  assert len(cluster.state.books.holdings['decode0'].slots) == 1
   cluster.end(transfer)
   (step,) = cluster.start(Step('decode0', decodes=ALL))
   arrived = admissions(step)
@@ -111,7 +111,7 @@ def test_all_have_room_or_none():
   (step,) = cluster.start(Step('prefill0', (Chunk('b', 0, 4),)))
   cluster.end(step, {'b': 1})
   cluster.start(Transfer('b', 'decode0'))
-  room = cluster.state.room()
+  room = cluster.view.room()
   assert not room.fits('a', 'decode0', decodes=True) and room.slots('decode0') == 2
   with pytest.raises(PolicyError, match="it needs 8 pages and 3 slots on 'decode0', which has 12 pages and 2 slots"):
     cluster.start(Transfer('a', 'decode0'))
@@ -142,7 +142,7 @@ def test_the_first_may_end_with_its_first_token_and_the_others_still_get_the_pro
   cluster, transfers = prefilled(finish='stop', send_to=send_to)
   assert [end.request for end in cluster.finished] == ['a']  # at once
   if send_to is None:
-    assert list(cluster.state.prefilled) == ['a#1']
+    assert list(cluster.view.prefilled) == ['a#1']
     transfers = cluster.start(Transfer('a#1', 'decode0'))
   assert cluster.phase('a#1') is Phase.MOVING
   cluster.end(transfers[0])
@@ -257,7 +257,7 @@ def test_withdrawing_a_sample_ends_that_alone(point, name):
   assert [(one.request, one.finish_reason) for one in cluster.finished if one.finish_reason != 'length'] == [
     (name, 'cancelled')
   ]
-  assert set(cluster.state.requests) == set(THREE) - {one.request for one in cluster.finished}
+  assert set(cluster.view.requests) == set(THREE) - {one.request for one in cluster.finished}
   cluster.apply(Withdrawn('a'))
   for order in cluster.must():
     cluster.end(order)
@@ -302,7 +302,7 @@ def test_a_lost_worker_ends_the_samples_that_depend_on_it(point, lost):
   if lost not in cluster.state.workers:
     return
   gone = len(cluster.finished)
-  depends = any(lost in entry.pages for entry in cluster.state.requests.values())
+  depends = any(lost in entry.pages for entry in cluster.view.requests.values())
   cluster.apply(WorkerLost(lost, 1.0, 'gone'))
   assert len(cluster.finished) - gone == (3 - gone if depends else 0)
   for order in orders:
@@ -436,12 +436,12 @@ def owner_of(request: Request, position: int) -> str:
 
 def check_books(state, memory: Memory) -> None:
   for name, worker in state.workers.items():
-    held = {page for entry in state.requests.values() for page in entry.pages.get(name, ())}
-    held |= {entry.copy[0] for entry in state.requests.values() if entry.copy and entry.target == name}
+    held = {page for entry in state.view.requests.values() for page in entry.pages.get(name, ())}
+    held |= {entry.copy[0] for entry in state.view.requests.values() if entry.copy and entry.target == name}
     for order, _ in memory._moving.values():
       held |= {*(order.span.source_pages if order.source == name else ())}
       held |= {*(order.span.target_pages if order.target == name else ())}
-    assert worker.allocator.num_free == worker.num_pages - len(held)
+    assert worker.free_pages == worker.num_pages - len(held)
 
 
 def serve_checked(case: Case, arrivals: Sampled, backend) -> list[Event]:
@@ -460,10 +460,10 @@ def serve_checked(case: Case, arrivals: Sampled, backend) -> list[Event]:
       case Turn():
         check_books(state, memory)
     events.append(event)
-  assert not state.unfinished and not state._samples and not state._must
-  for worker in state.workers.values():
-    assert worker.allocator.num_free == worker.num_pages and worker.queued_tokens == 0
-    assert sorted(worker.free_slots) == list(range(worker.spec.max_sequences))
+  assert not state.unfinished and not state.books.samples and not state.books.must
+  for name, worker in state.workers.items():
+    assert worker.free_pages == worker.num_pages and worker.queued_tokens == 0
+    assert sorted(state.books.holdings[name].slots) == list(range(worker.spec.max_sequences))
   assert memory.shared > 5
   return events
 

@@ -18,21 +18,21 @@ EIGHT = 8 * TINY.cached_token_bytes('float32')  # bytes of two pages
 
 def test_one_prompt_goes_through_two_workers():
   cluster = Driver()
-  cluster.state.workers['decode0'].allocator.take(5)  # so that page numbers differ on the two sides
+  cluster.state.books.holdings['decode0'].pages.take(5)  # so that page numbers differ on the two sides
   request = cluster.arrive('a', prompt_len=6, max_tokens=4)
-  assert cluster.phase('a') is Phase.WAITING and list(cluster.state.waiting) == ['a']
+  assert cluster.phase('a') is Phase.WAITING and list(cluster.view.waiting) == ['a']
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
   assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1)),))
   assert transfer == TransferOrder(
     1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, staging_bytes=EIGHT
   )
-  assert cluster.phase('a') is Phase.PREFILLING and not cluster.state.waiting
+  assert cluster.phase('a') is Phase.PREFILLING and not cluster.view.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 8)  # 6 and 6 + 3 tokens
 
   cluster.end(step, {'a': 1})
-  assert cluster.phase('a') is Phase.MOVING and cluster.state.requests['a'].tokens == [7]
+  assert cluster.phase('a') is Phase.MOVING and cluster.view.requests['a'].tokens == [7]
   assert cluster.state.workers['prefill0'].queued_tokens == 0
   assert cluster.free_pages('prefill0') == 14  # until the pages have travelled
 
@@ -52,7 +52,7 @@ def test_one_prompt_goes_through_two_workers():
   cluster.end(third, {'a': 1}, {'a': 'length'})
 
   assert cluster.finished == [Finished(5.0, 'a', 'length', (7, 7, 7, 7))]
-  cluster.state.workers['decode0'].allocator.drop(range(5))
+  cluster.state.books.holdings['decode0'].pages.drop(range(5))
   cluster.assert_idle()
 
 
@@ -61,14 +61,14 @@ def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
   cluster.arrive('a', prompt_len=6)
   (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
   cluster.end(step, {'a': 1})
-  assert cluster.phase('a') is Phase.PREFILLED and list(cluster.state.prefilled) == ['a']
+  assert cluster.phase('a') is Phase.PREFILLED and list(cluster.view.prefilled) == ['a']
   assert cluster.free_pages('prefill0') == 14 and cluster.free_pages('decode0') == 16
 
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
   assert transfer == TransferOrder(
     1, 'a', 'prefill0', 'decode0', Span((0, 1), (0, 1), 0, 8), after=None, staging_bytes=EIGHT
   )
-  assert cluster.phase('a') is Phase.MOVING and not cluster.state.prefilled
+  assert cluster.phase('a') is Phase.MOVING and not cluster.view.prefilled
   cluster.end(transfer)
   assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
 
@@ -99,7 +99,7 @@ def test_one_pass_fuses_chunks_with_decodes():
   assert fused.chunks == (ChunkOrder(request, 0, 8, pages=(2, 3, 4, 5), slot=None),)
   assert [decode.request for decode in fused.decodes] == ['a'] and fused.steps == 1
   cluster.end(fused, {'a': 1})
-  assert len(cluster.state.requests['a'].tokens) == 2 and cluster.phase('b') is Phase.PREFILLING
+  assert len(cluster.view.requests['a'].tokens) == 2 and cluster.phase('b') is Phase.PREFILLING
   assert list(cluster.state.workers['both0'].prefilling) == ['b']
 
 
@@ -163,7 +163,7 @@ def test_pages_under_way_stay_held_when_the_first_token_is_a_stop():
   cluster.end(step, {'a': 1}, {'a': 'stop'})
   assert cluster.finished[0].finish_reason == 'stop'
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 14)  # two of each are being copied
-  assert len(cluster.state.workers['decode0'].free_slots) == 4
+  assert len(cluster.state.books.holdings['decode0'].slots) == 4
   cluster.end(transfer)
   cluster.assert_idle()
 
@@ -174,7 +174,7 @@ def test_a_sequence_that_stops_early_leaves_its_second_pass_to_run_out():
   (step,) = cluster.start(Step('both0', (Chunk('a', 0, 6),)))
   (decode,) = cluster.start(Step('both0', decodes=ALL))
   cluster.end(step, {'a': 1}, {'a': 'stop'})
-  assert cluster.state.unfinished and not cluster.state.requests
+  assert cluster.state.unfinished and not cluster.view.requests
   cluster.end(decode, {'a': 1})  # a token past the end changes nothing
   assert cluster.finished == [Finished(1.0, 'a', 'stop', (7,))]
   cluster.assert_idle()
@@ -221,32 +221,32 @@ def test_a_sequence_asked_for_more_than_it_has_left_is_not_asked_again():
 def test_the_context_bounds_what_is_generated():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=62, max_tokens=50)
-  assert cluster.state.requests['a'].limit == 3  # the last token needs no place in the cache
-  assert cluster.state.pages_needed('a', 'both0', decodes=True) == 16  # 64 tokens
+  assert cluster.view.requests['a'].limit == 3  # the last token needs no place in the cache
+  assert cluster.view.pages_needed('a', 'both0', decodes=True) == 16  # 64 tokens
   cluster.arrive('b', prompt_len=64, max_tokens=50)
-  assert cluster.state.requests['b'].limit == 1
+  assert cluster.view.requests['b'].limit == 1
 
 
 def test_room_counts_what_a_decision_took():
   cluster = Driver()
   cluster.arrive('a', prompt_len=20, max_tokens=1)  # 5 pages
-  room = cluster.state.room()
+  room = cluster.view.room()
   for _ in range(3):
     assert room.fits('a', 'decode0', decodes=True)
     room.take('a', 'decode0', decodes=True)
   assert (room.pages('decode0'), room.slots('decode0')) == (1, 1)
   assert not room.fits('a', 'decode0', decodes=True)
-  assert room.pages('prefill0') == 16 and cluster.state.room().pages('decode0') == 16
+  assert room.pages('prefill0') == 16 and cluster.view.room().pages('decode0') == 16
   room.take_tokens('prefill0', 20)
-  assert (room.queued_tokens('prefill0'), cluster.state.room().queued_tokens('prefill0')) == (20, 0)
+  assert (room.queued_tokens('prefill0'), cluster.view.room().queued_tokens('prefill0')) == (20, 0)
 
 
 def test_slots_bound_the_sequences_that_decode_at_once():
   cluster = _decoding(4, 4, 4, 4)
   cluster.arrive('e', prompt_len=1)
-  assert cluster.state.room().pages('both0') > 0
-  assert not cluster.state.room().fits('e', 'both0', decodes=True)
-  assert cluster.state.room().fits('e', 'both0', decodes=False)
+  assert cluster.view.room().pages('both0') > 0
+  assert not cluster.view.room().fits('e', 'both0', decodes=True)
+  assert cluster.view.room().fits('e', 'both0', decodes=False)
 
 
 def test_orders_carry_the_slot_that_was_given_back():
@@ -255,7 +255,7 @@ def test_orders_carry_the_slot_that_was_given_back():
   cluster.arrive('c')
   (order,) = cluster.start(Step('both0', (Chunk('c', 0, 6),)))
   assert order.chunks[0].slot == 2  # the longest free
-  assert list(cluster.state.workers['both0'].free_slots) == [3, 0]
+  assert list(cluster.state.books.holdings['both0'].slots) == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_second_request_of_the_same_name_is_refused():
   cluster.arrive('a')
   with pytest.raises(ValueError, match="request 'a' is being served already; ids must be unique"):
     cluster.arrive('a', prompt_len=9)
-  assert cluster.state.requests['a'].request.prompt_len == 6
+  assert cluster.view.requests['a'].request.prompt_len == 6
 
 
 # ---------------------------------------------------------------------------- what can never run
@@ -312,7 +312,7 @@ def test_what_can_never_run_is_rejected_and_the_others_are_served(fields, words)
   cluster = Driver(prefill_pool(1, **small) + decode_pool(1, **large))
   cluster.arrive('bad', **fields)
   cluster.arrive('good')
-  assert list(cluster.state.waiting) == ['good']
+  assert list(cluster.view.waiting) == ['good']
   end = cluster.reject_unfit()
   assert (end.request, end.finish_reason, end.tokens) == ('bad', 'rejected', ()) and words in end.error
   step, transfer = cluster.start(Step('prefill0', (Chunk('good', 0, 6, 'decode0'),)))
@@ -335,7 +335,7 @@ def test_what_can_never_run_is_rejected_and_the_others_are_served(fields, words)
 def test_what_just_fits_is_served(fields):
   cluster = Driver()
   cluster.arrive('a', **fields)
-  assert list(cluster.state.waiting) == ['a'] and cluster.must() == ()
+  assert list(cluster.view.waiting) == ['a'] and cluster.must() == ()
 
 
 def test_the_largest_worker_of_a_phase_decides_what_fits():
@@ -343,13 +343,13 @@ def test_the_largest_worker_of_a_phase_decides_what_fits():
   large = dataclasses.replace(ONE_OF_EACH[0], name='large')
   cluster = Driver((*small, large, ONE_OF_EACH[1]))
   cluster.arrive('a', prompt_len=20)
-  assert list(cluster.state.waiting) == ['a']
+  assert list(cluster.view.waiting) == ['a']
 
 
 def test_a_request_for_one_token_needs_no_room_to_decode():
   cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(1, **SIZES | {'num_pages': 2}))
   cluster.arrive('a', prompt_len=20, max_tokens=1)
-  assert list(cluster.state.waiting) == ['a']
+  assert list(cluster.view.waiting) == ['a']
 
 
 def test_random_prompts_are_not_read_to_be_checked():
@@ -361,7 +361,7 @@ def test_random_prompts_are_not_read_to_be_checked():
 
   cluster = Driver()
   cluster.arrive('a', prompt=Unread((1, 2, 3)))
-  assert list(cluster.state.waiting) == ['a']
+  assert list(cluster.view.waiting) == ['a']
 
 
 def test_a_rejection_is_an_order_that_names_the_reason():

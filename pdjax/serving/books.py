@@ -1,0 +1,184 @@
+"""The books: all that changes while a cluster serves, and how places are taken, held and let go."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
+from pdjax.serving.events import Finished
+from pdjax.serving.orders import Order, TransferOrder
+from pdjax.serving.place import Holdings, WorkerState
+from pdjax.serving.requests import RequestState, Samples
+from pdjax.serving.timers import Timers
+from pdjax.serving.transfers import Transfers
+from pdjax.types.cluster import TransferSpec, WorkerSpec, ways, wire_dtype
+from pdjax.types.faults import FaultSpec
+from pdjax.types.model import ModelSpec
+
+
+class Books:
+  """Requests, places and orders in flight; the functions of the files beside this one advance them.
+
+  Attributes:
+    model: The model served.
+    transfer: How KV travels.
+    faults: What is done when something fails.
+    finds_stops: Whether the backend finds stop strings.
+    now_s: The time of the turn.
+    workers: Each worker by name, in the order of the config.
+    holdings: What can be taken of each, by its name.
+    prefill_workers: Those that prefill.
+    decode_workers: Those that decode.
+    requests: Each unfinished request by id.
+    waiting: Those that nothing was started of, in order of arrival.
+    prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
+    samples: The samples of a prompt, by the id of each, ended or not.
+    in_flight: Orders that have not ended, by id.
+    must: What has to be done about a request whatever the policy, by its id.
+    due: Requests with tokens to send on that staging had no room for.
+    staging_freed: Whether staging was freed since those that are due were last sent on.
+    unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
+    tasks: Transfers to give up or to try again.
+    finished: The requests that ended since the loop last took them.
+    timers: What is due later.
+    transfers: Every transfer in flight, and those to be tried again.
+    idle_wakes: How often in a row the policy was woken and nothing else happened.
+  """
+
+  def __init__(
+    self,
+    model: ModelSpec,
+    workers: Sequence[WorkerSpec],
+    page_size: int,
+    transfer: TransferSpec,
+    faults: FaultSpec,
+    *,
+    finds_stops: bool,
+  ):
+    """Open them with every page free; see `ClusterState`."""
+    self.model = model
+    self.transfer = transfer
+    self.faults = faults
+    self.finds_stops = finds_stops
+    self.now_s = 0.0
+    self.workers: dict[str, WorkerState] = {}
+    self.holdings: dict[str, Holdings] = {}
+    for spec in workers:
+      self._add_worker(spec, page_size)
+    self.prefill_workers = tuple(worker for worker in self.workers.values() if worker.role.prefills)
+    self.decode_workers = tuple(worker for worker in self.workers.values() if worker.role.decodes)
+    if not self.prefill_workers or not self.decode_workers:
+      missing = 'prefills' if not self.prefill_workers else 'decodes'
+      raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
+    self._check_staging()
+    self.requests: dict[str, RequestState] = {}
+    self.waiting: dict[str, RequestState] = {}
+    self.prefilled: dict[str, RequestState] = {}
+    self.samples: dict[str, Samples] = {}
+    self.in_flight: dict[int, Order] = {}
+    self.must: dict[str, Cancel | Reject] = {}
+    self.due: dict[str, RequestState] = {}
+    self.staging_freed = False
+    self.unsettled: deque[RequestState] = deque()
+    self.tasks: list[Abandon | Resend] = []
+    self.finished: list[Finished] = []
+    self.timers = Timers()
+    self.transfers = Transfers(self.timers, transfer.deadline_s, faults)
+    self.idle_wakes = 0
+    self._next_order = 0
+    self._next_number = 0
+
+  def _add_worker(self, spec: WorkerSpec, page_size: int) -> None:
+    if spec.name in self.workers:
+      raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
+    if not isinstance(spec.num_pages, int):
+      raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
+    holdings = self.holdings[spec.name] = Holdings(spec.num_pages, spec.max_sequences, self.transfer.staging_bytes)
+    self.workers[spec.name] = WorkerState(spec, spec.page_size or page_size, holdings)
+
+  def _check_staging(self) -> None:
+    for pair in ways([worker.spec for worker in self.workers.values()]):
+      source, target = (self.workers[spec.name] for spec in pair)
+      if (needed := self.unit_bytes(source, target)) > self.transfer.staging_bytes:
+        raise ValueError(
+          f'staging_bytes is {self.transfer.staging_bytes}, but one unit of {self.unit(source, target)} tokens from '
+          f'{source.name!r} to {target.name!r} has {needed} bytes; raise TransferSpec.staging_bytes.'
+        )
+
+  def new_order_id(self) -> int:
+    """The number of the next order."""
+    self._next_order += 1
+    return self._next_order - 1
+
+  def new_request_number(self) -> int:
+    """The place of the next request in the order of arrival."""
+    self._next_number += 1
+    return self._next_number - 1
+
+  def unit(self, source: WorkerState, target: WorkerState) -> int:
+    """Tokens of the smallest part that travels between two workers: pages of both are made of whole ones."""
+    return math.gcd(source.page_size, target.page_size)
+
+  def unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
+    """Bytes of a unit while it travels."""
+    ours, theirs = (worker.spec.kv_dtype or 'float32' for worker in (source, target))
+    return self.unit(source, target) * self.model.cached_token_bytes(wire_dtype(ours, theirs))
+
+  # -------------------------------------------------------------------------- take, hold, let go
+
+  def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
+    """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it."""
+    holdings, whole = self.holdings[worker.name], entry.whole_pages(worker.page_size, decodes=decodes)
+    pages = entry.pages[worker.name] = holdings.pages.take(whole)
+    if not decodes:
+      return
+    entry.target, entry.slot = worker.name, holdings.slots.popleft()
+    if not entry.followers:
+      return
+    num_shared = entry.shared_pages(worker.page_size)
+    shared, last = pages[:num_shared], pages[num_shared]
+    for other in entry.followers.values():
+      own = holdings.pages.take(whole - num_shared)
+      holdings.pages.hold((*shared, last))  # the last until it is copied, whatever becomes of its holder
+      other.pages[worker.name], other.copy = (*shared, *own), (last, own[0])
+      other.target, other.slot = worker.name, holdings.slots.popleft()
+
+  def release_copied(self, entry: RequestState) -> None:
+    """Let go of the page that a sample begins by copying."""
+    if entry.copy is not None:
+      assert entry.target is not None
+      self.holdings[entry.target].pages.drop(entry.copy[:1])
+      entry.copy = None
+
+  def release_slot(self, entry: RequestState) -> None:
+    """Give back the slot of a request, if it has one."""
+    if entry.slot is not None:
+      assert entry.target is not None
+      self.holdings[entry.target].slots.append(entry.slot)
+      entry.slot = None
+
+  def leave(self, entry: RequestState, worker: str | None) -> None:
+    """Let go of what a request holds on a worker."""
+    if worker == entry.target and worker is not None:
+      self.release_copied(entry)
+      self.release_slot(entry)
+      entry.target = None
+    if worker in entry.pages:
+      self.holdings[worker].pages.drop(entry.pages.pop(worker))
+
+  def hold(self, order: TransferOrder) -> None:
+    """Take what a transfer holds until it has ended."""
+    source, target = self.holdings[order.source], self.holdings[order.target]
+    source.pages.hold(order.span.source_pages)
+    target.pages.hold(order.span.target_pages)
+    source.staging_out.take(order.staging_bytes)
+    target.staging_in.take(order.staging_bytes)
+
+  def let_go(self, order: TransferOrder) -> None:
+    """Give back what a transfer held."""
+    source, target = self.holdings[order.source], self.holdings[order.target]
+    source.pages.drop(order.span.source_pages)
+    target.pages.drop(order.span.target_pages)
+    source.staging_out.give_back(order.staging_bytes)
+    target.staging_in.give_back(order.staging_bytes)
+    self.staging_freed = bool(self.due)

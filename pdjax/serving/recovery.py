@@ -1,0 +1,179 @@
+"""Recovery: deadlines and lost places, and how a request begins again without what was lost."""
+
+from pdjax.serving.actions import Resend
+from pdjax.serving.books import Books
+from pdjax.serving.events import TimerDue, WorkerBack, WorkerLost
+from pdjax.serving.lifecycle import file, finish, finish_all, refuse_unfit, settle, unschedule
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.requests import Phase, RequestState, enter
+from pdjax.serving.sending import transfer_ended
+from pdjax.serving.steps import step_ended
+from pdjax.serving.tasks import abandon, give_up
+
+
+def look_again(books: Books) -> None:
+  """Put every unsettled request where it belongs now, and those that this unsettles."""
+  while books.unsettled:
+    entry = books.unsettled.popleft()
+    if entry.phase is Phase.RESTARTING:
+      begin_again(books, entry)
+    else:
+      settle(books, entry)
+
+
+# ---------------------------------------------------------------------------- deadlines and transfers
+
+
+def timer_due(books: Books, event: TimerDue) -> bool:
+  """Do what the time has come for; whether it counts."""
+  match event:
+    case TimerDue(_, 'deadline', int(order)):
+      return abandon(books, order, f'the transfer did not end within {books.transfer.deadline_s:g} s')
+    case TimerDue(_, 'retry', int(order)):
+      books.tasks.append(Resend(order))
+    case TimerDue(_, 'patience', str(name)):
+      books.workers[name].given_up = True
+      for entry in [*books.waiting.values(), *books.prefilled.values()]:
+        refuse_unfit(books, entry)
+  return True
+
+
+def transfer_failed(books: Books, order: TransferOrder, error: str, *, corrupt: bool) -> None:
+  """See to the request of a transfer that is over and did not end well, as the fault settings say."""
+  attempt = books.transfers.get(order.id)
+  entry = transfer_ended(books, order)
+  if entry is None or entry.phase is Phase.ENDING:
+    return
+  if entry.phase is Phase.RESTARTING:
+    begin_again(books, entry)
+    return
+  assert attempt is not None
+  answer = books.faults.corruption if corrupt else books.faults.transfer
+  if answer == 'fail':
+    finish_all(books, entry, error)
+  elif answer == 'retry' and books.transfers.try_again(attempt, books.now_s):
+    entry.transfers += 1
+  else:
+    _restart(books, entry, error)
+
+
+# ---------------------------------------------------------------------------- lost places
+
+
+def lose(books: Books, event: WorkerLost) -> None:
+  """Take note that a worker's pages are gone, and see to all that were there."""
+  worker = books.workers[event.worker]
+  worker.up, worker.lost = False, event.error
+  if event.returning:
+    books.timers.cancel('patience', worker.name)
+  else:
+    books.timers.set('patience', worker.name, books.now_s + books.faults.patience_s)
+  for order in [order for order in books.in_flight.values() if worker.name in _places(order)]:
+    del books.in_flight[order.id]
+    if isinstance(order, StepOrder):
+      step_ended(books, order)
+    elif isinstance(order, TransferOrder):
+      transfer_ended(books, order)
+  for attempt in books.transfers.forget_worker(worker.name):
+    books.requests[attempt.request].transfers -= 1
+  for entry in [entry for entry in books.requests.values() if worker.name in entry.pages]:
+    lose_work(books, entry, worker.name, event.error)
+    look_again(books)  # who is handed a prompt on may be the next
+
+
+def _places(order: Order) -> tuple[str, ...]:
+  """The workers that an order needs."""
+  match order:
+    case StepOrder():
+      return (order.worker,)
+    case TransferOrder() | AbandonOrder():
+      return order.source, order.target
+  return ()
+
+
+def come_back(books: Books, event: WorkerBack) -> bool:
+  """Take note of a worker's next incarnation; whether that was not known."""
+  worker = books.workers[event.worker]
+  if event.incarnation <= worker.incarnation:
+    return False  # told late, of an incarnation that is over or known
+  if worker.up:  # so that nobody waits for the one before it
+    lose(books, WorkerLost(worker.name, event.ended_s, f'worker {worker.name!r} began another life', returning=True))
+  worker.incarnation, worker.up, worker.lost, worker.given_up = event.incarnation, True, '', False
+  books.timers.cancel('patience', worker.name)
+  return True
+
+
+def lose_work(books: Books, entry: RequestState, worker: str, error: str) -> None:
+  """See to a request, as the fault settings say, of which a worker's work is gone, done or to be done."""
+  if entry.phase in (Phase.FINISHED, Phase.WAITING, Phase.ENDING, Phase.FOLLOWING):
+    return  # it ended, or was begun again, with one before it; the end of the others is under way
+  if entry.phase is Phase.RESTARTING:
+    begin_again(books, entry)
+  elif books.faults.worker == 'fail':
+    finish_all(books, entry, error)
+  elif entry.target == worker and _is_whole(books, entry):
+    _lose_target(books, entry, error)
+  else:
+    _restart(books, entry, error)
+
+
+def _is_whole(books: Books, entry: RequestState) -> bool:
+  """Whether all that was computed of a prompt is still where it was, and can be sent from there."""
+  if entry.worker is None or entry.phase not in (Phase.PREFILLING, Phase.MOVING):
+    return False
+  source = books.workers[entry.worker]
+  return source.up and not source.role.decodes and entry.worker in entry.pages
+
+
+def _lose_target(books: Books, entry: RequestState, error: str) -> None:
+  """Keep a prompt where it is computed; what was to become of it elsewhere is to be decided anew."""
+  if not _count_attempt(books, entry):
+    finish_all(books, entry, error)
+    return
+  for one in (entry, *entry.followers.values()):
+    books.leave(one, one.target)
+  books.due.pop(entry.request.id, None)
+  entry.tokens_due = entry.tokens_sent = 0
+  if entry.phase is Phase.MOVING:
+    books.unsettled.append(entry)
+
+
+# ---------------------------------------------------------------------------- beginning again
+
+
+def _count_attempt(books: Books, entry: RequestState) -> bool:
+  """Whether a request may be begun once more."""
+  entry.attempts += 1
+  return entry.attempts <= books.faults.max_attempts
+
+
+def _restart(books: Books, entry: RequestState, error: str) -> None:
+  """Begin a request again, and each of those that wait for its prompt by itself."""
+  followers = entry.followers
+  group = [entry, *followers.values()]
+  followers.clear()
+  for one in group:
+    if not _count_attempt(books, one):
+      finish(books, one, 'error', error)
+      continue
+    unschedule(books, one)
+    enter(one, Phase.RESTARTING)
+    give_up(books, one.request.id, error)
+    one.transfers = len(books.transfers.of(one.request.id))
+    begin_again(books, one)
+
+
+def begin_again(books: Books, entry: RequestState) -> None:
+  """Let a request wait like one that has just come, in its old place, once no order is about it any more."""
+  name = entry.request.id
+  if entry.transfers or any(isinstance(order, StepOrder) and order.has(name) for order in books.in_flight.values()):
+    return
+  books.leave(entry, entry.target)
+  for place in list(entry.pages):
+    books.leave(entry, place)
+  entry.worker, entry.started, entry.tokens_due, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0, 0
+  entry.computed = entry.admitted = False
+  entry.delivered = tuple(entry.tokens)
+  enter(entry, Phase.WAITING)
+  if not refuse_unfit(books, entry):
+    file(books.waiting, entry)

@@ -1,0 +1,133 @@
+"""Sending on: what of a prompt is due at the worker where it will decode, and what staging lets through."""
+
+from collections.abc import Sequence
+
+from pdjax.serving.actions import Chunk, Resend, Transfer
+from pdjax.serving.books import Books
+from pdjax.serving.checks import PolicyError, check_up, describe_needs, find_request, find_worker
+from pdjax.serving.orders import TransferOrder
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import Phase, RequestState, enter
+from pdjax.serving.view import ClusterView
+from pdjax.types.span import Span
+
+
+def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
+  """The transfers of what a chunk completes: units of both page sizes, once they are to travel."""
+  if chunk.send_to is None:
+    return []
+  entry, target = books.requests[chunk.request], books.workers[chunk.send_to]
+  unit = books.unit(worker, target)
+  if not entry.prompt_left:
+    entry.tokens_due = entry.started
+  elif books.transfer.granularity != 'request':
+    entry.tokens_due = entry.started // unit * unit
+  entry.last_step = step
+  return send_due(books, entry, step, layered=_goes_by_layers(books, chunk, worker))
+
+
+def _goes_by_layers(books: Books, chunk: Chunk, worker: WorkerState) -> bool:
+  """Whether a chunk that begins now is to travel layer by layer."""
+  layered_from, is_last = books.transfer.layered_from, books.requests[chunk.request].prompt_left == 0
+  if layered_from is None or worker.role.decodes:  # a step that may have decodes in it runs whole
+    return False
+  return chunk.length >= layered_from and (is_last or books.transfer.granularity == 'layers')
+
+
+def send_due(books: Books, entry: RequestState, after: int | None, *, layered: bool = False) -> list[TransferOrder]:
+  """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
+  assert entry.worker is not None and entry.target is not None
+  source, target = books.workers[entry.worker], books.workers[entry.target]
+  unit, unit_bytes = books.unit(source, target), books.unit_bytes(source, target)
+  staging_out, staging_in = books.holdings[source.name].staging_out, books.holdings[target.name].staging_in
+  # Half of it at most, so that one part is gathered while another is on the wire.
+  most = max(unit_bytes, books.transfer.staging_bytes // 2)
+  left = entry.tokens_due - entry.tokens_sent
+  orders: list[TransferOrder] = []
+  while left > 0 and not _is_kept_free(books, source, target):
+    room = min(staging_out.free_bytes, staging_in.free_bytes, most)
+    units = min(-(-left // unit), room // unit_bytes)
+    if not units:
+      break
+    tokens = min(units * unit, left)
+    groups: Sequence[tuple[int, int] | None] = books.transfer.groups(books.model.num_layers) if layered else (None,)
+    orders += [_move(books, entry, source, target, tokens, after, layers) for layers in groups]
+    entry.tokens_sent += tokens
+    left -= tokens
+  if left > 0:
+    books.due[entry.request.id] = entry
+  else:
+    books.due.pop(entry.request.id, None)
+  return orders
+
+
+def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:
+  """Whether staging is for a transfer that is to be tried again: what is new would take its room for ever."""
+  again = [books.transfers.get_again(task.transfer) for task in books.tasks if isinstance(task, Resend)]
+  return any(one and (one.order.source == source.name or one.order.target == target.name) for one in again)
+
+
+def _move(
+  books: Books,
+  entry: RequestState,
+  source: WorkerState,
+  target: WorkerState,
+  tokens: int,
+  after: int | None,
+  layers: tuple[int, int] | None,
+) -> TransferOrder:
+  """The transfer of the next so many tokens of a prompt, up to a whole unit."""
+  start, unit = entry.tokens_sent, books.unit(source, target)
+  end = -(-(start + tokens) // unit) * unit
+  source_pages, target_pages = (
+    entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
+  )
+  span = Span(source_pages, target_pages, start, end - start, layers)
+  first, stop = span.bounds(books.model.num_layers)
+  num_bytes = (end - start) // unit * books.unit_bytes(source, target) * (stop - first) // books.model.num_layers
+  order = TransferOrder(
+    books.new_order_id(), entry.request.id, source.name, target.name, span, after,
+    (source.incarnation, target.incarnation), num_bytes,
+  )  # fmt: skip
+  books.hold(order)
+  entry.transfers += 1
+  return order
+
+
+def start_transfer(books: Books, action: Transfer) -> tuple[TransferOrder, ...]:
+  """The orders that move a computed prompt, or what of it is due and staging has room for now.
+
+  Raises:
+    PolicyError: if the request cannot be moved, or its target has no room.
+  """
+  view = ClusterView(books)
+  find_request(view, action, action.request)
+  find_worker(view, action, action.target)
+  entry, target = books.requests[action.request], books.workers[action.target]
+  if action.request in books.due and entry.target == action.target:
+    return tuple(send_due(books, entry, entry.last_step if entry.last_step in books.in_flight else None))
+  if entry.phase is not Phase.PREFILLED:
+    raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
+  if not target.role.decodes:
+    raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
+  check_up(action, target)
+  room = view.room()
+  if not room.fits(action.request, target.name, decodes=True):
+    raise PolicyError(
+      f'{action!r}: it needs {describe_needs(view, action.request, target.name, decodes=True)} on {target.name!r}, '
+      f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
+    )
+  del books.prefilled[action.request]
+  enter(entry, Phase.MOVING)
+  entry.tokens_due = entry.prefill_len
+  books.reserve(entry, target, decodes=True)
+  return tuple(send_due(books, entry, None))
+
+
+def transfer_ended(books: Books, order: TransferOrder) -> RequestState | None:
+  """Let go of what a transfer held; who needed it, if anybody still does."""
+  books.let_go(order)
+  entry = books.requests.get(books.transfers.end(order.id).request)
+  if entry is not None:
+    entry.transfers -= 1
+  return entry

@@ -1,0 +1,87 @@
+"""Steps: how a `Step` becomes a `StepOrder` with every number filled in, and what its end brings."""
+
+from pdjax.serving import sending
+from pdjax.serving.actions import Chunk, Step
+from pdjax.serving.books import Books
+from pdjax.serving.checks import check_step
+from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, Order, StepOrder
+from pdjax.serving.place import WorkerState
+from pdjax.serving.requests import Phase, RequestState, enter
+from pdjax.serving.view import ClusterView
+
+
+def start_step(books: Books, step: Step) -> tuple[Order, ...]:
+  """The order of a step and the transfers that leave with it.
+
+  Raises:
+    PolicyError: if the worker cannot take it; nothing is reserved then.
+  """
+  names = check_step(ClusterView(books), step)
+  worker = books.workers[step.worker]
+  decodes = [worker.decoding[name] for name in names]
+  step_id = books.new_order_id()
+  chunk_orders = []
+  transfers = []
+  for chunk in step.chunks:
+    chunk_orders.append(_start_chunk(books, chunk, worker))
+    transfers += sending.send_chunk(books, chunk, worker, step_id)
+  groups = books.transfer.pass_groups(worker.role, books.model.num_layers) if step.chunks else ()
+  steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
+  decode_orders = _start_decodes(books, decodes, steps)
+  order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
+  worker.orders.append(order)
+  return order, *transfers
+
+
+def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
+  entry = books.requests[chunk.request]
+  if entry.phase is Phase.WAITING:
+    del books.waiting[chunk.request]
+    enter(entry, Phase.PREFILLING)
+    entry.worker = worker.name
+    worker.prefilling[chunk.request] = entry
+    worker.queued_tokens += entry.prompt_left
+    books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
+    if chunk.send_to is not None:
+      books.reserve(entry, books.workers[chunk.send_to], decodes=True)
+  stays = entry.target == worker.name
+  entry.started += chunk.length
+  slot = None
+  if entry.prompt_left == 0:
+    del worker.prefilling[chunk.request]
+    entry.steps_in_flight += not entry.delivered
+    if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
+      enter(entry, Phase.DECODING)
+      entry.admitted, slot = True, entry.slot
+      worker.decoding[chunk.request] = entry
+  return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
+
+
+def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
+  orders = []
+  for entry in decodes:
+    assert entry.slot is not None and entry.target is not None
+    admission = None
+    if not entry.admitted:
+      entry.admitted = True
+      admission = Admission(entry.request, entry.pages[entry.target], tuple(entry.tokens), entry.copy)
+      books.release_copied(entry)  # whatever is written there from now on is written after the copy
+    context = entry.request.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
+    orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
+    entry.steps_in_flight += steps
+  return tuple(orders)
+
+
+def step_ended(books: Books, order: StepOrder) -> None:
+  """Take note that a step is over, however it went."""
+  worker = books.workers[order.worker]
+  first = worker.orders.popleft()
+  assert first.id == order.id, f'order {order.id} of {worker.name!r} ended before order {first.id}'
+  books.transfers.step_ended(order.id, books.now_s)
+  for chunk in order.chunks:
+    worker.queued_tokens -= chunk.length
+    if chunk.is_last and (entry := books.requests.get(chunk.request.id)):
+      entry.steps_in_flight -= 1
+  for decode in order.decodes:
+    if entry := books.requests.get(decode.request):
+      entry.steps_in_flight -= order.steps

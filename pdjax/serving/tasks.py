@@ -1,0 +1,77 @@
+"""Transfers to give up and to try again: what the books ask for themselves."""
+
+import dataclasses
+
+from pdjax.serving.actions import Abandon, Resend
+from pdjax.serving.books import Books
+from pdjax.serving.checks import PolicyError
+from pdjax.serving.orders import AbandonOrder, TransferOrder
+
+
+def take_tasks(books: Books) -> list[Abandon | Resend]:
+  """Transfers to give up, and else one to try again if staging has room for it; then this is asked again."""
+  tasks: list[Abandon | Resend] = []
+  wait: list[Abandon | Resend] = []
+  for task in books.tasks:
+    if isinstance(task, Abandon):
+      tasks += [task] if books.transfers.get(task.transfer) else []
+    elif (attempt := books.transfers.get_again(task.transfer)) is not None:
+      order = attempt.order
+      room = books.holdings[order.source].staging_out, books.holdings[order.target].staging_in
+      if tasks or min(one.free_bytes for one in room) < order.staging_bytes:
+        wait.append(task)
+      else:
+        tasks.append(task)
+  if len(wait) < len(books.tasks) and books.due:
+    books.staging_freed = True  # what was kept free for a transfer may be taken
+  books.tasks = wait
+  return tasks
+
+
+def abandon(books: Books, order: int, error: str) -> bool:
+  """Ask for a transfer's end; whether it was not asked for before."""
+  attempt = books.transfers.abandon(order)
+  if attempt is None:
+    return False
+  attempt.error = error
+  books.tasks.append(Abandon(order))
+  return True
+
+
+def give_up(books: Books, request: str, error: str) -> None:
+  """Ask for the end of every transfer of a request: none is needed any more."""
+  books.transfers.forget(request)
+  for attempt in books.transfers.of(request):
+    abandon(books, attempt.order.id, error)
+
+
+def start_abandon(books: Books, action: Abandon) -> AbandonOrder:
+  """The order that gives a transfer up.
+
+  Raises:
+    PolicyError: if the transfer is not in flight, or is being given up already.
+  """
+  attempt = books.transfers.get(action.transfer)
+  if attempt is None:
+    raise PolicyError(f'{action!r}: no transfer of that id is under way.')
+  if any(isinstance(order, AbandonOrder) and order.transfer == attempt.order.id for order in books.in_flight.values()):
+    raise PolicyError(f'{action!r}: the transfer is being given up already.')
+  books.transfers.abandon(action.transfer)
+  return AbandonOrder(books.new_order_id(), action.transfer, attempt.order.source, attempt.order.target)
+
+
+def start_resend(books: Books, action: Resend) -> TransferOrder:
+  """The order that tries a transfer once more.
+
+  Raises:
+    PolicyError: if the transfer is not to be tried again.
+  """
+  attempt = books.transfers.take_again(action.transfer)
+  if attempt is None:
+    raise PolicyError(f'{action!r}: no transfer of that id is to be tried again.')
+  before = attempt.order
+  after = before.after if before.after in books.in_flight else None
+  order = dataclasses.replace(before, id=books.new_order_id(), request=attempt.request, after=after)
+  books.hold(order)
+  books.transfers.begin(order, attempt.number + 1, books.now_s, waits=after is not None)
+  return order

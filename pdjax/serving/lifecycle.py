@@ -65,7 +65,7 @@ def got(books: Books, result: Result) -> None:
   entry.computed = True
   if result.finish_reason is not None:
     finish(books, entry, result.finish_reason, result.error)
-  elif entry.phase is not Phase.DECODING or entry.followers:
+  elif entry.samples is not None or entry.phase is not Phase.DECODING:
     books.unsettled.append(entry)
 
 

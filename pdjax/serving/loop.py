@@ -109,7 +109,7 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
       for event in came:  # whoever is withdrawn by now is not served on
         state.apply(event, now_s)
         yield event
-      if not came and all(isinstance(action, WakeAt) for action in actions):
+      if not num_started and not came and all(isinstance(action, WakeAt) for action in actions):
         break  # it wants nothing more until then
       num_idle += not num_started
       check_idle(policy, num_idle, actions)

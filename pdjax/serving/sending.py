@@ -94,13 +94,12 @@ def _move(
   return order
 
 
-def start_transfer(books: Books, action: Transfer) -> tuple[TransferOrder, ...]:
+def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[TransferOrder, ...]:
   """The orders that move a computed prompt, or what of it is due and staging has room for now.
 
   Raises:
     PolicyError: if the request cannot be moved, or its target has no room.
   """
-  view = ClusterView(books)
   find_request(view, action, action.request)
   find_worker(view, action, action.target)
   entry, target = books.requests[action.request], books.workers[action.target]

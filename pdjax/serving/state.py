@@ -243,9 +243,9 @@ class ClusterState:
     orders: tuple[Order, ...]
     match action:
       case Step():
-        orders = steps.start_step(books, action)
+        orders = steps.start_step(books, self.view, action)
       case Transfer():
-        orders = sending.start_transfer(books, action)
+        orders = sending.start_transfer(books, self.view, action)
       case Cancel() | Reject():
         orders = lifecycle.start_end(books, action)
       case Abandon():

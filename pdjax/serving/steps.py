@@ -10,13 +10,13 @@ from pdjax.serving.requests import Phase, RequestState, enter
 from pdjax.serving.view import ClusterView
 
 
-def start_step(books: Books, step: Step) -> tuple[Order, ...]:
+def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]:
   """The order of a step and the transfers that leave with it.
 
   Raises:
     PolicyError: if the worker cannot take it; nothing is reserved then.
   """
-  names = check_step(ClusterView(books), step)
+  names = check_step(view, step)
   worker = books.workers[step.worker]
   decodes = [worker.decoding[name] for name in names]
   step_id = books.new_order_id()
@@ -26,7 +26,7 @@ def start_step(books: Books, step: Step) -> tuple[Order, ...]:
     chunk_orders.append(_start_chunk(books, chunk, worker))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
   groups = books.transfer.pass_groups(worker.role, books.model.num_layers) if step.chunks else ()
-  steps = min(step.steps, max((entry.tokens_left for entry in decodes), default=1))
+  steps = step.steps if step.steps == 1 else min(step.steps, max(entry.tokens_left for entry in decodes))
   decode_orders = _start_decodes(books, decodes, steps)
   order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
   worker.orders.append(order)

@@ -62,7 +62,7 @@ from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig, apply_overrides
 from pdjax.metrics import charts, print_report
 from pdjax.run_folder import ANSWERS, BASELINE, CASES, EVENTS, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.events import Done, Event, Finished, WorkerBack, WorkerLost
+from pdjax.serving.events import Delivered, Event, Finished, WorkerBack, WorkerLost
 from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, Row, outcomes, read_rows
@@ -595,7 +595,7 @@ class Follow:
         self._progress.start()
       self._progress.start_task(self._task)
     match event:
-      case Done(results=results) if results:
+      case Delivered(results=results):
         self._tokens += sum(len(result.tokens) for result in results)
         self._progress.update(self._task, tokens=self._tokens)
       case Finished():

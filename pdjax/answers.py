@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.serving.events import Arrived, Done, Event, Finished, Result, Started, Turn, Withdrawn
+from pdjax.serving.events import Arrived, Delivered, Event, Finished, Result, Withdrawn
 from pdjax.serving.loop import Arrivals
-from pdjax.serving.orders import EndOrder
 from pdjax.types.json_text import json_text
 from pdjax.types.request import SERVED, Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import completion_row
@@ -103,19 +102,14 @@ class Answers:
   def note(self, event: Event) -> None:
     """Take notice of what happened next."""
     match event:
-      case Turn(now_s):
+      case Delivered(now_s, _, results):
         self._now_s = now_s
-      case Done():
-        for result in event.results:
-          if draft := self._under_way.get(result.request):
-            draft.add(result, self._now_s)
+        for result in results:
+          self._under_way[result.request].add(result, now_s)
       case Arrived(request):
         for sample in request.samples():
           self._requests[sample.id] = sample
           self._under_way[sample.id] = _Draft(sample)
-      case Started(_, EndOrder(_, name)):
-        if draft := self._under_way.get(name):
-          draft.ended = True
       case Finished(_, name):
         if draft := self._under_way.pop(name, None):
           self._keep(draft.completion(event, self._has_text), event.now_s)
@@ -209,14 +203,12 @@ class _Draft:
 
   def __init__(self, request: Request):
     self.request = request
-    self.ended = False  # what passes under way still bring is not counted
     self._results: list[Result] = []
     self._times_s: list[float] = []
 
   def add(self, result: Result, now_s: float) -> None:
-    if not self.ended:
-      self._results.append(result)
-      self._times_s += [now_s] * len(result.tokens)
+    self._results.append(result)
+    self._times_s += [now_s] * len(result.tokens)
 
   def completion(self, end: Finished, has_text: bool) -> Completion:
     return self._completion(end.tokens, end.finish_reason, end.error, has_text)

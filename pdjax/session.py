@@ -19,9 +19,8 @@ from pdjax.launch import Deployment, Prompt, Say
 from pdjax.metrics import EventLog, Report
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
-from pdjax.serving.events import Arrived, Done, Event, Finished, Started, Turn
+from pdjax.serving.events import Arrived, Delivered, Event, Finished
 from pdjax.serving.loop import serve
-from pdjax.serving.orders import EndOrder
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload import Given, Live, Seeded
 
@@ -208,7 +207,6 @@ class _Open:
   def __init__(self, stream: Stream):
     self.stream = stream
     self.samples = {sample.id: index for index, sample in enumerate(stream.request.samples())}
-    self.going_on = set(self.samples)  # those that nobody has ended
     self.not_finished = set(self.samples)  # of which there is no `Finished` yet
     self.events: list[Event] = []
 
@@ -270,7 +268,6 @@ class Session:
     self._thread: threading.Thread | None = None
     self._open: dict[str, _Open] = {}  # by sample
     self._answers: LinesFile | None = None
-    self._turn = Turn(0.0)
     self._numbers = itertools.count()
     self._closed = False
     self._ended = False
@@ -467,22 +464,16 @@ class Session:
   def _deliver(self, event: Event) -> None:
     """Hand on what the log says to those whom it concerns."""
     match event:
-      case Turn():
-        self._turn = event
       case Arrived(request):
         self._open[request.id].events.append(event)
-      case Done(results=results):
+      case Delivered(results=results):
         for result in results:
-          if (entry := self._open.get(result.request)) and result.request in entry.going_on:
-            entry.events += self._turn, dataclasses.replace(event, results=(result,))
-            if result.tokens or result.text:
-              entry.stream._add(Piece(result.tokens, result.text, entry.samples[result.request], result.logprobs))
-      case Started(_, EndOrder(_, name)) if entry := self._open.get(name):
-        # what passes under way still bring is not counted
-        entry.going_on.discard(name)
-      case Finished(_, name) if entry := self._open.get(name):
+          opened = self._open[result.request]
+          opened.events.append(dataclasses.replace(event, results=(result,), late=()))
+          if result.tokens or result.text:
+            opened.stream._add(Piece(result.tokens, result.text, opened.samples[result.request], result.logprobs))
+      case Finished(now_s, name) if entry := self._open.get(name):
         entry.events.append(event)
-        entry.going_on.discard(name)
         entry.not_finished.remove(name)
         if not entry.not_finished:
           for sample_name in entry.samples:
@@ -490,7 +481,7 @@ class Session:
           completions = launch.complete(entry.events, self._has_text)
           if self._answers is not None:
             for one in completions:
-              self._answers.add(functools.partial(answer_line, one), self._turn.now_s)
+              self._answers.add(functools.partial(answer_line, one), now_s)
           entry.stream._end(completions)
 
   def _cancel_all(self) -> None:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from pdjax import launch
 from pdjax.answers import Answers, answer_row, prompt_hash, read_answers
-from pdjax.serving.events import Arrived, Done, Finished, Result, Started, Turn
-from pdjax.serving.orders import EndOrder
+from pdjax.serving.events import Arrived, Delivered, Done, Finished, Result, Turn
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload import ClosedLoopWorkload, Fixed, Given, MultiTurn, Poisson, Uniform
 from tests.tiny import config, prompt
@@ -26,7 +25,7 @@ def noted(answers: Answers, *requests: Request) -> None:
     answers.note(Turn(float(now_s)))
     answers.note(Arrived(request))
     for sample in request.samples():
-      answers.note(Done(0, 0.0, float(now_s), (Result(sample.id, (5, 6), None, 'ab', TOLD),)))
+      answers.note(Delivered(float(now_s), 0, (Result(sample.id, (5, 6), None, 'ab', TOLD),)))
       answers.note(Finished(float(now_s), sample.id, 'length', (5, 6)))
 
 
@@ -45,13 +44,13 @@ def test_every_end_is_a_line_with_what_the_request_is_known_by(tmp_path):
   assert first['text'] == 'ab' and first['finish_reason'] == 'length' and first['token_times_s'] == [1.0, 1.0]
 
 
-def test_what_passes_still_bring_after_an_end_is_no_answer():
+def test_what_came_too_late_is_no_answer():
   answers = Answers(has_text=True)
-  late = Done(1, 1.0, 2.0, (Result('one', (6,), None, 'y'),))
+  in_time, late = Result('one', (5,), None, 'x'), Result('one', (6,), None, 'y')
   for event in (
-    Turn(0.0), Arrived(ONE), Turn(1.0), Done(0, 0.0, 1.0, (Result('one', (5,), None, 'x'),)),
-    Started(1.0, EndOrder(3, 'one', 'cancelled', 'cancelled')), Turn(2.0), late, Done(3, 1.0, 2.0),
-    Finished(2.0, 'one', 'cancelled', (5,)), late,
+    Turn(0.0), Arrived(ONE), Turn(1.0), Done(0, 0.0, 1.0, (in_time,)), Delivered(1.0, 0, (in_time,)), Turn(2.0),
+    Done(1, 1.0, 2.0, (late,)), Delivered(2.0, 1, (), (late,)), Finished(2.0, 'one', 'cancelled', (5,)),
+    Delivered(2.0, 2, (), (late,)),
   ):  # fmt: skip
     answers.note(event)
   (one,) = answers.completions
@@ -64,15 +63,14 @@ def test_who_has_not_ended_is_told_with_an_error_in_the_place_where_it_came():
   noted(answers, dataclasses.replace(ONE, id='two'))
   assert [(one.request.id, one.finish_reason) for one in answers.everyone] == [('one', 'error'), ('two', 'length')]
   assert answers.everyone[0].error == 'the run ended before it did.'
-  answers.note(Turn(2.5))
-  answers.note(Done(0, 0.0, 2.0, (Result('one', (5, 6)),)))
+  answers.note(Delivered(2.5, 0, (Result('one', (5, 6)),)))
   assert (answers.everyone[0].token_ids, answers.everyone[0].token_times_s) == ((5, 6), (2.5, 2.5))
   assert [one.request.id for one in answers.completions] == ['two']
 
 
 def test_what_an_interruption_left_unnoted_is_caught_up_and_nothing_is_told_twice(tmp_path):
   events = [
-    Turn(1.0), Arrived(ONE), Done(0, 0.0, 1.0, (Result('one', (5,)),)), Finished(1.0, 'one', 'length', (5,)),
+    Turn(1.0), Arrived(ONE), Delivered(1.0, 0, (Result('one', (5,)),)), Finished(1.0, 'one', 'length', (5,)),
     Arrived(dataclasses.replace(ONE, id='two')), Finished(1.0, 'two', 'stop', ()),
   ]  # fmt: skip
   answers = Answers(has_text=False, path=tmp_path / 'answers.jsonl')
@@ -85,7 +83,7 @@ def test_what_an_interruption_left_unnoted_is_caught_up_and_nothing_is_told_twic
 
 
 def test_an_interruption_between_the_line_and_the_note_of_it_costs_no_line(tmp_path, monkeypatch):
-  events = [Turn(1.0), Arrived(ONE), Done(0, 0.0, 1.0, (Result('one', (5,)),)), Finished(1.0, 'one', 'length', (5,))]
+  events = [Turn(1.0), Arrived(ONE), Delivered(1.0, 0, (Result('one', (5,)),)), Finished(1.0, 'one', 'length', (5,))]
   answers = Answers(has_text=False, path=tmp_path / 'answers.jsonl')
 
   def interrupted(line, now_s):

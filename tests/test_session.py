@@ -23,8 +23,8 @@ from pdjax.engine.worker import Worker
 from pdjax.launch import Deployment, OpenedModel
 from pdjax.policies import Disaggregated
 from pdjax.serving import PolicyError, StuckError
-from pdjax.serving.events import Arrived, Done, Finished, Result, Started, Turn, Withdrawn, WorkerLost
-from pdjax.serving.orders import EndOrder, StepOrder
+from pdjax.serving.events import Arrived, Done, Finished, Started, Turn, Withdrawn, WorkerLost
+from pdjax.serving.orders import StepOrder
 from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.workload import Live
 from tests.engine.cluster import Cluster, assert_all_is_free
@@ -755,14 +755,3 @@ def test_a_second_close_writes_nothing_anew(begin, tmp_path):
   (tmp_path / 'report.json').unlink()
   session.close()
   assert not (tmp_path / 'report.json').exists()
-
-
-def test_what_a_pass_brings_after_a_request_was_ended_is_in_neither_its_tokens_nor_its_text():
-  late = Done(1, 1.0, 2.0, (Result('a', (6,), None, 'y'),))
-  events = [
-    Turn(0.0), Arrived(ask('a')), Turn(1.0), Done(0, 0.0, 1.0, (Result('a', (5,), None, 'x'),)),
-    Started(1.0, EndOrder(3, 'a', 'cancelled', 'cancelled')), Turn(2.0), late, Done(3, 1.0, 2.0),
-    Finished(2.0, 'a', 'cancelled', (5,)),
-  ]  # fmt: skip
-  (completion,) = launch.complete(events, has_text=True)
-  assert completion.token_ids == (5,) and completion.text == 'x'

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.serving.events import Arrived, Done, Event, Occupancy, Result, Started, Turn, WorkerBack
+from pdjax.serving.events import Arrived, Delivered, Done, Event, Occupancy, Result, Started, Turn, WorkerBack
 from pdjax.serving.orders import (
   AbandonOrder,
   Admission,
@@ -93,8 +93,9 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
   A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards.
   Orders keep their page numbers, slots and admissions. Tuples are lists, and a number that is not finite is the text
-  "NaN", "Infinity" or "-Infinity". A last line that was cut short is left out. `Occupancy` comes at the end of a turn
-  that changed how full the cluster is and names only the workers whose figures changed:
+  "NaN", "Infinity" or "-Infinity". A last line that was cut short is left out. What a step brought is in its `Done`;
+  the `Delivered` behind it names the requests for whom that came too `late`, and all others got it. `Occupancy` comes
+  at the end of a turn that changed how full the cluster is and names only the workers whose figures changed:
 
       {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
   """
@@ -119,6 +120,8 @@ def event_to_json(event: Event) -> dict[str, Any]:
     case Done():
       results = [_result(result) for result in event.results]
       return {'event': kind, **_fields(event), 'results': results, 'trip': event.trip and _fields(event.trip)}
+    case Delivered(now_s, order_id, _, late):
+      return {'event': kind, 'now_s': now_s, 'order': order_id, 'late': [one.request for one in late]}
     case WorkerBack():
       return {'event': kind, **_fields(event), 'comeback': event.comeback and _fields(event.comeback)}
     case Occupancy():

@@ -8,6 +8,7 @@ from typing import Literal
 from pdjax.metrics.returns import WorkerAbsence, WorkerReturn
 from pdjax.serving.events import (
   Arrived,
+  Delivered,
   Done,
   Event,
   Failed,
@@ -255,12 +256,13 @@ class Timeline:
 def read_timeline(events: Iterable[Event]) -> Timeline:
   """Follow the log from beginning to end.
 
-  Tokens that come for a request after its end were not delivered; they count as wasted.
+  Tokens that come too late for a request count as wasted.
   """
   requests: dict[str, _Draft] = {}
   samples: dict[str, list[_Draft]] = {}
   orders: dict[int, Started] = {}
   failed_transfers: list[str] = []
+  last_step: tuple[StepOrder, Done] | None = None
   late: set[int] = set()
   spans: list[BusySpan] = []
   occupancy: list[Occupancy] = []
@@ -287,8 +289,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
           for chunk in order.chunks:
             for draft in samples.get(chunk.request.id) or [requests[chunk.request.id]]:
               draft.chunk(event)
-          for result in event.results:
-            wasted_tokens += requests[result.request].deliver(len(result.tokens), now_s, order, event)
+          last_step = order, event
         elif isinstance(order, TransferOrder):
           spans.append(_transfer_span(order, event, started.now_s))
           requests[order.request].transfer(event)
@@ -296,6 +297,10 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
           given_up = orders.pop(order.transfer, None)  # none if it has ended after all
           if given_up is not None and isinstance(given_up.order, TransferOrder):
             failed_transfers.append(given_up.order.request)
+      case Delivered() if last_step is not None:
+        for result in event.results:
+          requests[result.request].deliver(len(result.tokens), event.now_s, *last_step)
+        wasted_tokens += sum(len(result.tokens) for result in event.late)
       case Failed():
         host_lags_s.append(now_s - event.ended_s)
         failed = orders.pop(event.order, None)
@@ -318,7 +323,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       case Occupancy():
         occupancy.append(event)
       case Finished():
-        wasted_tokens += requests[event.request].finish(event)
+        requests[event.request].finished = event
 
   return Timeline(
     requests=tuple(draft.timeline() for draft in requests.values()),
@@ -392,10 +397,8 @@ class _Draft:
     if before_second_token and (self.last_transfer is None or done.ended_s >= self.last_transfer.ended_s):
       self.last_transfer = done
 
-  def deliver(self, count: int, now_s: float, order: StepOrder, done: Done) -> int:
-    """Note `count` more tokens; returns how many of them came too late."""
-    if self.finished:
-      return count
+  def deliver(self, count: int, now_s: float, order: StepOrder, done: Done) -> None:
+    """Note `count` more tokens of a step."""
     before = len(self.token_times_s)
     self.token_times_s += [now_s] * count
     if before < 1 <= before + count:
@@ -403,14 +406,6 @@ class _Draft:
     if before < 2 <= before + count:
       self.decode_worker = order.worker
       self.decode_began_s = done.began_s
-    return 0
-
-  def finish(self, event: Finished) -> int:
-    """Note the end; returns how many tokens were taken for delivered but are not among what the request got."""
-    self.finished = event
-    excess = max(0, len(self.token_times_s) - len(event.tokens))
-    del self.token_times_s[len(event.tokens) :]
-    return excess
 
   def timeline(self) -> RequestTimeline:
     transfer, finished = self.last_transfer, self.finished

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
-from pdjax.serving.events import Finished
+from pdjax.serving.events import Delivered, Finished
 from pdjax.serving.orders import Order, TransferOrder
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
@@ -39,6 +39,7 @@ class Books:
     staging_freed: Whether staging was freed since those that are due were last sent on.
     unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
     tasks: Transfers to give up or to try again.
+    delivered: What the last step brought, until the loop takes it.
     finished: The requests that ended since the loop last took them.
     timers: What is due later.
     transfers: Every transfer in flight, and those to be tried again.
@@ -81,6 +82,7 @@ class Books:
     self.staging_freed = False
     self.unsettled: deque[RequestState] = deque()
     self.tasks: list[Abandon | Resend] = []
+    self.delivered: Delivered | None = None
     self.finished: list[Finished] = []
     self.timers = Timers()
     self.transfers = Transfers(self.timers, transfer.deadline_s, faults)

@@ -83,7 +83,7 @@ class Done:
     began_s: When the worker or link turned to it: after it was handed over and after all that stood before it; a link
       turns to a transfer once what it moves is computed.
     ended_s: When its outcome was on the host; of a transfer, when passes of the target find what it moved.
-    results: A step's tokens, for each request that got any.
+    results: A step's tokens, for each request that it had any for; `Delivered` says who got them.
     wasted_tokens: Tokens computed past a request's end and thrown away.
     wire_bytes: Bytes that a transfer put onto target devices.
     trip: How a transfer went, between those two times.
@@ -96,6 +96,25 @@ class Done:
   wasted_tokens: int = 0
   wire_bytes: int = 0
   trip: Trip | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delivered:
+  """What a step brought those who still wanted it; this alone says what requests really got.
+
+  It comes right behind the `Done` of a step that brought anything, and before the ends that this brings.
+
+  Attributes:
+    now_s: The time of the turn.
+    order: The step.
+    results: What was delivered, in the order of the step.
+    late: What came for requests that had ended, or were being ended; it is thrown away.
+  """
+
+  now_s: float
+  order: int
+  results: tuple[Result, ...]
+  late: tuple[Result, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,4 +249,17 @@ class Occupancy:
   workers: tuple[WorkerUse, ...]
 
 
-Event = Turn | Arrived | Withdrawn | Started | Done | Failed | TimerDue | WorkerLost | WorkerBack | Finished | Occupancy
+Event = (
+  Turn
+  | Arrived
+  | Withdrawn
+  | Started
+  | Done
+  | Delivered
+  | Failed
+  | TimerDue
+  | WorkerLost
+  | WorkerBack
+  | Finished
+  | Occupancy
+)

@@ -56,17 +56,18 @@ def file(queue: dict[str, RequestState], entry: RequestState) -> None:
 # ---------------------------------------------------------------------------- tokens, and where it belongs
 
 
-def got(books: Books, result: Result) -> None:
-  """Take note of what a step brought a request, its end too."""
+def got(books: Books, result: Result) -> bool:
+  """Take note of what a step brought a request, its end too; whether it came in time."""
   entry = books.requests.get(result.request)
   if entry is None or entry.phase is Phase.ENDING:
-    return
+    return False
   entry.tokens.extend(result.tokens)
   entry.computed = True
   if result.finish_reason is not None:
     finish(books, entry, result.finish_reason, result.error)
   elif entry.samples is not None or entry.phase is not Phase.DECODING:
     books.unsettled.append(entry)
+  return True
 
 
 def settle(books: Books, entry: RequestState) -> None:

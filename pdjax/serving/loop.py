@@ -72,8 +72,8 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
   """Serve requests until none can come and none is left; yield all that happens, in order.
 
   The clock is read once a turn; the policy is asked until it wants nothing more. Before it, a turn does what must be
-  done: refuse what can never run, end what was withdrawn, give up or try again what failed. A request's end comes right
-  behind what ended it, so that nothing which the same turn brings later is taken for its.
+  done: refuse what can never run, end what was withdrawn, give up or try again what failed. `Delivered`, what requests
+  really got of a step, comes right behind its `Done`, and a request's end right behind what ended it.
 
   Raises:
     PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
@@ -118,10 +118,12 @@ def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterSt
 
 
 def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finished: list[Finished]) -> Iterator[Event]:
-  """Apply events; those that count, each with the requests it ended right behind it, which are added to `finished`."""
+  """Apply events; those that count, each with what it delivered and ended behind it; ends go to `finished` too."""
   for event in events:
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
+    if delivered := state.take_delivered():
+      yield delivered
     if ended := state.take_finished():
       finished += ended
       yield from ended

@@ -9,6 +9,7 @@ from pdjax.serving.books import Books
 from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
 from pdjax.serving.events import (
   Arrived,
+  Delivered,
   Done,
   Event,
   Failed,
@@ -103,6 +104,11 @@ class ClusterState:
     """What is due by now; ask once a turn, when all that ended up to now was applied."""
     self.books.now_s = now_s
     return self.books.timers.take(now_s)
+
+  def take_delivered(self) -> Delivered | None:
+    """What requests got of the step that was applied last, if it brought anything."""
+    delivered, self.books.delivered = self.books.delivered, None
+    return delivered
 
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
@@ -199,8 +205,10 @@ class ClusterState:
   def _step_done(self, order: StepOrder, event: Done) -> None:
     books = self.books
     steps.step_ended(books, order)
-    for result in event.results:
-      lifecycle.got(books, result)
+    late = tuple([result for result in event.results if not lifecycle.got(books, result)])
+    if event.results:
+      results = event.results if not late else tuple(one for one in event.results if one not in late)
+      books.delivered = Delivered(books.now_s, order.id, results, late)
     for chunk in order.chunks:
       entry = books.requests.get(chunk.request.id)
       if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):

@@ -6,7 +6,7 @@ import pytest
 
 import pdjax
 from pdjax.metrics import Report
-from pdjax.serving.events import Arrived, Done, Event, Finished, Result, Started, Turn
+from pdjax.serving.events import Arrived, Delivered, Done, Event, Finished, Result, Started, Turn
 from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder, TransferOrder
 from pdjax.types.request import Request
 from pdjax.types.span import Span
@@ -52,14 +52,17 @@ class Log:
       TransferOrder(self.num_orders, name, source, target, Span(pages, tuple(p + 7 for p in pages), 0, 4 * len(pages)))
     )
 
-  def done(self, order, began_s, ended_s, brings=None, **fields):
-    """An order ended well; `brings` is how many tokens each request got."""
+  def done(self, order, began_s, ended_s, brings=None, late=None, **fields):
+    """An order ended well; `brings` is how many tokens each request got, `late` how many came after its end."""
     results = []
     for name, count in (brings or {}).items():
       tokens = tuple(100 + len(self.tokens[name]) + i for i in range(count))
       self.tokens[name] += tokens
       results.append(Result(name, tokens))
-    self.events.append(Done(order, began_s, ended_s, tuple(results), **fields))
+    too_late = [Result(name, (7,) * count) for name, count in (late or {}).items()]
+    self.events.append(Done(order, began_s, ended_s, (*results, *too_late), **fields))
+    if results or too_late:
+      self.events.append(Delivered(self.now_s, order, tuple(results), tuple(too_late)))
 
   def finish(self, name, reason='length', error=None):
     self.events.append(Finished(self.now_s, name, reason, self.tokens[name], error))

@@ -160,7 +160,7 @@ def test_tokens_after_a_cancellation_are_wasted(log):
   step = log.step('w', decodes=['r'])
   log.finish('r', 'cancelled')
   log.turn(2.0)
-  log.done(step, 1.0, 2.0, {'r': 2}, wasted_tokens=1)
+  log.done(step, 1.0, 2.0, late={'r': 2}, wasted_tokens=1)
   timeline = read_timeline(log.events)
   assert timeline.requests[0].token_times_s == (1.0,)
   assert timeline.wasted_tokens == 3

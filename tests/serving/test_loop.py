@@ -13,6 +13,7 @@ from pdjax.policies import Colocated
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
 from pdjax.serving.events import (
   Arrived,
+  Delivered,
   Done,
   Event,
   Failed,
@@ -108,12 +109,15 @@ def test_a_turn_yields_its_clock_then_what_happened_then_what_was_decided():
     Occupancy(0.0, 0, (WorkerUse('both0', 1, 1),)),
     Turn(2.5),
     chunk_done,
+    Delivered(2.5, 0, chunk_done.results),
     decode_done,
+    Delivered(2.5, 1, decode_done.results),
     Finished(2.5, 'a', 'length', (7, 7)),
     Arrived(b),
     Started(2.5, orders[2]),
     Turn(4.0),
     Done(2, 2.5, 4.0, (Result('b', (9,), 'stop'),)),
+    Delivered(4.0, 2, (Result('b', (9,), 'stop'),)),
     Finished(4.0, 'b', 'stop', (9,)),
     Occupancy(4.0, 0, (WorkerUse('both0', 0, 0),)),
   ]
@@ -180,6 +184,33 @@ def test_what_was_withdrawn_is_ended_before_the_policy_is_asked():
   )
   assert [type(event) for event in events] == [Turn, Arrived, Withdrawn, Started, Turn, Done, Finished]
   assert isinstance(backend.orders[0], EndOrder) and events[-1].finish_reason == 'cancelled'
+
+
+def test_what_a_step_brings_after_a_request_was_ended_is_too_late_for_all_who_read_the_log():
+  in_time, late, other = Result('a', (5,), None, 'x'), Result('a', (6,), None, 'y'), Result('b', (7,), 'length', 'z')
+  policy = ScriptedPolicy(
+    [Step('both0', (Chunk('a', 0, 3), Chunk('b', 0, 3)))], [], [Step('both0', decodes=ALL)], []
+  )  # fmt: skip
+  backend = ScriptedBackend(
+    (0.0, []),
+    (1.0, [Done(0, 0.0, 1.0, (in_time, Result('b', (4,))))]),
+    (1.5, []),
+    (2.0, [Done(1, 1.0, 2.0, (late, other))]),
+    (3.0, [Done(2, 1.5, 3.0)]),
+  )
+  arrivals = Withdrawing([_request('a'), _request('b')], 'a', at_s=1.5)
+  events = list(serve(arrivals, policy, backend, ClusterState(TINY, WORKERS, 4)))
+  told = [event for event in events if isinstance(event, Delivered)]
+  assert told == [Delivered(1.0, 0, (in_time, Result('b', (4,)))), Delivered(2.0, 1, (other,), (late,))]
+  place = events.index(told[1])
+  assert events[place - 1 : place + 2] == [
+    Done(1, 1.0, 2.0, (late, other)), told[1], Finished(2.0, 'b', 'length', (4, 7)),
+  ]  # fmt: skip
+  assert {one.request.id: (one.token_ids, one.text) for one in complete(events, has_text=True)} == {
+    'a': ((5,), 'x'), 'b': ((4, 7), 'z'),
+  }  # fmt: skip
+  report = Report.from_events(events, workers=WORKERS)
+  assert report.wasted_tokens == 1
 
 
 def test_a_policy_may_cancel_what_is_withdrawn_in_the_same_turn():

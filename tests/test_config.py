@@ -7,9 +7,10 @@ import re
 import pytest
 
 from experiments.load_config import load_config
-from pdjax.config import ServingConfig, apply_overrides, parse_value
+from pdjax.config import ServingConfig
 from pdjax.cost import Roofline
 from pdjax.launch import simulate
+from pdjax.overrides import apply_overrides, parse_value
 from pdjax.policies import Disaggregated, MostFreePages
 from pdjax.types import SLO, ChipSpec, RayCluster, Role, TransferSpec, WorkerSpec, decode_pool, prefill_pool
 from pdjax.workload import Fixed, Poisson, Uniform

@@ -11,6 +11,7 @@ import pytest
 
 from pdjax import launch
 from pdjax.cost import Roofline
+from pdjax.deployment import calibrated
 from pdjax.engine import build, worker_process
 from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.processes import Handshake, build_processes
@@ -231,5 +232,5 @@ def test_a_checkpoint_in_bfloat16_is_loaded_in_float16(tmp_path):
 
 
 def test_a_simulation_in_auto_that_measures_this_machine_takes_what_it_is_fastest_in():
-  measured = launch.calibrated(run_with(dtype='auto', cost=Roofline(ChipSpec.tpu_v5e())))
+  measured = calibrated(run_with(dtype='auto', cost=Roofline(ChipSpec.tpu_v5e())))
   assert (measured.dtype, measured.cost.chip.dtype) == ('float32', 'float32')

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from pdjax.completions import complete
 from pdjax.cost import Roofline
-from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve

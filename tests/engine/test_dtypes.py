@@ -17,6 +17,7 @@ from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.processes import Handshake, build_processes
 from pdjax.model.checkpoint import RandomCheckpoint, save_orbax
 from pdjax.model.weights import load_weights
+from pdjax.run_folder import read_run
 from pdjax.sharding import make_mesh
 from pdjax.types import ChipSpec
 from pdjax.types.handshake import Machine
@@ -205,6 +206,7 @@ def test_a_run_in_auto_on_a_cpu_is_one_in_float32_and_the_report_says_so(tmp_pat
   }
   assert result.report.config['dtype'] == 'float32'
   assert '"dtype": "float32"' in (tmp_path / 'report.json').read_text()
+  assert read_run(tmp_path)['settled'] == {'dtype': 'float32'}
   assert {worker.kv_dtype for worker in result.workers} == {'float32'}
 
 

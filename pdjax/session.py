@@ -294,6 +294,8 @@ class Session:
     """
     if self._thread is not None or self._closed:
       raise SessionError('the session was started before, and runs only once; make a new one.')
+    if isinstance(self._config, Deployment) and self._config.is_simulated:
+      raise ValueError("the deployment is simulated, and nobody can wait in virtual time; deploy on 'engine'.")
     with contextlib.ExitStack() as opened:
       path = None
       if self._workdir is not None:
@@ -419,8 +421,6 @@ class Session:
 
   def _deploy(self) -> Deployment:
     if isinstance(self._config, Deployment):
-      if self._config.is_simulated:
-        raise ValueError("the deployment is simulated, and nobody can wait in virtual time; deploy on 'engine'.")
       config = choose_config(self._config.config, seed=self._seed)
       return dataclasses.replace(self._config, config=config)
     config = choose_config(self._config, self._checkpoint, self._seed)

@@ -159,7 +159,7 @@ def _run_cluster(
 ) -> Iterator[Run]:
   """Serve every workload with every policy of a cluster, which is built once."""
   try:
-    deployment = deploy(cluster[0].config, opened, backend, say)
+    one = deployment = deploy(cluster[0].config, opened, backend, say)
   except ValueError as error:
     raise DoesNotFit(str(error)) from error
   try:

@@ -31,7 +31,8 @@ from experiments.floor import cached_s, copy_bytes_per_s, products_s
 from experiments.rows import row, save_rows
 from experiments.transformers_peer import TransformersPeer, missing, plain_llama
 from pdjax.config import ServingConfig
-from pdjax.launch import Deployment, deploy, open_model
+from pdjax.deployment import Deployment, deploy
+from pdjax.opened_model import open_model
 from pdjax.policies import Disaggregated
 from pdjax.serving import Backend, ClusterView, serve
 from pdjax.serving.actions import Action
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> None:
         compared += case.batch
   if peer is not None:
     peer.close()
-  deployment.built.engine.close()
+  deployment.close()
 
   rows = []
   for case in measured:

@@ -25,11 +25,12 @@ from rich.table import Table
 from experiments.few_buckets import with_few_buckets
 from experiments.rows import row, save_rows
 from pdjax.config import ServingConfig
+from pdjax.deployment import Deployment, deploy
 from pdjax.engine.build import prepare_devices
-from pdjax.launch import Deployment, deploy, open_model
 from pdjax.metrics import Report
+from pdjax.opened_model import open_model
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import ClusterState, Policy, serve
+from pdjax.serving import Policy
 from pdjax.serving.events import Finished
 from pdjax.types import (
   ModelSpec,
@@ -94,13 +95,11 @@ class Served:
 
   def answer(self, number: int, transfer: TransferSpec) -> HandOff:
     """Serve prompt `number` by itself, its KV travelling as `transfer` says."""
-    built, config = self._deployment.built, self._deployment.config
-    model = self._deployment.opened.model
-    prompt = tuple(RandomTokens(_PROMPT_LEN.value, model.vocab_size, number))
+    built = dataclasses.replace(self._deployment.built, transfer=transfer)
+    vocab_size = self._deployment.opened.model.vocab_size
+    prompt = tuple(RandomTokens(_PROMPT_LEN.value, vocab_size, number))
     request = Request('r', prompt, SamplingParams(max_tokens=OUTPUT_LEN, ignore_eos=True))
-    state = ClusterState(model, built.workers, config.page_size, transfer)
-    built.engine.start_clock()
-    events = tuple(serve(Listed([request]), config.policy, built.engine, state))
+    events = tuple(dataclasses.replace(self._deployment, built=built).serve(Listed([request])))
     report = Report.from_events(events, workers=built.workers)
     (timeline,) = report.timeline.requests
     (tokens,) = (event.tokens for event in events if isinstance(event, Finished))
@@ -114,7 +113,7 @@ class Served:
 
   def close(self) -> None:
     """End its threads."""
-    self._deployment.built.engine.close()
+    self._deployment.close()
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,8 @@ import pathlib
 import sys
 from typing import Any
 
-from pdjax.config import ServingConfig, parse_value
+from pdjax.config import ServingConfig
+from pdjax.overrides import parse_value
 
 
 def load_config(reference: str) -> ServingConfig:

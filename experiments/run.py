@@ -58,9 +58,22 @@ from experiments.load_config import load_config
 from experiments.stop_signals import StopSignals
 from pdjax import comparison, launch
 from pdjax.answers import Answers
-from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig, apply_overrides
+from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
 from pdjax.metrics import charts, print_report
-from pdjax.run_folder import ANSWERS, BASELINE, CASES, EVENTS, FILES, REQUESTS, TRACEBACK, RunFolder, read_run
+from pdjax.opened_model import OpenedModel, open_model
+from pdjax.overrides import apply_overrides
+from pdjax.run_folder import (
+  ANSWERS,
+  BASELINE,
+  CASES,
+  EVENTS,
+  FILES,
+  REQUESTS,
+  TRACEBACK,
+  RunFolder,
+  open_folder,
+  read_run,
+)
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.events import Delivered, Event, Finished, WorkerBack, WorkerLost
 from pdjax.serving.state import StuckError
@@ -127,7 +140,7 @@ def _run(console: Console, signals: StopSignals) -> int:
   if _RESUME.value is not None:
     _take_up_flags(_RESUME.value)
   config = _config()
-  opened = launch.open_model(config)
+  opened = open_model(config)
   if _COMPARE.value:
     return _compare(config, opened, console, signals)
   rows = None
@@ -154,7 +167,7 @@ class _Run:
   def __init__(
     self,
     config: ServingConfig,
-    opened: launch.OpenedModel,
+    opened: OpenedModel,
     folder: RunFolder | None,
     rows: list[Row] | None,
     console: Console,
@@ -209,8 +222,8 @@ class _Run:
     assert self._config.workload is not None
     if self._folder is None or not self._folder.resumed:
       return self._rows is None or self._config.workload.num_requests > 0
-    launch.expect(self._answers, self._config, self._opened)
-    arrivals = self._answers.left(launch.arrivals_of(self._config.workload, self._config, self._opened))
+    self._answers.expect(self._opened.known_requests(self._config))
+    arrivals = self._answers.left(self._opened.arrivals(self._config))
     if self._rows is not None and self._answers.has_earlier and not self._answers.num_earlier:
       raise ValueError(
         f'no answer in {self._folder.path} is to what is asked now (a line without an id has that of its row); give '
@@ -333,7 +346,7 @@ def _folder(
     serves, more['more_files'] = 'a comparison', [BASELINE]
   elif _PROMPT.value is not None:
     serves = f'the prompt {_PROMPT.value!r}'
-  folder = launch.open_folder(
+  folder = open_folder(
     _WORKDIR.value, config, _BACKEND.value, resume=_RESUME.value is not None, serves=serves, more=more,
     say=lambda line: console.print(line, markup=False, soft_wrap=True),
   )  # fmt: skip
@@ -441,7 +454,7 @@ def _exit_code(served: Iterable[bool]) -> int:
   return 0 if all(served) else 3 if any(served) else 1
 
 
-def _compare(config: ServingConfig, opened: launch.OpenedModel, console: Console, signals: StopSignals) -> int:
+def _compare(config: ServingConfig, opened: OpenedModel, console: Console, signals: StopSignals) -> int:
   """Run the config and the colocated baseline, and say who wins where; the exit code."""
   rates = None if _RATES.value is None else _numbers('rates', _RATES.value, float)
   budgets = None if _BUDGETS.value is None else _numbers('budgets', _BUDGETS.value, int)
@@ -519,7 +532,7 @@ def _config() -> ServingConfig:
   return config
 
 
-def _read(opened: launch.OpenedModel, path: str, seed: int) -> list[Row]:
+def _read(opened: OpenedModel, path: str, seed: int) -> list[Row]:
   if not pathlib.Path(path).exists() or pathlib.Path(path).is_dir():
     raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
   tokenizer = opened.tokenizer

@@ -9,7 +9,7 @@
 # Seen:
 #   nothing done behind it: getsignal names our handler, ended by signal 15
 #   installed again: getsignal names our handler, it was called
-# For pdjax: a SIGTERM while a run on Ray wrote its report ended it without one. _sigterm_kept in pdjax/launch.py
+# For pdjax: a SIGTERM while a run on Ray wrote its report ended it without one. _sigterm_kept in pdjax/deployment.py
 #   installs the handler again behind Ray's beginning and its end.
 set -euo pipefail
 

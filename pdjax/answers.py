@@ -23,11 +23,12 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pdjax.completions import Drafts
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.serving.events import Arrived, Delivered, Event, Finished, Result, Withdrawn
+from pdjax.serving.events import Arrived, Event, Finished, Withdrawn
 from pdjax.serving.loop import Arrivals
 from pdjax.types.json_text import json_text
-from pdjax.types.request import SERVED, Completion, FinishReason, Request, SamplingParams, TokenLogprob
+from pdjax.types.request import SERVED, Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload.requests_file import completion_row
 
 _DEFAULTS = SamplingParams()
@@ -67,6 +68,7 @@ class Answers:
     closed: Callable[[Sequence[Completion]], str | None] = lambda everyone: None,
   ):
     self._has_text = has_text
+    self._drafts = Drafts(has_text)
     self._closed = closed
     self._file = None if path is None else LinesFile(path, behind=True, insist=True)
     self._is_closed = False
@@ -75,7 +77,6 @@ class Answers:
     self._earlier_ids = {identity[0] for identity in self._earlier}
     self._expected: dict[str, None] = {}
     self._requests: dict[str, Request] = {}  # each sample that came, or is known to have come earlier, in that order
-    self._under_way: dict[str, _Draft] = {}
     self._completions: dict[str, Completion] = {}
     self._now_s = 0.0
     self.num_earlier = 0
@@ -101,18 +102,12 @@ class Answers:
 
   def note(self, event: Event) -> None:
     """Take notice of what happened next."""
-    match event:
-      case Delivered(now_s, _, results):
-        self._now_s = now_s
-        for result in results:
-          self._under_way[result.request].add(result, now_s)
-      case Arrived(request):
-        for sample in request.samples():
-          self._requests[sample.id] = sample
-          self._under_way[sample.id] = _Draft(sample)
-      case Finished(_, name):
-        if draft := self._under_way.pop(name, None):
-          self._keep(draft.completion(event, self._has_text), event.now_s)
+    if isinstance(event, Arrived):
+      self._requests |= {sample.id: sample for sample in event.request.samples()}
+    if (one := self._drafts.note(event)) is not None:
+      assert isinstance(event, Finished)
+      self._now_s = event.now_s
+      self._keep(one, event.now_s)
 
   def catch_up(self, events: Iterable[Event]) -> None:
     """Keep what of a log is not kept: an exception, such as that of a signal, may come in the middle of `note`."""
@@ -157,7 +152,7 @@ class Answers:
   @property
   def everyone(self) -> tuple[Completion, ...]:
     """The same with those that have not ended, whose error says so, with the tokens that they had by then."""
-    return tuple(self._completions.get(name) or self._unfinished(name) for name in self._names())
+    return tuple(self._completions.get(name) or self._drafts.unfinished(self._requests[name]) for name in self._names())
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -177,10 +172,6 @@ class Answers:
       *(name for name in self._requests if name not in self._expected),
     ]
 
-  def _unfinished(self, name: str) -> Completion:
-    draft = self._under_way.get(name)
-    return Completion.unfinished(self._requests[name]) if draft is None else draft.unfinished(self._has_text)
-
   def _keep(self, one: Completion, now_s: float) -> None:
     if self._file is not None:  # the text is made on the thread that writes: a long answer takes milliseconds
       self._file.add(functools.partial(answer_line, one), now_s)
@@ -196,39 +187,6 @@ class Answers:
       self._completions[sample.id] = _completion(sample, row)
       self._requests[sample.id] = self._completions[sample.id].request
     return self._completions[sample.id]
-
-
-class _Draft:
-  """What a request under way has got."""
-
-  def __init__(self, request: Request):
-    self.request = request
-    self._results: list[Result] = []
-    self._times_s: list[float] = []
-
-  def add(self, result: Result, now_s: float) -> None:
-    self._results.append(result)
-    self._times_s += [now_s] * len(result.tokens)
-
-  def completion(self, end: Finished, has_text: bool) -> Completion:
-    return self._completion(end.tokens, end.finish_reason, end.error, has_text)
-
-  def unfinished(self, has_text: bool) -> Completion:
-    """What it has got if nothing more comes."""
-    whole = Completion.unfinished(self.request)
-    tokens = tuple(token for result in self._results for token in result.tokens)
-    return self._completion(tokens, whole.finish_reason, whole.error, has_text)
-
-  def _completion(self, tokens: tuple[int, ...], reason: FinishReason, error: str | None, has_text: bool) -> Completion:
-    return Completion(
-      self.request,
-      tokens,
-      reason,
-      error,
-      ''.join(result.text for result in self._results) if has_text else None,
-      tuple(self._times_s[: len(tokens)]),
-      tuple(logprob for result in self._results for logprob in result.logprobs)[: len(tokens)],
-    )
 
 
 # ---------------------------------------------------------------------------- the file

@@ -1,20 +1,15 @@
-"""ServingConfig: one whole run as a frozen tree, and overrides of its fields by dotted names."""
+"""ServingConfig: one whole run as a frozen tree."""
 
-import ast
-import contextlib
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
-from pdjax.cost.cost_model import CostModel
+from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.cost.roofline import Roofline
+from pdjax.policies.base import as_policy
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
 from pdjax.types.checks import check_seed
-from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, WorkerSpec, split_name
+from pdjax.types.cluster import KVDtypeName, TransferSpec, WorkerSpec, split_name
 from pdjax.types.faults import FaultSpec
 from pdjax.types.hardware import DtypeName
 from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
@@ -92,7 +87,7 @@ class ServingConfig:
       roles = ', '.join(f'{worker.name} {worker.role.value}' for worker in self.workers)
       raise ValueError(f'the workers are {roles}, expected one that prefills and one that decodes; add the other role.')
     fused = min(worker.max_fused_steps for worker in self.workers if worker.role.decodes)
-    wanted = getattr(self.policy, 'decode_steps', 1)
+    wanted = as_policy(self.policy).decode_steps
     if wanted > fused:
       raise ValueError(
         f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one pass; '
@@ -135,7 +130,8 @@ class ServingConfig:
     """
     if self.dtype != 'auto':
       return self.dtype
-    return getattr(getattr(self.cost, 'chip', None), 'dtype', 'bfloat16')
+    chip = as_cost(self.cost).chip
+    return 'bfloat16' if chip is None else chip.dtype
 
   @property
   def dtype_bytes(self) -> int:
@@ -145,7 +141,7 @@ class ServingConfig:
   @property
   def moves_kv(self) -> bool:
     """Whether the policy may send KV from worker to worker."""
-    return getattr(self.policy, 'moves_kv', True)
+    return as_policy(self.policy).moves_kv
 
   @property
   def staging_bytes(self) -> int:
@@ -173,111 +169,3 @@ class ServingConfig:
   def precision(self) -> str:
     """Precision of matrix products, as `jax.default_matmul_precision` takes it."""
     return 'highest' if self.definite_dtype == 'float32' else 'default'
-
-
-def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
-  """A copy of the config with fields replaced, each override written `name.of.field=value`.
-
-  A value is a Python literal, or else text. Items of a tuple go by index, workers also by name:
-  `workers.decode0.tp=3`.
-
-  Raises:
-    ValueError: if an override is malformed, names an unknown field or has a value of another type; the message lists
-      the fields there are.
-  """
-  for override in overrides:
-    path, equals, text = override.partition('=')
-    if not equals or not path:
-      raise ValueError(f'override {override!r} is not of the form field=value, e.g. page_size=64.')
-    config = _replace(config, path.strip().split('.'), _literal(text.strip()), override)
-  return config
-
-
-def parse_value(text: str, hint: Any, what: str) -> Any:
-  """Read a value of a type: a Python literal, or else text.
-
-  Raises:
-    ValueError: if it is of another type; `what` names it in the message.
-  """
-  return _fit(_literal(text), hint, what)
-
-
-def _literal(text: str) -> Any:
-  if text in ('inf', '-inf', 'nan', 'Infinity', '-Infinity', 'NaN'):
-    return float(text)
-  try:
-    return ast.literal_eval({'none': 'None', 'true': 'True', 'false': 'False'}.get(text, text))
-  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval may raise
-    return text
-
-
-def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
-  name, *rest = path
-  if isinstance(node, tuple):
-    index = _index(node, name, override)
-    old = node[index]
-    new = _replace(old, rest, value, override) if rest else _fit(value, type(old), f'override {override!r}: {name}')
-    return (*node[:index], new, *node[index + 1 :])
-  if not dataclasses.is_dataclass(node) or isinstance(node, type):
-    raise ValueError(f'override {override!r}: {node!r} has no fields, so {name!r} cannot be set in it.')
-  fields = [field.name for field in dataclasses.fields(node) if field.init]
-  if name not in fields:
-    close = difflib.get_close_matches(name, fields, 1)
-    meant = f' (did you mean {close[0]!r}?)' if close else ''
-    raise ValueError(
-      f'override {override!r}: {type(node).__name__} has no field {name!r}{meant}; it has {", ".join(fields)}.'
-    )
-  hint = typing.get_type_hints(type(node))[name]
-  if rest:
-    child = getattr(node, name)
-    value = _replace(_empty(hint) if child is None else child, rest, value, override)
-  else:
-    value = _fit(value, hint, f'override {override!r}: {name}')
-  try:
-    return dataclasses.replace(node, **{name: value})
-  except ValueError as error:
-    raise ValueError(f'override {override!r}: {error}') from error
-
-
-def _empty(hint: Any) -> Any:
-  """What a field that may be None begins as when something is set in it, such as limits of which there were none."""
-  for kind in typing.get_args(hint):
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-      with contextlib.suppress(TypeError):  # a field has no default
-        return kind()
-  return None
-
-
-def _index(items: tuple, name: str, override: str) -> int:
-  names = [getattr(item, 'name', str(index)) for index, item in enumerate(items)]
-  if name in names:
-    return names.index(name)
-  if name.isdigit() and int(name) < len(items):
-    return int(name)
-  raise ValueError(f'override {override!r}: there is no item {name!r}; there are {", ".join(names)}.')
-
-
-def _fit(value: Any, hint: Any, what: str) -> Any:
-  """The value as the type has it; raise if it is of another."""
-  union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-  for kind in typing.get_args(hint) if union else (hint,):
-    origin = typing.get_origin(kind) or kind
-    if kind is Any or (origin is Literal and value in typing.get_args(kind)):
-      return value
-    if origin is float and type(value) in (int, float):
-      return float(value)
-    if origin is Role and value in list(Role):
-      return Role(value)
-    if origin is tuple and isinstance(value, list | tuple):
-      item_hint, *_ = typing.get_args(kind) or (Any,)
-      return tuple(_fit(item, item_hint, f'{what}[{index}]') for index, item in enumerate(value))
-    if origin is str and type(value) in (int, float):
-      return str(value)
-    if isinstance(origin, type) and type(value) is origin:
-      return value
-  kinds = typing.get_args(hint) if union else (hint,)
-  if all(kind is type(None) or typing.get_origin(kind) is Literal for kind in kinds):
-    named = [repr(name) for kind in kinds for name in typing.get_args(kind) or (None,)]
-    raise ValueError(f'{what} is {value!r}, expected one of {", ".join(named)}.')
-  expected = hint.__name__ if isinstance(hint, type) else str(hint).replace('typing.', '')
-  raise ValueError(f'{what} is {expected}, but {value!r} is {type(value).__name__}.')

@@ -1,6 +1,7 @@
 """The work directory of a run: `run.json` says what it is, and what an earlier run left is moved, not overwritten."""
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -14,8 +15,11 @@ from typing import IO, Any, Literal
 from absl import logging
 
 from pdjax.answers import read_answers
+from pdjax.config import ServingConfig
+from pdjax.reporting import describe
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Completion
+from pdjax.workload import Given
 from pdjax.workload.requests_file import Refused, write_completions
 
 RUN, ANSWERS, REQUESTS, EVENTS = 'run.json', 'answers.jsonl', 'requests.jsonl', 'events.jsonl'
@@ -180,6 +184,38 @@ class RunFolder:
     """Let others write into the folder."""
     with contextlib.suppress(OSError):
       self._lock.close()
+
+
+def open_folder(
+  workdir: str | pathlib.Path,
+  config: ServingConfig | None,
+  backend: str,
+  *,
+  resume: bool = False,
+  serves: str = "the config's workload",
+  more: Mapping[str, Any] | None = None,
+  say: Say = lambda line: None,
+) -> RunFolder:
+  """The work directory of a run, which nobody else writes into until it is closed.
+
+  Args:
+    workdir: The folder.
+    config: The run; None if it is not known yet.
+    backend: What runs it.
+    resume: Go on with the run that is there.
+    serves: What it serves, in words; a workload of another kind than the config's own is not compared by its fields.
+    more: What else a new run's `run.json` is to say.
+    say: Told in a line where an earlier run has gone.
+
+  Raises:
+    ValueError: if the folder cannot be used, or to resume, if its run is another one; see `RunFolder`.
+  """
+  if config is not None and isinstance(config.workload, Given):
+    config = dataclasses.replace(config, workload=None)  # its requests are known by their own answers
+  about = {'backend': backend, 'serves': serves, 'config': describe(config)}
+  if resume:
+    return RunFolder.resume(workdir, about)
+  return RunFolder.begin(workdir, about | dict(more or {}), say)
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:

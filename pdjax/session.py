@@ -12,15 +12,16 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from pdjax import launch
 from pdjax.answers import answer_line
+from pdjax.completions import Drafts, complete
 from pdjax.config import ServingConfig
-from pdjax.launch import Deployment, Prompt, Say
+from pdjax.deployment import Deployment, Say, choose_config, deploy
 from pdjax.metrics import EventLog, Report
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.run_folder import ANSWERS, EVENTS, RunFolder
+from pdjax.opened_model import Prompt, open_model
+from pdjax.reporting import save_report
+from pdjax.run_folder import ANSWERS, EVENTS, RunFolder, open_folder
 from pdjax.serving.events import Arrived, Delivered, Event, Finished
-from pdjax.serving.loop import serve
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload import Given, Live, Seeded
 
@@ -202,13 +203,17 @@ def _resolve(change: asyncio.Future[None]) -> None:
 
 
 class _Open:
-  """A request that has not ended: its stream, its samples, and what the log says of it."""
+  """A request that has not ended: its stream, its samples, and what became of those that have."""
 
   def __init__(self, stream: Stream):
     self.stream = stream
     self.samples = {sample.id: index for index, sample in enumerate(stream.request.samples())}
-    self.not_finished = set(self.samples)  # of which there is no `Finished` yet
-    self.events: list[Event] = []
+    self.completions: dict[str, Completion] = {}  # of those of which there is a `Finished`
+
+  @property
+  def has_ended(self) -> bool:
+    """Whether all its samples have."""
+    return len(self.completions) == len(self.samples)
 
 
 class Session:
@@ -235,8 +240,8 @@ class Session:
   as its cause, and so does whoever leaves the block if nobody was told before.
 
   Args:
-    config: What serves, its workload aside; None takes `launch.default_config(checkpoint)`. A `Deployment` is taken as
-      it is, and its engine is closed with the session.
+    config: What serves, its workload aside; None takes `pdjax.deployment.default_config(checkpoint)`. A `Deployment` on
+      devices is taken as it is, and closed with the session.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
     workdir: Gets `run.json`, `events.jsonl` and `answers.jsonl`, which grow as the session goes on, and in the end the
       report, as from `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What
@@ -287,6 +292,8 @@ class Session:
     """
     if self._thread is not None or self._closed:
       raise SessionError('the session was started before, and runs only once; make a new one.')
+    if isinstance(self._config, Deployment) and self._config.is_simulated:
+      raise ValueError("the deployment is simulated, and nobody can wait in virtual time; deploy on 'engine'.")
     with contextlib.ExitStack() as opened:
       path = None
       if self._workdir is not None:
@@ -295,9 +302,13 @@ class Session:
         self._answers = opened.enter_context(contextlib.closing(LinesFile(folder.path / ANSWERS, insist=True)))
       self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
       self._deployment = self._deploy()
-      engine = self._deployment.built.engine
-      self._live = Live(engine.interrupt)
-      engine.start_clock()
+      self._live = Live(self._deployment.built.engine.interrupt)
+      self._drafts = Drafts(self._has_text)
+      try:
+        self._serving = self._deployment.serve(Seeded(self._live, self._deployment.config.seed), self._log)
+      except BaseException:
+        self._deployment.close()
+        raise
       self._opened = opened.pop_all()
     self._thread = threading.Thread(target=self._run, name='pdjax-session', daemon=True)  # an exit closes it, below
     self._thread.start()
@@ -394,7 +405,7 @@ class Session:
     if self._thread is None or not self._keep_events:
       why = 'has not begun' if self._thread is None else 'keeps no events (keep_events=False)'
       raise SessionError(f'the session {why}, so there is nothing to report.')
-    return self._report(None)
+    return self._report()
 
   # -------------------------------------------------------------------------- inside
 
@@ -404,14 +415,14 @@ class Session:
 
   def _open_folder(self, workdir: str | pathlib.Path) -> RunFolder:
     config = self._config.config if isinstance(self._config, Deployment) else self._config
-    return launch.open_folder(workdir, config, 'engine', serves='what is submitted', say=self._say)
+    return open_folder(workdir, config, 'engine', serves='what is submitted', say=self._say)
 
   def _deploy(self) -> Deployment:
     if isinstance(self._config, Deployment):
-      config = launch.choose_config(self._config.config, seed=self._seed)
+      config = choose_config(self._config.config, seed=self._seed)
       return dataclasses.replace(self._config, config=config)
-    config = launch.choose_config(self._config, self._checkpoint, self._seed)
-    return launch.deploy(config, launch.open_model(config), say=self._say)
+    config = choose_config(self._config, self._checkpoint, self._seed)
+    return deploy(config, open_model(config), say=self._say)
 
   def _make_request(self, request: Request | Prompt, sampling: SamplingParams | None) -> Request:
     opened = self._deployment.opened
@@ -442,14 +453,10 @@ class Session:
 
   def _run(self) -> None:
     """The session's thread: serve until closed and done, or until something breaks."""
-    deployment = self._deployment
-    engine = deployment.built.engine
     cause: BaseException | None = None
     try:
-      with self._log as log:
-        arrivals = Seeded(self._live, deployment.config.seed)
-        for event in serve(arrivals, deployment.config.policy, engine, deployment.empty_state()):
-          log.append(event)
+      with self._log:
+        for event in self._serving:
           with self._lock:
             self._deliver(event)
     except BaseException as error:
@@ -459,29 +466,27 @@ class Session:
       left, self._open = list(self._open.values()), {}
     for entry in left:
       entry.stream._break(self._error)
-    engine.close()
+    self._deployment.close()
 
   def _deliver(self, event: Event) -> None:
     """Hand on what the log says to those whom it concerns."""
+    completion = self._drafts.note(event)
     match event:
-      case Arrived(request):
-        self._open[request.id].events.append(event)
       case Delivered(results=results):
         for result in results:
-          opened = self._open[result.request]
-          opened.events.append(dataclasses.replace(event, results=(result,), late=()))
           if result.tokens or result.text:
+            opened = self._open[result.request]
             opened.stream._add(Piece(result.tokens, result.text, opened.samples[result.request], result.logprobs))
-      case Finished(now_s, name) if entry := self._open.get(name):
-        entry.events.append(event)
-        entry.not_finished.remove(name)
-        if not entry.not_finished:
+      case Finished(_, name) if entry := self._open.get(name):
+        assert completion is not None
+        entry.completions[name] = completion
+        if entry.has_ended:
           for sample_name in entry.samples:
             del self._open[sample_name]
-          completions = launch.complete(entry.events, self._has_text)
+          completions = tuple(entry.completions[sample_name] for sample_name in entry.samples)
           if self._answers is not None:
             for one in completions:
-              self._answers.add(functools.partial(answer_line, one), now_s)
+              self._answers.add(functools.partial(answer_line, one), event.now_s)
           entry.stream._end(completions)
 
   def _cancel_all(self) -> None:
@@ -490,17 +495,17 @@ class Session:
     for entry in entries:
       entry.stream.cancel()
 
-  def _report(self, workdir: str | pathlib.Path | None) -> Report:
+  def _report(self) -> Report:
     deployment, events = self._deployment, self.events
     requests = tuple(event.request for event in events if isinstance(event, Arrived))
     config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
-    completions = launch.complete(events, self._has_text)
+    completions = complete(events, self._has_text)
     notes = (*self._log.notes, *(() if self._answers is None else self._answers.notes))
-    return dataclasses.replace(deployment, config=config).report(events, completions, workdir, notes)
+    return dataclasses.replace(deployment, config=config).report(events, completions, notes)
 
   def _save_report(self) -> None:
     if self._workdir is not None and self._keep_events:
-      self._report(self._workdir)
+      save_report(self._report(), self._workdir)
 
   def _close_at_exit(self) -> None:
     with contextlib.suppress(SessionError):

@@ -3,9 +3,10 @@
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from pdjax.cost.cost_model import CostModel
+from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.cluster import WorkerSpec, wire_dtype
@@ -23,8 +24,6 @@ class Simulator:
   if the workload knows it, else up to `max_tokens`.
   """
 
-  waits = False  # nobody does: a virtual clock moves at once
-
   def __init__(
     self,
     model: ModelSpec,
@@ -35,8 +34,12 @@ class Simulator:
     """Simulate these workers, `num_pages` filled in; their cache is float32 if they do not say otherwise."""
     self._model = model
     self._workers = {worker.name: worker for worker in workers}
-    self._cost = cost
+    self._cost = as_cost(cost)
     self._output_len = output_len
+    self.start_clock()
+
+  def start_clock(self) -> None:
+    """Let a run begin now, at 0 s, with nothing under way."""
     self._now_s = 0.0
     self._heap: list[tuple[float, int, Callable[[], Event]]] = []
     self._sequence = itertools.count()
@@ -44,6 +47,18 @@ class Simulator:
     self._ends_s: dict[int, float] = {}
     self._began_s: dict[int, float] = {}  # of passes
     self._left: dict[str, int] = {}  # tokens each request will still generate
+
+  def close(self) -> None:
+    """Nothing runs that would have to end."""
+
+  def interrupt(self, note: Callable[[float], None]) -> None:
+    """Call `note` with the time now: no wait is ever under way."""
+    note(self._now_s)
+
+  @property
+  def workers(self) -> Mapping[str, Any]:
+    """Those that may be lost and come back, by name: none, as nothing is simulated to fail."""
+    return {}
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Work out when each order will end and push that on the heap."""
@@ -61,7 +76,7 @@ class Simulator:
           order.steps,
         )
         if order.layer_groups:  # a program for each, and one before and after them
-          seconds += (1 + len(order.layer_groups)) * getattr(self._cost, 'dispatch_s', 0.0)
+          seconds += (1 + len(order.layer_groups)) * self._cost.dispatch_s
         began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
         self._began_s[order.id] = began_s
         self._push(order.id, lambda: self._step_done(order, began_s))

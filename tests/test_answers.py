@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pdjax import launch
 from pdjax.answers import Answers, answer_row, prompt_hash, read_answers
+from pdjax.completions import complete
 from pdjax.serving.events import Arrived, Delivered, Done, Finished, Result, Turn
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob
 from pdjax.workload import ClosedLoopWorkload, Fixed, Given, MultiTurn, Poisson, Uniform
@@ -79,7 +80,7 @@ def test_what_an_interruption_left_unnoted_is_caught_up_and_nothing_is_told_twic
   answers.catch_up(events)
   answers.close()
   assert [row['id'] for row in read_answers(tmp_path / 'answers.jsonl')] == ['one', 'two']
-  assert answers.completions == launch.complete(events, has_text=False)
+  assert answers.completions == complete(events, has_text=False)
 
 
 def test_an_interruption_between_the_line_and_the_note_of_it_costs_no_line(tmp_path, monkeypatch):

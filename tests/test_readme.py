@@ -10,6 +10,7 @@ import tokenizers
 from pdjax import launch
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.tokenizer import Tokenizer
+from pdjax.opened_model import OpenedModel
 from tests.tiny import TINY
 
 README = pathlib.Path(__file__).parents[1] / 'README.md'
@@ -30,7 +31,7 @@ class Wordy(RandomCheckpoint):
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
   model = dataclasses.replace(TINY, context_len=256)
   checkpoint = Wordy(model)
-  opened = launch.OpenedModel(model, checkpoint, checkpoint.tokenizer())
+  opened = OpenedModel(model, checkpoint, checkpoint.tokenizer())
   monkeypatch.setattr(launch, 'open_model', lambda config: opened)
   blocks = re.findall(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.DOTALL)
   assert len(blocks) == 2

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from pdjax import launch, run_folder
-from pdjax.config import apply_overrides
-from pdjax.run_folder import RunFolder, differences, read_run
+from pdjax.overrides import apply_overrides
+from pdjax.reporting import describe
+from pdjax.run_folder import RunFolder, differences, open_folder, read_run
 from pdjax.types import DeviceError, RayCluster
 from pdjax.workload import Given
 from tests.tiny import config, requests
@@ -240,7 +241,7 @@ def test_without_a_run_there_is_nothing_to_go_on_with(tmp_path, name, text):
 
 
 def opened(folder, run, **options):
-  with_folder = launch.open_folder(folder, run, 'engine', **options)
+  with_folder = open_folder(folder, run, 'engine', **options)
   with_folder.close()
   return with_folder
 
@@ -271,7 +272,7 @@ def test_every_difference_is_told_and_what_changes_no_answer_is_free(tmp_path):
   opened(tmp_path, config(workload=Given(requests((1, 2)))), resume=True)
 
   def on(cluster):
-    return {'config': {'processes': launch.describe(cluster)}}
+    return {'config': {'processes': describe(cluster)}}
 
   assert differences(on(RayCluster('10.0.0.1:6379')), on(RayCluster('10.0.0.2:6379', host='node'))) == [
     'config.processes.host was "127.0.0.1" and is "node"'

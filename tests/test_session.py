@@ -15,12 +15,13 @@ import time
 import pytest
 
 import pdjax
-from pdjax import launch
 from pdjax.answers import read_answers
+from pdjax.completions import complete
+from pdjax.deployment import Deployment
 from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
-from pdjax.launch import Deployment, OpenedModel
+from pdjax.opened_model import OpenedModel
 from pdjax.policies import Disaggregated
 from pdjax.serving import PolicyError, StuckError
 from pdjax.serving.events import Arrived, Done, Finished, Started, Turn, Withdrawn, WorkerLost
@@ -462,7 +463,7 @@ def test_a_session_that_has_not_begun_says_so():
   assert session.events == ()
   session.close()
   with pytest.raises(ValueError, match=r"a config and the checkpoint 'x\.gguf' are both given"):
-    pdjax.Session(launch.ServingConfig(workers=pdjax.colocated_pool(1), model=TINY), checkpoint='x.gguf').start()
+    pdjax.Session(pdjax.ServingConfig(workers=pdjax.colocated_pool(1), model=TINY), checkpoint='x.gguf').start()
 
 
 # ---------------------------------------------------------------------------- breaking down
@@ -620,7 +621,7 @@ def test_the_report_can_be_had_at_any_time_and_the_folder_has_the_last(begin, tm
   assert len((tmp_path / 'events.jsonl').read_text().splitlines()) == len(session.events)
   rows = read_answers(tmp_path / 'answers.jsonl')
   assert sorted((row['id'], tuple(row['output_token_ids'])) for row in rows) == sorted(
-    (one.request.id, one.token_ids) for one in launch.complete(session.events, has_text=True)
+    (one.request.id, one.token_ids) for one in complete(session.events, has_text=True)
   )
 
 

@@ -1,8 +1,8 @@
 """1P1D on one device beside a colocated worker there: a few prompts one by one, then all at once.
 
-Both have a Llama of few layers with random weights in bfloat16, and are what `pdjax.launch.deploy` makes, with the loop
-and the policies. In bfloat16 the sum of a product depends on how many rows it has, so a token may differ where two are
-nearly as likely, which with random weights they often are.
+Both have a Llama of few layers with random weights in bfloat16, and are what `pdjax.deployment.deploy` makes, with the
+loop and the policies. In bfloat16 the sum of a product depends on how many rows it has, so a token may differ where two
+are nearly as likely, which with random weights they often are.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from experiments.device_check.context import Context
 from experiments.device_check.drawn import DrawnCheckpoint
 from experiments.few_buckets import with_few_buckets
 from pdjax.config import ServingConfig
-from pdjax.launch import Deployment, OpenedModel, deploy
+from pdjax.deployment import Deployment, deploy
 from pdjax.metrics import Report
+from pdjax.opened_model import OpenedModel
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import Policy, serve
+from pdjax.serving import Policy
 from pdjax.serving.events import Finished
 from pdjax.types import Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
@@ -49,14 +50,16 @@ def run(context: Context) -> None:
   together: dict[str, Served] = {}
   for name, (workers, policy) in ways.items():
     deployment = _deployed(context, workers, policy)
-    print(f'{name} compiled in {deployment.built.warm_up.compile_s:.1f} s', flush=True)
-    context.figures.compiled(deployment.built.warm_up.compile_s)
+    warm_up = deployment.built.warm_up
+    assert warm_up is not None
+    print(f'{name} compiled in {warm_up.compile_s:.1f} s', flush=True)
+    context.figures.compiled(warm_up.compile_s)
     try:
       requests = _requests(context)
       alone[name] = [_serve(deployment, [request]) for request in [requests[0], *requests]][1:]  # the first is slow
       together[name] = _serve(deployment, requests)
     finally:
-      deployment.built.engine.close()
+      deployment.close()
     del deployment  # and with it the weights
     _say(context, name, alone, together)
   pairs = [
@@ -97,10 +100,7 @@ def _requests(context: Context) -> list[Request]:
 
 def _serve(deployment: Deployment, requests: Sequence[Request]) -> Served:
   """Serve requests that come all at once."""
-  engine = deployment.built.engine
-  state = deployment.empty_state()
-  engine.start_clock()
-  events = tuple(serve(Listed(list(requests)), deployment.config.policy, engine, state))
+  events = tuple(deployment.serve(Listed(list(requests))))
   report = Report.from_events(events, workers=deployment.built.workers)
   tokens = {event.request: event.tokens for event in events if isinstance(event, Finished)}
   if failed := [event for event in events if isinstance(event, Finished) and event.error]:

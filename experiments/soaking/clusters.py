@@ -11,15 +11,16 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from experiments.faults.engine_faults import FaultyWay, FaultyWorker, fresh
 from experiments.few_buckets import with_few_buckets
-from pdjax import launch
+from pdjax.completions import complete
 from pdjax.config import ServingConfig
+from pdjax.deployment import Deployment, deploy
 from pdjax.engine.built import Serving
 from pdjax.engine.engine import Engine
 from pdjax.kv.transfer import DevicePut, Transport
-from pdjax.launch import Deployment, OpenedModel
 from pdjax.model.tokenizer import Tokenizer
+from pdjax.opened_model import OpenedModel
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import ClusterState, Policy, serve
+from pdjax.serving import ClusterState, Policy
 from pdjax.serving.events import Event
 from pdjax.types import (
   Completion,
@@ -117,7 +118,7 @@ class Cluster:
   def __init__(self, name: str, say: Callable[[str], None] = lambda line: None):
     """Load and compile it; `say` is told in a line what is being done."""
     self.name = name
-    self._deployment = launch.deploy(_config(name), OpenedModel(MODEL, None, tokenizer()), say=say)
+    self._deployment = deploy(_config(name), OpenedModel(MODEL, None, tokenizer()), say=say)
     engine = self._deployment.built.engine
     assert isinstance(engine, Engine)
     engine.close()
@@ -183,12 +184,9 @@ class Alone(Cluster):
 
   def serve(self, requests: Iterable[Request], watch: Callable[[Event], None]) -> Sequence[Completion]:
     """Answer requests of one sample each, all at once; `watch` is called with every event."""
-    engine = self.engine()
-    deployment = self.deployed(engine)
     events = []
-    with contextlib.closing(engine):
-      engine.start_clock()
-      for event in serve(Listed(requests), deployment.config.policy, engine, deployment.empty_state()):
+    with contextlib.closing(self.deployed(self.engine())) as deployment:
+      for event in deployment.serve(Listed(requests)):
         events.append(event)
         watch(event)
-    return launch.complete(events, has_text=True)
+    return complete(events, has_text=True)

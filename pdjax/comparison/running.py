@@ -9,19 +9,19 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from pdjax import launch
 from pdjax.comparison.contest import Case, Outcomes
 from pdjax.comparison.systems import System, at_rate, baselines, by_cluster, disaggregated_systems, with_split
-from pdjax.comparison.verdict import BackendName, Comparison, case_json, places
+from pdjax.comparison.verdict import Comparison, case_json, places
 from pdjax.config import ServingConfig
+from pdjax.deployment import BackendName, Say, calibrated, deploy
 from pdjax.metrics import Report, Timeline
 from pdjax.metrics.event_log import EventLog
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.metrics.saving import write_each
 from pdjax.metrics.wording import number, per_second, short
+from pdjax.opened_model import OpenedModel, open_model
 from pdjax.run_folder import CASES, EVENTS
 from pdjax.serving.events import Event
-from pdjax.serving.loop import Arrivals, serve
 from pdjax.types.cluster import Role
 from pdjax.types.json_text import json_text
 from pdjax.workload import Workload
@@ -41,9 +41,9 @@ def compare(
   splits: Iterable[str] | None = None,
   budgets: Sequence[int] | None = None,
   workdir: str | os.PathLike | None = None,
-  say: launch.Say = lambda line: None,
+  say: Say = lambda line: None,
   calibrate: bool = False,
-  opened: launch.OpenedModel | None = None,
+  opened: OpenedModel | None = None,
   over: Callable[[], None] = lambda: None,
 ) -> Comparison:
   """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
@@ -79,8 +79,8 @@ def compare(
   whole = config.workload
   workloads = [whole] if rates is None else [at_rate(whole, rate) for rate in rates]
   if calibrate and backend == 'simulator':
-    config = launch.calibrated(config)
-  opened = opened or launch.open_model(config)
+    config = calibrated(config)
+  opened = opened or open_model(config)
   ours = _disaggregated(config, splits, budgets)
   theirs, missing = baselines(ours, opened.model, budgets)
   own = _rate(whole)
@@ -155,48 +155,22 @@ def _check_baselines(cases: Sequence[Case], missing: dict[str, str]) -> None:
 
 
 def _run_cluster(
-  cluster: Sequence[System],
-  workloads: Sequence[Workload],
-  backend: BackendName,
-  opened: launch.OpenedModel,
-  say: launch.Say,
+  cluster: Sequence[System], workloads: Sequence[Workload], backend: BackendName, opened: OpenedModel, say: Say
 ) -> Iterator[Run]:
-  """Serve every workload with every policy of a cluster."""
-  if backend == 'engine':
-    yield from _run_on_devices(cluster, workloads, opened, say)
-    return
+  """Serve every workload with every policy of a cluster, which is built once."""
   try:
-    launch.size_simulated(cluster[0].config, opened.model)
+    one = deployment = deploy(cluster[0].config, opened, backend, say)
   except ValueError as error:
     raise DoesNotFit(str(error)) from error
-  for workload in workloads:
-    for system in cluster:
-      result = launch.simulate(dataclasses.replace(system.config, workload=workload), opened=opened)
-      yield system, workload, result.report, result.events
-
-
-def _run_on_devices(
-  cluster: Sequence[System], workloads: Sequence[Workload], opened: launch.OpenedModel, say: launch.Say
-) -> Iterator[Run]:
-  """The same on devices, loaded and compiled once."""
-  served: list[Arrivals] = []  # the one being served last: it knows how many tokens its requests generate
-  try:
-    deployment = launch.deploy(cluster[0].config, opened, lambda request: served[-1].output_len(request), say)
-  except ValueError as error:
-    raise DoesNotFit(str(error)) from error
-  engine = deployment.built.engine
   try:
     for workload in workloads:
       for system in cluster:
-        served.append(launch.arrivals_of(workload, system.config, opened))
-        engine.start_clock()
-        events = tuple(serve(served[-1], system.config.policy, engine, deployment.empty_state()))
-        config = dataclasses.replace(system.config, workload=workload)
-        report = dataclasses.replace(deployment, config=config).report(events, (), None)
-        yield system, workload, report, events
+        one = dataclasses.replace(deployment, config=dataclasses.replace(system.config, workload=workload))
+        events = tuple(one.serve(opened.arrivals(one.config)))
+        yield system, workload, one.report(events), events
   finally:
-    engine.close()
-    del deployment, engine
+    deployment.close()
+    del deployment, one
     gc.collect()  # the next cluster wants the memory, and an engine stands in a ring of references
 
 

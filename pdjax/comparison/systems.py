@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pdjax.config import ServingConfig
-from pdjax.policies import Colocated, Disaggregated
+from pdjax.policies import Colocated, Disaggregated, as_policy
 from pdjax.types.cluster import (
   WorkerSpec,
   carve_devices,
@@ -139,7 +139,7 @@ def colocated_systems(
   decodes = [worker for worker in workers if worker.role.decodes]
   slots = max(sum(worker.max_sequences for worker in one.workers if worker.role.decodes) for one in configs)
   fused = min(worker.max_fused_steps for worker in decodes)
-  decode_steps = min(getattr(config.policy, 'decode_steps', 1), fused)
+  decode_steps = min(as_policy(config.policy).decode_steps, fused)
   sizes = _budgets(configs, budgets)
   like = decodes[0]  # whose pages the baseline has
   systems, missing = [], {}

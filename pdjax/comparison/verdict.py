@@ -7,7 +7,7 @@ import os
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from pdjax.comparison.contest import (
 )
 from pdjax.comparison.sentences import at_one_rate, at_rates, over_rates, standings
 from pdjax.comparison.systems import System
+from pdjax.deployment import BackendName
 from pdjax.metrics import Beside, OverRate, charts, draw
 from pdjax.metrics.saving import write_each
 from pdjax.metrics.wording import listed, percent, plain, short
@@ -33,8 +34,6 @@ from pdjax.types.json_text import json_text
 
 if TYPE_CHECKING:
   import altair as alt
-
-BackendName = Literal['engine', 'simulator']
 
 _WRAP = 110  # columns of printed sentences
 

@@ -1,7 +1,7 @@
 """How long it would take."""
 
-from pdjax.cost.cost_model import CostModel
+from pdjax.cost.cost_model import CostBase, CostModel, as_cost
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
 
-__all__ = ['CostModel', 'Roofline', 'size_pools']
+__all__ = ['CostBase', 'CostModel', 'Roofline', 'as_cost', 'size_pools']

@@ -1,16 +1,18 @@
 """How long things take: what a simulator or a policy asks."""
 
+import abc
 from collections.abc import Sequence
 from typing import Protocol
 
 from pdjax.types.cluster import WorkerSpec
+from pdjax.types.hardware import ChipSpec
 from pdjax.types.model import ModelSpec
 
 
 class CostModel(Protocol):
-  """Predicts the seconds of a pass and of a transfer.
+  """Predicts the seconds of a step and of a transfer.
 
-  It may say with an attribute `dispatch_s` what each further program of a pass costs that runs in groups of layers.
+  What else it may say is in `CostBase`, whose defaults count for a class that says nothing of it.
   """
 
   def step_seconds(
@@ -21,15 +23,73 @@ class CostModel(Protocol):
     contexts: Sequence[int],
     steps: int,
   ) -> float:
-    """Seconds of one pass.
+    """Seconds of one step of a worker.
 
     Args:
       model: The model.
       worker: The worker that runs it.
       chunks: (tokens already cached, new tokens) of each prompt chunk.
-      contexts: Cached tokens of each decoding sequence when the pass begins.
-      steps: Decode steps in the pass.
+      contexts: Cached tokens of each decoding sequence when the step begins.
+      steps: Decode steps in it.
     """
 
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
     """Seconds to move the KV of so many tokens, whole pages counted; of fewer tokens where only some layers travel."""
+
+
+class CostBase(abc.ABC):
+  """A cost model, and what it says of the machine that it has in mind.
+
+  Attributes:
+    chip: One device, whose memory bounds what fits; None if it is no chip in particular.
+    calibrated: Whether its constants were measured on the machine at hand.
+    shared_host: Whether the devices are virtual ones of one CPU, which have one memory in common.
+    dispatch_s: Seconds that each further program of a step costs that runs in groups of layers.
+  """
+
+  chip: ChipSpec | None = None
+  calibrated: bool = False
+  shared_host: bool = False
+  dispatch_s: float = 0.0
+
+  @abc.abstractmethod
+  def step_seconds(
+    self,
+    model: ModelSpec,
+    worker: WorkerSpec,
+    chunks: Sequence[tuple[int, int]],
+    contexts: Sequence[int],
+    steps: int,
+  ) -> float:
+    """Seconds of one step of a worker; see `CostModel`."""
+
+  @abc.abstractmethod
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
+    """Seconds to move the KV of so many tokens; see `CostModel`."""
+
+
+def as_cost(cost: CostModel) -> CostBase:
+  """A cost model with all that `CostBase` says of one, where it is a class that has the two methods alone too."""
+  return cost if isinstance(cost, CostBase) else _Completed(cost)
+
+
+class _Completed(CostBase):
+  """A cost model of a class of its own; it may say by itself what `CostBase` says."""
+
+  def __init__(self, cost: CostModel):
+    self._cost = cost
+    for name in ('chip', 'calibrated', 'shared_host', 'dispatch_s'):
+      setattr(self, name, getattr(cost, name, getattr(CostBase, name)))
+
+  def step_seconds(
+    self,
+    model: ModelSpec,
+    worker: WorkerSpec,
+    chunks: Sequence[tuple[int, int]],
+    contexts: Sequence[int],
+    steps: int,
+  ) -> float:
+    return self._cost.step_seconds(model, worker, chunks, contexts, steps)
+
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
+    return self._cost.transfer_seconds(model, source, target, tokens)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pdjax.cost.cost_model import CostModel
+from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.types.cluster import TransferSpec, WorkerSpec, ways
 from pdjax.types.model import ModelSpec
 
@@ -25,7 +25,7 @@ def choose_granularity(
   if spec.granularity != 'auto' or spec.layers_from is not None:
     return spec
   groups = len(spec.groups(model.num_layers))
-  price_s = (groups - 1) * (_PROGRAMS * getattr(cost, 'dispatch_s', 0.0) + _ORDER_S)
+  price_s = (groups - 1) * (_PROGRAMS * as_cost(cost).dispatch_s + _ORDER_S)
   layered = [(source, target) for source, target in ways(workers) if not source.role.decodes]
 
   def gains(tokens: int) -> bool:

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
+from pdjax.cost.cost_model import CostBase
 from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Roofline:
+class Roofline(CostBase):
   """The roofline model (Williams et al. 2009) of a transformer's passes.
 
   Attributes:
@@ -26,12 +27,12 @@ class Roofline:
   shared_host: bool = False
 
   @property
-  def calibrated(self) -> bool:
+  def calibrated(self) -> bool:  # type: ignore[override]  # a property here, as `chip` says it
     """Whether its constants were measured on the machine at hand."""
     return self.chip.calibrated
 
   @property
-  def dispatch_s(self) -> float:
+  def dispatch_s(self) -> float:  # type: ignore[override]
     """Seconds that each further program of a pass costs."""
     return self.chip.step_overhead_s
 

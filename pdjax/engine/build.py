@@ -128,8 +128,7 @@ def build_engine(
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    sends = transfer if config.moves_kv else None
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer, sends))
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer, transfer))
     pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
 

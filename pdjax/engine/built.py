@@ -17,7 +17,7 @@ class Living(Protocol):
 
 
 class Serving(Protocol):
-  """A backend on devices, of this process or of others."""
+  """A backend that serves again and again: on devices of this process or of others, or in virtual time."""
 
   @property
   def workers(self) -> Mapping[str, Living]:
@@ -69,13 +69,13 @@ class Built:
     workers: Its workers, `num_pages` filled in.
     transfer: How KV travels, `layers_from` filled in.
     dtype: Of the weights.
-    devices: The devices of each worker by name.
-    warm_up: What was done.
+    devices: The devices of each worker by name; in virtual time their numbers.
+    warm_up: What was done; None in virtual time, where nothing is.
   """
 
   engine: Serving
   workers: tuple[WorkerSpec, ...]
   transfer: TransferSpec
   dtype: DtypeName
-  devices: dict[str, list[str]]
-  warm_up: WarmUp
+  devices: Mapping[str, Sequence[str | int]]
+  warm_up: WarmUp | None

@@ -95,7 +95,7 @@ class Worker:
       weights: The model's weights on that mesh.
       limit_of: How many tokens a request generates at most.
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
-      transfer: How what it computes travels; None if it stays.
+      transfer: How what it computes travels, which says in which groups of layers its steps run; None for whole ones.
     """
     assert isinstance(spec.num_pages, int) and spec.page_size and spec.kv_dtype
     self.spec = spec
@@ -284,7 +284,18 @@ class Worker:
   # -------------------------------------------------------------------------- running
 
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
-    """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any."""
+    """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any.
+
+    A worker compiled for groups of layers runs in these, also where the order does not ask for it.
+
+    Raises:
+      ValueError: if the order asks for groups of layers that nothing was compiled for.
+    """
+    if not self._group_starts.keys() >= set(order.layer_groups):
+      raise ValueError(
+        f'step {order.id} is to run in the groups of layers {order.layer_groups}, but worker {self.spec.name!r} is '
+        f'compiled for {tuple(self._group_starts) or "whole steps"}; give the state the TransferSpec of the workers.'
+      )
     admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
     if self._left_out:
       anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}

@@ -129,8 +129,7 @@ class WorkerProcess:
     mesh = make_mesh(model, self._devices)
     weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(assignment.dtype))[None]
     summed = fingerprint(weights)
-    sends = assignment.transfer if assignment.moves_kv else None
-    worker = Worker(spec, model, mesh, weights, self._limit_of, checkpoint.tokenizer(), sends)
+    worker = Worker(spec, model, mesh, weights, self._limit_of, checkpoint.tokenizer(), assignment.transfer)
     worker.incarnation = assignment.incarnation
     loaded = time.perf_counter()
     program_s = self.compile_worker(worker)

@@ -1,7 +1,11 @@
 """What to do next: policies are pure functions of the cluster's state."""
 
+from pdjax.policies.base import PolicyBase, as_policy
 from pdjax.policies.colocated import Colocated
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.policies.placement import FewestQueuedTokens, MostFreePages, MostFreeSlots, Placement
 
-__all__ = ['Colocated', 'Disaggregated', 'FewestQueuedTokens', 'MostFreePages', 'MostFreeSlots', 'Placement']
+__all__ = [
+  'Colocated', 'Disaggregated', 'FewestQueuedTokens', 'MostFreePages', 'MostFreeSlots', 'Placement', 'PolicyBase',
+  'as_policy',
+]  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import ClassVar
 
+from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, Action, Step
@@ -12,7 +13,7 @@ from pdjax.serving.view import ClusterView, RequestView
 
 
 @dataclasses.dataclass(frozen=True)
-class Colocated:
+class Colocated(PolicyBase):
   """Decodes first, then as many prompt tokens as the budget leaves, in one step (Sarathi-Serve, Agrawal et al. 2024).
 
   Nothing moves between workers. A step without prompt tokens runs several decode steps on the device.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
+from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import fill_prefills, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, Action, Step, Transfer
@@ -10,7 +11,7 @@ from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 
 
 @dataclasses.dataclass(frozen=True)
-class Disaggregated:
+class Disaggregated(PolicyBase):
   """Prefill in arrival order; decode everything a decode worker holds (DistServe, Zhong et al. 2024).
 
   A prompt's KV travels chunk by chunk while the prompt is computed, if a decode worker has room when it begins;

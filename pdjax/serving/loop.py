@@ -53,9 +53,6 @@ class Backend(Protocol):
   Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; what is told of it
   after that counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
   over, in any of these ways, none of its pages is read or written for it any more.
-
-  A backend in whose time nobody waits may say so with a class attribute `waits = False`; then it is not told where the
-  next request is long in coming.
   """
 
   def submit(self, orders: Sequence[Order]) -> None:
@@ -68,18 +65,27 @@ class Backend(Protocol):
     """Wait until something happened or `until_s` has come; the time now, and all that ended up to it, in order."""
 
 
-def serve(arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterState) -> Iterator[Event]:
+def serve(
+  arrivals: Arrivals, policy: Policy, backend: Backend, state: ClusterState, *, waits: bool = True
+) -> Iterator[Event]:
   """Serve requests until none can come and none is left; yield all that happens, in order.
 
   The clock is read once a turn; the policy is asked until it wants nothing more. Before it, a turn does what must be
   done: refuse what can never run, end what was withdrawn, give up or try again what failed. `Delivered`, what requests
   really got of a step, comes right behind its `Done`, and a request's end right behind what ended it.
 
+  Args:
+    arrivals: Where requests come from.
+    policy: Decides.
+    backend: Carries orders out.
+    state: The cluster, with nothing begun.
+    waits: Whether somebody waits while its clock runs, and is told where the next request is long in coming.
+
   Raises:
     PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
     StuckError: if requests wait for what can never come.
   """
-  now_s, longest_s = 0.0, 0.0 if getattr(backend, 'waits', True) else math.inf  # of the waits that were told
+  now_s, longest_s = 0.0, 0.0 if waits else math.inf  # of the waits that were told
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()
     next_s = min(arrives_s, state.next_timer_s)

@@ -173,7 +173,11 @@ class TransferSpec:
     return tuple(itertools.pairwise(bounds))
 
   def pass_groups(self, role: Role, num_layers: int) -> tuple[tuple[int, int], ...]:
-    """The groups of layers that prefill passes run in; none if they run whole, as on all workers that decode."""
+    """The groups of layers that the steps of a role's workers run in, between which KV may leave by layers.
+
+    There are none where steps run whole, as on all workers that decode. Nothing else says so: programs are compiled for
+    these groups, orders name them, and what travels by layers travels in them.
+    """
     return () if self.layered_from is None or role.decodes else self.groups(num_layers)
 
   @property

@@ -59,6 +59,10 @@ class Workload(Protocol):
   def max_concurrency(self) -> int | None:
     """Most requests in flight that the workload allows; None if it does not ask."""
 
+  @property
+  def seed(self) -> int | None:
+    """What fixes all that it draws; None if it draws nothing."""
+
   def arrivals(self, context: WorkloadContext) -> Arrivals:
     """A fresh source of these requests, the same every time."""
 
@@ -89,6 +93,10 @@ class Given:
 
   @property
   def max_concurrency(self) -> None:
+    return None
+
+  @property
+  def seed(self) -> None:
     return None
 
   def arrivals(self, context: WorkloadContext) -> Listed:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 
 from experiments.faults.leaks import leaks
+from pdjax.completions import complete
 from pdjax.config import ServingConfig
 from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
-from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.serving.events import Done, Event, Started
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve

@@ -11,11 +11,13 @@ import pytest
 
 from pdjax import launch
 from pdjax.cost import Roofline
+from pdjax.deployment import calibrated
 from pdjax.engine import build, worker_process
 from pdjax.engine.dtypes import settle_dtype
 from pdjax.engine.processes import Handshake, build_processes
 from pdjax.model.checkpoint import RandomCheckpoint, save_orbax
 from pdjax.model.weights import load_weights
+from pdjax.run_folder import read_run
 from pdjax.sharding import make_mesh
 from pdjax.types import ChipSpec
 from pdjax.types.handshake import Machine
@@ -204,6 +206,7 @@ def test_a_run_in_auto_on_a_cpu_is_one_in_float32_and_the_report_says_so(tmp_pat
   }
   assert result.report.config['dtype'] == 'float32'
   assert '"dtype": "float32"' in (tmp_path / 'report.json').read_text()
+  assert read_run(tmp_path)['settled'] == {'dtype': 'float32'}
   assert {worker.kv_dtype for worker in result.workers} == {'float32'}
 
 
@@ -231,5 +234,5 @@ def test_a_checkpoint_in_bfloat16_is_loaded_in_float16(tmp_path):
 
 
 def test_a_simulation_in_auto_that_measures_this_machine_takes_what_it_is_fastest_in():
-  measured = launch.calibrated(run_with(dtype='auto', cost=Roofline(ChipSpec.tpu_v5e())))
+  measured = calibrated(run_with(dtype='auto', cost=Roofline(ChipSpec.tpu_v5e())))
   assert (measured.dtype, measured.cost.chip.dtype) == ('float32', 'float32')

@@ -10,8 +10,9 @@ import pytest
 
 import pdjax
 from pdjax import launch
-from pdjax.launch import OpenedModel
+from pdjax.deployment import deploy
 from pdjax.model.checkpoint import RandomCheckpoint
+from pdjax.opened_model import OpenedModel
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving.events import Done, Turn
 from pdjax.types import SLO, Request, SamplingParams
@@ -95,7 +96,7 @@ def test_every_file_is_strict_json(served):
 
 
 def test_a_session_with_a_work_directory_goes_on(tmp_path):
-  deployment = launch.deploy(config(), opened(math.nan))
+  deployment = deploy(config(), opened(math.nan))
   with pdjax.Session(deployment, workdir=tmp_path) as session:
     streams = [session.submit(dataclasses.replace(one, slo=SLO(ttft_ms=math.inf))) for one in asked()]
     reasons = [stream.result(60).finish_reason for stream in streams]

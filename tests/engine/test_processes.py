@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from pdjax import Session, launch
+from pdjax import Session
+from pdjax.deployment import Deployment
 from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.engine.process_engine import ProcessEngine
 from pdjax.engine.processes import build_processes, clock_offset, limit_of
@@ -18,6 +19,7 @@ from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
+from pdjax.opened_model import OpenedModel
 from pdjax.serving.events import Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
@@ -434,7 +436,7 @@ def test_clocks_of_other_hosts_are_compared_by_the_quickest_answer():
 def test_a_session_serves_over_processes_as_over_one():
   run = dataclasses.replace(config('1P1D'), transfer=SPEC)
   built = Processes.of(run)
-  deployment = launch.Deployment(run, launch.OpenedModel(TINY), built.built)
+  deployment = Deployment(run, OpenedModel(TINY), built.built)
   with Session(deployment) as session:
     streams = [session.submit(prompt(9, seed), SamplingParams(max_tokens=5)) for seed in range(3)]
     built.peers['decode0'].kill()

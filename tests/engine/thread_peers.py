@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from pdjax.completions import complete
 from pdjax.config import ServingConfig
 from pdjax.engine.built import Built
 from pdjax.engine.peers import Message, News, PeerLost
 from pdjax.engine.processes import build_processes
 from pdjax.engine.worker_process import WorkerProcess
-from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.serving.events import Finished, WorkerBack
 from pdjax.serving.loop import serve

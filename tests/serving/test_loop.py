@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from pdjax.completions import complete
 from pdjax.cost import Roofline
-from pdjax.launch import complete
 from pdjax.metrics import Report
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
@@ -386,9 +386,8 @@ def test_answers_that_start_nothing_have_an_end_that_names_the_last():
 @pytest.mark.parametrize('waits', [True, False])
 def test_a_wait_that_may_be_another_unit_is_told_where_somebody_waits(arrivals_s, told, waits, caplog):
   requests = [_request(f'r{number}', arrival_s) for number, arrival_s in enumerate(arrivals_s)]
-  simulator = _simulator(Listed([]))
-  simulator.waits = waits
-  list(serve(Listed(requests), Colocated(), simulator, ClusterState(TINY, WORKERS, 4)))
+  state = ClusterState(TINY, WORKERS, 4)
+  list(serve(Listed(requests), Colocated(), _simulator(Listed([])), state, waits=waits))
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == (len(told) if waits else 0)
   for line, arrival_s in zip(lines, told, strict=False):
@@ -401,7 +400,6 @@ def test_nobody_is_told_of_a_wait_for_what_is_under_way(caplog):
       return 10_000.0
 
   simulator = Simulator(TINY, WORKERS, Slow())
-  simulator.waits = True
   requests = [_request('a'), _request('b', 15_000.0)]
   list(serve(Listed(requests), Colocated(), simulator, ClusterState(TINY, WORKERS, 4)))
   assert caplog.records == []

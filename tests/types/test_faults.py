@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdjax.config import apply_overrides
+from pdjax.overrides import apply_overrides
 from pdjax.types import FaultSpec, TransferSpec
 from tests.tiny import config
 

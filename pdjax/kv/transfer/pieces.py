@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from pdjax.kv.pages import LAYER_SPEC, KVPages, Units, gather, scatter
 from pdjax.kv.transfer.base import PagePool, Parcel, places
 from pdjax.sharding import replicated
-from pdjax.types.cluster import KVDtypeName, TransferSpec, wire_dtype
+from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, wire_dtype
 from pdjax.types.span import Span
 
 Shape = tuple[int, int]  # of a batch: its layers and units
@@ -127,7 +127,7 @@ class ByPieces(abc.ABC):
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
     self.num_layers = len(ours.layers)
-    groups = () if spec.layered_from is None else spec.groups(self.num_layers)
+    groups = spec.pass_groups(Role.PREFILL, self.num_layers)
     most = min(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs))
     shapes = {stop - first for first, stop in ((0, self.num_layers), *groups)}
     self._sizes = {layers: batch_bounds(spec.piece_bytes // self.unit_bytes(layers), most) for layers in shapes}

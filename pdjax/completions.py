@@ -1,0 +1,78 @@
+"""Completions out of events: what each sample has got so far, and what it got once it has ended."""
+
+from collections.abc import Iterable
+
+from pdjax.serving.events import Arrived, Delivered, Event, Finished, Result
+from pdjax.types.request import Completion, FinishReason, Request
+
+
+def complete(events: Iterable[Event], has_text: bool) -> tuple[Completion, ...]:
+  """What each sample that ended in a log got, in the order of arrival; as text too if there was a tokenizer."""
+  drafts = Drafts(has_text)
+  found: dict[str, Completion | None] = {}
+  for event in events:
+    if isinstance(event, Arrived):
+      found.update(dict.fromkeys(sample.id for sample in event.request.samples()))
+    if (one := drafts.note(event)) is not None:
+      found[one.request.id] = one
+  return tuple(one for one in found.values() if one is not None)
+
+
+class Drafts:
+  """Follows a run's events and knows what each sample under way has got.
+
+  Args:
+    has_text: Whether there is a tokenizer, so that an answer without text is an empty one.
+  """
+
+  def __init__(self, has_text: bool):
+    self._has_text = has_text
+    self._under_way: dict[str, _Draft] = {}
+
+  def note(self, event: Event) -> Completion | None:
+    """Take notice of what happened next; the completion of the sample that it ended, if it ended one."""
+    match event:
+      case Delivered(now_s, _, results):
+        for result in results:
+          self._under_way[result.request].add(result, now_s)
+      case Arrived(request):
+        self._under_way.update((sample.id, _Draft(sample)) for sample in request.samples())
+      case Finished(_, name):
+        if draft := self._under_way.pop(name, None):
+          return draft.completion(event.tokens, event.finish_reason, event.error, self._has_text)
+    return None
+
+  def unfinished(self, sample: Request) -> Completion:
+    """What a sample has got if nothing more comes; its error says that it has not ended."""
+    whole = Completion.unfinished(sample)
+    draft = self._under_way.get(sample.id)
+    return whole if draft is None else draft.completion(None, whole.finish_reason, whole.error, self._has_text)
+
+
+class _Draft:
+  """What a sample under way has got."""
+
+  def __init__(self, sample: Request):
+    self._sample = sample
+    self._results: list[Result] = []
+    self._times_s: list[float] = []
+
+  def add(self, result: Result, now_s: float) -> None:
+    self._results.append(result)
+    self._times_s += [now_s] * len(result.tokens)
+
+  def completion(
+    self, tokens: tuple[int, ...] | None, reason: FinishReason, error: str | None, has_text: bool
+  ) -> Completion:
+    """Its completion with these tokens; None takes all that came."""
+    if tokens is None:
+      tokens = tuple(token for result in self._results for token in result.tokens)
+    return Completion(
+      self._sample,
+      tokens,
+      reason,
+      error,
+      ''.join(result.text for result in self._results) if has_text else None,
+      tuple(self._times_s[: len(tokens)]),
+      tuple(logprob for result in self._results for logprob in result.logprobs)[: len(tokens)],
+    )

@@ -1,0 +1,267 @@
+"""A deployment: a config's cluster, on devices or simulated, that serves one set of requests after another."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from pdjax.config import ServingConfig
+from pdjax.cost import Roofline, as_cost, size_pools
+from pdjax.cost.granularity import choose_granularity
+from pdjax.cost.memory import ACCELERATOR_SHARE
+from pdjax.engine.built import Built
+from pdjax.metrics import EventLog, Report
+from pdjax.opened_model import OpenedModel
+from pdjax.reporting import make_report
+from pdjax.serving.events import Event
+from pdjax.serving.loop import Arrivals, serve
+from pdjax.serving.state import ClusterState
+from pdjax.simulator import Simulator
+from pdjax.types.cluster import DeviceError, carve_devices, decode_pool, devices_needed, prefill_pool
+from pdjax.types.hardware import DeviceKind
+from pdjax.types.model import ModelSpec
+from pdjax.types.request import Completion, Request
+
+BackendName = Literal['engine', 'simulator']
+OutputLen = Callable[[str], int | None]  # how many tokens a request really generates, where that is known, by its id
+Say = Callable[[str], None]
+
+
+class Lengths:
+  """How many tokens the requests really generate that a deployment serves now: for its backend, never for a policy."""
+
+  def __init__(self):
+    self.arrivals: Arrivals | None = None
+
+  def __call__(self, request: str) -> int | None:
+    return None if self.arrivals is None else self.arrivals.output_len(request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+  """A cluster that is ready to serve, once and again.
+
+      with contextlib.closing(deploy(config, opened)) as deployment:
+        events = tuple(deployment.serve(opened.arrivals(config)))
+        print(deployment.report(events))
+
+  A copy with another config, of the same cluster, serves with the same backend: one of them at a time.
+
+  Attributes:
+    config: The run.
+    opened: The model that is served.
+    built: What carries the orders out.
+    lengths: What the backend knows of outputs.
+  """
+
+  config: ServingConfig
+  opened: OpenedModel
+  built: Built
+  lengths: Lengths = dataclasses.field(default_factory=Lengths)
+
+  @property
+  def is_simulated(self) -> bool:
+    """Whether time is virtual, and tokens are placeholders."""
+    return self.built.warm_up is None
+
+  def serve(self, arrivals: Arrivals, log: EventLog | None = None) -> Iterator[Event]:
+    """Start the clock, and serve requests with nothing left of earlier ones; an earlier service must have ended.
+
+    The clock starts with this call, the first turn with the first event that is asked for.
+
+    Args:
+      arrivals: The requests.
+      log: Has each event by the time that it is yielded.
+
+    Returns:
+      All that happens, in order; it raises as `pdjax.serving.serve` does.
+    """
+    self.lengths.arrivals = arrivals
+    self.built.engine.start_clock()
+    policy, engine = self.config.policy, self.built.engine
+    events = serve(arrivals, policy, engine, self.empty_state(), waits=not self.is_simulated)
+    return events if log is None else _logged(events, log)
+
+  def empty_state(self) -> ClusterState:
+    """The state of the cluster before anything arrives."""
+    config, built = self.config, self.built
+    state = ClusterState(
+      self.opened.model,
+      built.workers,
+      config.page_size,
+      built.transfer,
+      finds_stops=self.is_simulated or self.opened.tokenizer is not None,
+      faults=config.faults,
+    )
+    for name, worker in built.engine.workers.items():
+      state.workers[name].incarnation = worker.incarnation
+    return state
+
+  def report(
+    self, events: Sequence[Event], completions: Sequence[Completion] = (), notes: Sequence[str] = ()
+  ) -> Report:
+    """The report of what was served here, with the texts of its completions and with these notes among its own."""
+    return make_report(events, completions, self.config, self.opened, self.built, notes)
+
+  def close(self) -> None:
+    """Wait for what is under way, and end what serves."""
+    self.built.engine.close()
+
+
+def _logged(events: Iterator[Event], log: EventLog) -> Iterator[Event]:
+  for event in events:
+    log.append(event)
+    yield event
+
+
+# ---------------------------------------------------------------------------- building
+
+
+def deploy(
+  config: ServingConfig, opened: OpenedModel, backend: BackendName = 'engine', say: Say = lambda line: None
+) -> Deployment:
+  """Build all that a config needs to serve a model: on devices, loaded and compiled, or in virtual time.
+
+  Args:
+    config: The run.
+    opened: What `open_model` answered.
+    backend: What carries the orders out: devices, or the simulator with the config's cost model.
+    say: Told in a line what is being done.
+
+  Raises:
+    ValueError: if there are no weights, or the config does not fit the devices or their memory.
+    DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
+  """
+  lengths = Lengths()
+  if backend == 'simulator':
+    built = _build_simulator(config, opened.model, lengths)
+  elif opened.checkpoint is None and config.checkpoint != 'random':
+    raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
+  elif config.processes is not None:
+    built = _build_processes(config, opened.model, lengths, say)
+  else:
+    built = _build_engine(config, opened, lengths, say)
+  return Deployment(config, opened, built, lengths)
+
+
+def _build_engine(config: ServingConfig, opened: OpenedModel, output_len: OutputLen, say: Say) -> Built:
+  """All workers in this process."""
+  from pdjax.engine.build import build_engine  # JAX begins here
+  from pdjax.model.checkpoint import RandomCheckpoint
+
+  model = opened.model
+  checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
+
+  def limit_of(request: Request) -> int:
+    return request.token_limit(model.context_len, output_len)
+
+  return build_engine(config, model, checkpoint, limit_of, say, opened.tokenizer)
+
+
+def _build_processes(config: ServingConfig, model: ModelSpec, output_len: OutputLen, say: Say) -> Built:
+  """Each worker in a process of its own; this one holds no devices."""
+  from pdjax.engine.process_engine import ProcessEngine
+  from pdjax.engine.processes import build_processes
+  from pdjax.engine.ray_workers import RayProcesses
+
+  assert config.processes is not None
+  with _sigterm_kept():
+    processes = RayProcesses(config.processes, config.workers, config.platform, say)
+
+  def close() -> None:
+    with _sigterm_kept():
+      processes.close()
+
+  try:
+    built = build_processes(config, model, processes.peers, output_len, say, closed=close)
+    assert isinstance(built.engine, ProcessEngine)
+    processes.when_lost(built.engine.fail)
+    return built
+  except BaseException:
+    close()
+    raise
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+  """What handles SIGTERM does so afterwards too: Ray puts its own handler there as it begins, and none as it ends."""
+  handler = signal.getsignal(signal.SIGTERM)
+  try:
+    yield
+  finally:
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, handler)
+
+
+def _build_simulator(config: ServingConfig, model: ModelSpec, output_len: OutputLen) -> Built:
+  """No devices, and a virtual clock."""
+  cost = as_cost(config.cost)
+  carved = carve_devices(config.workers, devices_needed(config.workers))
+  workers = size_pools(
+    config.cluster,
+    carved,
+    model,
+    config.dtype_bytes,
+    math.inf if cost.chip is None else cost.chip.memory_bytes * ACCELERATOR_SHARE,
+    one_memory=cost.shared_host,
+    staging_bytes=config.staging_bytes,
+  )
+  if isinstance(cost, Roofline):
+    cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
+  transfer = choose_granularity(config.transfer, model, workers, cost)
+  simulator = Simulator(model, workers, cost, output_len)
+  return Built(simulator, workers, transfer, config.definite_dtype, carved, warm_up=None)
+
+
+# ---------------------------------------------------------------------------- configs of this machine
+
+
+def choose_config(
+  config: ServingConfig | None, checkpoint: str | None = None, seed: int | None = None
+) -> ServingConfig:
+  """The config, or else the default one for a checkpoint, with this seed if there is one.
+
+  Raises:
+    ValueError: if config and checkpoint are both given, or the seed is out of range.
+  """
+  if config is not None and checkpoint is not None:
+    raise ValueError(
+      f'a config and the checkpoint {checkpoint!r} are both given; set the checkpoint in the config '
+      '(dataclasses.replace(config, checkpoint=...)) or leave the config out.'
+    )
+  config = default_config(checkpoint or 'smollm2') if config is None else config
+  return config if seed is None else dataclasses.replace(config, seed=seed)
+
+
+def default_config(checkpoint: str = 'smollm2') -> ServingConfig:
+  """One prefill worker and one decode worker, in float32: a device for each, or the one device there is for both.
+
+  On CPU two virtual devices are made, unless JAX has started with one. Each worker has pages for 16,384 tokens.
+  """
+  from pdjax.engine.build import prepare_devices
+
+  try:
+    devices = prepare_devices(None, 2)
+  except DeviceError:
+    devices = prepare_devices(None, 1)
+  place = {'num_pages': 1024, 'devices': (0,) if len(devices) == 1 else None}
+  return ServingConfig(checkpoint=checkpoint, workers=prefill_pool(1, **place) + decode_pool(1, **place))
+
+
+def calibrated(config: ServingConfig) -> ServingConfig:
+  """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'."""
+  import jax.numpy as jnp
+
+  from pdjax.engine.build import device_memory_bytes, prepare_devices
+  from pdjax.engine.calibration import measure_chip, measure_link
+  from pdjax.engine.dtypes import settle_dtype
+
+  devices = prepare_devices(config.platform, devices_needed(config.workers))
+  config = settle_dtype(config, {worker.name: [DeviceKind.of(devices[0])] for worker in config.workers})
+  chip = measure_chip(devices[0], jnp.dtype(config.dtype), config.precision)
+  chip = dataclasses.replace(chip, memory_bytes=device_memory_bytes(devices[0]) / ACCELERATOR_SHARE)
+  link = measure_link(devices[0], devices[min(1, len(devices) - 1)])
+  return dataclasses.replace(config, cost=Roofline(chip, link, shared_host=devices[0].platform == 'cpu'))

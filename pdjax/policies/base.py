@@ -1,0 +1,41 @@
+"""What a policy says of itself besides its decisions, and what counts for one that says nothing."""
+
+import abc
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from pdjax.serving.actions import Action
+from pdjax.serving.view import ClusterView
+
+
+class PolicyBase(abc.ABC):
+  """A policy, and what a cluster must know of it before it is asked.
+
+  Attributes:
+    moves_kv: Whether it may send KV from worker to worker; if not, no ways between workers are prepared.
+    decode_steps: Most decode steps that it asks for at once, which workers must be able to fuse.
+  """
+
+  moves_kv: ClassVar[bool] = True
+  decode_steps: int = 1
+
+  @abc.abstractmethod
+  def decide(self, view: ClusterView) -> Iterable[Action]:
+    """What to do now; see `pdjax.serving.Policy`."""
+
+
+def as_policy(policy: Any) -> PolicyBase:
+  """A policy with all that `PolicyBase` says of one, where it is a class that has `decide` alone too."""
+  return policy if isinstance(policy, PolicyBase) else _Completed(policy)
+
+
+class _Completed(PolicyBase):
+  """A policy of a class of its own; it may say by itself what `PolicyBase` says."""
+
+  def __init__(self, policy: Any):
+    self._policy = policy
+    for name in ('moves_kv', 'decode_steps'):
+      setattr(self, name, getattr(policy, name, getattr(PolicyBase, name)))
+
+  def decide(self, view: ClusterView) -> Iterable[Action]:
+    return self._policy.decide(view)

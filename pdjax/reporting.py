@@ -1,0 +1,119 @@
+"""The report of what a deployment served: its figures, with what was served and on what, and its files."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import pathlib
+import platform
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from pdjax.config import ServingConfig
+from pdjax.cost import as_cost
+from pdjax.engine.built import Built
+from pdjax.metrics import Report, draw
+from pdjax.metrics.counters import prometheus_text
+from pdjax.metrics.saving import write_each
+from pdjax.opened_model import OpenedModel
+from pdjax.serving.events import Event
+from pdjax.types.request import Completion
+from pdjax.workload import Given
+
+
+def make_report(
+  events: Sequence[Event],
+  completions: Sequence[Completion],
+  config: ServingConfig,
+  opened: OpenedModel,
+  built: Built,
+  notes: Sequence[str] = (),
+) -> Report:
+  """Every figure of a log.
+
+  Args:
+    events: The log.
+    completions: What it brought, whose texts the report has.
+    config: What was served, its workload too.
+    opened: The model.
+    built: What served it.
+    notes: What a reader should know besides, in sentences.
+  """
+  workload, warm_up = config.workload, built.warm_up
+  assert workload is not None
+  served = dataclasses.replace(config, workers=built.workers, transfer=built.transfer, dtype=built.dtype)
+  environment = _environment() | {'end_tokens': opened.end_tokens.by_source(), 'devices': built.devices}
+  if warm_up is not None:
+    environment['warm_up'] = dataclasses.asdict(warm_up)
+  return Report.from_events(
+    events,
+    workers=built.workers,
+    slo=config.slo,
+    notes=notes,
+    config=describe(served),
+    environment=environment,
+    seed=config.seed if workload.seed is None else workload.seed,
+    request_rate=math.inf if workload.request_rate is None else workload.request_rate,
+    burstiness=workload.burstiness,
+    max_concurrency=workload.max_concurrency,
+    model_id=opened.model.name,
+    tokenizer_id=None if opened.tokenizer is None else config.checkpoint,
+    backend='simulator' if warm_up is None else 'engine',
+    warmup_s=None if warm_up is None else warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
+    calibrated=warm_up is not None or as_cost(config.cost).calibrated,
+    generated_texts={one.request.id: one.text for one in completions if one.text is not None},
+  )
+
+
+def save_report(report: Report, workdir: str | pathlib.Path) -> tuple[str, ...]:
+  """Write a report into a folder: figures, page, trace and counters; what could not be written, in sentences.
+
+  Nothing is raised: by now there are answers, which are worth more. A file that is written in part is taken away.
+  """
+  folder = pathlib.Path(workdir)
+  counters = prometheus_text(report.timeline)
+  unwritten = write_each(
+    {
+      folder / 'report.json': report.save,
+      folder / 'metrics.prom': lambda path: path.write_text(counters, encoding='utf-8'),
+    }
+  )
+  draw(report, folder)
+  return unwritten
+
+
+def describe(config: Any) -> Any:
+  """A config as plain JSON data, each object with its class under `kind`."""
+  if dataclasses.is_dataclass(config) and not isinstance(config, type):
+    if isinstance(config, Given):
+      return {'kind': 'Given', 'num_requests': config.num_requests}
+    fields = {field.name: describe(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {'kind': type(config).__name__, **fields}
+  if isinstance(config, tuple | list):
+    return [describe(item) for item in config]
+  return config if isinstance(config, str | int | float | bool | None) else repr(config)
+
+
+def _environment() -> dict[str, Any]:
+  versions = {'python': platform.python_version()}
+  for package in ('pdjax', 'jax', 'jaxlib', 'flax', 'numpy'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return {'versions': versions, 'machine': platform.machine(), 'commit': _commit()}
+
+
+@functools.cache
+def _commit() -> str | None:
+  """The commit of the source tree that runs, if it is one."""
+  root = pathlib.Path(__file__).parents[1]
+  if not (root / '.git').exists():
+    return None
+  try:
+    answer = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=root, capture_output=True, text=True, timeout=10
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return None
+  return answer.stdout.strip() or None

@@ -1,0 +1,95 @@
+"""A deployment serves again and again, on devices and simulated, each time with nothing left of the time before."""
+
+import contextlib
+import dataclasses
+
+import pytest
+
+import pdjax
+from pdjax.deployment import deploy
+from pdjax.metrics import EventLog
+from pdjax.opened_model import OpenedModel
+from pdjax.reporting import describe
+from pdjax.serving.events import Finished, Started, Turn
+from pdjax.serving.orders import TransferOrder
+from tests.tiny import TINY, config
+
+BACKENDS = ('engine', 'simulator')
+OPENED = OpenedModel(TINY)
+
+
+class Plain:
+  """A policy that has `decide` alone."""
+
+  def __init__(self):
+    self._policy = pdjax.Disaggregated(max_prefill_tokens=16)
+
+  def decide(self, state):
+    return self._policy.decide(state)
+
+
+class Hourly:
+  """A cost model that has its two methods alone."""
+
+  def step_seconds(self, model, worker, chunks, contexts, steps):
+    return 3600.0
+
+  def transfer_seconds(self, model, source, target, tokens):
+    return 60.0
+
+
+def _small(**fields):
+  return dataclasses.replace(config(max_sequences=2, max_step_tokens=16, max_chunks=2, max_fused_steps=1), **fields)
+
+
+def _tokens(events):
+  return {event.request: event.tokens for event in events if isinstance(event, Finished)}
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_each_service_begins_anew_and_knows_the_lengths_of_its_own_requests(backend):
+  logs = []
+  with contextlib.closing(deploy(_small(), OPENED, backend)) as deployment:
+    for length in (2, 5, 2):
+      workload = pdjax.Poisson(requests_per_s=100.0, num_requests=3, prompt=pdjax.Fixed(4), output=pdjax.Fixed(length))
+      one = dataclasses.replace(deployment, config=_small(workload=workload))
+      events = tuple(one.serve(OPENED.arrivals(one.config)))
+      report = one.report(events, notes=('mine',))
+      assert (report.completed, report.backend, report.notes[0]) == (3, backend, 'mine')
+      assert report.config['workload'] == describe(workload)
+      logs.append(events)
+  assert [{len(tokens) for tokens in _tokens(events).values()} for events in logs] == [{2}, {5}, {2}]
+  assert _tokens(logs[0]) == _tokens(logs[2])
+  assert all(next(event.now_s for event in events if isinstance(event, Turn)) < 1.0 for events in logs)
+  if backend == 'simulator':
+    assert logs[0] == logs[2]
+
+
+def test_a_policy_and_a_cost_model_of_plain_classes_serve_on_both_backends():
+  run = _small(policy=Plain(), cost=Hourly())
+  events = {}
+  for backend in BACKENDS:
+    with contextlib.closing(deploy(run, OPENED, backend)) as deployment:
+      events[backend] = tuple(deployment.serve(OPENED.arrivals(run)))
+      report = deployment.report(events[backend])
+    assert report.completed == len(run.workload.requests)
+    assert any(isinstance(event, Started) and isinstance(event.order, TransferOrder) for event in events[backend])
+    assert report.calibrated == (backend == 'engine')
+  assert report.ttft.median_ms >= 3600e3  # the cost model's own seconds
+
+
+def test_the_log_has_each_event_by_the_time_that_it_comes(tmp_path):
+  run = _small()
+  with contextlib.closing(deploy(run, OPENED, 'simulator')) as deployment, EventLog(tmp_path / 'log') as log:
+    for number, event in enumerate(deployment.serve(OPENED.arrivals(run), log), 1):
+      assert len(log) == number and list(log)[-1] is event
+
+
+def test_a_simulation_is_sized_by_the_memory_of_its_chip_and_waits_for_nobody():
+  chip = dataclasses.replace(pdjax.ChipSpec.generic_cpu(), memory_bytes=1e5)
+  with pytest.raises(ValueError, match=r'do not fit on device 0'):
+    deploy(_small(cost=pdjax.Roofline(chip)), OPENED, 'simulator')
+  unbounded = deploy(_small(cost=Hourly()), OPENED, 'simulator')
+  assert [worker.num_pages for worker in unbounded.built.workers] == [64, 64]
+  with pytest.raises(ValueError, match='the deployment is simulated, and nobody can wait in virtual time'):
+    pdjax.Session(unbounded).start()

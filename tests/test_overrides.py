@@ -1,0 +1,150 @@
+"""Overrides of fields by their names: what is understood, and what the message says when it is not."""
+
+import dataclasses
+import re
+
+import pytest
+
+from pdjax.config import ServingConfig
+from pdjax.overrides import apply_overrides, parse_value
+from pdjax.policies import Disaggregated, MostFreePages
+from pdjax.types import SLO, Role, decode_pool, prefill_pool
+from pdjax.workload import Fixed, Poisson, Uniform
+from tests.serving.driver import TINY
+
+CONFIG = ServingConfig(
+  model=TINY,
+  workers=prefill_pool(1, tp=2) + decode_pool(1, devices=(0, 1), tp=2),
+  policy=Disaggregated(max_prefill_tokens=64),
+  workload=Poisson(requests_per_s=2.0, num_requests=4, prompt=Uniform(1, 8), output=Fixed(3), prompts=('Hi', 'Bye')),
+)
+
+
+def _raises(words: str):
+  return pytest.raises(ValueError, match=re.escape(words))
+
+
+@pytest.mark.parametrize(
+  'override, path, value',
+  [
+    ('page_size=64', 'page_size', 64),
+    (' page_size = 64 ', 'page_size', 64),
+    ('policy.max_prefill_tokens=256', 'policy.max_prefill_tokens', 256),
+    ('workers.0.tp=3', 'workers.0.tp', 3),
+    ('workers.prefill0.tp=3', 'workers.0.tp', 3),
+    ('workers.1.num_pages=128', 'workers.1.num_pages', 128),
+    ('workers.decode0.num_pages=auto', 'workers.1.num_pages', 'auto'),
+    ('workers.decode0.role=both', 'workers.1.role', Role.BOTH),
+    ('workers.decode0.devices=(2,3)', 'workers.1.devices', (2, 3)),
+    ('workers.decode0.devices=[2,3]', 'workers.1.devices', (2, 3)),
+    ('workers.decode0.devices=None', 'workers.1.devices', None),
+    ('workers.decode0.devices.1=5', 'workers.1.devices', (0, 5)),
+    ('workload.requests_per_s=3', 'workload.requests_per_s', 3.0),
+    ('workload.prompt.high=9', 'workload.prompt.high', 9),
+    ('workload.sampling.ignore_eos=true', 'workload.sampling.ignore_eos', True),
+    ('workload.sampling.ignore_eos=False', 'workload.sampling.ignore_eos', False),
+    ('workload.sampling.stop_token_ids=(1,2)', 'workload.sampling.stop_token_ids', (1, 2)),
+    ('workload.prompts.1=Why = so?', 'workload.prompts', ('Hi', 'Why = so?')),
+    ('workload.requests_per_s=inf', 'workload.requests_per_s', float('inf')),
+    ('cost.chip.flops_per_s=1e12', 'cost.chip.flops_per_s', 1e12),
+    ('dtype=bfloat16', 'dtype', 'bfloat16'),
+    ('dtype=auto', 'dtype', 'auto'),
+    ('platform=cpu', 'platform', 'cpu'),
+    ('platform=none', 'platform', None),
+    ('max_context=32', 'max_context', 32),
+    ('max_context=None', 'max_context', None),
+    ('checkpoint=models/my model.gguf', 'checkpoint', 'models/my model.gguf'),
+    ('checkpoint=2024', 'checkpoint', '2024'),
+  ],
+)
+def test_an_override_sets_one_field_and_leaves_the_rest(override, path, value):
+  config = apply_overrides(CONFIG, [override])
+  found = _get(config, path)
+  assert found == value and type(found) is type(value)
+  with_old = apply_overrides(config, [f'{path}={_get(CONFIG, path)!r}']) if path != 'workers.1.role' else CONFIG
+  assert with_old == CONFIG
+
+
+def _get(config, path: str):
+  for name in path.split('.'):
+    config = config[int(name)] if name.isdigit() else getattr(config, name)
+  return config
+
+
+def test_a_limit_can_be_set_where_there_was_none():
+  assert CONFIG.slo is None
+  assert apply_overrides(CONFIG, ['slo.ttft_ms=500', 'slo.tpot_ms=50']).slo == SLO(ttft_ms=500, tpot_ms=50)
+
+
+def test_overrides_apply_in_turn_and_the_config_given_stays():
+  config = apply_overrides(CONFIG, ['page_size=8', 'policy.decode_steps=2', 'page_size=32'])
+  assert (config.page_size, config.policy.decode_steps, CONFIG.page_size) == (32, 2, 16)
+
+
+def test_no_override_is_the_same_config():
+  assert apply_overrides(CONFIG, []) is CONFIG
+
+
+@pytest.mark.parametrize(
+  'override, words',
+  [
+    ('page_size', "override 'page_size' is not of the form field=value, e.g. page_size=64"),
+    ('=64', "override '=64' is not of the form field=value"),
+    ('pagesize=64', "ServingConfig has no field 'pagesize' (did you mean 'page_size'?); it has workers, workload"),
+    ('policy.max_prefil_tokens=1', "Disaggregated has no field 'max_prefil_tokens' (did you mean 'max_prefill_tokens'"),
+    ('policy.token_budget=1', "Disaggregated has no field 'token_budget'; it has max_prefill_tokens, decode_steps"),
+    ('workers.decode9.tp=1', "there is no item 'decode9'; there are prefill0, decode0"),
+    ('workers.2.tp=1', "there is no item '2'; there are prefill0, decode0"),
+    ('workers.tp=1', "there is no item 'tp'; there are prefill0, decode0"),
+    ('page_size.bytes=1', "16 has no fields, so 'bytes' cannot be set in it"),
+    ('max_context.tokens=1', "None has no fields, so 'tokens' cannot be set in it"),
+    ('slo.ttft=1', "SLO has no field 'ttft' (did you mean 'ttft_ms'?); it has ttft_ms, tpot_ms, e2el_ms"),
+    ('page_size=big', "page_size is int, but 'big' is str"),
+    ('page_size=64.0', 'page_size is int, but 64.0 is float'),
+    ('page_size=True', 'page_size is int, but True is bool'),
+    ('page_size=None', 'page_size is int, but None is NoneType'),
+    ('page_size={[]: 1}', "page_size is int, but '{[]: 1}' is str"),
+    ('workload.requests_per_s=fast', "requests_per_s is float, but 'fast' is str"),
+    ('workload.sampling.ignore_eos=1', 'ignore_eos is bool, but 1 is int'),
+    ('dtype=float64', "dtype is 'float64', expected one of 'auto', 'float32', 'bfloat16', 'float16'."),
+    ('workers.0.num_pages=many', "but 'many' is str"),
+    ('workers.0.role=translate', "role is Role, but 'translate' is str"),
+    ('workers.0=5', '0 is WorkerSpec, but 5 is int'),
+    ('workers=3', 'but 3 is int'),
+    ('workers=(1, 2)', 'workers[0] is WorkerSpec, but 1 is int'),
+    ('workers.1.devices=(0, "b")', "devices[1] is int, but 'b' is str"),
+    ('policy=Colocated', "policy is Policy, but 'Colocated' is str"),
+    ('page_size=0', "override 'page_size=0': page_size is 0, expected at least 1 token"),
+    ('workers.0.tp=0', "override 'workers.0.tp=0': worker 'prefill0' has tp=0, expected at least 1"),
+    ('workers.1.name=prefill0', "the names ['prefill0'] more than once"),
+    ('policy.decode_steps=0', 'Disaggregated has decode_steps=0, expected at least 1'),
+    ('policy.max_prefill_tokens=-8', 'Disaggregated has max_prefill_tokens=-8, expected at least 1'),
+    ('cost=Roofline', "cost is CostModel, but 'Roofline' is str"),
+    ('workload.requests_per_s=-1', '-1'),
+    ('workload.sampling.max_tokens=0', 'max_tokens is 0, expected at least 1'),
+  ],
+)
+def test_an_override_that_makes_no_sense_says_so(override, words):
+  with _raises(words) as error:
+    apply_overrides(CONFIG, [override])
+  assert override.partition('=')[0] in str(error.value)
+
+
+def test_objects_are_no_text_but_their_fields_are():
+  config = dataclasses.replace(CONFIG, policy=Disaggregated(place_decode=MostFreePages()), slo=SLO(ttft_ms=5))
+  assert apply_overrides(config, ['slo.tpot_ms=7']).slo == SLO(5, 7.0)
+  with _raises("place_decode is Placement, but 'MostFreePages' is str"):
+    apply_overrides(config, ['policy.place_decode=MostFreePages'])
+
+
+@pytest.mark.parametrize(
+  'text, hint, value', [('3', int, 3), ('3', float, 3.0), ('3', str, '3'), ('none', int | None, None), ('x', str, 'x')]
+)
+def test_a_value_is_read_as_its_type_wants(text, hint, value):
+  found = parse_value(text, hint, 'it')
+  assert found == value and type(found) is type(value)
+
+
+def test_a_value_of_another_type_is_named():
+  with _raises("the size is int, but 'x' is str"):
+    parse_value('x', int, 'the size')

@@ -37,10 +37,10 @@ from pdjax.types.request import MAX_STOP_TOKENS, Completion, Request, SamplingPa
 from pdjax.workload import Given, Seeded, Workload, WorkloadContext
 
 if TYPE_CHECKING:
-  from pdjax.engine.built import Built
   from pdjax.model.checkpoint import Checkpoint
   from pdjax.model.end_tokens import EndTokens
   from pdjax.model.tokenizer import Tokenizer
+  from pdjax.serving.built import Built
 
 Folder = str | pathlib.Path | RunFolder
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or the messages of a chat
@@ -377,13 +377,12 @@ def _build_processes(
   config: ServingConfig, model: ModelSpec, output_len: Callable[[str], int | None], say: Say
 ) -> 'Built':
   """As `deploy`, each worker in a process of its own; this one holds no devices."""
-  from pdjax.engine.process_engine import ProcessEngine
-  from pdjax.engine.processes import build_processes
-  from pdjax.engine.ray_workers import RayProcesses
+  from pdjax.controller import ProcessEngine, RayProcesses, build_processes
+  from pdjax.engine.ray_worker import RayWorker
 
   assert config.processes is not None
   with _sigterm_kept():
-    processes = RayProcesses(config.processes, config.workers, config.platform, say)
+    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say)
 
   def close() -> None:
     with _sigterm_kept():
@@ -522,9 +521,9 @@ def calibrated(config: ServingConfig) -> ServingConfig:
   """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'."""
   import jax.numpy as jnp
 
+  from pdjax.dtypes import settle_dtype
   from pdjax.engine.build import device_memory_bytes, prepare_devices
   from pdjax.engine.calibration import measure_chip, measure_link
-  from pdjax.engine.dtypes import settle_dtype
 
   devices = prepare_devices(config.platform, devices_needed(config.workers))
   config = settle_dtype(config, {worker.name: [DeviceKind.of(devices[0])] for worker in config.workers})

@@ -13,13 +13,13 @@ from experiments.faults.engine_faults import FaultyWay, FaultyWorker, fresh
 from experiments.few_buckets import with_few_buckets
 from pdjax import launch
 from pdjax.config import ServingConfig
-from pdjax.engine.built import Serving
 from pdjax.engine.engine import Engine
 from pdjax.kv.transfer import DevicePut, Transport
 from pdjax.launch import Deployment, OpenedModel
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
+from pdjax.serving.built import Serving
 from pdjax.serving.events import Event
 from pdjax.types import (
   Completion,

@@ -5,10 +5,11 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
+from pdjax.engine.waiters import Waiter, Waiters
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, Parcel, Transport
 from pdjax.serving.events import Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.serving.mailbox import Interrupt, Mailbox
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdjax.engine.engine import Engine, describe
-from pdjax.engine.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import CorruptError, Parcel
 from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
 from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.types.handshake import Manifest
 
 

@@ -13,13 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.engine.addresses import check_own
 from pdjax.engine.build import device_memory_bytes, prepare_devices
 from pdjax.engine.calibration import measure_chip
 from pdjax.engine.engine import describe
 from pdjax.engine.fingerprint import fingerprint
 from pdjax.engine.kept_programs import keep_programs, keep_quick_programs, kept_programs, link_programs, why_not_kept
-from pdjax.engine.peers import (
+from pdjax.engine.worker import Worker
+from pdjax.engine.worker_engine import WorkerEngine
+from pdjax.host import check_own, node_name
+from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
+from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from pdjax.model.weights import load_weights
+from pdjax.program_folder import ProgramFolder, remove_left_over
+from pdjax.serving.peers import (
   Assignment,
   Loaded,
   Message,
@@ -29,14 +35,7 @@ from pdjax.engine.peers import (
   Settle,
   StartClock,
   Submit,
-  node_name,
 )
-from pdjax.engine.program_folder import ProgramFolder, remove_left_over
-from pdjax.engine.worker import Worker
-from pdjax.engine.worker_engine import WorkerEngine
-from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
-from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
-from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan

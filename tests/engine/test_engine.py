@@ -283,6 +283,18 @@ def engine_lives(engine: Engine) -> tuple[int, int]:
   return engine.workers['prefill0'].incarnation, engine.workers['decode0'].incarnation
 
 
+def test_an_interrupt_ends_a_wait_and_what_it_notes_is_of_the_turn(one_and_one):
+  engine = Engine(list(one_and_one.workers.values()), one_and_one.transports)
+  engine.start_clock()
+  noted = []
+  waker = threading.Timer(0.02, lambda: engine.interrupt(noted.append))
+  waker.start()
+  now_s, events = engine.wait(math.inf)
+  waker.join()
+  engine.close()
+  assert events == [] and len(noted) == 1 and noted[0] < now_s
+
+
 def test_everything_may_fail_and_the_run_still_ends(one_and_one, monkeypatch):
   monkeypatch.setattr(Parcel, 'wait', failing(Parcel.wait, lambda parcel: True, times=10**6))
   requests = some_requests(0.0)

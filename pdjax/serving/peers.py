@@ -1,9 +1,6 @@
-"""What a controller and the processes of its workers say to each other: plain data, and what it is said through."""
+"""Messages between a controller and the processes of its workers: plain data."""
 
 import dataclasses
-import pathlib
-import socket
-from typing import Any, Protocol
 
 from pdjax.serving.events import Event
 from pdjax.serving.orders import Order, TransferOrder
@@ -165,42 +162,3 @@ class TransferFailed:
 
 
 News = Event | Offered | Gathered | Written | TransferFailed
-
-
-class Peer(Protocol):
-  """A worker's process, as its controller sees it. What one thread tells arrives in that order."""
-
-  name: str
-
-  def ask(self, method: str, *args: Any) -> Any:
-    """Call a method of its `WorkerProcess` and wait for the answer, however long that takes while it lives.
-
-    Raises:
-      PeerLost: if the process is gone, or gives no sign of life for too long.
-    """
-
-  def tell(self, message: Message) -> None:
-    """Send a message; returns at once and never raises: that a process is gone shows in `listen`."""
-
-  def listen(self) -> tuple[News, ...]:
-    """Wait until something happened there, or a while.
-
-    Raises:
-      PeerLost: as `ask` does.
-    """
-
-  def restart(self) -> None:
-    """Wait until there is an empty process again where one was lost.
-
-    Raises:
-      PeerLost: if there will be none.
-    """
-
-  def close(self) -> None:
-    """End the process."""
-
-
-def node_name() -> str:
-  """This host, by a name that another does not have; processes that share it share a clock."""
-  boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
-  return f'{socket.gethostname()}/{boot.read_text().strip()}' if boot.exists() else socket.gethostname()

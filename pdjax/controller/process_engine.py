@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pdjax.engine.mailbox import Interrupt, Mailbox
-from pdjax.engine.peers import (
+from pdjax.controller.peer import Peer
+from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.serving.mailbox import Interrupt, Mailbox
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.peers import (
   Gathered,
   Message,
   News,
   Offered,
-  Peer,
   PeerLost,
   Pull,
   Settle,
@@ -27,8 +29,6 @@ from pdjax.engine.peers import (
   TransferFailed,
   Written,
 )
-from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
 

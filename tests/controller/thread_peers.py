@@ -10,14 +10,14 @@ from typing import Any
 import jax
 
 from pdjax.config import ServingConfig
-from pdjax.engine.built import Built
-from pdjax.engine.peers import Message, News, PeerLost
-from pdjax.engine.processes import build_processes
+from pdjax.controller.processes import build_processes
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.launch import complete
 from pdjax.metrics import Report
+from pdjax.serving.built import Built
 from pdjax.serving.events import Finished, WorkerBack
 from pdjax.serving.loop import serve
+from pdjax.serving.peers import Message, News, PeerLost
 from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free

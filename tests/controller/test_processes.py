@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from pdjax import Session, launch
-from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
-from pdjax.engine.process_engine import ProcessEngine
-from pdjax.engine.processes import build_processes, clock_offset, limit_of
+from pdjax.controller.process_engine import ProcessEngine
+from pdjax.controller.processes import build_processes, clock_offset, limit_of
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
@@ -20,13 +19,14 @@ from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.serving.events import Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
+from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.span import Span
+from tests.controller.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.engine.plain import generate
-from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
 
 SPEC = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from experiments.faults.chaos import Fault
-from pdjax.engine.engine import Engine, _Broken
+from pdjax.engine.engine import Engine
+from pdjax.engine.runner import Broken
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
 from pdjax.model.transformer import Weights
@@ -263,12 +264,12 @@ class FaultyEngine:
 
   def break_worker(self, worker: str) -> None:
     """Let a worker be gone as one is whose pass failed; it begins another life when the engine next waits."""
-    self._engine._post_broken(worker, self.incarnation(worker), 'it is gone')
+    self._engine._runners[worker].post_broken(self.incarnation(worker), 'it is gone')
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
     """Let a worker begin another life; what there is to tell of it."""
-    lost, back = self._engine._rebuild(
-      _Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
+    lost, back = self._engine._restart(
+      Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
     )
     assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
     return lost, back

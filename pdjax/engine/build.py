@@ -15,9 +15,10 @@ from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
 from pdjax.dtypes import settle_dtype
 from pdjax.engine.calibration import measure_chip, measure_link
-from pdjax.engine.engine import Engine, describe
+from pdjax.engine.engine import Engine
 from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.kept_programs import keep_programs
+from pdjax.engine.runner import describe
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import TRANSPORTS, Transport

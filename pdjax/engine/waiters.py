@@ -1,8 +1,8 @@
-"""Threads that wait for devices: for one worker's passes in order, and for transfers side by side."""
+"""Threads that wait for devices: for one worker's steps in order, and for transfers side by side."""
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 _GRACE_S = 5.0
 
@@ -18,14 +18,14 @@ class Waiters:
   def __init__(self, name: str, crashed: Callable[[BaseException], None]):
     self._name = name
     self._crashed = crashed
-    self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
+    self._jobs: queue.SimpleQueue[tuple[Hashable, Callable[[], None]] | None] = queue.SimpleQueue()
     self._condition = threading.Condition()
-    self._left: set[int] = set()  # jobs whose end is waited for
+    self._left: set[Hashable] = set()  # jobs whose end is waited for
     self._running: set[threading.Thread] = set()
     self._threads: list[threading.Thread] = []
     self._idle = 0
 
-  def add(self, key: int, job: Callable[[], None]) -> None:
+  def add(self, key: Hashable, job: Callable[[], None]) -> None:
     """Run this at once, on a thread that is idle or else on a new one."""
     with self._condition:
       self._left.add(key)
@@ -36,7 +36,7 @@ class Waiters:
         self._threads[-1].start()
     self._jobs.put((key, job))
 
-  def forget(self, key: int) -> None:
+  def forget(self, key: Hashable) -> None:
     """Wait no longer for the end of a job; if it never ends, its thread is lost, and what it holds."""
     with self._condition:
       self._left.discard(key)
@@ -69,7 +69,7 @@ class Waiters:
         self._left.discard(key)
         self._idle += 1
         self._condition.notify_all()
-      del item, job  # while it waits for the next it holds no device memory
+      del item, key, job  # while it waits for the next it holds no device memory
 
 
 class Waiter:

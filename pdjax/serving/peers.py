@@ -1,4 +1,8 @@
-"""Messages between a controller and the processes of its workers: plain data."""
+"""Messages between a controller and the processes of its workers: plain data.
+
+A transfer under way is known by its number, which is the same to the controller, to its source and to its target; no
+other transfer ever has it, whatever the run.
+"""
 
 import dataclasses
 
@@ -73,12 +77,12 @@ class Submit:
 
   Attributes:
     orders: The orders.
-    numbers: A number for each transfer among them, by order; no other transfer has it, whatever the run.
+    first_number: The number of a transfer whose order has the id 0; that of any other is so much more than its id.
     limits: Most tokens of requests that a trace cuts short, by request.
   """
 
   orders: tuple[Order, ...]
-  numbers: tuple[tuple[int, int], ...] = ()
+  first_number: int
   limits: tuple[tuple[str, int], ...] = ()
 
 

@@ -84,7 +84,7 @@ def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   peer, heard = processes.peers['decode0'], threading.Event()
   life = processes.built.engine.workers['decode0'].incarnation
   peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
-  peer.process.engine._post_broken('decode0', life, 'it failed late')
+  peer.process.engine._runner.post_broken(life, 'it failed late')
   assert heard.wait(20)
   time.sleep(0.2)  # until it is posted
   again = processes.serve(requests((9,)))

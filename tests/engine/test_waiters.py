@@ -90,7 +90,7 @@ def test_a_thread_that_has_nothing_to_do_holds_nothing(kind):
   held = threading.Event()  # stands for arrays on a device
   job = functools.partial(lambda _: ran.set(), held)
   gone = weakref.ref(held)
-  waiter.add(job) if kind is Waiter else waiter.add(1, job)
+  waiter.add(job) if kind is Waiter else waiter.add(held, job)
   del held, job
   assert ran.wait(10.0)
   deadline_s = time.monotonic() + 10.0

@@ -1,6 +1,7 @@
 """The engine with transfers, passes and workers that fail on demand, over compiled programs that work."""
 
 import contextlib
+import copy
 import functools
 import threading
 import time
@@ -38,13 +39,14 @@ class FaultyWay(DevicePut):
 
   def __init__(self, way: DevicePut, checksums: bool = True):
     self.__dict__ |= way.__dict__
-    self.has_checksums = checksums
+    self.pieces = copy.copy(way.pieces)
+    self.pieces.has_checksums = checksums
     self.faults: deque[tuple[WayFault | None, Callable[[], None]]] = deque()
     self._released = threading.Event()
     self._fault: WayFault | None = None
     self._unwritable: list[tuple[Parcel, Callable[[], None]]] = []
-    for shape in self.shapes:  # what is compiled for checksums is compiled now
-      DevicePut.send(self, self.first_span(shape)).wait()
+    for shape in self.pieces.shapes:  # what is compiled for checksums is compiled now
+      DevicePut.send(self, self.pieces.first_span(shape)).wait()
 
   def clear(self) -> None:
     """Have nothing wrong with what comes next; those who wait go on."""

@@ -107,7 +107,7 @@ class TargetEnd:
     self._fillers[shape] = self._make_fillers(shape)
 
   def arriving(self, shape: Shape) -> list[jax.ShapeDtypeStruct]:
-    """Shape, dtype and target device of every piece of a batch, in the same order."""
+    """Shape, dtype and target device of every piece of a batch, in the order in which they leave."""
     if shape in self._arriving:
       return self._arriving[shape]
     leaves = jax.tree.leaves(self._landed(shape))

@@ -164,6 +164,41 @@ def test_a_trace_cuts_requests_short_in_other_processes_too(processes, monkeypat
   assert len(served.by_id['r4'].token_ids) > 2
 
 
+class Heard:
+  """A process that hears what it is told, and tells nothing."""
+
+  def __init__(self):
+    self.told = []
+
+  def tell(self, message):
+    self.told.append(message)
+
+  def listen(self):
+    time.sleep(0.01)
+    return ()
+
+  def close(self):
+    pass
+
+
+def test_no_two_transfers_have_one_number_though_each_run_counts_its_orders_anew():
+  peers = {'prefill0': Heard(), 'decode0': Heard()}
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), dict.fromkeys(peers, 0.0))
+  span = Span((0,), (0,), 0, 4)
+  numbers = []
+  for _ in range(2):
+    engine.start_clock()
+    peers['prefill0'].told.clear()
+    orders = [TransferOrder(id, 'r', 'prefill0', 'decode0', span) for id in (3, 0, 8)]
+    engine.submit(orders)
+    engine.submit([AbandonOrder(9, 3, 'prefill0', 'decode0')])
+    submit, settle = peers['prefill0'].told
+    assert settle == Settle(submit.first_number + 3, pulled=False) == peers['decode0'].told[-1]
+    numbers += [submit.first_number + order.id for order in submit.orders]
+  assert len(set(numbers)) == 6
+  engine.close()
+
+
 # ---------------------------------------------------------------------------- faults
 
 

@@ -30,9 +30,9 @@ test-slow: $(DONE)-test
 test-runs: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow -k 'not as_long_as_the_context' tests/test_golden.py tests/experiments/test_notebooks.py \
 	  tests/experiments/test_bench_cpu.py tests/test_readme.py \
-	  tests/engine/test_ray.py::test_a_run_on_ray_is_the_same_run \
-	  tests/engine/test_ray.py::test_a_client_without_the_token_is_refused \
-	  'tests/engine/test_ray.py::test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once[decode0-Pull-1]'
+	  tests/controller/test_ray.py::test_a_run_on_ray_is_the_same_run \
+	  tests/controller/test_ray.py::test_a_client_without_the_token_is_refused \
+	  'tests/controller/test_ray.py::test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once[decode0-Pull-1]'
 
 notebook: $(DONE)-test
 	$(VENV)/bin/python -m experiments.execute_notebook experiments/notebooks/quickstart.ipynb

@@ -271,15 +271,15 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def _sent_s(way: Any, pages: int) -> float:
   """Seconds of the pieces of some pages from device to device, gathered before."""
-  batches = way.gather(span_of(pages))
+  batches = way.source.gather(span_of(pages))
   jax.block_until_ready([batch.pieces for batch in batches])
   begin = time.perf_counter()
   if isinstance(way, HostStaged):
     jax.block_until_ready([way.carry(batch)[0] for batch in batches])
   else:
-    pieces = [piece for batch in batches for piece in way.leaving(batch)]
+    pieces = [piece for batch in batches for piece in way.source.leaving(batch)]
     arrived = iter(way.put(pieces, way.devices_of(batches)))
-    jax.block_until_ready([way.assemble(batch.shape, arrived) for batch in batches])
+    jax.block_until_ready([way.target.assemble(batch.shape, arrived) for batch in batches])
   return time.perf_counter() - begin
 
 

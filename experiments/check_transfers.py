@@ -31,7 +31,8 @@ from pdjax.engine.build import prepare_devices
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import TRANSPORTS
-from pdjax.kv.transfer.pieces import ByPieces, Shape
+from pdjax.kv.transfer.by_pieces import WholeWay
+from pdjax.kv.transfer.pieces import Shape
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
@@ -108,7 +109,7 @@ class Pools:
 
   def __init__(self):
     self._devices = prepare_devices('cpu', NUM_DEVICES)
-    self._compiled: dict[ByPieces, set[Shape]] = {}
+    self._compiled: dict[WholeWay, set[Shape]] = {}
 
   def differing(self, case: Case) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Serve some prompts; by request the tokens that came and those that a plain loop gives, where they differ.
@@ -165,14 +166,14 @@ class Pools:
     return mesh, load_weights(RandomCheckpoint(model), model, {0: mesh}, jnp.dtype('float32'))[0]
 
   @functools.cache  # noqa: B019
-  def _way(self, source: Worker, target: Worker, transport: TransportName) -> ByPieces:
+  def _way(self, source: Worker, target: Worker, transport: TransportName) -> WholeWay:
     way = TRANSPORTS[transport](source, target, _spec('layers'))
-    assert isinstance(way, ByPieces)
+    assert isinstance(way, WholeWay)
     return way
 
-  def _compile(self, way: ByPieces, by_layers: bool) -> None:
+  def _compile(self, way: WholeWay, by_layers: bool) -> None:
     """Compile what is missing of the batches that are to travel: of groups of layers, or of all of them."""
-    shapes = [shape for shape in way.shapes if (shape[0] < TWELVE.num_layers) == by_layers]
+    shapes = [shape for shape in way.pieces.shapes if (shape[0] < TWELVE.num_layers) == by_layers]
     for shape in set(shapes) - self._compiled.setdefault(way, set()):
       way.prepare(shape)
       way.rehearse(shape)

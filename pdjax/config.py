@@ -126,7 +126,7 @@ class ServingConfig:
   def definite_dtype(self) -> DtypeName:
     """`dtype`, or instead of 'auto' what the chip of `cost` is fastest in: all there is to go by without devices.
 
-    The engine replaces 'auto' in its config as soon as it has devices, see `pdjax.engine.dtypes`.
+    The engine replaces 'auto' in its config as soon as it has devices, see `pdjax.dtypes`.
     """
     if self.dtype != 'auto':
       return self.dtype

@@ -12,10 +12,10 @@ from pdjax.config import ServingConfig
 from pdjax.cost import Roofline, as_cost, size_pools
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE
-from pdjax.engine.built import Built
 from pdjax.metrics import EventLog, Report
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import make_report
+from pdjax.serving.built import Built
 from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.state import ClusterState
@@ -163,13 +163,12 @@ def _build_engine(config: ServingConfig, opened: OpenedModel, output_len: Output
 
 def _build_processes(config: ServingConfig, model: ModelSpec, output_len: OutputLen, say: Say) -> Built:
   """Each worker in a process of its own; this one holds no devices."""
-  from pdjax.engine.process_engine import ProcessEngine
-  from pdjax.engine.processes import build_processes
-  from pdjax.engine.ray_workers import RayProcesses
+  from pdjax.controller import ProcessEngine, RayProcesses, build_processes
+  from pdjax.engine.ray_worker import RayWorker
 
   assert config.processes is not None
   with _sigterm_kept():
-    processes = RayProcesses(config.processes, config.workers, config.platform, say)
+    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say)
 
   def close() -> None:
     with _sigterm_kept():
@@ -255,9 +254,9 @@ def calibrated(config: ServingConfig) -> ServingConfig:
   """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'."""
   import jax.numpy as jnp
 
+  from pdjax.dtypes import settle_dtype
   from pdjax.engine.build import device_memory_bytes, prepare_devices
   from pdjax.engine.calibration import measure_chip, measure_link
-  from pdjax.engine.dtypes import settle_dtype
 
   devices = prepare_devices(config.platform, devices_needed(config.workers))
   config = settle_dtype(config, {worker.name: [DeviceKind.of(devices[0])] for worker in config.workers})

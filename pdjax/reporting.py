@@ -13,11 +13,11 @@ from typing import Any
 
 from pdjax.config import ServingConfig
 from pdjax.cost import as_cost
-from pdjax.engine.built import Built
 from pdjax.metrics import Report, draw
 from pdjax.metrics.counters import prometheus_text
 from pdjax.metrics.saving import write_each
 from pdjax.opened_model import OpenedModel
+from pdjax.serving.built import Built
 from pdjax.serving.events import Event
 from pdjax.types.request import Completion
 from pdjax.workload import Given

@@ -1,8 +1,7 @@
 """Completions out of events: whole logs, and what samples under way have got so far."""
 
 from pdjax.completions import Drafts, complete
-from pdjax.serving.events import Arrived, Done, Finished, Result, Started, Turn
-from pdjax.serving.orders import EndOrder
+from pdjax.serving.events import Arrived, Delivered, Done, Finished, Result, Turn
 from pdjax.types import Request, SamplingParams
 
 
@@ -15,9 +14,9 @@ def _events():
     Arrived(Request('a', (5,))),
     Arrived(two),
     Turn(1.0),
-    Done(1, 0.0, 1.0, (Result('a', (7,), text='x'), Result(first, (8,), text='y'), Result(second, (9,)))),
+    Delivered(1.0, 1, (Result('a', (7,), text='x'), Result(first, (8,), text='y'), Result(second, (9,)))),
     Turn(2.0),
-    Done(2, 1.0, 2.0, (Result('a', (7, 6), text='z'), Result(first, (5,), 'length'))),
+    Delivered(2.0, 2, (Result('a', (7, 6), text='z'), Result(first, (5,), 'length'))),
     Finished(2.0, first, 'length', (8, 5)),
     Finished(2.0, second, 'cancelled', (9,)),
     Finished(2.5, 'a', 'stop', (7, 7, 6)),
@@ -43,14 +42,13 @@ def test_who_has_not_ended_is_in_no_completion_but_has_what_came():
   assert (unknown.token_ids, unknown.finish_reason) == ((), a.finish_reason)
 
 
-def test_what_a_step_under_way_brings_after_the_end_was_asked_for_counts_for_nothing():
+def test_what_was_not_delivered_counts_for_nothing():
   events = [
     Arrived(Request('a', (5,))),
-    Turn(1.0),
     Done(1, 0.0, 1.0, (Result('a', (7,), text='x'),)),
-    Started(1.0, EndOrder(2, 'a', 'cancelled', '')),
-    Turn(2.0),
+    Delivered(1.0, 1, (Result('a', (7,), text='x'),)),
     Done(3, 1.0, 2.0, (Result('a', (8,), text='late'),)),
+    Delivered(2.0, 3, (), (Result('a', (8,), text='late'),)),
     Finished(2.0, 'a', 'cancelled', (7,)),
   ]
   (one,) = complete(events, has_text=True)

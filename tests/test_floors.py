@@ -17,15 +17,16 @@ LEVELS = {
   'pdjax.comparison': 7, 'pdjax.session': 7,
   'pdjax.launch': 6, 'pdjax.deployment': 6, 'pdjax.opened_model': 6, 'pdjax.completions': 6, 'pdjax.answers': 6,
   'pdjax.reporting': 6, 'pdjax.run_folder': 6,
-  'pdjax.engine': 5, 'configs': 5,
-  'pdjax.config': 4, 'pdjax.overrides': 4,
+  'pdjax.engine': 5, 'pdjax.controller': 5, 'configs': 5,
+  'pdjax.config': 4, 'pdjax.overrides': 4, 'pdjax.dtypes': 4,
   'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
   'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.workload': 2, 'pdjax.kv': 2, 'pdjax.sharding': 2,
-  'pdjax.types': 1, 'pallas_kernels': 1,
+  'pdjax.host': 2,
+  'pdjax.types': 1, 'pdjax.program_folder': 1, 'pallas_kernels': 1,
 }  # fmt: skip
 DECIDES = {
   'pdjax.serving', 'pdjax.policies', 'pdjax.cost', 'pdjax.workload', 'pdjax.metrics', 'pdjax.simulator', 'pdjax.config',
-  'pdjax.overrides', 'configs',
+  'pdjax.overrides', 'pdjax.controller', 'pdjax.dtypes', 'configs',
 }  # fmt: skip
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
 LONG = {  # files over 500 lines, with the one idea that each holds
@@ -218,10 +219,18 @@ def test_long_files_hold_one_idea_each():
 
 
 def test_the_engine_takes_no_decisions():
+  told = {f'pdjax.serving.{name}' for name in ('orders', 'events', 'mailbox', 'built', 'peers')}
+  sizes = {'pdjax.cost.memory', 'pdjax.cost.granularity', 'pdjax.cost.roofline', 'pdjax.dtypes'}
   for module in _of({'pdjax.engine'}):
     seen = {name for name in OURS[module] if _unit(name) in DECIDES}
-    sizes = {'pdjax.cost.memory', 'pdjax.cost.granularity', 'pdjax.cost.roofline'}
-    assert seen <= {'pdjax.serving.orders', 'pdjax.serving.events', 'pdjax.config', *sizes}, f'{module} imports {seen}'
+    assert seen <= {*told, 'pdjax.config', *sizes}, f'{module} imports {seen}'
+
+
+@pytest.mark.parametrize(('one', 'other'), [('pdjax.engine', 'pdjax.controller'), ('pdjax.controller', 'pdjax.engine')])
+def test_engine_and_controller_do_not_know_each_other(one, other):
+  assert _of({one})
+  for module in _of({one}):
+    assert other not in {_unit(name) for name in OURS[module]}, module
 
 
 def test_the_face_hands_out_what_it_says_and_from_where_it_says():
@@ -272,8 +281,8 @@ def test_every_module_that_decides_loads_without_jax():
 
 
 def test_the_controller_of_other_processes_loads_without_jax():
-  modules = ('peers', 'process_engine', 'processes', 'ray_workers', 'built')
-  loaded = _fresh('\n'.join(f'import pdjax.engine.{module}' for module in modules))
+  modules = [*_of({'pdjax.controller', 'pdjax.host', 'pdjax.program_folder'}), 'pdjax.engine.ray_worker']
+  loaded = _fresh('\n'.join(f'import {module}' for module in modules))
   assert 'psutil' not in loaded and not loaded & {'jax', 'jaxlib', 'flax', 'pallas_kernels', 'ray'}
 
 

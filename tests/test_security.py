@@ -12,7 +12,7 @@ PAGE = (ROOT / 'docs' / 'security.md').read_text(encoding='utf-8')
 
 def test_readme_leads_to_the_page_and_its_tests_are_there():
   assert 'docs/security.md' in (ROOT / 'README.md').read_text(encoding='utf-8')
-  for path in ('tests/kv/transfer/test_cross_process.py', 'tests/engine/test_ray.py'):
+  for path in ('tests/kv/transfer/test_cross_process.py', 'tests/controller/test_ray.py'):
     assert path in PAGE and (ROOT / path).is_file()
 
 
@@ -20,7 +20,7 @@ def _environment(tmp_path: pathlib.Path, **more: str) -> dict[str, str]:
   """What Ray finds in the environment after pdjax has asked for it; a stand-in for Ray, so that nothing starts."""
   (tmp_path / 'ray.py').write_text('')
   code = (
-    'import json, os\nfrom pdjax.engine.ray_workers import import_ray, make_token\nimport_ray()\nmake_token()\n'
+    'import json, os\nfrom pdjax.controller.ray_workers import import_ray, make_token\nimport_ray()\nmake_token()\n'
     'print(json.dumps({key: value for key, value in os.environ.items() if key.startswith("RAY_")}))'
   )
   clean = {key: value for key, value in os.environ.items() if not key.startswith('RAY_')}

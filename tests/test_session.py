@@ -20,6 +20,7 @@ from pdjax.completions import complete
 from pdjax.deployment import Deployment
 from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
+from pdjax.engine.runner import Runner
 from pdjax.engine.worker import Worker
 from pdjax.opened_model import OpenedModel
 from pdjax.policies import Disaggregated
@@ -598,10 +599,10 @@ def test_what_breaks_the_engine_itself_breaks_the_session(begin, monkeypatch, wh
     raise MemoryError('no room at all')
 
   if where == 'collect':
-    monkeypatch.setattr(Engine, '_collect', explode)
+    monkeypatch.setattr(Runner, '_collect', explode)
   else:
     monkeypatch.setattr(Worker, 'collect', explode)
-    monkeypatch.setattr(Engine, '_rebuild', explode)
+    monkeypatch.setattr(Runner, 'restart', explode)
   with begin(broken=True) as session, pytest.raises(pdjax.SessionError, match='MemoryError: no room at all'):
     session.submit(ask('a')).result(WAIT_S)
 

@@ -1,6 +1,7 @@
 """The engine with transfers, passes and workers that fail on demand, over compiled programs that work."""
 
 import contextlib
+import copy
 import functools
 import threading
 import time
@@ -12,7 +13,8 @@ import jax
 import numpy as np
 
 from experiments.faults.chaos import Fault
-from pdjax.engine.engine import Engine, _Broken
+from pdjax.engine.engine import Engine
+from pdjax.engine.runner import Broken
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
 from pdjax.model.transformer import Weights
@@ -37,13 +39,14 @@ class FaultyWay(DevicePut):
 
   def __init__(self, way: DevicePut, checksums: bool = True):
     self.__dict__ |= way.__dict__
-    self.has_checksums = checksums
+    self.pieces = copy.copy(way.pieces)
+    self.pieces.has_checksums = checksums
     self.faults: deque[tuple[WayFault | None, Callable[[], None]]] = deque()
     self._released = threading.Event()
     self._fault: WayFault | None = None
     self._unwritable: list[tuple[Parcel, Callable[[], None]]] = []
-    for shape in self.shapes:  # what is compiled for checksums is compiled now
-      DevicePut.send(self, self.first_span(shape)).wait()
+    for shape in self.pieces.shapes:  # what is compiled for checksums is compiled now
+      DevicePut.send(self, self.pieces.first_span(shape)).wait()
 
   def clear(self) -> None:
     """Have nothing wrong with what comes next; those who wait go on."""
@@ -263,12 +266,12 @@ class FaultyEngine:
 
   def break_worker(self, worker: str) -> None:
     """Let a worker be gone as one is whose pass failed; it begins another life when the engine next waits."""
-    self._engine._post_broken(worker, self.incarnation(worker), 'it is gone')
+    self._engine._runners[worker].post_broken(self.incarnation(worker), 'it is gone')
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
     """Let a worker begin another life; what there is to tell of it."""
-    lost, back = self._engine._rebuild(
-      _Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
+    lost, back = self._engine._restart(
+      Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
     )
     assert isinstance(lost, WorkerLost) and isinstance(back, WorkerBack)
     return lost, back

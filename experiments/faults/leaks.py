@@ -52,6 +52,6 @@ def engine_leaks(engine: Engine) -> list[str]:
   for name, worker in engine.workers.items():
     if worker._progress:
       found.append(f'worker {name} still follows {", ".join(worker._progress)}.')
-  if engine._under_way:
-    found.append(f'the engine still waits for the transfers {", ".join(map(str, engine._under_way))}.')
+  if under_way := engine._incoming.under_way:
+    found.append(f'the engine still waits for the transfers {", ".join(str(one.number) for one in under_way)}.')
   return found

@@ -14,13 +14,13 @@ from experiments.few_buckets import with_few_buckets
 from pdjax.completions import complete
 from pdjax.config import ServingConfig
 from pdjax.deployment import Deployment, deploy
-from pdjax.engine.built import Serving
 from pdjax.engine.engine import Engine
 from pdjax.kv.transfer import DevicePut, Transport
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.opened_model import OpenedModel
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy
+from pdjax.serving.built import Serving
 from pdjax.serving.events import Event
 from pdjax.types import (
   Completion,

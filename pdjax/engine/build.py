@@ -13,18 +13,19 @@ from pdjax.config import ServingConfig
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE, HOST_SHARE, size_pools
 from pdjax.cost.roofline import Roofline
-from pdjax.engine.built import Built, WarmUp
+from pdjax.dtypes import settle_dtype
 from pdjax.engine.calibration import measure_chip, measure_link
-from pdjax.engine.dtypes import settle_dtype
-from pdjax.engine.engine import Engine, describe
+from pdjax.engine.engine import Engine
 from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.kept_programs import keep_programs
+from pdjax.engine.runner import describe
 from pdjax.engine.worker import LimitOf, Worker
 from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import TRANSPORTS, Transport
 from pdjax.model.checkpoint import Checkpoint
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
+from pdjax.serving.built import Built, WarmUp
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed, ways
 from pdjax.types.hardware import DeviceKind

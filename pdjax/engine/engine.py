@@ -1,75 +1,22 @@
 """The backend on devices: dispatches orders to workers and transports, and collects what has ended in one queue."""
 
-import dataclasses
-import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from pdjax.engine.mailbox import Interrupt, Mailbox, Waiter, Waiters
-from pdjax.engine.worker import Pending, Worker
-from pdjax.kv.transfer import CorruptError, Parcel, Transport
-from pdjax.serving.events import Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.engine.runner import After, Broken, Crashed, Ran, Runner, crash_poster, describe, dispatch_in_turn
+from pdjax.engine.under_way import Incoming, Landed, Missed, UnderWay
+from pdjax.engine.waiters import Waiters
+from pdjax.engine.worker import Worker
+from pdjax.kv.transfer import Transport
+from pdjax.serving.events import Done, Event, Failed, Trip
+from pdjax.serving.mailbox import Interrupt, Mailbox
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
-
-
-@dataclasses.dataclass(frozen=True)
-class _Landed:
-  """A transfer's pieces are on the target's devices, to be written into its pages."""
-
-  order: TransferOrder
-  parcel: Parcel
-  began_s: float
-  trip: Trip
-
-
-@dataclasses.dataclass(frozen=True)
-class _Missed:
-  """A transfer did not arrive."""
-
-  order: TransferOrder
-  failed: Failed
-
-
-@dataclasses.dataclass(frozen=True)
-class _UnderWay:
-  """A transfer whose pieces are to be written. Its number is that of no other transfer of any run."""
-
-  number: int
-  order: TransferOrder
-  parcel: Parcel
-
-
-@dataclasses.dataclass(frozen=True)
-class _Passed:
-  """A pass of one of a worker's lives has ended well."""
-
-  worker: str
-  incarnation: int
-  done: Done
-
-
-@dataclasses.dataclass(frozen=True)
-class _Broken:
-  """A pass failed after it had taken the worker's pages."""
-
-  worker: str
-  incarnation: int
-  error: str
-  ended_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Crashed:
-  """A waiting thread raised what none of its jobs may raise."""
-
-  error: BaseException
 
 
 class Engine:
   """Carries orders out on devices.
 
   Every program that touches pages is dispatched by the thread that calls `submit` and `wait`, so the order on each
-  device is that of decisions. Beside it each worker has a thread that waits for its passes in that order, and each
+  device is that of decisions. Beside it each worker has a thread that waits for its steps in that order, and each
   transfer has one while it is under way; they post what ended, and when, to one mailbox.
   """
 
@@ -79,11 +26,9 @@ class Engine:
     self._transports = transports
     self._mailbox = Mailbox()
     self._closed = False
-    self._passes = {name: Waiter(f'{name}-passes', self._post_crash) for name in self.workers}
-    self._transfers = Waiters('transfers', self._post_crash)
-    self._under_way: dict[int, _UnderWay] = {}  # by order
-    self._next_transfer = itertools.count()
-    self._free_from_s = dict.fromkeys(self.workers, 0.0)
+    self._runners = {name: Runner(worker, self._mailbox) for name, worker in self.workers.items()}
+    self._waiters = Waiters('transfers', crash_poster(self._mailbox))
+    self._incoming = Incoming(self._runners, self._mailbox, self._waiters)
 
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s; of an earlier one nothing is heard any more.
@@ -93,11 +38,12 @@ class Engine:
     """
     if self._closed:
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
-    for order in list(self._under_way):
-      self._give_up(order)
-    self._mailbox.forget_all_but((Interrupt, _Crashed, _Broken))
+    for transfer in self._incoming.under_way:
+      self._incoming.give_up(transfer.number)
+    self._mailbox.forget_all_but((Interrupt, Crashed, Broken))
     self._mailbox.start_clock()
-    self._free_from_s = dict.fromkeys(self.workers, 0.0)
+    for runner in self._runners.values():
+      runner.start_clock()
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next.
@@ -107,74 +53,15 @@ class Engine:
     self._mailbox.interrupt(note)
 
   def close(self) -> None:
-    """Wait for passes under way, and a while for transfers, and end the threads."""
+    """Wait for steps under way, and a while for transfers, and end the threads."""
     self._closed = True
-    self._transfers.close()
-    for waiter in self._passes.values():
-      waiter.close()
+    self._waiters.close()
+    for runner in self._runners.values():
+      runner.close()
 
   def submit(self, orders: Sequence[Order]) -> None:
-    """Dispatch the orders of one action; what goes wrong comes back as an event.
-
-    A transfer of some layers of a pass is dispatched right behind these: behind more, it would wait for them.
-    """
-    by_layers = [order for order in orders if isinstance(order, TransferOrder) and order.span.layers is not None]
-    sent: set[int] = set()
-
-    def send(layers: tuple[int, int]) -> None:
-      for transfer in by_layers:
-        if transfer.span.layers == layers:
-          sent.add(transfer.id)
-          self._submit(transfer)
-
-    for order in orders:
-      if order.id not in sent:
-        self._submit(order, send)
-
-  def _submit(self, order: Order, after: Callable[[tuple[int, int]], None] = lambda layers: None) -> None:
-    if self._is_stale(order):
-      return  # for a life of a worker that is over, and with it all its orders, as the loop is about to learn
-    try:
-      match order:
-        case StepOrder():
-          self._dispatch(order, after)
-        case TransferOrder():
-          self._send(order)
-        case EndOrder():
-          for worker in self.workers.values():
-            worker.forget(order.request)
-          now_s = self._mailbox.now_s()
-          self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
-        case AbandonOrder():  # its gather was dispatched before all that its pages are given to next
-          self._give_up(order.transfer)
-          now_s = self._mailbox.now_s()
-          self._mailbox.post(lambda ended_s: Done(order.id, now_s, ended_s))
-    except Exception as error:  # whatever it is, the loop goes on and the requests learn of it
-      self._dispatch_failed(order, describe(error))
-
-  def _dispatch_failed(self, order: Order, message: str) -> None:
-    failed = functools.partial(self._mailbox.post, lambda ended_s: Failed(order.id, ended_s, message))
-    if not isinstance(order, StepOrder):
-      failed()
-      return
-    worker = self.workers[order.worker]
-    jobs: list[Callable[[], None]] = [failed]
-    try:
-      if not worker.broken:
-        jobs.insert(0, worker.leave_out(order))
-    except Exception as error:
-      message = describe(error)
-    if worker.broken:
-      self._post_broken(order.worker, worker.incarnation, message)
-      return
-    for job in jobs:  # after the passes before it, which may still end some of its requests well
-      self._passes[order.worker].add(job)
-
-  def _post_crash(self, error: BaseException) -> None:
-    self._mailbox.post(lambda _: _Crashed(error))
-
-  def _post_broken(self, worker: str, incarnation: int, message: str) -> None:
-    self._mailbox.post(lambda ended_s: _Broken(worker, incarnation, message, ended_s))
+    """Dispatch the orders of one action; what goes wrong comes back as an event."""
+    dispatch_in_turn(orders, self._dispatch)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Wait until an order ended, an interrupt or `until_s` has come; pieces that landed are written on the way."""
@@ -184,17 +71,16 @@ class Engine:
       interrupted = False
       for item in items:
         match item:
-          case _Landed():
-            self._receive(item)
-          case _Missed(order, failed):
-            if self._end(order):
-              events.append(failed)
-          case _Passed():
-            if item.incarnation == self.workers[item.worker].incarnation:
-              events.append(item.done)
-          case _Broken():
-            events += self._rebuild(item)
-          case _Crashed():
+          case Landed():
+            self._write(item)
+          case Missed(transfer, error, corrupt, ended_s):
+            if self._incoming.end(transfer):
+              events.append(Failed(transfer.order.id, ended_s, error, corrupt))
+          case Ran():
+            events += self._runners[item.worker].hear(item)
+          case Broken():
+            events += self._restart(item)
+          case Crashed():
             raise item.error
           case Interrupt():
             interrupted = True
@@ -203,121 +89,57 @@ class Engine:
       if events or interrupted or now_s >= until_s:
         return now_s, events
 
-  # -------------------------------------------------------------------------- passes
-
-  def _dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None]) -> None:
-    worker = self.workers[order.worker]
-    dispatched_s = self._mailbox.now_s()
-    pending = worker.dispatch(order, after)
-    job = functools.partial(self._collect, worker, worker.incarnation, order, pending, dispatched_s)
-    self._passes[order.worker].add(job)
-
-  def _collect(self, worker: Worker, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float) -> None:
-    """On the worker's waiting thread: block until a pass has ended and post its outcome."""
-    name = worker.spec.name
+  def _dispatch(self, order: Order, after: After) -> None:
+    if self._is_stale(order):
+      return  # for an incarnation of a worker that is over, and with it all its orders, as the loop is about to learn
     try:
-      results, wasted = worker.collect(order, pending)
-    except Exception as error:
-      self._post_broken(name, incarnation, describe(error))
-      return
-    began_s = max(dispatched_s, self._free_from_s[name])
-
-    def passed(ended_s: float) -> _Passed:
-      self._free_from_s[name] = ended_s
-      return _Passed(name, incarnation, Done(order.id, began_s, ended_s, results, wasted))
-
-    self._mailbox.post(passed)
-
-  def _rebuild(self, broken: _Broken) -> list[Event]:
-    """Give a worker whose pages are gone new ones; passes of its earlier life are not heard of again."""
-    worker = self.workers[broken.worker]
-    if worker.incarnation != broken.incarnation:
-      return []
-    worker.reset()
-    for one in list(self._under_way.values()):
-      if broken.worker in (one.order.source, one.order.target):
-        self._give_up(one.order.id)
-    return [
-      WorkerLost(broken.worker, broken.ended_s, broken.error),
-      WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
-    ]
-
-  # -------------------------------------------------------------------------- transfers
-
-  def _send(self, order: TransferOrder) -> None:
-    transport = self._transports[order.source, order.target]
-    parcel = transport.send(order.span)
-    number = next(self._next_transfer)
-    self._under_way[order.id] = _UnderWay(number, order, parcel)
-    self._transfers.add(number, functools.partial(self._watch, order, parcel))
-
-  def _watch(self, order: TransferOrder, parcel: Parcel) -> None:
-    """On a waiting thread of its own: block until the pieces are there and say so."""
-    try:
-      parcel.wait_gathered()
-      began_s = self._mailbox.now_s()
-      parcel.wait()
-    except Exception as error:
+      match order:
+        case StepOrder():
+          self._runners[order.worker].run(order, after)
+        case TransferOrder():
+          self._send(order)
+        case EndOrder():
+          for worker in self.workers.values():
+            worker.forget(order.request)
+          self._post_ended(order)
+        case AbandonOrder():  # its gather was dispatched before all that its pages are given to next
+          self._incoming.give_up(order.transfer)
+          self._post_ended(order)
+    except Exception as error:  # whatever it is, the loop goes on and the requests learn of it
       message = describe(error)
-      corrupt = isinstance(error, CorruptError)
-      self._mailbox.post(lambda ended_s: _Missed(order, Failed(order.id, ended_s, message, corrupt)))
-      return
-    self._mailbox.post(lambda arrived_s: _Landed(order, parcel, began_s, Trip(began_s, arrived_s, parcel.num_pieces)))
+      self._mailbox.post(lambda ended_s: Failed(order.id, ended_s, message))
 
-  def _receive(self, landed: _Landed) -> None:
-    """Write landed pieces. Passes dispatched from now on find them, so the transfer has ended."""
-    order = landed.order
-    if not self._end(order):
-      return  # it was given up
-    if self._incarnations(order) != order.incarnations:
-      return  # a worker was lost meanwhile, and the transfer with it
-    try:
-      written = self._transports[order.source, order.target].receive(landed.parcel)
-    except Exception as error:
-      self._post_broken(order.target, order.incarnations[1], describe(error))
-      return
-    job = functools.partial(self._note_written, order.target, order.incarnations[1], written.block_until_ready)
-    self._passes[order.target].add(job)
-    wire_bytes, trip = landed.parcel.wire_bytes, landed.trip
-    self._mailbox.post(lambda ended_s: Done(order.id, landed.began_s, ended_s, wire_bytes=wire_bytes, trip=trip))
+  def _post_ended(self, order: Order) -> None:
+    began_s = self._mailbox.now_s()
+    self._mailbox.post(lambda ended_s: Done(order.id, began_s, ended_s))
 
   def _is_stale(self, order: Order) -> bool:
     match order:
       case StepOrder():
         return order.incarnation != self.workers[order.worker].incarnation
       case TransferOrder():
-        return order.incarnations != self._incarnations(order)
+        lives = self.workers[order.source].incarnation, self.workers[order.target].incarnation
+        return order.incarnations != lives
     return False
 
-  def _give_up(self, transfer: int) -> None:
-    """Whatever of a transfer still lands is not written."""
-    one = self._under_way.pop(transfer, None)
-    if one is not None:
-      one.parcel.abandoned = True
-      self._transfers.forget(one.number)
+  def _restart(self, broken: Broken) -> list[Event]:
+    """Give a worker whose pages are gone new ones, and up all transfers from it and to it."""
+    events = self._runners[broken.worker].restart(broken)
+    for transfer in self._incoming.under_way if events else ():
+      if broken.worker in (transfer.order.source, transfer.order.target):
+        self._incoming.give_up(transfer.number)
+    return events
 
-  def _end(self, order: TransferOrder) -> bool:
-    """Whether a transfer that has ended was still waited for; another one, of another run, may have its id."""
-    one = self._under_way.get(order.id)
-    if one is None or one.order is not order:
-      return False
-    del self._under_way[order.id]
-    return True
+  # -------------------------------------------------------------------------- transfers
 
-  def _incarnations(self, order: TransferOrder) -> tuple[int, int]:
-    return self.workers[order.source].incarnation, self.workers[order.target].incarnation
+  def _send(self, order: TransferOrder) -> None:
+    transport = self._transports[order.source, order.target]
+    self._incoming.add(UnderWay(order.id, order, transport.send(order.span), transport))
 
-  def _note_written(self, target: str, incarnation: int, block: Callable[[], object]) -> None:
-    """On the target's waiting thread: the next pass begins no sooner than the pieces are written."""
-    try:
-      block()
-    except Exception as error:
-      self._post_broken(target, incarnation, describe(error))
+  def _write(self, landed: Landed) -> None:
+    transfer, began_s = landed.transfer, landed.began_s
+    if not self._incoming.write(transfer):
       return
-    self._free_from_s[target] = self._mailbox.now_s()
-
-
-def describe(error: Exception) -> str:
-  """An exception in one line for those who wait."""
-  first_line = str(error).splitlines()[0] if str(error) else ''
-  return f'{type(error).__name__}: {first_line}'
+    order, parcel = transfer.order, transfer.parcel
+    trip = Trip(began_s, landed.arrived_s, parcel.num_pieces)
+    self._mailbox.post(lambda ended_s: Done(order.id, began_s, ended_s, wire_bytes=parcel.wire_bytes, trip=trip))

@@ -13,13 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pdjax.engine.addresses import check_own
 from pdjax.engine.build import device_memory_bytes, prepare_devices
 from pdjax.engine.calibration import measure_chip
-from pdjax.engine.engine import describe
 from pdjax.engine.fingerprint import fingerprint
 from pdjax.engine.kept_programs import keep_programs, keep_quick_programs, kept_programs, link_programs, why_not_kept
-from pdjax.engine.peers import (
+from pdjax.engine.runner import describe
+from pdjax.engine.worker import Worker
+from pdjax.engine.worker_engine import WorkerEngine
+from pdjax.host import check_own, node_name
+from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
+from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
+from pdjax.model.weights import load_weights
+from pdjax.program_folder import ProgramFolder, remove_left_over
+from pdjax.serving.orders import Order
+from pdjax.serving.peers import (
   Assignment,
   Loaded,
   Message,
@@ -29,14 +36,7 @@ from pdjax.engine.peers import (
   Settle,
   StartClock,
   Submit,
-  node_name,
 )
-from pdjax.engine.program_folder import ProgramFolder, remove_left_over
-from pdjax.engine.worker import Worker
-from pdjax.engine.worker_engine import WorkerEngine
-from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
-from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
-from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
@@ -266,9 +266,9 @@ class WorkerProcess:
       case StartClock(start_s):
         self._serving = True
         engine.call(self._limits.clear)
-        engine.call(functools.partial(engine.start_clock_at, start_s))
-      case Submit(orders, numbers, limits):
-        engine.call(functools.partial(self._submit, orders, dict(numbers), dict(limits)))
+        engine.call(functools.partial(engine.start_clock, start_s))
+      case Submit(orders, first_number, limits):
+        engine.call(functools.partial(self._submit, orders, first_number, dict(limits)))
       case Pull(number, order, manifest):
         engine.call(functools.partial(engine.pull, number, order, manifest))
       case Settle(number, pulled):
@@ -283,7 +283,7 @@ class WorkerProcess:
     with self._changed:
       self._changed.wait_for(lambda: self._news or self._error or self._closed, timeout_s)
       if self._error is not None and not self._news:
-        raise RuntimeError(describe(self._error)) from self._error  # type: ignore[arg-type]
+        raise RuntimeError(describe(self._error)) from self._error
       news, self._news = tuple(self._news), []
       return news
 
@@ -299,9 +299,9 @@ class WorkerProcess:
     if self._programs is not None:
       self._programs.close()
 
-  def _submit(self, orders, numbers: dict[int, int], limits: dict[str, int]) -> None:
+  def _submit(self, orders: Sequence[Order], first_number: int, limits: dict[str, int]) -> None:
     self._limits.update(limits)
-    self.engine.take(orders, numbers)
+    self.engine.submit(orders, first_number)
 
   def _limit_of(self, request: Request) -> int:
     limit = request.token_limit(self._assignment.model.context_len)

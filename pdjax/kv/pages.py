@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import PageLayout, devices, gather_pages, scatter_pages
 from pallas_kernels.page_copy.conversion import convert
@@ -72,7 +72,7 @@ class KVPages:
     num_pages: int,
     page_size: int,
     dtype: jnp.dtype,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     layout: PageLayoutName = 'auto',
   ) -> 'KVPages':
     """The pool's shapes, dtypes and shardings, without its bytes.
@@ -90,7 +90,9 @@ class KVPages:
     return cls(layers, model.head_dim, (scale,) * model.num_layers)
 
 
-def choose_layout(model: ModelSpec, page_size: int, mesh: Mesh, layout: PageLayoutName = 'auto') -> PageLayout:
+def choose_layout(
+  model: ModelSpec, page_size: int, mesh: Mesh | AbstractMesh, layout: PageLayoutName = 'auto'
+) -> PageLayout:
   """The layout of a pool over a mesh: the one that is asked for, or what its devices read fastest.
 
   Raises:
@@ -99,6 +101,7 @@ def choose_layout(model: ModelSpec, page_size: int, mesh: Mesh, layout: PageLayo
   heads = model.kv_heads // mesh.shape['kv']  # on each device
   name: str = layout
   if layout == 'auto':
+    assert not isinstance(mesh, AbstractMesh), 'devices that are elsewhere are not asked'
     name = PageLayout.best(devices.of(mesh.devices.flat[0]), heads, page_size, model.head_dim).name
   if name == 'paired' and heads % 2:
     raise ValueError(

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pdjax.engine.engine import Engine
+from pdjax.engine.runner import Runner
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import Parcel
 from pdjax.types import Request, SamplingParams
@@ -30,7 +31,7 @@ def delayed(function, when=lambda *args: True):
 
 
 def delay_dispatch_of_the_prompt(engine: Engine, monkeypatch) -> None:
-  monkeypatch.setattr(engine, '_dispatch', delayed(engine._dispatch, lambda order, after: order.chunks))
+  monkeypatch.setattr(Runner, 'run', delayed(Runner.run, lambda runner, order, after: order.chunks))
 
 
 def delay_collecting_the_prompt(engine: Engine, monkeypatch) -> None:
@@ -46,7 +47,7 @@ def delay_the_pieces(engine: Engine, monkeypatch) -> None:
 
 
 def hold_the_decode_worker(engine: Engine, monkeypatch) -> None:
-  monkeypatch.setattr(engine, '_note_written', delayed(engine._note_written))
+  monkeypatch.setattr(Runner, '_await_written', delayed(Runner._await_written))
 
 
 def delay_collecting_the_decode_step(engine: Engine, monkeypatch) -> None:

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from pdjax.engine.engine import Engine, describe
+from pdjax.engine.engine import Engine
+from pdjax.engine.runner import describe
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
 from pdjax.serving.events import Done, Failed, Started, WorkerLost
@@ -270,17 +271,29 @@ def test_what_is_left_of_an_earlier_run_is_neither_heard_of_nor_written(one_and_
   monkeypatch.setattr(DevicePut, 'receive', lambda way, parcel: received.append(parcel) or receive(way, parcel))
   engine.start_clock()
   released.set()
-  while engine._transfers._running:  # the first lands
+  while engine._waiters._running:  # the first lands
     time.sleep(0.001)
   engine.submit(orders[1:])
   _, (done,) = engine.wait(math.inf)
   assert done.order == 5 and len(received) == 1
   engine.close()
-  assert not engine._under_way
+  assert not engine._incoming.under_way
 
 
 def engine_lives(engine: Engine) -> tuple[int, int]:
   return engine.workers['prefill0'].incarnation, engine.workers['decode0'].incarnation
+
+
+def test_an_interrupt_ends_a_wait_and_what_it_notes_is_of_the_turn(one_and_one):
+  engine = Engine(list(one_and_one.workers.values()), one_and_one.transports)
+  engine.start_clock()
+  noted = []
+  waker = threading.Timer(0.02, lambda: engine.interrupt(noted.append))
+  waker.start()
+  now_s, events = engine.wait(math.inf)
+  waker.join()
+  engine.close()
+  assert events == [] and len(noted) == 1 and noted[0] < now_s
 
 
 def test_everything_may_fail_and_the_run_still_ends(one_and_one, monkeypatch):

@@ -93,5 +93,5 @@ def test_a_transfer_between_packed_pools_copies_neither():
   pools = [unallocated(SMOLLM2, device, tp, num_pages=1 << 15) for tp in (1, 3)]
   transport = DevicePut(*pools, TransferSpec())
   everything = SMOLLM2.num_layers, 64
-  for program in (transport._lower_gather(everything), transport._lower_scatter(everything)):
+  for program in (transport.source._lower_gather(everything), transport.target._lower_scatter(everything)):
     assert program.compile().memory_analysis().temp_size_in_bytes < 1 << 20

@@ -140,14 +140,14 @@ def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_po
   large = DevicePut(larger_source, larger_target, two_and_two.config.transfer)
   shape = (two_and_two.model.num_layers, 4)
   small_scatter, large_scatter = (
-    small._scatters[shape].memory_analysis(),
-    large._lower_scatter(shape).compile().memory_analysis(),
+    small.target._scatters[shape].memory_analysis(),
+    large.target._lower_scatter(shape).compile().memory_analysis(),
   )
   assert small_scatter.alias_size_in_bytes >= pool_bytes(target)
   assert large_scatter.alias_size_in_bytes >= pool_bytes(larger_target)
   assert large_scatter.temp_size_in_bytes <= 1.1 * small_scatter.temp_size_in_bytes
-  small_gather = small._gathers[shape].memory_analysis()
-  large_gather = large._lower_gather(shape).compile().memory_analysis()
+  small_gather = small.source._gathers[shape].memory_analysis()
+  large_gather = large.source._lower_gather(shape).compile().memory_analysis()
   assert large_gather.temp_size_in_bytes <= 1.1 * small_gather.temp_size_in_bytes
   assert pool_bytes(source) < pool_bytes(larger_source)
 

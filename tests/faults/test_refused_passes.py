@@ -15,10 +15,10 @@ from pdjax.serving.events import Done, Failed, Finished, WorkerLost
 from pdjax.serving.orders import StepOrder
 from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.types.faults import ALL_FAIL
+from tests.controller.thread_peers import Processes
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import shared, shared_colocated
 from tests.engine.plain import answer, generate
-from tests.engine.thread_peers import Processes
 from tests.faults.oracles import assert_right
 from tests.faults.test_random_faults import Leaving
 from tests.tiny import TINY, byte_tokenizer, config, prompt

@@ -6,11 +6,23 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from pdjax.kv.pages import KVPages, Units
 from pdjax.kv.transfer.checksums import Checked
 from pdjax.types.span import Span
+
+
+class PoolShapes(Protocol):
+  """A worker's pool as far as one end of a way must know the other: its shapes, and no bytes."""
+
+  @property
+  def mesh(self) -> Mesh | AbstractMesh:
+    """Its devices, or how heads are cut over them."""
+
+  @property
+  def page_shapes(self) -> KVPages:
+    """Shape, dtype and layout of its pages."""
 
 
 class PagePool(Protocol):

@@ -16,12 +16,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 from pdjax.kv.pages import KVPages
-from pdjax.kv.transfer.base import PagePool, Parcel
+from pdjax.kv.transfer.base import PagePool, Parcel, PoolShapes
+from pdjax.kv.transfer.by_pieces import Prepared, WholeWay
 from pdjax.kv.transfer.checksums import Checked, checksums
-from pdjax.kv.transfer.pieces import ByPieces, Shape
+from pdjax.kv.transfer.ends import SourceEnd, TargetEnd
+from pdjax.kv.transfer.pieces import Pieces, Shape
 from pdjax.sharding import MESH_AXES
 from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
 from pdjax.types.handshake import Manifest, PoolShape, WayPlan
@@ -43,15 +45,10 @@ class RemotePool:
     """The pool that another process described."""
     mesh = AbstractMesh(shape.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     dtype, layout = jnp.dtype(shape.dtype), cast(PageLayoutName, shape.layout)
-    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, cast(Mesh, mesh), layout))
-
-  @property
-  def pages(self) -> KVPages:
-    """The bytes, which are elsewhere."""
-    raise AssertionError('the pages of another process are not here')
+    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, mesh, layout))
 
 
-def describe_pool(pool: PagePool | RemotePool) -> PoolShape:
+def describe_pool(pool: PoolShapes) -> PoolShape:
   """What another process must know of a pool."""
   shapes = pool.page_shapes
   mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
@@ -114,7 +111,7 @@ _CHUNK_BYTES = 16 * 2**20  # that the server copies at once; it keeps eight of t
 # ---------------------------------------------------------------------------- both halves
 
 
-class Half(ByPieces):
+class Half(Prepared):
   """One end of a way between processes.
 
   With `TransferSpec.checksums`, those of every piece travel behind all pieces.
@@ -122,13 +119,9 @@ class Half(ByPieces):
 
   def plan(self) -> WayPlan:
     """What both ends must have worked out alike."""
-    cut = self.cut
+    plan, cut = self.pieces, self.pieces.cut
     pieces = cut.source_pieces, cut.target_pieces
-    return WayPlan(self.unit, self.dtype.name, cut.piece_heads, pieces, tuple(sorted(self.shapes)))
-
-  def send(self, span: Span) -> Parcel:
-    """Half a way sends nothing by itself."""
-    raise AssertionError('half a way between processes sends nothing by itself')
+    return WayPlan(plan.unit, plan.dtype.name, cut.piece_heads, pieces, tuple(sorted(plan.shapes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +153,20 @@ class Offer:
 class Sender(Half):
   """The source's half: gathers pages of this process and offers them to another."""
 
-  def __init__(self, source: PagePool, target: PagePool | RemotePool, spec: TransferSpec, server: Server):
-    super().__init__(source, cast(PagePool, target), spec)
+  def __init__(self, source: PagePool, target: PoolShapes, spec: TransferSpec, server: Server):
+    super().__init__(Pieces(source, target, spec))
     self._server = server
+    self._end = SourceEnd(self.pieces, source)
 
   def prepare(self, shape: Shape) -> None:
     """Compile what the source runs."""
-    self.prepare_source(shape)
+    self._end.prepare(shape)
 
   def rehearse(self, shape: Shape) -> None:
     """Gather once."""
-    for batch in self.gather(self.first_span(shape)):
-      pieces = self.leaving(batch)
-      jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.has_checksums else ()))
+    for batch in self._end.gather(self.pieces.first_span(shape)):
+      pieces = self._end.leaving(batch)
+      jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.pieces.has_checksums else ()))
 
   def offer(self, number: int, span: Span) -> Offer:
     """Gather cached tokens and offer them; return at once, even if passes that compute them are under way.
@@ -181,8 +175,8 @@ class Sender(Half):
       number: Of the transfer; no other transfer that this process offers may ever have it.
       span: The tokens.
     """
-    pieces = tuple(piece for batch in self.gather(span) for piece in self.leaving(batch))
-    sums = map(checksums, pieces) if self.has_checksums else ()
+    pieces = tuple(piece for batch in self._end.gather(span) for piece in self._end.leaving(batch))
+    sums = map(checksums, pieces) if self.pieces.has_checksums else ()
     offer = Offer(number, (*pieces, *sums))
     self._server.offer(number, offer.pieces)
     return offer
@@ -195,22 +189,23 @@ class Sender(Half):
 class Receiver(Half):
   """The target's half: pulls pieces that another process offers, and writes them into pages of this one."""
 
-  def __init__(self, source: PagePool | RemotePool, target: PagePool, spec: TransferSpec, server: Server, address: str):
-    super().__init__(cast(PagePool, source), target, spec)
+  def __init__(self, source: PoolShapes, target: PagePool, spec: TransferSpec, server: Server, address: str):
+    super().__init__(Pieces(source, target, spec))
     self._server = server
+    self._end = TargetEnd(self.pieces, target)
     self.address = address  # the source's, which changes when its process is another
 
   def prepare(self, shape: Shape) -> None:
     """Compile what the target runs."""
-    self.prepare_target(shape)
+    self._end.prepare(shape)
 
   def rehearse(self, shape: Shape) -> None:
     """Write zeros into pages that are empty still."""
-    span = self.first_span(shape)
-    zeros = [jax.device_put(np.zeros(piece.shape, piece.dtype), piece.sharding) for piece in self.arriving(shape)]
-    checked = Checked((checksums(piece), piece) for piece in zeros) if self.has_checksums else None
-    batches = ((self.targets(span), self.assemble(shape, zeros)),)
-    parcel = Parcel(batches, self.layers_of(span), 0, len(zeros), (), checked=checked)
+    plan, span = self.pieces, self.pieces.first_span(shape)
+    zeros = [jax.device_put(np.zeros(piece.shape, piece.dtype), piece.sharding) for piece in self._end.arriving(shape)]
+    checked = Checked((checksums(piece), piece) for piece in zeros) if plan.has_checksums else None
+    batches = ((plan.targets(span), self._end.assemble(shape, zeros)),)
+    parcel = Parcel(batches, plan.layers_of(span), 0, len(zeros), (), checked=checked)
     parcel.wait()
     self.receive(parcel).block_until_ready()
 
@@ -225,24 +220,28 @@ class Receiver(Half):
     Raises:
       ValueError: if something else was offered than these tokens.
     """
-    shapes = self.expected(span)
+    plan, shapes = self.pieces, self.expected(span)
     wanted = tuple((tuple(shape.shape), shape.dtype.name) for shape in shapes)
     if wanted != manifest:
       raise ValueError(f'transfer {number} offers pieces of {_brief(manifest)}, expected {_brief(wanted)}.')
     pulled = self._server.pull(self.address, number, shapes)
     pieces, checked = pulled, None
-    if self.has_checksums:
+    if plan.has_checksums:
       pieces, sums = pulled[: len(pulled) // 2], pulled[len(pulled) // 2 :]
       checked = Checked(zip(sums, pieces, strict=True))
-    targets, rest = self.targets(span), iter(pieces)
-    batches = tuple((targets[batch], self.assemble(shape, rest)) for batch, shape in self.batches(span))
+    targets, rest = plan.targets(span), iter(pieces)
+    batches = tuple((targets[batch], self._end.assemble(shape, rest)) for batch, shape in plan.batches(span))
     wire_bytes = sum(piece.nbytes for piece in pieces)
-    return Parcel(batches, self.layers_of(span), wire_bytes, len(pieces), (), checked=checked)
+    return Parcel(batches, plan.layers_of(span), wire_bytes, len(pieces), (), checked=checked)
+
+  def receive(self, parcel: Parcel) -> jax.Array:
+    """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
+    return self._end.receive(parcel)
 
   def expected(self, span: Span) -> list[jax.ShapeDtypeStruct]:
     """Shape, dtype and device of all that is offered for a span: the pieces, then their checksums, if any."""
-    pieces = [piece for _, shape in self.batches(span) for piece in self.arriving(shape)]
-    if not self.has_checksums:
+    pieces = [piece for _, shape in self.pieces.batches(span) for piece in self._end.arriving(shape)]
+    if not self.pieces.has_checksums:
       return pieces
     sums = [jax.ShapeDtypeStruct((piece.shape[1], 2), np.dtype(np.uint32), sharding=piece.sharding) for piece in pieces]
     return [*pieces, *sums]
@@ -263,15 +262,15 @@ def _brief(manifest: Manifest) -> str:
 # ---------------------------------------------------------------------------- both in one process
 
 
-class CrossProcess(ByPieces):
+class CrossProcess(WholeWay):
   """Both halves of a way in one process, with a server for each: everything but the other process."""
 
   def __init__(self, source: PagePool, target: PagePool, spec: TransferSpec):
-    super().__init__(source, target, spec)
     ours, theirs = (
       _server_of(side, pool.mesh.devices.flat[0]) for side, pool in (('source', source), ('target', target))
     )
     self.sender = Sender(source, target, spec, ours)
+    super().__init__(self.sender.pieces)
     self.receiver = Receiver(source, target, spec, theirs, ours.address)
 
   def prepare(self, shape: Shape) -> None:

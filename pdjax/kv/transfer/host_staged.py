@@ -14,8 +14,9 @@ import numpy as np
 
 from pdjax.kv.pages import Units
 from pdjax.kv.transfer.base import PagePool, Parcel
+from pdjax.kv.transfer.by_pieces import ByPieces
 from pdjax.kv.transfer.checksums import Checked, checksums
-from pdjax.kv.transfer.pieces import ByPieces, Gathered, device_of
+from pdjax.kv.transfer.ends import Gathered, device_of
 from pdjax.types.cluster import TransferSpec
 from pdjax.types.span import Span
 
@@ -33,20 +34,20 @@ class HostStaged(ByPieces):
 
   def send(self, span: Span) -> 'StagedParcel':
     """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
-    gathered = self.gather(span)
+    gathered = self.source.gather(span)
     pieces = [batch.pieces for batch in gathered]
-    expected = [piece for batch in gathered for piece in self.arriving(batch.shape)]
+    expected = [piece for batch in gathered for piece in self.target.arriving(batch.shape)]
     wire_bytes = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in expected)
-    return StagedParcel((), self.layers_of(span), wire_bytes, len(expected), pieces, gathered, self.carry)
+    return StagedParcel((), self.pieces.layers_of(span), wire_bytes, len(expected), pieces, gathered, self.carry)
 
   def carry(self, batch: Gathered) -> tuple[tuple[Units, ...], list[tuple[jax.Array, jax.Array]]]:
     """Carry the pieces of a batch over; those too with checksums of what they were, if there are to be any."""
-    ways = zip(self.leaving(batch), self.arriving(batch.shape), strict=True)
+    ways = zip(self.source.leaving(batch), self.target.arriving(batch.shape), strict=True)
     with self._lock:  # others may use the buffers before and after
       jax.block_until_ready(batch.pieces)
       moved = [(piece, self.stage(piece, device_of(expected))) for piece, expected in ways]
-    pairs = [(checksums(piece), arrived) for piece, arrived in moved] if self.has_checksums else []
-    return self.assemble(batch.shape, (arrived for _, arrived in moved)), pairs
+    pairs = [(checksums(piece), arrived) for piece, arrived in moved] if self.pieces.has_checksums else []
+    return self.target.assemble(batch.shape, (arrived for _, arrived in moved)), pairs
 
   def stage(self, piece: jax.Array, device: jax.Device) -> jax.Array:
     """Begin to carry one piece over: while it leaves one buffer, the next is copied into the other."""

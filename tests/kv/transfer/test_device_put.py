@@ -63,7 +63,9 @@ class Pool:
 
 def four_units_at_most(source: Pool, target: Pool) -> TransferSpec:
   """Batches of one unit and of four."""
-  return TransferSpec(piece_bytes=4 * DevicePut(source, target, TransferSpec()).unit_bytes(len(source.pages.layers)))
+  return TransferSpec(
+    piece_bytes=4 * DevicePut(source, target, TransferSpec()).pieces.unit_bytes(len(source.pages.layers))
+  )
 
 
 # ---------------------------------------------------------------------------- plans
@@ -149,7 +151,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   parcel.wait()
   transport.receive(parcel).block_until_ready()
 
-  assert not any('all-' in program.as_text() for program in transport._gathers.values()), 'heads are gathered'
+  assert not any('all-' in program.as_text() for program in transport.source._gathers.values()), 'heads are gathered'
   assert parcel.wire_bytes == sum(put_bytes) == len(ours) * page_bytes(model, PAGE_SIZE, FLOAT32)
   for layer, wanted in zip(target.pages.layers, expected, strict=True):
     for shard in layer.addressable_shards:  # copies of a head included
@@ -217,7 +219,7 @@ def test_a_span_of_tokens_moves_between_pages_of_unlike_sizes_and_dtypes(
   transport.receive(parcel).block_until_ready()
 
   smaller = dtype if jnp.dtype(dtype).itemsize <= jnp.dtype(target_dtype).itemsize else target_dtype
-  assert (transport.dtype, transport.unit) == (smaller, math.gcd(page_size, target_size))
+  assert (transport.pieces.dtype, transport.pieces.unit) == (smaller, math.gcd(page_size, target_size))
   assert parcel.wire_bytes == tokens * model.cached_token_bytes(smaller)
   arrived = target.numbers()
   if target_dtype == 'int8' != dtype:

@@ -41,7 +41,7 @@ def test_no_more_than_two_pieces_are_on_the_host_and_nothing_travels_before_it_i
   assert parcel.batches == ()
   parcel.wait()
   assert [len(targets) for targets, _ in parcel.batches] == [4, 4, 1] and not parcel.gathered
-  heads = transport.cut.piece_heads
+  heads = transport.pieces.cut.piece_heads
   piece_bytes = 4 * 2 * TINY_12_12.num_layers * heads * PAGE_SIZE * TINY_12_12.head_dim * 4
   assert [buffer._memory.nbytes for buffer in transport._buffers] == [piece_bytes, piece_bytes]
   for layer, unchanged in zip(target.values(), before, strict=True):

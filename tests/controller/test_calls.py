@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pdjax.engine.calls import call_within
+from pdjax.controller.calls import call_within
 
 FAR_S = 30.0  # no test waits for so long
 

@@ -21,7 +21,7 @@ from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
 from pdjax.serving.events import Done
 from pdjax.types import RayCluster
 from pdjax.types.cluster import DeviceError
-from tests.engine.ray_run import _is_alive
+from tests.controller.ray_run import _is_alive
 from tests.tiny import config
 
 

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from pdjax.engine import program_folder
-from pdjax.engine.program_folder import ProgramFolder, remove_left_over, remove_when_unused
+from pdjax import program_folder
+from pdjax.program_folder import ProgramFolder, remove_left_over, remove_when_unused
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_where_there_can_be_no_folder_the_reason_is_raised_and_nothing_is_left(f
 
 def test_what_a_killed_run_left_is_removed_by_the_next_and_what_is_in_use_is_not(folders, monkeypatch):
   code = (
-    'import tempfile, sys, os; tempfile.tempdir = sys.argv[1]; from pdjax.engine.program_folder import ProgramFolder\n'
+    'import tempfile, sys, os; tempfile.tempdir = sys.argv[1]; from pdjax.program_folder import ProgramFolder\n'
     'kept = ProgramFolder.make(); print(kept.path, flush=True); os.kill(os.getpid(), 9)'
   )
   killed = subprocess.run([sys.executable, '-c', code, str(folders)], capture_output=True, text=True, check=False)

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from pdjax.config import KEEP_NO_PROGRAMS
-from pdjax.engine.peers import Peer, node_name
-from pdjax.engine.program_folder import ProgramFolder, remove_when_unused
+from pdjax.controller.peer import Peer
+from pdjax.host import node_name
+from pdjax.program_folder import ProgramFolder, remove_when_unused
 
 _REMOVE_S = 3.0  # until processes that were killed are gone
 

@@ -6,18 +6,18 @@ import time
 
 import pytest
 
-from pdjax.engine import ray_workers
-from pdjax.engine.peers import PeerLost
-from pdjax.engine.ray_workers import RayPeer
+from pdjax.controller import ray_peer
+from pdjax.controller.ray_peer import RayPeer
+from pdjax.serving.peers import PeerLost
 from pdjax.types.cluster import DeviceError
-from tests.engine.fake_ray import Actor, FakeRay, Service
+from tests.controller.fake_ray import Actor, FakeRay, Service
 
 FAR_S = 30.0  # no test waits for so long
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(ray_workers, '_PULSE_S', 0.02)
+  monkeypatch.setattr(ray_peer, '_PULSE_S', 0.02)
 
 
 def peer_of(

@@ -11,13 +11,13 @@ import jax
 
 from pdjax.completions import complete
 from pdjax.config import ServingConfig
-from pdjax.engine.built import Built
-from pdjax.engine.peers import Message, News, PeerLost
-from pdjax.engine.processes import build_processes
+from pdjax.controller.processes import build_processes
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.metrics import Report
+from pdjax.serving.built import Built
 from pdjax.serving.events import Finished, WorkerBack
 from pdjax.serving.loop import serve
+from pdjax.serving.peers import Message, News, PeerLost
 from pdjax.serving.state import ClusterState
 from pdjax.workload.arrivals import Listed
 from tests.engine.cluster import Impatient, Served, assert_all_is_free
@@ -39,7 +39,8 @@ class Reborn(WorkerProcess):
   def compile_half(self, half):
     halves = [*self._before.senders.values(), *self._before.receivers.values()]
     (same,) = (one for one in halves if type(one) is type(half) and one.plan() == half.plan())
-    half._gathers, half._scatters, half._fillers = same._gathers, same._scatters, same._fillers
+    programs = ('_gathers', '_scatters', '_fillers')
+    vars(half._end).update({name: found for name, found in vars(same._end).items() if name in programs})
     return {}
 
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pdjax.engine import calls, control_service
-from pdjax.engine.control_service import ControlService
-from pdjax.engine.process_engine import ProcessEngine
+from pdjax.controller import calls, control_service
+from pdjax.controller.control_service import ControlService
+from pdjax.controller.process_engine import ProcessEngine
 from pdjax.types.cluster import DeviceError
 
 FAR_S = 30.0  # no test waits for so long

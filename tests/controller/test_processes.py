@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from pdjax import Session
+from pdjax.controller.process_engine import ProcessEngine
+from pdjax.controller.processes import build_processes, clock_offset, limit_of
 from pdjax.deployment import Deployment
-from pdjax.engine.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
-from pdjax.engine.process_engine import ProcessEngine
-from pdjax.engine.processes import build_processes, clock_offset, limit_of
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
@@ -22,13 +21,14 @@ from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
 from pdjax.serving.events import Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
+from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.span import Span
+from tests.controller.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.engine.plain import generate
-from tests.engine.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
 
 SPEC = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)
@@ -86,7 +86,7 @@ def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   peer, heard = processes.peers['decode0'], threading.Event()
   life = processes.built.engine.workers['decode0'].incarnation
   peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
-  peer.process.engine._post_broken('decode0', life, 'it failed late')
+  peer.process.engine._runner.post_broken(life, 'it failed late')
   assert heard.wait(20)
   time.sleep(0.2)  # until it is posted
   again = processes.serve(requests((9,)))
@@ -164,6 +164,41 @@ def test_a_trace_cuts_requests_short_in_other_processes_too(processes, monkeypat
   served = processes.serve(requests())
   assert {name: len(one.token_ids) for name, one in served.by_id.items() if name in lengths} == lengths
   assert len(served.by_id['r4'].token_ids) > 2
+
+
+class Heard:
+  """A process that hears what it is told, and tells nothing."""
+
+  def __init__(self):
+    self.told = []
+
+  def tell(self, message):
+    self.told.append(message)
+
+  def listen(self):
+    time.sleep(0.01)
+    return ()
+
+  def close(self):
+    pass
+
+
+def test_no_two_transfers_have_one_number_though_each_run_counts_its_orders_anew():
+  peers = {'prefill0': Heard(), 'decode0': Heard()}
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), dict.fromkeys(peers, 0.0))
+  span = Span((0,), (0,), 0, 4)
+  numbers = []
+  for _ in range(2):
+    engine.start_clock()
+    peers['prefill0'].told.clear()
+    orders = [TransferOrder(id, 'r', 'prefill0', 'decode0', span) for id in (3, 0, 8)]
+    engine.submit(orders)
+    engine.submit([AbandonOrder(9, 3, 'prefill0', 'decode0')])
+    submit, settle = peers['prefill0'].told
+    assert settle == Settle(submit.first_number + 3, pulled=False) == peers['decode0'].told[-1]
+    numbers += [submit.first_number + order.id for order in submit.orders]
+  assert len(set(numbers)) == 6
+  engine.close()
 
 
 # ---------------------------------------------------------------------------- faults

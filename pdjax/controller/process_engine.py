@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from pdjax.engine.mailbox import Interrupt, Mailbox
-from pdjax.engine.peers import (
+from pdjax.controller.peer import Peer
+from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
+from pdjax.serving.mailbox import Interrupt, Mailbox
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.peers import (
   Gathered,
   Message,
   News,
   Offered,
-  Peer,
   PeerLost,
   Pull,
   Settle,
@@ -27,8 +29,6 @@ from pdjax.engine.peers import (
   TransferFailed,
   Written,
 )
-from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.handshake import HandshakeError
 from pdjax.types.request import Request
 
@@ -115,8 +115,15 @@ class Place:
 
 
 @dataclasses.dataclass
-class _Transfer:
-  """A transfer under way: `pulling` once the target is told, and when its pieces were ready to leave, once heard."""
+class UnderWay:
+  """A transfer under way.
+
+  Attributes:
+    number: What it is known by.
+    order: Its order.
+    pulling: Whether the target was told to pull it.
+    ready_s: When its pieces were ready to leave, once that was heard.
+  """
 
   number: int
   order: TransferOrder
@@ -157,9 +164,8 @@ class ProcessEngine:
     self._revive = revive
     self._closed_all = closed
     self._mailbox = Mailbox()
-    self._transfers: dict[int, _Transfer] = {}  # by order
-    self._by_number: dict[int, _Transfer] = {}
-    self._next_number = 1
+    self._under_way: dict[int, UnderWay] = {}  # by number
+    self._first_number = self._next_number = 1  # of this run, and beyond all that there were
     self._clock = threading.Lock()
     self._start_s = 0.0
     self._closing = threading.Event()
@@ -178,8 +184,8 @@ class ProcessEngine:
     """
     if self._closing.is_set():
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
-    self._transfers.clear()
-    self._by_number.clear()
+    self._under_way.clear()
+    self._first_number = self._next_number
     before = self._mailbox.collect(-math.inf)[1]
     with self._clock:
       self._start_s = self._mailbox.start_clock()
@@ -242,26 +248,30 @@ class ProcessEngine:
   def submit(self, orders: Sequence[Order]) -> None:
     """Send the orders of one action; what goes wrong comes back as an event."""
     sent: dict[str, list[Order]] = {}
-    numbers: dict[str, list[tuple[int, int]]] = {}
     for order in orders:
       match order:
         case StepOrder():
           sent.setdefault(order.worker, []).append(order)
         case TransferOrder():
-          number, self._next_number = self._next_number, self._next_number + 1
-          transfer = self._transfers[order.id] = self._by_number[number] = _Transfer(number, order)
+          number = self._number_of(order.id)
+          self._next_number = max(self._next_number, number + 1)
+          self._under_way[number] = UnderWay(number, order)
           sent.setdefault(order.source, []).append(order)
-          numbers.setdefault(order.source, []).append((order.id, transfer.number))
-        case AbandonOrder(transfer=abandoned):
-          if abandoned in self._transfers:
-            self._settle(self._transfers[abandoned])
+        case AbandonOrder():
+          abandoned = self._under_way.get(self._number_of(order.transfer))
+          if abandoned is not None:
+            self._settle(abandoned)
           self._post_ended(order.id)
         case EndOrder():
           for name in self.workers:
             sent.setdefault(name, []).append(order)
           self._post_ended(order.id)
     for name, some in sent.items():
-      self._tell(name, Submit(tuple(some), tuple(numbers.get(name, ())), self._limits(some)))
+      self._tell(name, Submit(tuple(some), self._first_number, self._limits(some)))
+
+  def _number_of(self, order: int) -> int:
+    """The number of a transfer by the id of its order."""
+    return self._first_number + order
 
   def _limits(self, orders: Sequence[Order]) -> tuple[tuple[str, int], ...]:
     limits = []
@@ -310,7 +320,7 @@ class ProcessEngine:
     """What news of a worker mean for the loop."""
     match news:
       case Offered() | Gathered() | Written() | TransferFailed():
-        transfer = self._by_number.get(news.number)
+        transfer = self._under_way.get(news.number)
         return [] if transfer is None else self._hear_of(transfer, news, heard_s)
       case WorkerLost():
         self._drop_transfers(worker)
@@ -322,7 +332,7 @@ class ProcessEngine:
         return [dataclasses.replace(news, ended_s=heard_s)]
     raise AssertionError(news)
 
-  def _hear_of(self, transfer: _Transfer, news: News, heard_s: float) -> list[Event]:
+  def _hear_of(self, transfer: UnderWay, news: News, heard_s: float) -> list[Event]:
     """What news of a transfer that is not over mean."""
     order = transfer.order
     match news:
@@ -343,20 +353,20 @@ class ProcessEngine:
         return [Failed(order.id, heard_s, news.error, news.corrupt)]
     return []
 
-  def _settle(self, transfer: _Transfer) -> None:
+  def _settle(self, transfer: UnderWay) -> None:
     """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
 
     A pull that has begun is left to end, for one whose pieces are taken away never does.
     """
     source, target = transfer.order.source, transfer.order.target
-    del self._transfers[transfer.order.id], self._by_number[transfer.number]
+    del self._under_way[transfer.number]
     pulled = transfer.pulling and self.workers[target].up
     for name in (source, target):
       self._tell(name, Settle(transfer.number, pulled))
 
   def _drop_transfers(self, worker: str) -> None:
     """End every transfer from or to a worker that was lost."""
-    for transfer in [*self._transfers.values()]:
+    for transfer in [*self._under_way.values()]:
       if worker in (transfer.order.source, transfer.order.target):
         self._settle(transfer)
 

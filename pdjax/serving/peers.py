@@ -1,9 +1,10 @@
-"""What a controller and the processes of its workers say to each other: plain data, and what it is said through."""
+"""Messages between a controller and the processes of its workers: plain data.
+
+A transfer under way is known by its number, which is the same to the controller, to its source and to its target; no
+other transfer ever has it, whatever the run.
+"""
 
 import dataclasses
-import pathlib
-import socket
-from typing import Any, Protocol
 
 from pdjax.serving.events import Event
 from pdjax.serving.orders import Order, TransferOrder
@@ -76,12 +77,12 @@ class Submit:
 
   Attributes:
     orders: The orders.
-    numbers: A number for each transfer among them, by order; no other transfer has it, whatever the run.
+    first_number: The number of a transfer whose order has the id 0; that of any other is so much more than its id.
     limits: Most tokens of requests that a trace cuts short, by request.
   """
 
   orders: tuple[Order, ...]
-  numbers: tuple[tuple[int, int], ...] = ()
+  first_number: int
   limits: tuple[tuple[str, int], ...] = ()
 
 
@@ -165,42 +166,3 @@ class TransferFailed:
 
 
 News = Event | Offered | Gathered | Written | TransferFailed
-
-
-class Peer(Protocol):
-  """A worker's process, as its controller sees it. What one thread tells arrives in that order."""
-
-  name: str
-
-  def ask(self, method: str, *args: Any) -> Any:
-    """Call a method of its `WorkerProcess` and wait for the answer, however long that takes while it lives.
-
-    Raises:
-      PeerLost: if the process is gone, or gives no sign of life for too long.
-    """
-
-  def tell(self, message: Message) -> None:
-    """Send a message; returns at once and never raises: that a process is gone shows in `listen`."""
-
-  def listen(self) -> tuple[News, ...]:
-    """Wait until something happened there, or a while.
-
-    Raises:
-      PeerLost: as `ask` does.
-    """
-
-  def restart(self) -> None:
-    """Wait until there is an empty process again where one was lost.
-
-    Raises:
-      PeerLost: if there will be none.
-    """
-
-  def close(self) -> None:
-    """End the process."""
-
-
-def node_name() -> str:
-  """This host, by a name that another does not have; processes that share it share a clock."""
-  boot = pathlib.Path('/proc/sys/kernel/random/boot_id')
-  return f'{socket.gethostname()}/{boot.read_text().strip()}' if boot.exists() else socket.gethostname()

@@ -1,4 +1,4 @@
-"""The same worker in a Ray actor: another process, another host.
+"""Workers in Ray actors: other processes, other hosts.
 
 Ray places the processes, watches them and says at once when one is gone; orders and news travel as Ray calls. KV never
 does.
@@ -7,12 +7,10 @@ does.
 import atexit
 import contextlib
 import functools
-import itertools
 import math
 import os
 import pathlib
 import secrets
-import threading
 import time
 import types
 import uuid
@@ -20,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
-from pdjax.engine.addresses import check_cluster, check_own, own_addresses
-from pdjax.engine.calls import begin_call
-from pdjax.engine.control_service import ControlService
-from pdjax.engine.peers import Message, News, PeerLost
+from pdjax.controller.addresses import check_cluster
+from pdjax.controller.calls import begin_call
+from pdjax.controller.control_service import ControlService
+from pdjax.controller.ray_peer import GROUPS, RayPeer
+from pdjax.host import check_own, own_addresses
 from pdjax.types.cluster import DeviceError, WorkerSpec
 from pdjax.types.processes import RayCluster
 
@@ -32,15 +31,10 @@ if TYPE_CHECKING:
 
 Taken = Mapping[str, Mapping[str, float]]  # of what Ray counts, by worker
 
-_LISTEN_S = 5.0  # of one call that waits for news
-_PULSE_S = 1.0  # from one look at whether a process lives to the next, while an answer is waited for
 _PLACE_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
 _SLOW_PLACE_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
-_KILL_S = 2.0
-_CLOSE_S = 10.0  # until a process has ended its threads
 _GIVE_BACK_S = 5.0  # until Ray has taken back what was set aside
 _SHUTDOWN_S = 15.0  # until Ray has ended here, which takes half as long where its control service is lost
-_GROUPS = {'orders': 1, 'news': 1, 'control': 4, 'pulse': 1}  # threads for each kind of call
 _MOST_NODES = 8  # that a message names
 _MOST_LETTERS = 300  # of an error of Ray's
 _STORE_BYTES = 80 * 2**20  # the least that Ray takes: no KV goes through its object store
@@ -73,177 +67,6 @@ def make_token() -> None:
     os.environ['RAY_AUTH_TOKEN'] = secrets.token_hex(32)
 
 
-class RayWorker:
-  """What Ray runs in a worker's process: a `WorkerProcess`, and the order of what it is told.
-
-  Args:
-    node_host: The address that a host of 'node' stands for; None for that of its node in the Ray cluster.
-  """
-
-  def __init__(self, node_host: str | None = None):
-    self._node_host = node_host
-    self._lock = threading.Lock()
-    self._process: Any = None
-    self._held: dict[int, Message] = {}
-    self._next = 0
-
-  def call(self, method: str, *args: Any) -> Any:
-    """Call a method of the worker's process."""
-    with self._lock:
-      if self._process is None:
-        from pdjax.engine.worker_process import WorkerProcess  # JAX begins here
-
-        self._process = WorkerProcess(node_host=self._node_host or import_ray().util.get_node_ip_address())
-    return getattr(self._process, method)(*args)
-
-  def pulse(self) -> None:
-    """Answer at once, whatever else goes on here: a sign of life."""
-
-  def take(self, count: int, message: Message) -> None:
-    """Hand on messages in the order in which they are counted: Ray may bring two that overtook each other."""
-    self._held[count] = message
-    while self._next in self._held:
-      due = self._held.pop(self._next)
-      self._next += 1
-      if self._process is not None:  # else it was meant for a process before this one
-        self._process.take(due)
-
-
-class RayPeer:
-  """A worker's actor, as its controller sees it.
-
-  Args:
-    name: The worker's name.
-    start: Starts an actor by a name that none had before.
-    ray: Ray.
-    service: Ray's control service. Once that is lost, what is asked raises a DeviceError.
-    silence_s: Seconds without a sign of life after which it counts as lost.
-    start_s: Seconds until an actor must be there.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    start: Callable[[str], Any],
-    ray: types.ModuleType,
-    service: ControlService,
-    silence_s: float,
-    start_s: float,
-  ):
-    self.name = name
-    self._start = start
-    self._ray = ray
-    self._service = service
-    self._silence_s = silence_s
-    self._start_s = start_s
-    self._lock = threading.Lock()
-    self._lives = itertools.count(1)
-    self._closed = False
-    self._begin()
-
-  def _begin(self) -> None:
-    if self._closed:
-      raise PeerLost(f'worker {self.name!r} gets no new process: all is being closed.')
-    name = f'{self.name}-{next(self._lives)}'
-    try:
-      actor = self._service.call(lambda: self._start(name), self._start_s)
-    except TimeoutError:
-      raise PeerLost(
-        f"worker {self.name!r} gets no process: Ray's control service at {self._service.address} has not answered for "
-        f'{self._start_s:g} s'
-      ) from None
-    with self._lock:
-      self._actor, self._counts = actor, itertools.count()
-      self._is_there = self._is_silent = False
-
-  def _await_start(self) -> None:
-    """Wait until the process is there: before that it cannot tell that it lives."""
-    if self._is_there:
-      return
-    ray, actor = self._ray, self._actor
-    try:
-      ready = actor.__ray_ready__.remote()
-      if not self._wait([ready], self._start_s):
-        self._is_silent = True
-        raise PeerLost(f'the process of worker {self.name!r} was not there after {self._start_s:g} s')
-      ray.get(ready)
-    except (ray.exceptions.RayError, ValueError) as error:
-      raise PeerLost(f'there is no process for worker {self.name!r}: {_first_line(error)}') from error
-    self._is_there = actor is self._actor
-
-  def ask(self, method: str, *args: Any) -> Any:
-    """Call a method of its `WorkerProcess` and wait for the answer, however long that takes while it lives."""
-    self._await_start()
-    return self._answer('control', method, *args)
-
-  def tell(self, message: Message) -> None:
-    """Send a message; a process that is gone shows in `listen`."""
-    with self._lock, contextlib.suppress(self._ray.exceptions.RayError):
-      _method(self._actor, 'take', 'orders', num_returns=0).remote(next(self._counts), message)
-
-  def listen(self) -> tuple[News, ...]:
-    """Wait until something happened there, or a while."""
-    return self._answer('news', 'listen', _LISTEN_S)
-
-  def restart(self) -> None:
-    """Have Ray start another process in the place of the lost one."""
-    self._kill()  # one that lives still, but can do nothing, has the devices
-    try:
-      self._begin()
-    except (self._ray.exceptions.RayError, ValueError) as error:
-      raise PeerLost(f'there is no new process for worker {self.name!r}: {_first_line(error)}') from error
-    self._await_start()
-
-  def close(self) -> None:
-    """End the process, for good."""
-    self._closed = True
-    if not self._is_silent:
-      with contextlib.suppress(Exception):
-        self._ray.get(_method(self._actor, 'call', 'control').remote('close'), timeout=_CLOSE_S)
-    self._kill()
-
-  def _kill(self) -> None:
-    actor = self._actor
-    with contextlib.suppress(Exception):
-      self._service.call(lambda: self._ray.kill(actor), _KILL_S)
-
-  def _answer(self, group: str, method: str, *args: Any) -> Any:
-    """Call a method and wait for its answer; while there is none, for signs of life."""
-    actor = self._actor
-    answer = _method(actor, 'call', group).remote(method, *args)
-    while not self._wait([answer], math.inf if math.isinf(self._silence_s) else _PULSE_S):
-      pulse = _method(actor, 'pulse', 'pulse').remote()
-      found = self._wait([answer, pulse], self._silence_s)
-      if not found:
-        self._is_silent = actor is self._actor
-        raise PeerLost(f'the process of worker {self.name!r} has not answered for {self._silence_s:g} s')
-      if pulse in found:
-        self._get(pulse)  # of a process that is gone it raises
-    return self._get(answer)
-
-  def _wait(self, answers: list[Any], seconds: float) -> list[Any]:
-    """Those of the answers that are there once one is, or after so long."""
-    until_s = time.monotonic() + seconds
-    while True:
-      self._service.check()
-      left_s = until_s - time.monotonic()
-      found, _ = self._ray.wait(answers, timeout=max(min(left_s, _PULSE_S), 0.0))
-      if found or left_s <= _PULSE_S:
-        return found
-
-  def _get(self, answer: Any) -> Any:
-    try:
-      return self._ray.get(answer)
-    except self._ray.exceptions.RayTaskError as error:
-      raise error.cause from None
-    except self._ray.exceptions.RayError as error:
-      raise PeerLost(f'the process of worker {self.name!r} is gone ({_first_line(error)})') from error
-
-
-def _method(actor: Any, name: str, group: str, **options: Any) -> Any:
-  return getattr(actor, name).options(concurrency_group=group, **options)
-
-
 class RayProcesses:
   """An empty process for each worker, on a Ray cluster that is there or on one that is started here for them.
 
@@ -251,6 +74,8 @@ class RayProcesses:
     cluster: Which.
     workers: The workers.
     platform: Of the config.
+    actor: The class that Ray runs in each process, which has the methods that a `RayPeer` calls. It is made there with
+      the address that a host of 'node' stands for, or None for that of its node in the Ray cluster.
     say: Told in a line what is being done.
 
   Raises:
@@ -263,9 +88,11 @@ class RayProcesses:
     cluster: RayCluster,
     workers: Sequence[WorkerSpec],
     platform: str | None,
+    actor: type,
     say: Callable[[str], None] = lambda line: None,
   ):
     ray = self._ray = import_ray()
+    self._actor = actor
     self._close_calls: list[Callable[[], object]] = []
     self._service: ControlService | None = None
     self._family: set[psutil.Process] = set()  # of the cluster, as far as they are known, if it was started here
@@ -387,7 +214,7 @@ class RayProcesses:
     ray = self._ray
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, index)
     others = {name: amount for name, amount in bundle.items() if name not in ('CPU', 'GPU')}
-    actor = ray.remote(concurrency_groups=_GROUPS)(RayWorker).options(
+    actor = ray.remote(concurrency_groups=GROUPS)(self._actor).options(
       name=name,
       num_cpus=bundle['CPU'],
       num_gpus=bundle.get('GPU', 0),
@@ -489,11 +316,6 @@ def _definite(address: str) -> str | None:
     return services.canonicalize_bootstrap_address(address)
   except Exception:  # of a Ray that has no such thing, or that tells in better words what it does not find
     return None
-
-
-def _first_line(error: BaseException) -> str:
-  text = str(error).strip()
-  return text.splitlines()[0] if text else type(error).__name__
 
 
 def _in_a_line(error: BaseException) -> str:

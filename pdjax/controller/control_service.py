@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pdjax.engine.calls import call_within
+from pdjax.controller.calls import call_within
 from pdjax.types.cluster import DeviceError
 
 T = TypeVar('T')

@@ -15,16 +15,18 @@ import types
 
 import pytest
 
-from pdjax.engine import addresses, ray_workers
-from pdjax.engine.peers import Pull, StartClock, Submit
-from pdjax.engine.processes import build_processes
-from pdjax.engine.ray_workers import RayProcesses, import_ray
+from pdjax.controller import addresses, ray_workers
+from pdjax.controller.processes import build_processes
+from pdjax.controller.ray_peer import RayPeer
+from pdjax.controller.ray_workers import RayProcesses, import_ray
+from pdjax.engine.ray_worker import RayWorker
 from pdjax.serving.events import WorkerBack, WorkerLost
+from pdjax.serving.peers import Pull, StartClock, Submit
 from pdjax.types import FaultSpec, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
 from tests.compiling import CACHE, quick_environment
+from tests.controller.thread_peers import Processes, assert_right_or_failed, plain
 from tests.engine.plain import generate
-from tests.engine.thread_peers import Processes, assert_right_or_failed, plain
 from tests.tiny import TINY, config, requests
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,7 +41,7 @@ LOST_WITHIN_S = 2.0  # of a kill: 0.02 s on a quiet machine
 def test_without_ray_the_reason_and_the_remedy_are_said(monkeypatch):
   monkeypatch.setitem(sys.modules, 'ray', None)
   with pytest.raises(DeviceError, match=r'pip install pdjax\[cluster\]'):
-    RayProcesses(RayCluster(), RUN.workers, 'cpu')
+    RayProcesses(RayCluster(), RUN.workers, 'cpu', RayWorker)
 
 
 class FakeRay(types.SimpleNamespace):
@@ -81,7 +83,7 @@ def test_without_a_platform_a_cluster_with_accelerators_is_refused_before_anythi
   fake = FakeRay(CPU=8.0, **resources)
   use(monkeypatch, fake)
   with pytest.raises(DeviceError, match=r"with platform None .* set platform to 'cpu', 'gpu' or 'tpu'"):
-    RayProcesses(RayCluster(address), RUN.workers, None)
+    RayProcesses(RayCluster(address), RUN.workers, None, RayWorker)
   assert fake.calls == ['init', 'shutdown']
 
 
@@ -97,7 +99,7 @@ def test_what_a_cluster_of_our_own_will_lack_is_told_before_it_is_started(monkey
   fake = FakeRay(CPU=8.0)
   use(monkeypatch, fake)
   with pytest.raises(DeviceError, match=words):
-    RayProcesses(RayCluster(**fields), RUN.workers, platform)
+    RayProcesses(RayCluster(**fields), RUN.workers, platform, RayWorker)
   assert fake.calls == []
 
 
@@ -125,7 +127,7 @@ def test_what_a_cluster_lacks_that_is_there_is_told_before_anything_is_started_o
   fake = FakeRay('10.0.0.1', '10.0.0.2', '10.0.0.3', CPU=8.0)
   use(monkeypatch, fake)
   with pytest.raises(DeviceError, match=words):
-    RayProcesses(RayCluster('10.0.0.1:6379', **fields), RUN.workers, platform)
+    RayProcesses(RayCluster('10.0.0.1:6379', **fields), RUN.workers, platform, RayWorker)
   assert fake.calls == ['init', 'shutdown']
 
 
@@ -149,7 +151,7 @@ def test_places_that_nobody_holds_are_waited_for_longer_than_those_that_others_h
   with pytest.raises(
     DeviceError, match=rf'cluster free: 10\.0\.0\.1:1 {free[0]:g} CPU, 10\.0\.0\.2:1 {free[1]:g} CPU, where the workers'
   ):
-    RayProcesses(RayCluster('10.0.0.1:6379', strategy=strategy), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('10.0.0.1:6379', strategy=strategy), RUN.workers, 'cpu', RayWorker)
   assert asked == waits
 
 
@@ -159,7 +161,7 @@ def test_an_address_in_the_environment_is_looked_at_before_it_is_used(monkeypatc
   use(monkeypatch, fake)
   monkeypatch.setenv('RAY_ADDRESS', named)
   with pytest.raises(DeviceError, match=rf"in RAY_ADDRESS, whose address is '{named}', expected 'host:port'"):
-    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu', RayWorker)
   assert fake.calls == []
 
 
@@ -169,7 +171,7 @@ def test_the_cluster_that_the_environment_names_is_the_one_that_is_asked(monkeyp
   monkeypatch.setattr(ray_workers, 'check_cluster', asked.append)
   monkeypatch.setenv('RAY_ADDRESS', '10.0.0.1:6379')
   with pytest.raises(DeviceError, match='the Ray cluster has 1'):
-    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('auto'), RUN.workers, 'cpu', RayWorker)
   assert asked == ['10.0.0.1:6379']
 
 
@@ -188,14 +190,14 @@ def test_all_that_ray_says_of_why_it_cannot_be_used_is_handed_on(monkeypatch):
     match=r"Ray cannot be used at '10\.0\.0\.1:6379' \(Version mismatch: The cluster was started with: Ray: 2\.60\.0 "
     r'This process with: Ray: 3\.0\)',
   ):
-    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('10.0.0.1:6379'), RUN.workers, 'cpu', RayWorker)
 
 
 def test_an_address_of_no_node_is_told_before_a_worker_starts_where_all_nodes_are_on_this_host(monkeypatch):
   fake = FakeRay(CPU=8.0)
   use(monkeypatch, fake)
   with pytest.raises(DeviceError, match=r"processes.host is '192\.0\.2\.7', where nothing can listen"):
-    RayProcesses(RayCluster('127.0.0.1:6379', host='192.0.2.7'), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('127.0.0.1:6379', host='192.0.2.7'), RUN.workers, 'cpu', RayWorker)
 
 
 def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypatch):
@@ -204,7 +206,7 @@ def test_a_cluster_that_nobody_reaches_is_told_before_ray_looks_for_it(monkeypat
   use(monkeypatch, fake)
   monkeypatch.setattr(ray_workers, 'check_cluster', check)
   with pytest.raises(DeviceError, match=r'no Ray cluster can be reached at 127\.0\.0\.1:1 \('):
-    RayProcesses(RayCluster('127.0.0.1:1'), RUN.workers, 'cpu')
+    RayProcesses(RayCluster('127.0.0.1:1'), RUN.workers, 'cpu', RayWorker)
   assert fake.calls == []
 
 
@@ -219,7 +221,7 @@ def test_what_was_started_here_is_ended_where_ray_cannot_end_it(monkeypatch):
     started = {'raylet': [types.SimpleNamespace(process=child)]}
     fake._private.worker = types.SimpleNamespace(_global_node=types.SimpleNamespace(all_processes=started))
     with pytest.raises(DeviceError, match='others leave'):
-      RayProcesses(RayCluster(), RUN.workers, 'cpu')
+      RayProcesses(RayCluster(), RUN.workers, 'cpu', RayWorker)
     assert child.wait(30.0) == -signal.SIGKILL
   assert forgotten == [fake.shutdown]  # it would keep this process from ending
   stuck.set()
@@ -231,7 +233,7 @@ ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluste
 def run_on_ray(tmp_path: pathlib.Path, split: str, decode_tp: int, **environment: str) -> dict:
   """What a tiny run says of itself, as a command of its own."""
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
+    [sys.executable, '-m', 'tests.controller.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
     cwd=ROOT, env=quick_environment() | environment, capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -271,14 +273,14 @@ def test_on_a_real_cluster_with_gpus_no_worker_starts_without_a_platform(monkeyp
   begin = ray.init
   monkeypatch.setattr(ray, 'init', lambda **options: begin(**options, num_gpus=2))
   with pytest.raises(DeviceError, match='has 2 GPU, and with platform None'):
-    RayProcesses(RUN.processes, RUN.workers, None)
+    RayProcesses(RUN.processes, RUN.workers, None, RayWorker)
   assert not ray.is_initialized()
 
 
 @pytest.mark.slow
 def test_by_the_name_of_its_node_a_worker_of_a_cluster_started_here_is_on_loopback():
   run = dataclasses.replace(RUN, processes=RayCluster(cpus=0.5, host='node'))
-  processes = RayProcesses(run.processes, run.workers[:1], run.platform)
+  processes = RayProcesses(run.processes, run.workers[:1], run.platform, RayWorker)
   try:
     (peer,) = processes.peers.values()
     assert peer.ask('machine', 'cpu', 1, 'node').address.startswith('127.0.0.1:')
@@ -290,7 +292,7 @@ def test_by_the_name_of_its_node_a_worker_of_a_cluster_started_here_is_on_loopba
 def cluster():
   """A cluster of one prefill and one decode actor, which restarts what tests kill."""
   run = dataclasses.replace(RUN, compilation_cache=os.environ.get(CACHE), faults=FaultSpec(patience_s=240.0))
-  processes = RayProcesses(run.processes, run.workers, run.platform)
+  processes = RayProcesses(run.processes, run.workers, run.platform, RayWorker)
   try:
     built = build_processes(run, run.model, processes.peers, closed=processes.close)
   except BaseException:
@@ -304,7 +306,7 @@ def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int
   """Send a worker's process a signal when the controller tells anyone the `count`th message of a kind."""
   pid = cluster.peers[worker].ask('pid')
   said, killed_s = [], []
-  tell = ray_workers.RayPeer.tell
+  tell = RayPeer.tell
 
   def watch(self, message):
     tell(self, message)
@@ -314,7 +316,7 @@ def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int
         os.kill(pid, sign)
         killed_s.append(time.perf_counter())
 
-  monkeypatch.setattr(ray_workers.RayPeer, 'tell', watch)
+  monkeypatch.setattr(RayPeer, 'tell', watch)
   return killed_s
 
 
@@ -369,7 +371,7 @@ def breaking(how: str, folder: pathlib.Path) -> dict:
   """
   environment = os.environ | {'TMPDIR': str(folder), 'RAY_TMPDIR': tempfile.gettempdir()}  # Ray wants a short one
   done = subprocess.run(
-    [sys.executable, '-m', 'tests.engine.ray_breaking', how], cwd=ROOT, env=environment, capture_output=True,
+    [sys.executable, '-m', 'tests.controller.ray_breaking', how], cwd=ROOT, env=environment, capture_output=True,
     text=True, timeout=900, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -445,7 +447,7 @@ def test_a_client_without_the_token_is_refused(cluster, mode, tmp_path):
 def test_what_ray_shows_without_a_token_is_what_the_security_page_says(tmp_path, private):
   """Port 44217 and the session folder; RAY_TMPDIR closes the latter."""
   code = (
-    'import os, urllib.request, ray; from pdjax.engine.ray_workers import make_token; make_token()\n'
+    'import os, urllib.request, ray; from pdjax.controller.ray_workers import make_token; make_token()\n'
     'ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)\n'
     'port = int(os.environ["AUTOSCALER_METRIC_PORT"])\n'
     'import time; until = time.time() + 60\n'
@@ -482,7 +484,7 @@ def test_a_cluster_that_is_there_is_used_and_left(cluster):
   """A second driver on the same cluster, as with --ray_address."""
   address = import_ray().get_runtime_context().gcs_address
   done = subprocess.run(
-    [sys.executable, '-m', 'experiments.run', '--config=tests/engine/ray_config.py', f'--ray_address={address}',
+    [sys.executable, '-m', 'experiments.run', '--config=tests/controller/ray_config.py', f'--ray_address={address}',
      '--set=processes.cpus=0.25'],
     cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
@@ -497,8 +499,9 @@ def test_ray_is_stopped_however_the_command_ends(end):
   import psutil
 
   command = subprocess.Popen(
-    [sys.executable, '-m', 'experiments.run', '--config=tests/engine/ray_config.py:max_tokens=40,requests_per_s=0.1'],
-    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    [sys.executable, '-m', 'experiments.run',
+     '--config=tests/controller/ray_config.py:max_tokens=40,requests_per_s=0.1'], cwd=ROOT,
+    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
   )  # fmt: skip
   try:
     assert command.stdout is not None

@@ -1,4 +1,4 @@
-"""What can be known of an address before anything long begins: whether it is this host's, and whether Ray answers."""
+"""Whether a Ray cluster answers at an address, which is asked before anything long begins."""
 
 import dataclasses
 import json
@@ -11,7 +11,8 @@ import time
 from concurrent.futures import wait
 from typing import Any
 
-from pdjax.engine.calls import begin_call
+from pdjax.controller.calls import begin_call
+from pdjax.host import own_addresses
 from pdjax.types.cluster import DeviceError
 
 _ALL_S = 9.5  # for all that is asked of a cluster
@@ -38,32 +39,6 @@ nodes = client.get_all_node_info(timeout=3, state_filter=GcsNodeInfo.GcsNodeStat
 here = set(services.find_node_ids())  # of those whose processes run here, at whatever address
 print('nodes', json.dumps([[one.node_manager_address, node.hex() in here] for node, one in nodes.items()]))
 """
-
-
-def check_own(host: str) -> None:
-  """See that something can listen at an address of this host.
-
-  Raises:
-    DeviceError: if it is not this host's; the message names those that are.
-  """
-  try:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as one:
-      one.bind(address)
-  except OSError as error:
-    raise DeviceError(
-      f'processes.host is {host!r}, where nothing can listen on {socket.gethostname()} ({error.strerror or error}), '
-      f"whose addresses are {', '.join(own_addresses())}; name one of these, or 'node' for the one that Ray knows."
-    ) from error
-
-
-def own_addresses() -> list[str]:
-  """The addresses of this host."""
-  import psutil  # for a message alone
-
-  found = (one for some in psutil.net_if_addrs().values() for one in some)
-  kinds = (socket.AF_INET, socket.AF_INET6)
-  return sorted({one.address.partition('%')[0] for one in found if one.family in kinds})
 
 
 def check_cluster(address: str) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pdjax import launch
+from pdjax.controller.processes import Handshake, build_processes
 from pdjax.cost import Roofline
 from pdjax.deployment import calibrated
+from pdjax.dtypes import settle_dtype
 from pdjax.engine import build, worker_process
-from pdjax.engine.dtypes import settle_dtype
-from pdjax.engine.processes import Handshake, build_processes
 from pdjax.model.checkpoint import RandomCheckpoint, save_orbax
 from pdjax.model.weights import load_weights
 from pdjax.run_folder import read_run
@@ -22,9 +22,9 @@ from pdjax.sharding import make_mesh
 from pdjax.types import ChipSpec
 from pdjax.types.handshake import Machine
 from pdjax.types.hardware import DeviceKind
+from tests.controller.thread_peers import Processes
 from tests.engine.plain import generate
 from tests.engine.test_build import build_untouched
-from tests.engine.thread_peers import Processes
 from tests.tiny import TINY, config
 
 # As JAX shows them. Only a CUDA device has a compute capability of two numbers, and a TPU none at all.

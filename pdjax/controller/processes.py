@@ -11,16 +11,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from pdjax.config import ServingConfig
+from pdjax.controller.calls import begin_call
+from pdjax.controller.peer import Peer
+from pdjax.controller.process_engine import ProcessEngine, Revived
+from pdjax.controller.program_folders import ProgramFolders
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
-from pdjax.engine.built import Built, WarmUp
-from pdjax.engine.calls import begin_call
-from pdjax.engine.dtypes import settle_dtype
-from pdjax.engine.peers import Assignment, Loaded, Peer, PeerLost, node_name
-from pdjax.engine.process_engine import ProcessEngine, Revived
-from pdjax.engine.program_folders import ProgramFolders
+from pdjax.dtypes import settle_dtype
+from pdjax.host import node_name
+from pdjax.serving.built import Built, WarmUp
 from pdjax.serving.events import Comeback
+from pdjax.serving.peers import Assignment, Loaded, PeerLost
 from pdjax.types.cluster import DeviceError, WorkerSpec, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
@@ -223,7 +225,7 @@ class Handshake:
       The config with a definite dtype, in which all of their devices can compute; kept from now on.
 
     Raises:
-      ValueError: if there is no such dtype, see `pdjax.engine.dtypes.settle_dtype`.
+      ValueError: if there is no such dtype, see `pdjax.dtypes.settle_dtype`.
       HandshakeError: if a target cannot reach its source.
     """
     with self._lock:

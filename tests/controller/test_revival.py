@@ -7,14 +7,15 @@ import time
 
 import pytest
 
-from pdjax.engine import process_engine as process_engine_module
-from pdjax.engine import processes as processes_module
-from pdjax.engine import program_folders as program_folders_module
-from pdjax.engine.peers import Loaded, PeerLost, node_name
-from pdjax.engine.process_engine import ProcessEngine, Revived
-from pdjax.engine.processes import Handshake, absolute_checkpoint, build_processes
-from pdjax.engine.program_folder import ProgramFolder, remove_when_unused
+from pdjax.controller import process_engine as process_engine_module
+from pdjax.controller import processes as processes_module
+from pdjax.controller import program_folders as program_folders_module
+from pdjax.controller.process_engine import ProcessEngine, Revived
+from pdjax.controller.processes import Handshake, absolute_checkpoint, build_processes
+from pdjax.host import node_name
+from pdjax.program_folder import ProgramFolder, remove_when_unused
 from pdjax.serving.events import WorkerBack, WorkerLost
+from pdjax.serving.peers import Loaded, PeerLost
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, PoolShape, WayPlan
 from pdjax.types.hardware import ChipSpec, DeviceKind

@@ -1,0 +1,130 @@
+"""Transfers under way whose pieces are to be written into pages of this process."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+
+from pdjax.engine.runner import Runner, describe
+from pdjax.engine.waiters import Waiters
+from pdjax.kv.transfer import CorruptError, Parcel
+from pdjax.serving.mailbox import Mailbox
+from pdjax.serving.orders import TransferOrder
+
+
+class Way(Protocol):
+  """A transport, as far as what it brings is to be written."""
+
+  def receive(self, parcel: Parcel) -> jax.Array:
+    """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnderWay:
+  """A transfer under way.
+
+  Attributes:
+    number: What it is known by. Within one process that is the id of its order, which one of another run may have too;
+      between processes see `pdjax.serving.peers`.
+    order: Its order.
+    parcel: Its pieces.
+    way: What writes them.
+    began_s: When they began to travel; None for when they can leave their devices.
+  """
+
+  number: int
+  order: TransferOrder
+  parcel: Parcel
+  way: Way
+  began_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Landed:
+  """The pieces of a transfer are on the target's devices, to be written."""
+
+  transfer: UnderWay
+  began_s: float
+  arrived_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Missed:
+  """The pieces of a transfer did not arrive, or not those that were sent."""
+
+  transfer: UnderWay
+  error: str
+  corrupt: bool
+  ended_s: float
+
+
+class Incoming:
+  """Waits for the pieces of transfers, for each on a thread of its own, and writes what was not given up meanwhile.
+
+  It posts a `Landed` or a `Missed` for each; whoever empties the mailbox brings the first back, to `write`. All but the
+  waiting is for the thread that dispatches.
+
+  Args:
+    runners: Of the workers that are targets, by name.
+    mailbox: Where it posts.
+    waiters: The threads.
+  """
+
+  def __init__(self, runners: Mapping[str, Runner], mailbox: Mailbox, waiters: Waiters):
+    self._runners = runners
+    self._mailbox = mailbox
+    self._waiters = waiters
+    self._under_way: dict[int, UnderWay] = {}  # by number
+
+  @property
+  def under_way(self) -> tuple[UnderWay, ...]:
+    """Those that are neither over nor given up."""
+    return tuple(self._under_way.values())
+
+  def add(self, transfer: UnderWay) -> None:
+    """Wait for the pieces of a transfer."""
+    self._under_way[transfer.number] = transfer
+    self._waiters.add(transfer, functools.partial(self._await, transfer))
+
+  def give_up(self, number: int) -> UnderWay | None:
+    """Let nothing be written that still lands of a transfer; None if it is over, or none of these."""
+    transfer = self._under_way.pop(number, None)
+    if transfer is not None:
+      transfer.parcel.abandoned = True
+      self._waiters.forget(transfer)
+    return transfer
+
+  def end(self, transfer: UnderWay) -> bool:
+    """Note that a transfer is over; whether it was still waited for, itself and not one of another run."""
+    if self._under_way.get(transfer.number) is not transfer:
+      return False
+    del self._under_way[transfer.number]
+    return True
+
+  def write(self, transfer: UnderWay) -> bool:
+    """Write what has landed; whether it is, so that steps dispatched from now on find it and the transfer has ended."""
+    runner = self._runners[transfer.order.target]
+    life = runner.worker.incarnation
+    if not self.end(transfer) or transfer.order.incarnations[1] != life:
+      return False  # it was given up, or the worker was lost meanwhile
+    try:
+      written = transfer.way.receive(transfer.parcel)
+    except Exception as error:
+      runner.post_broken(life, describe(error))
+      return False
+    runner.begin_after(written)
+    return True
+
+  def _await(self, transfer: UnderWay) -> None:
+    """On a thread of its own: block until the pieces are there and say so."""
+    try:
+      transfer.parcel.wait_gathered()
+      began_s = self._mailbox.now_s() if transfer.began_s is None else transfer.began_s
+      transfer.parcel.wait()
+    except Exception as error:
+      message, corrupt = describe(error), isinstance(error, CorruptError)
+      self._mailbox.post(lambda ended_s: Missed(transfer, message, corrupt, ended_s))
+      return
+    self._mailbox.post(lambda arrived_s: Landed(transfer, began_s, arrived_s))

@@ -156,7 +156,7 @@ class Pools:
       max_fused_steps=1, page_size=page_size, kv_dtype='float32',
     )  # fmt: skip
     mesh, weights = self._weights(model, tuple(devices))
-    worker = Worker(spec, model, mesh, weights, lambda request: OUTPUT_LEN, None, _spec('layers'))
+    worker = Worker(spec, model, mesh, weights, None, _spec('layers'))
     worker.compile('highest')
     return worker
 

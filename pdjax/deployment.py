@@ -23,21 +23,10 @@ from pdjax.simulator import Simulator
 from pdjax.types.cluster import DeviceError, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Completion, Request
+from pdjax.types.request import Completion
 
 BackendName = Literal['engine', 'simulator']
-OutputLen = Callable[[str], int | None]  # how many tokens a request really generates, where that is known, by its id
 Say = Callable[[str], None]
-
-
-class Lengths:
-  """How many tokens the requests really generate that a deployment serves now: for its backend, never for a policy."""
-
-  def __init__(self):
-    self.arrivals: Arrivals | None = None
-
-  def __call__(self, request: str) -> int | None:
-    return None if self.arrivals is None else self.arrivals.output_len(request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +43,11 @@ class Deployment:
     config: The run.
     opened: The model that is served.
     built: What carries the orders out.
-    lengths: What the backend knows of outputs.
   """
 
   config: ServingConfig
   opened: OpenedModel
   built: Built
-  lengths: Lengths = dataclasses.field(default_factory=Lengths)
 
   @property
   def is_simulated(self) -> bool:
@@ -79,7 +66,6 @@ class Deployment:
     Returns:
       All that happens, in order; it raises as `pdjax.serving.serve` does.
     """
-    self.lengths.arrivals = arrivals
     self.built.engine.start_clock()
     policy, engine = self.config.policy, self.built.engine
     events = serve(arrivals, policy, engine, self.empty_state(), waits=not self.is_simulated)
@@ -135,33 +121,28 @@ def deploy(
     ValueError: if there are no weights, or the config does not fit the devices or their memory.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  lengths = Lengths()
   if backend == 'simulator':
-    built = _build_simulator(config, opened.model, lengths)
+    built = _build_simulator(config, opened.model)
   elif opened.checkpoint is None and config.checkpoint != 'random':
     raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
   elif config.processes is not None:
-    built = _build_processes(config, opened.model, lengths, say)
+    built = _build_processes(config, opened.model, say)
   else:
-    built = _build_engine(config, opened, lengths, say)
-  return Deployment(config, opened, built, lengths)
+    built = _build_engine(config, opened, say)
+  return Deployment(config, opened, built)
 
 
-def _build_engine(config: ServingConfig, opened: OpenedModel, output_len: OutputLen, say: Say) -> Built:
+def _build_engine(config: ServingConfig, opened: OpenedModel, say: Say) -> Built:
   """All workers in this process."""
   from pdjax.engine.build import build_engine  # JAX begins here
   from pdjax.model.checkpoint import RandomCheckpoint
 
   model = opened.model
   checkpoint = RandomCheckpoint(model) if opened.checkpoint is None else opened.checkpoint
-
-  def limit_of(request: Request) -> int:
-    return request.token_limit(model.context_len, output_len)
-
-  return build_engine(config, model, checkpoint, limit_of, say, opened.tokenizer)
+  return build_engine(config, model, checkpoint, say, opened.tokenizer)
 
 
-def _build_processes(config: ServingConfig, model: ModelSpec, output_len: OutputLen, say: Say) -> Built:
+def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built:
   """Each worker in a process of its own; this one holds no devices."""
   from pdjax.controller import ProcessEngine, RayProcesses, build_processes
   from pdjax.engine.ray_worker import RayWorker
@@ -175,7 +156,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, output_len: Output
       processes.close()
 
   try:
-    built = build_processes(config, model, processes.peers, output_len, say, closed=close)
+    built = build_processes(config, model, processes.peers, say, closed=close)
     assert isinstance(built.engine, ProcessEngine)
     processes.when_lost(built.engine.fail)
     return built
@@ -195,7 +176,7 @@ def _sigterm_kept() -> Iterator[None]:
       signal.signal(signal.SIGTERM, handler)
 
 
-def _build_simulator(config: ServingConfig, model: ModelSpec, output_len: OutputLen) -> Built:
+def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
   """No devices, and a virtual clock."""
   cost = as_cost(config.cost)
   carved = carve_devices(config.workers, devices_needed(config.workers))
@@ -211,7 +192,7 @@ def _build_simulator(config: ServingConfig, model: ModelSpec, output_len: Output
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   transfer = choose_granularity(config.transfer, model, workers, cost)
-  simulator = Simulator(model, workers, cost, output_len)
+  simulator = Simulator(model, workers, cost)
   return Built(simulator, workers, transfer, config.definite_dtype, carved, warm_up=None)
 
 

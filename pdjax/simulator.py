@@ -11,7 +11,6 @@ from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Tur
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Request
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 
@@ -29,13 +28,11 @@ class Simulator:
     model: ModelSpec,
     workers: Sequence[WorkerSpec],
     cost: CostModel,
-    output_len: Callable[[str], int | None] = lambda request: None,
   ):
     """Simulate these workers, `num_pages` filled in; their cache is float32 if they do not say otherwise."""
     self._model = model
     self._workers = {worker.name: worker for worker in workers}
     self._cost = as_cost(cost)
-    self._output_len = output_len
     self.start_clock()
 
   def start_clock(self) -> None:
@@ -139,20 +136,17 @@ class Simulator:
     wasted = 0
     for chunk in order.chunks:
       if chunk.is_last:
-        self._left[chunk.request.id] = self._limit(chunk.request)
+        self._left[chunk.request.id] = chunk.limit
         results.append(self._generate(chunk.request.id, 1))
     for decode in order.decodes:
       if decode.admission is not None:
-        self._left[decode.request] = self._limit(decode.admission.request) - len(decode.admission.tokens)
+        self._left[decode.request] = decode.admission.limit - len(decode.admission.tokens)
       tokens = min(order.steps, self._left.get(decode.request, 0))
       wasted += order.steps - tokens
       if tokens:
         results.append(self._generate(decode.request, tokens))
     del self._began_s[order.id]
     return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
-
-  def _limit(self, request: Request) -> int:
-    return request.token_limit(self._model.context_len, self._output_len)
 
   def _generate(self, request: str, tokens: int) -> Result:
     self._left[request] -= tokens

@@ -60,7 +60,8 @@ class ByHand(Driver):
 
   def __init__(self, workers, output_lens=None, page_size: int = 4):
     super().__init__(workers, page_size)
-    self.simulator = Simulator(TINY, workers, HandCost(), (output_lens or {}).get)
+    self.simulator = Simulator(TINY, workers, HandCost())
+    self.state.expect((output_lens or {}).get)
 
   def start(self, action):
     orders = super().start(action)
@@ -164,7 +165,7 @@ def test_a_request_gets_its_true_length_but_no_more_than_it_asked_for(output_len
   arrivals = Listed(
     [Request('a', (2, 3), SamplingParams(max_tokens=max_tokens))], {} if output_len is None else {'a': output_len}
   )
-  simulator = Simulator(TINY, workers, HandCost(), arrivals.output_len)
+  simulator = Simulator(TINY, workers, HandCost())
   (end,) = _finished(serve(arrivals, Colocated(), simulator, ClusterState(TINY, workers, 4)))
   assert (len(end.tokens), end.finish_reason) == (expected, 'length')
 
@@ -239,7 +240,7 @@ class Case:
     return ClusterState(TINY, self.workers, self.page_size, transfer=TransferSpec(deadline_s=math.inf))
 
   def simulator(self, arrivals) -> Simulator:
-    return Simulator(TINY, self.workers, HandCost(), arrivals.output_len)
+    return Simulator(TINY, self.workers, HandCost())
 
   def recorded(self, events: list[Event]) -> Replay:
     return Replay(TINY, self.workers, events)
@@ -464,7 +465,7 @@ class Unlucky(Simulator):
 @EVERY_CASE
 def test_failures_at_any_time_leave_the_books_balanced(case, seed):
   arrivals = Withdrawing(case.arrivals(), seed)
-  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=seed)
+  backend = Unlucky(TINY, case.workers, HandCost(), seed=seed)
   events = _serve_checked(arrivals, case.policy, backend, case.state())
   reasons = Counter(end.finish_reason for end in _finished(events))
   assert reasons.total() == 24 and set(reasons) <= {'length', 'cancelled', 'error'}
@@ -491,7 +492,7 @@ def test_a_worker_that_needs_long_to_come_back_loses_no_request(worker):
   case = Case('1P1D', 4, 1)
   arrivals = case.arrivals()
   told = [(1.0, WorkerLost(worker, 1.0, 'gone', returning=True)), (9000.0, WorkerBack(worker, 9000.0, 2))]
-  backend = Slow(TINY, case.workers, HandCost(), arrivals.output_len, worker=worker, told=told)
+  backend = Slow(TINY, case.workers, HandCost(), worker=worker, told=told)
   events = list(serve(arrivals, case.policy, backend, case.state()))
   assert {end.finish_reason for end in _finished(events)} == {'length'}
   assert max(end.now_s for end in _finished(events)) > 9000.0
@@ -504,7 +505,7 @@ def test_a_worker_that_does_not_come_back_ends_its_requests_when_patience_ends_a
   case = Case('1P1D', 4, 1)
   arrivals = case.arrivals()
   told = [(1.0, WorkerLost('decode0', 1.0, 'gone', returning=True)), (9000.0, WorkerLost('decode0', 9000.0, 'no more'))]
-  backend = Slow(TINY, case.workers, HandCost(), arrivals.output_len, worker='decode0', told=told)
+  backend = Slow(TINY, case.workers, HandCost(), worker='decode0', told=told)
   events = list(serve(arrivals, case.policy, backend, case.state()))
   failed = [end for end in _finished(events) if end.finish_reason == 'error']
   assert failed and all("'decode0' (no more)" in end.error and end.now_s == 9060.0 for end in failed)
@@ -537,7 +538,7 @@ def log_of():
     if (case, lagging) not in logs:
       arrivals = case.arrivals()
       kind = Lagging if lagging else Simulator
-      backend = kind(TINY, case.workers, HandCost(), arrivals.output_len)
+      backend = kind(TINY, case.workers, HandCost())
       logs[case, lagging] = list(serve(arrivals, case.policy, backend, case.state()))
     return logs[case, lagging]
 
@@ -554,7 +555,7 @@ def test_a_replay_is_the_whole_log_again(case, lagging, log_of):
 @EVERY_REPLAYED
 def test_a_replay_of_failures_is_the_whole_log_again(case):
   arrivals = case.arrivals()
-  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=1)
+  backend = Unlucky(TINY, case.workers, HandCost(), seed=1)
   events = list(serve(arrivals, case.policy, backend, case.state()))
   assert {Failed, WorkerLost} < {type(event) for event in events}
   assert case.replay(events) == events

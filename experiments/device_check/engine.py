@@ -111,7 +111,7 @@ def measure(
         **common,
       )
     )
-  workers = [Worker(spec, model, mesh, weights, lambda request: request.sampling.max_tokens) for spec in specs]
+  workers = [Worker(spec, model, mesh, weights) for spec in specs]
   begin = time.perf_counter()
   with ThreadPoolExecutor(len(workers)) as pool:
     programs = list(pool.map(lambda worker: worker.compile('default'), workers))
@@ -213,7 +213,7 @@ def _prefill(context: Context, engine: Engine, model: ModelSpec, spec: WorkerSpe
     number = next(_numbers)
     request = Request(f'p{number}', _tokens(model, prompt_len, number), sampling)
     own = tuple(range(index % 2 * pages, (index % 2 + 1) * pages))
-    orders.append(StepOrder(number, spec.name, chunks=(ChunkOrder(request, 0, prompt_len, own),)))
+    orders.append(StepOrder(number, spec.name, chunks=(ChunkOrder(request, 0, prompt_len, own, sampling.max_tokens),)))
   pass_s = _per_pass_s(_ends_s(engine, orders))
   flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
   said = nominal(jax.devices()[0])
@@ -239,7 +239,7 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
     decodes = []
     for slot, request in enumerate(requests):
       own = tuple(order[slot * each : (slot + 1) * each].tolist())
-      admission = Admission(request, own, (prompt[slot % len(prompt)],)) if not step else None
+      admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens) if not step else None
       decodes.append(DecodeOrder(request.id, slot, sizes.decode_context + step, admission))
     orders.append(StepOrder(next(_numbers), 'decode0', decodes=tuple(decodes)))
   step_s = _per_pass_s(_ends_s(engine, orders[: sizes.decode_steps]))

@@ -30,7 +30,6 @@ from pdjax.serving.peers import (
   Written,
 )
 from pdjax.types.handshake import HandshakeError
-from pdjax.types.request import Request
 
 _QUICK_TRIES = 3  # of bringing a worker back, before requests wait no longer than their patience
 _PAUSE_S = 1.0  # before the next, where something else was wrong than that the process ended
@@ -143,7 +142,6 @@ class ProcessEngine:
     peers: Mapping[str, Peer],
     incarnations: Mapping[str, int],
     clocks_s: Mapping[str, float],
-    limit_of: Callable[[Request], int | None] = lambda request: None,
     revive: Callable[[str, int], Revived] | None = None,
     closed: Callable[[], None] = lambda: None,
   ):
@@ -153,14 +151,12 @@ class ProcessEngine:
       peers: The process of each worker.
       incarnations: Which of its lives each worker is in.
       clocks_s: What each process's clock shows when the controller's shows 0.
-      limit_of: Most tokens of a request that a trace cuts short; None for others.
       revive: Makes a new process, known to the others, for a lost worker, which begins that life in it. It always
         ends, and raises whatever went wrong. `HandshakeError` is final; otherwise it is tried again until `close`, with
         growing pauses after the first tries. None lets a lost worker be lost for good.
       closed: Called when all is over.
     """
     self.workers = {name: Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
-    self._limit_of = limit_of
     self._revive = revive
     self._closed_all = closed
     self._mailbox = Mailbox()
@@ -267,20 +263,11 @@ class ProcessEngine:
             sent.setdefault(name, []).append(order)
           self._post_ended(order.id)
     for name, some in sent.items():
-      self._tell(name, Submit(tuple(some), self._first_number, self._limits(some)))
+      self._tell(name, Submit(tuple(some), self._first_number))
 
   def _number_of(self, order: int) -> int:
     """The number of a transfer by the id of its order."""
     return self._first_number + order
-
-  def _limits(self, orders: Sequence[Order]) -> tuple[tuple[str, int], ...]:
-    limits = []
-    for order in orders:
-      if isinstance(order, StepOrder):
-        requests = [chunk.request for chunk in order.chunks]
-        requests += [decode.admission.request for decode in order.decodes if decode.admission is not None]
-        limits += [(one.id, limit) for one in requests if (limit := self._limit_of(one)) is not None]
-    return tuple(limits)
 
   def _tell(self, name: str, message: Message) -> None:
     place = self.workers[name]

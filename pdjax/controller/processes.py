@@ -27,7 +27,6 @@ from pdjax.types.cluster import DeviceError, WorkerSpec, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Request
 
 _LINK_BYTES = 8 * 2**20
 _PINGS = 16  # of which the quickest tells how two clocks differ
@@ -39,7 +38,6 @@ def build_processes(
   config: ServingConfig,
   model: ModelSpec,
   peers: Mapping[str, Peer],
-  output_len: Callable[[str], int | None] = lambda request: None,
   say: Callable[[str], None] = lambda line: None,
   closed: Callable[[], None] = lambda: None,
 ) -> Built:
@@ -49,7 +47,6 @@ def build_processes(
     config: The run.
     model: The model's shape, as it is to be served.
     peers: An empty process for each worker.
-    output_len: How many tokens a request really generates, where that is known, by its id.
     say: Told in a line what is being done.
     closed: Called when the backend is closed, after its processes; also if none comes of it.
 
@@ -118,8 +115,7 @@ def build_processes(
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, in {len(peers)} processes')
   warm_up = WarmUp(load_s, compiled - measured - load_s, measured - begin, program_s, chip, link)
-  limit = limit_of(model, output_len)
-  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, limit, handshake.revive, close_all)
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, handshake.revive, close_all)
   devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
   return Built(engine, tuple(specs.values()), handshake.transfer, config.definite_dtype, devices, warm_up)
 
@@ -152,16 +148,6 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
     ):  # fmt: skip
       sized[spec.name] = spec
   return {worker.name: sized[worker.name] for worker in config.workers}
-
-
-def limit_of(model: ModelSpec, output_len: Callable[[str], int | None]) -> Callable[[Request], int | None]:
-  """Tells most tokens of a request that a trace cuts short, and None of others."""
-
-  def limit(request: Request) -> int | None:
-    least = request.token_limit(model.context_len, output_len)
-    return None if least == request.token_limit(model.context_len) else least
-
-  return limit
 
 
 def clock_offset(peer: Peer, node: str) -> float:

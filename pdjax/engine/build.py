@@ -19,7 +19,7 @@ from pdjax.engine.engine import Engine
 from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.kept_programs import keep_programs
 from pdjax.engine.runner import describe
-from pdjax.engine.worker import LimitOf, Worker
+from pdjax.engine.worker import Worker
 from pdjax.kv.pages import choose_layout
 from pdjax.kv.transfer import TRANSPORTS, Transport
 from pdjax.model.checkpoint import Checkpoint
@@ -76,7 +76,6 @@ def build_engine(
   config: ServingConfig,
   model: ModelSpec,
   checkpoint: Checkpoint,
-  limit_of: LimitOf,
   say: Callable[[str], None] = lambda line: None,
   tokenizer: Tokenizer | None = None,
 ) -> Built:
@@ -86,7 +85,6 @@ def build_engine(
     config: The run.
     model: The model's shape, as it is to be served.
     checkpoint: Its weights.
-    limit_of: How many tokens a request generates at most.
     say: Told in a line what is being done.
     tokenizer: Turns tokens into text and finds stop strings; None leaves both out.
 
@@ -129,7 +127,7 @@ def build_engine(
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], limit_of, tokenizer, transfer))
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], tokenizer, transfer))
     pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
 

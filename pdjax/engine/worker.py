@@ -27,8 +27,6 @@ from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import FinishReason, Request, TokenLogprob
 
-LimitOf = Callable[[Request], int]
-
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
 
 
@@ -82,7 +80,6 @@ class Worker:
     model: ModelSpec,
     mesh: Mesh,
     weights: Weights,
-    limit_of: LimitOf,
     tokenizer: Tokenizer | None = None,
     transfer: TransferSpec | None = None,
   ):
@@ -93,7 +90,6 @@ class Worker:
       model: The model it serves.
       mesh: Its devices.
       weights: The model's weights on that mesh.
-      limit_of: How many tokens a request generates at most.
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
       transfer: How what it computes travels, which says in which groups of layers its steps run; None for whole ones.
     """
@@ -104,7 +100,6 @@ class Worker:
     self.weights = weights
     self.incarnation = 0
     self._dtype = jax.tree.leaves(weights)[0].dtype
-    self._limit_of = limit_of
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
@@ -306,7 +301,7 @@ class Worker:
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
         if chunk.request.id not in self._left_out:
-          self._track(chunk.request, ())
+          self._track(chunk.request, (), chunk.limit)
         self._remember(chunk.request, (), self._num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
@@ -390,15 +385,14 @@ class Worker:
 
     return forget
 
-  def _track(self, request: Request, tokens: Sequence[int]) -> None:
+  def _track(self, request: Request, tokens: Sequence[int], limit: int) -> None:
     """Follow a sequence from here on, these tokens being delivered already."""
     stops = request.stop_tokens(self.model.eos_token_ids)
     text = None
     if self._detokenizer is not None:
       text = TextStream(self._detokenizer, request.sampling.stop, prompt=request.prompt)
       text.take(tokens)
-    left = self._limit_of(request) - len(tokens)
-    self._progress[request.id] = _Progress(left, frozenset(stops), text, request.sampling.logprobs)
+    self._progress[request.id] = _Progress(limit - len(tokens), frozenset(stops), text, request.sampling.logprobs)
 
   def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
     """Note a sequence's past in a row of the history, if its penalties ask for it."""
@@ -417,10 +411,9 @@ class Worker:
       rows.generated[row] = len(tokens)
       rows.alive[row] = True
       rows.tables[row, : len(admission.pages)] = admission.pages
-      self._track(request, tokens)
+      self._track(request, tokens, admission.limit)
       self._remember(request, tokens, slot)
-    requests = [admission.request for _, admission in admitted]
-    rows = dataclasses.replace(rows, sampling=self._sampling(requests, self._num_slots))
+    rows = dataclasses.replace(rows, sampling=self._sampling([one for _, one in admitted], self._num_slots))
     self._put_slots([slot for slot, _ in admitted], rows)
 
   def clear_slots(self, order: StepOrder) -> None:
@@ -437,10 +430,9 @@ class Worker:
     """Replace these slots by the first of so many rows."""
     self._run(('admit',), self._pack_ids(slots, self._num_slots), rows)
 
-  def _sampling(self, requests: Sequence[Request], rows: int) -> Sampling:
-    limits = [self._limit_of(request) for request in requests]
-    stops = [request.stop_tokens(self.model.eos_token_ids) for request in requests]
-    return Sampling.stack([request.sampling for request in requests], limits, stops, rows)
+  def _sampling(self, orders: Sequence[ChunkOrder | Admission], rows: int) -> Sampling:
+    stops = [order.request.stop_tokens(self.model.eos_token_ids) for order in orders]
+    return Sampling.stack([order.request.sampling for order in orders], [order.limit for order in orders], stops, rows)
 
   def _pack_ids(self, slots: Sequence[int], size: int) -> np.ndarray:
     ids = np.full(size, self._num_slots, np.int32)
@@ -466,7 +458,7 @@ class Worker:
       new['tables'][row, : len(chunk.pages)] = chunk.pages
       if chunk.slot is not None:
         new['slots'][row] = chunk.slot
-    return Chunks(**new, sampling=self._sampling([chunk.request for chunk in chunks], most))
+    return Chunks(**new, sampling=self._sampling(chunks, most))
 
 
 def _result(

@@ -25,7 +25,6 @@ from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool
 from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from pdjax.model.weights import load_weights
 from pdjax.program_folder import ProgramFolder, remove_left_over
-from pdjax.serving.orders import Order
 from pdjax.serving.peers import (
   Assignment,
   Loaded,
@@ -41,7 +40,6 @@ from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
 from pdjax.types.hardware import ChipSpec, DeviceKind
-from pdjax.types.request import Request
 
 _VERSIONED = ('pdjax', 'jax', 'jaxlib')  # what must be alike where KV is exchanged
 
@@ -57,7 +55,6 @@ class WorkerProcess:
   def __init__(self, devices: Sequence[jax.Device] | None = None, node_host: str = LOOPBACK):
     self._devices = list(devices or ())
     self._node_host = node_host
-    self._limits: dict[str, int] = {}
     self._news: list[News] = []
     self._changed = threading.Condition()
     self._error: BaseException | None = None
@@ -129,7 +126,7 @@ class WorkerProcess:
     mesh = make_mesh(model, self._devices)
     weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(assignment.dtype))[None]
     summed = fingerprint(weights)
-    worker = Worker(spec, model, mesh, weights, self._limit_of, checkpoint.tokenizer(), assignment.transfer)
+    worker = Worker(spec, model, mesh, weights, checkpoint.tokenizer(), assignment.transfer)
     worker.incarnation = assignment.incarnation
     loaded = time.perf_counter()
     program_s = self.compile_worker(worker)
@@ -265,10 +262,9 @@ class WorkerProcess:
     match message:
       case StartClock(start_s):
         self._serving = True
-        engine.call(self._limits.clear)
         engine.call(functools.partial(engine.start_clock, start_s))
-      case Submit(orders, first_number, limits):
-        engine.call(functools.partial(self._submit, orders, first_number, dict(limits)))
+      case Submit(orders, first_number):
+        engine.call(functools.partial(engine.submit, orders, first_number))
       case Pull(number, order, manifest):
         engine.call(functools.partial(engine.pull, number, order, manifest))
       case Settle(number, pulled):
@@ -298,14 +294,6 @@ class WorkerProcess:
       self.engine.close()
     if self._programs is not None:
       self._programs.close()
-
-  def _submit(self, orders: Sequence[Order], first_number: int, limits: dict[str, int]) -> None:
-    self._limits.update(limits)
-    self.engine.submit(orders, first_number)
-
-  def _limit_of(self, request: Request) -> int:
-    limit = request.token_limit(self._assignment.model.context_len)
-    return min(limit, self._limits.get(request.id, limit))
 
   def _run(self) -> None:
     """The thread that dispatches: whatever happens, goes to whoever listens."""

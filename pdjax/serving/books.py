@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
 from pdjax.serving.events import Delivered, Finished
@@ -33,6 +33,9 @@ class Books:
     waiting: Those that nothing was started of, in order of arrival.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
     samples: The samples of a prompt, by the id of each, ended or not.
+    output_len: Tells how many tokens a request really generates, where a trace knows that, by its id.
+    true_limits: Most tokens that a request really generates, by its id, where these are fewer than it may: for orders
+      alone, since no policy can know.
     in_flight: Orders that have not ended, by id.
     must: What has to be done about a request whatever the policy, by its id.
     due: Requests with tokens to send on that staging had no room for.
@@ -76,6 +79,8 @@ class Books:
     self.waiting: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self.samples: dict[str, Samples] = {}
+    self.output_len: Callable[[str], int | None] = lambda request: None
+    self.true_limits: dict[str, int] = {}
     self.in_flight: dict[int, Order] = {}
     self.must: dict[str, Cancel | Reject] = {}
     self.due: dict[str, RequestState] = {}
@@ -116,6 +121,10 @@ class Books:
     """The place of the next request in the order of arrival."""
     self._next_number += 1
     return self._next_number - 1
+
+  def true_limit(self, entry: RequestState) -> int:
+    """Most tokens that a request really generates; what orders say of it."""
+    return self.true_limits.get(entry.request.id, entry.limit)
 
   def unit(self, source: WorkerState, target: WorkerState) -> int:
     """Tokens of the smallest part that travels between two workers: pages of both are made of whole ones."""

@@ -21,11 +21,14 @@ def arrive(books: Books, request: Request) -> None:
   Raises:
     ValueError: if one of that id is being served.
   """
-  limit = max(request.token_limit(books.model.context_len), 1)
+  context_len = books.model.context_len
+  limit = max(request.token_limit(context_len), 1)
   entries = {sample.id: RequestState(sample, limit) for sample in request.samples()}
   for name in entries:
     if name in books.requests or name in books.samples:
       raise ValueError(f'request {name!r} is being served already; ids must be unique.')
+  true_limits = {name: one.request.token_limit(context_len, books.output_len) for name, one in entries.items()}
+  books.true_limits |= {name: true_limit for name, true_limit in true_limits.items() if true_limit < limit}
   for one in entries.values():
     one.number = books.new_request_number()
   books.requests |= entries
@@ -129,6 +132,7 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   books.release_slot(entry)
   enter(entry, Phase.FINISHED)
   del books.requests[name]
+  books.true_limits.pop(name, None)
   books.transfers.forget(name)
   if reason in ('cancelled', 'error'):
     give_up(books, name, error or reason)

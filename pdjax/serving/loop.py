@@ -30,7 +30,7 @@ class Arrivals(Protocol):
     """
 
   def output_len(self, request_id: str) -> int | None:
-    """How many tokens a request really generates, where a trace says so: for backends, never for policies."""
+    """How many tokens a request really generates, where a trace says so: orders say it, policies never see it."""
 
 
 class Policy(Protocol):
@@ -85,6 +85,7 @@ def serve(
     PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
     StuckError: if requests wait for what can never come.
   """
+  state.expect(arrivals.output_len)
   now_s, longest_s = 0.0, 0.0 if waits else math.inf  # of the waits that were told
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()

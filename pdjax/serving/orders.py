@@ -13,6 +13,7 @@ MAX_ORDERS = 2  # steps in flight on one worker: one that runs, one that is read
 class ChunkOrder:
   """A chunk with the pages of its sequence on the worker, `pages[i]` holding tokens `i·page_size` and up.
 
+  `limit` is the most tokens that the request generates, wherever it does.
   `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
   `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
   prompt, as if they were part of it, and no token comes of that; the sequence is admitted with them.
@@ -22,6 +23,7 @@ class ChunkOrder:
   start: int
   length: int
   pages: tuple[int, ...]
+  limit: int
   slot: int | None = None
   delivered: tuple[int, ...] = ()
 
@@ -46,7 +48,7 @@ class ChunkOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Admission:
-  """A sequence that arrives in a slot: its pages here and the tokens generated so far.
+  """A sequence that arrives in a slot: its pages here, the tokens generated so far, and the most that there can be.
 
   A further sample of a prompt has no tokens yet: it begins with the prompt's last token, in a page of its own. `copy`
   says which page to copy into which of its own before that; None if all its pages are filled already.
@@ -55,6 +57,7 @@ class Admission:
   request: Request
   pages: tuple[int, ...]
   tokens: tuple[int, ...]
+  limit: int
   copy: tuple[int, int] | None = None
 
 

@@ -78,12 +78,10 @@ class Submit:
   Attributes:
     orders: The orders.
     first_number: The number of a transfer whose order has the id 0; that of any other is so much more than its id.
-    limits: Most tokens of requests that a trace cuts short, by request.
   """
 
   orders: tuple[Order, ...]
   first_number: int
-  limits: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

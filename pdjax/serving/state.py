@@ -1,7 +1,7 @@
 """ClusterState: hands events and actions on to the files that know what they mean for the books."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdjax.serving import lifecycle, recovery, sending, steps, tasks
 from pdjax.serving.actions import Abandon, Action, Cancel, Reject, Resend, Step, Transfer, WakeAt
@@ -156,6 +156,10 @@ class ClusterState:
       f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
       f'Free pages: {free}. The policy must start, move, reject or cancel them.'
     )
+
+  def expect(self, output_len: Callable[[str], int | None]) -> None:
+    """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
+    self.books.output_len = output_len
 
   # -------------------------------------------------------------------------- events
 

@@ -54,7 +54,8 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
       enter(entry, Phase.DECODING)
       entry.admitted, slot = True, entry.slot
       worker.decoding[chunk.request] = entry
-  return ChunkOrder(entry.request, chunk.start, chunk.length, entry.pages[worker.name], slot, entry.delivered)
+  pages, limit = entry.pages[worker.name], books.true_limit(entry)
+  return ChunkOrder(entry.request, chunk.start, chunk.length, pages, limit, slot, entry.delivered)
 
 
 def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
@@ -64,7 +65,8 @@ def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tup
     admission = None
     if not entry.admitted:
       entry.admitted = True
-      admission = Admission(entry.request, entry.pages[entry.target], tuple(entry.tokens), entry.copy)
+      pages, limit = entry.pages[entry.target], books.true_limit(entry)
+      admission = Admission(entry.request, pages, tuple(entry.tokens), limit, entry.copy)
       books.release_copied(entry)  # whatever is written there from now on is written after the copy
     context = entry.request.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
     orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))

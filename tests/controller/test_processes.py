@@ -11,7 +11,7 @@ import pytest
 
 from pdjax import Session
 from pdjax.controller.process_engine import ProcessEngine
-from pdjax.controller.processes import build_processes, clock_offset, limit_of
+from pdjax.controller.processes import build_processes, clock_offset
 from pdjax.deployment import Deployment
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
@@ -27,6 +27,7 @@ from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.span import Span
+from pdjax.workload import Listed
 from tests.controller.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
 from tests.engine.plain import generate
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
@@ -158,10 +159,9 @@ def test_a_way_that_is_made_while_its_worker_serves_leaves_its_pages_alone(proce
     np.testing.assert_array_equal(layer, same)
 
 
-def test_a_trace_cuts_requests_short_in_other_processes_too(processes, monkeypatch):
+def test_a_trace_cuts_requests_short_in_other_processes_too(processes):
   lengths = {'r0': 2, 'r3': 1}
-  monkeypatch.setattr(processes.built.engine, '_limit_of', limit_of(TINY, lengths.get))
-  served = processes.serve(requests())
+  served = processes.serve(requests(), arrivals=Listed(requests(), lengths))
   assert {name: len(one.token_ids) for name, one in served.by_id.items() if name in lengths} == lengths
   assert len(served.by_id['r4'].token_ids) > 2
 

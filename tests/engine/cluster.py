@@ -64,7 +64,7 @@ class Cluster:
     assert config.model is not None
     self.config = config
     self.model: ModelSpec = config.model
-    built = build_engine(config, self.model, Cached(self.model), self._limit_of, tokenizer=byte_tokenizer())
+    built = build_engine(config, self.model, Cached(self.model), tokenizer=byte_tokenizer())
     built.engine.close()
     self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
     self.workers = built.engine.workers
@@ -127,9 +127,6 @@ class Cluster:
       assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'
     self._check_bytes(served)
     return served
-
-  def _limit_of(self, request: Request) -> int:
-    return request.token_limit(self.model.context_len)
 
   def _check_bytes(self, served: Served) -> None:
     specs = {spec.name: spec for spec in self.specs}

@@ -27,7 +27,7 @@ class Untouched(RandomCheckpoint):
 
 
 def build_untouched(run):
-  return build.build_engine(run, run.model, Untouched(run.model), lambda request: 1)
+  return build.build_engine(run, run.model, Untouched(run.model))
 
 
 def test_too_few_cpu_devices_once_jax_has_started_is_a_clear_error():

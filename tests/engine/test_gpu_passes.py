@@ -34,7 +34,7 @@ def lowered(monkeypatch, key: tuple, dtype: str, gpu: str = 'h100') -> str:
   role = Role.PREFILL if key[0] == 'prefill' else Role.DECODE
   spec = WorkerSpec('gpu', role, num_pages=4096, max_sequences=64, page_size=16, kv_dtype=dtype)
   mesh = make_mesh(LAYER, jax.devices()[:1])
-  worker = Unallocated(spec, LAYER, mesh, weight_shapes(LAYER, jnp.dtype(dtype)), lambda request: 16)
+  worker = Unallocated(spec, LAYER, mesh, weight_shapes(LAYER, jnp.dtype(dtype)))
   program = getattr(Passes(LAYER, mesh, spec.max_fused_steps), key[0])
   arguments = worker.weights, worker.pages, worker.slots, *worker._one_token(*key)
   return jax.jit(program).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()

@@ -48,7 +48,7 @@ def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: in
 
   weights = jax.tree_util.tree_map_with_path(placed, weight_shapes(model, BFLOAT16))
   spec = WorkerSpec('tpu', tp=tp, num_pages=num_pages, max_sequences=64, page_size=PAGE_SIZE, kv_dtype='bfloat16')
-  return Unallocated(spec, model, mesh, weights, lambda request: 16)
+  return Unallocated(spec, model, mesh, weights)
 
 
 def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tuple) -> None:

@@ -28,7 +28,6 @@ def enlarged(cluster: Cluster, name: str) -> Worker:
   worker = cluster.workers[name]
   return Worker(
     dataclasses.replace(worker.spec, num_pages=LARGE), worker.model, worker.mesh, worker.weights,
-    lambda request: request.sampling.max_tokens,
   )  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def assert_cheap(lower) -> None:
 def test_a_pass_of_an_earlier_life_takes_nothing_of_the_next(two_and_two):
   worker = two_and_two.workers['prefill0']
   request = Request('r', (1, 2, 3), SamplingParams(max_tokens=4))
-  order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, (0,)),))
+  order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, (0,), 4),))
   before = worker.dispatch(order)
   worker.reset()
   again = worker.dispatch(order)
@@ -122,7 +121,7 @@ def test_every_program_has_run_once_before_the_first_request_and_nothing_is_aliv
 ):
   model = request.getfixturevalue(fixture).workers[name]
   layers = TransferSpec(granularity='layers')
-  worker = Worker(model.spec, model.model, model.mesh, model.weights, lambda request: 1, transfer=layers)
+  worker = Worker(model.spec, model.model, model.mesh, model.weights, transfer=layers)
   ran = []
   program = Worker.program
   monkeypatch.setattr(Worker, 'program', lambda worker, *key: [ran.append(key), program(worker, *key)][1])

@@ -394,7 +394,7 @@ def test_what_is_left_in_the_books_is_found(clusters, field, value, sentence):
   with clusters[0].fresh() as engine:
     state = clusters[0].deployed(engine).empty_state()
   assert leaks(state) == []
-  setattr(state, field, value)
+  setattr(state.books, field, value)
   (found,) = leaks(state)
   assert found.startswith(sentence)
 

@@ -45,10 +45,11 @@ class Asking(Listed):
 
 
 class Again:
-  """The same answers once more."""
+  """What arrivals answered, once more."""
 
-  def __init__(self, answers: list[list[Arrived | Withdrawn]]):
-    self._answers = list(answers)
+  def __init__(self, arrivals: Asking):
+    self._answers = list(arrivals.answers)
+    self._output_len = arrivals.output_len
 
   @property
   def closed(self) -> bool:
@@ -61,7 +62,7 @@ class Again:
     return self._answers.pop(0) if self._answers else []
 
   def output_len(self, request_id: str) -> int | None:
-    return None
+    return self._output_len(request_id)
 
 
 @dataclasses.dataclass

@@ -39,6 +39,7 @@ class _Sequence:
   cached: int
   last: int
   generated: int
+  limit: int
 
 
 class ShadowSimulator(Simulator):
@@ -149,15 +150,16 @@ class ShadowSimulator(Simulator):
           self._copy(name, *new.copy)
         last = new.tokens[-1] if new.tokens else new.request.prompt[-1]
         cached = new.request.prompt_len + len(new.tokens) - 1
-        self._slots[name, decode.slot] = _Sequence(new.request, new.pages, cached, last, len(new.tokens))
+        self._slots[name, decode.slot] = _Sequence(new.request, new.pages, cached, last, len(new.tokens), new.limit)
     for chunk in order.chunks:
       for position, token in enumerate(chunk.token_ids, chunk.start):
         self._write(name, chunk.pages, position, token)
       if chunk.is_last:
         token = next_token(self._read(name, chunk.pages, chunk.request.prompt_len), self._model)
-        results.append(self._result(chunk.request, (token,), 1))
+        first = _Sequence(chunk.request, chunk.pages, chunk.request.prompt_len, token, 1, chunk.limit)
+        results.append(self._result(first, (token,)))
         if chunk.slot is not None:
-          self._slots[name, chunk.slot] = _Sequence(chunk.request, chunk.pages, chunk.request.prompt_len, token, 1)
+          self._slots[name, chunk.slot] = first
     started_here = {chunk.request.id for chunk in order.chunks}
     for decode in order.decodes:
       assert decode.request not in started_here
@@ -166,12 +168,12 @@ class ShadowSimulator(Simulator):
       tokens = self._decode(name, sequence, order.steps)
       wasted += order.steps - len(tokens)
       if tokens:
-        results.append(self._result(sequence.request, tokens, sequence.generated))
+        results.append(self._result(sequence, tokens))
     return tuple(results), wasted
 
   def _decode(self, worker: str, sequence: _Sequence, steps: int) -> tuple[int, ...]:
     tokens = []
-    for _ in range(min(steps, self._limit(sequence.request) - sequence.generated)):
+    for _ in range(min(steps, sequence.limit - sequence.generated)):
       self._write(worker, sequence.pages, sequence.cached, sequence.last)
       sequence.cached += 1
       sequence.last = next_token(self._read(worker, sequence.pages, sequence.cached), self._model)
@@ -179,8 +181,8 @@ class ShadowSimulator(Simulator):
       tokens.append(sequence.last)
     return tuple(tokens)
 
-  def _result(self, request: Request, tokens: tuple[int, ...], generated: int) -> Result:
-    return Result(request.id, tokens, 'length' if generated >= self._limit(request) else None)
+  def _result(self, sequence: _Sequence, tokens: tuple[int, ...]) -> Result:
+    return Result(sequence.request.id, tokens, 'length' if sequence.generated >= sequence.limit else None)
 
   def _step_done(self, order: StepOrder, began_s: float) -> Done:
     return Done(order.id, began_s, self._ends_s.pop(order.id), *self._results.pop(order.id))

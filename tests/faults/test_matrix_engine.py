@@ -87,5 +87,5 @@ def serve_cell(row: str, column: str) -> bool:
   assert ends[VICTIM] in COLUMNS[column].ends
   assert {reason for name, reason in ends.items() if name.startswith(('other', 'greedy'))} <= {'length'}
   assert injector.now_s < BOUND_S
-  assert replay_from(ours, served, served.events, Again(arrivals.answers)) == served.events
+  assert replay_from(ours, served, served.events, Again(arrivals)) == served.events
   return True

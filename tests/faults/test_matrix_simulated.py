@@ -29,7 +29,7 @@ def plain(request: Request) -> tuple[int, ...]:
 
 def simulated(workers: Sequence[WorkerSpec], arrivals: Asking) -> ShadowSimulator:
   sizes = {worker.name: PAGE_SIZE for worker in workers}
-  return ShadowSimulator(TINY, workers, HandCost(), arrivals.output_len, page_sizes=sizes, slow_s=30.0)
+  return ShadowSimulator(TINY, workers, HandCost(), page_sizes=sizes, slow_s=30.0)
 
 
 def empty_state(cell: Cell) -> ClusterState:
@@ -57,7 +57,7 @@ def test_cell(row, column):
   assert full, 'there was room all the time'
   assert injector.now_s < 5000
   again = Replay(TINY, cell.sized(WORKERS), events)
-  assert list(serve(Again(arrivals.answers), POLICY, again, empty_state(cell))) == events
+  assert list(serve(Again(arrivals), POLICY, again, empty_state(cell))) == events
 
 
 def test_the_table_has_every_cell_or_says_why_not():

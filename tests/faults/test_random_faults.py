@@ -108,7 +108,7 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
   workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
   arrivals = Leaving(some_requests(500, rng), rng, within_s=300.0)
   sizes = {worker.name: worker.page_size for worker in workers}
-  simulator = ShadowSimulator(TINY, workers, HandCost(), arrivals.output_len, page_sizes=sizes, slow_s=30.0)
+  simulator = ShadowSimulator(TINY, workers, HandCost(), page_sizes=sizes, slow_s=30.0)
   backend = Dying(simulator, rng, late_s=130.0, workers=simulator.incarnations, down_s=50.0)
 
   def empty_state() -> ClusterState:
@@ -125,4 +125,4 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed):
     assert happened[Failed] >= 10 and happened[TimerDue] >= 20
     assert sum(isinstance(event, Started) and isinstance(event.order, AbandonOrder) for event in events) >= 10
   again = Replay(TINY, workers, events)
-  assert list(serve(Again(arrivals.answers), policy, again, empty_state())) == events
+  assert list(serve(Again(arrivals), policy, again, empty_state())) == events

@@ -1,5 +1,6 @@
 """The loop with a backend and a policy that follow a script."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -416,7 +417,7 @@ class _Second:
 
 
 def _simulator(arrivals) -> Simulator:
-  return Simulator(TINY, WORKERS, _Second(), arrivals.output_len)
+  return Simulator(TINY, WORKERS, _Second())
 
 
 def test_decisions_depend_on_true_output_lengths_only_once_they_show():
@@ -424,7 +425,17 @@ def test_decisions_depend_on_true_output_lengths_only_once_they_show():
     arrivals = Listed([_request(name, max_tokens=9) for name in 'abc'], {'b': output_len})
     return list(serve(arrivals, Colocated(), _simulator(arrivals), ClusterState(TINY, WORKERS, 4)))
 
-  short, long = run(4), run(7)
+  def plans(events: list[Event]) -> list[Event]:
+    """The events with orders as a policy sees them, without the limits that they hand on to whoever computes."""
+    seen = []
+    for event in events:
+      if isinstance(event, Started) and isinstance(event.order, StepOrder):
+        chunks = tuple(dataclasses.replace(one, limit=0) for one in event.order.chunks)
+        event = dataclasses.replace(event, order=dataclasses.replace(event.order, chunks=chunks))
+      seen.append(event)
+    return seen
+
+  short, long = plans(run(4)), plans(run(7))
   shows = next(index for index, (one, other) in enumerate(zip(short, long, strict=False)) if one != other)
   assert isinstance(short[shows], Done) and short[shows].results[1].finish_reason == 'length'
   assert sum(isinstance(event, Started) for event in short[:shows]) >= 4

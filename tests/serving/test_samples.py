@@ -511,7 +511,7 @@ def test_a_replay_of_samples_is_the_whole_log_again(case):
 @EVERY_CASE
 def test_withdrawals_and_failures_at_any_time_leave_the_books_balanced(case, seed):
   arrivals = Sampled(100 + seed, withdraws=True)
-  backend = Unlucky(TINY, case.workers, HandCost(), arrivals.output_len, seed=seed)
+  backend = Unlucky(TINY, case.workers, HandCost(), seed=seed)
   events = serve_checked(case, arrivals, backend)
   reasons = Counter(event.finish_reason for event in events if isinstance(event, Finished))
   assert reasons.total() == len(arrivals.samples) and set(reasons) <= {'length', 'cancelled', 'error'}

@@ -23,7 +23,7 @@ def test_one_prompt_goes_through_two_workers():
   assert cluster.phase('a') is Phase.WAITING and list(cluster.view.waiting) == ['a']
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
-  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1)),))
+  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1), limit=4),))
   assert transfer == TransferOrder(
     1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, staging_bytes=EIGHT
   )
@@ -42,7 +42,7 @@ def test_one_prompt_goes_through_two_workers():
 
   (first,) = cluster.start(Step('decode0', decodes=ALL))
   (second,) = cluster.start(Step('decode0', decodes=('a',)))
-  admission = Admission(request, pages=(5, 6, 7), tokens=(7,))
+  admission = Admission(request, pages=(5, 6, 7), tokens=(7,), limit=4)
   assert first == StepOrder(2, 'decode0', (), (DecodeOrder('a', 0, 6, admission),), steps=1)
   assert second == StepOrder(3, 'decode0', (), (DecodeOrder('a', 0, 7),), steps=1)
   cluster.end(first, {'a': 1})
@@ -77,7 +77,7 @@ def test_a_colocated_prompt_decodes_where_it_is_and_needs_no_admission():
   cluster = Driver(colocated_pool(1, **SIZES))
   request = cluster.arrive('a', prompt_len=5, max_tokens=3)
   (step,) = cluster.start(Step('both0', (Chunk('a', 0, 5),)))
-  assert step.chunks == (ChunkOrder(request, 0, 5, pages=(0, 1), slot=0),)  # 5 + 2 tokens
+  assert step.chunks == (ChunkOrder(request, 0, 5, pages=(0, 1), limit=3, slot=0),)  # 5 + 2 tokens
   assert cluster.state.workers['both0'].decodable() == ['a']  # its first token stays on the device
   (decode,) = cluster.start(Step('both0', decodes=ALL))
   assert decode.decodes == (DecodeOrder('a', 0, context=5),)
@@ -96,7 +96,7 @@ def test_one_pass_fuses_chunks_with_decodes():
   cluster.end(cluster.start(Step('both0', (Chunk('a', 0, 4),)))[0], {'a': 1})
   request = cluster.arrive('b', prompt_len=12)
   (fused,) = cluster.start(Step('both0', (Chunk('b', 0, 8),), ALL))
-  assert fused.chunks == (ChunkOrder(request, 0, 8, pages=(2, 3, 4, 5), slot=None),)
+  assert fused.chunks == (ChunkOrder(request, 0, 8, pages=(2, 3, 4, 5), limit=4, slot=None),)
   assert [decode.request for decode in fused.decodes] == ['a'] and fused.steps == 1
   cluster.end(fused, {'a': 1})
   assert len(cluster.view.requests['a'].tokens) == 2 and cluster.phase('b') is Phase.PREFILLING

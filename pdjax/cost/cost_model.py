@@ -1,4 +1,4 @@
-"""How long things take: what a simulator or a policy asks."""
+"""The protocol of a cost model, which predicts times for a simulator or a policy."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,9 +8,9 @@ from pdjax.types.model import ModelSpec
 
 
 class CostModel(Protocol):
-  """Predicts the seconds of a pass and of a transfer.
+  """Predicts the seconds of a step and of a transfer.
 
-  It may say with an attribute `dispatch_s` what each further program of a pass costs that runs in groups of layers.
+  Its attribute `dispatch_s`, if it has one, is the seconds of each further program of a step in groups of layers.
   """
 
   def step_seconds(
@@ -21,14 +21,14 @@ class CostModel(Protocol):
     contexts: Sequence[int],
     steps: int,
   ) -> float:
-    """Seconds of one pass.
+    """Seconds of one step.
 
     Args:
       model: The model.
       worker: The worker that runs it.
       chunks: (tokens already cached, new tokens) of each prompt chunk.
-      contexts: Cached tokens of each decoding sequence when the pass begins.
-      steps: Decode steps in the pass.
+      contexts: Cached tokens of each decoding sequence when the step begins.
+      steps: Decode steps in it.
     """
 
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:

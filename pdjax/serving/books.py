@@ -21,29 +21,29 @@ class Books:
 
   Attributes:
     model: The model served.
-    transfer: How KV travels.
-    faults: What is done when something fails.
+    transfer: The settings of transfers.
+    faults: The answers to failures.
     finds_stops: Whether the backend finds stop strings.
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
-    holdings: What can be taken of each, by its name.
+    holdings: The pages, slots and staging of each, by its name.
     prefill_workers: Those that prefill.
     decode_workers: Those that decode.
     requests: Each unfinished request by id.
-    waiting: Those that nothing was started of, in order of arrival.
+    waiting: Those of which nothing was started, in order of arrival.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
     samples: The samples of a prompt, by the id of each, ended or not.
     in_flight: Orders that have not ended, by id.
-    must: What has to be done about a request whatever the policy, by its id.
+    must: The end of a request that is due whatever the policy, by its id.
     due: Requests with tokens to send on that staging had no room for.
     staging_freed: Whether staging was freed since those that are due were last sent on.
     unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
     tasks: Transfers to give up or to try again.
-    delivered: What the last step brought, until the loop takes it.
+    delivered: The results of the last step, until the loop takes them.
     finished: The requests that ended since the loop last took them.
-    timers: What is due later.
+    timers: The times at which something is due.
     transfers: Every transfer in flight, and those to be tried again.
-    idle_wakes: How often in a row the policy was woken and nothing else happened.
+    idle_wakes: Times in a row that the policy was woken and nothing else happened.
   """
 
   def __init__(
@@ -113,12 +113,12 @@ class Books:
     return self._next_order - 1
 
   def new_request_number(self) -> int:
-    """The place of the next request in the order of arrival."""
+    """The position of the next request in the order of arrival."""
     self._next_number += 1
     return self._next_number - 1
 
   def unit(self, source: WorkerState, target: WorkerState) -> int:
-    """Tokens of the smallest part that travels between two workers: pages of both are made of whole ones."""
+    """Tokens of a unit, the fewest that travel between two workers: pages of both are made of whole ones."""
     return math.gcd(source.page_size, target.page_size)
 
   def unit_bytes(self, source: WorkerState, target: WorkerState) -> int:

@@ -368,7 +368,7 @@ class Sampled(Listed):
 
 
 class Memory:
-  """What the pages of every worker hold, by the orders: whose token, and which. A pass happens when it is handed over,
+  """The tokens that the pages of every worker hold by the orders: their owners and positions. A step happens when it is handed over,
   a transfer is read then and written when it has ended.
   """
 
@@ -430,7 +430,7 @@ class Memory:
 
 
 def owner_of(request: Request, position: int) -> str:
-  """Whose a token is; those of the prompt are all samples', whichever computed it."""
+  """The owner of a token; those of the prompt are all samples', whichever computed it."""
   return request.sample_of or request.id if position < request.prompt_len else request.id
 
 

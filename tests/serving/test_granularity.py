@@ -1,4 +1,4 @@
-"""The parts in which a prompt travels: whole, chunk by chunk or layer by layer, and no more at once than staging holds."""
+"""The parts in which a prompt travels: whole, by chunk or by layers, and no more at once than staging holds."""
 
 import pytest
 

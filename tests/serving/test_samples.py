@@ -368,8 +368,8 @@ class Sampled(Listed):
 
 
 class Memory:
-  """The tokens that the pages of every worker hold by the orders: their owners and positions. A step happens when it is handed over,
-  a transfer is read then and written when it has ended.
+  """The tokens in the pages of every worker by the orders, with owner and position. A step happens when it is handed
+  over, a transfer is read then and written when it has ended.
   """
 
   def __init__(self, page_size: int, lengths: dict[str, int]):

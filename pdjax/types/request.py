@@ -321,8 +321,8 @@ class Completion:
     token_ids: The generated tokens, a stop token or what completed a stop string included.
     finish_reason: The reason it ended; `rejected` and `error` come with a message in `error`.
     error: The error it ended with, or None.
-    text: The text that the tokens add to the prompt's, special tokens left out, up to a stop string; None where there is
-      no tokenizer. Of a request that was cancelled or failed, as much as was sure.
+    text: The text that the tokens add to the prompt's, special tokens left out, up to a stop string; None where there
+      is no tokenizer. Of a request that was cancelled or failed, as much as was sure.
     token_times_s: The time each token was delivered, seconds after the start of the run.
     logprobs: The log probabilities of each token, if they were asked for.
   """

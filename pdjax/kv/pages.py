@@ -32,7 +32,7 @@ class KVPages:
 
   @property
   def layout(self) -> PageLayout:
-    """How a page holds its keys and values; on one device, if these are its shard."""
+    """The layout of keys and values in a page; on one device, if these are its shard."""
     return PageLayout.of(self.layers[0].shape, self.head_dim)
 
   @property
@@ -52,7 +52,7 @@ class KVPages:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of every element."""
+    """The dtype of every element."""
     return self.layers[0].dtype
 
   def part(self, first: int, stop: int) -> 'KVPages':

@@ -66,7 +66,7 @@ class EventLog:
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What a reader of the file should know, in sentences: from when on it is incomplete, and why."""
+    """Sentences for readers of a file that is incomplete: the time from which on, and the reason."""
     return () if self._file is None else self._file.notes
 
   def __iter__(self) -> Iterator[Event]:

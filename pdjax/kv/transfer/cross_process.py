@@ -52,7 +52,7 @@ class RemotePool:
 
 
 def describe_pool(pool: PagePool | RemotePool) -> PoolShape:
-  """What another process must know of a pool."""
+  """The shape of a pool, as another process must know it."""
   shapes = pool.page_shapes
   mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
   dtype = cast(KVDtypeName, shapes.dtype.name)
@@ -90,7 +90,7 @@ class Server:
 
   @property
   def address(self) -> str:
-    """Where others connect to, host and port."""
+    """The address that others connect to, host and port."""
     return self._server.address()
 
   def offer(self, number: int, arrays: Sequence[jax.Array]) -> None:
@@ -121,7 +121,7 @@ class Half(ByPieces):
   """
 
   def plan(self) -> WayPlan:
-    """What both ends must have worked out alike."""
+    """The plan of the way, which both ends must have worked out alike."""
     cut = self.cut
     pieces = cut.source_pieces, cut.target_pieces
     return WayPlan(self.unit, self.dtype.name, cut.piece_heads, pieces, tuple(sorted(self.shapes)))
@@ -175,10 +175,10 @@ class Sender(Half):
       jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.has_checksums else ()))
 
   def offer(self, number: int, span: Span) -> Offer:
-    """Gather cached tokens and offer them; return at once, even if passes that compute them are under way.
+    """Gather cached tokens and offer them; return at once, even if steps that compute them are under way.
 
     Args:
-      number: Of the transfer; no other transfer that this process offers may ever have it.
+      number: The number of the transfer; no other transfer that this process offers may ever have it.
       span: The tokens.
     """
     pieces = tuple(piece for batch in self.gather(span) for piece in self.leaving(batch))
@@ -218,8 +218,8 @@ class Receiver(Half):
     """Begin to pull what was offered under a number; return at once.
 
     Args:
-      number: Of the transfer, whose offer somebody has heard of.
-      manifest: What was offered.
+      number: The number of the transfer, whose offer somebody has heard of.
+      manifest: The shapes and dtypes that were offered.
       span: The tokens.
 
     Raises:
@@ -280,7 +280,7 @@ class CrossProcess(ByPieces):
     self.receiver.prepare(shape)
 
   def send(self, span: Span) -> Parcel:
-    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    """Put cached tokens on their way and return at once, even if steps that compute them are still under way."""
     offer = self.sender.offer(next(_numbers), span)
     parcel = self.receiver.pull(offer.number, offer.manifest, span)
     return dataclasses.replace(parcel, gathered=offer.pieces)

@@ -54,7 +54,7 @@ class Gathered:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """How KV heads cut over one mesh map to heads cut over another.
+  """The mapping of KV heads cut over one mesh to heads cut over another.
 
   Attributes:
     piece_heads: Heads of one piece.
@@ -287,7 +287,7 @@ class ByPieces(abc.ABC):
     return places(span, span.target_pages, self._target.page_shapes.page_size, self.unit)
 
   def gather(self, span: Span) -> list[Gathered]:
-    """Dispatch the gathers of a span, in batches; they wait for passes under way, and nobody for them."""
+    """Dispatch the gathers of a span, in batches; they wait for steps under way, and nobody for them."""
     pages, targets = self._source.pages.part(*self.layers_of(span)), self.targets(span)
     sources = places(span, span.source_pages, self._source.page_shapes.page_size, self.unit)
     return [
@@ -352,7 +352,7 @@ class ByPieces(abc.ABC):
 
 
 def device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
-  """Where a piece arrives. JAX puts an array on a device sooner than into a sharding."""
+  """The device at which a piece arrives. JAX puts an array on a device sooner than into a sharding."""
   (device,) = piece.sharding.device_set
   return device
 

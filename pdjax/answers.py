@@ -9,8 +9,8 @@ than a second after them, whatever becomes of the run later. A line is what `req
 | `prompt_hash` | SHA-256 of the prompt's token ids, written as `3,14,15` |
 | `sampling`    | how tokens were chosen, where that differs from the defaults; its seed is the line's own |
 
-A request is answered if a line with its id, prompt hash, seed and sampling has finish reason `stop` or `length`. What
-ended otherwise is asked again; then the file has two lines of it, of which the later one counts.
+A request is answered if a line with its id, prompt hash, seed and sampling has finish reason `stop` or `length`. Any
+other is asked again; then the file has two lines of it, of which the later one counts.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ class Answers:
           self._keep(draft.completion(event, self._has_text), event.now_s)
 
   def catch_up(self, events: Iterable[Event]) -> None:
-    """Keep what of a log is not kept: an exception, such as that of a signal, may come in the middle of `note`."""
+    """Keep the missing answers of a log: an exception, such as that of a signal, may come in the middle of `note`."""
     missed = Answers(self._has_text)
     for event in events:
       missed.note(event)

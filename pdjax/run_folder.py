@@ -282,7 +282,7 @@ def _is_before(name: str) -> bool:
 
 
 def _move_aside(path: pathlib.Path, names: list[str]) -> pathlib.Path:
-  """Move what a run left to a folder beside its own."""
+  """Move the files of a run to a folder beside its own."""
   place = path if path.name not in ('', '..') else pathlib.Path(os.path.abspath(path))
   try:
     target = _new_folder(place.with_name(f'{place.name}.{number}') for number in itertools.count(1))

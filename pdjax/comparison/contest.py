@@ -89,7 +89,7 @@ class Contest:
     figure: The name of the figure.
     unit: Its unit; empty for a share.
     ours: The figure of the first, None if there is none.
-    theirs: That of the second.
+    theirs: The figure of the second.
     winner: The division of the better one, None where chance could have decided.
     judged: Whether there were requests enough to look for a winner.
   """

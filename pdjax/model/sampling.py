@@ -1,7 +1,7 @@
 """Choosing tokens on the device, each sequence by its own rules and with random numbers of its own.
 
-Logits go through the penalties, then temperature, top-k, top-p and min-p. What no sequence of a batch asks for is
-skipped for the batch; what a sequence gets never depends on who else is in it.
+Logits go through the penalties, then temperature, top-k, top-p and min-p. A part that no sequence of a batch asks for
+is skipped for the batch; the tokens of a sequence never depend on the others in it.
 """
 
 import dataclasses

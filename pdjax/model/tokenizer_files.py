@@ -1,4 +1,4 @@
-"""Reads which tokens a folder of Hugging Face names and adds, and its chat templates, as transformers 5 reads them."""
+"""Reads the tokens that a folder of Hugging Face names and adds, and its chat templates, as transformers 5 does."""
 
 import dataclasses
 import pathlib
@@ -68,7 +68,7 @@ def read_names(
 def _add_tokens(
   backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], names: Mapping[str, Token], extra: Iterable[Token]
 ) -> None:
-  """Give the tokenizer the tokens it lacks; one that it has takes the flags that it is given last, but stays special."""
+  """Give the tokenizer the tokens it lacks; one it has takes the flags that it is given last, but stays special."""
   known = backend.get_added_tokens_decoder().values()
   contents = {str(token) for token in (*known, *added.values())}
   new: list[Token] = [token for _, token in sorted(added.items())]

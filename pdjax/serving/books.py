@@ -160,7 +160,7 @@ class Books:
       entry.slot = None
 
   def leave(self, entry: RequestState, worker: str | None) -> None:
-    """Let go of what a request holds on a worker."""
+    """Let go of the pages and slot that a request holds on a worker."""
     if worker == entry.target and worker is not None:
       self.release_copied(entry)
       self.release_slot(entry)
@@ -169,7 +169,7 @@ class Books:
       self.holdings[worker].pages.drop(entry.pages.pop(worker))
 
   def hold(self, order: TransferOrder) -> None:
-    """Take what a transfer holds until it has ended."""
+    """Take the pages and staging that a transfer holds until it has ended."""
     source, target = self.holdings[order.source], self.holdings[order.target]
     source.pages.hold(order.span.source_pages)
     target.pages.hold(order.span.target_pages)
@@ -177,7 +177,7 @@ class Books:
     target.staging_in.take(order.staging_bytes)
 
   def let_go(self, order: TransferOrder) -> None:
-    """Give back what a transfer held."""
+    """Give back the pages and staging that a transfer held."""
     source, target = self.holdings[order.source], self.holdings[order.target]
     source.pages.drop(order.span.source_pages)
     target.pages.drop(order.span.target_pages)

@@ -135,7 +135,7 @@ class AbandonOrder:
   """Give up a transfer under way.
 
   Its `Done` says that no page of the transfer is read or written any more, now or later, and comes soon whatever has
-  become of the transfer. What the transfer brought before that counts, if its own `Done` comes first.
+  become of the transfer. Pages that the transfer brought before that count, if its own `Done` comes first.
   """
 
   id: int

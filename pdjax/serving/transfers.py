@@ -1,4 +1,4 @@
-"""Transfers that are not over: who needs them, which attempt it is, and when they are given up or tried again."""
+"""Transfers that are not over: the request of each, its attempts, and its times to be given up or tried again."""
 
 import dataclasses
 

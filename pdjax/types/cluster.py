@@ -135,8 +135,9 @@ class TransferSpec:
       groups of one length are one program.
     layers_from: With 'auto', tokens of a last chunk that is long enough; None asks the cost model.
     piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
-    staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
-      fit waits for its turn. Bytes that are there give way to the next once their writing is dispatched.
+    staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. A
+      transfer that does not fit waits for its turn. Bytes that are there give way to the next once their writing is
+      dispatched.
     deadline_s: Seconds for a transfer to end once its tokens are computed; then it is given up, and `FaultSpec` says
       what follows.
     checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so

@@ -165,7 +165,7 @@ class Sender(Half):
     self._server = server
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what the source runs."""
+    """Compile the programs of the source."""
     self.prepare_source(shape)
 
   def rehearse(self, shape: Shape) -> None:
@@ -201,7 +201,7 @@ class Receiver(Half):
     self.address = address  # the source's, which changes when its process is another
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what the target runs."""
+    """Compile the programs of the target."""
     self.prepare_target(shape)
 
   def rehearse(self, shape: Shape) -> None:
@@ -275,7 +275,7 @@ class CrossProcess(ByPieces):
     self.receiver = Receiver(source, target, spec, theirs, ours.address)
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what either half runs."""
+    """Compile the programs of either half."""
     self.sender.prepare(shape)
     self.receiver.prepare(shape)
 

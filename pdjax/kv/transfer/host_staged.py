@@ -32,7 +32,7 @@ class HostStaged(ByPieces):
     self._lock = threading.Lock()
 
   def send(self, span: Span) -> 'StagedParcel':
-    """Dispatch what gathers cached tokens and return at once; they travel while someone waits for the parcel."""
+    """Dispatch the gathers of cached tokens and return at once; they travel while someone waits for the parcel."""
     gathered = self.gather(span)
     pieces = [batch.pieces for batch in gathered]
     expected = [piece for batch in gathered for piece in self.arriving(batch.shape)]

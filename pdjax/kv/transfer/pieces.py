@@ -149,7 +149,7 @@ class ByPieces(abc.ABC):
     return seconds
 
   def compile_programs(self) -> dict[str, float]:
-    """Compile what every size of batch needs; seconds by program."""
+    """Compile the programs of every size of batch; return the seconds by program."""
 
     def timed(shape: Shape) -> float:
       begin = time.perf_counter()
@@ -172,16 +172,16 @@ class ByPieces(abc.ABC):
     return [(layers, size) for layers, sizes in self._sizes.items() for size in sizes]
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what one size of batch needs."""
+    """Compile the programs of one size of batch."""
     self.prepare_source(shape)
     self.prepare_target(shape)
 
   def prepare_source(self, shape: Shape) -> None:
-    """Compile what the source runs."""
+    """Compile the programs of the source."""
     self._gathers[shape] = self._lower_gather(shape).compile()
 
   def prepare_target(self, shape: Shape) -> None:
-    """Compile what the target runs, and put there what it needs."""
+    """Compile the programs of the target, and put their fillers there."""
     self._scatters[shape] = self._lower_scatter(shape).compile()
     self._fillers[shape] = self._make_fillers(shape)
 

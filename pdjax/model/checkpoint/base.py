@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
     ...
 
   def end_tokens(self) -> EndTokens:
-    """The tokens that end a sequence, by the parts of the checkpoint that say so; `spec.eos_token_ids` are its `ids`."""
+    """The tokens that end a sequence, by the parts of the checkpoint that say so; `ids` are `spec.eos_token_ids`."""
     ...
 
 

@@ -24,7 +24,7 @@ def get_config(split: str = '2P1D', tp: int = 4, requests_per_s: float = 4.0, nu
     split: Workers of either role, such as '2P1D', or 'colocated' for three of both.
     tp: Chips of each worker.
     requests_per_s: Poisson arrivals.
-    num_requests: How many.
+    num_requests: The number of them.
   """
   sizes = {'tp': tp, 'max_sequences': 64, 'max_step_tokens': 2048, 'max_chunks': 32}
   policy: Policy

@@ -45,7 +45,7 @@ def get_config(
     decode_tp: Devices of each decode worker.
     page_size: Tokens per KV page.
     pool_tokens: Tokens that each worker has pages for; one needs 46 kB in float32.
-    requests_per_s: How fast the questions come.
+    requests_per_s: The rate at which questions come.
   """
   num_prefill, num_decode = parse_split(split)
   num_pages = pool_tokens // max(page_size, 1)

@@ -22,7 +22,7 @@ def get_config(split: str = '1P1D', page_size: int = 16, requests_per_s: float =
   Args:
     split: Workers of either role, such as '2P1D'; each has a process of its own.
     page_size: Tokens per KV page.
-    requests_per_s: How fast the questions come.
+    requests_per_s: The rate at which questions come.
   """
   config = smollm2_cpu.get_config(split=split, page_size=page_size, requests_per_s=requests_per_s)
   return dataclasses.replace(config, processes=RayCluster())

@@ -1,4 +1,4 @@
-r"""What each request of a run got, as it ends: in memory, in `answers.jsonl`, and what of it is left to a resumed run.
+r"""The answers of a run, kept as requests end, in memory and in `answers.jsonl`, and the rest for a resumed run.
 
 `answers.jsonl` has a line for every answer that has ended, each sample its own, in the order of their ends and less
 than a second after them, whatever becomes of the run later. A line is what `requests.jsonl` has (see
@@ -9,8 +9,8 @@ than a second after them, whatever becomes of the run later. A line is what `req
 | `prompt_hash` | SHA-256 of the prompt's token ids, written as `3,14,15` |
 | `sampling`    | how tokens were chosen, where that differs from the defaults; its seed is the line's own |
 
-A request is answered if a line with its id, prompt hash, seed and sampling has finish reason `stop` or `length`. What
-ended otherwise is asked again; then the file has two lines of it, of which the later one counts.
+A request is answered if a line with its id, prompt hash, seed and sampling has finish reason `stop` or `length`. Any
+other is asked again; then the file has two lines of it, of which the later one counts.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class Answers:
     closed: Called by `close` with `everyone`, once all lines are on disk; answers what it could not write, if anything.
 
   Attributes:
-    num_earlier: How many of the samples known by now were answered earlier.
-    unwritten: What `closed` could not write, and why, in sentences.
+    num_earlier: Samples known by now that were answered earlier.
+    unwritten: The failures of `closed` to write something, in sentences.
 
   Raises:
     OSError: if the file cannot be opened.
@@ -92,7 +92,7 @@ class Answers:
         self._recall(sample)
 
   def left(self, arrivals: Arrivals) -> Arrivals:
-    """What of a source of requests, each with a seed, is not answered yet.
+    """The requests of a source, each with a seed, that are not answered yet.
 
     In a run that goes on, the first comes at 0 s and the others as long after it as in the source. The source hears
     that those answered earlier have ended as they come, with the tokens that they got: a chat goes on where it was. If
@@ -110,7 +110,7 @@ class Answers:
       self._keep(one, event.now_s)
 
   def catch_up(self, events: Iterable[Event]) -> None:
-    """Keep what of a log is not kept: an exception, such as that of a signal, may come in the middle of `note`."""
+    """Keep the missing answers of a log: an exception, such as that of a signal, may come in the middle of `note`."""
     missed = Answers(self._has_text)
     for event in events:
       missed.note(event)
@@ -146,7 +146,7 @@ class Answers:
 
   @property
   def completions(self) -> tuple[Completion, ...]:
-    """What every sample that has ended got, earlier ones included, in the order in which they came."""
+    """The completions of all samples that have ended, earlier ones included, in the order in which they came."""
     return tuple(self._completions[name] for name in self._names() if name in self._completions)
 
   @property
@@ -156,7 +156,7 @@ class Answers:
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What a reader of the report should know, in sentences."""
+    """Sentences that a reader of the report should know."""
     notes = []
     if self.num_earlier:
       noun = 'answer was' if self.num_earlier == 1 else 'answers were'
@@ -166,7 +166,7 @@ class Answers:
   # -------------------------------------------------------------------------- inside
 
   def _names(self) -> list[str]:
-    """Of the samples that came: those that were expected in that order, then the others as they came."""
+    """The names of the samples that came: those that were expected in that order, then the others as they came."""
     return [
       *(name for name in self._expected if name in self._requests),
       *(name for name in self._requests if name not in self._expected),
@@ -178,7 +178,7 @@ class Answers:
     self._completions[one.request.id] = one  # last: what `catch_up` finds here is in the file
 
   def _recall(self, sample: Request) -> Completion | None:
-    """What a sample got earlier, which from now on counts as told."""
+    """The earlier completion of a sample, counted from now on as an answer of this run; None if there is none."""
     row = self._earlier.get(_identity(sample)) if sample.id in self._earlier_ids else None
     if row is None:
       return None
@@ -213,7 +213,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def answer_row(one: Completion) -> dict[str, Any]:
-  """What one request got, as the object of its line in `answers.jsonl`."""
+  """The completion of one request, as the object of its line in `answers.jsonl`."""
   request = one.request
   return {**completion_row(one), 'prompt_hash': prompt_hash(request.prompt), 'sampling': _sampling(request)}
 
@@ -240,14 +240,14 @@ def _identity(sample: Request) -> _Identity:
 
 
 def _identity_of_row(row: Mapping[str, Any]) -> _Identity | None:
-  """What a line answers; None if nothing, or if it is none of ours."""
+  """The identity of the sample that a line answers; None if it answers none, or has another format."""
   if not row.keys() >= _KEYS or row['finish_reason'] not in SERVED or not isinstance(row['id'], str):
     return None
   return row['id'], str(row['prompt_hash']), row['seed'], json_text(row['sampling'])
 
 
 def _completion(sample: Request, row: Mapping[str, Any]) -> Completion:
-  """What a line says that a sample got, at the times of that run."""
+  """The completion that a line has for a sample, at the times of that run."""
   logprobs = (
     TokenLogprob(float(one['logprob']), tuple((token, float(value)) for token, value in one['top']))
     for one in row['logprobs'] or ()
@@ -296,7 +296,7 @@ class _Left:
     return self._arrivals.output_len(request_id)
 
   def _ask(self, source_s: float, finished: Sequence[Finished]) -> list[Arrived | Withdrawn]:
-    """What comes of the source up to a time of its own and is left; what it has for those that are not, too."""
+    """The events of the source up to its own time `source_s`; it is told at once of requests answered earlier."""
     events: list[Arrived | Withdrawn] = []
     while True:
       found = self._arrivals.due(source_s, finished)

@@ -49,7 +49,7 @@ class RunFolder:
 
   Attributes:
     path: The folder.
-    run: What `run.json` says.
+    run: The contents of `run.json`.
     resumed: Whether the run goes on that was there.
   """
 
@@ -65,8 +65,8 @@ class RunFolder:
 
     Args:
       folder: The folder.
-      run: What the run is: `backend`, `serves`, `config` and what else `run.json` is to say; `more_files` are paths in
-        the folder of what it leaves there besides the files of every run.
+      run: The contents of `run.json`: `backend`, `serves`, `config` and more; `more_files` are paths in the folder of
+        what the run leaves there besides the files of every run.
       say: Told in a line where an earlier run has gone.
 
     Raises:
@@ -163,12 +163,12 @@ class RunFolder:
     self._lock = lock
 
   def put_away(self) -> None:
-    """Move what the part before left, but for its answers, to `before-1` in the folder, or the next number."""
+    """Move the files of the part before, but for its answers, to `before-1` in the folder, or the next number."""
     if names := [name for name in _names(self.path) if name not in _KEPT and not _is_before(name)]:
       _move(self.path, names, _new_folder(self.path / f'before-{number}' for number in itertools.count(1)))
 
   def write_requests(self, ends: Iterable[Completion | Refused]) -> str | None:
-    """Make `requests.jsonl` of what became of everyone, whole or not at all; in a sentence, why it cannot be."""
+    """Make `requests.jsonl` of all outcomes, whole or not at all; return in a sentence why it cannot be, or None."""
     path, part = self.path / REQUESTS, self.path / REQUESTS_PART
     try:
       write_completions(part, ends)
@@ -219,7 +219,7 @@ def open_folder(
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """What the run in a folder is, as its `run.json` says.
+  """The description of the run in a folder, from its `run.json`.
 
   Raises:
     ValueError: if there is none.
@@ -237,7 +237,7 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def differences(before: Any, now: Any, place: str = '') -> list[str]:
-  """Where two values of JSON differ, a sentence each; what changes no answer is passed over."""
+  """The differences of two values of JSON, a sentence each; those that change no answer are passed over."""
   if place in _FREE:
     return []
   if isinstance(before, dict) and isinstance(now, dict):
@@ -257,7 +257,7 @@ def differences(before: Any, now: Any, place: str = '') -> list[str]:
 
 
 def _name_of(one: Any, other: Any, index: int) -> str:
-  """How an item of a list is called: by its name, if both have one."""
+  """The name of an item of a list if both have the same, else its index."""
   names = {item.get('name') if isinstance(item, dict) else None for item in (one, other)}
   (name,) = names if len(names) == 1 else (None,)
   return str(index) if name is None else str(name)
@@ -293,7 +293,7 @@ def _holds_run(path: pathlib.Path) -> bool:
 
 
 def _names(path: pathlib.Path) -> list[str]:
-  """What a run left here, in the order in which it is to be moved: `run.json`, which says so, last."""
+  """The names of the files of a run here, in the order in which to move them: `run.json`, which says so, last."""
   names = sorted(entry.name for entry in path.iterdir())
   more: list[str] = []
   with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -318,7 +318,7 @@ def _is_before(name: str) -> bool:
 
 
 def _move_aside(path: pathlib.Path, names: list[str]) -> pathlib.Path:
-  """Move what a run left to a folder beside its own."""
+  """Move the files of a run to a folder beside its own."""
   place = path if path.name not in ('', '..') else pathlib.Path(os.path.abspath(path))
   try:
     target = _new_folder(place.with_name(f'{place.name}.{number}') for number in itertools.count(1))

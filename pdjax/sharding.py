@@ -1,4 +1,4 @@
-"""Where arrays live: one table from logical axes to mesh axes, and one mesh per worker out of all devices."""
+"""The sharding of arrays: one table from logical axes to mesh axes, and one mesh per worker out of all devices."""
 
 import dataclasses
 from collections.abc import Sequence

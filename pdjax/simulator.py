@@ -18,7 +18,7 @@ PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 class Simulator:
   """Carries orders out in virtual time.
 
-  A worker runs its passes one after another, and workers that name the same devices wait for one another; transfers
+  A worker runs its steps one after another, and workers that name the same devices wait for one another; transfers
   that leave one worker go one after another too. Simulated requests generate placeholder tokens up to their true length
   if the workload knows it, else up to `max_tokens`.
   """
@@ -42,7 +42,7 @@ class Simulator:
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
-    self._began_s: dict[int, float] = {}  # of passes
+    self._began_s: dict[int, float] = {}  # of steps
     self._left: dict[str, int] = {}  # tokens each request will still generate
 
   def close(self) -> None:
@@ -117,7 +117,7 @@ class Simulator:
     return order.span.tokens * order.span.share(self._model.num_layers)
 
   def _ready_s(self, order: TransferOrder) -> float:
-    """When what it moves is computed: with its pass, or in the middle of it if it moves the first layers."""
+    """The time its tokens are computed: at the end of their step, or in the middle of it for the first layers."""
     if order.after is None or order.after not in self._ends_s:
       return 0.0
     began_s, ended_s = self._began_s[order.after], self._ends_s[order.after]

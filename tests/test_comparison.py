@@ -88,15 +88,15 @@ def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():
     assert {worker.max_step_tokens for worker in workers} == {run.workers[0].max_step_tokens}
 
 
-def test_budgets_are_parts_of_the_largest_pass_unless_they_are_given():
+def test_budgets_are_parts_of_the_largest_step_unless_they_are_given():
   systems, _ = colocated_systems([config()], TINY)
   assert sorted({system.config.policy.token_budget for system in systems}) == [2, 4, 8, 16, 32]
-  with pytest.raises(ValueError, match='0 tokens of one pass'):
+  with pytest.raises(ValueError, match='0 tokens of one step'):
     colocated_systems([config()], TINY, budgets=(0,))
 
 
 @pytest.mark.parametrize(('budgets', 'sizes'), [(None, [2, 4, 8, 11, 16, 32]), ((24, 8), [8, 24])])
-def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
+def test_both_sides_are_tried_with_the_same_sizes_of_a_step(budgets, sizes):
   run = dataclasses.replace(config('2P1D'), policy=pdjax.Disaggregated(max_prefill_tokens=11))
   ours, theirs = disaggregated_systems(run, budgets), colocated_systems([run], TINY, budgets)[0]
   assert [system.config.policy.max_prefill_tokens for system in ours] == sizes
@@ -104,7 +104,7 @@ def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
   assert {system.config.workers for system in ours} == {run.workers}  # so nothing more is compiled
 
 
-def test_a_policy_without_a_size_of_its_passes_is_tried_as_it_is():
+def test_a_policy_without_a_size_of_its_steps_is_tried_as_it_is():
   @dataclasses.dataclass(frozen=True)
   class Plain:
     def decide(self, view):
@@ -269,8 +269,8 @@ def test_each_split_meets_the_baseline_on_as_many_devices(report):
   lines = _compared(*cases).verdict()
   assert lines[0].startswith('At 1 req/s, on the same 6 devices, the best colocated system wins on TTFT p50 (300')
   assert lines[1].startswith('At 1 req/s, on the same 2 devices, the best colocated system wins on TTFT p50 (750')
-  assert '; colocated as 6C with passes of up to 8 tokens.' in lines[2]
-  assert '; colocated, 2 devices as 2C with passes of up to 8 tokens (of 2 tried);' in lines[2]
+  assert '; colocated as 6C with steps of up to 8 tokens.' in lines[2]
+  assert '; colocated, 2 devices as 2C with steps of up to 8 tokens (of 2 tried);' in lines[2]
 
 
 def test_the_best_at_an_end_of_what_was_tried_says_so(report):
@@ -281,10 +281,10 @@ def test_the_best_at_an_end_of_what_was_tried_says_so(report):
     baseline = [_case(report, seconds, division='2C', tokens=tokens) for tokens, seconds in sizes]
     return ' '.join(_compared(_case(report, slow), *baseline).verdict())
 
-  assert 'The smallest size of a pass that was tried is the best for colocated at 1 req/s' in verdict(fast, slow, slow)
-  assert 'The largest size of a pass that was tried is the best for colocated at 1 req/s' in verdict(slow, slow, fast)
-  assert 'size of a pass that was tried' not in verdict(slow, fast, slow)
-  assert 'size of a pass that was tried' not in verdict(slow, slow, slow)  # it makes no difference
+  assert 'The smallest size of a step that was tried is the best for colocated at 1 req/s' in verdict(fast, slow, slow)
+  assert 'The largest size of a step that was tried is the best for colocated at 1 req/s' in verdict(slow, slow, fast)
+  assert 'size of a step that was tried' not in verdict(slow, fast, slow)
+  assert 'size of a step that was tried' not in verdict(slow, slow, slow)  # it makes no difference
 
 
 def _sojourns(rng, arrivals_s):

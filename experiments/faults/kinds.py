@@ -45,7 +45,7 @@ class Kind:
 TOO_LATE = ('the transfer did not end within',)
 _CORRUPT = ('CorruptError',)
 _GONE = ('it is gone',)
-_AWAY = (*_GONE, 'began another life')  # one life is over before the return of the one before is told
+_AWAY = (*_GONE, 'began another incarnation')  # one is over before the return of the one before is told
 NOBODY_LEFT = 'every worker that'  # whoever could serve it was away for longer than patience
 _GIVEN_UP = (*_AWAY, NOBODY_LEFT)
 KINDS: dict[str, Kind] = {

@@ -1,4 +1,4 @@
-"""Who is better in what, of two systems that served the same requests, and whether chance could have decided it."""
+"""Contests: the figures of two systems that served the same requests, and whether chance decided between them."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ FEWEST_FOR_P99 = 100  # of fewer, the last percentile is the luck of one of them
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-  """What each request of a run got, in the order of arrival: seconds `[R]`, NaN where there were none."""
+  """The latencies of each request of a run, in the order of arrival: seconds `[R]`, NaN where there were none."""
 
   ids: tuple[str, ...]
   ttft_s: np.ndarray
@@ -49,7 +49,7 @@ class Outcomes:
 
   @property
   def completed(self) -> np.ndarray:
-    """Which requests completed, `[R]`."""
+    """Whether each request completed, `[R]`."""
     return np.isfinite(self.e2el_s)
 
 
@@ -58,10 +58,10 @@ class Case:
   """One system at one rate.
 
   Attributes:
-    system: What ran.
+    system: The system that ran.
     rate: Requests per second.
     report: Every figure; with times of single requests only for the cases that a page shows.
-    outcomes: What each request got.
+    outcomes: The latencies of each request.
   """
 
   system: System
@@ -71,7 +71,7 @@ class Case:
 
   @property
   def merit(self) -> tuple[float, float]:
-    """What the best is chosen by: most requests within their limits, then the lowest mean end-to-end latency."""
+    """The measure of the best: most requests within their limits, then the lowest mean end-to-end latency."""
     completed = self.outcomes.completed
     mean_s = self.outcomes.e2el_s[completed].mean() if completed.any() else math.inf
     return float(self.outcomes.good.sum()), -float(mean_s)
@@ -86,10 +86,10 @@ class Contest:
   1,000 draws say so and the figures differ by more than 1 %.
 
   Attributes:
-    figure: What is compared.
-    unit: In what; empty for a share.
+    figure: The name of the figure.
+    unit: Its unit; empty for a share.
     ours: The figure of the first, None if there is none.
-    theirs: That of the second.
+    theirs: The figure of the second.
     winner: The division of the better one, None where chance could have decided.
     judged: Whether there were requests enough to look for a winner.
   """
@@ -118,7 +118,7 @@ def paired(ours: Case, theirs: Case) -> tuple[Case, Case]:
 
 
 def contests(ours: Case, theirs: Case) -> tuple[Contest, ...]:
-  """Who is better in what, among two systems that served the same requests."""
+  """The contests of two systems that served the same requests, one for each figure."""
   share = 'share completed' if ours.report.request_goodput is None else 'share within limits'
   return (
     *_contests(ours, theirs, 'good', {share: None}),
@@ -153,7 +153,7 @@ def _measure(values: np.ndarray, percentile: int | None) -> np.ndarray:
 
 
 def block_length(count: int) -> int:
-  """How many neighbours are drawn together out of so many requests."""
+  """The number of neighbours drawn together out of `count` requests."""
   return -(-count // BLOCKS)
 
 

@@ -1,4 +1,4 @@
-"""Who wins where, in words made of contests."""
+"""The winners at each rate, in words made of contests."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ Contests = Mapping[float, Mapping[str, Sequence[Contest]]]  # by rate and split,
 
 
 def at_one_rate(ours: Case, theirs: Case, results: Sequence[Contest]) -> str:
-  """Who wins on what, and where no difference is clear."""
+  """The winner of each figure at one rate, and the figures without a clear difference, in sentences."""
   split, devices = ours.system.division, ours.system.devices
   place = f'on the same {devices} device{"" if devices == 1 else "s"}, '
   start = place[0].upper() + place[1:] if math.isinf(ours.rate) else f'At {per_second(ours.rate)}, {place}'
@@ -41,7 +41,7 @@ def at_one_rate(ours: Case, theirs: Case, results: Sequence[Contest]) -> str:
 
 
 def over_rates(contests: Contests) -> Iterator[str]:
-  """For each figure, at which rates which split or the baseline is ahead; nothing of a single rate."""
+  """For each figure, the rates at which each split or the baseline is ahead; nothing of a single rate."""
   if len(contests) == 1:
     return
   even = []
@@ -61,14 +61,14 @@ def over_rates(contests: Contests) -> Iterator[str]:
 
 
 def at_rates(rates: Sequence[float], of: int) -> str:
-  """Where something holds: ' at 4 and 12 req/s', ' at every rate' of so many; empty if there are no rates."""
+  """The rates in words: ' at 4 and 12 req/s', or ' at every rate' if there are `of`; empty if a run has no rate."""
   if math.isinf(rates[0]):
     return ''
   return ' at every rate' if len(rates) == of > 1 else f' at {listed([plain(rate) for rate in rates])} req/s'
 
 
 def standings(contests: Contests) -> Iterator[list[str]]:
-  """The same as the rows of a table: a figure, then who is ahead at each rate."""
+  """The same as the rows of a table: a figure, then the split ahead at each rate."""
   for index, figure in _figures(contests):
     row = [figure]
     for by_split in contests.values():

@@ -1,4 +1,4 @@
-"""What is compared: disaggregated splits and equal colocated divisions of the devices, with several sizes of a pass."""
+"""The systems to compare: disaggregated splits and equal colocated divisions, with several sizes of a step."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from pdjax.types.cluster import (
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.workload import Workload
 
-_PARTS = (16, 8, 4, 2, 1)  # of the largest pass, to try
+_PARTS = (16, 8, 4, 2, 1)  # of the largest step, to try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class System:
   """One way to use the devices.
 
   Attributes:
-    division: How they are divided, such as '2P1D' or '3C tp4'.
-    pass_tokens: Most tokens of one pass, which is what was tried out; None where the policy has no such field.
+    division: The division of them, such as '2P1D' or '3C tp4'.
+    pass_tokens: Most tokens of one step, which is what was tried out; None where the policy has no such field.
     config: The run.
     colocated: Whether it is one of the baseline's.
-    devices: How many devices it takes.
+    devices: The number of devices it takes.
   """
 
   division: str
@@ -42,7 +42,7 @@ class System:
 
   @property
   def name(self) -> str:
-    """What it is called in tables."""
+    """Its name in tables."""
     return self.division if self.pass_tokens is None else f'{self.division}, {self.pass_tokens} tokens'
 
 
@@ -89,13 +89,13 @@ def at_rate(workload: Workload, rate: float) -> Workload:
 
 
 def disaggregated_systems(config: ServingConfig, budgets: Sequence[int] | None = None) -> list[System]:
-  """A disaggregated config with each size of a prefill pass, `max_prefill_tokens` of its policy.
+  """A disaggregated config with each size of a prefill step, `max_prefill_tokens` of its policy.
 
   A policy without that field stays as it is.
 
   Args:
     config: The run.
-    budgets: Tokens of one pass to try; see `colocated_systems`.
+    budgets: Tokens of one step to try; see `colocated_systems`.
 
   Raises:
     ValueError: if a budget is not positive.
@@ -117,17 +117,17 @@ def colocated_systems(
   """The colocated baseline on the devices of some runs: every equal division of them, with each chunk budget.
 
   A division has `n / tp` workers of `tp` devices for every `tp` that divides the `n` devices and is legal for the
-  model. The KV memory of the richest run is divided among them ('auto' stays 'auto'). Each takes passes as large as
+  model. The KV memory of the richest run is divided among them ('auto' stays 'auto'). Each takes steps as large as
   any worker of the runs does, and at least its share of the most decode slots, so that the baseline lacks nothing.
 
   Args:
     configs: Disaggregated runs on equally many devices, of one workload.
     model: The model as it is served.
-    budgets: Tokens of one pass to try; None tries the largest pass, a half, a quarter, an eighth and a sixteenth of
+    budgets: Tokens of one step to try; None tries the largest step, a half, a quarter, an eighth and a sixteenth of
       it, and what the policies of the runs have for `max_prefill_tokens`.
 
   Returns:
-    The systems, and why each division that is missing cannot be.
+    The systems, and the reason for each division that cannot be.
 
   Raises:
     ValueError: if a budget is not positive.
@@ -157,7 +157,7 @@ def colocated_systems(
     pool = colocated_pool(
       count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype,
       max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
-      max_step_tokens=_largest_pass(configs), max_chunks=max(worker.max_chunks for worker in prefills),
+      max_step_tokens=_largest_step(configs), max_chunks=max(worker.max_chunks for worker in prefills),
       max_fused_steps=fused,
     )  # fmt: skip
     if any(worker.devices is not None for worker in workers):
@@ -205,12 +205,12 @@ def _sizes(worker: WorkerSpec) -> dict[str, Any]:
 _WHO = ('name', 'role')
 
 
-def _largest_pass(configs: Sequence[ServingConfig]) -> int:
+def _largest_step(configs: Sequence[ServingConfig]) -> int:
   return max(worker.max_step_tokens for config in configs for worker in config.workers if worker.role.prefills)
 
 
 def _own_size(config: ServingConfig) -> int | None:
-  """Tokens of a prefill pass that a policy which can be told so asks for."""
+  """Tokens of a prefill step that the policy asks for, None if it has no `max_prefill_tokens`."""
   policy: Any = config.policy
   if not dataclasses.is_dataclass(policy):
     return None
@@ -220,14 +220,14 @@ def _own_size(config: ServingConfig) -> int | None:
 
 
 def _budgets(configs: Sequence[ServingConfig], budgets: Sequence[int] | None) -> list[int]:
-  """Tokens of one pass to try, for either side alike."""
+  """Tokens of one step to try, for either side alike."""
   if budgets is None:
-    largest = _largest_pass(configs)
+    largest = _largest_step(configs)
     own = {size for size in map(_own_size, configs) if size is not None and size < largest}
     return sorted(own | {max(largest // part, 1) for part in _PARTS})
   for budget in budgets:
     if budget < 1:
-      raise ValueError(f'{budget} tokens of one pass are not positive; give budgets of at least 1.')
+      raise ValueError(f'{budget} tokens of one step are not positive; give budgets of at least 1.')
   return sorted(set(budgets))
 
 

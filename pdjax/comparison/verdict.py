@@ -1,4 +1,4 @@
-"""All that a comparison tried, and who wins where: in sentences, in a table, as data and on a page."""
+"""All that a comparison tried, and the winners: in sentences, in a table, as data and on a page."""
 
 import dataclasses
 import functools
@@ -40,14 +40,14 @@ _WRAP = 110  # columns of printed sentences
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Every case that was tried, and who wins where.
+  """Every case that was tried, and the winners.
 
   Attributes:
-    backend: What ran them.
+    backend: The backend that ran them.
     cases: All of them, in the order in which they ran.
     shown_rate: The rate whose two best cases a page shows in full: the config's own, or the one next to it.
     missing: Divisions of the devices that cannot be, with the reason.
-    unwritten: What could not be written into the work directory, and why, in sentences.
+    unwritten: The files that could not be written into the work directory, and why, in sentences.
   """
 
   backend: BackendName
@@ -67,7 +67,7 @@ class Comparison:
     return tuple(dict.fromkeys(case.system.division for case in self.cases if not case.system.colocated))
 
   def best(self, rate: float, split: str) -> Case:
-    """The best pass size of a split at a rate: most requests within their limits, then the lowest mean E2E."""
+    """The best step size of a split at a rate: most requests within their limits, then the lowest mean E2E."""
     cases = [case for case in self.cases if case.rate == rate and case.system.division == split]
     return max(cases, key=lambda case: case.merit)
 
@@ -87,18 +87,18 @@ class Comparison:
 
   @functools.cached_property
   def contests(self) -> dict[float, dict[str, tuple[Contest, ...]]]:
-    """Who is better in what at each rate: every split against the baseline on as many devices."""
+    """The contests at each rate: every split against the baseline on as many devices."""
     return {rate: {split: contests(*self.pair(rate, split)) for split in self.splits} for rate in self.rates}
 
   def verdict(self) -> list[str]:
-    """Who wins where, in sentences made of the figures."""
+    """The winners in sentences made of the figures."""
     return [*self._at_shown_rate(), *over_rates(self.contests), *self._method()]
 
   def __str__(self) -> str:
     return '\n'.join(textwrap.fill(line, _WRAP) for line in self.verdict())
 
   def standings(self) -> list[list[str]]:
-    """Who is ahead in each figure at each rate, as a table whose first row is its head.
+    """The splits ahead in each figure at each rate, as a table whose first row is its head.
 
     A cell names the splits that beat their baseline, 'colocated' if that beats every split, or has a dash.
     """
@@ -127,7 +127,7 @@ class Comparison:
     Those of the baseline go into a folder `colocated`; the page of the disaggregated run has both.
 
     Returns:
-      What could not be written, and why, in sentences. Nothing is raised: the figures are worth more.
+      The files that could not be written, and why, in sentences. Nothing is raised: the figures are worth more.
     """
     text = json_text(self.to_json(), indent=1) + '\n'
     own, colocated = places(folder)
@@ -157,7 +157,7 @@ class Comparison:
     return charts.side_by_side(*parts)
 
   def beside(self) -> Beside:
-    """What the page of the disaggregated run shows beside it."""
+    """The part of the disaggregated run's page that compares it with the baseline."""
     ours, theirs = self.pair(self.shown_rate)
     several = len(self.rates) > 1
     curves = self._charts() if several else ()
@@ -177,7 +177,7 @@ class Comparison:
 
   @functools.cached_property
   def curves(self) -> dict[str, tuple[Case, ...]]:
-    """What is shown: the best case of each split, and of the baseline on each number of devices, at every rate.
+    """The cases shown: the best case of each split, and of the baseline on each number of devices, at every rate.
 
     The best split comes first, so that it has one colour in all charts.
     """
@@ -196,7 +196,7 @@ class Comparison:
       yield at_one_rate(*self.pair(self.shown_rate, split), self.contests[self.shown_rate][split])
 
   def _method(self) -> Iterator[str]:
-    """What was compared with what, and when a side is ahead."""
+    """The systems compared, and the rule by which a side is ahead, in sentences."""
     count = len(self.cases[0].outcomes.good)
     limited = any(case.report.request_goodput is not None for case in self.cases)
     merit = 'most requests within their limits' if limited else 'most requests completed'
@@ -206,7 +206,7 @@ class Comparison:
     yield f'Each side shows its best ({merit}, then the lowest mean E2E){there}: {chosen}.'
     for end, where in _ends(self).items():
       beyond = 'a still smaller' if end == 'smallest' else 'a still larger'
-      yield f'The {end} size of a pass that was tried is the best for {where}; {beyond} one may be better.'
+      yield f'The {end} size of a step that was tried is the best for {where}; {beyond} one may be better.'
     block = block_length(count)
     yield (
       f'A side is ahead where {CONFIDENCE:.0%} of {RESAMPLES:,} resampled sets of the {count:,} '
@@ -225,9 +225,9 @@ class Comparison:
     )
 
   def _chosen(self, name: str, system: System) -> str:
-    """What the best of a side is, and of how many."""
+    """The best system of a side, and the number of those tried, in words."""
     tried = {case.system.name for case in self.cases if _same_side(case.system, system)}
-    size = '' if system.pass_tokens is None else f' with passes of up to {system.pass_tokens:,} tokens'
+    size = '' if system.pass_tokens is None else f' with steps of up to {system.pass_tokens:,} tokens'
     of = f' (of {len(tried)} tried)' if len(tried) > 1 else ''
     return f'{name} as {system.division}{size}{of}' if system.colocated else f'{name}{size}{of}'
 
@@ -259,7 +259,7 @@ def _cells(case: Case) -> tuple[str, ...]:
 
 
 def _offered_within_limits(case: Case) -> float | None:
-  """Of the requests offered per second, how many met their limits: unlike goodput it has no run's end in it."""
+  """The requests per second offered that met their limits: unlike goodput it has no run's end in it."""
   share = case.report.goodput_share
   return None if share is None else case.rate * share
 
@@ -288,7 +288,7 @@ def _same_side(one: System, other: System) -> bool:
 
 
 def _ends(comparison: Comparison) -> dict[str, str]:
-  """Where a side is best with the smallest or the largest pass tried and might gain beyond: 'colocated at 4 req/s'."""
+  """The sides best with the smallest or largest step tried, which might gain beyond: 'colocated at 4 req/s'."""
   found: dict[str, dict[str, list[float]]] = {'smallest': {}, 'largest': {}}
   for name, cases in comparison.curves.items():
     for best in cases:
@@ -313,7 +313,7 @@ def _ends(comparison: Comparison) -> dict[str, str]:
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-  """Print the best of each split and of the baseline at every rate and who wins where, by default to the terminal."""
+  """Print the best of each split and of the baseline at every rate and the winners, by default to the terminal."""
   console = console or Console()
   table = Table(box=None, padding=(0, 1), header_style='bold cyan')
   for name in HEAD:
@@ -328,5 +328,5 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def places(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
-  """Where the files of the disaggregated run go, and those of the baseline."""
+  """The folders for the files of the disaggregated run, and for those of the baseline."""
   return pathlib.Path(folder), pathlib.Path(folder) / BASELINE

@@ -1,4 +1,4 @@
-"""How long it would take."""
+"""Predictions: the time that steps and transfers take, and the pages that fit into memory."""
 
 from pdjax.cost.cost_model import CostBase, CostModel, as_cost
 from pdjax.cost.memory import size_pools

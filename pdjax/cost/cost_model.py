@@ -1,4 +1,4 @@
-"""How long things take: what a simulator or a policy asks."""
+"""The protocol of a cost model, which predicts times for a simulator or a policy."""
 
 import abc
 from collections.abc import Sequence

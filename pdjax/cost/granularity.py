@@ -1,4 +1,4 @@
-"""From which length on a chunk travels faster layer by layer than whole."""
+"""The length from which on a chunk travels faster layer by layer than whole."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def choose_granularity(
 ) -> TransferSpec:
   """The spec with `layers_from` filled in, if it is left to the cost model; chunk by chunk if no length gains.
 
-  Whole, a prompt's last chunk is on the wire for all of its transfer after its pass has ended; in groups of layers only
-  the last group is, at the price of more transfers. That pays from some length on: the shortest power of two of tokens
+  Whole, a prompt's last chunk is on the wire for all of its transfer after its step has ended; in groups of layers only
+  the last group is, at the price of more transfers. It pays from some length on: the shortest power of two of tokens
   for which every way from worker to worker is predicted to gain.
   """
   if spec.granularity != 'auto' or spec.layers_from is not None:

@@ -1,4 +1,4 @@
-"""How much fits: a device's memory against weights and pages, worked out before anything is loaded."""
+"""The pages that fit: a device's memory against weights and pages, worked out before anything is loaded."""
 
 import collections
 import dataclasses
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pdjax.types.cluster import WorkerSpec, ways
 from pdjax.types.model import ModelSpec, mesh_shape
 
-ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the passes
+ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the steps
 HOST_SHARE = 0.5  # of a CPU's free memory, which all its virtual devices have in common
 
 
@@ -22,7 +22,7 @@ def size_pools(
   staging_bytes: int = 0,
   cluster: Sequence[WorkerSpec] = (),
 ) -> tuple[WorkerSpec, ...]:
-  """Replace `num_pages='auto'` by what fits, and make sure that all the rest does.
+  """Replace `num_pages='auto'` by the most that fit, and check that the pools of a given size do.
 
   Workers with the same devices share one copy of the weights. A pool is never larger than all its sequences could use
   at full length.

@@ -1,4 +1,4 @@
-"""A pass takes as long as its FLOPs or its bytes, whichever is longer, and a fixed overhead."""
+"""A step takes as long as its FLOPs or its bytes, whichever is longer, and a fixed overhead."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from pdjax.types.model import ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Roofline(CostBase):
-  """The roofline model (Williams et al. 2009) of a transformer's passes.
+  """The roofline model (Williams et al. 2009) of a transformer's steps.
 
   Attributes:
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
-    link: What lies between two workers; transfers between two workers use `min(tp)` such links side by side.
+    link: The link between two workers; transfers between them use `min(tp)` such links side by side.
     dtype_bytes: Bytes of a weight, and of a cached element of workers that have no `kv_dtype`.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
   """
@@ -33,7 +33,7 @@ class Roofline(CostBase):
 
   @property
   def dispatch_s(self) -> float:  # type: ignore[override]
-    """Seconds that each further program of a pass costs."""
+    """Seconds that each further program of a step costs."""
     return self.chip.step_overhead_s
 
   def step_seconds(
@@ -44,7 +44,7 @@ class Roofline(CostBase):
     contexts: Sequence[int],
     steps: int,
   ) -> float:
-    """Seconds of one pass; see `CostModel`."""
+    """Seconds of one step; see `CostModel`."""
     devices = 1 if self.shared_host else worker.tp
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices

@@ -3,7 +3,7 @@
 A layer's pool is `[P, A, C, G, W]` in one of the layouts of `pallas_kernels.PageLayout`; the plain one is
 `[P, 2, K, G, D]`: page, key or value, key/value head, token in the page, head size. A page is one contiguous run that
 holds every head, which is what a copy wants. C is cut over a mesh: each device has pages of the same layout with some
-of the heads. What is gathered from a pool is plain, so that pools of unlike layouts understand each other.
+of the heads. Units gathered from a pool are plain, so that pools of unlike layouts understand each other.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class KVPages:
 
   @property
   def layout(self) -> PageLayout:
-    """How a page holds its keys and values; on one device, if these are its shard."""
+    """The layout of keys and values in a page; on one device, if these are its shard."""
     return PageLayout.of(self.layers[0].shape, self.head_dim)
 
   @property
@@ -52,7 +52,7 @@ class KVPages:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Of every element."""
+    """The dtype of every element."""
     return self.layers[0].dtype
 
   def part(self, first: int, stop: int) -> 'KVPages':

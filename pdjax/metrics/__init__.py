@@ -1,4 +1,4 @@
-"""What the event log says: timelines, reports and tables, computed from the log alone."""
+"""The figures of a run: timelines, reports and tables, computed from the event log alone."""
 
 from pdjax.metrics.drawing import draw as draw
 from pdjax.metrics.event_log import EventLog as EventLog

@@ -1,4 +1,4 @@
-"""Charts of runs, each as an Altair chart: passes and pages over time, latencies, accounts, figures over the rate.
+"""Charts of runs, each as an Altair chart: steps and pages over time, latencies, accounts, figures over the rate.
 
     from pdjax.metrics import charts
     charts.gantt(result.report)                         # a notebook shows it, drawn by the reader's browser
@@ -60,32 +60,32 @@ _FIGURE, _SECONDS = ',.5~r', ',.6~f'  # of tooltips: digits of a figure count fr
 
 
 def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
-  """What every worker did when: its passes, and below them in a thin line the KV that left or reached it.
+  """The work of every worker over time: its steps, and below them in a thin line the KV that left or reached it.
 
   Drag to move, pinch or scroll with ctrl to zoom, double-click to see all, unless `zoom` is False. Where a run has more
-  passes than `MAX_BARS`, bars are slots of time and their heights the share of it that was spent. Runs that stand
+  steps than `MAX_BARS`, bars are slots of time and their heights the share of it that was spent. Runs that stand
   `beside` it share its seconds: the axis ends with the longest.
   """
   import altair as alt
 
-  passes, transfers = _bars(report)
+  ran, transfers = _bars(report)
   workers = [worker.name for worker in report.workers]
   time = _time_axis([report, *beside])
   lanes = _lanes(len(workers), [[name] for name in workers])
-  kinds = [kind for kind in PHASES if any(bar['kind'] == kind for bar in itertools.chain(passes, transfers))]
+  kinds = [kind for kind in PHASES if any(bar['kind'] == kind for bar in itertools.chain(ran, transfers))]
   scale = alt.Scale(domain=kinds, range=[PHASES[kind] for kind in kinds])
   colour = alt.Color('kind:N', scale=scale, title=None)
   share = [alt.Tooltip('share:Q', title='of this time', format='.0%')] if slot_seconds(report) else []
   steps = (
-    alt.Chart(_table(passes))
-    .mark_rect(clip=True, strokeWidth=0.5)  # a stroke closes the seams between passes that touch
+    alt.Chart(_table(ran))
+    .mark_rect(clip=True, strokeWidth=0.5)  # a stroke closes the seams between steps that touch
     .encode(
       x=time, x2='b', y=lanes, y2='hi', color=colour, stroke=alt.Stroke('kind:N', scale=scale, title=None),
-      opacity=alt.condition('datum.odd == 1', alt.value(0.82), alt.value(1)),  # tells one pass from the next
+      opacity=alt.condition('datum.odd == 1', alt.value(0.82), alt.value(1)),  # tells one step from the next
       tooltip=[
         alt.Tooltip('kind:N', title='phase'), alt.Tooltip('worker:N'), *share,
         alt.Tooltip('ms:Q', title='ms', format=_FIGURE), alt.Tooltip('a:Q', title='began (s)', format=_SECONDS),
-        alt.Tooltip('passes:Q'), alt.Tooltip('prompt:Q', title='prompt tokens', format=','),
+        alt.Tooltip('count:Q', title='steps'), alt.Tooltip('prompt:Q', title='prompt tokens', format=','),
         alt.Tooltip('output:Q', title='output tokens', format=','), alt.Tooltip('requests:N'),
       ],
     )
@@ -98,7 +98,7 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
       tooltip=[
         alt.Tooltip('kind:N', title='phase'), alt.Tooltip('way:N'), *share,
         alt.Tooltip('ms:Q', title='ms', format=_FIGURE), alt.Tooltip('a:Q', title='began (s)', format=_SECONDS),
-        alt.Tooltip('passes:Q', title='transfers'), alt.Tooltip('kilobytes:Q', title='kB', format=',.0f'),
+        alt.Tooltip('count:Q', title='transfers'), alt.Tooltip('kilobytes:Q', title='kB', format=',.0f'),
         alt.Tooltip('requests:N'),
       ],
     )
@@ -107,7 +107,7 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
 
 
 def pages(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
-  """How many KV pages every worker had in use; a row is as high as the fullest pool ever was. Zooms like `gantt`.
+  """The KV pages that every worker had in use; a row is as high as the fullest pool ever was. Zooms like `gantt`.
 
   The last row, if any prompt ever had to wait, shows how many waited to be begun. Of a long run every slot of time
   shows its peak. Runs that stand `beside` it share its seconds and heights.
@@ -135,7 +135,7 @@ def pages(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
 
 
 def slot_seconds(report: Report) -> float | None:
-  """How long a bar of `gantt` stands for where passes are not drawn one by one, else None."""
+  """Seconds of a bar of `gantt` where steps are not drawn one by one, else None."""
   if _num_bars(report) <= MAX_BARS:
     return None
   return report.duration_s / _num_slots(report)
@@ -151,19 +151,19 @@ def _num_slots(report: Report) -> int:
 
 
 def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """The rectangles of the passes and of the transfers; `lo` and `hi` are heights, a worker's row being 1 high."""
+  """The rectangles of the steps and of the transfers; `lo` and `hi` are heights, a worker's row being 1 high."""
   if slot_seconds(report) is not None:
     return _slots(report)
   rows = {worker.name: row for row, worker in enumerate(report.workers)}
   start_s, rounded = report.timeline.start_s, _rounding(report)
-  passes: list[dict[str, Any]] = []
+  steps: list[dict[str, Any]] = []
   transfers: list[dict[str, Any]] = []
   counts = dict.fromkeys(rows, 0)
   for span in report.timeline.spans:
     bar = {
       'kind': span.kind, 'worker': span.worker,
       'a': rounded(span.began_s - start_s), 'b': rounded(span.ended_s - start_s),
-      'ms': _digits((span.ended_s - span.began_s) * 1e3), 'passes': 1, 'requests': _some(span.requests),
+      'ms': _digits((span.ended_s - span.began_s) * 1e3), 'count': 1, 'requests': _some(span.requests),
     }  # fmt: skip
     if span.kind == 'transfer':
       moved = {'way': f'{span.worker} → {span.target}', 'kilobytes': round(span.wire_bytes / 1e3, 1)}
@@ -172,27 +172,27 @@ def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     else:
       row = rows[span.worker]
       counts[span.worker] += 1
-      passes.append(
+      steps.append(
         bar | {
           'prompt': span.prompt_tokens, 'output': span.output_tokens, 'lo': row + 0.1, 'hi': row + 0.72,
           'odd': counts[span.worker] % 2,
         }
       )  # fmt: skip
-  return passes, transfers
+  return steps, transfers
 
 
 def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """The same for a long run: per slot of time and phase one rectangle as high as the share of time it took."""
   edges_s = np.linspace(report.timeline.start_s, report.timeline.end_s, _num_slots(report) + 1)
   width_s = edges_s[1] - edges_s[0]
-  passes, transfers = [], []
+  steps, transfers = [], []
   for row, worker in enumerate(report.workers):
     base = np.full(len(edges_s) - 1, row + 0.72)
     for kind in _STACK:
       spans = [span for span in report.timeline.spans if span.worker == worker.name and span.kind == kind]
       for slot, share, bar in _shares(spans, edges_s):
         top = base[slot] - 0.62 * share
-        passes.append(bar | {'worker': worker.name, 'kind': kind, 'lo': round(top, 4), 'hi': round(base[slot], 4)})
+        steps.append(bar | {'worker': worker.name, 'kind': kind, 'lo': round(top, 4), 'hi': round(base[slot], 4)})
         base[slot] = top
     for way, spans in (
       (f'{worker.name} →', [s for s in report.timeline.spans if s.kind == 'transfer' and s.worker == worker.name]),
@@ -202,13 +202,13 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         low = round(row + 0.92 - 0.05 - 0.09 * share, 4)
         transfers.append(bar | {'way': way, 'kind': 'transfer', 'lo': low, 'hi': row + 0.92})
   start_s, rounded = edges_s[0], _rounding(report)
-  for bar in itertools.chain(passes, transfers):
+  for bar in itertools.chain(steps, transfers):
     bar |= {
       'a': rounded(bar['a'] - start_s),
       'b': rounded(bar['b'] - start_s),
       'ms': _digits(width_s * bar['share'] * 1e3, 4),
     }
-  return passes, transfers
+  return steps, transfers
 
 
 def _shares(spans: Sequence[BusySpan], edges_s: np.ndarray) -> Iterable[tuple[int, float, dict[str, Any]]]:
@@ -228,7 +228,7 @@ def _shares(spans: Sequence[BusySpan], edges_s: np.ndarray) -> Iterable[tuple[in
   def total(values: Sequence[int]) -> np.ndarray:
     return np.bincount(slots, values, len(share)).astype(np.int64)
 
-  passes, prompt = np.bincount(slots, minlength=len(share)), total([span.prompt_tokens for span in spans])
+  counts, prompt = np.bincount(slots, minlength=len(share)), total([span.prompt_tokens for span in spans])
   output, wire = total([span.output_tokens for span in spans]), total([span.wire_bytes for span in spans])
   requests: dict[int, dict[str, None]] = {}
   for slot, span in zip(slots.tolist(), spans, strict=True):
@@ -236,7 +236,7 @@ def _shares(spans: Sequence[BusySpan], edges_s: np.ndarray) -> Iterable[tuple[in
   for slot in np.flatnonzero(share > 1e-4).tolist():
     yield slot, min(float(share[slot]), 1.0), {
       'a': edges_s[slot], 'b': edges_s[slot + 1], 'share': round(min(float(share[slot]), 1.0), 4),
-      'passes': int(passes[slot]), 'prompt': int(prompt[slot]), 'output': int(output[slot]),
+      'count': int(counts[slot]), 'prompt': int(prompt[slot]), 'output': int(output[slot]),
       'kilobytes': round(int(wire[slot]) / 1e3), 'requests': _some(tuple(requests.get(slot, ()))),
     }  # fmt: skip
 
@@ -296,7 +296,7 @@ def _pool_sizes(report: Report) -> dict[str, int]:
 
 
 def _levels(changes: Sequence[tuple[float, int, int | None]], end_s: float) -> list[_Level]:
-  """What holds between changes, empty stretches left out."""
+  """The levels between changes, empty stretches left out."""
   ends_s = [*(at_s for at_s, _, _ in changes[1:]), end_s]
   return [
     _Level(at_s, until_s, count, decoding)
@@ -330,7 +330,7 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
   Args:
     reports: A run, and others to compare it with.
     metric: One of `METRICS`.
-    names: What the runs are called; by default the shorthands of their clusters.
+    names: Names of the runs; by default the shorthands of their clusters.
 
   Raises:
     ValueError: if there is no such metric.
@@ -389,7 +389,7 @@ def limit_ms(*reports: Report, metric: str) -> tuple[float | None, bool]:
 
 
 def _longest_ms(reports: Iterable[Report], metric: str) -> float:
-  """Where the axis of a latency ends: a little beyond the longest p99."""
+  """The end of the axis of a latency: a little beyond the longest p99."""
   every = [values_ms for report in reports if len(values_ms := _values_ms(report, metric))]
   return max((float(np.percentile(values_ms, 99)) * 1.08 for values_ms in every), default=0.0) or 1.0
 
@@ -401,11 +401,11 @@ def _values_ms(report: Report, metric: str) -> np.ndarray:
 
 
 def account(*reports: Report, names: Sequence[str] = ()) -> 'alt.LayerChart':
-  """What the mean time to the first token and from the first to the second is made of, in stacked bars.
+  """The parts of the mean time to the first token and from the first to the second, in stacked bars.
 
   Args:
     reports: A run, and others to compare it with.
-    names: What the runs are called; by default the shorthands of their clusters.
+    names: Names of the runs; by default the shorthands of their clusters.
   """
   import altair as alt
 
@@ -466,9 +466,9 @@ def over_rate(
 
   Args:
     curves: For each system its (requests per second, figure); a figure that is None or not finite is left out.
-    title: What the figure is.
-    unit: In what.
-    baseline: Which system is the baseline, if one is.
+    title: The name of the figure.
+    unit: Its unit.
+    baseline: The name of the baseline, if one is there.
     log: Whether the figure's axis is logarithmic; then figures of 0 and below are left out.
     ideal: Whether a thin line shows the rate itself, which no figure can exceed.
   """

@@ -25,7 +25,7 @@ DARK = {'paper': '#0f1419', 'ink': '#e8ecf0', 'soft': '#9aa4af', 'line': '#242b3
 
 
 def vega_config(theme: dict[str, str]) -> dict[str, Any]:
-  """How Vega draws axes, text and marks on the paper of `LIGHT` or `DARK`."""
+  """The Vega config that draws axes, text and marks on the paper of `LIGHT` or `DARK`."""
   return {
     'background': theme['paper'],
     'font': FONT,

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder for people to look at; a run never fails because it could not be drawn."""
+"""The page and the trace that a run leaves in its folder; a run never fails because they could not be drawn."""
 
 import contextlib
 import functools

@@ -27,8 +27,8 @@ class EventLog:
 
   With a path, each event also goes to that file as one JSON line, less than a second later, see `read_events` for what
   it holds. The disk is never waited for by whoever appends. Close the log, or use it in a `with` statement, to have the
-  last lines on disk. What cannot be written ends no serving: the file ends there, a warning and `notes` say from when
-  on and why, and the log in memory goes on. The last of a disk's room is left to answers and reports.
+  last lines on disk. An event that cannot be written ends no serving: the file ends there, a warning and `notes` say
+  from when on and why, and the log in memory goes on. The last of a disk's room is left to answers and reports.
 
   Args:
     path: File to write, such as `events.jsonl`; missing folders are made. None keeps the log in memory only.
@@ -66,7 +66,7 @@ class EventLog:
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """What a reader of the file should know, in sentences: from when on it is incomplete, and why."""
+    """Sentences for readers of a file that is incomplete: the time from which on, and the reason."""
     return () if self._file is None else self._file.notes
 
   def __iter__(self) -> Iterator[Event]:

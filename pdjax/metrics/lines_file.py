@@ -65,7 +65,7 @@ class LinesFile:
 
     Args:
       line: Without its end; a function is called on the thread that writes.
-      time_s: When what it tells of happened, seconds after the start of the run.
+      time_s: The time of the event that it tells of, seconds after the start of the run.
     """
     with self._changed:
       if self._ended or self._closing:
@@ -95,7 +95,7 @@ class LinesFile:
 
   @property
   def note(self) -> str | None:
-    """What a reader of the file should know, in a sentence: from when on it lacks lines, and why."""
+    """A sentence for readers of a file that lacks lines: the time from which on, and the reason."""
     if self._missing is None:
       return None
     from_s, why = self._missing
@@ -103,7 +103,7 @@ class LinesFile:
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """`note` as what a report adds to others: a sentence, or none."""
+    """`note` as a report adds it to others: a sentence, or none."""
     return () if self.note is None else (self.note,)
 
   def close(self) -> None:

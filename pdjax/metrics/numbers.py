@@ -1,4 +1,4 @@
-"""Numbers as people read them; what is not nothing never reads as 0, however small it is."""
+"""Numbers as people read them; one that is not 0 never reads as 0, however small it is."""
 
 import math
 
@@ -35,7 +35,7 @@ def plain(value: float) -> str:
 
 
 def digits_below(whole: float | None) -> int:
-  """How many digits after the point the parts of a whole have: one, or where it is below 1 what gives it three."""
+  """The digits after the point of the parts of a whole: one, or for a whole below 1 as many as give it three."""
   return 2 - math.floor(math.log10(whole)) if whole and 0 < whole < 1 else 1
 
 

@@ -33,21 +33,21 @@ class OverRate:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-  """What a comparison adds to the page of a run.
+  """The part of a page that compares its run with others.
 
   Attributes:
     baseline: The run to stand beside it, in every chart.
-    detail: What the baseline is, as short as it goes.
-    name: What it is called.
-    verdict: Who wins where, in sentences.
+    detail: The baseline in as few words as can be.
+    name: Its name.
+    verdict: The winners, in sentences.
     standings: The same over several rates as a table, its first row the head.
-    method: What was compared with what and when a side is ahead, in sentences.
+    method: The systems compared and the rule by which a side is ahead, in sentences.
     over_rate: Figures over the rate of requests.
-    baseline_curve: Which of their curves is the baseline.
+    baseline_curve: The name of the baseline among their curves.
     head: Head of the table of all systems that were tried.
     rows: Its rows.
-    best: Which of its rows are of the runs shown.
-    missing: What could not be tried.
+    best: The numbers of the rows of the runs shown.
+    missing: The divisions that could not be tried.
   """
 
   baseline: Report
@@ -70,7 +70,7 @@ def save_html(report: Report, path: str | os.PathLike, beside: Beside | None = N
   Args:
     report: The run.
     path: A file that ends in `.html`, or a folder, which gets a `report.html`; missing folders are made.
-    beside: What to compare it with.
+    beside: The comparison with others, if any.
   """
   path = pathlib.Path(path)
   if path.suffix != '.html':
@@ -275,7 +275,7 @@ def _chart(chart: Any, title: str = '', text: str = '') -> dict[str, str]:
 
 
 def _about_rates(over_rate: Sequence[OverRate]) -> list[str]:
-  lines = ['Every curve takes the best of its sizes of a pass at each rate, the colocated one of its divisions too.']
+  lines = ['Every curve takes the best of its sizes of a step at each rate, the colocated one of its divisions too.']
   if any(one.ideal for one in over_rate):
     lines.append('The thin line is all that was offered.')
   return [' '.join(lines)]
@@ -297,13 +297,13 @@ def _about_latencies(reports: Sequence[Report]) -> str:
 
 
 def _about_gantt(reports: Sequence[Report]) -> list[str]:
-  lines = ['Thick bars are passes; the thin line below them is KV leaving or reaching the worker.']
+  lines = ['Thick bars are steps; the thin line below them is KV leaving or reaching the worker.']
   slots_s = [slot_s for slot_s in map(charts.slot_seconds, reports) if slot_s is not None]
   if slots_s:
-    passes = max(len(report.timeline.spans) for report in reports)
+    orders = max(len(report.timeline.spans) for report in reports)
     lines.append(
-      f'There were {passes:,} passes and transfers, too many to draw one by one: neighbours are merged into slots of '
-      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every pass is in '
+      f'There were {orders:,} steps and transfers, too many to draw one by one: neighbours are merged into slots of '
+      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every step is in '
       'trace.json, which ui.perfetto.dev opens.'
     )
   lines += [f'{line}.' for report in reports for line in report.return_lines()]

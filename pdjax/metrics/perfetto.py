@@ -13,17 +13,17 @@ from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
 from pdjax.types.json_text import json_text
 
-_REQUESTS = 1  # the process of what belongs to no worker; to viewers 0 is the idle task
-_PASSES = 1  # the thread of a worker that runs its passes; links come after it
+_REQUESTS = 1  # the process of all that belongs to no worker; to viewers 0 is the idle task
+_STEPS = 1  # the thread of a worker that runs its steps; links come after it
 _CATEGORY = 'pdjax'
 
 
 def trace_events(report: Report) -> list[dict[str, Any]]:
   """The run as trace events, times in microseconds and ascending, names of tracks first.
 
-  Each worker is a process with a thread `passes` and one for each worker that it sends KV to, or several where
+  Each worker is a process with a thread `steps` and one for each worker that it sends KV to, or several where
   transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. For
-  every transfer an arrow (a flow) leads from the pass that computed the pages over the transfer to the first pass that
+  every transfer an arrow (a flow) leads from the step that computed the pages over the transfer to the first step that
   decodes the request.
   """
   processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
@@ -31,9 +31,9 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   for worker in report.workers:
     label = f'{worker.name} ({worker.role.value}, tp={worker.tp})'
     names.append(_name('process_name', processes[worker.name], 0, label))
-    names.append(_name('thread_name', processes[worker.name], _PASSES, 'passes'))
-  tracks = {span.order: (processes[span.worker], _PASSES) for span in report.timeline.spans if span.kind != 'transfer'}
-  threads = dict.fromkeys(processes, _PASSES)  # of each worker the last
+    names.append(_name('thread_name', processes[worker.name], _STEPS, 'steps'))
+  tracks = {span.order: (processes[span.worker], _STEPS) for span in report.timeline.spans if span.kind != 'transfer'}
+  threads = dict.fromkeys(processes, _STEPS)  # of each worker the last
   for (source, target), lanes in _links(report.timeline.spans).items():
     for number, lane in enumerate(lanes):
       threads[source] += 1
@@ -108,7 +108,7 @@ def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
 
 
 def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, Any]]:
-  """How full the cluster was, whenever that changed."""
+  """The use of the cluster, whenever that changed."""
   before: dict[tuple[str, int], dict[str, int]] = {}
   for now in report.timeline.occupancy:
     counts = [('prompts waiting', _REQUESTS, {'prompts': now.waiting})]

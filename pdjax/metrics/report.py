@@ -28,7 +28,7 @@ _MOST_RETURNS = 8  # that are told a line each
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Account:
-  """Where the time to the first and to the second token went: means in milliseconds over completed requests.
+  """The parts of the time to the first and to the second token: means in milliseconds over completed requests.
 
   TTFT = queue + prefill. Hand-off = wait + wire + admit + step, over requests with a second token; `HandOff` says
   what each is. Every part comes from its own two stamps and none is a remainder, so that the sums can be checked.
@@ -65,7 +65,7 @@ class Account:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Utilisation:
-  """How much of the run one worker was busy, as shares of the run's duration.
+  """The time that one worker was busy, as shares of the run's duration.
 
   `busy` covers steps only; pages may travel meanwhile, so `transfer`, in or out, stands beside it. Orders that
   failed leave no span and do not count. None where the run has no duration.
@@ -88,8 +88,8 @@ class Report:
   failed, and `finish_reasons` tells them apart.
 
   Attributes:
-    date: When the report was made.
-    backend: What ran it: the engine or the simulator.
+    date: The time the report was made.
+    backend: The backend: the engine or the simulator.
     model_id: The model.
     tokenizer_id: Its tokenizer, if any.
     num_prompts: Requests that arrived, each sample of one counted.
@@ -113,23 +113,23 @@ class Report:
     itl: Inter-token latency: the gaps between an answer's pieces, the tokens of one time being one piece.
     e2el: End-to-end latency.
     handoff: From first to second token, what disaggregation costs.
-    account: What TTFT and hand-off are made of.
+    account: The parts of TTFT and hand-off.
     host_lag: From an order's end until the loop took notice.
     utilisation: One entry per worker.
     wire_bytes: Bytes that transfers put onto target devices.
     num_transfers: Transfers that ended well.
-    transfers: What they cost, and how much of it was hidden.
+    transfers: The time they took, and the part of it that was hidden.
     wasted_tokens: Tokens computed and thrown away.
-    returns: How long each worker that was lost took to come back, and of what.
-    finish_reasons: How many requests ended how; `unfinished` if the log stops before.
+    returns: Each return of a lost worker, with the parts of the time it took.
+    finish_reasons: The number of requests by how they ended; `unfinished` if the log stops before.
     slo: The run's latency limits, if any.
     warmup_s: Seconds of loading and compiling before the clock ran, if known.
     calibrated: Whether the times are measured, or predicted from measurements of this machine.
-    seed: What the run's random numbers came from, if known.
-    notes: What a reader should know before comparing, in sentences.
+    seed: The seed of the run's random numbers, if known.
+    notes: Sentences to know before comparing.
     config: The run's configuration.
     environment: Versions, devices and commit.
-    generated_texts: What each request got, as text, by its id.
+    generated_texts: The text of each request's answer, by its id.
     timeline: The times of every request and worker.
     workers: The cluster.
   """
@@ -211,17 +211,17 @@ class Report:
         that did not come back are noted anyway.
       config: The run's configuration, kept as it is.
       environment: Versions, devices and commit, kept as they are.
-      seed: What the run's random numbers came from.
+      seed: The seed of the run's random numbers.
       request_rate: Requests per second that the workload asked for.
       burstiness: Shape of its arrival gaps; 1 is a Poisson process.
       max_concurrency: Most requests in flight that it allowed.
       model_id: The model.
       tokenizer_id: Its tokenizer.
-      backend: What ran it.
+      backend: The name of the backend.
       warmup_s: Seconds of loading and compiling before the clock ran.
       calibrated: False if times were predicted from anything but measurements of this machine.
-      generated_texts: What each request got, as text, by its id.
-      date: When, by default now.
+      generated_texts: The text of each request's answer, by its id.
+      date: The time it is made, by default now.
     """
     timeline = read_timeline(events)
     done = [request for request in timeline.requests if request.completed]
@@ -285,19 +285,19 @@ class Report:
     return split_name(self.workers)
 
   def ttft_account(self) -> str:
-    """What TTFT is made of, in a line."""
+    """The parts of TTFT, in a line."""
     parts = {'queue': self.account.queue_ms, 'prefill': self.account.prefill_ms}
     return _sum_of('TTFT', self.ttft.mean_ms, parts)
 
   def handoff_account(self) -> str:
-    """What the hand-off is made of, in a line."""
+    """The parts of the hand-off, in a line."""
     account = self.account
     parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
     moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
     return _sum_of('hand-off', self.handoff.mean_ms, parts) + moved
 
   def return_lines(self) -> list[str]:
-    """What the return of each worker that was lost took, in a line each; of many, the first."""
+    """The returns of lost workers with the time they took, in a line each; of many, the first."""
     more = len(self.returns) - _MOST_RETURNS
     lines = [str(one) for one in self.returns[:_MOST_RETURNS]]
     return [*lines, f'{more:,} other returns; report.json has them all'] if more > 0 else lines

@@ -1,4 +1,4 @@
-"""How long workers that were lost took to come back, and of what; and which did not."""
+"""The returns of lost workers, with the parts of the time they took, and the workers that did not return."""
 
 import dataclasses
 from typing import Any
@@ -12,11 +12,11 @@ class WorkerReturn:
   """One return of a worker.
 
   Attributes:
-    worker: Which.
-    lost_s: When it was lost, in seconds after the start of the run.
+    worker: The worker.
+    lost_s: The time it was lost, in seconds after the start of the run.
     seconds: From then until it took orders again.
-    error: Why it was lost.
-    comeback: What took the time; None if its process went on, and only its pages were new.
+    error: The reason it was lost.
+    comeback: The parts of that time; None if its process went on, and only its pages were new.
   """
 
   worker: str
@@ -60,9 +60,9 @@ class WorkerAbsence:
   """A worker that was lost and not back when the run ended.
 
   Attributes:
-    worker: Which.
-    lost_s: When it was lost, in seconds after the start of the run.
-    error: Why, or why it did not come back, where that was known.
+    worker: The worker.
+    lost_s: The time it was lost, in seconds after the start of the run.
+    error: The reason, or the reason it did not come back, where that was known.
     returning: Whether it was being brought back when the run ended.
   """
 

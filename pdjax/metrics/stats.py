@@ -1,4 +1,4 @@
-"""What many latencies come to."""
+"""The statistics of many latencies."""
 
 import dataclasses
 from collections.abc import Sequence

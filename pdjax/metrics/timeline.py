@@ -1,4 +1,4 @@
-"""When things happened: one pass over the event log gives each request's times and each worker's busy spans."""
+"""The timeline of a run: the times of each request and the busy spans of each worker, read from the event log."""
 
 import dataclasses
 import itertools
@@ -36,8 +36,8 @@ class HandOff:
       t0  first token delivered
       t1  last transfer began       wait  = t1 - t0   for the transfer's turn
       t2  last transfer ended       wire  = t2 - t1   moving pages
-      t3  decode step began         admit = t3 - t2   until a pass of the decode worker took it up
-      t4  second token delivered    step  = t4 - t3   that pass, and bringing its token to the user
+      t3  decode step began         admit = t3 - t2   until a step of the decode worker took it up
+      t4  second token delivered    step  = t4 - t3   that step, and bringing its token to the user
 
   Each point is held between its neighbours, so what was hidden behind compute is left out: pages that travelled
   chunk by chunk before the first token cost nothing here. Without transfers, wait and wire are 0.
@@ -56,7 +56,7 @@ class HandOff:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RequestTimeline:
-  """What the log tells of one request, or one sample of it; all times in seconds after the start of the run.
+  """The times and outcome of one request, or one sample of it; all times in seconds after the start of the run.
 
   Samples of one prompt share its arrival and its prefill, so the TTFT of a further one holds the hand-off too: its
   first token comes of the decode worker. The prompt's transfers are those of the sample that carried it.
@@ -66,21 +66,21 @@ class RequestTimeline:
 
   Attributes:
     id: The request.
-    arrival_s: When it arrived.
+    arrival_s: The time it arrived.
     prompt_len: Tokens in its prompt.
     slo: Latency limits of its own, if any.
-    prefill_began_s: When the step with its first chunk began.
-    token_times_s: When each token was delivered; tokens of one piece share a time.
-    transfer_began_s: When its last transfer before the second token began: the one with the latest end.
-    transfer_ended_s: When that transfer ended.
+    prefill_began_s: The time the step with its first chunk began.
+    token_times_s: The time each token was delivered; tokens of one piece share a time.
+    transfer_began_s: The time its last transfer before the second token began: the one with the latest end.
+    transfer_ended_s: The time that transfer ended.
     num_transfers: Transfers that ended well.
     wire_bytes: Bytes they put onto target devices.
-    decode_began_s: When the step that brought its second token began.
-    finished_s: When the loop ended it.
-    finish_reason: Why; None if the log stops before.
-    error: What went wrong, if anything.
-    prefill_worker: Where the first token was made.
-    decode_worker: Where the second was.
+    decode_began_s: The time the step that brought its second token began.
+    finished_s: The time the loop ended it.
+    finish_reason: The reason it ended; None if the log stops before.
+    error: The error it ended with, if any.
+    prefill_worker: The worker that made the first token.
+    decode_worker: The worker that made the second.
     sample_of: The request that it is a further sample of, if it is one.
   """
 
@@ -114,7 +114,7 @@ class RequestTimeline:
 
   @property
   def piece_times_s(self) -> tuple[float, ...]:
-    """When each piece of the answer was delivered: the tokens of one time are one piece, of however many passes."""
+    """The time each piece of the answer was delivered: the tokens of one time are one piece, of however many steps."""
     return tuple(dict.fromkeys(self.token_times_s))
 
   @property
@@ -182,18 +182,18 @@ class BusySpan:
 
   Attributes:
     worker: The worker, or the source of a transfer.
-    kind: A step is `prefill`, `decode` or, with both in one pass, `fused`.
-    began_s: When the worker or link turned to it.
-    ended_s: When its outcome was on the host.
+    kind: A step is `prefill`, `decode` or, with both in one, `fused`.
+    began_s: The time the worker or link turned to it.
+    ended_s: The time its outcome was on the host.
     order: The order's id.
     requests: Everyone in it, those with prompt tokens first.
-    num_prompts: How many those are.
+    num_prompts: The number of those.
     prompt_tokens: Prompt tokens a step computed.
     output_tokens: Tokens a step brought.
-    target: Where a transfer goes.
+    target: The worker that a transfer goes to.
     wire_bytes: Bytes a transfer put onto target devices.
-    submitted_s: When the order was given.
-    trip: When a transfer's pieces were where.
+    submitted_s: The time the order was given.
+    trip: The times of a transfer's pieces on the wire.
   """
 
   worker: str
@@ -218,7 +218,7 @@ class Timeline:
   Attributes:
     requests: Every request, in the order of arrival.
     spans: Every order that ended well, in the order in which the loop learnt of it.
-    occupancy: How full the cluster was, whenever that changed.
+    occupancy: The use of the cluster, whenever that changed.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
     failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.

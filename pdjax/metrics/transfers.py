@@ -1,4 +1,4 @@
-"""What transfers cost and how much of it was hidden, from the timeline of a run."""
+"""The time that transfers took and the part of it that was hidden, from the timeline of a run."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,12 @@ from pdjax.metrics.timeline import BusySpan, Timeline
 class TransferFigures:
   """The transfers of a run that ended well.
 
-  A transfer is queued from its order until what it moves is gathered on the source, posted until the first piece leaves
-  there, on the wire until the last has arrived, and admitting until passes of the target find it.
+  A transfer is queued from its order until its pages are gathered on the source, posted until the first piece leaves
+  there, on the wire until the last has arrived, and admitting until steps of the target find it.
 
   Attributes:
-    count: How many there were.
-    failed: How many failed, had no end by their deadline, or were lost with a worker.
+    count: The number of them.
+    failed: The number that failed, had no end by their deadline, or were lost with a worker.
     bytes: Bytes put onto target devices, all together.
     pieces: Arrays that went from one device to another, all together.
     queued: Seconds of each, as the following.
@@ -65,7 +65,7 @@ class TransferFigures:
 
 
 def _hidden_s(transfers: Sequence[BusySpan], spans: Iterable[BusySpan]) -> float:
-  """Seconds on the wire in which the source of a transfer computed prompts; passes of one worker never overlap."""
+  """Seconds on the wire in which the source of a transfer computed prompts; steps of one worker never overlap."""
   computing: dict[str, list[tuple[float, float]]] = {}
   for span in spans:
     if span.kind in ('prefill', 'fused'):

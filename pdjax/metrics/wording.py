@@ -58,7 +58,7 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def headline(report: Report) -> str:
-  """What ran and what came of it, in a sentence."""
+  """The system that ran and the number of its answers, in a sentence."""
   all_of = 'all ' if report.completed == report.num_prompts > 1 else f'{report.completed:,} of '
   return (
     f'{report.model_id or "The model"} on {report.split} answered {all_of}{report.num_prompts:,} '
@@ -67,7 +67,7 @@ def headline(report: Report) -> str:
 
 
 def sentences(report: Report) -> Iterator[str]:
-  """What a user of the run would have noticed, and what the hand-off cost."""
+  """The latencies that users noticed and the cost of the hand-off, in sentences."""
   if report.ttft.p50_ms is None:
     yield 'Nothing was served.'
     return

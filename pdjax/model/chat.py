@@ -33,8 +33,8 @@ def render_chat(
     messages: Mappings with `role`, in order.
     tools: JSON schemas of the functions that the model may call, or None.
     add_generation_prompt: End with what opens an answer of the model.
-    special_tokens: What the template may call by name.
-    source: Whose template it is, for error messages.
+    special_tokens: Those that the template may call by name.
+    source: The owner of the template, for error messages.
 
   Raises:
     ValueError: if the messages or tools are of another form, hold what is no text, or the template refuses them.
@@ -142,7 +142,7 @@ _ANSWER, _QUESTION = 'Xq7answer4Kz', 'Xq7question4Kz'
 
 
 def texts_behind_an_answer(template: str, special_tokens: Mapping[str, str]) -> Iterator[str]:
-  """What the template puts behind an assistant's message: the last of a chat, then one that a user answers.
+  """The texts that the template puts behind an assistant's message: the last one, then one that a user answers.
 
   A template that refuses such a chat gives nothing.
   """

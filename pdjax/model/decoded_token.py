@@ -1,4 +1,4 @@
-"""What a stage of a tokenizer's decoder makes of a single token, whose text may come in pieces."""
+"""Single tokens in a stage of a tokenizer's decoder, whose text may come in pieces."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -9,13 +9,13 @@ from pdjax.model.text_search import TextSearch
 
 
 class TokenText(Protocol):
-  """What a stage makes of a single token, whose text comes in pieces."""
+  """The text that a stage makes of a single token, whose own text comes in pieces."""
 
   def take(self, text: str) -> str:
-    """Take more of the token; what is certain with it."""
+    """Take more of the token; return the text that is certain with it."""
 
   def close(self) -> str:
-    """The token is complete; what was held back."""
+    """Take note that the token is complete; return the text that was held back."""
 
 
 BeginToken = Callable[[bool], TokenText]

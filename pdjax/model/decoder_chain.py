@@ -42,7 +42,7 @@ class Unstreamable(ValueError):
 
 
 class _Flow(enum.Enum):
-  """What comes out of a stage."""
+  """The form of the text that comes out of a stage."""
 
   WHOLE = 'whole tokens'
   PIECES = 'tokens in pieces'
@@ -53,7 +53,7 @@ def stages_of(decoder: Mapping[str, Any] | None) -> tuple[tuple[MakeStage, ...],
   """The stages of a decoder, as tokenizer.json describes it.
 
   Returns:
-    What makes each stage anew, and how many characters before a place may have a say in what is made of it.
+    Functions that make each stage anew, and the number of characters before a position that can change its text.
 
   Raises:
     Unstreamable: if there is a stage whose text is not sure before the end, or one that is not known here.

@@ -15,7 +15,7 @@ class Decoding:
   """A tokenizer as seen from its output.
 
   Attributes:
-    refusal: Why text cannot be given while its tokens come, or None.
+    refusal: The reason text cannot be given while its tokens come, or None.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):

@@ -17,10 +17,10 @@ class Stage(Protocol):
   """One stage of a decoder, in the middle of a list of tokens."""
 
   def take(self, pieces: list[str]) -> list[str]:
-    """Take what the stage before gives; what is certain with it."""
+    """Take the texts of the stage before; return those that are certain with them."""
 
   def end(self) -> list[str]:
-    """No more will come; what was held back."""
+    """Take note that no more will come; return the texts that were held back."""
 
 
 class Each:

@@ -1,4 +1,4 @@
-"""The tokens that end a sequence: what each part of a checkpoint names, joined in one place."""
+"""The tokens that end a sequence: those that each part of a checkpoint names, joined."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ TURN = 'chat template'
 
 @dataclasses.dataclass(frozen=True)
 class EndTokens:
-  """Which tokens end a sequence, and who says so.
+  """The tokens that end a sequence, and the sources that say so.
 
   A file that names one end seldom knows of all: configurations are copied from base models, and chat models end their
   turns with a token of their own. So all that are named count. Only what the chat template puts behind an assistant's
@@ -19,7 +19,7 @@ class EndTokens:
 
   Attributes:
     named: Each source with the ids it names, for sequences of any kind.
-    turn: What the chat template puts behind an assistant's message.
+    turn: The tokens that the chat template puts behind an assistant's message.
   """
 
   named: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -27,12 +27,12 @@ class EndTokens:
 
   @property
   def ids(self) -> tuple[int, ...]:
-    """What ends any sequence, each id once."""
+    """The tokens that end any sequence, each id once."""
     return tuple(dict.fromkeys(token for _, ids in self.named for token in ids))
 
   @property
   def chat_ids(self) -> tuple[int, ...]:
-    """What ends an answer in a chat."""
+    """The tokens that end an answer in a chat."""
     return tuple(dict.fromkeys((*self.ids, *self.turn)))
 
   def by_source(self) -> dict[str, list[int]]:
@@ -41,17 +41,17 @@ class EndTokens:
     return told | {TURN: list(self.turn)} if self.turn else told
 
   def joined(self, others: 'EndTokens', vocab_size: int) -> 'EndTokens':
-    """These and what others name; an id that the model cannot give is told and left out."""
+    """These and those that others name; an id that the model cannot give is told and left out."""
     kept = ((source, below(ids, vocab_size, source)) for source, ids in others.named)
     return dataclasses.replace(self, named=(*self.named, *((source, ids) for source, ids in kept if ids)))
 
   def with_turn(self, ids: Iterable[int], vocab_size: int, source: str) -> 'EndTokens':
-    """These and what the chat template puts behind an assistant's message."""
+    """These and those that the chat template puts behind an assistant's message."""
     return dataclasses.replace(self, turn=below(ids, vocab_size, source))
 
   @classmethod
   def from_sources(cls, sources: Mapping[str, Any]) -> 'EndTokens':
-    """What `by_source` gave, without the chat template's.
+    """The end tokens out of the mapping that `by_source` gave, without the chat template's.
 
     Raises:
       ValueError: if it is no mapping from sources to lists of ids.

@@ -95,7 +95,7 @@ class GGUFVocabulary:
 
   @property
   def pre(self) -> str:
-    """How text is cut into words: a key of `_WORDS`, if it is a way known here."""
+    """The name of the way text is cut into words: a key of `_WORDS`, if it is known here."""
     return self.get('pre', str, 'default')
 
   @functools.cached_property
@@ -122,7 +122,7 @@ class GGUFVocabulary:
     return None if token_id is None else self.tokens[token_id]
 
   def special_tokens(self) -> dict[str, str]:
-    """What chat templates may call by name."""
+    """The special tokens by the names that chat templates call."""
     names = {f'{name}_token': self.token(f'{key}_token_id') for name, key in _SPECIAL_TOKENS.items()}
     return {name: token for name, token in names.items() if token is not None}
 
@@ -133,7 +133,7 @@ class GGUFVocabulary:
     return list(zip(self.tokens, self.one_each('token_type', int), strict=True))
 
   def end_tokens(self) -> EndTokens:
-    """What ends a sequence by the keys, and by what else ends the answers of a chat model of this vocabulary."""
+    """The tokens that the keys name as ends, and others that end answers of a chat model of this vocabulary."""
     keys = [f'{place}_token_id' for place in ('eos', 'eot', 'eom')]
     named_alone = self.get('tokens', list) is None  # ends without a vocabulary
     ids = {key: self.get(key, int) if named_alone else self.token_id(key) for key in keys}

@@ -47,7 +47,7 @@ def rope_frequencies(model: ModelSpec) -> np.ndarray:
 
 
 def turn(positions: jax.Array, model: ModelSpec) -> Turn:
-  """How tokens at these positions `[T]` turn."""
+  """The turns of tokens at these positions `[T]`."""
   angles = positions[:, None, None, None].astype(jnp.float32) * rope_frequencies(model)
   sin = jnp.sin(angles)
   turned = jnp.cos(angles), jnp.concatenate([-sin, sin], axis=2)
@@ -119,7 +119,7 @@ class Block(nnx.Module):
 
     Args:
       x: `[T, E]`.
-      turn: How each token's queries and keys turn.
+      turn: The turn of each token's queries and keys.
       pages: This layer's pages, whatever `attend` takes.
       attend: Writes keys and values and attends.
 

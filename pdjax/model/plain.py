@@ -1,4 +1,4 @@
-"""A plain loop: one prompt, one dense cache, one token after another. What every other way of serving must equal."""
+"""A plain loop: one prompt, one dense cache, one token after another. Every other way of serving must equal it."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How many characters a match of a regular expression may have, where that can be told from its text alone."""
+"""The width of a match of a regular expression, where that can be told from its text alone."""
 
 import re
 
@@ -24,7 +24,7 @@ class Unbounded(Exception):
 def match_width(pattern: str) -> tuple[int, int]:
   """The least and the most characters that a match of `pattern` has.
 
-  A pattern that passes looks at nothing outside its match: it has no anchors, no looking around, no references and
+  An accepted pattern looks at nothing outside its match: it has no anchors, no looking around, no references and
   no flags. The syntax is that of Oniguruma, which the tokenizers library uses.
 
   Raises:

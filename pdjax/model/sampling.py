@@ -1,7 +1,7 @@
 """Choosing tokens on the device, each sequence by its own rules and with random numbers of its own.
 
-Logits go through the penalties, then temperature, top-k, top-p and min-p. What no sequence of a batch asks for is
-skipped for the batch; what a sequence gets never depends on who else is in it.
+Logits go through the penalties, then temperature, top-k, top-p and min-p. A part that no sequence of a batch asks for
+is skipped for the batch; the tokens of a sequence never depend on the others in it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _MOST = np.iinfo(np.uint16).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How each of B sequences chooses its tokens and ends."""
+  """The rules by which each of B sequences chooses its tokens and ends."""
 
   keys: jax.Array  # [B, 2] uint32, the request's seed as a Threefry key
   temperature: jax.Array  # [B] float32, 0 is greedy
@@ -108,7 +108,7 @@ def sample(
 
   Args:
     logits: `[B, V]` float32.
-    sampling: How, for each sequence.
+    sampling: The rules of each sequence.
     generated: `[B]` int32 tokens that each sequence has generated.
     history: Reads `[B, V]` of `past` for penalties; it is not read where no sequence is penalised. None where none
       ever is.

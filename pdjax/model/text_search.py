@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class TextSearch:
-  """What is looked for, as an automaton over characters; its states are numbers, and a search begins in state 0.
+  """The texts to look for, as an automaton over characters; its states are numbers, and a search begins in state 0.
 
   A state stands for the longest end of what was read that one of the texts begins with.
   """

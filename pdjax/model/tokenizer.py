@@ -31,11 +31,11 @@ class Tokenizer:
   Attributes:
     backend: The tokenizer proper; its post-processor adds what the checkpoint wants around raw text.
     chat_template: Jinja source that renders a chat, or None.
-    special_tokens: What templates may call by name: `bos_token`, `eos_token` and others.
+    special_tokens: Those that templates may call by name: `bos_token`, `eos_token` and others.
     eos_token_ids: Tokens that end a sequence.
-    source: Where it came from, for error messages.
+    source: The file or folder it came from, for error messages.
     tool_template: Jinja source for chats with tools, if that is another.
-    own_ends: What its own files name as the end of a sequence.
+    own_ends: The tokens that its own files name as the end of a sequence.
   """
 
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -102,7 +102,7 @@ class Tokenizer:
 
   @functools.cached_property
   def decoding(self) -> Decoding:
-    """What turns tokens to text, for whole lists as for one token at a time."""
+    """The decoder of tokens to text, for whole lists as for one token at a time."""
     return Decoding(self.backend)
 
   def apply_chat_template(
@@ -183,7 +183,7 @@ class Tokenizer:
     additional_chat_templates, where they exist. Special tokens that they name and tokenizer.json lacks are added.
 
     Args:
-      folder: Where the files are.
+      folder: The folder with the files.
       eos_token_ids: Tokens that end a sequence by the model's configuration; the tokenizer's own counts besides.
       adds_tokens: False for a folder that `save` wrote: its tokenizer.json lacks nothing.
 

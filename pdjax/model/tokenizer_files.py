@@ -1,4 +1,4 @@
-"""Reads which tokens a folder of Hugging Face names and adds, and its chat templates, as transformers 5 reads them."""
+"""Reads the tokens that a folder of Hugging Face names and adds, and its chat templates, as transformers 5 does."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ class NamedTokens:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """What tokenizer_config.json holds; nothing if there is none."""
+  """The contents of tokenizer_config.json; empty if there is none."""
   path = folder / _CONFIG
   return read_json(path) if path.is_file() else {}
 
@@ -47,9 +47,9 @@ def read_names(
   special_tokens_map.json goes before it, and added_tokens.json lists what was added to the vocabulary.
 
   Args:
-    folder: Where the files are.
-    config: What tokenizer_config.json holds.
-    backend: What tokenizer.json holds; changed in place.
+    folder: The folder with the files.
+    config: The contents of tokenizer_config.json.
+    backend: The tokenizer of tokenizer.json; changed in place.
     adds_tokens: False leaves it as it is.
 
   Raises:
@@ -68,7 +68,7 @@ def read_names(
 def _add_tokens(
   backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], names: Mapping[str, Token], extra: Iterable[Token]
 ) -> None:
-  """Give the tokenizer what it lacks; a token that it has takes the flags that it is given last, but stays special."""
+  """Give the tokenizer the tokens it lacks; one it has takes the flags that it is given last, but stays special."""
   known = backend.get_added_tokens_decoder().values()
   contents = {str(token) for token in (*known, *added.values())}
   new: list[Token] = [token for _, token in sorted(added.items())]
@@ -80,7 +80,7 @@ def _add_tokens(
 
 
 class _Reader:
-  """What the files name, each by its own rules."""
+  """The tokens that the files name, each file by its own rules."""
 
   def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer):
     self._folder, self._config, self._backend = folder, config, backend

@@ -33,7 +33,7 @@ class Transformer(nnx.Module):
     return run_blocks(self.layers, self.embedded(tokens), positions, pages, attend)
 
   def embedded(self, tokens: jax.Array) -> jax.Array:
-    """What the first block is given, `[T, E]`."""
+    """The embeddings that the first block is given, `[T, E]`."""
     return self.embed[...][tokens]
 
   def logits(self, x: jax.Array) -> jax.Array:

@@ -24,10 +24,10 @@ def load_weights(
   that restores into shardings is read once for every mesh instead, each device its own part.
 
   Args:
-    checkpoint: Where the tensors come from.
+    checkpoint: The source of the tensors.
     model: Its shape.
     meshes: The meshes by any key.
-    dtype: What the weights are converted to.
+    dtype: The dtype the weights are converted to.
 
   Returns:
     The weights by the same keys.

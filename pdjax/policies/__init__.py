@@ -1,4 +1,4 @@
-"""What to do next: policies are pure functions of the cluster's state."""
+"""Policies, which choose what is done next: pure functions of the view of the cluster."""
 
 from pdjax.policies.base import PolicyBase, as_policy
 from pdjax.policies.colocated import Colocated

@@ -1,4 +1,4 @@
-"""What a policy says of itself besides its decisions, and what counts for one that says nothing."""
+"""The base class of policies: what a cluster must know of one before it is asked, with defaults."""
 
 import abc
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class PolicyBase(abc.ABC):
 
   @abc.abstractmethod
   def decide(self, view: ClusterView) -> Iterable[Action]:
-    """What to do now; see `pdjax.serving.Policy`."""
+    """Decide what to do now; see `pdjax.serving.Policy`."""
 
 
 def as_policy(policy: Any) -> PolicyBase:

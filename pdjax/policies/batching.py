@@ -45,12 +45,12 @@ def fill_prefills(
 
   Args:
     view: The cluster.
-    room: What is free; what is taken here is counted there.
+    room: The free pages and slots; those taken here are counted there.
     workers: Those that may take a step now.
     budgets: Most prompt tokens of the step, by worker.
     waiting: Requests not begun, in the order to serve them.
     placement: Chooses among workers that can take a request.
-    target_of: Where a request's KV is to travel from that worker: a name, or None to stay.
+    target_of: Names the worker to which a request's KV is to travel from that worker, or None to stay.
 
   Returns:
     The chunks by worker; an empty list where there is nothing to do.

@@ -1,4 +1,4 @@
-"""Which worker takes a request, among those that can."""
+"""The choice of a worker for a request, among those that have room."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a policy answers: one step of a worker, a move, an end; plans, without numbers."""
+"""The answers of a policy: one step of a worker, a move, an end; plans, without numbers."""
 
 import dataclasses
 import enum

@@ -21,32 +21,32 @@ class Books:
 
   Attributes:
     model: The model served.
-    transfer: How KV travels.
-    faults: What is done when something fails.
+    transfer: The settings of transfers.
+    faults: The answers to failures.
     finds_stops: Whether the backend finds stop strings.
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
-    holdings: What can be taken of each, by its name.
+    holdings: The pages, slots and staging of each, by its name.
     prefill_workers: Those that prefill.
     decode_workers: Those that decode.
     requests: Each unfinished request by id.
-    waiting: Those that nothing was started of, in order of arrival.
+    waiting: Those of which nothing was started, in order of arrival.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
     samples: The samples of a prompt, by the id of each, ended or not.
     output_len: Tells how many tokens a request really generates, where a trace knows that, by its id.
     true_limits: Most tokens that a request really generates, by its id, where these are fewer than it may: for orders
       alone, since no policy can know.
     in_flight: Orders that have not ended, by id.
-    must: What has to be done about a request whatever the policy, by its id.
+    must: The end of a request that is due whatever the policy, by its id.
     due: Requests with tokens to send on that staging had no room for.
     staging_freed: Whether staging was freed since those that are due were last sent on.
     unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
     tasks: Transfers to give up or to try again.
-    delivered: What the last step brought, until the loop takes it.
+    delivered: The results of the last step, until the loop takes them.
     finished: The requests that ended since the loop last took them.
-    timers: What is due later.
+    timers: The times at which something is due.
     transfers: Every transfer in flight, and those to be tried again.
-    idle_wakes: How often in a row the policy was woken and nothing else happened.
+    idle_wakes: Times in a row that the policy was woken and nothing else happened.
   """
 
   def __init__(
@@ -118,7 +118,7 @@ class Books:
     return self._next_order - 1
 
   def new_request_number(self) -> int:
-    """The place of the next request in the order of arrival."""
+    """The position of the next request in the order of arrival."""
     self._next_number += 1
     return self._next_number - 1
 
@@ -127,7 +127,7 @@ class Books:
     return self.true_limits.get(entry.request.id, entry.limit)
 
   def unit(self, source: WorkerState, target: WorkerState) -> int:
-    """Tokens of the smallest part that travels between two workers: pages of both are made of whole ones."""
+    """Tokens of a unit, the fewest that travel between two workers: pages of both are made of whole ones."""
     return math.gcd(source.page_size, target.page_size)
 
   def unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
@@ -169,7 +169,7 @@ class Books:
       entry.slot = None
 
   def leave(self, entry: RequestState, worker: str | None) -> None:
-    """Let go of what a request holds on a worker."""
+    """Let go of the pages and slot that a request holds on a worker."""
     if worker == entry.target and worker is not None:
       self.release_copied(entry)
       self.release_slot(entry)
@@ -178,7 +178,7 @@ class Books:
       self.holdings[worker].pages.drop(entry.pages.pop(worker))
 
   def hold(self, order: TransferOrder) -> None:
-    """Take what a transfer holds until it has ended."""
+    """Take the pages and staging that a transfer holds until it has ended."""
     source, target = self.holdings[order.source], self.holdings[order.target]
     source.pages.hold(order.span.source_pages)
     target.pages.hold(order.span.target_pages)
@@ -186,7 +186,7 @@ class Books:
     target.staging_in.take(order.staging_bytes)
 
   def let_go(self, order: TransferOrder) -> None:
-    """Give back what a transfer held."""
+    """Give back the pages and staging that a transfer held."""
     source, target = self.holdings[order.source], self.holdings[order.target]
     source.pages.drop(order.span.source_pages)
     target.pages.drop(order.span.target_pages)

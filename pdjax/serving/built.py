@@ -1,4 +1,4 @@
-"""What building a cluster gives: a backend that is ready to serve, and what it took."""
+"""A built cluster: a backend that is ready to serve, and the time that building it took."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ class Serving(Protocol):
 
   @property
   def workers(self) -> Mapping[str, Living]:
-    """Each worker by its name, with which of its lives it is in."""
+    """Each worker by its name, in the incarnation that it is in."""
 
   def start_clock(self) -> object:
     """Let a run begin now, at 0 s; all of an earlier one must have ended."""
@@ -41,7 +41,7 @@ class Serving(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WarmUp:
-  """What was done before the clock ran.
+  """The work done before the clock ran.
 
   Attributes:
     load_s: Seconds to load the weights.

@@ -20,7 +20,7 @@ class PolicyError(RuntimeError):
 
 
 def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> str | None:
-  """Why the request can never be served here, or None."""
+  """The reason the request can never be served here, or None."""
   request, model = entry.request, view.model
   if request.prompt_len > model.context_len:
     return (
@@ -72,9 +72,10 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
 
 
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
-  """The place of the first that is no token id of the vocabulary, or None; prompts that say so are not walked.
+  """The index of the first entry of `prompt` that is no token id, or None.
 
-  What is no integer is none: found later, it would break the step of others.
+  A prompt whose own `vocab_size` is no larger is not walked. Only integers count as token ids: another, found later,
+  would break the step of others.
   """
   if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
     return None
@@ -83,10 +84,10 @@ def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
 
 
 def ask(policy: Any, view: ClusterView) -> list[Action]:
-  """What a policy answers, as a list.
+  """The answer of a policy, as a list.
 
   Raises:
-    PolicyError: if that is no sequence of actions.
+    PolicyError: if it is no sequence of actions.
   """
   answer = policy.decide(view)
   name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel, Reject or WakeAt'
@@ -135,7 +136,7 @@ def check_up(action: Action, worker: WorkerView) -> None:
 
 
 def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: bool) -> str:
-  """In words, what a request takes of a worker."""
+  """The pages and slots that a request takes of a worker, in words."""
   pages, slots = view.pages_needed(request, worker, decodes=decodes), view.slots_needed(request)
   return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 

@@ -1,4 +1,4 @@
-"""What happened: to requests, to orders, to workers; the log is made of these."""
+"""Events: what happened to requests, orders and workers; the log is made of these."""
 
 import dataclasses
 from typing import Literal
@@ -38,17 +38,17 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-  """What one pass brought one request.
+  """The outcome of one step for one request.
 
   Attributes:
     request: Its id.
     tokens: The tokens, up to one that ended it.
-    finish_reason: Why it ended with them, or None; 'error' where no further one could be chosen.
+    finish_reason: The reason it ended with them, or None; 'error' where no further one could be chosen.
     text: The text that is sure now, and was not before: some of it is held back while a character is unfinished or a
       stop string may have begun, so the text and the tokens of one result need not belong together. Empty where there
       is no tokenizer.
-    logprobs: How likely each token was, if the request asks for it.
-    error: What went wrong, if it ended with an error.
+    logprobs: The log probabilities of each token, if the request asks for them.
+    error: The error it ended with, if any.
   """
 
   request: str
@@ -61,12 +61,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trip:
-  """When the pieces of a transfer were where.
+  """The times of a transfer's pieces on the wire.
 
   Attributes:
-    wire_began_s: When the first left its device.
-    arrived_s: When the last was on the target's devices.
-    pieces: How many arrays there were.
+    wire_began_s: The time the first left its device.
+    arrived_s: The time the last was on the target's devices.
+    pieces: The number of pieces, each an array.
   """
 
   wire_began_s: float
@@ -80,13 +80,13 @@ class Done:
 
   Attributes:
     order: Its id.
-    began_s: When the worker or link turned to it: after it was handed over and after all that stood before it; a link
-      turns to a transfer once what it moves is computed.
-    ended_s: When its outcome was on the host; of a transfer, when passes of the target find what it moved.
+    began_s: The time the worker or link turned to it: after it was handed over and after all that stood before it; a
+      link turns to a transfer once what it moves is computed.
+    ended_s: The time its outcome was on the host; of a transfer, that from which steps of the target find its pages.
     results: A step's tokens, for each request that it had any for; `Delivered` says who got them.
     wasted_tokens: Tokens computed past a request's end and thrown away.
     wire_bytes: Bytes that a transfer put onto target devices.
-    trip: How a transfer went, between those two times.
+    trip: The times of a transfer between those two.
   """
 
   order: int
@@ -100,15 +100,15 @@ class Done:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delivered:
-  """What a step brought those who still wanted it; this alone says what requests really got.
+  """The results of a step for requests that still wanted them; this alone says what requests really got.
 
   It comes right behind the `Done` of a step that brought anything, and before the ends that this brings.
 
   Attributes:
     now_s: The time of the turn.
     order: The step.
-    results: What was delivered, in the order of the step.
-    late: What came for requests that had ended, or were being ended; it is thrown away.
+    results: Those that were delivered, in the order of the step.
+    late: Those for requests that had ended, or were being ended; they are thrown away.
   """
 
   now_s: float
@@ -121,13 +121,13 @@ class Delivered:
 class Failed:
   """An order did not end well, and no page of it is read or written any more.
 
-  What becomes of the requests of a pass, or that of a transfer, `FaultSpec` says. Of a request in such a pass nothing
-  comes any more, from passes behind it either, until one begins it again: with its first chunk, or by an admission.
+  `FaultSpec` says what becomes of the requests of a step, or of that of a transfer. Of a request in such a step nothing
+  comes any more, from steps behind it either, until one begins it again: with its first chunk, or by an admission.
 
   Attributes:
     order: Its id.
-    ended_s: When that was known.
-    error: What went wrong, in a line.
+    ended_s: The time that was known.
+    error: The error, in a line.
     corrupt: Whether a transfer brought other pages than were sent; none of them was written.
   """
 
@@ -142,12 +142,12 @@ TimerName = Literal['deadline', 'retry', 'patience', 'wake']
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TimerDue:
-  """The time has come for what the books waited with.
+  """A timer of the books has run out.
 
   Attributes:
-    due_s: When that was.
-    timer: 'deadline' of a transfer that has not ended, 'retry' of one that failed, 'patience' with a lost worker,
-      'wake' of a policy that named this time.
+    due_s: The time it was set for.
+    timer: Its name: 'deadline' of a transfer that has not ended, 'retry' of one that failed, 'patience' with a lost
+      worker, 'wake' of a policy that named this time.
     about: The id of the transfer's order, or the name of the worker; 'policy' if that is woken.
   """
 
@@ -160,13 +160,13 @@ class TimerDue:
 class WorkerLost:
   """A worker's pages are gone, and orders that name it are over; it may come back.
 
-  What becomes of the requests that had pages there, `FaultSpec` says. It is told once more when trying to bring the
+  `FaultSpec` says what becomes of the requests that had pages there. The event comes once more when trying to bring the
   worker back has failed, so that nobody waits longer than their patience; it may be back later all the same.
 
   Attributes:
     worker: The worker.
-    ended_s: When that was known.
-    error: Why it is lost, or why it does not come back.
+    ended_s: The time that was known.
+    error: The reason it is lost, or does not come back.
     returning: Whether the backend is bringing it back, however long that takes: patience does not run meanwhile.
   """
 
@@ -178,14 +178,14 @@ class WorkerLost:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Comeback:
-  """What the return of a worker in a new process was made of.
+  """The parts of a worker's return in a new process.
 
   Attributes:
-    tries: How many processes were begun, the one that came back among them.
+    tries: Processes that were begun, the one that came back among them.
     failed_s: Seconds of the tries that failed.
     start_s: Seconds until the process was there with its devices.
     load_s: Seconds to load the weights.
-    compile_s: Seconds until every pass was compiled, or taken from those that were kept.
+    compile_s: Seconds until every program was compiled, or taken from those that were kept.
     connect_s: Seconds until the ways to other workers were ready.
   """
 
@@ -199,13 +199,13 @@ class Comeback:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerBack:
-  """A lost worker takes orders again, its pages and slots empty, in another life that orders name.
+  """A lost worker takes orders again, its pages and slots empty, in another incarnation, which orders name.
 
   Attributes:
     worker: The worker.
-    ended_s: When that was.
-    incarnation: The life.
-    comeback: What took the time, if it has another process.
+    ended_s: The time of that.
+    incarnation: The number of that incarnation.
+    comeback: The parts of its return, if it has another process.
   """
 
   worker: str
@@ -227,7 +227,7 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerUse:
-  """How full a worker is: pages that are not free, and sequences in its decode slots."""
+  """The use of a worker: pages that are not free, and sequences in its decode slots."""
 
   worker: str
   pages: int
@@ -236,11 +236,11 @@ class WorkerUse:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Occupancy:
-  """How full the cluster is at the end of a turn that changed it; before the first of these everything is empty.
+  """The use of the cluster at the end of a turn that changed it; before the first of these everything is empty.
 
   Attributes:
     now_s: The time of the turn.
-    waiting: Prompts that nothing was started of.
+    waiting: Prompts of which nothing was started.
     workers: Those whose figures are not what they were.
   """
 

@@ -1,4 +1,4 @@
-"""A request's life: it arrives, is put where it belongs, hands its prompt on, and ends once."""
+"""A request's way: it arrives, is put where it belongs, hands its prompt on, and ends once."""
 
 from collections.abc import Sequence
 
@@ -60,7 +60,7 @@ def file(queue: dict[str, RequestState], entry: RequestState) -> None:
 
 
 def got(books: Books, result: Result) -> bool:
-  """Take note of what a step brought a request, its end too; whether it came in time."""
+  """Add the result of a step to its request, which may end with it; return whether it came in time."""
   entry = books.requests.get(result.request)
   if entry is None or entry.phase is Phase.ENDING:
     return False
@@ -105,7 +105,7 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
 
 
 def refuse_unfit(books: Books, entry: RequestState) -> bool:
-  """End a request with an error if nobody is left who can serve it; whether it was."""
+  """End a request with an error if nobody is left who can serve it; return whether it was ended."""
   problem = why_unfit(ClusterView(books), entry, finds_stops=books.finds_stops)
   if problem is not None:
     finish_all(books, entry, problem)

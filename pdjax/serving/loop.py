@@ -14,44 +14,44 @@ from pdjax.serving.waits import tell_of_long_wait
 
 
 class Arrivals(Protocol):
-  """Where requests come from: a trace, a random source, a chat that answers, a queue that a person feeds."""
+  """The source of requests: a trace, a random process, a chat that answers, a queue that a person feeds."""
 
   @property
   def closed(self) -> bool:
     """Whether no request can come any more."""
 
   def next_s(self) -> float:
-    """When the next known request comes; infinity if none is known."""
+    """The time of the next known request; infinity if none is known."""
 
   def due(self, now_s: float, finished: Sequence[Finished]) -> Sequence[Arrived | Withdrawn]:
-    """What came up to `now_s`, given the requests that ended this turn.
+    """The arrivals and withdrawals up to `now_s`, given the requests that ended this turn.
 
     It is asked again after each answer of the policy: a request withdrawn meanwhile may be named at once.
     """
 
   def output_len(self, request_id: str) -> int | None:
-    """How many tokens a request really generates, where a trace says so: orders say it, policies never see it."""
+    """The number of tokens a request really generates, where a trace says so: orders say it, policies never see it."""
 
 
 class Policy(Protocol):
-  """What to do next: a pure function of what it sees of the cluster.
+  """The rule that chooses what is done next, a pure function of the view.
 
   A policy that never sends KV may say so with a class attribute `moves_kv = False`; then no ways between workers
   are prepared.
   """
 
   def decide(self, view: ClusterView) -> Iterable[Action]:
-    """What to do now, in order; it is asked again, with that done, until it answers with nothing but `WakeAt`.
+    """The actions to start now, in order; it is asked again, with these started, until it wants nothing but `WakeAt`.
 
     It may `yield` its actions; all are taken before the first is done.
     """
 
 
 class Backend(Protocol):
-  """What carries orders out: the engine on devices, or the simulator.
+  """The side that carries orders out: the engine on devices, or the simulator.
 
-  Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; what is told of it
-  after that counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
+  Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; later news of it
+  counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
   over, in any of these ways, none of its pages is read or written for it any more.
   """
 

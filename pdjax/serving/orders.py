@@ -1,4 +1,4 @@
-"""What a backend carries out: actions with every number filled in."""
+"""Orders, which a backend carries out: actions with every number filled in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class ChunkOrder:
 
   @property
   def token_ids(self) -> Sequence[int]:
-    """What is computed."""
+    """The tokens to compute."""
     prompt, end = self.request.prompt, self.start + self.length
     if end <= len(prompt):
       return prompt[self.start : end]
@@ -88,7 +88,7 @@ class StepOrder:
 
   @property
   def requests(self) -> tuple[str, ...]:
-    """Whose the step is, chunks first."""
+    """The ids of the requests in the step, chunks first."""
     return (*(chunk.request.id for chunk in self.chunks), *(decode.request for decode in self.decodes))
 
   def has(self, request: str) -> bool:
@@ -103,14 +103,14 @@ class TransferOrder:
   """Copy cached tokens of a sequence to another worker; begins once order `after` has ended.
 
   Attributes:
-    id: Of the order.
-    request: Whose tokens they are.
+    id: Its id.
+    request: The request whose tokens they are.
     source: The worker that has them.
     target: The worker that gets them.
     span: The tokens, and the pages of either worker that hold them.
     after: The order that computes the last of them, if it has not ended.
     incarnations: Those of source and target whose pages these are.
-    staging_bytes: What it takes of the staging memory of either side while it is under way.
+    staging_bytes: Bytes of the staging memory of either side that it takes while it is under way.
   """
 
   id: int
@@ -138,7 +138,7 @@ class AbandonOrder:
   """Give up a transfer under way.
 
   Its `Done` says that no page of the transfer is read or written any more, now or later, and comes soon whatever has
-  become of the transfer. What the transfer brought before that counts, if its own `Done` comes first.
+  become of the transfer. Pages that the transfer brought before that count, if its own `Done` comes first.
   """
 
   id: int

@@ -1,4 +1,4 @@
-"""Who holds which page of one place, and how many bytes are on their way out of it and into it."""
+"""The holders of each page of one place, and a budget of bytes on their way out of it and into it."""
 
 from collections import deque
 from collections.abc import Iterable

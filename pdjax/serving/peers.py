@@ -46,12 +46,12 @@ class Assignment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-  """A worker whose weights are loaded and whose passes are compiled.
+  """A worker whose weights are loaded and whose steps are compiled.
 
   Attributes:
     hello: What others must know of it.
     load_s: Seconds to load the weights and sum them.
-    compile_s: Seconds until every pass was compiled.
+    compile_s: Seconds until every step was compiled.
     program_s: Seconds of each program.
   """
 
@@ -73,7 +73,7 @@ class StartClock:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Submit:
-  """Orders of one action: passes of this worker, transfers that leave it, requests to forget.
+  """Orders of one action: steps of this worker, transfers that leave it, requests to forget.
 
   Attributes:
     orders: The orders.
@@ -129,7 +129,7 @@ class Gathered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Written:
-  """Passes of the target find from now on what a transfer moved.
+  """Steps of the target find from now on what a transfer moved.
 
   Attributes:
     number: Of the transfer.

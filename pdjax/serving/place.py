@@ -1,4 +1,4 @@
-"""A worker as the books know it: what it has to give, what stands there, and which of its incarnations this is."""
+"""A worker as the books know it: its pages and slots, the requests there, and its incarnation."""
 
 from collections import deque
 
@@ -9,7 +9,7 @@ from pdjax.types.cluster import WorkerSpec
 
 
 class Holdings:
-  """What can be taken of a place and is given back.
+  """The pages, slots and staging of a place, to be taken and given back.
 
   Attributes:
     pages: Its pages.
@@ -25,21 +25,21 @@ class Holdings:
 
 
 class WorkerState:
-  """What the cluster knows of one worker; only the files of `serving/` change it.
+  """One worker in the books; only the files of `serving/` change it.
 
   Attributes:
     spec: The worker as the config has it.
     name: Its name.
-    role: What it runs.
+    role: The phases it runs.
     page_size: Tokens per page.
     num_pages: Pages in all, free or not.
     orders: Steps in flight, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
-    incarnation: Which of its incarnations this is; the backend says when another begins.
+    incarnation: The number of its incarnation, from 1; the backend tells when another begins.
     up: Whether it takes orders: it was not lost, or is back.
-    lost: Why it is not up.
+    lost: The error it was lost with; empty while it is up.
     given_up: Whether nobody waits for it to come back any more.
   """
 

@@ -25,7 +25,7 @@ def look_again(books: Books) -> None:
 
 
 def timer_due(books: Books, event: TimerDue) -> bool:
-  """Do what the time has come for; whether it counts."""
+  """Do what a timer was set for; return whether that counts."""
   match event:
     case TimerDue(_, 'deadline', int(order)):
       return abandon(books, order, f'the transfer did not end within {books.transfer.deadline_s:g} s')
@@ -92,12 +92,13 @@ def _places(order: Order) -> tuple[str, ...]:
 
 
 def come_back(books: Books, event: WorkerBack) -> bool:
-  """Take note of a worker's next incarnation; whether that was not known."""
+  """Take note of a worker's next incarnation; return whether that is news."""
   worker = books.workers[event.worker]
   if event.incarnation <= worker.incarnation:
     return False  # told late, of an incarnation that is over or known
   if worker.up:  # so that nobody waits for the one before it
-    lose(books, WorkerLost(worker.name, event.ended_s, f'worker {worker.name!r} began another life', returning=True))
+    error = f'worker {worker.name!r} began another incarnation'
+    lose(books, WorkerLost(worker.name, event.ended_s, error, returning=True))
   worker.incarnation, worker.up, worker.lost, worker.given_up = event.incarnation, True, '', False
   books.timers.cancel('patience', worker.name)
   return True
@@ -126,7 +127,7 @@ def _is_whole(books: Books, entry: RequestState) -> bool:
 
 
 def _lose_target(books: Books, entry: RequestState, error: str) -> None:
-  """Keep a prompt where it is computed; what was to become of it elsewhere is to be decided anew."""
+  """Keep a prompt where it is computed; a place to decode is to be found anew."""
   if not _count_attempt(books, entry):
     finish_all(books, entry, error)
     return

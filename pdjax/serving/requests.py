@@ -7,7 +7,7 @@ from pdjax.types.request import Request
 
 
 class Phase(enum.Enum):
-  """Where a request stands."""
+  """The stages of a request's way."""
 
   WAITING = 'waiting'  # nothing started
   PREFILLING = 'prefilling'  # some chunk started, more to come or to end
@@ -36,14 +36,14 @@ MOVES: dict[Phase, frozenset[Phase]] = {
 
 @dataclasses.dataclass(slots=True)
 class RequestState:
-  """What the cluster knows of one request; only the files of `serving/` change it.
+  """One request in the books; only the files of `serving/` change it.
 
   Attributes:
     request: The request.
     limit: Most tokens it may generate: its own `max_tokens`, or what is left of the model's context.
-    phase: Where it stands.
-    worker: Where it is prefilled.
-    target: Where it decodes; the same as `worker` when nothing moves.
+    phase: The stage it has reached.
+    worker: The worker that prefills it.
+    target: The worker that decodes it; the same as `worker` when nothing moves.
     started: Prompt tokens handed to the worker.
     tokens: Tokens generated and delivered.
     steps_in_flight: Most tokens that orders in flight can bring it.
@@ -58,8 +58,8 @@ class RequestState:
     copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
     samples: The samples of its prompt, if there are several.
     delivered: The tokens it had when it was last begun again.
-    attempts: How often it was begun.
-    number: Its place in the order of arrival.
+    attempts: Times it was begun, this one counted.
+    number: Its position in the order of arrival.
   """
 
   request: Request
@@ -91,7 +91,7 @@ class RequestState:
 
   @property
   def prompt_left(self) -> int:
-    """Tokens of these that no step was given yet."""
+    """Tokens of `prefill_len` that no step was given yet."""
     return self.prefill_len - self.started
 
   @property
@@ -110,7 +110,7 @@ class RequestState:
     return 1 + len(self.followers)
 
   def whole_pages(self, page_size: int, *, decodes: bool) -> int:
-    """Pages of so many tokens for this one sequence: for its prompt, or for all its tokens but the last."""
+    """Pages of `page_size` tokens for this one sequence: for its prompt, or for all its tokens but the last."""
     tokens = self.request.prompt_len + self.limit - 1 if decodes else self.prefill_len
     return -(-tokens // page_size)
 
@@ -147,7 +147,7 @@ class Samples:
 
 
 def enter(entry: RequestState, phase: Phase) -> None:
-  """Let a request stand somewhere else; every change of a phase goes through here."""
+  """Move a request to another phase; every change of a phase goes through here."""
   assert phase is entry.phase or phase in MOVES[entry.phase], (
     f'{entry.request.id} is {entry.phase.value} and cannot be {phase.value}'
   )

@@ -124,7 +124,7 @@ def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[T
 
 
 def transfer_ended(books: Books, order: TransferOrder) -> RequestState | None:
-  """Let go of what a transfer held; who needed it, if anybody still does."""
+  """Let go of what a transfer held; return the request that needed it, if it has not ended."""
   books.let_go(order)
   entry = books.requests.get(books.transfers.end(order.id).request)
   if entry is not None:

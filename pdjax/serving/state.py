@@ -39,7 +39,7 @@ class ClusterState:
 
   Attributes:
     books: All that changes.
-    view: What a policy sees of it.
+    view: The same for policies, to be read.
   """
 
   def __init__(
@@ -58,9 +58,9 @@ class ClusterState:
       model: The model served.
       workers: The cluster, `num_pages` filled in.
       page_size: Tokens per page of workers that have no page size of their own.
-      transfer: How KV travels; with `granularity='auto'` and no `layers_from`, chunk by chunk.
+      transfer: The settings of transfers; with `granularity='auto'` and no `layers_from`, chunk by chunk.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
-      faults: What is done when something fails.
+      faults: The answers to failures.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -84,8 +84,8 @@ class ClusterState:
     return bool(self.books.requests or self.books.in_flight)
 
   def must(self) -> list[Action]:
-    """What has to be done whatever the policy: refuse what can never run, end what was withdrawn, mend what failed,
-    send what is due.
+    """The actions due whatever the policy: refuse what can never run, end what was withdrawn, give transfers up or
+    try them again, send on.
     """
     books = self.books
     actions: list[Action] = [*tasks.take_tasks(books), *books.must.values()]
@@ -97,16 +97,16 @@ class ClusterState:
 
   @property
   def next_timer_s(self) -> float:
-    """When something is due that no backend tells of; infinity if nothing is."""
+    """The time of the next timer; infinity if none is set."""
     return self.books.timers.next_s
 
   def timers_due(self, now_s: float) -> list[TimerDue]:
-    """What is due by now; ask once a turn, when all that ended up to now was applied."""
+    """The timers due by `now_s`; ask once a turn, when all that ended up to then was applied."""
     self.books.now_s = now_s
     return self.books.timers.take(now_s)
 
   def take_delivered(self) -> Delivered | None:
-    """What requests got of the step that was applied last, if it brought anything."""
+    """The `Delivered` of the step that was applied last, given out once; None if it brought nothing."""
     delivered, self.books.delivered = self.books.delivered, None
     return delivered
 
@@ -116,7 +116,7 @@ class ClusterState:
     return finished
 
   def take_occupancy(self, now_s: float) -> Occupancy | None:
-    """How full the cluster is, if that changed since the last call."""
+    """The use of pages and slots and the length of the queue, if any changed since the last call."""
     changed = []
     for name, worker in self.workers.items():
       use = worker.num_pages - worker.free_pages, len(worker.decoding)
@@ -164,7 +164,7 @@ class ClusterState:
   # -------------------------------------------------------------------------- events
 
   def apply(self, event: Event, now_s: float) -> bool:
-    """Take note of what happened; whether it counts: of an order that is over, nothing counts any more."""
+    """Apply an event to the books; return whether it counts: nothing does of an order that is over."""
     books = self.books
     books.now_s = now_s
     books.idle_wakes = books.idle_wakes + 1 if isinstance(event, TimerDue) and event.timer == 'wake' else 0
@@ -278,7 +278,7 @@ class ClusterState:
     return orders
 
   def _wake_at(self, action: WakeAt) -> tuple[Order, ...]:
-    """Have the policy woken then; of the times it named since it was last woken, the earliest counts."""
+    """Have the policy woken at that time; of the times it named since it was last woken, the earliest counts."""
     books = self.books
     if not books.now_s < action.at_s < math.inf:
       raise PolicyError(f'{action!r}: it is {books.now_s!r} s now; name a later time, and a finite one.')

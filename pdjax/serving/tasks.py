@@ -29,7 +29,7 @@ def take_tasks(books: Books) -> list[Abandon | Resend]:
 
 
 def abandon(books: Books, order: int, error: str) -> bool:
-  """Ask for a transfer's end; whether it was not asked for before."""
+  """Ask for a transfer's end; return whether that was not asked for before."""
   attempt = books.transfers.abandon(order)
   if attempt is None:
     return False

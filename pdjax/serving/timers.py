@@ -1,4 +1,4 @@
-"""What is due later: a heap of times, each for one thing that can still be called off."""
+"""Timers: a heap of times, each for one thing that can still be called off."""
 
 import heapq
 import itertools
@@ -26,12 +26,12 @@ class Timers:
     self._due_s.pop((timer, about), None)
 
   def due_s(self, timer: TimerName, about: int | str) -> float:
-    """When it is due; infinity if it is not set."""
+    """The time it is due; infinity if it is not set."""
     return self._due_s.get((timer, about), math.inf)
 
   @property
   def next_s(self) -> float:
-    """When the next is due; infinity if none is set."""
+    """The time the next is due; infinity if none is set."""
     while self._heap:
       due_s, _, timer, about = self._heap[0]
       if self._due_s.get((timer, about)) == due_s:

@@ -1,4 +1,4 @@
-"""Transfers that are not over: who needs them, which attempt it is, and when they are given up or tried again."""
+"""Transfers that are not over: the request of each, its attempts, and its times to be given up or tried again."""
 
 import dataclasses
 
@@ -16,10 +16,10 @@ class Attempt:
 
   Attributes:
     order: The order.
-    request: Who needs what it moves: the one that carries the prompt.
-    number: Which try it is, from 1.
+    request: The request that needs its pages: the one that carries the prompt.
+    number: The number of the try, from 1.
     abandoned: Whether nobody waits for it any more, but the backend has not confirmed that it is over.
-    error: Why, then.
+    error: The reason, then.
   """
 
   order: TransferOrder
@@ -105,7 +105,7 @@ class Transfers:
       self.take_again(order)
 
   def forget_worker(self, worker: str) -> list[Attempt]:
-    """Do not try again what began or was to end on a worker; which those were."""
+    """Do not try again the transfers from or to a worker; return those."""
     attempts = [one for one in self._again.values() if worker in (one.order.source, one.order.target)]
     for attempt in attempts:
       self.take_again(attempt.order.id)

@@ -1,4 +1,4 @@
-"""What policies look at: the requests, the workers, and what is free. It can be read, and nothing else."""
+"""The cluster as policies see it: the requests, the workers, and what is free. It can be read, and nothing else."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ class RequestView(Protocol):
 
   @property
   def phase(self) -> Phase:
-    """Where it stands."""
+    """The stage it has reached."""
 
   @property
   def worker(self) -> str | None:
-    """Where it is prefilled."""
+    """The worker that prefills it."""
 
   @property
   def target(self) -> str | None:
-    """Where it decodes; the same as `worker` when nothing moves."""
+    """The worker that decodes it; the same as `worker` when nothing moves."""
 
   @property
   def pages(self) -> Mapping[str, tuple[int, ...]]:
@@ -49,7 +49,7 @@ class RequestView(Protocol):
 
   @property
   def prompt_left(self) -> int:
-    """Tokens of these that no step was given yet."""
+    """Tokens of `prefill_len` that no step was given yet."""
 
   @property
   def tokens(self) -> Sequence[int]:
@@ -69,11 +69,11 @@ class RequestView(Protocol):
 
   @property
   def attempts(self) -> int:
-    """How often it was begun."""
+    """Times it was begun, this one counted."""
 
   @property
   def number(self) -> int:
-    """Its place in the order of arrival."""
+    """Its position in the order of arrival."""
 
   @property
   def slots_needed(self) -> int:
@@ -93,7 +93,7 @@ class WorkerView(Protocol):
 
   @property
   def role(self) -> Role:
-    """What it runs."""
+    """The phases it runs."""
 
   @property
   def page_size(self) -> int:
@@ -129,7 +129,7 @@ class WorkerView(Protocol):
 
   @property
   def incarnation(self) -> int:
-    """Which of its incarnations this is."""
+    """The number of its incarnation, from 1."""
 
   @property
   def up(self) -> bool:
@@ -137,7 +137,7 @@ class WorkerView(Protocol):
 
   @property
   def lost(self) -> str:
-    """Why it is not up."""
+    """The error it was lost with; empty while it is up."""
 
   @property
   def given_up(self) -> bool:
@@ -161,7 +161,7 @@ class Room:
     return self._view.workers[worker].free_pages - self._pages.get(worker, 0)
 
   def slots(self, worker: str) -> int:
-    """Free places among the sequences that decode at once."""
+    """Free slots."""
     return self._view.workers[worker].free_slots - self._slots.get(worker, 0)
 
   def orders(self, worker: str) -> int:
@@ -217,7 +217,7 @@ class ClusterView:
 
   @property
   def transfer(self) -> TransferSpec:
-    """How KV travels."""
+    """The settings of transfers."""
     return self._books.transfer
 
   @property
@@ -242,7 +242,7 @@ class ClusterView:
 
   @property
   def waiting(self) -> Mapping[str, RequestView]:
-    """Those that nothing was started of, in order of arrival."""
+    """Those of which nothing was started, in order of arrival."""
     return self._waiting
 
   @property

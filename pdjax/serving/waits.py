@@ -10,8 +10,8 @@ def tell_of_long_wait(now_s: float, arrives_s: float) -> bool:
   """Warn if nothing comes for long: more than a minute from the start of a run, or an hour later on.
 
   Args:
-    now_s: When that is looked at; 0 is the start.
-    arrives_s: When the next request arrives; infinite if nobody knows.
+    now_s: The time now; 0 is the start.
+    arrives_s: The time the next request arrives; infinite if nobody knows.
 
   Returns:
     Whether there was a warning.

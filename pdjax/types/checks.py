@@ -50,7 +50,7 @@ def check_seed(seed: int, what: str) -> None:
 
 
 def check_token_ids(tokens: Iterable[int], what: str) -> None:
-  """See that these can be token ids of some vocabulary; found later, it would break the pass of others.
+  """See that these can be token ids of some vocabulary; found later, it would break the step of others.
 
   Raises:
     ValueError: if it is no list, or one is no integer of 31 bits; `what` names them in the message.

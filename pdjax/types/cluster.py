@@ -1,4 +1,4 @@
-"""What a cluster is made of: workers with a role, a mesh and room for pages and sequences."""
+"""The parts of a cluster: workers with a role, a mesh and room for pages and sequences."""
 
 import dataclasses
 import enum
@@ -20,7 +20,7 @@ class DeviceError(RuntimeError):
 
 
 class Role(enum.StrEnum):
-  """Which phases a worker runs."""
+  """The phases that a worker runs."""
 
   PREFILL = 'prefill'
   DECODE = 'decode'
@@ -41,17 +41,17 @@ class WorkerSpec:
 
   Attributes:
     name: Unique within the cluster.
-    role: Which phases it runs.
+    role: The phases it runs.
     tp: Devices over which heads and feed-forward columns are cut (tensor parallelism).
     num_pages: KV pages it holds, or 'auto' to fill the device's memory.
     max_sequences: Most sequences that decode at once.
-    max_step_tokens: Most prompt tokens in one pass, and the largest prefill bucket.
-    max_chunks: Most prompts packed into one pass.
-    max_fused_steps: Most decode steps of one pass.
+    max_step_tokens: Most prompt tokens in one step, and the largest prefill bucket.
+    max_chunks: Most prompts packed into one step.
+    max_fused_steps: Most decode steps that one step of the worker fuses.
     devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
       name the same devices share them and their weights.
-    page_layout: How a page holds its keys and values, a name of `pallas_kernels.PageLayout`; 'auto' is what the devices
-      read fastest. Pages travel between workers of unlike layouts.
+    page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
+      the devices read fastest. Pages travel between workers of unlike layouts.
     page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
     kv_dtype: Of cached keys and values; None is the config's. 'int8' has a float32 scale a token and head. Between
       workers of unlike dtypes pages are converted once, where fewer bytes then travel.
@@ -98,12 +98,12 @@ class WorkerSpec:
 
   @property
   def token_buckets(self) -> tuple[int, ...]:
-    """Prompt tokens that a pass is padded to, ascending."""
+    """Prompt tokens that a step is padded to, ascending."""
     return buckets(self.max_step_tokens, smallest=32)
 
   @property
   def batch_buckets(self) -> tuple[int, ...]:
-    """Decoding sequences that a pass is padded to, ascending.
+    """Decoding sequences that a step is padded to, ascending.
 
     One by itself has a bucket: products with a vector take half as long on a CPU as with two. From two to eight it
     makes little difference anywhere; above, twice the rows take up to twice the time.
@@ -112,16 +112,16 @@ class WorkerSpec:
 
 
 def wire_dtype(source: KVDtypeName, target: KVDtypeName) -> KVDtypeName:
-  """In which dtype pages travel: the smaller one, converted on the other's side; of equal ones as they are."""
+  """The dtype in which pages travel: the smaller one, converted on the other's side; of equal ones as they are."""
   return target if KV_DTYPE_BYTES[target] < KV_DTYPE_BYTES[source] else source
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferSpec:
-  """How KV pages travel.
+  """The settings of transfers of KV pages.
 
-  What of a prompt travels when is its granularity. It matters for prompts that have a place to decode when they begin;
-  others travel whole once they have one.
+  The granularity says in what parts a prompt travels. It matters for prompts that have a place to decode when they
+  begin; others travel whole once they have one.
 
   Attributes:
     transport: 'device_put' from device to device of one process; 'host_staged' over the host's memory, for devices that
@@ -129,18 +129,19 @@ class TransferSpec:
       only one. 'auto' takes that between processes, and else the first where both workers have devices of one kind.
     granularity: 'request' sends a prompt when all of it is computed; 'chunk' sends each chunk while the next is
       computed; 'layers' sends each chunk in groups of layers, one while the next is computed (Patel et al. 2024), for
-      which prefill workers run their passes in such groups. 'auto' sends chunk by chunk, and the last chunk of a prompt
+      which prefill workers run their steps in such groups. 'auto' sends chunk by chunk, and the last chunk of a prompt
       layer by layer if it is long enough: nothing hides the end of it, and short ones lose more by many small programs.
     layer_groups: Groups of layers to send a chunk in; None takes about four, as many as divide the layers evenly:
       groups of one length are one program.
     layers_from: With 'auto', tokens of a last chunk that is long enough; None asks the cost model.
     piece_bytes: Most bytes of an array that travels, if a unit of one page fits.
-    staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. What does not
-      fit waits for its turn. Bytes that are there give way to the next once their writing is dispatched.
-    deadline_s: Seconds from when what is moved is computed until a transfer that has not ended is given up; what comes
-      then is said by `FaultSpec`.
+    staging_bytes: Most bytes on their way out of a worker, and most on their way into one, at any time. A
+      transfer that does not fit waits for its turn. Bytes that are there give way to the next once their writing is
+      dispatched.
+    deadline_s: Seconds for a transfer to end once its tokens are computed; then it is given up, and `FaultSpec` says
+      what follows.
     checksums: Compare what arrives with what was sent, page by page, before it is written: 64 bits for each page, so
-      that pages damaged at random pass with odds of 2^-64. Costs a read of the pages on either side.
+      that random damage stays unseen with odds of 2^-64. Costs a read of the pages on either side.
 
   Raises:
     ValueError: if a size is not positive or a name is unknown.
@@ -239,7 +240,7 @@ def colocated_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
 
 
 def ways(workers: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
-  """Between which workers KV may travel: from each that prefills to each other that decodes."""
+  """The pairs of workers between which KV may travel: from each that prefills to each other that decodes."""
   pairs = itertools.permutations(workers, 2)
   return [(source, target) for source, target in pairs if source.role.prefills and target.role.decodes]
 
@@ -264,7 +265,7 @@ def split_name(workers: Sequence[WorkerSpec]) -> str:
 
 
 def devices_needed(workers: Sequence[WorkerSpec]) -> int:
-  """How many devices the workers take, shared ones counted once."""
+  """The number of devices the workers take, shared ones counted once."""
   named = {device for worker in workers for device in worker.devices or ()}
   needed = sum(worker.tp for worker in workers if worker.devices is None)
   return max([len(named) + needed, *(device + 1 for device in named)])

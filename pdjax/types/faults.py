@@ -1,4 +1,4 @@
-"""What is done for requests when a transfer or a worker fails: plain data of a config."""
+"""The answers to the failure of a transfer or a worker: plain data of a config."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ OnWorker = Literal['recompute', 'fail']
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FaultSpec:
-  """What is done for a request when something under it fails. Tokens that were delivered are never delivered again.
+  """The answers for a request when something under it fails. Tokens that were delivered are never delivered again.
 
   To 'retry' is to send the same pages once more, a little later each time. To 'recompute' is to begin again on whatever
   worker the policy chooses, one that decodes too if it may prefill, with the tokens delivered so far taken as part of
@@ -19,8 +19,8 @@ class FaultSpec:
   Attempts are bounded, so every request ends: a transfer that was tried `max_attempts` times is computed again, and a
   request that was begun `max_attempts` times ends with the error.
 
-  A pass that cannot be handed to its devices is as if its requests had lost the worker, which goes on with the others.
-  A worker is lost when its pass fails, and when its process ends or is silent (`RayCluster.silence_s`). A pass has no
+  A step that cannot be handed to its devices is as if its requests had lost the worker, which goes on with the others.
+  A worker is lost when its step fails, and when its process ends or is silent (`RayCluster.silence_s`). A step has no
   deadline: one that hangs in a process which answers is not noticed. A worker whose process is lost gets another,
   which takes the compiled programs of the one before (`ServingConfig.compilation_cache`) and may take as long as it
   needs; requests that no other worker can serve wait meanwhile. After three tries that failed they wait no longer than
@@ -28,10 +28,10 @@ class FaultSpec:
   that does not fit the others, such as by other weights, is given up at once.
 
   Attributes:
-    transfer: When a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
-    corruption: When pages arrive that are not those that were sent, which only `TransferSpec.checksums` finds.
-    worker: When a worker is lost that holds pages of the request, or cannot begin a pass of it. With 'recompute', a
-      prompt that is still whole on the prefill worker is not computed again but sent to another place.
+    transfer: The answer when a transfer fails, or has no end by its deadline (`TransferSpec.deadline_s`).
+    corruption: The answer when other pages arrive than were sent, which only `TransferSpec.checksums` finds.
+    worker: The answer when a worker is lost that holds pages of the request, or cannot begin a step of it. With
+      'recompute', a prompt that is still whole on the prefill worker is not computed again but sent to another place.
     max_attempts: Most times that one transfer is tried, and that one request is begun.
     backoff_s: Seconds before a transfer is tried again; twice as many before the next time, and so on up to a minute,
       or up to `backoff_s` itself where that is more.

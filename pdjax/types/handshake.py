@@ -1,4 +1,4 @@
-"""What processes tell of themselves before they exchange pages, and whether they fit together."""
+"""The handshake of processes before they exchange pages, which checks that they fit together."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class PoolShape:
     num_pages: Pages.
     page_size: Tokens per page.
     dtype: Of cached keys and values.
-    layout: How a page holds them, a name of `pallas_kernels.PageLayout`.
+    layout: Their layout in a page, a name of `pallas_kernels.PageLayout`.
     mesh: Devices over which key/value heads are cut, and over which each cut is copied.
   """
 
@@ -35,15 +35,15 @@ class PoolShape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Machine:
-  """Where a process runs.
+  """The host and devices of a process.
 
   Attributes:
     node: The host, by a name that no other host of the cluster has.
     pid: The process.
-    kinds: What each of its devices is.
+    kinds: The kind of each of its devices.
     devices: Their names.
     memory_bytes: Bytes that weights and pages may fill on each device; on CPU, on all of the host together.
-    address: Where others pull what it offers.
+    address: The address from which others pull its pages.
   """
 
   node: str
@@ -55,19 +55,19 @@ class Machine:
 
   @property
   def platform(self) -> str:
-    """Of its devices."""
+    """The platform of its devices."""
     return self.kinds[0].platform
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hello:
-  """What a worker's process tells of itself once its weights are loaded.
+  """The report of a worker's process on itself once its weights are loaded.
 
   Attributes:
     worker: The worker's name.
-    incarnation: Which of the worker's lives this is.
-    machine: Where it runs.
-    versions: Of the packages that both sides of a transfer must have in one version, by name.
+    incarnation: The number of the worker's incarnation.
+    machine: Its host and devices.
+    versions: Those of the packages that both sides of a transfer must have in one version, by name.
     model: The model's shape.
     weights: Sums over every bit of the weights.
     dtype: Of the weights.
@@ -86,11 +86,11 @@ class Hello:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WayPlan:
-  """In what pieces KV travels from one worker to another, as one end of the way worked it out.
+  """The pieces in which KV travels from one worker to another, as one end of the way worked them out.
 
   Attributes:
     unit: Tokens of a unit.
-    dtype: In which units travel.
+    dtype: The dtype in which units travel.
     piece_heads: Key/value heads of a piece.
     pieces: Pieces of each shard of source and target.
     batches: Sizes of batches, in layers and units.
@@ -107,7 +107,7 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
   """See that a process holds the pool that the controller counts on.
 
   Args:
-    hello: What it told.
+    hello: Its report.
     spec: The worker, all counts filled in.
 
   Raises:

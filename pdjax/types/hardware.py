@@ -1,4 +1,4 @@
-"""What a device is, and what a chip and a link can do, with where the figures come from."""
+"""Kinds of devices, and the rates of chips and links with the sources of the figures."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ _GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceKind:
-  """What a device is, as far as it decides which dtypes it is fast in.
+  """The kind of a device, as far as it decides which dtypes it is fast in.
 
   Attributes:
-    name: As its maker calls it, such as 'Tesla T4'.
+    name: Its name by its maker, such as 'Tesla T4'.
     platform: 'cpu', 'gpu' or 'tpu'.
     compute_capability: Of a CUDA GPU, such as '7.5'. Other GPUs have other names there, such as 'gfx90a', and other
       devices none.
@@ -39,7 +39,7 @@ class DeviceKind:
 
   @property
   def fastest_dtype(self) -> DtypeName:
-    """What `dtype='auto'` takes: bfloat16, or float16 on a GPU that lacks it; on a CPU float32."""
+    """The dtype that `dtype='auto'` takes: bfloat16, or float16 on a GPU that lacks it; on a CPU float32."""
     if self.platform == 'cpu':
       return 'float32'
     return 'float16' if self.lacks_bfloat16 else 'bfloat16'
@@ -60,10 +60,10 @@ class ChipSpec:
     memory_bytes: Its size; 0 if nobody has asked yet.
     matmul_efficiency: Share of `flops_per_s` that large products reach (MFU).
     memory_efficiency: Share of `memory_bytes_per_s` that streaming reaches.
-    step_overhead_s: Seconds of every pass that neither explains.
-    source: Where the figures come from.
+    step_overhead_s: Seconds of every step that neither explains.
+    source: The source of the figures.
     calibrated: Measured on the machine at hand rather than taken from a data sheet.
-    dtype: What it is fastest in; a simulation with `dtype='auto'` takes that.
+    dtype: The dtype it is fastest in; a simulation with `dtype='auto'` takes that.
 
   Raises:
     ValueError: if a rate is not positive (an infinite one takes no time), the size is negative, a share is none, the
@@ -121,12 +121,12 @@ class ChipSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinkSpec:
-  """What carries KV from one worker to another.
+  """The link that carries KV from one worker to another.
 
   Attributes:
     bytes_per_s: One way, between two devices.
     latency_s: Seconds of a transfer that do not depend on its size.
-    source: Where the figures come from.
+    source: The source of the figures.
 
   Raises:
     ValueError: if the rate is not positive (an infinite one takes no time), or the latency is no time.

@@ -21,13 +21,13 @@ def is_positive(value: Any) -> TypeGuard[float]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RopeScaling:
-  """How the rotary embedding is stretched to longer contexts than it was trained for.
+  """The stretching of a rotary embedding to longer contexts than it was trained for.
 
   Attributes:
     kind: 'linear' divides every frequency by `factor` (Chen et al. 2023); 'llama3' divides those that turn less than
       `low_freq_factor` times within `original_context_len`, keeps those that turn more than `high_freq_factor` times,
       and blends between (Grattafiori et al. 2024).
-    factor: By how much.
+    factor: The factor of that.
     low_freq_factor: Turns; for 'llama3'.
     high_freq_factor: Turns; for 'llama3'.
     original_context_len: Tokens; for 'llama3'.
@@ -75,7 +75,7 @@ class ModelSpec:
     norm_eps: Epsilon of the RMS norms.
     tied_embeddings: The output projection is the transposed input embedding.
     eos_token_ids: Tokens that end a sequence; below V.
-    rope_scaling: How the rotary embedding is stretched, if it is.
+    rope_scaling: The stretching of the rotary embedding, if any.
     sliding_window: Tokens that a token sees, itself among them (Mistral, Jiang et al. 2023); None is all before it.
     windowed_layers: The layers with that window; None is every layer.
     qkv_bias: Queries, keys and values have a bias (Qwen2).

@@ -1,4 +1,4 @@
-"""Where the processes of workers run, if each worker has one of its own."""
+"""The Ray cluster for processes of workers, if each worker has one of its own."""
 
 import dataclasses
 import ipaddress
@@ -27,7 +27,7 @@ class RayCluster:
     host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster,
       which is 127.0.0.1 where the cluster is started here.
       Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
-    strategy: How Ray spreads the workers over its nodes.
+    strategy: The name of the way Ray spreads the workers over its nodes.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
       says, and nothing on CPU. A platform of None takes nothing either: fit for a cluster that has neither.
@@ -79,19 +79,19 @@ class RayCluster:
         raise ValueError(f'{name} is {seconds}, expected more than 0 seconds; inf waits for ever.')
 
   def resources(self, tp: int, platform: str | None) -> dict[str, float]:
-    """What Ray sets aside for a worker of so many devices."""
+    """The resources that Ray sets aside for a worker of `tp` devices."""
     accelerator = self.accelerator or {'gpu': 'GPU', 'tpu': 'TPU'}.get(platform or '')
     return {'CPU': self.cpus} | ({accelerator: float(tp)} if accelerator else {})
 
   def refusal(self, platform: str | None, found: Mapping[str, float]) -> str | None:
-    """Why workers of a platform cannot run on a Ray cluster, if they cannot: two could take one accelerator.
+    """The reason workers of a platform cannot run on a Ray cluster, or None: two could take one accelerator.
 
     A process for which Ray sets none aside sees all that its node shows (Ray 2.60: `CUDA_VISIBLE_DEVICES` is left as
     it was), and JAX takes what it sees. A second process on TPUs fails by itself.
 
     Args:
-      platform: Of the config.
-      found: What the cluster has, by resource.
+      platform: The platform of the config.
+      found: Amounts that the cluster has, by resource.
     """
     taken = self.resources(1, platform)
     seen = {None: _SHOWN_ALONE, 'gpu': ('GPU',)}.get(platform, ())
@@ -109,11 +109,11 @@ class RayCluster:
     )
 
   def shortage(self, taken: Mapping[str, Resources], nodes: Mapping[str, Resources]) -> str | None:
-    """What the nodes of a Ray cluster lack for the workers, if they lack something though nobody else had any of it.
+    """The resources that the nodes lack for the workers, in words, or None; nobody else is taken to use any.
 
     Args:
-      taken: What each worker takes, by its name.
-      nodes: What each node has in all, by its address.
+      taken: The resources that each worker takes, by its name.
+      nodes: The resources that each node has in all, by its address.
     """
     kinds = tuple(dict.fromkeys(kind for bundle in taken.values() for kind in bundle))
     needed, found = (

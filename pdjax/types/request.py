@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back: requests, sampling parameters, completions, latency limits."""
+"""Requests and what comes back: sampling parameters, completions, latency limits."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ MAX_LOGPROBS = 20  # likeliest tokens that can be told with each generated one
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
-  """How the tokens of one request are chosen, and when it ends.
+  """The choice of the tokens of one request, and its end.
 
   Logits go through the penalties, then `temperature`, `top_k`, `top_p` and `min_p`, in this order.
 
@@ -69,7 +69,7 @@ class SamplingParams:
   n: int = 1
 
   def __post_init__(self):
-    for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed'):  # found later, it would break the pass of others
+    for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed'):  # found later, it would break the step of others
       count = getattr(self, name)
       left_out = count is None and name in ('logprobs', 'seed')
       if not left_out and (not hasattr(count, '__index__') or isinstance(count, bool)):
@@ -174,7 +174,7 @@ class Request:
   Attributes:
     id: A name unique within the run.
     prompt: Token ids, any sequence of them; a simulation asks only for its length.
-    sampling: How tokens are chosen and when it ends.
+    sampling: The choice of its tokens, and its end.
     arrival_s: Seconds after the start of the run at which it arrives.
     slo: Latency limits of its own, if any.
     session: The chat it belongs to, if any.
@@ -248,8 +248,8 @@ class Request:
     """The request with a seed of its own, if it has none: drawn from the run's seed and its number in the run.
 
     Args:
-      run_seed: Of the run, `ServingConfig.seed`.
-      number: Which request of the run it is, counted from 0 in the order of arrival, or of a requests file by row.
+      run_seed: The seed of the run, `ServingConfig.seed`.
+      number: Its number in the run, counted from 0 in the order of arrival, or of a requests file by row.
     """
     if self.sampling.seed is not None:
       return self
@@ -301,7 +301,7 @@ def _mixed(seed: int, index: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprob:
-  """How likely a generated token was in the model's own distribution, before penalties, temperature and cuts.
+  """The log probability of a token in the model's own distribution, before penalties, temperature and cuts.
 
   Attributes:
     logprob: Natural logarithm of its probability.
@@ -314,17 +314,17 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-  """What became of one request, or of one of its samples.
+  """The outcome of one request, or of one of its samples.
 
   Attributes:
     request: The request; with several samples, the one of this sample alone.
     token_ids: The generated tokens, a stop token or what completed a stop string included.
-    finish_reason: Why it ended; `rejected` and `error` come with a message in `error`.
-    error: What went wrong, or None.
-    text: What the tokens add to the prompt's text, special tokens left out, up to a stop string; None where there is no
-      tokenizer. Of a request that was cancelled or failed, as much as was sure.
-    token_times_s: When each token was delivered, seconds after the start of the run.
-    logprobs: How likely each token was, if it was asked for.
+    finish_reason: The reason it ended; `rejected` and `error` come with a message in `error`.
+    error: The error it ended with, or None.
+    text: The text that the tokens add to the prompt's, special tokens left out, up to a stop string; None where there
+      is no tokenizer. Of a request that was cancelled or failed, as much as was sure.
+    token_times_s: The time each token was delivered, seconds after the start of the run.
+    logprobs: The log probabilities of each token, if they were asked for.
   """
 
   request: Request
@@ -337,7 +337,7 @@ class Completion:
 
   @classmethod
   def unfinished(cls, request: Request) -> 'Completion':
-    """What a request got that a run did not come to the end of."""
+    """The completion of a request that had not ended when its run did."""
     return cls(request, (), 'error', error='the run ended before it did.')
 
   @property

@@ -1,4 +1,4 @@
-"""What a transfer moves: cached tokens of one sequence, and the pages that hold them on either side."""
+"""The span of a transfer: cached tokens of one sequence, and the pages that hold them on either side."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ class Span:
     source_pages: The pages that hold them at the source, the first of them page `start // page_size` of the sequence.
     target_pages: The same on the target, whose pages may be of another size.
     start: The first token.
-    tokens: How many; the last ones may be past the end of the sequence.
+    tokens: Their number; the last ones may be past the end of the sequence.
     layers: The first layer that travels and the one after the last, a group of the `TransferSpec`; None is all of them.
   """
 

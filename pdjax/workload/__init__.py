@@ -1,4 +1,4 @@
-"""Which requests come and when: synthetic arrivals and lengths, request files, closed loops and chats."""
+"""The requests of a run and their times: synthetic arrivals and lengths, request files, closed loops and chats."""
 
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed
 from pdjax.workload.lengths import Empirical, Fixed, Length, Lognormal, Uniform

@@ -12,7 +12,7 @@ from pdjax.types.request import SERVED, SLO, Request, SamplingParams
 
 
 class _Scheduled:
-  """What the sources share: a heap of requests to come, and the true output lengths of all."""
+  """The common part of the sources: a heap of requests to come, and the true output lengths of all."""
 
   def __init__(self, output_lens: Mapping[str, int] | None = None):
     self._heap: list[tuple[float, int, Request]] = []  # the count keeps requests of equal arrival in order
@@ -38,7 +38,7 @@ class _Scheduled:
     self._num_scheduled += 1
 
   def _follow_up(self, end: Finished) -> None:
-    """Schedule what comes of a request's end."""
+    """Schedule the requests that follow the end of one."""
 
 
 class Listed(_Scheduled):
@@ -66,7 +66,7 @@ class ClosedLoop(_Scheduled):
   """A fixed number of users: each sends a request, waits for its end, thinks, and sends the next.
 
   Args:
-    requests: What is sent, in this order; their own arrival times do not count.
+    requests: The requests to send, in this order; their own arrival times do not count.
     max_concurrency: Users, and so the most requests in flight.
     think_s: Seconds from the end of a request to the next one of the same user.
     output_lens: True output length by request id, for those that have one.
@@ -112,7 +112,7 @@ class ClosedLoop(_Scheduled):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatTurn:
-  """What a user adds to a chat, how the answer is sampled, and how long it really is (None: the model decides)."""
+  """A message that a user adds to a chat, with the sampling and the true length of its answer (None: as it comes)."""
 
   user: Sequence[int]
   sampling: SamplingParams = SamplingParams()
@@ -130,7 +130,7 @@ class Chat:
 
 
 class Chats(_Scheduled):
-  """Conversations: each prompt is the whole of the last one, its answer, and what the user adds.
+  """Conversations: each prompt is the whole of the last one, its answer, and the user's next message.
 
   A turn arrives `think_s` after the one before has ended. A chat ends with its last turn, with a turn that did
   not end well, or before a turn whose prompt and `max_tokens` together would exceed `max_context`. A request is
@@ -139,12 +139,12 @@ class Chats(_Scheduled):
   Args:
     chats: The conversations, in any order.
     max_context: Most tokens of a prompt and its answer together.
-    max_concurrency: Most chats at once; one that starts later waits for a place. None starts each at its time.
+    max_concurrency: Most chats at once; a later one waits until another has ended. None starts each at its time.
     think_s: Seconds from an answer to the next turn.
 
   Raises:
-    ValueError: if two chats have one id, one has no turn or a first turn that does not fit, there is no place,
-      or the think time is negative.
+    ValueError: if two chats have one id, one has no turn or a first turn that does not fit, `max_concurrency` is
+      below 1, or the think time is negative.
   """
 
   def __init__(
@@ -191,7 +191,7 @@ class Chats(_Scheduled):
     self._start_next(end.now_s)
 
   def _start_next(self, free_s: float) -> None:
-    """Give a place that is free from `free_s` on to the next chat."""
+    """Start the next chat, no earlier than `free_s`."""
     if self._to_start:
       chat = self._to_start.popleft()
       self._ask(chat, 0, chat.turns[0].user, max(chat.start_s, free_s))

@@ -1,4 +1,4 @@
-"""How long prompts and outputs are: distributions over token counts."""
+"""The lengths of prompts and outputs: distributions over token counts."""
 
 import dataclasses
 import math
@@ -60,8 +60,8 @@ class Lognormal:
   Attributes:
     median: The middle value, before clipping.
     sigma: Standard deviation of the logarithm; the unclipped mean is `median·exp(sigma²/2)`.
-    low: What falls below is this many.
-    high: What falls above is this many; as `upper` it is also the `max_tokens` of a sampled output.
+    low: The least; draws below it become it.
+    high: The most; draws above it become it. As `upper` it is also the `max_tokens` of a sampled output.
   """
 
   median: float

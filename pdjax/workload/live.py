@@ -40,7 +40,7 @@ class Live:
   def submit(self, request: Request) -> None:
     """Let a request arrive now.
 
-    An id is never used twice: passes under way may still bring tokens for one that has ended, and the log would tell
+    An id is never used twice: steps under way may still bring tokens for one that has ended, and the log would tell
     two requests as one.
 
     Raises:

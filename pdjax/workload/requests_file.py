@@ -106,7 +106,7 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """A line of a file: what it asks for, and what its refusal would be called."""
+  """A line of a file: its request, or its refusal, and the id that a refusal has."""
 
   line: int  # counted from 1
   asked: Request | Refused
@@ -127,7 +127,7 @@ def read_requests(
   seed: int = 0,
   chat_end_ids: Sequence[int] = (),
 ) -> list[Request | Refused]:
-  """What every line of a requests file asks for, in the order of the file; see `read_rows`."""
+  """The request of each line of a requests file, or its refusal, in the order of the file; see `read_rows`."""
   rows = read_rows(path, encode, encode_chat, vocab_size, seed=seed, chat_end_ids=chat_end_ids)
   return [row.asked for row in rows]
 
@@ -188,12 +188,12 @@ def read_rows(
 
 
 def outcomes(rows: Iterable[Row], completions: Iterable[Completion]) -> list[Completion | Refused]:
-  """What became of the lines of a file: each refused one, and of each other one its samples.
+  """The outcomes of the lines of a file: each refused one, and of each other one its samples.
 
   Args:
     rows: The lines.
-    completions: What a run gave; what the cluster rejected is a refusal like any other, and of a line that the run did
-      not come to the end of, the error says so.
+    completions: Those of a run; one that the cluster rejected is a refusal like any other, and a line without any gets
+      an error that says that the run ended before it.
   """
   by_id = {one.request.id: one for one in completions}
   found: list[Completion | Refused] = []
@@ -211,7 +211,7 @@ def outcomes(rows: Iterable[Row], completions: Iterable[Completion]) -> list[Com
 
 
 def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
-  """What became of one request, as the object of its line."""
+  """The outcome of one request, as the object of its line."""
   if isinstance(outcome, Refused):
     return _output_row(outcome.id, outcome.prompt_token_ids, 'rejected', error=outcome.error)
   request, times_s = outcome.request, outcome.token_times_s
@@ -245,7 +245,7 @@ def write_completions(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
 
 
 class _Refusal(Exception):
-  """Why a line cannot be served, and its prompt if that is known; the caller adds which line it is."""
+  """The reason a line cannot be served, with its prompt if that is known; the caller adds the number of the line."""
 
   def __init__(self, why: str, prompt: Sequence[int] = ()):
     super().__init__(why)
@@ -254,7 +254,7 @@ class _Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-  """A line with its fields, or why they cannot be taken, and the id that it gives itself, if that will do."""
+  """A line with its fields, or the reason they cannot be taken, and its own id, if that will do."""
 
   number: int  # counted from 1
   fields: 'dict[str, Any] | _Refusal'
@@ -328,7 +328,7 @@ class _Reader:
   chat_end_ids: tuple[int, ...]
 
   def request(self, line: _Line, name: str, seed: int) -> Request:
-    """What a line asks for, under a name and with a seed if it has none of its own."""
+    """The request of a line, with this `name`, and this `seed` if it has none of its own."""
     if isinstance(line.fields, _Refusal):
       raise line.fields
     fields = line.fields

@@ -10,7 +10,7 @@ class Seeded:
   """A source of requests in which each has a seed when it comes, see `Request.seeded`; those with one keep it.
 
   Args:
-    arrivals: Where they come from.
+    arrivals: The source of the requests.
     seed: The run's.
   """
 

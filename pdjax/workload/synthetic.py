@@ -20,7 +20,7 @@ from pdjax.workload.workload import WorkloadContext
 
 
 class _Stream(enum.IntEnum):
-  """What the workload's seed is split into."""
+  """The streams of random numbers that the workload's seed is split into."""
 
   GAPS = 0
   PROMPTS = 1
@@ -31,7 +31,7 @@ class _Stream(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sampled:
-  """What every made-up workload says.
+  """The fields of every made-up workload.
 
   Attributes:
     prompt: Tokens in a prompt of random tokens.
@@ -65,7 +65,7 @@ class _Sampled:
     return int(words[0] >> np.uint64(1))  # below 2**63
 
   def _random_sampling(self, index: int) -> SamplingParams:
-    """How a request of random tokens is sampled: to its true length, whatever the tokens say."""
+    """The sampling of a request of random tokens: up to its true length, whatever the tokens are."""
     if self.sampling.stop_token_ids:
       raise ValueError(
         f'{self._name} has sampling.stop_token_ids={self.sampling.stop_token_ids} with prompts of random tokens, whose '
@@ -88,8 +88,8 @@ class _Independent(_Sampled):
   """Requests that have nothing to do with each other.
 
   Attributes:
-    num_requests: How many come.
-    prompts: What users say, in turn and over again, put through the chat template; then `prompt` and `output` do not
+    num_requests: Requests that come.
+    prompts: Texts of users, in turn and over again, put through the chat template; then `prompt` and `output` do not
       count, and the model decides where an answer ends. None: random tokens.
   """
 

@@ -1,4 +1,4 @@
-"""What a config says about its requests: the Workload protocol, what it is told of the model, and ready requests."""
+"""The workload of a config: its protocol, the facts of the model that it is given, and ready requests."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from pdjax.workload.arrivals import Listed
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkloadContext:
-  """What a workload needs to know of the model that serves it.
+  """The facts of the model that a workload needs.
 
   Attributes:
     vocab_size: Random prompts draw from tokens `0` to `vocab_size - 1`.
     context_len: Most tokens of a prompt and its output together.
-    encode_chat: Turns what a user says into a prompt, chat template included; None where there is no tokenizer.
+    encode_chat: Turns a message of a user into a prompt, chat template included; None where there is no tokenizer.
     chat_end_ids: Tokens that end an answer in a chat, besides the model's own.
   """
 
@@ -61,7 +61,7 @@ class Workload(Protocol):
 
   @property
   def seed(self) -> int | None:
-    """What fixes all that it draws; None if it draws nothing."""
+    """The seed of all that it draws; None if it draws nothing."""
 
   def arrivals(self, context: WorkloadContext) -> Arrivals:
     """A fresh source of these requests, the same every time."""

@@ -1,4 +1,4 @@
-"""From which length on a chunk is predicted to travel faster layer by layer."""
+"""The length from which on a chunk is predicted to travel faster layer by layer."""
 
 import dataclasses
 

@@ -573,7 +573,7 @@ def test_errors_are_allowed_only_where_the_settings_and_the_faults_explain_them(
   assert short.allows(away, Counter(lost_in_decode=1)) and not short.allows(away, Counter(transfer_fails=1))
   for harmless in ('cancels', 'storm', 'log_full', 'pass_stalls', 'both_full', 'worker_returns', 'worker_restarts'):
     assert not short.allows(away, Counter({harmless: 1}))
-  again = "worker 'decode0' began another life"
+  again = "worker 'decode0' began another incarnation"
   assert short.allows(again, Counter(worker_returns=1)) and not short.allows(again, Counter(storm=1))
 
 

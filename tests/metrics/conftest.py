@@ -126,7 +126,7 @@ def disaggregated():
 
 @pytest.fixture(scope='session')
 def many_requests() -> Report:
-  """Ten thousand simulated requests on two prefill workers and one decode worker, more passes than a chart has bars."""
+  """Ten thousand simulated requests on two prefill workers and one decode worker, more steps than a chart has bars."""
   sizes = {'tp': 4, 'max_sequences': 128, 'max_step_tokens': 2048, 'max_chunks': 32}
   workload = pdjax.Poisson(
     requests_per_s=60, num_requests=10_000, prompt=pdjax.Uniform(20, 400), output=pdjax.Uniform(1, 4)
@@ -146,7 +146,7 @@ def many_requests() -> Report:
 
 @pytest.fixture(scope='session')
 def few_requests() -> Report:
-  """Six requests on one worker of either role; every pass is a bar."""
+  """Six requests on one worker of either role; every step is a bar."""
   return pdjax.simulate(tiny.config(max_sequences=2)).report
 
 

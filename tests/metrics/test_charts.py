@@ -1,4 +1,4 @@
-"""What charts show, against the report they are made of."""
+"""The contents of charts, against the report they are made of."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ def _seconds(report, kind):
 
 
 @pytest.mark.parametrize('run', ['few_requests', 'colocated'])
-def test_every_pass_of_a_short_run_is_a_bar(run, request):
+def test_every_step_of_a_short_run_is_a_bar(run, request):
   report = request.getfixturevalue(run)
   assert charts.slot_seconds(report) is None
   bars = _rows(charts.gantt(report))
@@ -53,14 +53,14 @@ def test_a_transfer_is_seen_at_both_its_ends(few_requests):
   assert {line['requests'] for line in lines} == {span.requests[0] for span in transfers}
 
 
-def test_slots_of_a_long_run_hold_the_time_that_its_passes_took(many_requests):
+def test_slots_of_a_long_run_hold_the_time_that_its_steps_took(many_requests):
   slot_s = charts.slot_seconds(many_requests)
   bars = _rows(charts.gantt(many_requests))
   assert len(many_requests.timeline.spans) > charts.MAX_BARS >= len(bars)
   for kind in ('prefill', 'decode'):
     mine = [bar for bar in bars if bar['kind'] == kind]
     assert sum(bar['share'] * slot_s for bar in mine) == pytest.approx(_seconds(many_requests, kind), rel=1e-3)
-    assert sum(bar['passes'] for bar in mine) == sum(span.kind == kind for span in many_requests.timeline.spans)
+    assert sum(bar['count'] for bar in mine) == sum(span.kind == kind for span in many_requests.timeline.spans)
     assert all(bar['hi'] - bar['lo'] == pytest.approx(0.62 * bar['share'], abs=2e-4) for bar in mine)
 
 
@@ -157,7 +157,7 @@ def test_figures_that_are_missing_or_zero_are_left_out_of_a_logarithmic_axis():
 
 
 def _heights(chart):
-  """How high up each point of a chart over the rate is drawn, in pixels from below."""
+  """The height of each point of a chart over the rate, in pixels from below."""
   svg = vl_convert.vegalite_to_svg(chart.to_dict(validate=False))
   points = svg[svg.index('mark-symbol role-mark') :]
   return [200 - float(y) for y in re.findall(r'translate\([\d.]+,([-\d.]+)\)', points[: points.index('</g>')])]
@@ -191,7 +191,7 @@ def test_points_over_the_rate_lie_where_their_figures_are(values, log):
 
 @pytest.mark.parametrize('scale', [1.0, 1e-3, 1e-6, 1e-9])
 def test_a_run_of_any_length_is_drawn_at_its_own_size(disaggregated, stamps, scale):
-  """What is drawn of a run whose every time is so much shorter is the same, but for the numbers at its axes."""
+  """The picture of a run whose every time is so much shorter is the same, but for the numbers at its axes."""
 
   def shapes(factor):
     shrunk = type(stamps)(**{name: getattr(stamps, name) * factor for name in stamps.__dataclass_fields__})

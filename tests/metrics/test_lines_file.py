@@ -40,7 +40,7 @@ def no_thread_is_left():
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-  """What was logged as an error."""
+  """The errors that were logged."""
   found: list[str] = []
   monkeypatch.setattr(lines_file.logging, 'error', lambda text, *args: found.append(text % args))
   return found

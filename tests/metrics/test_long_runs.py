@@ -1,4 +1,4 @@
-"""What is made of a run takes memory by its requests, however many seconds it lasts."""
+"""Reports and pages take memory by the requests of a run, however many seconds it lasts."""
 
 import dataclasses
 import tracemalloc

@@ -103,7 +103,7 @@ def test_a_page_whose_chart_breaks_says_so(window, few_requests, tmp_path):
 def test_ten_thousand_requests_and_their_baseline_stay_below_five_megabytes(long_page, many_requests):
   assert long_page.stat().st_size < 5e6
   text = long_page.read_text()
-  assert f'{len(many_requests.timeline.spans):,} passes and transfers' in text and 'merged into slots' in text
+  assert f'{len(many_requests.timeline.spans):,} steps and transfers' in text and 'merged into slots' in text
 
 
 def test_the_page_needs_nothing_from_elsewhere(few_requests):

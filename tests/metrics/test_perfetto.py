@@ -68,7 +68,7 @@ def test_every_transfer_has_an_arrow_from_its_prefill_to_its_decode(few_requests
     assert points[-1]['bp'] == 'e'
 
 
-def test_an_arrow_ends_at_the_first_pass_that_decodes_the_request(disaggregated, stamps):
+def test_an_arrow_ends_at_the_first_step_that_decodes_the_request(disaggregated, stamps):
   events = perfetto.trace_events(Report.from_events(disaggregated(stamps), workers=WORKERS))
   assert [(event['ph'], event['ts']) for event in events if event['ph'] in 'stf'] == [
     ('s', stamps.prefill_began * 1e6), ('t', stamps.wire_began * 1e6), ('f', stamps.decode_began * 1e6)

@@ -292,7 +292,7 @@ AS_VLLM = {
      'total_input_tokens': 4, 'total_output_tokens': 3, 'output_lens': [3, 0], 'ttfts': [0.5, 0.25],
      'itls': [[1.0], [0.25, 0.125]], 'errors': ['', 'lost'], 'input_lens': [4, 4]},
   ),
-  'two passes that one turn learns of are one piece, as chunks that nobody has taken are merged': (
+  'two steps that one turn learns of are one piece, as chunks that nobody has taken are merged': (
     [('r', 0.0, [(0.5, 1), (1.5, 2), (1.5, 2)], 'length')],
     {'mean_itl_ms': 1000, 'mean_tpot_ms': 250, 'max_output_tokens_per_s': 1, 'itls': [[1.0]]},
   ),
@@ -314,7 +314,7 @@ def test_figures_are_those_of_vllms_benchmark(log, streams, expected):
       assert figures[name] == (value if value is None else pytest.approx(value)), name
 
 
-def test_passes_of_several_steps_come_as_pieces():
+def test_fused_steps_come_as_pieces():
   config = dataclasses.replace(tiny.config(), policy=pdjax.Disaggregated(decode_steps=4))
   report = pdjax.simulate(config).report
   for request in report.timeline.requests:

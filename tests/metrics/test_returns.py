@@ -1,4 +1,4 @@
-"""How a report tells of workers that were lost and came back."""
+"""The lines of a report on workers that were lost and came back."""
 
 import dataclasses
 import io
@@ -89,7 +89,7 @@ def test_a_worker_that_never_came_back_is_noted_with_the_last_that_was_known(log
 
 
 def test_many_returns_are_cut_short_where_people_read(log):
-  for life in range(2, 14):
-    log.events += [WorkerLost('d', float(life), 'again'), WorkerBack('d', life + 0.5, life)]
+  for incarnation in range(2, 14):
+    log.events += [WorkerLost('d', float(incarnation), 'again'), WorkerBack('d', incarnation + 0.5, incarnation)]
   lines = Report.from_events(log.events, workers=WORKERS).return_lines()
   assert len(lines) == 9 and lines[-1] == '4 other returns; report.json has them all'

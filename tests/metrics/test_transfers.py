@@ -1,4 +1,4 @@
-"""What transfers cost and how much of it was hidden: by hand from a log, and as counters."""
+"""The time that transfers took and the part of it that was hidden: by hand from a log, and as counters."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.metrics.conftest import Log
 
 @pytest.fixture
 def timeline():
-  """Two passes with a pause between them, three transfers that end well and one that does not."""
+  """Two steps with a pause between them, three transfers that end well and one that does not."""
   log = Log()
   log.turn(0.0)
   log.arrive('a', prompt_len=8)

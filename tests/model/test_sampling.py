@@ -20,7 +20,7 @@ keep_likely = jax.jit(keep_likely)
 
 
 def kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray:
-  """Which tokens of `[V]` may be drawn.
+  """The tokens of `[V]` that may be drawn.
 
   `top_k` of them, of those the fewest whose shares reach `top_p`, of those the ones `min_p` times as likely as the
   best.

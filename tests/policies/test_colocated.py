@@ -30,7 +30,7 @@ def test_nothing_is_wanted_of_an_empty_cluster():
   assert POLICY.decide(Driver(colocated_pool(2, **SIZES)).view) == []
 
 
-def test_prompts_share_one_pass_in_order_of_arrival():
+def test_prompts_share_one_step_in_order_of_arrival():
   cluster = Driver(colocated_pool(1, **SIZES))
   for name in 'zab':
     cluster.arrive(name, prompt_len=3)
@@ -59,13 +59,13 @@ def test_a_prompt_that_was_begun_goes_on_before_others_begin():
   assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('long', 8, 5), Chunk('short', 0, 2)))]
 
 
-def test_a_prompt_in_flight_is_decoded_in_the_next_pass_already():
+def test_a_prompt_in_flight_is_decoded_in_the_next_step_already():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=4)
   _carry_out(cluster)
   assert POLICY.decide(cluster.view) == [Step('both0', decodes=ALL)]
   _carry_out(cluster)
-  assert POLICY.decide(cluster.view) == []  # two passes in flight
+  assert POLICY.decide(cluster.view) == []  # two steps in flight
 
 
 def test_steps_are_fused_only_where_no_prompt_has_work():
@@ -107,7 +107,7 @@ def test_no_more_sequences_begin_than_there_are_slots():
   assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('a', 0, 2), Chunk('b', 0, 2)))]
 
 
-def test_the_workers_own_limits_bound_a_pass():
+def test_the_workers_own_limits_bound_a_step():
   cluster = Driver(colocated_pool(1, **SIZES | {'max_step_tokens': 5, 'max_chunks': 1}))
   cluster.arrive('a', prompt_len=9)
   assert POLICY.decide(cluster.view) == [Step('both0', (Chunk('a', 0, 5),))]

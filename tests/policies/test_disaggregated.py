@@ -47,14 +47,14 @@ def test_a_prompt_that_was_begun_goes_on_before_others_begin():
   ]
 
 
-def test_a_worker_is_given_two_passes_and_no_third():
+def test_a_worker_is_given_two_steps_and_no_third():
   cluster = Driver()
   cluster.arrive('long', prompt_len=50, max_tokens=8)
-  assert len(_carry_out(cluster)) == len(_carry_out(cluster)) == 2  # each a pass and a transfer
+  assert len(_carry_out(cluster)) == len(_carry_out(cluster)) == 2  # each a step and a transfer
   assert POLICY.decide(cluster.view) == []
 
 
-def test_the_workers_own_limits_bound_a_pass():
+def test_the_workers_own_limits_bound_a_step():
   sizes = SIZES | {'max_step_tokens': 8, 'max_chunks': 2}
   cluster = Driver(prefill_pool(1, **sizes) + decode_pool(1, **SIZES))
   for name, prompt_len in (('a', 2), ('b', 3), ('c', 2)):
@@ -158,7 +158,7 @@ def _decoding(cluster: Driver, *names: str, max_tokens: int = 9) -> None:
     cluster.end(transfer)
 
 
-def test_a_decode_worker_is_kept_two_passes_ahead_over_all_it_holds():
+def test_a_decode_worker_is_kept_two_steps_ahead_over_all_it_holds():
   cluster = Driver()
   _decoding(cluster, 'a', 'b')
   for _ in range(2):
@@ -174,7 +174,7 @@ def test_decode_steps_are_fused_as_configured():
   assert policy.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=4)]
 
 
-def test_no_pass_is_wanted_once_every_token_is_asked_for():
+def test_no_step_is_wanted_once_every_token_is_asked_for():
   cluster = Driver()
   _decoding(cluster, 'a', max_tokens=2)
   _carry_out(cluster)

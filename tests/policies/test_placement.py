@@ -1,4 +1,4 @@
-"""Which worker takes a request."""
+"""The choice of a worker for a request."""
 
 import pytest
 

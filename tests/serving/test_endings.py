@@ -65,7 +65,7 @@ PHASES = pytest.mark.parametrize('phase', SETUPS, ids=lambda phase: getattr(phas
 
 
 def _end(cluster: Driver, order: Order) -> None:
-  """An order of request `a` ends well; a pass with its last chunk or a decode brings it a token."""
+  """An order of request `a` ends well; a step with its last chunk or a decode brings it a token."""
   brings = isinstance(order, StepOrder) and (order.decodes or any(chunk.is_last for chunk in order.chunks))
   cluster.end(order, {'a': 1} if brings else {})
 
@@ -174,7 +174,7 @@ def test_a_failed_order_ends_its_requests_and_releases_everything(phase):
     cluster.assert_idle()
 
 
-def test_a_failed_pass_ends_only_the_requests_in_it():
+def test_a_failed_step_ends_only_the_requests_in_it():
   cluster = Driver(colocated_pool(1, **SIZES))
   for name in 'abc':
     cluster.arrive(name)

@@ -1,4 +1,4 @@
-"""What the state does when transfers fail and workers are lost, step by step."""
+"""The state, one event at a time, when transfers fail and workers are lost."""
 
 import itertools
 import math
@@ -134,7 +134,7 @@ def test_what_has_ended_in_the_turn_of_its_deadline_is_in_time():
   assert due(cluster, 1000.0) == []
 
 
-def test_the_time_of_a_transfer_begins_when_its_pass_has_ended():
+def test_the_time_of_a_transfer_begins_when_its_step_has_ended():
   cluster = Driver(faults=TWICE, transfer=TransferSpec(deadline_s=10.0))
   cluster.arrive('a', prompt_len=8)
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'),)))
@@ -341,7 +341,7 @@ def test_a_request_begun_again_comes_before_those_that_came_after_it():
   assert list(cluster.view.waiting) == ['a', 'b', 'c', 'd']
 
 
-def test_a_request_waits_for_its_own_passes_before_it_begins_again():
+def test_a_request_waits_for_its_own_steps_before_it_begins_again():
   """A chunk is under way on a worker that lives, while a transfer of the one before has failed for good."""
   cluster = Driver(faults=FaultSpec(transfer='recompute'))
   cluster.arrive('a', prompt_len=10)
@@ -409,13 +409,13 @@ def test_what_no_prefill_worker_holds_any_more_ends_with_the_numbers():
 def test_a_request_that_is_begun_too_often_ends_with_the_error():
   cluster = Driver(faults=FaultSpec(max_attempts=3))
   cluster.arrive('a')
-  for life in itertools.count(2):
+  for incarnation in itertools.count(2):
     cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
     cluster.apply(WorkerLost('prefill0', 1.0, 'gone'))
-    cluster.apply(WorkerBack('prefill0', 1.0, life))
+    cluster.apply(WorkerBack('prefill0', 1.0, incarnation))
     if cluster.finished:
       break
-  assert life == 4 and [end.error for end in cluster.finished] == ['gone']
+  assert incarnation == 4 and [end.error for end in cluster.finished] == ['gone']
   cluster.assert_idle()
 
 
@@ -467,7 +467,7 @@ def test_a_worker_that_is_lost_once_more_while_it_was_given_time_is_brought_back
   assert cluster.state.workers['decode0'].up and cluster.state.next_timer_s == math.inf
 
 
-def test_another_life_of_a_worker_is_the_end_of_the_one_before_even_if_nobody_saw_it_die():
+def test_another_incarnation_of_a_worker_is_the_end_of_the_one_before_even_if_nobody_saw_it_die():
   cluster = decoding()
   (step,) = cluster.start(Step('decode0', decodes=ALL))
   cluster.apply(WorkerBack('decode0', 9.0, 2))
@@ -486,10 +486,10 @@ def test_confirmations_that_a_dead_worker_owed_are_waited_for_no_longer():
   assert not cluster.state.apply(Done(order.id, 0.0, 99.0), 99.0)
 
 
-# ---------------------------------------------------------------------------- passes that could not begin
+# ---------------------------------------------------------------------------- steps that could not begin
 
 
-def test_a_prompt_whose_pass_could_not_begin_begins_again_once_its_later_passes_have_ended():
+def test_a_prompt_whose_step_could_not_begin_begins_again_once_its_later_steps_have_ended():
   cluster = Driver(faults=TWICE)
   cluster.arrive('a', prompt_len=10)
   first, _ = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
@@ -507,7 +507,7 @@ def test_a_prompt_whose_pass_could_not_begin_begins_again_once_its_later_passes_
   cluster.assert_idle()
 
 
-def test_a_decode_pass_that_could_not_begin_lets_its_requests_begin_again_with_what_the_passes_around_it_bring():
+def test_a_decode_step_that_could_not_begin_lets_its_requests_begin_again_with_what_the_steps_around_it_bring():
   cluster = decoding(1)
   before, failing = (cluster.start(Step('decode0', decodes=ALL))[0] for _ in range(2))
   cluster.end(before, {'a': 1})
@@ -520,7 +520,7 @@ def test_a_decode_pass_that_could_not_begin_lets_its_requests_begin_again_with_w
   assert cluster.free_pages('decode0') == 16
 
 
-def test_only_so_many_passes_of_a_request_may_fail_to_begin():
+def test_only_so_many_steps_of_a_request_may_fail_to_begin():
   cluster = Driver(faults=TWICE)
   cluster.arrive('a')
   for _ in range(2):
@@ -530,7 +530,7 @@ def test_only_so_many_passes_of_a_request_may_fail_to_begin():
   cluster.assert_idle()
 
 
-def test_a_cancelled_request_whose_pass_could_not_begin_is_cancelled():
+def test_a_cancelled_request_whose_step_could_not_begin_is_cancelled():
   cluster = Driver(faults=TWICE)
   cluster.arrive('a')
   (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
@@ -542,7 +542,7 @@ def test_a_cancelled_request_whose_pass_could_not_begin_is_cancelled():
   cluster.assert_idle()
 
 
-def test_samples_that_wait_for_a_prompt_whose_pass_could_not_begin_compute_it_each_for_itself():
+def test_samples_that_wait_for_a_prompt_whose_step_could_not_begin_compute_it_each_for_itself():
   cluster = Driver(faults=TWICE)
   cluster.arrive('a', n=3)
   fail(cluster, cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))[0])

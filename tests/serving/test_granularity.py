@@ -1,4 +1,4 @@
-"""What of a prompt travels when: whole, chunk by chunk or layer by layer, and no more at once than staging holds."""
+"""The parts in which a prompt travels: whole, by chunk or by layers, and no more at once than staging holds."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_each_chunk_sends_the_pages_it_completes():
   assert [_spans(orders) for orders in sent] == [[(0, 4, None)], [(4, 4, None)], [(8, 4, None)]]
 
 
-def test_layers_of_every_chunk_travel_by_groups_and_its_pass_runs_in_them():
+def test_layers_of_every_chunk_travel_by_groups_and_its_step_runs_in_them():
   cluster = Driver(transfer=TransferSpec(granularity='layers'))
   cluster.arrive('a', prompt_len=8)
   step, *transfers = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
@@ -73,7 +73,7 @@ def test_auto_sends_a_long_last_chunk_layer_by_layer_and_all_others_whole(chunks
   ]
 
 
-def test_a_worker_that_may_have_decodes_in_its_pass_runs_it_whole():
+def test_a_worker_that_may_have_decodes_in_its_step_runs_it_whole():
   cluster = Driver(colocated_pool(1, **SIZES) + decode_pool(1, **SIZES), transfer=TransferSpec(granularity='layers'))
   cluster.arrive('a', prompt_len=8)
   step, transfer = cluster.start(Step('both0', (Chunk('a', 0, 8, 'decode0'),)))

@@ -265,7 +265,7 @@ def test_nothing_happens_without_requests():
 
 
 def test_what_a_turn_brings_a_request_behind_its_failure_is_not_its():
-  """The pass of its first chunk failed; that of its last, which was under way by then, brought a token."""
+  """The step of its first chunk failed; that of its last, which was under way by then, brought a token."""
   failed, done = Failed(0, 1.0, 'boom'), Done(1, 0.0, 1.5, (Result('a', (7,), None, 'x'), Result('b', (8,), None, 'y')))
   last = Done(2, 1.5, 2.0, (Result('b', (9,), 'length', 'z'),))
   backend = ScriptedBackend((0.0, []), (2.0, [failed, done]), (3.0, [last]))
@@ -407,7 +407,7 @@ def test_nobody_is_told_of_a_wait_for_what_is_under_way(caplog):
 
 
 class _Second:
-  """Every pass takes a second."""
+  """Every step takes a second."""
 
   def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
     return 1.0

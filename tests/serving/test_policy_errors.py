@@ -13,7 +13,7 @@ def cluster():
   """One request in each phase, on two prefill workers, one decode worker and one of both roles.
 
   `w` waits, `p` is being prefilled on prefill0 and sent to decode0, `d` decodes on decode0, `f` is prefilled on
-  prefill1 and `e` is being ended; `long` waits with more tokens than one pass takes.
+  prefill1 and `e` is being ended; `long` waits with more tokens than one step takes.
   """
   tiny_worker = WorkerSpec('small', Role.DECODE, **SIZES | {'num_pages': 1})
   workers = prefill_pool(2, **SIZES) + decode_pool(1, **SIZES) + colocated_pool(1, **SIZES)
@@ -96,7 +96,7 @@ def test_misuse_names_the_action_and_changes_nothing(cluster, misuse):
   assert snapshot(cluster.state) == before
 
 
-def test_a_worker_takes_no_third_pass():
+def test_a_worker_takes_no_third_step():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=30)
   for start in (0, 10):
@@ -114,7 +114,7 @@ def _refused(cluster: Driver, action: Action, words: str) -> None:
   assert snapshot(cluster.state) == before
 
 
-def test_a_pass_takes_no_more_chunks_than_the_worker_allows():
+def test_a_step_takes_no_more_chunks_than_the_worker_allows():
   cluster = Driver()
   for index in range(5):
     cluster.arrive(f'r{index}', prompt_len=2, max_tokens=1)

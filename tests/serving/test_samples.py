@@ -368,8 +368,8 @@ class Sampled(Listed):
 
 
 class Memory:
-  """What the pages of every worker hold, by the orders: whose token, and which. A pass happens when it is handed over,
-  a transfer is read then and written when it has ended.
+  """The tokens in the pages of every worker by the orders, with owner and position. A step happens when it is handed
+  over, a transfer is read then and written when it has ended.
   """
 
   def __init__(self, page_size: int, lengths: dict[str, int]):
@@ -430,7 +430,7 @@ class Memory:
 
 
 def owner_of(request: Request, position: int) -> str:
-  """Whose a token is; those of the prompt are all samples', whichever computed it."""
+  """The owner of a token; those of the prompt are all samples', whichever computed it."""
   return request.sample_of or request.id if position < request.prompt_len else request.id
 
 

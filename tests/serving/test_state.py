@@ -90,7 +90,7 @@ def test_a_colocated_prompt_decodes_where_it_is_and_needs_no_admission():
   cluster.assert_idle()
 
 
-def test_one_pass_fuses_chunks_with_decodes():
+def test_one_step_fuses_chunks_with_decodes():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=4)
   cluster.end(cluster.start(Step('both0', (Chunk('a', 0, 4),)))[0], {'a': 1})
@@ -168,7 +168,7 @@ def test_pages_under_way_stay_held_when_the_first_token_is_a_stop():
   cluster.assert_idle()
 
 
-def test_a_sequence_that_stops_early_leaves_its_second_pass_to_run_out():
+def test_a_sequence_that_stops_early_leaves_its_second_step_to_run_out():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', max_tokens=10)
   (step,) = cluster.start(Step('both0', (Chunk('a', 0, 6),)))
@@ -197,7 +197,7 @@ def test_steps_are_clipped_to_the_most_tokens_that_any_sequence_has_left(limits,
   assert order.steps == expected
 
 
-def test_two_passes_in_flight_ask_for_no_more_tokens_than_are_left():
+def test_two_steps_in_flight_ask_for_no_more_tokens_than_are_left():
   cluster = _decoding(6)
   (first,) = cluster.start(Step('both0', decodes=ALL, steps=3))
   (second,) = cluster.start(Step('both0', decodes=ALL, steps=3))

@@ -1,4 +1,4 @@
-"""What a policy sees can be read, is up to date, and leads to nothing that changes the cluster."""
+"""The view of a policy can be read, is up to date, and leads to nothing that changes the cluster."""
 
 from collections.abc import Iterator, Mapping
 

@@ -107,7 +107,7 @@ def test_a_size_goes_into_the_smallest_bucket_that_holds_it():
     bucket_for(11, (2, 8, 10))
 
 
-def test_the_largest_pass_of_a_worker_has_a_bucket():
+def test_the_largest_step_of_a_worker_has_a_bucket():
   worker = WorkerSpec('w', max_step_tokens=500, max_sequences=7)
   for sizes, largest in ((worker.token_buckets, 500), (worker.batch_buckets, 7)):
     assert sizes[-1] == largest and list(sizes) == sorted(set(sizes))
@@ -117,7 +117,7 @@ def test_the_largest_pass_of_a_worker_has_a_bucket():
   ('most', 'sizes'),
   [(1, (1,)), (2, (1, 2)), (8, (1, 8)), (9, (1, 8, 9)), (32, (1, 8, 16, 32)), (100, (1, 8, 16, 32, 64, 100))],
 )
-def test_no_decode_pass_of_more_than_eight_is_padded_to_twice_its_size(most, sizes):
+def test_no_decode_step_of_more_than_eight_is_padded_to_twice_its_size(most, sizes):
   assert WorkerSpec('w', max_sequences=most).batch_buckets == sizes
 
 

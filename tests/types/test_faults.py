@@ -1,4 +1,4 @@
-"""What a config may say about faults."""
+"""The answers to faults that a config may give."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whatever a run holds becomes strict JSON."""
+"""All that a run holds becomes strict JSON."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""What follows from a model's shape, against published figures."""
+"""The figures of a model's shape, against published figures."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Where workers' processes run, as data."""
+"""The Ray cluster of workers' processes, as data."""
 
 import re
 

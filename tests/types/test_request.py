@@ -130,7 +130,7 @@ def test_an_id_that_no_file_can_hold_is_refused(name):
     Request(name, (1,))
 
 
-# By our contract: what a pass or a report would stumble over, with the requests of others in it.
+# By our contract: what a step or a report would stumble over, with the requests of others in it.
 @pytest.mark.parametrize(
   ('field', 'value', 'words'),
   [

@@ -1,4 +1,4 @@
-"""What moves KV pages from one worker's pool to another's."""
+"""The protocol of a transport, which moves KV pages from one worker's pool to another's."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Parcel:
       the target's devices; at the latest when `wait` has returned.
     layers: The first layer of these and the one after the last.
     wire_bytes: Bytes of the arrays that were put onto target devices.
-    num_pieces: How many arrays that are.
+    num_pieces: The number of those arrays.
     gathered: The pieces on the source's devices.
     checked: Tells whether what arrived is what was sent; None if nobody looks.
     abandoned: Whether nobody wants it any more; what has not left then need not leave.
@@ -82,14 +82,14 @@ class Transport(Protocol):
     """Compile every size of batch and run each once between pools that are empty still; seconds by program."""
 
   def send(self, span: Span) -> Parcel:
-    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    """Put cached tokens on their way and return at once, even if steps that compute them are still under way."""
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
 
 
 def places(span: Span, pages: Sequence[int], page_size: int, unit: int) -> np.ndarray:
-  """Where each unit of a span lies in a pool: its page, and its first token there, `[n, 2]` int32.
+  """The place of each unit of a span in a pool: its page, and its first token there, `[n, 2]` int32.
 
   Args:
     span: Some tokens of a sequence.

@@ -1,4 +1,4 @@
-"""What transports have in common that carry pieces from the source's devices to the target's."""
+"""Transports that carry pieces from the source's devices to the target's: what they have in common."""
 
 import abc
 import time

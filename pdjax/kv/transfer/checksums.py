@@ -17,7 +17,7 @@ class Checked:
   """Checksums of pieces as they left, beside the pieces as they arrived.
 
   Each unit of a piece has a checksum of 64 bits that depends on every bit and its place, the unit's among the others
-  too, so that pages in another order are found as damaged ones are: random damage passes with odds of 2^-64.
+  too, so that pages in another order are found as damaged ones are: random damage stays unseen with odds of 2^-64.
   """
 
   def __init__(self, pairs: Iterable[tuple[jax.Array, jax.Array]]):

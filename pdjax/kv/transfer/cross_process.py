@@ -49,7 +49,7 @@ class RemotePool:
 
 
 def describe_pool(pool: PoolShapes) -> PoolShape:
-  """What another process must know of a pool."""
+  """The shape of a pool, as another process must know it."""
   shapes = pool.page_shapes
   mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
   dtype = cast(KVDtypeName, shapes.dtype.name)
@@ -87,7 +87,7 @@ class Server:
 
   @property
   def address(self) -> str:
-    """Where others connect to, host and port."""
+    """The address that others connect to, host and port."""
     return self._server.address()
 
   def offer(self, number: int, arrays: Sequence[jax.Array]) -> None:
@@ -118,7 +118,7 @@ class Half(Prepared):
   """
 
   def plan(self) -> WayPlan:
-    """What both ends must have worked out alike."""
+    """The plan of the way, which both ends must have worked out alike."""
     plan, cut = self.pieces, self.pieces.cut
     pieces = cut.source_pieces, cut.target_pieces
     return WayPlan(plan.unit, plan.dtype.name, cut.piece_heads, pieces, tuple(sorted(plan.shapes)))
@@ -159,7 +159,7 @@ class Sender(Half):
     self._end = SourceEnd(self.pieces, source)
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what the source runs."""
+    """Compile the programs of the source."""
     self._end.prepare(shape)
 
   def rehearse(self, shape: Shape) -> None:
@@ -169,10 +169,10 @@ class Sender(Half):
       jax.block_until_ready((pieces, [checksums(piece) for piece in pieces] if self.pieces.has_checksums else ()))
 
   def offer(self, number: int, span: Span) -> Offer:
-    """Gather cached tokens and offer them; return at once, even if passes that compute them are under way.
+    """Gather cached tokens and offer them; return at once, even if steps that compute them are under way.
 
     Args:
-      number: Of the transfer; no other transfer that this process offers may ever have it.
+      number: The number of the transfer; no other transfer that this process offers may ever have it.
       span: The tokens.
     """
     pieces = tuple(piece for batch in self._end.gather(span) for piece in self._end.leaving(batch))
@@ -196,7 +196,7 @@ class Receiver(Half):
     self.address = address  # the source's, which changes when its process is another
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what the target runs."""
+    """Compile the programs of the target."""
     self._end.prepare(shape)
 
   def rehearse(self, shape: Shape) -> None:
@@ -213,8 +213,8 @@ class Receiver(Half):
     """Begin to pull what was offered under a number; return at once.
 
     Args:
-      number: Of the transfer, whose offer somebody has heard of.
-      manifest: What was offered.
+      number: The number of the transfer, whose offer somebody has heard of.
+      manifest: The shapes and dtypes that were offered.
       span: The tokens.
 
     Raises:
@@ -274,12 +274,12 @@ class CrossProcess(WholeWay):
     self.receiver = Receiver(source, target, spec, theirs, ours.address)
 
   def prepare(self, shape: Shape) -> None:
-    """Compile what either half runs."""
+    """Compile the programs of either half."""
     self.sender.prepare(shape)
     self.receiver.prepare(shape)
 
   def send(self, span: Span) -> Parcel:
-    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    """Put cached tokens on their way and return at once, even if steps that compute them are still under way."""
     offer = self.sender.offer(next(_numbers), span)
     parcel = self.receiver.pull(offer.number, offer.manifest, span)
     return dataclasses.replace(parcel, gathered=offer.pieces)

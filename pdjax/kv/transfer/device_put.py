@@ -19,7 +19,7 @@ class DevicePut(ByPieces):
   """The way from one worker's pool to another's in the same process."""
 
   def send(self, span: Span) -> Parcel:
-    """Put cached tokens on their way and return at once, even if passes that compute them are still under way."""
+    """Put cached tokens on their way and return at once, even if steps that compute them are still under way."""
     gathered = self.source.gather(span)
     leaving = [piece for batch in gathered for piece in self.source.leaving(batch)]
     arrived = self.put(leaving, self.devices_of(gathered))

@@ -190,7 +190,7 @@ class TargetEnd:
 
 
 def device_of(piece: jax.ShapeDtypeStruct) -> jax.Device:
-  """Where a piece arrives. JAX puts an array on a device sooner than into a sharding."""
+  """The device at which a piece arrives. JAX puts an array on a device sooner than into a sharding."""
   (device,) = piece.sharding.device_set
   return device
 

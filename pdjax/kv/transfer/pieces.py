@@ -30,7 +30,7 @@ Shape = tuple[int, int]  # of a batch: its layers and units
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """How KV heads cut over one mesh map to heads cut over another.
+  """The mapping of KV heads cut over one mesh to heads cut over another.
 
   Attributes:
     piece_heads: Heads of one piece.
@@ -76,7 +76,7 @@ def batch_sizes(units: int, sizes: Sequence[int]) -> list[int]:
 
 
 class Pieces:
-  """What travels between two pools, and in which batches.
+  """The pieces that travel between two pools, and their batches.
 
   Attributes:
     source: Shapes of the source's pages.

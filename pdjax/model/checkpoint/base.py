@@ -1,4 +1,4 @@
-"""What every checkpoint offers, whatever its file format: a spec, tensors under our names and shapes, a tokenizer."""
+"""The protocol of checkpoints of all file formats: a spec, tensors under our names and shapes, a tokenizer."""
 
 import math
 import pathlib
@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
     ...
 
   def end_tokens(self) -> EndTokens:
-    """What ends a sequence, and which part of the checkpoint says so; `spec.eos_token_ids` are its `ids`."""
+    """The tokens that end a sequence, by the parts of the checkpoint that say so; `ids` are `spec.eos_token_ids`."""
     ...
 
 
@@ -65,8 +65,8 @@ class ShardedCheckpoint(Checkpoint, Protocol):
     """Read weights straight into shardings.
 
     Args:
-      shardings: Where each lies, by keys of `tensor_shapes(spec)`.
-      dtype: What they are converted to.
+      shardings: The sharding of each, by keys of `tensor_shapes(spec)`.
+      dtype: The dtype they are converted to.
 
     Raises:
       ValueError: if one is missing, damaged or of another shape.
@@ -75,7 +75,7 @@ class ShardedCheckpoint(Checkpoint, Protocol):
 
 
 def with_chat_template(ends: EndTokens, tokenizer: Tokenizer | None, spec: ModelSpec) -> EndTokens:
-  """These ends and, for chats, what the tokenizer's chat template puts behind an assistant's message."""
+  """These ends and, for chats, the tokens that the tokenizer's chat template puts behind an assistant's message."""
   if tokenizer is None:
     return ends
   return ends.with_turn(tokenizer.turn_end_ids, spec.vocab_size, f'the chat template of {tokenizer.source}')

@@ -122,7 +122,7 @@ class GGUFCheckpoint:
     return self._tokenizer
 
   def end_tokens(self) -> EndTokens:
-    """What ends a sequence, by the keys of the metadata that say so."""
+    """The tokens that end a sequence, by the keys of the metadata that say so."""
     try:
       tokenizer = self.tokenizer()
     except ValueError:  # of a kind that is not known here: it serves token ids all the same
@@ -270,7 +270,7 @@ class _Metadata:
     return window, None if len(layers) == num_layers else layers
 
   def rope_scaling(self, factors: np.ndarray | None, rope_theta: float) -> RopeScaling | None:
-    """How the rotary embedding is stretched: by one factor in the metadata, or one a frequency in a tensor."""
+    """The stretching of the rotary embedding: by one factor in the metadata, or one a frequency in a tensor."""
     kind = self.get('rope.scaling.type', 'linear') or 'linear'
     if kind not in ('none', 'linear'):
       raise self.error('rope.scaling.type', kind, "'none' or 'linear', because pdjax does not compute others yet")

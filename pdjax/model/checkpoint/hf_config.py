@@ -11,7 +11,7 @@ from pdjax.types.model import MAX_LAYERS, ModelSpec, RopeScaling, is_positive, i
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-  """What a `model_type` computes, and what it takes for a setting that its config.json leaves out."""
+  """The features of a `model_type`, and its defaults for settings that its config.json leaves out."""
 
   context_len: int
   kv_heads: int | None = None  # None: one for each query head
@@ -46,7 +46,7 @@ def declared_dtype(config: Mapping[str, Any]) -> Any:
 
 
 def default_eos_ids(config: Mapping[str, Any]) -> list[int]:
-  """What ends a sequence of this family where its configuration leaves `eos_token_id` out; a null says nothing does."""
+  """The end tokens of a family where its configuration leaves `eos_token_id` out; a null says that there are none."""
   family = _FAMILIES.get(str(config.get('model_type')))
   vocab_size = config.get('vocab_size')
   if family is None or family.eos_token_id is None or not is_size(vocab_size) or family.eos_token_id >= vocab_size:
@@ -63,9 +63,9 @@ def spec_from_config(
   embedding is described by `rope_scaling` and `rope_theta` or, in newer files, by `rope_parameters`.
 
   Args:
-    settings: What the file holds.
+    settings: The contents of the file.
     path: The file, for error messages.
-    name: What to call the model.
+    name: The name of the model.
     eos_token_ids: Tokens that end a sequence.
 
   Raises:

@@ -83,7 +83,7 @@ def download(hub_id: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _named_errors(hub_id: str, repository: str, file: str | None) -> Iterator[None]:
-  """Says what went wrong between this machine and the hub."""
+  """Turns errors between this machine and the hub into ones that say what to do."""
   from huggingface_hub import constants, errors
 
   try:

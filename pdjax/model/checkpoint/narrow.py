@@ -16,7 +16,7 @@ def convert_weight(weight: np.ndarray, dtype: Any, name: str, order: Any = 'K') 
     weight: Floating-point numbers of any shape.
     dtype: The type.
     name: The weight, for the error message.
-    order: How the result lies in memory, as in `numpy.ndarray.astype`.
+    order: The order of the result in memory, as in `numpy.ndarray.astype`.
 
   Raises:
     ValueError: if a finite number would become an infinity.

@@ -143,7 +143,7 @@ class OrbaxCheckpoint:
     return self._tokenizer
 
   def end_tokens(self) -> EndTokens:
-    """What ends a sequence, by the parts of the original that say so."""
+    """The tokens that end a sequence, by the parts of the original that say so."""
     return with_chat_template(self._ends, self.tokenizer(), self.spec)
 
   def _check_names(self) -> None:
@@ -234,7 +234,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
 
   Args:
     checkpoint: The original.
-    folder: Where to; made if it is not there.
+    folder: The folder to write to; made if it is not there.
     dtype: 'float32', 'bfloat16' or 'float16'; None is the type that the original is meant to be used in.
 
   Returns:

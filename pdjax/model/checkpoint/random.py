@@ -39,5 +39,5 @@ class RandomCheckpoint:
     return None
 
   def end_tokens(self) -> EndTokens:
-    """What the model's shape names."""
+    """The end tokens that the model's shape names."""
     return EndTokens((('model', self.spec.eos_token_ids),)) if self.spec.eos_token_ids else EndTokens()

@@ -55,7 +55,7 @@ class SafetensorsCheckpoint:
 
   Args:
     folder: The folder.
-    name: What to call the model; None is the folder's name.
+    name: The name of the model; None is the folder's name.
 
   Raises:
     FileNotFoundError: if the folder, its config.json or one of its weight files is missing.
@@ -112,7 +112,7 @@ class SafetensorsCheckpoint:
     return self._tokenizer
 
   def end_tokens(self) -> EndTokens:
-    """What ends a sequence, by the files that say so."""
+    """The tokens that end a sequence, by the files that say so."""
     return with_chat_template(self._ends, self._tokenizer, self.spec)
 
   def _open_tokenizer(self, eos_token_ids: tuple[int, ...]) -> Tokenizer | None:
@@ -124,7 +124,7 @@ class SafetensorsCheckpoint:
     return self._embed_name if name == 'embed' else _stored_name(name)
 
   def _with_found_head(self, spec: ModelSpec) -> ModelSpec:
-    """What config.json calls tied is tied if one matrix is there or both are equal; else both are used."""
+    """The spec, tied as config.json says if one matrix is there or both are equal; else both are used."""
     embed, head = _TOP_NAMES['embed'], _TOP_NAMES['unembed']
     if head not in self._stored:
       return spec

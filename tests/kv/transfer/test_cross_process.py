@@ -1,4 +1,4 @@
-"""What is particular to the way between processes; what it moves is tested beside `DevicePut`."""
+"""The particulars of the way between processes; the pages it moves are tested beside `DevicePut`."""
 
 import contextlib
 import dataclasses

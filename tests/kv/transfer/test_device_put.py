@@ -50,11 +50,11 @@ class Pool:
     return cls(mesh, jax.tree.map(fill, shapes), shapes)
 
   def values(self) -> list[np.ndarray]:
-    """What is stored in each layer, `[P, 2, K, G, D]` whatever its layout."""
+    """The elements stored in each layer, `[P, 2, K, G, D]` whatever its layout."""
     return [np.array(self.pages.layout.unpack(np.asarray(layer))) for layer in self.pages.layers]
 
   def numbers(self) -> np.ndarray:
-    """What it stands for, `[P, G, L, 2, K, D]`."""
+    """The values they stand for, `[P, G, L, 2, K, D]`."""
     numbers = np.stack(self.values()).astype(np.float32)
     if self.pages.scales:
       numbers *= np.stack([np.asarray(scales) for scales in self.pages.scales])[..., None]

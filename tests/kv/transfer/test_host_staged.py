@@ -1,4 +1,4 @@
-"""What is particular to the way over the host's memory; what it moves is tested beside `DevicePut`."""
+"""The particulars of the way over the host's memory; the pages it moves are tested beside `DevicePut`."""
 
 import jax
 import numpy as np

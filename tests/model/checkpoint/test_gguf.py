@@ -186,7 +186,7 @@ def test_architectures_keep_their_own_fields_and_row_order(tmp_path, arch, chang
 
 
 def factors_of_converters(theta: float, head_dim: int, scaling: RopeScaling) -> np.ndarray:
-  """What converters write into rope_freqs.weight: in float32, by wavelengths."""
+  """The factors that converters write into rope_freqs.weight: in float32, by wavelengths."""
   frequencies = 1.0 / (np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
   out = []
   for frequency in frequencies:

@@ -1,4 +1,4 @@
-"""How many pages fit beside the weights."""
+"""The number of pages that fit beside the weights."""
 
 import dataclasses
 import math

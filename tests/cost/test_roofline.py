@@ -73,7 +73,7 @@ def test_fused_steps_are_single_steps_with_the_context_growing(memory_bytes_per_
   assert _step(contexts=[100, 7], steps=5, cost=cost) == pytest.approx(singles, rel=1e-12)
 
 
-def test_a_fused_pass_reads_the_weights_once():
+def test_a_fused_step_reads_the_weights_once():
   assert _step([(0, 64)], [500] * 8) < _step([(0, 64)]) + _step(contexts=[500] * 8) - 0.015
 
 

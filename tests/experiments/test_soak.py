@@ -117,7 +117,7 @@ def test_a_minute_in_which_everything_fails_finds_nothing_wrong(tmp_path):
 
 
 class Trace:
-  """What a fault left in the books: every event that a state was told of, and whether it counted."""
+  """The traces of a fault in the books: every event that a state was told of, and whether it counted."""
 
   def __init__(self):
     self.told: list[tuple[Event, bool]] = []

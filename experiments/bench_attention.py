@@ -1,4 +1,4 @@
-r"""How long the attention kernels take in plain XLA, by the size of the blocks they walk over.
+r"""Times of the attention kernels in plain XLA, by the size of the blocks they walk over.
 
 python -m experiments.bench_attention
 python -m experiments.bench_attention --json=attention.json
@@ -50,7 +50,7 @@ def decodes(block_tokens: int) -> dict[str, Callable[[], jax.Array]]:
 
 
 def prefills(block_rows: int, block_tokens: int) -> dict[str, Callable[[], jax.Array]]:
-  """Prefill passes to time, by name."""
+  """Prefills to time, by name."""
   queries, pages, tables = _arrays()
   blocks = block_rows, block_tokens
   call = jax.jit(functools.partial(prefill_xla.prefill_attention, softmax_scale=SCALE, blocks=blocks))

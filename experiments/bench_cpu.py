@@ -1,17 +1,17 @@
-r"""How fast pdjax serves on a CPU: beside transformers on torch, and beside the least time that it could take.
+r"""The speed of pdjax on a CPU: beside transformers on torch, and beside the least time that it could take.
 
 python -m experiments.bench_cpu
 python -m experiments.bench_cpu --rounds=7 --json=cpu.json
 
 Both hold SmolLM2-135M's weights in float32 and have two threads each, and take turns within every round, in processes
 of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
-policy and the engine's paged passes, one decode step a pass, one prefill and one decode worker on one device.
+policy and the engine's paged steps, none of them fused, one prefill and one decode worker on one device.
 transformers runs a batch of equal prompts, with its own cache and without gradients, and never waits for a request: its
 best case. A decode of context 64 runs over the contexts around 64. Tokens are greedy and compared; one more
 case, without the peer, draws them from a nucleus of 0.9.
 
 The floor is what the same matrices times rows take by themselves, multiplied by XLA in the better of two ways, and one
-pass over the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.
+reading of the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.
 Figures are medians of the rounds. Without torch and transformers, or with --peer=none, the comparison is left out.
 """
 
@@ -55,7 +55,7 @@ PAUSE_S = 0.2  # between two measurements: torch's threads spin for a moment aft
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured: prompts of `prompt_len` tokens, and `steps` decode steps after them; none is a prefill.
+  """A case to measure: prompts of `prompt_len` tokens, and `steps` decode steps after them; none is a prefill.
 
   Tokens are greedy, or drawn from a nucleus of `top_p` at temperature 1; then there is no peer.
   """
@@ -73,13 +73,13 @@ class Case:
     return cls(f'{kind} batch {batch} context {context}', batch, max(context - steps // 2, 1), steps, top_p)
 
   def sampling(self) -> SamplingParams:
-    """How every request chooses its tokens."""
+    """The sampling of every request."""
     greedy = SamplingParams(max_tokens=self.steps + 1, ignore_eos=True)
     return greedy if self.top_p is None else dataclasses.replace(greedy, temperature=1.0, top_p=self.top_p)
 
   @property
   def tokens(self) -> int:
-    """Tokens of one pass."""
+    """Tokens of one step."""
     return self.batch if self.steps else self.prompt_len
 
   @property
@@ -126,9 +126,9 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Seconds of a pass, the host's share of them, and the tokens that came, by prompt."""
+  """Seconds of a step, the host's share of them, and the tokens that came, by prompt."""
 
-  pass_s: float
+  step_s: float
   host_share: float
   tokens: list[tuple[int, ...]]
 
@@ -141,13 +141,13 @@ def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...
   state = deployment.empty_state()
   engine.start_clock()
   tokens: dict[str, tuple[int, ...]] = {}
-  passes: set[int] = set()
+  steps: set[int] = set()
   ends_s: list[float] = []
   for event in serve(Listed(requests), WholeBatch(batch=case.batch), backend, state):
     match event:
       case Started(order=StepOrder(id=order, decodes=decodes)) if len(decodes) == case.batch or not case.steps:
-        passes.add(order)
-      case Done(order=order, ended_s=ended_s) if order in passes:
+        steps.add(order)
+      case Done(order=order, ended_s=ended_s) if order in steps:
         ends_s.append(ended_s)
       case Finished(request=request, tokens=all_tokens):
         tokens[request] = all_tokens
@@ -159,7 +159,7 @@ def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...
 
 
 def floor_s(model: ModelSpec, case: Case, copy_speed: float, repeats: int) -> float:
-  """The least seconds of a pass: its products, in the quickest way known here, and its keys and values read once."""
+  """The least seconds of a step: its products, in the quickest way known here, and its keys and values read once."""
   cached = cached_s(model, case.batch * case.context, copy_speed)
   return products_s(model, case.tokens, case.batch, repeats) + cached
 
@@ -168,7 +168,7 @@ def floor_s(model: ModelSpec, case: Case, copy_speed: float, repeats: int) -> fl
 
 
 def cases(quick: bool, steps: int) -> list[Case]:
-  """What is measured."""
+  """The cases to measure."""
   if quick:
     return [Case('prefill 32', 1, 32), Case.decode(2, 16, 8), Case.decode(2, 16, 8, top_p=0.9)]
   return [
@@ -227,13 +227,13 @@ def main(argv: list[str]) -> None:
 
   rows = []
   for case in measured:
-    pass_s = statistics.median(one.pass_s for one in ours[case.name])
+    step_s = statistics.median(one.step_s for one in ours[case.name])
     other = theirs[case.name]
     rows.append(
       row(
-        case.name, case.tokens / pass_s, 'tokens/s',
+        case.name, case.tokens / step_s, 'tokens/s',
         peer='transformers' if other else None, peer_value=case.tokens / statistics.median(other) if other else None,
-        floor_share=statistics.median(floors[case.name]) / pass_s,
+        floor_share=statistics.median(floors[case.name]) / step_s,
       )
     )  # fmt: skip
   largest = max(

@@ -1,4 +1,4 @@
-r"""What handing a prompt over costs: whole, chunk by chunk, layer by layer, and beside a colocated worker.
+r"""The cost of handing a prompt over: whole, chunk by chunk, layer by layer, and beside a colocated worker.
 
 python -m experiments.bench_handoff
 python -m experiments.bench_handoff --prompt_len=256 --rounds=9 --json=handoff.json
@@ -8,7 +8,7 @@ One request at a time, SmolLM2-135M in float32, one prefill and one decode worke
 there is but one), and a colocated worker with the same chunks. Every way takes its turn within every round; figures are
 medians of the rounds.
 
-* exposed: from the end of the prompt's last pass until the decode worker has all of it (ms; 0 if it has it before)
+* exposed: from the end of the prompt's last step until the decode worker has all of it (ms; 0 if it has it before)
 * hidden: the share of wire time, pieces ready to arrived, in which the source computed the prompt
 * second token: from arrival to the second token (ms), and its ratio to that of the colocated worker
 """
@@ -82,7 +82,7 @@ class Served:
     config = ServingConfig(
       checkpoint=_CHECKPOINT.value,
       model=ModelSpec.smollm2_135m() if _CHECKPOINT.value == 'random' else None,
-      # Whole chunks are of one size, for which alone passes are compiled then.
+      # Whole chunks are of one size, for which alone steps are compiled then.
       workers=workers if _PROMPT_LEN.value % _CHUNK.value else with_few_buckets(workers, (1,)),
       policy=policy,
       transfer=transfer,

@@ -1,4 +1,4 @@
-r"""What the kernels cost on TPUs: timed on one that is here, else compiled ahead and read from the compiler.
+r"""The cost of the kernels on TPUs: timed on one that is here, else compiled ahead and read from the compiler.
 
 python -m experiments.bench_kernels                                  # the table of pallas_kernels/README.md
 python -m experiments.bench_kernels --only=decode --devices=v6e,tpu7x
@@ -140,7 +140,7 @@ def _measure(problem: Problem, device: str) -> static_cost.Cost | str:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """What came of one choice of parameters."""
+  """The figures of one choice of parameters."""
 
   merit: tuple[float, ...]  # less is better
   figures: Mapping[str, Any]  # as the table of parameters tells them
@@ -222,7 +222,7 @@ def timed(problem: Problem, device: str) -> Figure | str:
 
 
 def _known_bundles(problem: Problem, case: static_cost.Case, device: str) -> int | None:
-  """How long the program of a problem is, if it was estimated before with these parameters."""
+  """The length of a problem's program in bundles, if it was estimated before with these parameters."""
   wanted = problem.arguments.get('config', {})
   for known in tuning.load(case.kernel):
     if (known.device, known.problem) == (device, case.facts) and wanted.items() <= known.config.items():

@@ -1,10 +1,10 @@
-r"""What a turn of the host loop costs: the policy, the state and the log, with a backend that does nothing.
+r"""The cost of a turn of the host loop: the policy, the state and the log, with a backend that does nothing.
 
 python -m experiments.bench_loop
 python -m experiments.bench_loop --batch=128 --json=loop.json
 
-Every decode worker holds `--batch` sequences. A turn ends the oldest pass of every worker, applies its tokens, asks the
-policy, and hands the next pass over: what a device would wait for if it were infinitely fast.
+Every decode worker holds `--batch` sequences. A turn ends the oldest step of every worker, applies its tokens, asks the
+policy, and hands the next step over: what a device would wait for if it were infinitely fast.
 """
 
 import statistics
@@ -34,7 +34,7 @@ _TOKEN = 7
 
 
 class NullBackend:
-  """Ends every order at once; a pass brings each of its sequences as many tokens as it was asked for."""
+  """Ends every order at once; a step brings each of its sequences as many tokens as it was asked for."""
 
   def __init__(self):
     self._orders: list[Order] = []
@@ -45,7 +45,7 @@ class NullBackend:
     self._orders += orders
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
-    """End the oldest pass of every worker, and all else."""
+    """End the oldest step of every worker, and all else."""
     began_s, self._now_s = self._now_s, self._now_s + 1e-3
     events: list[Event] = []
     later: list[Order] = []

@@ -1,4 +1,4 @@
-r"""What a token costs on its way to text, at the beginning of an answer and far into it.
+r"""The cost of a token on its way to text, at the beginning of an answer and far into it.
 
 python -m experiments.bench_text
 python -m experiments.bench_text --bar=1.5 --json=text.json

@@ -1,4 +1,4 @@
-r"""How fast KV travels, beside what could carry the same bytes at best, in the same run.
+r"""The speed at which KV travels, beside the fastest that could carry the same bytes, in the same run.
 
 python -m experiments.bench_transfer
 python -m experiments.bench_transfer --transport=cross_process --mib=8,32 --json=transfer.json
@@ -69,7 +69,7 @@ class _Pool:
 
 
 def pages_of(mib: float) -> int:
-  """How many pages have at least so many MiB."""
+  """The fewest pages of at least `mib` MiB."""
   return math.ceil(mib * 2**20 / (_PAGE_SIZE * _MODEL.cached_token_bytes('float32')))
 
 

@@ -6,7 +6,7 @@ python -m experiments.check_device --out=device --only=tune --tune
 python -m experiments.check_device --out=dry --dry_run
 
 In parts, in order of worth, each in a process of its own that is ended after --timeout_s: (a) ceilings, (b) correctness
-of every kernel beside float64, (c) prefill and decode attention by shape beside cuDNN and XLA, (d) passes of
+of every kernel beside float64, (c) prefill and decode attention by shape beside cuDNN and XLA, (d) steps of
 Llama-3-8B, then 1P1D on one device beside colocated, the hand-off, with --tune parameters of kernels, transfers and
 golden tokens; --help names them. One that fails does not stop the others. What a part found so far is kept if it is
 ended.
@@ -138,7 +138,7 @@ def wanted(only: Sequence[str] | None, tune: bool) -> list[Part]:
 
 
 def described(platform: str, folder: pathlib.Path) -> dict[str, Any]:
-  """What the device is, found out by a process that ends before the parts begin; ends the command if there is none."""
+  """Describe the device, in a process that ends before the parts begin; end the command if there is none."""
   try:
     done = subprocess.run(
       [sys.executable, '-c', DESCRIBE, platform], env=environment(folder, shares=True), capture_output=True, text=True,

@@ -1,4 +1,4 @@
-"""Workers compiled for a few sizes of passes, where a benchmark knows which it will run: compiling takes longest."""
+"""Workers compiled for a few sizes of steps, where a benchmark knows which it will run: compiling takes longest."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from pdjax.types import WorkerSpec
 
 @dataclasses.dataclass(frozen=True)
 class FewBuckets(WorkerSpec):
-  """A worker whose prompt passes are all padded to `max_step_tokens`, and decode passes to one of `batches`.
+  """A worker whose prompt steps are all padded to `max_step_tokens`, and decode steps to one of `batches`.
 
   None is the usual batches.
   """
@@ -27,7 +27,7 @@ class FewBuckets(WorkerSpec):
 
 
 def with_few_buckets(workers: Iterable[WorkerSpec], batches: Sequence[int] | None = None) -> tuple[FewBuckets, ...]:
-  """The same workers, compiled for their largest prompt pass and these batches alone."""
+  """The same workers, compiled for their largest prompt step and these batches alone."""
   return tuple(
     FewBuckets(
       **{field.name: getattr(worker, field.name) for field in dataclasses.fields(WorkerSpec)},

@@ -1,4 +1,4 @@
-"""The least time that a pass could take: its matrix products by themselves, and its keys and values read once."""
+"""The least time that a step could take: its matrix products by themselves, and its keys and values read once."""
 
 import functools
 import statistics
@@ -16,7 +16,7 @@ from pdjax.types import ModelSpec
 
 
 def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
-  """How fast this machine's memory is copied, by as many threads at once."""
+  """Bytes per second that `threads` threads copy at once in this machine's memory."""
   source = np.ones(megabytes << 18, np.float32)
   target = np.empty_like(source)
   parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
@@ -25,7 +25,7 @@ def copy_bytes_per_s(threads: int, megabytes: int = 256) -> float:
 
 
 def products(model: ModelSpec, rows: int, unembedded: int, outputs_first: bool) -> Callable[[], Any]:
-  """Every product of a pass over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one.
+  """Every product of a step over `rows` tokens, of which so many are unembedded: each layer's matrices, one by one.
 
   Matrices lie `[outputs, inputs]` and are multiplied as the model does it, or `[inputs, outputs]` and as they lie. Each
   layer has inputs of its own: where products share one, XLA makes one product of them on a GPU, for which it joins
@@ -76,7 +76,7 @@ def multiply_all(
 
 
 def products_s(model: ModelSpec, rows: int, unembedded: int, repeats: int) -> float:
-  """Seconds of the products of a pass, in the quicker of both ways."""
+  """Seconds of the products of a step, in the quicker of both ways."""
   with ThreadPoolExecutor(2) as pool:
     ways = list(pool.map(functools.partial(products, model, rows, unembedded), (False, True)))
   return min(median_s(lambda way=way: jax.block_until_ready(way()), repeats) for way in ways)  # type: ignore[misc]

@@ -18,10 +18,10 @@ def row(
   """One figure, of which more is better where there is a peer.
 
   Args:
-    name: What was measured.
+    name: The measured quantity.
     value: The figure.
     unit: Its unit.
-    peer: What else was measured beside it, under the same conditions.
+    peer: The name of another that was measured beside it, under the same conditions.
     peer_value: The peer's figure in the same unit.
     floor_share: The least time that it could take as a share of the time that it took, from 0 to 1.
 

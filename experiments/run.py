@@ -12,7 +12,7 @@ python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simu
 
 With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
 `report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, either side
-with several sizes of a pass, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how. What an
+with several sizes of a step, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how. What an
 earlier run left in the folder is moved to one beside it, `out.1` or the next number; nothing is overwritten.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
@@ -103,7 +103,7 @@ _CALIBRATE = flags.DEFINE_bool(
 _COMPARE = flags.DEFINE_bool('compare', False, 'Also run the colocated baseline on the same devices and workload.')
 _RATES = flags.DEFINE_list('rates', None, 'With --compare: requests per second to try, "1,2,4".')
 _SPLITS = flags.DEFINE_list('splits', None, 'With --compare: splits to try instead of the config\'s, "2P1D,1P2D".')
-_BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: most tokens of a pass to try, "256,512".')
+_BUDGETS = flags.DEFINE_list('budgets', None, 'With --compare: most tokens of a step to try, "256,512".')
 _FIGURE = flags.DEFINE_string('figure', None, 'Also draw the run as one picture: a file that ends in .svg or .png.')
 _RAY_ADDRESS = flags.DEFINE_string(
   'ray_address', None, 'Run every worker in a process of its own on this Ray cluster, host:port or auto.'
@@ -279,7 +279,7 @@ class _Run:
     return [f'{num_refused} of {len(self._rows)} lines were refused as they were read.'] if num_refused else []
 
   def _outcomes(self) -> Sequence[Completion | Refused]:
-    """What became of everyone, in the order of the file or of arrival."""
+    """The outcome of everyone, in the order of the file or of arrival."""
     return self._answers.everyone if self._rows is None else outcomes(self._rows, self._answers.everyone)
 
   def _write(self, everyone: Sequence[Completion]) -> str | None:
@@ -292,7 +292,7 @@ class _Run:
     return problem
 
   def _told(self, ends: Sequence[Completion | Refused]) -> str:
-    """What is said behind the cause of an early end."""
+    """The sentence behind the cause of an early end."""
     assert self._config.workload is not None
     num_served, num_asked = sum(map(_is_served, ends)), len(ends)
     if self._rows is None:  # those that had not come yet have no end
@@ -354,19 +354,19 @@ def _folder(
 
 
 def _of_requests(rows: list[Row] | None) -> dict[str, Any] | None:
-  """What `run.json` keeps of a file of requests; of what came through a pipe nothing is left to look at."""
+  """The entry of `run.json` for a file of requests; a pipe has none, as nothing is left of it to look at."""
   if rows is None or _REQUESTS.value is None or not pathlib.Path(_REQUESTS.value).is_file():
     return None
   return {'sha256': hashlib.sha256(pathlib.Path(_REQUESTS.value).read_bytes()).hexdigest(), 'num_lines': len(rows)}
 
 
 def _command() -> dict[str, Any]:
-  """What `run.json` keeps of the command."""
+  """The entry of `run.json` for the command."""
   return {name: _kept(name) for name in _KEPT}
 
 
 def _kept(name: str) -> Any:
-  """What `run.json` keeps of a flag: paths from the root, as the run may go on from another folder."""
+  """The value of a flag in `run.json`: paths from the root, as the run may go on from another folder."""
   value = FLAGS[name].value
   if name not in _PATHS or value is None or value == KEEP_NO_PROGRAMS or '://' in value:
     return value
@@ -432,7 +432,7 @@ def _say_error(line: str) -> None:
 
 
 def _place(error: BaseException, folder: RunFolder | None) -> str:
-  """Where an error comes from that nobody foresaw, such as one of a policy, and where to read more."""
+  """The line that raised an unforeseen error, such as one of a policy, and where to read more."""
   lines = ''.join(traceback.format_exception(error))
   logging.debug('%s', lines)
   frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -6,14 +6,14 @@ python -m experiments.soak --minutes=1 --seed=7 --only=pass_refused,transfer_sta
 A tiny model with random weights on virtual CPU devices, in float32, disaggregated (2P2D) and colocated (2C) in turns,
 each in live sessions of a few waves: users come at random moments, read in threads and in asyncio, cancel, and go on
 with chats; answers are greedy or drawn from a seed, of one sample or several, cut short by stop strings and tokens.
-Meanwhile transfers fail, stall and come damaged, late or twice, links are slow or stand still, passes are refused,
+Meanwhile transfers fail, stall and come damaged, late or twice, links are slow or stand still, steps are refused,
 fail, stall and meet NaN, workers are lost in prefill, in decode and while KV is handed over, pools are small, and the
 disk of the log is full. Everything is answered by a cluster that nobody disturbs, too: tokens and log probabilities
 must be the same, in the stream as in its completion, and errors come only of NaN, or where the fault settings allow
 them. Once nobody is served every page, slot, byte of staging and transfer is free, a log that could not be written says
 from when on it is incomplete, and from session to session device arrays, open files and threads become no more.
 
-A fault is counted as it acts, not as it is drawn: a pass that was to fail may never begin.
+A fault is counted as it acts, not as it is drawn: a step that was to fail may never begin.
 
 The seed is printed. With it the same is asked for in the same order; when what fails depends on the time that things
 take, so that a failure comes again as far as that allows. The exit status is 1 if anything was wrong, or if nothing

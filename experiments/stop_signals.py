@@ -67,7 +67,7 @@ class StopSignals:
 
   @property
   def exit_code(self) -> int | None:
-    """What a shell tells of a process that the signal ended, such as 143 for SIGTERM; None if none came."""
+    """The exit code of a process that the signal ended, such as 143 for SIGTERM; None if none came."""
     return None if self.received is None else 128 + self.received
 
   def _listen(self, heard: int) -> None:

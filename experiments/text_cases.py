@@ -1,4 +1,4 @@
-"""What `bench_text` streams: three kinds of vocabulary, each with the answers that are worst for it."""
+"""Answers that `bench_text` streams: three kinds of vocabulary, each with those that are worst for it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ MANY_BYTES = 'é漢😀'  # of two, three and four bytes, none of which is a tok
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is streamed: an answer in a kind of vocabulary."""
+  """An answer to stream, in a kind of vocabulary."""
 
   vocabulary: str
   answer: str

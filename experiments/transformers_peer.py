@@ -36,7 +36,7 @@ def plain_llama(model: ModelSpec) -> bool:
 
 
 class Generated(NamedTuple):
-  """What a batch of prompts brought: seconds to the first tokens, mean seconds a step after them, every token."""
+  """The outcome of a batch of prompts: seconds to the first tokens, mean seconds a step after them, every token."""
 
   prefill_s: float
   step_s: float

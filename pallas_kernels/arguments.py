@@ -1,4 +1,4 @@
-"""What every attention kernel asks of its arguments."""
+"""Arguments of the attention kernels: their checks, and the facts by which an implementation is chosen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def check_queries_and_pages(
     q: `[..., H, D]`.
     pages: Keys and values.
     scales: `[P, 2, K, G]` of quantized pages, else None.
-    shapes: Which shapes q may have, by the number of axes.
+    shapes: Shapes that q may have, by the number of axes.
 
   Raises:
     ValueError: if shapes or dtypes do not fit together.
@@ -177,7 +177,7 @@ def named(**options: Any) -> str:
 
 
 def describe(layout: PageLayout, q: Any, pages: Any, tables: Any, options: str = '') -> dict[str, int | str]:
-  """What the choice of an implementation and its parameters depends on; of arrays, or of shapes and dtypes alone."""
+  """Facts by which an implementation and its parameters are chosen; of arrays, or of shapes and dtypes alone."""
   return {
     'dtype': pages.dtype.name,
     'q_dtype': q.dtype.name,

@@ -79,7 +79,7 @@ def prefill(
   config: dict[str, Any] | None = None,
   static: bool = True,
 ) -> Case:
-  """A prefill pass: whole prompts of `context` tokens if it is static, else `tokens` of up to `batch` sequences."""
+  """A prefill step: whole prompts of `context` tokens if it is static, else `tokens` of up to `batch` sequences."""
   layout = PageLayout.best(_TPU, kv_heads, page_size, head_dim)
   slots = -(-context // page_size)
   tokens = batch * context if static else tokens or 512
@@ -254,7 +254,7 @@ def matmul_of_heads(
 
 
 def _tpu_kernel(kernel, implementations, facts, config):
-  """What dispatch takes on a TPU for a problem, or the same with parameters of one's own."""
+  """The kernel that dispatch takes on a TPU for a problem, or the one for TPUs with the parameters of `config`."""
   tpu = implementations['pallas_tpu']
   if config is None:
     return dispatch.choose(kernel, implementations, 'pallas_tpu', facts)

@@ -47,8 +47,8 @@ def attend(
     lengths: `[X]` int32, keys that count, at least 1.
     softmax_scale: Multiplies the scores.
     causal: Row i sees the keys up to i alone, wherever either ends.
-    tables: `[X, N]` int32 each, which pages have a problem's keys, and which its values.
-    heads_first: How the axes of q lie.
+    tables: `[X, N]` int32 each, the pages of a problem's keys and those of its values.
+    heads_first: Whether heads come before tokens in q.
     return_lse: Also return the logarithm of each softmax's sum.
 
   Returns:
@@ -97,7 +97,7 @@ def config(
   heads_first: bool,
   paged: bool,
 ) -> dict:
-  """What XLA is told of a call: the scores' shape `[X, H, R, S]`, their type, and how the axes of its operands lie.
+  """The config of a call for XLA: the scores' shape `[X, H, R, S]`, their type, and the order of the operands' axes.
 
   Heads come before tokens in queries with `heads_first`, and in keys and values where they are `paged`.
   """
@@ -180,7 +180,7 @@ def attend_pages(
     query_lengths: `[X]` int32, rows of q that count, at least 1; the others come back undefined.
     lengths: `[X]` int32 tokens, at most N·G.
     softmax_scale: Multiplies the scores.
-    heads_first: How the axes of q lie.
+    heads_first: Whether heads come before tokens in q.
     apart: cuDNN sees full pages alone, and a last page that is not full is multiplied apart. Then nobody reads what
       stands where no token is, which may be NaN, of which 0 times is NaN too.
 

@@ -25,7 +25,7 @@ _LIMITS = {'bfloat16': 2e-2, 'float16': 4e-3}  # of a trial's relative error
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What a trial depends on: `rows` of queries, as in prefill, or the heads that share keys as rows, as in decode."""
+  """A kind of problem, tried once: `rows` of queries, as in prefill, or heads that share keys as rows, as in decode."""
 
   rows: bool
   dtype: str
@@ -43,9 +43,9 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What came of a trial: why cuDNN cannot be relied on, or None; whether NaN where no token is shows in its results.
+  """The outcome of a trial: a reason against cuDNN, or None; whether NaN where no token is shows in its results.
 
-  Then it must not see pages that are not full.
+  If it shows, cuDNN must not see pages that are not full.
   """
 
   reason: str | None
@@ -53,7 +53,7 @@ class Finding:
 
 
 def refusal(device: Device, facts: Facts, *, rows: bool, apart: bool) -> str | None:
-  """Why cuDNN does not attend to such pages on a device, or None.
+  """A reason against attending to such pages with cuDNN on a device, or None.
 
   Args:
     device: The device.
@@ -101,7 +101,7 @@ _trying = threading.Lock()
 
 
 def _tried(device: Device, kind: Kind) -> Finding:
-  """What comes of trying it on a device of this process; where there is none, nothing speaks against it."""
+  """The finding of a trial on a device of this process; where there is none, nothing speaks against cuDNN."""
   here = _local(device)
   if here is None:
     return _UNTRIED
@@ -148,7 +148,7 @@ _COUNTS = (130, 7, 64)  # rows that count, of a tile as long as the first
 
 
 def _error(kind: Kind, poisoned: bool, keep_apart: bool) -> float:
-  """How far cuDNN is from plain products at most, as a share of these; NaN if it is."""
+  """The largest error of cuDNN beside plain products, as a share of these; NaN if a result is."""
   rng = np.random.default_rng(0)
   lengths = np.array([max(2 * kind.page_size, 256) + 1, 1, kind.page_size], np.int32)
   pages, tables = _scattered(rng, kind, lengths, poisoned)

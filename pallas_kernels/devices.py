@@ -1,4 +1,4 @@
-"""What the kernels know of the devices they are compiled for. A new device is a new row here, not new code."""
+"""Facts of the devices that kernels are compiled for. A new device is a new row here, not new code."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """What the kernels for TPUs ask of one."""
+  """Facts of a TPU."""
 
   cores: int  # that share a grid's parallel dimension
   vmem_bytes: int  # vector memory of a core, as far as a kernel may ask for it
@@ -21,7 +21,7 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What the kernels for GPUs ask of one of NVIDIA's."""
+  """Facts of a GPU of NVIDIA."""
 
   compute_capability: tuple[int, int]
 
@@ -39,13 +39,13 @@ class Device:
 
   @property
   def tpu(self) -> Tpu:
-    """What is asked of a TPU; nobody asks it of another device."""
+    """The facts of a TPU; nobody asks another device for them."""
     assert isinstance(self.chip, Tpu), f'{self.name} is no TPU'
     return self.chip
 
   @property
   def gpu(self) -> Gpu | None:
-    """What is known of a GPU of NVIDIA, or None."""
+    """The facts of a GPU of NVIDIA, or None."""
     return self.chip if isinstance(self.chip, Gpu) else None
 
 
@@ -112,7 +112,7 @@ def current() -> Device:
 
 
 def of(device: Any) -> Device:
-  """What is known of a `jax.Device`, or of the abstract one of a mesh."""
+  """The facts of a `jax.Device`, or of the abstract one of a mesh."""
   kind = _OTHER_KINDS.get(device.device_kind, device.device_kind)
   if known := _KINDS.get(kind):
     if isinstance(known.chip, Tpu):  # as many cores as this process sees in one

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs, with which parameters: by what was asked for, the device and the shape."""
+"""The choice of a kernel's implementation and its parameters, by the caller's wish, the device and the shape."""
 
 import dataclasses
 import functools
@@ -97,7 +97,7 @@ def choose(
 def _parameters(
   implementation: Plain | Tuned, rows: tuple[tuning.Row, ...], device: Device, facts: tuning.Facts
 ) -> tuple[Callable[..., Any], str] | str:
-  """What to call and where its parameters come from, or why it cannot be called."""
+  """The function to call and the source of its parameters, or a reason against the implementation."""
   form = tuning.form()
   row = tuning.nearest(rows, device.name, facts, form)
   source = '' if row is None else 'of its row' if row[1] else f'of the row nearest, {dict(row[0].problem)}'

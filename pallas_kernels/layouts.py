@@ -1,4 +1,4 @@
-"""How a page holds its keys and values: three layouts, told apart by the pages' shape and the head size alone."""
+"""Three layouts of the keys and values in a page, told apart by the pages' shape and the head size alone."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ PLAIN, PAIRED, KV = 'plain', 'paired', 'kv'
 
 @dataclasses.dataclass(frozen=True)
 class PageLayout:
-  """Where pages `[P, A, C, G, W]` of one layer have the keys and values of K heads of size D.
+  """The order of the keys and values of K heads of size D in pages `[P, A, C, G, W]` of one layer.
 
   plain: `[P, 2, K, G, D]`, keys, then values.
   paired: `[P, 2, K/2, G, 2D]`, the same with heads 2i and 2i + 1 side by side (at D = 64, in the 128 lanes of a TPU).
@@ -68,7 +68,7 @@ class PageLayout:
     pages of them XLA puts the pages in the lanes, so that none lies in one piece, and the kernels refuse them.
 
     Args:
-      device: What the pages are on.
+      device: The device of the pages.
       kv_heads: K, on each device if heads are sharded: each sees its own alone.
       page_size: G.
       head_dim: D.
@@ -113,5 +113,5 @@ class PageLayout:
 
   @property
   def _axis_of_halves(self) -> int:
-    """Where the axis of a row's two halves stands among `[..., 2, K/2, 2, G, D]` or `[..., 2, 1, K, G, D]`."""
+    """The axis of a row's two halves among `[..., 2, K/2, 2, G, D]` or `[..., 2, 1, K, G, D]`."""
     return -3 if self.name == PAIRED else -5

@@ -1,4 +1,4 @@
-"""What walking over paged keys and values in blocks has in common: an online softmax (Milakov and Gimelshein 2018)."""
+"""An online softmax (Milakov and Gimelshein 2018), for all that walks over paged keys and values in blocks."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ LOG2_E = math.log2(math.e)  # scores in units of it need powers of two alone
 
 
 class Seen(NamedTuple):
-  """What rows of queries `[..., R]` have gathered so far."""
+  """The maximum and the sums that rows of queries `[..., R]` have gathered so far."""
 
   top: jax.Array  # [..., R, 1], the highest score
   total: jax.Array  # [..., R, 1], the sum of weights relative to it
@@ -36,7 +36,7 @@ def restore(rows: jax.Array, queries: int) -> jax.Array:
 
 
 def owners(ends: jax.Array, places: jax.Array) -> jax.Array:
-  """Whose each place `[...]` of a list is, of owners whose parts end at `ends` `[B]`: B beyond the last.
+  """The owner of each of `places` `[...]` in a list where owners' parts end at `ends` `[B]`; B beyond the last.
 
   All are compared at once: a search is a loop, and on a GPU each of its turns is a launch.
   """
@@ -90,7 +90,7 @@ def _unpacked(pages: jax.Array, ids: jax.Array, layout: PageLayout) -> tuple[jax
 
 
 def begin(rows: jax.Array, sinks: jax.Array | None) -> Seen:
-  """Of rows `[..., K, R, D]` before any block: nothing, or a sink `[H]`, a token with a score and no value."""
+  """State of rows `[..., K, R, D]` before any block: nothing, or a sink `[H]`, a token with a score and no value."""
   top = jnp.full((*rows.shape[:-1], 1), NOTHING, jnp.float32)
   total, out = jnp.zeros_like(top), jnp.zeros(rows.shape, jnp.float32)
   if sinks is not None:
@@ -102,7 +102,7 @@ def begin(rows: jax.Array, sinks: jax.Array | None) -> Seen:
 
 
 def finish(seen: Seen) -> tuple[jax.Array, jax.Array]:
-  """What rows attended to `[..., R, D]`, zeros if nothing, and the logarithm of their softmax's sum `[..., R]`."""
+  """Results of rows `[..., R, D]`, zeros if they saw nothing, and the logarithm of each softmax's sum `[..., R]`."""
   return seen.out / jnp.where(seen.total == 0, 1, seen.total), (seen.top + jnp.log(seen.total))[..., 0]
 
 

@@ -1,4 +1,4 @@
-r"""What a kernel costs on a TPU, as far as the compiler knows without one.
+r"""The cost of a kernel on a TPU, as far as the compiler knows it without one.
 
 libtpu compiles for TPU topologies on any machine and, if asked, simulates the scheduled program: its cycles, with
 copies modelled and grid loops unrolled, its instruction bundles and its use of vector memory. That repeats exactly, so
@@ -54,7 +54,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What the compiler says of a case."""
+  """The compiler's estimate of a case."""
 
   device: str
   cycles: int | None  # of all kernels together; None where the simulation gave up
@@ -69,7 +69,7 @@ class Cost:
 
   @property
   def percent(self) -> float | None:
-    """Of the bound; over 100 where the model of copies is more generous than the memory."""
+    """The percentage of the bound; over 100 where the model of copies is more generous than the memory."""
     return round(100 * self.bound_cycles / self.cycles, 1) if self.cycles else None
 
   @property
@@ -186,7 +186,7 @@ def _measure_here(device: devices.Device, case: Case, folder: str) -> Cost:
 
 
 def _kernels(folder: str) -> dict[str, dict[str, Any]]:
-  """What libtpu wrote about each compiled kernel."""
+  """The figures that libtpu wrote of each compiled kernel, by name."""
   kernels: dict[str, dict[str, Any]] = {}
 
   def of(path: str, ending: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the TPU forms of the kernels share: tiles, the page of a problem, and which pages no TPU attends to."""
+"""Tiles, the page of a problem, and pages that no TPU attends to: shared by the TPU forms of the kernels."""
 
 import math
 from collections.abc import Sequence
@@ -35,14 +35,14 @@ def page_of(facts: Facts) -> tuple[int, int, int, int]:
 
 
 def compute_dtype(q_dtype: jnp.dtype, page_dtype: jnp.dtype) -> jnp.dtype:
-  """In which queries are multiplied: as pages are; by quantized pages as queries are, float16 as float32."""
+  """The dtype of products with queries: that of pages; of quantized ones that of queries, float16 as float32."""
   if page_dtype.itemsize > 1:
     return page_dtype
   return jnp.dtype(jnp.bfloat16) if q_dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
 
 
 def page_refusal(facts: Facts) -> str | None:
-  """Why no TPU attends to such pages, or None."""
+  """A reason against attending to such pages on any TPU, or None."""
   dtype, page_size, width = jnp.dtype(str(facts['dtype'])), int(facts['page_size']), page_of(facts)[3]
   if width % LANES:
     return f'pages end in an axis of {width}, and a TPU reads multiples of {LANES}; pack heads of 64 two by two.'

@@ -37,7 +37,7 @@ def load(kernel: str) -> tuple[Row, ...]:
 
 
 def form() -> str:
-  """What the environment prefers: 'fast', the best estimate, or 'small', the shortest program.
+  """The form of programs that the environment prefers: 'fast', the best estimate, or 'small', the shortest program.
 
   The estimates know no instruction fetch, so a chip may like the shorter of two programs better.
 

@@ -1,4 +1,4 @@
-"""What a device reached at best, which all other figures are held against, measured and as rows of a result."""
+"""Ceilings of a device, against which all other figures are held: measured, and as rows of a result."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ START = 'starting a small program'
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-  """What the device reached at best.
+  """The best that the device reached.
 
   Attributes:
     copy_bytes_per_s: Bytes per second that a copy read and wrote.
@@ -34,7 +34,7 @@ class Ceilings:
 
   @property
   def bytes_per_s(self) -> float:
-    """More than which nothing can read: a sum's bandwidth or a copy's, whichever is higher."""
+    """The ceiling of reading: a sum's bandwidth or a copy's, whichever is higher."""
     return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
   @classmethod
@@ -78,7 +78,7 @@ def nominal(device: jax.Device) -> tuple[float, float] | None:
 
 
 def unknown(device: jax.Device) -> str:
-  """Why there is nothing that the maker says."""
+  """A note that the data sheet of a device is not known."""
   return f'{device.device_kind!r} is in no table of pallas_kernels/devices.py'
 
 

@@ -1,4 +1,4 @@
-"""What a part of the check is given: the platform, its sizes, where figures go, and the ceilings found before."""
+"""The context of a part of the check: the platform, its sizes, its figures, and the ceilings found before."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ class Context:
 
   Attributes:
     platform: 'gpu', 'tpu' or 'cpu'.
-    sizes: How large everything is.
+    sizes: Shapes, and how long things are timed.
     figures: Takes what is found.
     folder: Of the result, and of the cache of programs.
     toy: Whether sizes are toys.

@@ -38,7 +38,7 @@ from pallas_kernels.quantized_matmul.storage import dequantize
 
 BOUNDS = {'float32': 1e-5, 'float16': 2e-3, 'bfloat16': 2e-2}  # ‖error‖ / ‖answer‖ by the dtype of queries
 CHUNKS = ((37, 0), (1, 64), (0, 0), (300, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
-ALONE: dict[str, Chunks] = {  # with nothing beside them, as they are where a pass has one prompt
+ALONE: dict[str, Chunks] = {  # with nothing beside them, as they are where a step has one prompt
   'one chunk': ((293, 0),),
   'one chunk behind a prefix': ((131, 700),),
   'long': ((70, 2200), (20, 0)),  # in tables of more tokens than any implementation takes in one turn
@@ -128,7 +128,7 @@ class _Programs:
 
   @property
   def count(self) -> int:
-    """How many there are."""
+    """The number of programs."""
     return len(self._by_text)
 
   def compile(self, check: Check) -> 'Future[Any]':

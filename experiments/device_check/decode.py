@@ -78,7 +78,7 @@ def read_bytes(shape: _Shape, heads: tuple[int, int, int]) -> int:
 
 
 def calls(context: Context, shape: _Shape) -> int:
-  """How many decode steps of a shape are to be in one program."""
+  """The number of decode steps of a shape in one program."""
   return calls_of(context, read_bytes(shape, context.sizes.heads) / context.ceilings.bytes_per_s)
 
 

@@ -58,7 +58,7 @@ class DrawnCheckpoint:
     return None
 
   def end_tokens(self) -> EndTokens:
-    """What the model's shape names."""
+    """The end tokens that the model's spec names."""
     return EndTokens((('model', self.spec.eos_token_ids),)) if self.spec.eos_token_ids else EndTokens()
 
 

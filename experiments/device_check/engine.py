@@ -1,4 +1,4 @@
-"""Passes of a Llama with random weights in bfloat16, run by the engine's workers: a long prompt, decode steps by batch.
+"""Steps of a Llama with random weights in bfloat16, run by the engine's workers: a long prompt, decode steps by batch.
 
 Workers are those of `pdjax.engine.build`, compiled side by side and for few sizes, and orders go to an `Engine` as the
 loop gives them. Sequences that decode are admitted into pages of random keys and values: to compute their prompts would
@@ -35,13 +35,13 @@ from pdjax.types.cluster import Role
 PAGE_SIZE = 16
 _DTYPE = 'bfloat16'
 _BYTES = 2
-_UNCOUNTED = 2  # passes at the beginning of a row of them
+_UNCOUNTED = 2  # steps at the beginning of a row of them
 _MAX_CHUNKS = WorkerSpec('any').max_chunks  # by default
 _SPARE = 0.9  # of the device's memory, which weights and pages may fill
 
 
 def run(context: Context) -> None:
-  """All figures with few layers, which compile quickly; a prompt also in passes with room for more, as by default."""
+  """All figures with few layers, which compile quickly; a prompt also in steps with room for more, as by default."""
   sizes = context.sizes
   measure(context, sizes.few_layers, sizes.prompt_len, sizes.decode_batches, (1, _MAX_CHUNKS))
 
@@ -69,14 +69,14 @@ def _first_batches(batches: Sequence[int]) -> tuple[int, ...]:
 def measure(
   context: Context, layers: int, prompt_len: int | None, batches: Sequence[int], max_chunks: Sequence[int] = (1,)
 ) -> None:
-  """Build the workers that it takes, and measure their passes.
+  """Build the workers that it takes, and measure their steps.
 
   Args:
-    context: Where figures go.
+    context: Takes the figures.
     layers: Of the model.
     prompt_len: Tokens of prompts, or None to measure none.
     batches: Sequences of decode steps.
-    max_chunks: Most chunks of a prefill pass, for each of which prompts are measured, one a pass.
+    max_chunks: Most chunks of a prefill step, for each of which prompts are measured, one a step.
   """
   figures, sizes = context.figures, context.sizes
   _ = context.ceilings  # before the weights take the memory
@@ -167,13 +167,13 @@ def _fill(worker: Worker) -> None:
   jax.block_until_ready(worker.pages)
 
 
-# ---------------------------------------------------------------------------- passes
+# ---------------------------------------------------------------------------- steps
 
 _numbers = itertools.count()
 
 
 def _ends_s(engine: Engine, orders: Sequence[StepOrder], each: bool = False) -> list[float]:
-  """When each of these passes ended; all are dispatched at once, or `each` when the one before has ended."""
+  """The ends of these steps, in seconds; all are dispatched at once, or `each` when the one before has ended."""
   engine.start_clock()
   ends: list[float] = []
   if not each:
@@ -190,11 +190,11 @@ def _ends_s(engine: Engine, orders: Sequence[StepOrder], each: bool = False) -> 
 def _ended(events: Sequence[Event]) -> Iterator[float]:
   for event in events:
     if not isinstance(event, Done):
-      raise RuntimeError(f'a pass failed: {event}')
+      raise RuntimeError(f'a step failed: {event}')
     yield event.ended_s
 
 
-def _per_pass_s(ends_s: Sequence[float]) -> float:
+def _per_step_s(ends_s: Sequence[float]) -> float:
   """Seconds from one end to the next, the first ones left out."""
   first = min(_UNCOUNTED, len(ends_s) - 2)
   return (ends_s[-1] - ends_s[first]) / (len(ends_s) - 1 - first)
@@ -209,20 +209,20 @@ def _prefill(context: Context, engine: Engine, model: ModelSpec, spec: WorkerSpe
   pages = -(-prompt_len // PAGE_SIZE)
   sampling = SamplingParams(max_tokens=2, ignore_eos=True)
   orders = []
-  for index in range(context.sizes.prefill_passes + _UNCOUNTED):
+  for index in range(context.sizes.prefill_steps + _UNCOUNTED):
     number = next(_numbers)
     request = Request(f'p{number}', _tokens(model, prompt_len, number), sampling)
     own = tuple(range(index % 2 * pages, (index % 2 + 1) * pages))
     orders.append(StepOrder(number, spec.name, chunks=(ChunkOrder(request, 0, prompt_len, own, sampling.max_tokens),)))
-  pass_s = _per_pass_s(_ends_s(engine, orders))
+  step_s = _per_step_s(_ends_s(engine, orders))
   flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
   said = nominal(jax.devices()[0])
-  more: dict[str, Any] = {} if said is None else {MFU: flops / pass_s / said[1]}
+  more: dict[str, Any] = {} if said is None else {MFU: flops / step_s / said[1]}
   room = '' if spec.max_chunks == 1 else f', in a pass for {spec.max_chunks}'
   context.figures.add(
-    f'prefill of {prompt_len:,} tokens, {model.num_layers} layers{room}', prompt_len / pass_s, 'tokens/s',
-    floor_share=flops / pass_s / context.ceilings.flops_per_s, milliseconds=1e3 * pass_s,
-    tflops_per_s=flops / pass_s / 1e12, **more,
+    f'prefill of {prompt_len:,} tokens, {model.num_layers} layers{room}', prompt_len / step_s, 'tokens/s',
+    floor_share=flops / step_s / context.ceilings.flops_per_s, milliseconds=1e3 * step_s,
+    tflops_per_s=flops / step_s / 1e12, **more,
   )  # fmt: skip
 
 
@@ -242,8 +242,8 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
       admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens) if not step else None
       decodes.append(DecodeOrder(request.id, slot, sizes.decode_context + step, admission))
     orders.append(StepOrder(next(_numbers), 'decode0', decodes=tuple(decodes)))
-  step_s = _per_pass_s(_ends_s(engine, orders[: sizes.decode_steps]))
-  waited_s = _per_pass_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
+  step_s = _per_step_s(_ends_s(engine, orders[: sizes.decode_steps]))
+  waited_s = _per_step_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
   for name, seconds, done in (('', step_s, 1), (', each begun when the last has ended', waited_s, 3)):
     cached = batch * (sizes.decode_context + done * sizes.decode_steps // 2)
     moved = multiplied_bytes(model) + cached * model.kv_bytes_per_token(_BYTES)

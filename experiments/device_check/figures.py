@@ -15,7 +15,7 @@ _TOLERANCE = 1.02  # of a bound that was itself measured
 
 
 class Figures:
-  """What a part of the check has found, a line of JSON for each in a file that another process reads."""
+  """The findings of a part of the check, a line of JSON for each in a file that another process reads."""
 
   def __init__(self, path: str, marks: bool = True):
     """Add lines to the file at `path`; `marks` says whether a figure over its bound is marked."""
@@ -38,14 +38,14 @@ class Figures:
     """Hand over one figure; see `experiments.rows.row`.
 
     Args:
-      name: What was measured.
+      name: The measured quantity.
       value: The figure.
       unit: Its unit.
-      peer: What was measured beside it.
-      peer_value: That figure, in the same unit.
+      peer: The name of another that was measured beside it.
+      peer_value: The peer's figure, in the same unit.
       floor_share: The least time that it could take as a share of the time that it took.
-      bound_share: The same by a bound that nothing can pass, where `floor_share` is by one that some can; above 1, the
-        figure is marked.
+      bound_share: The same by a bound that nothing can exceed, where `floor_share` is by one that some can; above 1,
+        the figure is marked.
       **more: Other entries of the row, such as a note.
     """
     bound_share = floor_share if bound_share is None else bound_share
@@ -91,9 +91,9 @@ class Figures:
 
 
 def read_lines(path: pathlib.Path) -> dict[str, Any]:
-  """What a part has handed over: `rows`, `notes`, `failures`, `given_up`, `passed_over` and `compile_s`.
+  """The findings of a part: `rows`, `notes`, `failures`, `given_up`, `passed_over` and `compile_s`.
 
-  A line that a part was killed in is left out.
+  A line in which a part was killed is left out.
   """
   found: dict[str, Any] = {
     'rows': [], 'notes': [], 'failures': [], 'given_up': [], 'passed_over': None, 'compile_s': None,

@@ -1,4 +1,4 @@
-"""What kernels have to answer, in NumPy and double precision, and sequences in pages whose other places hold NaN."""
+"""Right answers of kernels, in NumPy and double precision, and sequences in pages that hold NaN elsewhere."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""The second token of a prompt that is handed over, beside the bare products of the same passes.
+"""The second token of a prompt that is handed over, beside the bare products of the same steps.
 
-The passes are those of `bench_handoff`: SmolLM2's shape in float32, the prompt in chunks, then one decode step. The
+The steps are those of `bench_handoff`: SmolLM2's shape in float32, the prompt in chunks, then one decode step. The
 products are timed as the floor of `bench_cpu` is.
 """
 
@@ -28,10 +28,10 @@ def run(context: Context) -> None:
   shape = f'prompt of {prompt_len:,} in chunks of {chunk:,}'
   for name, (value, unit) in rows.items():  # handed over before there is something to hold them against
     context.figures.add(f'{name}, {shape}', value, unit)
-  passes = [(chunk, start + chunk) for start in range(0, prompt_len, chunk)] + [(1, prompt_len + 1)]
-  bare_s = {tokens: products_s(model, tokens, 1, 7 if not context.toy else 1) for tokens in {one for one, _ in passes}}
-  read_s = sum(cached_s(model, cached, context.ceilings.copy_bytes_per_s) for _, cached in passes)
-  least_s = sum(bare_s[tokens] for tokens, _ in passes) + read_s
+  steps = [(chunk, start + chunk) for start in range(0, prompt_len, chunk)] + [(1, prompt_len + 1)]
+  bare_s = {tokens: products_s(model, tokens, 1, 7 if not context.toy else 1) for tokens in {one for one, _ in steps}}
+  read_s = sum(cached_s(model, cached, context.ceilings.copy_bytes_per_s) for _, cached in steps)
+  least_s = sum(bare_s[tokens] for tokens, _ in steps) + read_s
   for tokens, seconds in bare_s.items():
     context.figures.add(f'bare products of a pass over {tokens}', 1e3 * seconds, 'ms')
   for name, (value, unit) in rows.items():

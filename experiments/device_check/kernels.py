@@ -30,7 +30,7 @@ def implementations(table: Mapping[str, Any], platform: str) -> list[str]:
 
 
 def wanted(name: str) -> str | None:
-  """What to ask a kernel for by a name in a row."""
+  """The `implementation` to give a kernel for a name in a row."""
   return None if name == AUTOMATIC else name
 
 
@@ -78,21 +78,21 @@ class Pool:
 
 
 def rotating(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[[int], Any]:
-  """What calls with each of the inputs in turn."""
+  """A function that calls with each of the inputs in turn."""
   return lambda number: call(*inputs[number % len(inputs)])
 
 
 def chained(
   attend: Callable[..., Any], queries: Sequence[Any], keys: Sequence[Any], shared: tuple[Any, ...], calls: int
 ) -> Callable[[int], Any]:
-  """What makes so many calls in one program, with other keys each: starting a program may take longer than a call.
+  """A function that makes `calls` calls in one program, each with other keys: a start may take longer than a call.
 
   Args:
     attend: Of queries, one set of keys and what is shared; its answer must be as queries are, for it is what the next
       call of the same program is given, so that none can be left out or joined with another.
-    queries: What the first call of a program is given, in turns.
-    keys: What the calls are given in turns: keys and values themselves, or tables that name their pages.
-    shared: What all calls are given.
+    queries: Queries of the first call of a program, in turns.
+    keys: Keys and values of the calls in turns, or tables that name their pages.
+    shared: Further arguments, the same for all calls.
     calls: Calls of a program.
   """
 
@@ -106,12 +106,12 @@ def chained(
 
 
 def calls_of(context: Context, least_s: float) -> int:
-  """How many calls that take so long at least are to be in one program, so that its start does not count."""
+  """The number of calls in one program, of `least_s` each or more, so that its start does not count."""
   return min(context.sizes.chained_calls, max(1, math.ceil(_STARTS * context.ceilings.start_s / least_s)))
 
 
 def sets(context: Context, each_bytes: int) -> int:
-  """How many sets of inputs of so many bytes no cache holds, of which a call takes one."""
+  """The number of sets of inputs, one a call, of `each_bytes` each, that together no cache holds."""
   return max(2, -(-context.sizes.rotated_bytes // max(each_bytes, 1)))
 
 
@@ -174,12 +174,12 @@ def add_rate(
 
   Args:
     context: Of the part.
-    case: What was timed.
+    case: The case that was timed.
     seconds: Of a call.
     found: Seconds of all cases so far, by name.
     shape: The shape in words, with which the names of its cases begin.
     work: Bytes or FLOPs of a call.
-    unit: What to say the rate in, such as GB/s.
+    unit: The unit of the rate, such as GB/s.
     **ceilings: Rates in bytes or FLOPs per second, by the share of `Figures.add` that is of them.
   """
   beside = f'{shape}, {CUDNN}'

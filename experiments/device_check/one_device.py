@@ -28,7 +28,7 @@ COLOCATED = 'colocated'
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """What came of some requests: their report, seconds of hand-offs that nothing hid, and tokens by request."""
+  """The outcome of some requests: their report, seconds of hand-offs that nothing hid, and tokens by request."""
 
   report: Report
   exposed_s: float | None

@@ -16,14 +16,14 @@ class Part:
   """One part.
 
   Attributes:
-    name: What `--only` calls it.
-    about: What comes of it, in a sentence.
+    name: Its name for `--only`.
+    about: Its results, in a phrase.
     function: Of a context, where the part is one of ours: `module:name`.
     command: Else the benchmark of `experiments` that it runs, with arguments.
     toy: Arguments of the command in a dry run, in place of its own; None: there is nothing small to run.
     rows: Whether the command takes `--json`.
-    platforms: Where it can run.
-    packages: Without which it cannot.
+    platforms: Platforms that it can run on.
+    packages: Packages that it needs.
     shares: Whether two processes hold the device at once, so that none may take its memory beforehand.
     asked: Whether it runs only if it is asked for.
     seeded: Whether `--seed` says which random inputs it has.
@@ -42,7 +42,7 @@ class Part:
   seeded: bool = False
 
   def passed_over(self, platform: str, toy: bool) -> str | None:
-    """Why it cannot run here, or None."""
+    """A reason against running it here, or None."""
     if platform not in self.platforms:
       return f'not on {platform}'
     if missing := [package for package in self.packages if importlib.util.find_spec(package) is None]:
@@ -92,7 +92,7 @@ def _tokens(name: str, way: str) -> Part:
 
 
 _PARTS = (
-  _ours('ceilings', 'how fast memory is copied and matrices are multiplied'),
+  _ours('ceilings', 'the speed of copies and of products of matrices'),
   _ours('correct', 'answers of every kernel beside float64', seeded=True),
   _ours('prefill', 'prefill attention by shape'),
   _ours('decode', 'decode attention by shape'),
@@ -102,8 +102,8 @@ _PARTS = (
     platforms=('gpu',),
     packages=('flashinfer', 'jax_tvm_ffi', 'torch'),
   ),
-  _ours('engine', 'passes of a Llama of few layers', packages=_MODEL),
-  _ours('engine_whole', 'passes of the whole Llama', function='engine:run_whole', packages=_MODEL),
+  _ours('engine', 'steps of a Llama of few layers', packages=_MODEL),
+  _ours('engine_whole', 'steps of the whole Llama', function='engine:run_whole', packages=_MODEL),
   _ours(
     'engine_batches',
     'decode steps of the whole Llama at other batches',

@@ -71,7 +71,7 @@ def work(chunks: Chunks, heads: tuple[int, int, int]) -> int:
 
 
 def calls(context: Context, chunks: Chunks) -> int:
-  """How many prefills of a shape are to be in one program."""
+  """The number of prefills of a shape in one program."""
   return calls_of(context, work(chunks, context.sizes.heads) / context.ceilings.flops_per_s)
 
 

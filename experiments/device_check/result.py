@@ -102,7 +102,7 @@ def sources(root: pathlib.Path = _ROOT) -> str:
 
 
 def settings() -> dict[str, str]:
-  """What the environment says about programs and memory."""
+  """Settings of programs and memory in the environment."""
   return {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
@@ -115,7 +115,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def load(file: pathlib.Path) -> dict[str, Any] | None:
-  """What a result's file holds, or None if it is damaged or of another format."""
+  """The content of a result's file, or None if it is damaged or of another format."""
   found = _read(file)
   return found if _whole(found) else None
 
@@ -295,7 +295,7 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], s
 
 
 def badness(row: Mapping[str, Any]) -> float:
-  """How much of what is allowed an answer misses; NaN is worst."""
+  """The error of an answer as a share of what is allowed; NaN is worst."""
   ratio = float(row['value'] if row['ratio'] is None else row['ratio'])
   return math.inf if math.isnan(ratio) else ratio
 

@@ -1,4 +1,4 @@
-"""How large everything is that a check of a device measures: as models have it, or toys that show that it works."""
+"""Sizes of all that a check of a device measures: as models have them, or toys that show that it works."""
 
 import dataclasses
 
@@ -31,20 +31,20 @@ class Sizes:
     page_sizes: Tokens per page of timed kernels.
     checked_heads: Query heads, key/value heads and head sizes that answers are checked with.
     checked_page_sizes: Tokens per page that they are checked with.
-    checked_dtypes: What they are checked in.
-    checked_alone: What they are checked in with one chunk to a call, and with long contexts.
+    checked_dtypes: Dtypes that they are checked in.
+    checked_alone: Dtypes that they are checked in with one chunk to a call, and with long contexts.
     compared_prefill: Packed chunks, as large as timed ones, that the automatic choice is compared with plain XLA at.
     compared_decode: Sequences and cached tokens of each that it is compared at.
     far_elements: Elements of a pool at whose far end pages are read: more than 32 bits count.
     checked_options: Names of options that they are checked with, of the first heads and pages.
     scores_bytes: Most bytes of the scores that the attention which keeps all of them may have.
-    model: The model whose passes are measured.
+    model: The model whose steps are measured.
     few_layers: Layers of the same model where few are enough.
     prompt_len: Tokens of the chunk whose prefill is measured.
     decode_context: Cached tokens of sequences whose decode steps are measured.
     decode_batches: Sequences of these.
-    decode_steps: Decode steps that are timed, one a pass.
-    prefill_passes: Prefill passes that are timed.
+    decode_steps: Decode steps that are timed, none of them fused.
+    prefill_steps: Prefill steps that are timed.
     served: Requests of the small workload, tokens of each prompt, and tokens of each answer.
     handoff: Tokens of the prompt that is handed over, tokens of its chunks, and rounds.
     tuned_prefills: Packed chunks that parameters of prefill attention are timed at.
@@ -89,7 +89,7 @@ class Sizes:
   decode_context: int = 2048
   decode_batches: tuple[int, ...] = (1, 16, 64, 128)
   decode_steps: int = 24
-  prefill_passes: int = 6
+  prefill_steps: int = 6
   served: tuple[int, int, int] = (8, 1024, 32)
   handoff: tuple[int, int, int] = (1024, 256, 3)
   tuned_prefills: tuple[Chunks, ...] = (((256, 768),), ((2048, 2048),))
@@ -113,7 +113,7 @@ class Sizes:
       checked_heads=((4, 2, 16),), checked_page_sizes=(16,), checked_dtypes=('float32', 'bfloat16'),
       checked_options=('plain', 'all, lse', 'int8 pages'), checked_alone=('float32',), compared_prefill=((16, 40),),
       compared_decode=(2, 40), far_elements=1 << 18, model=_TOY, few_layers=1, prompt_len=32, decode_context=40,
-      decode_batches=(1, 2), decode_steps=3, prefill_passes=2, served=(1, 32, 4), handoff=(16, 8, 1),
+      decode_batches=(1, 2), decode_steps=3, prefill_steps=2, served=(1, 32, 4), handoff=(16, 8, 1),
       tuned_prefills=(((8, 8),),), tuned_blocks=((8, 16),), tuned_packed=(((8, 0), (8, 8)),), tuned_tile_rows=(8,),
       tuned_decodes=((1, 32),), tuned_block_tokens=(16,),
     )  # fmt: skip

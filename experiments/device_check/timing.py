@@ -1,4 +1,4 @@
-"""How long a device takes for a call: back to back, with inputs that no cache holds, and compiled side by side."""
+"""Times of calls on a device: back to back, with inputs that no cache holds, and compiled side by side."""
 
 import concurrent.futures
 import dataclasses
@@ -28,7 +28,7 @@ def median_s(call: Callable[[int], Any], sizes: Sizes) -> float:
 
   Args:
     call: Starts the call with the inputs of that number, which it counts modulo what it has, and returns its result.
-    sizes: How many groups, and how long.
+    sizes: The number of groups, and their length.
   """
   result = jax.block_until_ready(call(0))
   kept_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(result))
@@ -52,10 +52,10 @@ class Case:
   """Something to time.
 
   Attributes:
-    name: What its figure is called.
-    make: Draws its inputs and answers with what starts it on a number of them.
+    name: The name of its figure.
+    make: Draws its inputs and returns a function that starts it with those of a number.
     about: For whoever made the case.
-    calls: How many calls of what is timed one start makes.
+    calls: Timed calls that one start makes.
     needed: Whether the part has failed if it cannot be timed.
   """
 
@@ -68,13 +68,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What came of preparing cases, by their names.
+  """Cases that were prepared, by their names.
 
   Attributes:
-    calls: What starts each.
-    refused: Why others cannot be.
-    late: Those that were given up, of which some may be compiling still.
-    seconds: How long it took.
+    calls: The function that starts each.
+    refused: The errors of those that cannot start.
+    late: Cases that were given up, of which some may be compiling still.
+    seconds: Seconds that it took.
   """
 
   calls: dict[str, Callable[[int], Any]]

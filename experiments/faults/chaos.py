@@ -1,4 +1,4 @@
-"""A backend under which anything may go wrong at any time, as whoever asks for it says."""
+"""A backend under which anything may go wrong at any time, as its user says."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ class Breakable(Protocol):
     """Wait until something happened or `until_s` has come; see `pdjax.serving.Backend`."""
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
-    """Let a worker begin another life; what there is to tell of it."""
+    """Let a worker begin another incarnation; return the events that tell of it."""
 
 
 class Chaos:
@@ -36,9 +36,9 @@ class Chaos:
 
   Args:
     backend: Carries out what it can.
-    fault: What is to happen to the next transfer, see `Breakable`.
-    end: What is to become of the next completion of one.
-    late_s: How late it is then.
+    fault: Draws the fault of the next transfer, see `Breakable`.
+    end: Draws the `End` of the next completion of one, or None.
+    late_s: Seconds by which a late one is late.
     patience_s: Waits end after so long, so that whoever drives the loop gets a word in.
   """
 
@@ -88,14 +88,14 @@ class Chaos:
     return self.now_s, self._in_order(told)
 
   def _end_of(self, done: Done) -> End | None:
-    """What is to become of the completion of a transfer."""
+    """The `End` of the completion of a transfer, or None."""
     return self._end()
 
   def _in_order(self, events: list[Event]) -> list[Event]:
-    """What is to be told, as the loop is to hear it."""
+    """The events in the order in which the loop hears them."""
     return sorted(events, key=told_when)
 
 
 def told_when(event: Event) -> tuple[float, int]:
-  """As a backend tells of what has ended; that a worker is gone, it learns last."""
+  """A key for the order of a backend: by end and order; it learns last that a worker is gone."""
   return (event.ended_s, event.order) if isinstance(event, Done | Failed) else (math.inf, 0)

@@ -1,4 +1,4 @@
-"""The engine with transfers, passes and workers that fail on demand, over compiled programs that work."""
+"""The engine with transfers, steps and workers that fail on demand, over compiled programs that work."""
 
 import contextlib
 import copy
@@ -24,17 +24,17 @@ from pdjax.types.span import Span
 
 STALL_S = 20.0  # longer than any test waits
 SLOW_S = 0.1
-PASS_STALL_S = 0.5
+STEP_STALL_S = 0.5
 
 WayFault = Fault | Literal['unwritable']
-PassFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN']
+StepFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN']
 
 
 class FaultyWay(DevicePut):
   """A way between two pools that does to each transfer what it was told to do.
 
   Attributes:
-    faults: What is to happen to each transfer that comes, or None, and who is told as it happens.
+    faults: The fault of each transfer that comes, or None, and a function that is called as it acts.
   """
 
   def __init__(self, way: DevicePut, checksums: bool = True):
@@ -60,7 +60,7 @@ class FaultyWay(DevicePut):
     self._released = threading.Event()
 
   def send(self, span: Span) -> Parcel:
-    """Put cached tokens on their way, with what is to happen to them."""
+    """Put cached tokens on their way, with the fault that is due."""
     fault, acted = self.faults.popleft() if self.faults else (None, lambda: None)
     if fault == 'refused':
       acted()
@@ -120,20 +120,20 @@ class FaultyWay(DevicePut):
 
 
 class FaultyWorker(Worker):
-  """A worker that does to each pass what it was told to do.
+  """A worker that does to each step what it was told to do.
 
   Attributes:
-    faults: What is to happen to a pass, by its order.
+    faults: The faults of steps, by their orders.
     acted: Told of an order whose fault has acted, on whatever thread.
   """
 
-  faults: dict[int, PassFault]
+  faults: dict[int, StepFault]
   acted: Callable[[int], None]
   _refusing: bool
 
   @classmethod
   def of(cls, worker: Worker) -> 'FaultyWorker':
-    """The same worker, which engines and ways know, as one whose passes may fail from now on."""
+    """The same worker, which engines and ways know, as one whose steps may fail from now on."""
     worker.__class__ = cls
     assert isinstance(worker, cls)
     worker._refusing = False
@@ -145,16 +145,16 @@ class FaultyWorker(Worker):
     self.faults, self.acted = {}, lambda order: None
 
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
-    """Hand a pass to the devices, or fail to."""
+    """Hand a step to the devices, or fail to."""
     fault = self.faults.get(order.id)
     if fault == 'refused':
       self.acted(order.id)
-      raise RuntimeError('the pass was refused')
+      raise RuntimeError('the step was refused')
     if fault == 'takes its pages':
       self.acted(order.id)
       for leaf in jax.tree.leaves(self.pages):
         leaf.delete()
-      raise RuntimeError('the pass took its pages')
+      raise RuntimeError('the step took its pages')
     self._refusing = fault == 'refused halfway'
     weights = self.weights
     if fault == 'NaN' and (token := self._token_in(order)) is not None:
@@ -168,32 +168,32 @@ class FaultyWorker(Worker):
       self._refusing, self.weights = False, weights
 
   def program(self, *key: Any) -> jax.stages.Compiled:
-    """A compiled pass, or part of one; what computes layers is refused where a pass is to be refused halfway."""
+    """A compiled step, or part of one; those that compute layers are refused where it is to be refused halfway."""
     if self._refusing and key[0] not in ('admit', 'remember', 'copy', 'begin'):
-      raise _RefusedError('the pass was refused halfway')
+      raise _RefusedError('the step was refused halfway')
     return super().program(*key)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
-    """Wait for a pass, or learn that it failed."""
+    """Wait for a step, or learn that it failed."""
     fault = self.faults.get(order.id)
     if fault == 'stalls':
       self.acted(order.id)
-      time.sleep(PASS_STALL_S)
+      time.sleep(STEP_STALL_S)
     if fault == 'fails':
       self.acted(order.id)
-      raise RuntimeError('the pass failed on its device')
+      raise RuntimeError('the step failed on its device')
     results, wasted = super().collect(order, pending)
     if fault == 'NaN' and any(result.error is not None for result in results):
       self.acted(order.id)
     return results, wasted
 
   def _token_in(self, order: StepOrder) -> int | None:
-    """A token after which the pass chooses one; None if it chooses none."""
+    """A token after which the step chooses one; None if it chooses none."""
     tokens: list[Callable[[], int]] = [functools.partial(int, one.token_ids[-1]) for one in order.chunks if one.is_last]
     for decode in order.decodes:
       if (admission := decode.admission) is not None:
         tokens.append(functools.partial(int, (*admission.request.prompt, *admission.tokens)[-1]))
-      else:  # its slot knows, once the passes before are over
+      else:  # its slot knows, once the steps before are over
         tokens.append(functools.partial(lambda slot: int(self.slots.rows.tokens[slot]), decode.slot))
     return tokens[order.id % len(tokens)]() if tokens else None
 
@@ -203,7 +203,7 @@ class _RefusedError(RuntimeError):
 
 
 def _with_nan_for(token: int, weights: Weights) -> Weights:
-  """The weights with NaN in what they know of a token: whoever meets it has NaN in its logits, and in its pages."""
+  """The weights with NaN in the embedding of a token: a sequence with it has NaN in its logits, and in its pages."""
   embed = np.array(weights['embed'])
   embed[token] = np.nan
   return {**weights, 'embed': jax.device_put(embed, weights['embed'].sharding)}
@@ -239,7 +239,7 @@ class FaultyEngine:
     self._engine = engine
 
   def submit(self, orders: Sequence[Order]) -> None:
-    """Begin the orders of one action, each transfer with what is to happen to it."""
+    """Begin the orders of one action, each transfer with its fault."""
     for order in orders:
       if isinstance(order, TransferOrder) and self.hears(order):
         fault = self.fault_of(order)
@@ -257,19 +257,19 @@ class FaultyEngine:
     return way
 
   def hears(self, order: Order) -> bool:
-    """Whether an order is for workers as they are now, and not for a life that is over."""
+    """Whether an order is for workers as they are now, and not for an incarnation that is over."""
     return not self._engine._is_stale(order)
 
   def incarnation(self, worker: str) -> int:
-    """Which of its lives a worker is in."""
+    """The number of a worker's incarnation."""
     return self._engine.workers[worker].incarnation
 
   def break_worker(self, worker: str) -> None:
-    """Let a worker be gone as one is whose pass failed; it begins another life when the engine next waits."""
+    """Let a worker be gone as if a step had failed; its next incarnation begins when the engine next waits."""
     self._engine._runners[worker].post_broken(self.incarnation(worker), 'it is gone')
 
   def lose(self, worker: str) -> tuple[WorkerLost, WorkerBack]:
-    """Let a worker begin another life; what there is to tell of it."""
+    """Let a worker begin another incarnation; return the events that tell of it."""
     lost, back = self._engine._restart(
       Broken(worker, self.incarnation(worker), 'it is gone', self._engine._mailbox.now_s())
     )

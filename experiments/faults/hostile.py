@@ -1,11 +1,11 @@
-"""An engine on a hostile day: a session serves on it, and transfers, passes and workers fail as dice say."""
+"""An engine on a hostile day: a session serves on it, and transfers, steps and workers fail as dice say."""
 
 import collections
 import random
 from collections.abc import Callable, Mapping, Sequence
 
 from experiments.faults.chaos import Chaos, End
-from experiments.faults.engine_faults import FaultyEngine, FaultyWorker, PassFault, WayFault
+from experiments.faults.engine_faults import FaultyEngine, FaultyWorker, StepFault, WayFault
 from experiments.faults.kinds import KINDS, TOO_LATE, Dice
 from experiments.faults.losses import Loss, Losses
 from pdjax.engine.engine import Engine
@@ -23,7 +23,7 @@ WAY_FAULTS: dict[str, WayFault] = {
   'pages_unwritable': 'unwritable',
 }
 ENDS: dict[str, End] = {'end_late': 'late', 'end_twice': 'twice', 'end_lost': 'lost'}
-PASS_FAULTS: dict[str, PassFault] = {
+STEP_FAULTS: dict[str, StepFault] = {
   'pass_refused': 'refused',
   'pass_refused_halfway': 'refused halfway',
   'pass_fails': 'fails',
@@ -40,11 +40,11 @@ _LOST_IN_TURN = {
   'worker_returns': Loss('worker_returns', down_s=0.4, returning=True),
   'worker_given_up': Loss('worker_given_up', down_s=0.4, returning=True, given_up_after_s=0.1),
 }
-_RETOLD = 3  # passes of an earlier life that a worker tells of
+_RETOLD = 3  # steps of an earlier incarnation that a worker tells of
 
 
 class Hostile(Chaos):
-  """What a `Deployment` takes for its engine; nothing goes wrong but what the dice say.
+  """The engine of a `Deployment`, with the faults that the dice draw and no others.
 
   Attributes:
     engine: The engine, whose workers are faulty ones and its ways too.
@@ -58,9 +58,9 @@ class Hostile(Chaos):
 
     Args:
       engine: The engine.
-      dice: What goes wrong.
-      rng: Tells which worker it is, and for how long.
-      late_s: How late an end is told that is told late; more than the deadline of transfers.
+      dice: Draws the faults.
+      rng: Draws the worker that is lost, and for how long.
+      late_s: Seconds by which an end is told late; more than the deadline of transfers.
     """
     self.engine = engine
     self.submitting: Callable[[Sequence[Order]], None] = lambda orders: None
@@ -71,7 +71,7 @@ class Hostile(Chaos):
     self._rng = rng
     self._kinds: dict[int, str] = {}  # of faults, by the order that they happen to
     self._links: dict[tuple[str, str], tuple[str, float]] = {}  # kinds of faults of ways, and when they end
-    self._passes: dict[str, collections.deque[int]] = {
+    self._steps: dict[str, collections.deque[int]] = {
       name: collections.deque(maxlen=_RETOLD) for name in engine.workers
     }
     super().__init__(self._faulty, lambda: None, lambda: None, late_s)
@@ -105,24 +105,24 @@ class Hostile(Chaos):
     self.submitting(orders)
     for order in orders:
       if isinstance(order, StepOrder) and self._faulty.hears(order):
-        self._passes[order.worker].append(order.id)
-        kind = self._dice.draw('pass')
+        self._steps[order.worker].append(order.id)
+        kind = self._dice.draw('step')
         if kind is not None:
           self._kinds[order.id] = kind
           worker = self.engine.workers[order.worker]
           assert isinstance(worker, FaultyWorker)
-          worker.faults[order.id] = PASS_FAULTS[kind]
+          worker.faults[order.id] = STEP_FAULTS[kind]
     super().submit(orders)
     for order in orders:
       self._after(order)
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
-    """Wait until there is something to tell or `until_s` has come; a worker may have begun another life."""
+    """Wait until there is something to tell or `until_s` has come; a worker may have begun another incarnation."""
     kind = self._dice.draw('turn')
     if kind is not None:
       name = self._rng.choice(list(self.engine.workers))
       self._losses.lose(name, _LOST_IN_TURN[kind])
-      for order in self._passes[name] if kind == 'worker_restarts' else ():
+      for order in self._steps[name] if kind == 'worker_restarts' else ():
         self._tell_later(0.01, Done(order, self.now_s, self.now_s + 0.01))
     now_s, events = super().wait(min([until_s, *(ends_s for _, ends_s in self._links.values())]))
     for way, (_, ends_s) in list(self._links.items()):
@@ -132,7 +132,7 @@ class Hostile(Chaos):
     return now_s, [told for event in events for told in self._losses.told(event)]
 
   def _in_order(self, events: list[Event]) -> list[Event]:
-    """As the engine tells it: that a worker is lost comes before what its passes in another life bring."""
+    """The order of the engine: the loss of a worker comes before what steps of its next incarnation bring."""
     return events
 
   def _tell_later(self, after_s: float, event: Event) -> None:
@@ -142,7 +142,7 @@ class Hostile(Chaos):
     self._dice.count(self._kinds[order])
 
   def _after(self, order: Order) -> None:
-    """What happens to others as soon as an order was handed over."""
+    """Draw a fault that acts once an order was handed over: a worker is lost, or a reader wants no more."""
     if not isinstance(order, StepOrder | TransferOrder) or not self._faulty.hears(order):
       return
     if isinstance(order, TransferOrder):

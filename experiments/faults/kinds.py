@@ -8,14 +8,14 @@ from collections.abc import Collection
 from typing import Literal
 
 Moment = Literal[
-  'transfer', 'link', 'end', 'pass', 'chunks', 'decodes', 'hand-off', 'turn', 'session', 'pools', 'reader', 'wave'
+  'transfer', 'link', 'end', 'step', 'chunks', 'decodes', 'hand-off', 'turn', 'session', 'pools', 'reader', 'wave'
 ]  # fmt: skip
 
-RATES: dict[Moment, float] = {  # how often, as a share of what is drawn for a session: passes are many
+RATES: dict[Moment, float] = {  # how often, as a share of what is drawn for a session: steps are many
   'transfer': 1.0,
   'link': 0.05,
   'end': 1.0,
-  'pass': 0.3,
+  'step': 0.3,
   'chunks': 0.1,
   'decodes': 0.03,
   'hand-off': 0.1,
@@ -28,11 +28,11 @@ class Kind:
   """A kind of fault.
 
   Attributes:
-    moment: When it is drawn: with each transfer, for a whole link as one begins, with each completion of one, with each
-      pass, as a pass with prompt chunks or with decodes or a transfer has begun, whenever the loop waits, or once a
-      session (for its log, and for its pools), request or wave.
-    what: What it is, in words.
-    errors: What the error of a request says that ends by it, in one of these ways; none if none does.
+    moment: The moment at which it is drawn: with each transfer, for a whole link as one begins, with each completion of
+      one, with each step, as a step with prompt chunks or with decodes or a transfer has begun, whenever the loop
+      waits, or once a session (for its log, and for its pools), request or wave.
+    what: The fault, in words.
+    errors: Parts of the error of a request that ends by it, of which one occurs; none if no request does.
     always: Whether requests end by it whatever the fault settings say.
   """
 
@@ -63,16 +63,16 @@ KINDS: dict[str, Kind] = {
   'end_late': Kind('end', 'a transfer whose end is told past its deadline', TOO_LATE),
   'end_twice': Kind('end', 'a transfer whose end is told twice'),
   'end_lost': Kind('end', 'a transfer whose end is never told', TOO_LATE),
-  'pass_refused': Kind('pass', 'a pass that cannot be dispatched', ('the pass was refused',)),
-  'pass_refused_halfway': Kind('pass', 'a pass of which only the first programs are dispatched', ('refused halfway',)),
-  'pass_fails': Kind('pass', 'a pass that fails on its device', ('failed on its device',)),
-  'pass_takes_pages': Kind('pass', "a pass that dies with its worker's pages", ('took its pages', 'has been deleted')),
-  'pass_stalls': Kind('pass', 'a pass that stands still for a while'),
-  'pass_has_nan': Kind('pass', 'a pass that meets NaN in a weight', ('logits that are not finite',), always=True),
+  'pass_refused': Kind('step', 'a step that cannot be dispatched', ('the step was refused',)),
+  'pass_refused_halfway': Kind('step', 'a step of which only the first programs are dispatched', ('refused halfway',)),
+  'pass_fails': Kind('step', 'a step that fails on its device', ('failed on its device',)),
+  'pass_takes_pages': Kind('step', "a step that dies with its worker's pages", ('took its pages', 'has been deleted')),
+  'pass_stalls': Kind('step', 'a step that stands still for a while'),
+  'pass_has_nan': Kind('step', 'a step that meets NaN in a weight', ('logits that are not finite',), always=True),
   'lost_in_prefill': Kind('chunks', 'a worker lost while it computes a prompt', _GIVEN_UP),
   'lost_in_decode': Kind('decodes', 'a worker lost while it decodes', _GIVEN_UP),
   'lost_in_hand_off': Kind('hand-off', 'a worker lost while KV leaves it or comes to it', _GIVEN_UP),
-  'worker_restarts': Kind('turn', 'a worker that is back at once, and tells of passes of its earlier life', _GONE),
+  'worker_restarts': Kind('turn', 'a worker that is back at once, and tells of steps of before', _GONE),
   'worker_returns': Kind('turn', 'a lost worker that is being brought back, for longer than patience', _AWAY),
   'worker_given_up': Kind('turn', 'a lost worker that is told to be lost for good, and comes back', _GIVEN_UP),
   'prefill_full': Kind('pools', 'small pools of prefill workers, or of those that do both'),
@@ -89,8 +89,8 @@ class Dice:
   """Draws which faults are to happen, and counts those that did, in `counts`.
 
   Args:
-    rng: Where chance comes from.
-    share: How many of the transfers go wrong, from 0 to 1; of other moments as many as `RATES` has of it.
+    rng: The source of chance.
+    share: The share of transfers that go wrong, from 0 to 1; of other moments as many as `RATES` has of it.
     kinds: Names of those that are wanted.
     counts: Gets how often each happened.
   """
@@ -105,7 +105,7 @@ class Dice:
     self._lock = threading.Lock()
 
   def draw(self, moment: Moment) -> str | None:
-    """What is to go wrong at such a moment, if anything is."""
+    """The kind of fault for a moment that has come, or None."""
     kinds = self._kinds.get(moment)
     if not kinds or self._rng.random() >= self._share * RATES[moment]:
       return None
@@ -118,9 +118,9 @@ class Dice:
 
 
 def grouped(counts: collections.Counter[str]) -> dict[str, int]:
-  """How many faults there were of transfers, of links, of passes, of workers and of all else, by group."""
+  """The number of faults of transfers, of links, of steps, of workers and of all else, by group."""
   names: dict[Moment, str] = {
-    'transfer': 'transfers', 'link': 'links', 'end': 'ends', 'pass': 'passes', 'chunks': 'workers',
+    'transfer': 'transfers', 'link': 'links', 'end': 'ends', 'step': 'steps', 'chunks': 'workers',
     'decodes': 'workers', 'hand-off': 'hand-offs', 'turn': 'workers', 'pools': 'pools', 'session': 'logs',
     'reader': 'cancels', 'wave': 'storms',
   }  # fmt: skip

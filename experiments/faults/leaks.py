@@ -1,4 +1,4 @@
-"""What a cluster still holds once nobody is served any more: pages, slots, staging, transfers, and requests."""
+"""Leaks: pages, slots, staging, transfers and requests that a cluster still holds once nobody is served any more."""
 
 import math
 
@@ -7,7 +7,7 @@ from pdjax.serving.state import ClusterState
 
 
 def leaks(state: ClusterState) -> list[str]:
-  """What is not free or not over in the books of a cluster, each in a sentence; nothing if all is as it began."""
+  """Everything that is not free or not over in the books of a cluster, in sentences; none if all is as it began."""
   found = []
   books = state.books
   for name, worker in state.workers.items():
@@ -47,7 +47,7 @@ def leaks(state: ClusterState) -> list[str]:
 
 
 def engine_leaks(engine: Engine) -> list[str]:
-  """What an engine and its workers still know of requests and transfers, each in a sentence."""
+  """Requests and transfers that an engine and its workers still know, in sentences."""
   found = []
   for name, worker in engine.workers.items():
     if worker._progress:

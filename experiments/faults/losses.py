@@ -11,10 +11,10 @@ NOBODY_BRINGS_IT_BACK = 'it is gone, and nobody brings it back'
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """How a worker is lost.
+  """A way in which a worker is lost.
 
   Attributes:
-    kind: Which kind of fault it is.
+    kind: The kind of fault.
     down_s: Seconds until it is told to be back.
     returning: Whether it is told to be on its way back meanwhile.
     given_up_after_s: Seconds until it is told that nobody brings it back any longer; None if that is not told.
@@ -27,10 +27,10 @@ class Loss:
 
 
 class Losses:
-  """Lets workers be lost, and tells of it what is to be told.
+  """Lets workers be lost, and replaces the events that tell of it.
 
   Args:
-    engine: The engine, in which a worker begins another life at once.
+    engine: The engine, in which a worker begins another incarnation at once.
     later: Has an event told so many seconds from now.
     acted: Told of the kind of a fault as it happens.
   """
@@ -39,16 +39,16 @@ class Losses:
     self._engine = engine
     self._later = later
     self._acted = acted
-    self._losses: dict[tuple[str, int], Loss] = {}  # by worker and the life that it begins then
+    self._losses: dict[tuple[str, int], Loss] = {}  # by worker and the incarnation that begins then
     self._to_give_up: set[str] = set()
 
   def lose(self, worker: str, loss: Loss) -> None:
-    """A worker dies now, as one does whose pass fails."""
+    """A worker dies now, as one does whose step fails."""
     self._losses[worker, self._engine.incarnation(worker) + 1] = loss
     self._engine.break_worker(worker)
 
   def told(self, event: Event) -> list[Event]:
-    """What the loop is told in place of an event."""
+    """The events that the loop is told in place of `event`."""
     match event:
       case WorkerLost(error=error) if error == NOBODY_BRINGS_IT_BACK:
         if event.worker not in self._to_give_up:  # it is back, by another loss since
@@ -57,7 +57,7 @@ class Losses:
       case WorkerLost():
         loss = self._losses.get((event.worker, self._engine.incarnation(event.worker)))
         if loss is not None:
-          if 'it is gone' in event.error:  # and not by a pass that failed before
+          if 'it is gone' in event.error:  # and not by a step that failed before
             self._acted(loss.kind)
           return [dataclasses.replace(event, returning=loss.returning)]
       case WorkerBack():

@@ -1,4 +1,4 @@
-"""What everyone is to get: each request answered once by a cluster that nobody disturbs."""
+"""The right answers: each request answered once by a cluster that nobody disturbs."""
 
 from collections.abc import Callable, Iterable
 

@@ -130,7 +130,7 @@ class Cluster:
     return Engine(self._workers, self._ways)
 
   def deployed(self, engine: Serving, pages: Mapping[Role, int] = {}, **fields: Any) -> Watched:
-    """What a session takes: the cluster on such an engine, with some fields of the config replaced.
+    """The deployment of a session: the cluster on `engine`, with some fields of the config replaced.
 
     Args:
       engine: The engine.
@@ -146,7 +146,7 @@ class Cluster:
 
 
 class FaultyCluster(Cluster):
-  """A cluster whose passes and transfers may fail."""
+  """A cluster whose steps and transfers may fail."""
 
   def __init__(self, name: str, say: Callable[[str], None] = lambda line: None):
     super().__init__(name, say)
@@ -163,7 +163,7 @@ class FaultyCluster(Cluster):
     """A new engine with nothing wrong yet; in the end it is closed, and whatever stands still goes on."""
     for worker in self._workers:
       worker._progress.clear()
-      if worker.broken:  # by the last pass of the engine before, of which nobody learned
+      if worker.broken:  # by the last step of the engine before, of which nobody learned
         worker.reset()
     try:
       with fresh(self._faulty):
@@ -177,7 +177,7 @@ class FaultyCluster(Cluster):
 
 
 class Alone(Cluster):
-  """The cluster that nobody disturbs: what it answers is what everyone is to get."""
+  """The cluster that nobody disturbs: its answers are those that everyone is to get."""
 
   def __init__(self, say: Callable[[str], None] = lambda line: None):
     super().__init__('alone', say)

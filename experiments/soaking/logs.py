@@ -19,7 +19,7 @@ def judge_log(
   Args:
     folder: Of the session.
     events: All that happened; None if nobody remembers.
-    notes: What the session says of it, as its report does.
+    notes: Notes of the session about it, as in its report.
     was_full: Whether its disk was full from some time on.
   """
   path = folder / EVENTS

@@ -14,15 +14,15 @@ from pdjax.types import Completion
 
 @dataclasses.dataclass(eq=False)
 class Reading:
-  """What a user saw of a stream.
+  """A stream as a user sees it.
 
   Attributes:
-    visit: Who it is.
+    visit: The user's visit.
     stream: The stream.
-    pieces: What came, in order.
-    completions: What became of each sample, once all have ended.
-    cancelled: As which kind of fault the user has cancelled, if they have.
-    raised: What the stream raised in the end.
+    pieces: Pieces that came, in order.
+    completions: The completion of each sample, once all have ended.
+    cancelled: The kind of fault as which the user has cancelled, if they have.
+    raised: The error that the stream raised in the end, if any.
     over: Whether the user is done with it.
   """
 
@@ -59,7 +59,7 @@ class Reading:
 
   @property
   def next_visit(self) -> Visit | None:
-    """What the user asks next, if they do."""
+    """The next visit of the user, if there is one."""
     if self.cancelled or len(self.completions) != 1:
       return None
     return self.visit.next_turn(self.completions[0])
@@ -69,8 +69,8 @@ class Readers:
   """All users of one wave.
 
   Attributes:
-    readings: What they have seen; it grows while they read.
-    errors: What broke in a reader itself.
+    readings: A reading of each stream; the list grows while they read.
+    errors: Errors of the readers themselves.
   """
 
   def __init__(self, session: Session, visits: Sequence[Visit], going_on: Callable[[], None]):

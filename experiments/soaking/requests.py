@@ -1,4 +1,4 @@
-"""What a soak asks for: prompts and samplings drawn at random, and users who read, cancel and go on with a chat."""
+"""Requests of a soak: prompts and samplings drawn at random, and users who read, cancel and go on with a chat."""
 
 import dataclasses
 import random
@@ -11,11 +11,11 @@ _WORDS = range(2, 2 + 256)  # tokens that have text
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-  """What somebody wants to know.
+  """A question, and how it is to be answered.
 
   Attributes:
     prompt: Token ids.
-    sampling: How tokens are chosen; the seed is always given.
+    sampling: The choice of tokens; the seed is always given.
     goes_on_with: Tokens that follow the answer in a second turn of a chat; none if there is none.
   """
 
@@ -28,7 +28,7 @@ class Wish:
     return Request(name, self.prompt, self.sampling, session=name if self.goes_on_with else None)
 
   def next_turn(self, answer: Completion) -> 'Wish':
-    """What is asked once there is an answer."""
+    """The wish of the second turn, behind the answer to the first."""
     return Wish((*self.prompt, *answer.token_ids, *self.goes_on_with), self.sampling)
 
 
@@ -38,9 +38,9 @@ class Visit:
 
   Attributes:
     name: The request's id.
-    wish: What they want.
+    wish: Their question.
     after_s: Seconds after the wave began.
-    cancels_after: How many pieces they read before they cancel; 0 before the first, None if they never do.
+    cancels_after: Pieces that they read before they cancel; 0 before the first, None if they never do.
     in_asyncio: Whether they wait in asyncio.
   """
 
@@ -104,11 +104,11 @@ def draw_visits(rng: random.Random, name: str, wishes: list[Wish], count: int, c
   """So many users of a wave, of whom this share cancels.
 
   Args:
-    rng: Where chance comes from.
-    name: What their ids begin with.
-    wishes: What there is to want.
-    count: How many come.
-    cancelling: How many of them cancel, from 0 to 1.
+    rng: The source of chance.
+    name: The beginning of their ids.
+    wishes: Wishes to choose from.
+    count: The number of users.
+    cancelling: The share of them that cancels, from 0 to 1.
   """
   in_asyncio = rng.random() < 0.5
   within_s = rng.choice((0.0, 0.05, 0.3))

@@ -1,4 +1,4 @@
-"""What a process holds between two sessions, which must not grow: device arrays, open files and threads."""
+"""Resources of a process between two sessions, which must not grow: device arrays, open files and threads."""
 
 import gc
 import threading
@@ -22,9 +22,9 @@ class Resources:
     self._first: dict[str, int] = {}
 
   def grown(self, wait_s: float) -> list[str]:
-    """What is held beyond what was held at first, each in a sentence; what ends within so many seconds is not.
+    """Resources beyond those held at first, in sentences; what ends within `wait_s` seconds does not count.
 
-    What was told is taken for granted from then on.
+    Each is told once: from then on it counts as held at first.
     """
     if self._settled > 0:
       self._settled -= 1

@@ -1,4 +1,4 @@
-"""What a soak's sessions are told to do about faults, and which errors their requests may end with then."""
+"""Fault settings of a soak's sessions, and the errors that their requests may end with then."""
 
 import collections
 import dataclasses
@@ -46,5 +46,5 @@ SHARES = (0.02, 0.05, 0.1, 0.2)  # of transfers that go wrong, see `Dice`
 
 
 def draw_setting(rng: random.Random) -> tuple[Setting, float]:
-  """What a session does about faults, twice as often that no request fails, and how many of them there are."""
+  """The fault setting of a session, most often one in which no request fails, and the share of faults."""
   return rng.choice((*SETTINGS[:2], *SETTINGS)), rng.choice(SHARES)

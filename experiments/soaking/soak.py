@@ -38,7 +38,7 @@ _MOST_TOLD = 30  # problems of a kind that are told in full
 
 @dataclasses.dataclass
 class Tally:
-  """What a soak has seen so far.
+  """The tally of a soak so far.
 
   Attributes:
     sessions: Sessions begun.
@@ -47,7 +47,7 @@ class Tally:
     ends: Samples by finish reason.
     faults: Faults that acted, by kind.
     late: Transfers that were late although nobody made them so, as on a machine that is busy.
-    counts: What must not be, by kind of problem.
+    counts: Problems, by kind.
     problems: The first of each kind, in full.
   """
 
@@ -68,7 +68,7 @@ class Tally:
 
 @dataclasses.dataclass
 class _Now:
-  """What is going on."""
+  """The session that is going on."""
 
   name: str
   cluster: FaultyCluster
@@ -96,9 +96,9 @@ class Soak:
   """Serves for as long as it is asked to.
 
   Attributes:
-    tally: What was seen.
+    tally: The tally so far.
     injected: Faults that acted in the session that is served, by kind; they count in the tally when it is over.
-    moved_s: When anything last happened, by `time.monotonic`.
+    moved_s: The last time at which anything happened, by `time.monotonic`.
   """
 
   def __init__(
@@ -113,11 +113,11 @@ class Soak:
     """Begin with nothing served.
 
     Args:
-      clusters: What serves, one session after another.
-      alone: What answers undisturbed.
+      clusters: Clusters that serve, one session after another.
+      alone: The cluster that answers undisturbed.
       seed: Of all that is drawn.
       kinds: Names of the faults that are wanted.
-      say: Told in a line what is wrong, as soon as it is found.
+      say: Called with a line on each problem, as soon as it is found.
       quiet_s: Seconds after the last end by which everything must be free.
     """
     self.tally = Tally()
@@ -268,7 +268,7 @@ class Soak:
       time.sleep(0.005)
 
   def _held(self, now: _Now) -> list[str]:
-    """What is not free, with the loop going on meanwhile."""
+    """Everything that is not free, in sentences, with the loop going on meanwhile."""
     if now.state is None:
       return ['the session has not begun.']
     try:
@@ -319,7 +319,7 @@ class Soak:
     return 'between two sessions' if self._now is None else self._now.name
 
   def describe_open(self) -> str:
-    """What is not over, in lines."""
+    """Everything that is not over, in lines."""
     return '\n'.join(self._open_lines())
 
   def _open_lines(self) -> Iterator[str]:

@@ -19,9 +19,9 @@ class Problem:
   """Something that must not be.
 
   Attributes:
-    kind: What kind of thing.
-    what: The thing itself, in a sentence.
-    count: How many there are of it.
+    kind: The kind of problem.
+    what: The problem itself, in a sentence.
+    count: The number of times that it counts.
   """
 
   kind: Wrong
@@ -33,8 +33,8 @@ def judge(reading: Reading, answers: Answers, may_fail: Callable[[str], bool]) -
   """All that is wrong with what a reader got.
 
   Args:
-    reading: What they got, once it is over.
-    answers: What is right, which they have learnt.
+    reading: The stream as they saw it, once it is over.
+    answers: The right answers, which have learnt the request.
     may_fail: Whether a request may end with such an error.
   """
   name = reading.visit.name
@@ -60,7 +60,7 @@ def judge(reading: Reading, answers: Answers, may_fail: Callable[[str], bool]) -
 
 
 def judge_after_the_end(reading: Reading) -> list[Problem]:
-  """What came of a stream after its end, once the session is closed."""
+  """A problem if a stream goes on after its end, once the session is closed."""
   late: list[object] = []
   with contextlib.suppress(RequestError, SessionError):  # it was told before
     for piece in reading.stream:
@@ -90,7 +90,7 @@ def _judge_sample(
 
 
 def _num_wrong(tokens: Sequence[int], right: Sequence[int]) -> int:
-  """How many tokens are not those that belong in their places."""
+  """The number of tokens that do not belong in their places."""
   return sum(place >= len(right) or token != right[place] for place, token in enumerate(tokens))
 
 
@@ -122,7 +122,7 @@ def _is_same(one: TokenLogprob, other: TokenLogprob) -> bool:
 def _judge_end(
   name: str, cancelled: bool, got: Completion, right: Completion, may_fail: Callable[[str], bool]
 ) -> list[Problem]:
-  """What is wrong with how a sample ended; tokens that are wrong are told elsewhere."""
+  """Problems with the end of a sample; wrong tokens are told elsewhere."""
   why = None
   assert got.text is not None and right.text is not None
   if got.served:

@@ -1,4 +1,4 @@
-"""Watches a soak: tells how it goes every few seconds, and what is open if nothing happens any more."""
+"""Watches a soak: says every few seconds how it goes, and what is open if nothing happens any more."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def watch(
 
   Args:
     soak: The soak.
-    seconds: How long it goes on.
+    seconds: Seconds that it goes on.
     say: Told every `every_s` seconds how it goes, in a line.
     every_s: Seconds between two lines.
     patience_s: Seconds without any change after which it hangs.
@@ -67,7 +67,7 @@ def watch(
 
 
 def describe(tally: Tally) -> str:
-  """How a soak goes, in a line."""
+  """The state of a soak, in a line."""
   groups = ', '.join(f'{count:,} {name}' for name, count in grouped(tally.faults).items() if count)
   memory = psutil.Process().memory_info().rss / 2**20
   return (

@@ -277,7 +277,7 @@ def problem(
   count: int = 1,
   layers: int = 1,
 ) -> dict[str, int | str]:
-  """What a choice depends on: `count` pages or tokens of a dtype, of which (they, the pages) have scales."""
+  """Facts by which an implementation is chosen; `scaled` says whether the values and the pages have scales."""
   return {
     'function': function,
     'dtype': pages.dtype.name,

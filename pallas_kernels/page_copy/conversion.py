@@ -1,4 +1,4 @@
-"""What becomes of a page's elements on the way: another float type, or int8 or fp8 with a scale a token and head."""
+"""Conversion of a page's elements on the way: to other floats, or to int8 or fp8 with a scale a token and head."""
 
 import jax
 import jax.numpy as jnp

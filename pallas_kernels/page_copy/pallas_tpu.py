@@ -49,12 +49,12 @@ class Config:
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: about 64 copies in flight, and all cores."""
+  """The parameters where nothing near was measured: about 64 copies in flight, and all cores."""
   return Config(units_in_flight=max(2, min(32, _COPIES // int(facts['layers']))), cores=device.tpu.cores)
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why pages cannot be copied so on a device, or None."""
+  """A reason against copying pages so on a device, or None."""
   dtypes = {jnp.dtype(str(facts['dtype'])), jnp.dtype(str(facts['values']))}
   page_size = int(facts['page_size'])
   if unknown := [str(dtype) for dtype in dtypes if dtype.name not in ('float32', 'bfloat16', *map(str, QUANTIZED))]:
@@ -374,7 +374,7 @@ def _convert(size, slot, sources, targets, layout):
 
 
 def _place(half, block, part, layout):
-  """Where the scales of part `part` of the lanes of `[half, block]` are: key or value, and head."""
+  """The indices of the scales of part `part` of the lanes of `[half, block]`: key or value, and head."""
   if layout.page_shape[0] == 1:
     return part, block
   return half, block * layout.halves + part

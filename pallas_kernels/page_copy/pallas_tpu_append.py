@@ -50,7 +50,7 @@ class Config:
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: the smallest tiles, 4 MB of them and of the tokens of a block."""
+  """The parameters where nothing near was measured: the smallest tiles, 4 MB of them and of the tokens of a block."""
   dtype, num_tokens = jnp.dtype(str(facts['dtype'])), int(facts['tokens'])
   rows = sublanes(dtype)
   both, blocks, _, width = page_of(facts)
@@ -62,7 +62,7 @@ def rule(device: Device, facts: Facts) -> Config:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why tokens cannot be written so into pages on a device, or None."""
+  """A reason against writing tokens so into pages on a device, or None."""
   names = ('float32', 'bfloat16', *map(str, QUANTIZED))
   dtype, page_size = jnp.dtype(str(facts['dtype'])), int(facts['page_size'])
   if dtype.name not in names:

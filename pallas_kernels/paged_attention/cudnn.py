@@ -27,7 +27,7 @@ def rule(device: Device, facts: Facts) -> Config:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why cuDNN cannot attend so, or None."""
+  """A reason against attending so with cuDNN, or None."""
   if int(facts['query_tokens']) > 1:
     return f'it takes one query a sequence, and there are {facts["query_tokens"]}.'
   return cudnn_trial.refusal(device, facts, rows=False, apart=config.apart)

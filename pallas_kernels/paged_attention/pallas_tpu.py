@@ -54,7 +54,7 @@ def paged_attention(
     sinks: `[H]` or None.
     scales: `[P, 2, K, G]` of quantized pages, or None.
     return_lse: Whether to return the logarithm of each softmax's sum too.
-    config: How to cut the work.
+    config: Sizes by which the work is cut.
     device: To run on.
     interpret: As for `pallas_call`.
     static_length: Promises that each sequence is so long, which must be whole blocks. Trip counts are known at trace
@@ -216,7 +216,7 @@ def _attend(problem, lengths, work, q, pages, tables, scales, sinks, return_lse,
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: two to four blocks a step of some MiB, as far as VMEM goes."""
+  """The parameters where nothing near was measured: two to four blocks a step of some MiB, as far as VMEM goes."""
   page, group = page_of(facts), int(facts['query_heads']) // int(facts['kv_heads'])
   rows = int(facts['kv_heads']) // page[1] * group * int(facts['query_tokens'])
   share = next((n for n in (1, 2, 4, 8) if n * rows >= 16), 16)
@@ -236,7 +236,7 @@ def shorten(config: Config) -> Config:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why this kernel cannot run for a problem, or None."""
+  """A reason against this kernel for a problem, or None."""
   refused = page_refusal(facts)
   if refused is not None:
     return refused

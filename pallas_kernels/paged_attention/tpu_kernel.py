@@ -52,11 +52,11 @@ class Step:
     return self.core * items + step * self.problem.config.blocks + index
 
   def _owner(self, item):
-    """Whose block an item is; B where the list has ended."""
+    """The sequence of an item's block; B where the list has ended."""
     return self.prefetched['items'][item] >> BLOCK_BITS
 
   def _block(self, step, index):
-    """Which block of its sequence an item is."""
+    """The number of an item's block in its sequence."""
     return self.prefetched['items'][self._item(step, index)] & ((1 << BLOCK_BITS) - 1)
 
   def _length(self, step, index):
@@ -77,7 +77,7 @@ class Step:
     return jnp.clip(length - self.problem.query_tokens + 1 - self.problem.sliding_window - start, 0, stop), stop
 
   def _copies(self, step, index):
-    """Which groups of pages of the block hold tokens that are seen: the first, and the one after the last."""
+    """The groups of pages of the block with tokens that are seen: the first, and the one after the last."""
     tokens = self.problem.copy_pages * self.problem.page_size
     first, stop = self._span(step, index)
     return first // tokens, (stop + tokens - 1) // tokens
@@ -107,7 +107,7 @@ class Step:
     return jnp.minimum(self._owner(self._item(step, index)), self.problem.batch - 1)
 
   def _row(self, step, index):
-    """Where the block's page numbers stand among those of all blocks of all sequences."""
+    """The row of the block's page numbers among those of all blocks of all sequences."""
     return self._sequence(step, index) * self.problem.table_blocks + self._block(step, index)
 
   def _page_number(self, step, index, place):
@@ -167,7 +167,7 @@ class Step:
     self._results(step, wait=False)
 
   def _parts(self) -> list[tuple[range, int]]:
-    """What shares a product: blocks, and which share of their columns."""
+    """The products of a grid step, each by its blocks and its share of their columns."""
     blocks, joined = self.problem.config.blocks, self.problem.joined
     firsts, shares = range(0, blocks, joined), range(self.problem.columns // self.problem.share)
     return [(range(first, first + joined), share) for first in firsts for share in shares]
@@ -197,7 +197,7 @@ class Step:
         pl.when((sequence < self.problem.batch) & (self._owner(item + 1) != sequence))(copy)
 
   def _mark_lanes(self) -> None:
-    """What queries are multiplied by where they stand in the lanes of their own keys; 0 in all other lanes."""
+    """Write the factors of queries: the scale in the lanes of their own keys, 0 in all other lanes."""
     problem, own = self.problem, self.scratch['own']
     scale = problem.softmax_scale * (LOG2_E if problem.soft_cap is None else 1 / problem.soft_cap)
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, own.shape, axis) for axis in range(2))
@@ -262,7 +262,7 @@ class Step:
     return rows * jnp.where(visible, scales, 0)  # of hidden tokens they may be anything
 
   def _visible(self, step, indices):
-    """Which tokens of their blocks the rows see: `[1, block]` if all see the same, else `[rows, block]`."""
+    """A mask of the tokens that rows see of their blocks: `[1, block]` if all see the same, else `[rows, block]`."""
     problem = self.problem
     token = jax.lax.broadcasted_iota(jnp.int32, (1, problem.block_tokens), 1)
     row = jax.lax.broadcasted_iota(jnp.int32, (problem.joined * problem.share_rows, 1), 0)

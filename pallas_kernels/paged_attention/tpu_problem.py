@@ -1,4 +1,4 @@
-"""How one decode step is cut for a TPU: its parameters, and the sizes that follow from them."""
+"""The cut of one decode step for a TPU: its parameters, and the sizes that follow from them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ PREFETCHED_PAGES = 65_536  # page numbers that may lie in scalar memory all the 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How the work is cut."""
+  """Sizes by which the work is cut."""
 
   block_tokens: int = 2048  # cached tokens of one sequence that are attended to at once
   blocks: int = 1  # such blocks a grid step; several where heads are few

@@ -20,7 +20,7 @@ from pallas_kernels.tuning import Facts
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How cuDNN is called.
+  """Parameters of the calls of cuDNN.
 
   `apart` keeps pages that are not full from it; `tile_rows` are the rows of a tile where chunks of several sequences
   are packed.
@@ -36,7 +36,7 @@ def rule(device: Device, facts: Facts) -> Config:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why cuDNN cannot attend so, or None."""
+  """A reason against attending so with cuDNN, or None."""
   return cudnn_trial.refusal(device, facts, rows=True, apart=config.apart)
 
 
@@ -118,7 +118,7 @@ class _Tiles:
     )
 
   def restore(self, tiled: jax.Array) -> jax.Array:
-    """What belongs to tiles' rows, `[X, R, ...]`, in the order of q."""
+    """The tiles' rows `[X, R, ...]` in the order of q."""
     flat = tiled.reshape(-1, *tiled.shape[2:])
     return flat if self.place is None else flat.at[self.place].get(mode='clip')
 

@@ -65,7 +65,7 @@ def prefill_attention(
     sinks: `[H]` or None.
     scales: `[P, 2, K, G]` of quantized pages, or None.
     return_lse: Whether to return the logarithm of each softmax's sum too.
-    config: How to cut the work.
+    config: Sizes by which the work is cut.
     device: To run on.
     interpret: As for `pallas_call`.
     static_lengths: Promises that the chunks are whole prompts of these lengths. Trip counts are known at trace time
@@ -186,7 +186,7 @@ def _attend(
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing near was measured: the largest blocks that fit, in long pieces of code."""
+  """The parameters where nothing near was measured: the largest blocks that fit, in long pieces of code."""
   heads, tokens = page_of(facts)[1], int(facts['tokens'])
   group = int(facts['query_heads']) // heads
   tile_rows = 128 if tokens <= 128 else 256
@@ -214,7 +214,7 @@ def shorten(config: Config) -> Config:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why this kernel cannot run for a problem, or None."""
+  """A reason against this kernel for a problem, or None."""
   dtype, page = jnp.dtype(str(facts['dtype'])), page_of(facts)
   refused = page_refusal(facts)
   if refused is not None:

@@ -1,4 +1,4 @@
-"""What the TPU kernel does in one grid step: a block of rows over the blocks of pages that it sees."""
+"""One grid step of the TPU kernel: a block of rows over the blocks of pages that it sees."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ def _cdiv(a, b):
 
 
 def _floordiv(a, b):
-  """Of what is not negative."""
+  """The quotient of two numbers that are not negative."""
   return a // b if isinstance(a, int) else jax.lax.div(a, jnp.int32(b))
 
 
 def _rem(a, b):
-  """Of what is not negative."""
+  """The remainder of two numbers that are not negative."""
   return a % b if isinstance(a, int) else jax.lax.rem(a, jnp.int32(b))
 
 
@@ -44,7 +44,7 @@ def _min(a, b):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-  """Which cached blocks one sequence's rows in one block of rows see, and in what order they are visited.
+  """The cached blocks that one sequence's rows in one block of rows see, in the order of visits.
 
   Rows `low` to `high` are the sequence's; row t stands at position `before + t`. Blocks `interior` to
   `interior_end` are seen whole by all of them, `first` to `interior` and `interior_end` to `end` in part.
@@ -114,7 +114,7 @@ class Kernel:
   # The copies.
 
   def copy_table(self, sequence):
-    """Of a sequence's page numbers into scalar memory, where those of all are not there already."""
+    """The copy of a sequence's page numbers into scalar memory, where those of all are not there already."""
     return pltpu.make_async_copy(self.tables.at[sequence], self.ids, self.ids_arrived)
 
   def start_table(self, sequence):
@@ -273,7 +273,7 @@ class Kernel:
         self.add([jnp.where(visible, scores, HIDDEN)], values[h], heads[h], u, g, own, running=True)
 
     def some_rows(tile):
-      """Of a tile of tokens: the tiles of rows that see any of it."""
+      """The tiles of rows that see any of a tile of tokens."""
       token = block * problem.block_tokens + tile * problem.tile_tokens
       seen_from = _max(_floordiv(_max(token - walk.before - self.first_row, 0), config.tile_rows), first_u)
       seen_until = end_u
@@ -407,7 +407,7 @@ class Kernel:
     self.each(start_heads)
 
   def place(self, head, u, g):
-    """Where the rows of a tile lie in the scratch, of the g-th query head of a packed head."""
+    """The indices in the scratch of a tile's rows, of the g-th query head of a packed head."""
     return head, u, slice(None), self.tile(g)
 
   def tile(self, i):

@@ -12,7 +12,7 @@ _SPILLS = 8 << 20  # bytes of vector memory for what the compiler puts aside
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How the work is cut.
+  """Sizes by which the work is cut.
 
   Attributes:
     block_rows: Packed rows a grid step.
@@ -166,7 +166,7 @@ class Problem:
     return self.head_dim if self.parts == 1 else self.key_lane(head)
 
   def held_in(self, part: int, head: int, segment: int) -> tuple[int, int]:
-    """What a packed head holds in its segment-th D lanes: 0 for keys or 1 for values, and of which head."""
+    """The contents of a packed head's segment-th D lanes: 0 for keys or 1 for values, and their head."""
     return (segment, head) if self.parts == 1 else (part, head * (self.width // self.head_dim) + segment)
 
   def state(self) -> list[tuple[tuple[int, ...], jnp.dtype]]:
@@ -181,7 +181,7 @@ class Problem:
     ]
 
   def copies(self) -> list[tuple[tuple[int, ...], jnp.dtype]]:
-    """Of two blocks of pages; if they are quantized, of their scales, and of one block with these multiplied in."""
+    """Shapes and dtypes of two blocks of pages; if quantized, of their scales, and of a block multiplied by them."""
     pages: list[tuple[tuple[int, ...], jnp.dtype]] = [((2, self.block_pages, *self.page), self.page_dtype)]
     if self.quantized:
       pages.append(((2, self.block_pages, 2, self.kv_heads, self.page_size), jnp.dtype(jnp.float32)))

@@ -41,7 +41,7 @@ _LONGEST_BODY = 64 * 2048 * 4096  # rows times weights of a grid step
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How the kernel cuts its work; any value gives the same answer."""
+  """Parameters of the kernel; any value gives the same answer."""
 
   block_m: int = 256  # rows of activations at most, in VMEM at once
   block_n: int = 1280  # columns a step
@@ -113,11 +113,11 @@ class _Plan:
     return _divisor(self.lead_n, self.config.lead_n) if self.lead_n else LANES
 
   def copies(self, width: int) -> int:
-    """In which the weights of a block of so many columns travel."""
+    """The copies in which the weights of a block of `width` columns travel."""
     return self.config.copies if width == self.block_n else self.config.lead_copies
 
   def out_cuts(self, width: int) -> list[tuple[int, int]]:
-    """Where the parts begin in which a block's results travel, and their columns."""
+    """The parts in which a block's results travel: the first column and the number of columns of each."""
     last = self.config.last_n
     return [(0, width - last), (width - last, last)] if 0 < last < width else [(0, width)]
 
@@ -143,7 +143,7 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _cuts(size: int, unit: int, count: int) -> list[tuple[int, int]]:
-  """Where at most `count` parts of a size begin and how long they are, each of whole units but the last."""
+  """The start and length of at most `count` parts of a size, each of whole units but the last."""
   units = -(-size // unit)
   count = min(count, units)
   bounds = [min(unit * (units * index // count), size) for index in range(count + 1)]
@@ -151,7 +151,7 @@ def _cuts(size: int, unit: int, count: int) -> list[tuple[int, int]]:
 
 
 def _remainder(step, divisor: int):
-  """Of a step that is not negative: cheap on the scalar unit if by a power of two."""
+  """The remainder of a step that is not negative: cheap on the scalar unit if by a power of two."""
   return step & (divisor - 1) if divisor & (divisor - 1) == 0 else jax.lax.rem(step, divisor)
 
 
@@ -491,7 +491,7 @@ def _call(x, weights, scales, row_scales, plan: _Plan, interpret):
 
 
 def _plan(facts: Facts, config: Config, out_dtype) -> _Plan:
-  """What a call of such a problem does."""
+  """The plan of a call for a problem."""
   size_m, size_k, group = int(facts['m']), int(facts['k']), int(facts['group_size'])
   kind = str(facts['kind'])
   padded_k = round_up(size_k, UNIT)
@@ -512,7 +512,7 @@ def _blocks(size_m: int, config: Config) -> int:
 
 
 def refusal(config: Config, device: Device, facts: Facts) -> str | None:
-  """Why the kernel cannot run a problem so on a device, or None."""
+  """A reason against running a problem so on a device, or None."""
   dtype, size_k, group = facts['dtype'], int(facts['k']), int(facts['group_size'])
   if dtype not in ('bfloat16', 'float32', 'int8'):
     return f'activations are {dtype}, and it takes bfloat16, float32 and int8.'
@@ -540,7 +540,7 @@ def refusal(config: Config, device: Device, facts: Facts) -> str | None:
 
 
 def _body(facts: Facts, config: Config, plan: '_Plan') -> int:
-  """What a body's instructions grow with: rows, past those that the weights' unpacking hides, times weights."""
+  """The measure of a body's length: rows, past those that the weights' unpacking hides, times weights."""
   rows = min(int(facts['m']), config.block_m) * (3 if facts['dtype'] == 'float32' else 1)
   return max(rows, 64) * plan.block_n * plan.block_k
 
@@ -550,7 +550,7 @@ def _has_integers(device: Device) -> bool:
 
 
 def rule(device: Device, facts: Facts) -> Config:
-  """What to take where nothing was measured: large bodies, but under 11,000 bundles, as far as VMEM allows."""
+  """The parameters where nothing was measured: large bodies, but under 11,000 bundles, as far as VMEM allows."""
   kind = facts['kind']
   float32 = facts['dtype'] == 'float32'
   wide = device.tpu.matrix_width >= 256
@@ -625,7 +625,7 @@ def quantized_matmul(
 
 
 def problem(x: Any, weights: Any, scales: Any) -> dict[str, int | str]:
-  """What a choice of parameters depends on."""
+  """Facts by which parameters are chosen."""
   kind = 'int4' if weights.dtype == jnp.int32 else 'w8a8' if x.dtype == jnp.int8 else 'int8'
   (size_m, size_k), size_n = x.shape, weights.shape[1]
   return {

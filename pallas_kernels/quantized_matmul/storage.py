@@ -1,4 +1,4 @@
-"""How quantized weights are stored, and the way there and back.
+"""Quantized weights as they are stored, and the way there and back.
 
 Eight bits: int8 `[K, N]`, in `[-127, 127]`. Four bits: int32 words `[8·⌈K/64⌉, N]`, each of eight values of one column.
 64 rows of weights make 8 rows of words: row `16·s + 2·r + h` of the 64 is bits `4·s + 16·h` and up of word row r. So

@@ -21,7 +21,7 @@ PROBLEM = kernel_problems.Problem(
 
 
 def rows_after(folder, measure, rows=()):
-  """What tuning.json holds once the product is tuned for a v6e."""
+  """The rows of tuning.json once the product is tuned for a v6e."""
   table = folder / 'quantized_matmul' / 'tuning.json'
   table.parent.mkdir(exist_ok=True)
   if rows:

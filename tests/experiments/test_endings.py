@@ -56,7 +56,7 @@ def told(rows: list[dict]) -> list[tuple]:
 
 @pytest.fixture(scope='module')
 def undisturbed(answered, tmp_path_factory) -> list[tuple]:
-  """What each sample of the lines gets if nothing happens."""
+  """The answer of each sample of the lines if nothing happens."""
   folder = tmp_path_factory.mktemp('undisturbed')
   write(folder / 'in.jsonl', lines(itertools.repeat(0.0)))
   status, said, _ = answered(CONFIG, f'--requests={folder / "in.jsonl"}', f'--workdir={folder / "out"}')
@@ -197,7 +197,7 @@ def test_a_kill_loses_no_answer_that_is_older_than_a_second(tmp_path):
   there = answers.with_suffix('.there')
 
   def ended_long_ago() -> set[str]:
-    """Who had been there, and was not any more a second before the policy was last asked."""
+    """The requests that were there, and were not any more a second before the policy was last asked."""
     rows = read(there)
     early = [names for time_s, *names in rows if time_s < rows[-1][0] - 1.0]
     return {name for names in early for name in names} - set(early[-1]) if early else set()
@@ -318,7 +318,7 @@ def test_a_run_without_a_work_directory_tells_an_error_in_a_line_too(answered):
 
 @pytest.mark.parametrize(('after', 'code'), [(0, 1), (2, 3)])
 def test_an_error_that_nobody_can_be_told_has_its_exit_code_and_its_report(tmp_path, after, code):
-  """Where the log of the command is on the disk that is full, and others of the workload have not come yet."""
+  """The log of the command is on the full disk, and other requests of the workload have not come yet."""
   out = tmp_path / 'out'
   failing = f'{CONFIG}:way=raises,answers={out / "answers.jsonl"},after={after},apart_s=0.5'
   with open('/dev/full', 'w') as full:

@@ -1,4 +1,4 @@
-"""A worker with few buckets pads every pass to one of them, and stays such a worker."""
+"""A worker with few buckets pads every step to one of them, and stays such a worker."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The products that a pass is held against are the model's: none can be joined with another layer's."""
+"""The products that a step is held against are the model's: none can be joined with another layer's."""
 
 import collections
 

@@ -38,7 +38,7 @@ class Executed:
     return base64.b64decode(output.data['image/png'])
 
   def kinds(self) -> list[tuple[str, set[str]]]:
-    """What each cell put out: names of streams and types of data."""
+    """The outputs of each cell: names of streams and types of data."""
     return [(c.id, {kind for o in c.outputs for kind in o.get('data', [o.get('name')])}) for c in self.code]
 
 

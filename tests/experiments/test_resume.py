@@ -143,7 +143,7 @@ def test_a_run_goes_on_from_another_folder(run, answered, tmp_path):
 
 
 def test_users_of_whom_the_first_was_not_served_go_on(answered, tmp_path):
-  """Which requests come is not known before, but that they are of the same config."""
+  """The requests are not known before, but they are those of the same config."""
   out = tmp_path / 'out'
   status, said, _ = answered(f'{CONFIG}:one_at_a_time=True', f'--workdir={out}')
   assert status == 0, said

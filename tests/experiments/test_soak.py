@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from experiments.faults.chaos import End, Fault
-from experiments.faults.engine_faults import PASS_STALL_S, SLOW_S, PassFault
+from experiments.faults.engine_faults import SLOW_S, STEP_STALL_S, StepFault
 from experiments.faults.full_disk import can_fill_disk, fill_disk
-from experiments.faults.hostile import ENDS, LINK_FAULTS, PASS_FAULTS, WAY_FAULTS
+from experiments.faults.hostile import ENDS, LINK_FAULTS, STEP_FAULTS, WAY_FAULTS
 from experiments.faults.kinds import KINDS, RATES, Dice, grouped
 from experiments.faults.leaks import leaks
 from experiments.faults.losses import NOBODY_BRINGS_IT_BACK, Loss, Losses
@@ -117,7 +117,7 @@ def test_a_minute_in_which_everything_fails_finds_nothing_wrong(tmp_path):
 
 
 class Trace:
-  """What a fault left in the books: every event that a state was told of, and whether it counted."""
+  """The traces of a fault in the books: every event that a state was told of, and whether it counted."""
 
   def __init__(self):
     self.told: list[tuple[Event, bool]] = []
@@ -148,8 +148,8 @@ class Trace:
   def of_no_account(self) -> bool:
     return any(isinstance(one, Done) and not counted for one, counted in self.told)
 
-  def long_pass(self) -> bool:
-    return any(isinstance(one, Done) and one.ended_s - one.began_s >= 0.9 * PASS_STALL_S for one, _ in self.told)
+  def long_step(self) -> bool:
+    return any(isinstance(one, Done) and one.ended_s - one.began_s >= 0.9 * STEP_STALL_S for one, _ in self.told)
 
   def not_finite(self) -> bool:
     errors = [result.error or '' for one, _ in self.told if isinstance(one, Done) for result in one.results]
@@ -186,11 +186,11 @@ TRACES: dict[str, Callable[[Trace], object]] = {
   'end_late': lambda trace: trace.late() and trace.of_no_account(),
   'end_twice': Trace.of_no_account,
   'end_lost': Trace.late,
-  'pass_refused': lambda trace: trace.failed('the pass was refused'),
+  'pass_refused': lambda trace: trace.failed('the step was refused'),
   'pass_refused_halfway': lambda trace: trace.failed('refused halfway') or trace.lost('refused halfway'),
   'pass_fails': lambda trace: trace.lost('failed on its device'),
   'pass_takes_pages': lambda trace: trace.lost('took its pages'),
-  'pass_stalls': Trace.long_pass,
+  'pass_stalls': Trace.long_step,
   'pass_has_nan': Trace.not_finite,
   'lost_in_prefill': lambda trace: trace.lost('it is gone'),
   'lost_in_decode': lambda trace: trace.lost('it is gone'),
@@ -530,7 +530,7 @@ def test_every_kind_of_fault_is_one_that_an_engine_can_be_given():
   by_moment = {moment: {name for name, kind in KINDS.items() if kind.moment == moment} for moment in RATES}
   assert by_moment['transfer'] == set(WAY_FAULTS) and set(get_args(Fault)) < set(WAY_FAULTS.values())
   assert by_moment['end'] == set(ENDS) and set(get_args(End)) == set(ENDS.values())
-  assert by_moment['pass'] == set(PASS_FAULTS) and set(get_args(PassFault)) == set(PASS_FAULTS.values())
+  assert by_moment['step'] == set(STEP_FAULTS) and set(get_args(StepFault)) == set(STEP_FAULTS.values())
   assert by_moment['link'] == set(LINK_FAULTS) and set(LINK_FAULTS.values()) < set(get_args(Fault))
   assert {name for name, kind in KINDS.items() if kind.moment == 'pools'} == set(FEW_PAGES)
 
@@ -590,22 +590,22 @@ def test_what_nothing_mends_may_end_a_request_whatever_the_settings_say():
     assert setting.allows(nan, Counter(pass_has_nan=1)) and not setting.allows(nan, Counter(pass_fails=1))
 
 
-class Lives:
-  """An engine that knows in which of its lives a worker is."""
+class Incarnations:
+  """An engine that knows in which incarnation a worker is."""
 
   def __init__(self):
-    self.life = 1
+    self.number = 1
 
   def incarnation(self, worker: str) -> int:
-    return self.life
+    return self.number
 
   def break_worker(self, worker: str) -> None:
-    self.life += 1
+    self.number += 1
 
 
 def test_a_worker_that_is_given_up_is_told_so_while_it_is_away_and_only_then():
-  acted, later, lives = [], [], Lives()
-  losses = Losses(lives, lambda after_s, event: later.append((after_s, event)), acted.append)
+  acted, later = [], []
+  losses = Losses(Incarnations(), lambda after_s, event: later.append((after_s, event)), acted.append)
   loss = Loss('worker_given_up', down_s=0.4, returning=True, given_up_after_s=0.1)
   lost, back = WorkerLost('decode0', 1.0, 'it is gone'), WorkerBack('decode0', 1.0, 2)
   losses.lose('decode0', loss)
@@ -616,7 +616,7 @@ def test_a_worker_that_is_given_up_is_told_so_while_it_is_away_and_only_then():
   assert losses.told(back) == [back]
   losses.lose('decode0', loss)
   losses.told(lost), losses.told(dataclasses.replace(back, incarnation=3))
-  losses.told(dataclasses.replace(back, incarnation=4))  # by a pass that failed meanwhile
+  losses.told(dataclasses.replace(back, incarnation=4))  # by a step that failed meanwhile
   assert losses.told(given_up) == []
 
 
@@ -640,5 +640,5 @@ def test_how_it_goes_is_told_in_a_line(soak):
   one.tally.faults.update(transfer_fails=1200, pass_refused=2)
   one.tally.counts.update({'leak': 3})
   line = describe(one.tally)
-  assert '1,202 faults (1,200 transfers, 2 passes), 0 wrong tokens' in line and '3 leaks' in line
+  assert '1,202 faults (1,200 transfers, 2 steps), 0 wrong tokens' in line and '3 leaks' in line
   assert os.linesep not in line

@@ -55,7 +55,7 @@ def get_config(
 
   Args:
     ray: Each worker in a process of its own.
-    way: How its policy fails once there are `after` lines in the file `answers`.
+    way: The way in which its policy fails once there are `after` lines in the file `answers`.
     answers: That file.
     after: That number.
     too_long: So many of its six requests have a prompt that the context does not hold.

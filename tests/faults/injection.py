@@ -1,4 +1,4 @@
-"""What stands between a loop and its backend and lets things go wrong at the worst moment, on either backend."""
+"""An injector between a loop and its backend lets things go wrong at the worst moment, on either backend."""
 
 import dataclasses
 import math
@@ -67,7 +67,7 @@ class Again:
 
 @dataclasses.dataclass
 class Seen:
-  """What the backend was told of the victim and has told of it."""
+  """The orders and events of the victim, as the backend was told and has told of them."""
 
   victim: str
   prefill: str | None = None
@@ -79,7 +79,7 @@ class Seen:
   computed: bool = False
 
   def index(self, order: TransferOrder) -> int:
-    """Which of its transfers an order is, a further try at one being the same."""
+    """The index of an order among the victim's transfers; a further try at one has the same."""
     return list(self.tries).index(what_of(order))
 
   def is_first_try(self, order: TransferOrder) -> bool:
@@ -88,7 +88,7 @@ class Seen:
 
 
 def what_of(order: TransferOrder) -> object:
-  """What of its request a transfer moves."""
+  """The part of a request that a transfer moves."""
   return order.span.start, order.span.layers
 
 
@@ -97,9 +97,9 @@ class Injector:
 
   Attributes:
     moment: Whether it is the moment, asked of each order and each event.
-    act: What to do then.
-    on_transfer: How a transfer of the victim fails.
-    on_done: What the loop is told in place of the end of a transfer of the victim: events, each so many seconds later.
+    act: The act that follows.
+    on_transfer: The fault of a transfer of the victim.
+    on_done: The events in place of the end of a transfer of the victim, each so many seconds later.
   """
 
   def __init__(self, backend: Breakable, victim: str):
@@ -130,7 +130,7 @@ class Injector:
     self._later.append((self.now_s + after_s, event))
 
   def orders_of(self, worker: str) -> list[int]:
-    """The passes that a worker was given."""
+    """The steps that a worker was given."""
     return [id for id, one in self._orders.items() if isinstance(one, StepOrder) and one.worker == worker]
 
   def submit(self, orders: Sequence[Order]) -> None:

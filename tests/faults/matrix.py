@@ -75,7 +75,7 @@ WHICH_TRANSFER = {  # the one of the victim's three that a row is about
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """How long things take on a backend, in seconds."""
+  """Times of a backend, in seconds."""
 
   deadline_s: float
   late_s: float  # past the deadline
@@ -146,12 +146,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """What goes wrong.
+  """A column of the matrix: one way of going wrong.
 
   Attributes:
     set_up: Arranges for it.
-    ends: How the victim may end.
-    empty: For rows where it means nothing, why.
+    ends: Finish reasons that the victim may have.
+    empty: The rows where it means nothing, with the reasons.
   """
 
   set_up: Callable[[Cell, Injector, Asking], None]
@@ -191,7 +191,7 @@ def _decode_dies(cell: Cell, injector: Injector, arrivals: Asking) -> None:
 
 
 def _restarts(cell: Cell, injector: Injector, arrivals: Asking) -> None:
-  """It is back at once, and what it did in its earlier life is told afterwards."""
+  """It is back at once, and is told afterwards to have ended steps of its earlier incarnation."""
   decodes = cell.row in ('first decode step', 'mid decode', 'done but unacknowledged')
   worker = (injector.seen.decode if decodes else injector.seen.prefill) or 'prefill0'
   orders = injector.orders_of(worker)

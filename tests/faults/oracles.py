@@ -1,4 +1,4 @@
-"""What holds however a run went: the right tokens, every page back, every request ended once, in bounded time."""
+"""Laws that hold however a run went: the right tokens, every page back, every request ended once, in bounded time."""
 
 import math
 from collections import Counter

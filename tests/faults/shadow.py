@@ -1,7 +1,7 @@
-"""A simulator whose pages hold something: each token depends on every token that a pass finds in its sequence's pages.
+"""A simulator whose pages hold something: each token depends on every token that a step finds in its sequence's pages.
 
 So a page that was freed too early, given to two, written too late or never sent shows in the tokens, as on devices. A
-pass happens when it is handed over and a transfer reads its pages then, as programs are dispatched; what a transfer
+step happens when it is handed over and a transfer reads its pages then, as programs are dispatched; what a transfer
 brings is written when it ends.
 """
 
@@ -17,12 +17,12 @@ from pdjax.types import ModelSpec, Request
 
 
 def next_token(sequence: Sequence[object], model: ModelSpec) -> int:
-  """What follows a sequence; never the token that ends it."""
+  """The token that follows a sequence; never the token that ends it."""
   return 2 + zlib.crc32(repr(list(sequence)).encode()) % (model.vocab_size - 2)
 
 
 def plain_tokens(model: ModelSpec, request: Request, output_len: int | None = None) -> tuple[int, ...]:
-  """What a request of one sample gets where nothing fails."""
+  """The tokens of a request of one sample where nothing fails."""
   tokens: list[int] = []
   limit = request.token_limit(model.context_len, lambda _: output_len)
   while len(tokens) < limit:
@@ -32,7 +32,7 @@ def plain_tokens(model: ModelSpec, request: Request, output_len: int | None = No
 
 @dataclasses.dataclass
 class _Sequence:
-  """What is in a slot."""
+  """The content of a slot."""
 
   request: Request
   pages: tuple[int, ...]
@@ -47,8 +47,8 @@ class ShadowSimulator(Simulator):
 
   Args:
     page_sizes: Tokens per page of each worker.
-    fault_of: What goes wrong with a transfer.
-    slow_s: How much longer a slow one takes.
+    fault_of: The fault of a transfer, or None.
+    slow_s: Seconds that a slow one takes longer.
     checksums: Whether pages that are not those that were sent are found.
   """
 
@@ -72,7 +72,7 @@ class ShadowSimulator(Simulator):
     self._contents: dict[int, list[list[object]]] = {}  # of transfers that may still be written
 
   def lose(self, worker: str, error: str = 'it is gone') -> tuple[WorkerLost, WorkerBack]:
-    """A worker dies now with all it holds, and begins another life; what its orders still bring is for nobody."""
+    """A worker dies now with all it holds, and begins another incarnation; earlier orders are not heard of again."""
     self.incarnations[worker] += 1
     self._pages = {place: token for place, token in self._pages.items() if place[0] != worker}
     self._slots = {place: one for place, one in self._slots.items() if place[0] != worker}
@@ -85,8 +85,8 @@ class ShadowSimulator(Simulator):
           return  # handed over before anyone knew
         self._results[order.id] = self._results_of(order)
       case TransferOrder():
-        lives = self.incarnations[order.source], self.incarnations[order.target]
-        if order.incarnations != lives:
+        present = self.incarnations[order.source], self.incarnations[order.target]
+        if order.incarnations != present:
           return
         fault = self.fault_of(order)
         if fault == 'refused':
@@ -140,7 +140,7 @@ class ShadowSimulator(Simulator):
       contents.reverse()
     return contents
 
-  # -------------------------------------------------------------------------- passes
+  # -------------------------------------------------------------------------- steps
 
   def _results_of(self, order: StepOrder) -> tuple[tuple[Result, ...], int]:
     name, results, wasted = order.worker, [], 0

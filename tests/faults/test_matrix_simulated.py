@@ -1,4 +1,4 @@
-"""Every meaningful cell of the fault matrix on the simulator, whose pages hold what passes wrote there."""
+"""Every meaningful cell of the fault matrix on the simulator, whose pages hold what steps wrote there."""
 
 import functools
 from collections.abc import Sequence

@@ -43,7 +43,7 @@ def call_of(text: str) -> tuple[dict, str, str]:
 
 @pytest.fixture
 def jax_cudnn(monkeypatch):
-  """What JAX has itself, told of a version that it cannot ask for here."""
+  """JAX's own attention by cuDNN, told of a version that it cannot ask for here."""
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
   return fused_attention_stablehlo
 
@@ -106,7 +106,7 @@ def stand_in(
   q, keys, values, query_lengths, lengths, *, softmax_scale, causal=False, tables=None, heads_first=False,
   return_lse=False, leaks=True, off=0.0,
 ):  # fmt: skip
-  """What cuDNN is to give, of whole blocks of keys: where it `leaks`, weights of 0 meet values that may be NaN."""
+  """The answer expected of cuDNN, of whole blocks of keys: where it `leaks`, weights of 0 meet what may be NaN."""
   if tables is not None:
     keys, values = (
       jnp.moveaxis(blocks[table], 2, 3).reshape(table.shape[0], -1, blocks.shape[1], blocks.shape[3])
@@ -142,7 +142,7 @@ def call(monkeypatch):
 
 
 def decoded(*arguments, apart=True, return_lse=False):
-  """What decode gives, as one program: operation by operation takes seconds."""
+  """The answer of decode, as one program: operation by operation takes seconds."""
   config = decode.Config(apart)
   run = functools.partial(decode.paged_attention, softmax_scale=0.3, config=config, device=H100, return_lse=return_lse)
   return jax.jit(run)(*arguments)
@@ -227,7 +227,7 @@ def test_a_query_with_an_axis_of_its_own_is_one(call):
 
 
 def test_what_nobody_holds_shows_where_cudnn_sees_it(call):
-  """Which is why pages that are not full are kept from it, unless a trial has shown that it does not."""
+  """So pages that are not full are kept from it, unless a trial has shown that NaN does not show."""
   rng, pages, tables, held = pages_of([5, 20], 16)
   q = jnp.asarray(rng.standard_normal((2, 4, 8), np.float32))
   assert np.isnan(decoded(q, pages, tables, held, apart=False)).any()

@@ -1,4 +1,4 @@
-"""What runs for a problem: what was asked for if it can, else what a table, a neighbour in it or a rule says."""
+"""The choice for a problem: the caller's own if it can run, else that of a table, of a neighbour in it or of a rule."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""What GPUs take, tested without one: the device is forced, and what it takes runs here."""
+"""The choices of GPUs, tested without one: the device is forced, and its choice runs here."""
 
 import functools
 
@@ -21,7 +21,7 @@ def gpu(monkeypatch) -> devices.Device:
 
 @pytest.fixture
 def turns(monkeypatch) -> list[int]:
-  """How often each loop over blocks of a context goes round, of what runs without being compiled."""
+  """The turns of each loop over blocks of a context, of programs that run without being compiled."""
   counts = []
 
   def count(lower, upper, body, carried):

@@ -44,7 +44,7 @@ def page_shape(layout: str, page_size: int) -> tuple[int, ...]:
 
 
 def place(layout: str, both: int, head: int) -> tuple[int, int, slice]:
-  """Where in `[A, C, G, W]` the keys (0) or values (1) of a head are: A, C and the lanes."""
+  """The indices in `[A, C, G, W]` of the keys (0) or values (1) of a head: A, C and the lanes."""
   dim = LAYOUTS[layout][1]
   if layout == 'plain':
     return both, head, slice(0, dim)

@@ -42,7 +42,7 @@ def expected(x, weights: QuantizedWeights, x_scales=None) -> np.ndarray:
 
 
 def surplus_tolerance(x, weights: QuantizedWeights) -> float:
-  """What float32 loses of the sums in the kernel, in which every four-bit weight counts up to 143."""
+  """The error of float32 in the kernel's sums, in which every four-bit weight counts up to 143."""
   return 5e-7 * 143 * float(jnp.abs(x.astype(jnp.float32)).sum(1).max() * weights.scales.max())
 
 

@@ -1,4 +1,4 @@
-"""What a kernel took is noted with every reason why it took no other, and each but once."""
+"""The choice of a kernel is noted with every reason against another, and each reason but once."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The answers that kernels are held against are the textbook's, and nothing that is wrong passes for right."""
+"""The answers that kernels are held against are the textbook's, and nothing wrong counts as right."""
 
 import math
 

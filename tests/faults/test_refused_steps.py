@@ -1,4 +1,4 @@
-"""A pass that cannot be handed to its devices: nothing computed over the hole that it leaves is ever delivered."""
+"""A step that cannot be handed to its devices: nothing computed over the hole that it leaves is ever delivered."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ def cluster(split: str) -> Cluster:
 
 
 def requests(length: int = 40) -> list[Request]:
-  """A victim of as many chunks as 16 tokens go into its length, and two others that share passes with it."""
+  """A victim of as many chunks as 16 tokens go into its length, and two others that share steps with it."""
   sampling = SamplingParams(max_tokens=8, temperature=0.7, seed=5, repetition_penalty=1.2, ignore_eos=True)
   others = [Request(f'other{i}', prompt(5 + 2 * i, i), dataclasses.replace(sampling, seed=i)) for i in range(2)]
   return [Request(VICTIM, prompt(length, 9), sampling), *others]
@@ -49,7 +49,7 @@ def has_decode(which: Callable) -> Callable[[StepOrder], bool]:
   return lambda order: any(one.request == VICTIM and which(one, next(seen)) for one in order.decodes)
 
 
-PASSES = {
+STEPS = {
   'the first chunk': lambda: has_chunk(lambda chunk: chunk.start == 0),
   'a chunk in the middle': lambda: has_chunk(lambda chunk: chunk.start > 0 and not chunk.is_last),
   'the last chunk': lambda: has_chunk(lambda chunk: chunk.is_last),
@@ -59,7 +59,7 @@ PASSES = {
 
 
 class Refusing:
-  """Lets a worker's dispatch of some passes fail before or after it has done all but hand them over."""
+  """Lets a worker's dispatch of some steps fail before or after it has done all but hand them over."""
 
   def __init__(self, when: Callable[[StepOrder], bool], times: int = 1, late: bool = False):
     self.refused: list[StepOrder] = []
@@ -90,7 +90,7 @@ class Refusing:
 
 
 def wait_for_what_follows(engine, refusing: Refusing, monkeypatch) -> None:
-  """Let the loop learn of a refused pass together with what passes behind it have brought."""
+  """Let the loop learn of a refused step together with what steps behind it have brought."""
   collect = engine._mailbox.collect
   left = [2]
 
@@ -106,7 +106,7 @@ def wait_for_what_follows(engine, refusing: Refusing, monkeypatch) -> None:
 @pytest.mark.parametrize('split', POLICIES)
 @pytest.mark.parametrize(
   ('length', 'which'),  # of two chunks, both are handed over before anyone knows of the first
-  [(40, which) for which in PASSES] + [(30, which) for which in PASSES if 'middle' not in which],
+  [(40, which) for which in STEPS] + [(30, which) for which in STEPS if 'middle' not in which],
 )
 @pytest.mark.parametrize('late', [False, True], ids=['at once', 'late'])
 @pytest.mark.parametrize('faults', [FaultSpec(), ALL_FAIL], ids=['recompute', 'fail'])
@@ -114,7 +114,7 @@ def test_its_requests_begin_again_or_end_with_the_error_and_nothing_wrong_is_tol
   split, length, which, late, faults, monkeypatch
 ):
   ours = cluster(split).changed(faults=faults)
-  refusing = Refusing(PASSES[which](), late=late)
+  refusing = Refusing(STEPS[which](), late=late)
   refusing.patch(monkeypatch)
   served = ours.serve(
     requests(length), POLICIES[split], prepare=lambda engine: wait_for_what_follows(engine, refusing, monkeypatch)
@@ -137,7 +137,7 @@ def test_its_requests_begin_again_or_end_with_the_error_and_nothing_wrong_is_tol
 
 
 def brought_after(served: Served, failed: Failed, names: set[str]) -> list[tuple[str, tuple[int, ...]]]:
-  """What passes brought requests after a failure was told."""
+  """The tokens that steps brought requests after a failure was told."""
   after = served.events[served.events.index(failed) :]
   return [
     (result.request, result.tokens)
@@ -149,8 +149,8 @@ def brought_after(served: Served, failed: Failed, names: set[str]) -> list[tuple
 
 
 @pytest.mark.parametrize('split', POLICIES)
-def test_a_request_whose_passes_are_refused_for_ever_ends_and_the_others_are_exact(split, monkeypatch):
-  refusing = Refusing(PASSES['the first chunk'](), times=100)
+def test_a_request_whose_steps_are_refused_for_ever_ends_and_the_others_are_exact(split, monkeypatch):
+  refusing = Refusing(STEPS['the first chunk'](), times=100)
   refusing.patch(monkeypatch)
   served = cluster(split).serve(requests(), POLICIES[split])
   assert 1 <= len(refusing.refused) <= 3 * len(served.requests)
@@ -164,7 +164,7 @@ def test_a_request_whose_passes_are_refused_for_ever_ends_and_the_others_are_exa
 @pytest.mark.parametrize('split', POLICIES)
 def test_slots_that_cannot_be_cleared_lose_their_worker_before_anyone_writes_through_them(split, monkeypatch):
   ours = cluster(split)
-  refusing = Refusing(PASSES['a later decode step']())
+  refusing = Refusing(STEPS['a later decode step']())
   refusing.patch(monkeypatch)
   monkeypatch.setattr(Worker, 'clear_slots', lambda worker, order: 1 / 0)
   served = ours.serve(requests(), POLICIES[split])
@@ -174,7 +174,7 @@ def test_slots_that_cannot_be_cleared_lose_their_worker_before_anyone_writes_thr
 
 
 @pytest.mark.parametrize('split', POLICIES)
-def test_any_pass_may_be_refused_and_every_answer_is_exact(split, monkeypatch):
+def test_any_step_may_be_refused_and_every_answer_is_exact(split, monkeypatch):
   rng = random.Random(7)
   ours = cluster(split).changed(faults=FaultSpec(max_attempts=100))
   for late in (False, True):
@@ -197,11 +197,11 @@ def plain(request: Request) -> tuple[int, ...]:
   return generate(TINY, alone)[0][: request.sampling.max_tokens]
 
 
-def test_a_pass_refused_in_another_process_is_begun_again_too(monkeypatch):
+def test_a_step_refused_in_another_process_is_begun_again_too(monkeypatch):
   processes = Processes.of(config('1P1D'))
   try:
     for which in ('the first chunk', 'a later decode step'):
-      refusing = Refusing(PASSES[which]())
+      refusing = Refusing(STEPS[which]())
       with monkeypatch.context() as patched:
         refusing.patch(patched)
         served = processes.serve(requests())

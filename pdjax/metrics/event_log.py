@@ -158,7 +158,10 @@ def _chunk(chunk: ChunkOrder) -> dict[str, Any]:
 
 
 def _decode(decode: DecodeOrder) -> dict[str, Any]:
-  return {**_fields(decode), 'admission': decode.admission and _admission(decode.admission)}
+  return {  # as `_fields` has it, in half the time: there is one for each sequence of each step
+    'request': decode.request, 'slot': decode.slot, 'context': decode.context,
+    'admission': decode.admission and _admission(decode.admission),
+  }  # fmt: skip
 
 
 def _admission(admission: Admission) -> dict[str, Any]:
@@ -166,7 +169,10 @@ def _admission(admission: Admission) -> dict[str, Any]:
 
 
 def _result(result: Result) -> dict[str, Any]:
-  return {**_fields(result), 'logprobs': [_fields(logprob) for logprob in result.logprobs]}
+  return {  # as `_decode`
+    'request': result.request, 'tokens': result.tokens, 'finish_reason': result.finish_reason, 'text': result.text,
+    'logprobs': [_fields(logprob) for logprob in result.logprobs] if result.logprobs else [], 'error': result.error,
+  }  # fmt: skip
 
 
 _FIELD_NAMES: dict[type, tuple[str, ...]] = {}

@@ -60,6 +60,7 @@ class RequestState:
     delivered: The tokens it had when it was last begun again.
     attempts: Times it was begun, this one counted.
     number: Its position in the order of arrival.
+    prompt_len: Tokens of its prompt.
   """
 
   request: Request
@@ -83,11 +84,15 @@ class RequestState:
   delivered: tuple[int, ...] = ()
   attempts: int = 1
   number: int = 0
+  prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly
+
+  def __post_init__(self):
+    self.prompt_len = self.request.prompt_len
 
   @property
   def prefill_len(self) -> int:
     """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
-    return self.request.prompt_len + max(len(self.delivered) - 1, 0)
+    return self.prompt_len + max(len(self.delivered) - 1, 0)
 
   @property
   def prompt_left(self) -> int:
@@ -111,12 +116,12 @@ class RequestState:
 
   def whole_pages(self, page_size: int, *, decodes: bool) -> int:
     """Pages of `page_size` tokens for this one sequence: for its prompt, or for all its tokens but the last."""
-    tokens = self.request.prompt_len + self.limit - 1 if decodes else self.prefill_len
+    tokens = self.prompt_len + self.limit - 1 if decodes else self.prefill_len
     return -(-tokens // page_size)
 
   def shared_pages(self, page_size: int) -> int:
     """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
-    return (self.request.prompt_len - 1) // page_size
+    return (self.prompt_len - 1) // page_size
 
   def pages_needed(self, page_size: int, *, decodes: bool) -> int:
     """As `whole_pages`, those of the samples that follow it counted too: all but those of the prompt's full pages."""

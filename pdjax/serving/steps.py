@@ -26,7 +26,9 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
     chunk_orders.append(_start_chunk(books, chunk, worker))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
   groups = books.transfer.pass_groups(worker.role, books.model.num_layers) if step.chunks else ()
-  steps = step.steps if step.steps == 1 else min(step.steps, max(entry.tokens_left for entry in decodes))
+  steps = step.steps
+  if steps > 1 and not any(entry.tokens_left >= steps for entry in decodes):  # mostly the first has as many left
+    steps = max(entry.tokens_left for entry in decodes)
   decode_orders = _start_decodes(books, decodes, steps)
   order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
   worker.orders.append(order)
@@ -68,7 +70,7 @@ def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tup
       pages, limit = entry.pages[entry.target], books.true_limit(entry)
       admission = Admission(entry.request, pages, tuple(entry.tokens), limit, entry.copy)
       books.release_copied(entry)  # whatever is written there from now on is written after the copy
-    context = entry.request.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
+    context = entry.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
     orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
     entry.steps_in_flight += steps
   return tuple(orders)

@@ -11,6 +11,7 @@ from pdjax.metrics.event_log import EventLog, event_to_json, read_events
 from pdjax.serving.events import (
   Arrived,
   Comeback,
+  Delivered,
   Done,
   Failed,
   Occupancy,
@@ -21,7 +22,7 @@ from pdjax.serving.events import (
   WorkerLost,
   WorkerUse,
 )
-from pdjax.serving.orders import EndOrder
+from pdjax.serving.orders import DecodeOrder, EndOrder, StepOrder
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
 
 
@@ -80,16 +81,33 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   assert arrived[1]['slo']['ttft_ms'] == 5 and arrived[1]['session'] == 'c'
   prefill, transfer, decode, _, end = [line['order'] for line in lines if line['event'] == 'Started']
   (chunk,) = prefill['chunks']
-  assert chunk == {'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'slot': None, 'delivered': []}
+  assert chunk == {'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'limit': 4, 'slot': None, 'delivered': []}
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
   assert decode['decodes'][0]['admission'] == {
-    'request': 'r', 'pages': [7, 8], 'tokens': [100], 'copy': None,
+    'request': 'r', 'pages': [7, 8], 'tokens': [100], 'limit': 4, 'copy': None,
   }  # fmt: skip
   assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
   done = next(line for line in lines if line['event'] == 'Done')
   assert done['results'] == [
     {'request': 'r', 'tokens': [100], 'finish_reason': None, 'text': '', 'logprobs': [], 'error': None}
   ]
+
+
+def test_what_a_step_brought_too_late_is_named_behind_it(tmp_path):
+  results = Result('r', (5,)), Result('s', (6,))
+  with EventLog(tmp_path / 'events.jsonl') as log:
+    log.append(Delivered(1.5, 3, results[:1], results[1:]))
+  assert list(read_events(tmp_path / 'events.jsonl')) == [
+    {'event': 'Delivered', 'now_s': 1.5, 'order': 3, 'late': ['s']}
+  ]
+
+
+def test_what_is_written_field_by_field_has_every_field_in_its_order():
+  step = StepOrder(1, 'w', decodes=(DecodeOrder('r', 0, 4),))
+  (decode,) = event_to_json(Started(0.0, step))['order']['decodes']
+  (result,) = event_to_json(Done(1, 0.0, 1.0, (Result('r', (5,)),)))['results']
+  for line, kind in ((decode, DecodeOrder), (result, Result)):
+    assert list(line) == [field.name for field in dataclasses.fields(kind)]
 
 
 def test_numpy_integers_are_written_as_numbers(tmp_path):

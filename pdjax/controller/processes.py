@@ -165,7 +165,7 @@ def limit_of(model: ModelSpec, output_len: Callable[[str], int | None]) -> Calla
 
 
 def clock_offset(peer: Peer, node: str) -> float:
-  """What a process's clock shows when the controller's shows 0; processes of one host have one clock.
+  """The time on a process's clock when the controller's shows 0; processes of one host have one clock.
 
   Otherwise it is known to half of the quickest answer's time.
   """
@@ -185,8 +185,8 @@ class Handshake:
 
   Attributes:
     specs: The workers; their counts are to be filled in before any of them is loaded.
-    transfer: How KV travels; the same goes for `layers_from`.
-    ways: From which worker to which.
+    transfer: The settings of transfers; their `layers_from` is to be filled in as well.
+    ways: The pairs of source and target.
   """
 
   def __init__(
@@ -288,7 +288,7 @@ class Handshake:
     return {f'{source}→{target}/{name}': s for seconds in (send_s, receive_s) for name, s in seconds.items()}
 
   def measure_link(self, source: str, target: str) -> LinkSpec:
-    """What a pull between two processes carries.
+    """Measure the rate and the latency of pulls between two processes.
 
     Raises:
       DeviceError: if nothing comes of a pull though both processes live.

@@ -25,7 +25,7 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
   for chunk in step.chunks:
     chunk_orders.append(_start_chunk(books, chunk, worker))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
-  groups = books.transfer.pass_groups(worker.role, books.model.num_layers) if step.chunks else ()
+  groups = books.transfer.step_groups(worker.role, books.model.num_layers) if step.chunks else ()
   steps = step.steps if step.steps == 1 else min(step.steps, max(entry.tokens_left for entry in decodes))
   decode_orders = _start_decodes(books, decodes, steps)
   order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)

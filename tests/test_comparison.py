@@ -88,7 +88,7 @@ def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():
     assert {worker.max_step_tokens for worker in workers} == {run.workers[0].max_step_tokens}
 
 
-def test_budgets_are_parts_of_the_largest_pass_unless_they_are_given():
+def test_budgets_are_parts_of_the_largest_step_unless_they_are_given():
   systems, _ = colocated_systems([config()], TINY)
   assert sorted({system.config.policy.token_budget for system in systems}) == [2, 4, 8, 16, 32]
   with pytest.raises(ValueError, match='0 tokens of one pass'):
@@ -96,7 +96,7 @@ def test_budgets_are_parts_of_the_largest_pass_unless_they_are_given():
 
 
 @pytest.mark.parametrize(('budgets', 'sizes'), [(None, [2, 4, 8, 11, 16, 32]), ((24, 8), [8, 24])])
-def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
+def test_both_sides_are_tried_with_the_same_sizes_of_a_step(budgets, sizes):
   run = dataclasses.replace(config('2P1D'), policy=pdjax.Disaggregated(max_prefill_tokens=11))
   ours, theirs = disaggregated_systems(run, budgets), colocated_systems([run], TINY, budgets)[0]
   assert [system.config.policy.max_prefill_tokens for system in ours] == sizes
@@ -104,7 +104,7 @@ def test_both_sides_are_tried_with_the_same_sizes_of_a_pass(budgets, sizes):
   assert {system.config.workers for system in ours} == {run.workers}  # so nothing more is compiled
 
 
-def test_a_policy_without_a_size_of_its_passes_is_tried_as_it_is():
+def test_a_policy_without_a_size_of_its_steps_is_tried_as_it_is():
   @dataclasses.dataclass(frozen=True)
   class Plain:
     def decide(self, view):

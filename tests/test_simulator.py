@@ -82,7 +82,7 @@ ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
 TWO_AND_ONE = prefill_pool(2, **SIZES) + decode_pool(1, **SIZES)
 
 
-def test_passes_of_a_worker_run_one_after_another_and_those_of_two_side_by_side():
+def test_steps_of_a_worker_run_one_after_another_and_those_of_two_side_by_side():
   cluster = ByHand(TWO_AND_ONE)
   for name in 'abc':
     cluster.arrive(name, prompt_len=4, max_tokens=1)
@@ -332,7 +332,7 @@ def test_tokens_asked_for_are_delivered_or_counted_as_wasted(case):
       per_request[chunk.request.id] += chunk.is_last
     for decode in order.decodes:
       per_request[decode.request] += order.steps
-  most = 20 + case.decode_steps - 1  # a sequence may be dragged along in a pass that others need
+  most = 20 + case.decode_steps - 1  # a sequence may be dragged along in a step that others need
   assert max(per_request.values()) <= most
 
 

@@ -40,7 +40,7 @@ class Visit:
     name: The request's id.
     wish: What they want.
     after_s: Seconds after the wave began.
-    cancels_after: How many pieces they read before they cancel; 0 before the first, None if they never do.
+    cancels_after: How many deltas they read before they cancel; 0 before the first, None if they never do.
     in_asyncio: Whether they wait in asyncio.
   """
 

@@ -76,7 +76,7 @@ class Stream:
     self._cancelled = False
 
   def cancel(self) -> None:
-    """Ask for no more; never waits. What the stream has got remains, and it ends with finish reason `cancelled`.
+    """Ask for no more; never waits. Deltas that came remain, and the stream ends with finish reason `cancelled`.
 
     Nothing of the request is dispatched hereafter beyond what the policy has answered by now, of which bundled
     policies give at most one chunk and one decode step of a request at a time.

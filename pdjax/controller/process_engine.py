@@ -354,7 +354,7 @@ class ProcessEngine:
     return []
 
   def _settle(self, transfer: UnderWay) -> None:
-    """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
+    """A transfer is over: either end lets go of it. Orders that the target is told next find pages of their own.
 
     A pull that has begun is left to end, for one whose pieces are taken away never does.
     """

@@ -316,7 +316,7 @@ class Handshake:
     return LinkSpec(_LINK_BYTES / max(large_s - small_s, 1e-6), small_s, source='measured at warm-up')
 
   def revive(self, name: str, incarnation: int) -> Revived:
-    """Have a new process of a lost worker take its place. What it tells counts for others only once it fits them.
+    """Have a new process of a lost worker take its place. It counts for others only once it fits them.
 
     Raises:
       HandshakeError: if it does not fit the others, and the next would not either.

@@ -68,8 +68,8 @@ class Incoming:
 
   Args:
     runners: Of the workers that are targets, by name.
-    mailbox: Where it posts.
-    waiters: The threads.
+    mailbox: The mailbox to which it posts.
+    waiters: The threads that wait.
   """
 
   def __init__(self, runners: Mapping[str, Runner], mailbox: Mailbox, waiters: Waiters):

@@ -365,9 +365,9 @@ class Worker:
   def leave_out(self, order: StepOrder) -> Callable[[], None]:
     """Go on without a step that could not be handed to the devices.
 
-    What is dispatched next may have been decided before anyone knew. So nothing stays alive in the slots that the step
-    was to use or fill, and what is computed of its requests counts for nothing until they begin again, or until no
-    more steps can come that were decided in ignorance.
+    Later steps may have been decided before anyone knew. So nothing stays alive in the slots that the step was to use
+    or fill, and what is computed of its requests counts for nothing until they begin again, or until no more steps can
+    come that were decided in ignorance.
 
     Returns:
       Lets go of its requests; to be called once the steps before it were collected.

@@ -257,7 +257,7 @@ class WorkerProcess:
   def take(self, message: Message) -> None:
     """Do what the controller says, after all it said before; returns at once.
 
-    What comes before the weights are loaded was meant for a process before this one.
+    A message that comes before the weights are loaded was meant for a process before this one.
     """
     if not hasattr(self, 'engine'):
       return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
   from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
   from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Reject, Step, Transfer, WakeAt
-  from pdjax.session import Piece, RequestError, Session, SessionError, Stream
+  from pdjax.session import Delta, RequestError, Session, SessionError, Stream
   from pdjax.types import (
     SLO,
     ChipSpec,
@@ -53,7 +53,7 @@ _HOMES = {
   'pdjax.policies': ['Colocated', 'Disaggregated'],
   'pdjax.launch': ['RunResult', 'generate', 'run', 'simulate'],
   'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'ClusterView', 'Reject', 'Step', 'Transfer', 'WakeAt'],
-  'pdjax.session': ['Piece', 'RequestError', 'Session', 'SessionError', 'Stream'],
+  'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
     'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
     'colocated_pool', 'decode_pool', 'prefill_pool',
@@ -67,8 +67,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
   'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated', 'Comparison',
-  'Completion', 'Constant', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal', 'ModelSpec',
-  'MultiTurn', 'Piece', 'Poisson', 'Reject', 'Report', 'Request', 'RequestError', 'Roofline', 'RunResult',
+  'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec', 'Lognormal',
+  'ModelSpec', 'MultiTurn', 'Poisson', 'Reject', 'Report', 'Request', 'RequestError', 'Roofline', 'RunResult',
   'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'Transfer', 'Uniform', 'WakeAt',
   'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip

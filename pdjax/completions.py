@@ -1,4 +1,4 @@
-"""Completions out of events: what each sample has got so far, and what it got once it has ended."""
+"""Completions out of events: of samples that have ended, and of samples under way as far as they have come."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from pdjax.types.request import Completion, FinishReason, Request
 
 
 def complete(events: Iterable[Event], has_text: bool) -> tuple[Completion, ...]:
-  """What each sample that ended in a log got, in the order of arrival; as text too if there was a tokenizer."""
+  """The completions of the samples that ended in a log, in the order of arrival; with text if there was a tokenizer."""
   drafts = Drafts(has_text)
   found: dict[str, Completion | None] = {}
   for event in events:
@@ -19,7 +19,7 @@ def complete(events: Iterable[Event], has_text: bool) -> tuple[Completion, ...]:
 
 
 class Drafts:
-  """Follows a run's events and knows what each sample under way has got.
+  """Follows a run's events, and keeps the results of each sample under way.
 
   Args:
     has_text: Whether there is a tokenizer, so that an answer without text is an empty one.
@@ -30,7 +30,7 @@ class Drafts:
     self._under_way: dict[str, _Draft] = {}
 
   def note(self, event: Event) -> Completion | None:
-    """Take notice of what happened next; the completion of the sample that it ended, if it ended one."""
+    """Take notice of the next event; the completion of the sample that it ended, if it ended one."""
     match event:
       case Delivered(now_s, _, results):
         for result in results:
@@ -43,14 +43,14 @@ class Drafts:
     return None
 
   def unfinished(self, sample: Request) -> Completion:
-    """What a sample has got if nothing more comes; its error says that it has not ended."""
+    """The completion of a sample that gets nothing more; its error says that it has not ended."""
     whole = Completion.unfinished(sample)
     draft = self._under_way.get(sample.id)
     return whole if draft is None else draft.completion(None, whole.finish_reason, whole.error, self._has_text)
 
 
 class _Draft:
-  """What a sample under way has got."""
+  """A sample under way, with all its results so far."""
 
   def __init__(self, sample: Request):
     self._sample = sample

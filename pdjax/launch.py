@@ -27,15 +27,15 @@ Watch = Callable[[Event], None]
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-  """What came of a run.
+  """The outcome of a run.
 
   Attributes:
     report: Every figure; print it, or read its fields.
-    completions: What each request got, in the order of arrival.
+    completions: The completion of each request, in the order of arrival.
     events: The log that the report was computed from.
     workers: The cluster as it ran, `num_pages` filled in.
     model: The model as it was served.
-    unwritten: What of answers and report could not be written into the work directory, and why, in sentences.
+    unwritten: The parts of answers and report that could not be written into the work directory, and why, in sentences.
   """
 
   report: Report
@@ -72,8 +72,8 @@ def run(
     resume: Go on with the run in `workdir`: serve what has no answer there.
     say: Told in a line what is being done before the clock runs.
     watch: Called with every event, for progress.
-    opened: What `open_model` answered, if it was asked before.
-    notes: What a reader of the report should know besides, in sentences.
+    opened: The answer of `open_model`, if it was asked before.
+    notes: Sentences for the report, beside its own.
     answers: Collects what ends; None makes one, with the files `answers.jsonl` and in the end `requests.jsonl`.
     over: Called once the serving is over, well or not, before anything is closed or reported.
 
@@ -117,8 +117,8 @@ def simulate(
     say: Told in a line where an earlier run in `workdir` has gone.
     watch: Called with every event, for progress.
     calibrate: Measure this machine first and use that for `config.cost` (loads JAX).
-    opened: What `open_model` answered, if it was asked before.
-    notes: What a reader of the report should know besides, in sentences.
+    opened: The answer of `open_model`, if it was asked before.
+    notes: Sentences for the report, beside its own.
     answers: Collects what ends; None makes one without a file, as tokens of a simulation say nothing.
     over: Called once the run is over, well or not, before anything is reported.
 
@@ -152,10 +152,10 @@ def generate(
 
   Args:
     prompts: Each a text, the messages of a chat, or token ids.
-    config: What serves them; None takes `default_config(checkpoint)`.
+    config: The config that serves them; None takes `default_config(checkpoint)`.
     sampling: For all prompts, or one for each; None takes the defaults.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
-    seed: What prompts whose sampling has no seed draw it from; None takes the config's.
+    seed: The seed from which prompts whose sampling has none draw theirs; None takes the config's.
 
   Returns:
     A completion for each prompt, in their order; with `SamplingParams.n` above 1, that many in a row.
@@ -243,7 +243,7 @@ class _Serving:
     return self
 
   def follow(self, arrivals: Arrivals) -> None:
-    """Serve, and take notice of all that happens."""
+    """Serve, and take notice of all events."""
     for event in self._deployment.serve(arrivals, self._log):
       self._answers.note(event)
       self._watch(event)
@@ -274,7 +274,7 @@ class _Serving:
     return report
 
   def result(self) -> RunResult:
-    """What came of a run that ended by itself."""
+    """The outcome of a run that ended by itself."""
     answers, built = self._answers, self._deployment.built
     unwritten = (*answers.unwritten, *self._unwritten)
     model = self._deployment.opened.model
@@ -282,7 +282,7 @@ class _Serving:
 
 
 def _answers(folder: RunFolder | None, has_text: bool) -> Answers:
-  """What collects a run's answers, in its folder if it has one."""
+  """The collector of a run's answers, in its folder if it has one."""
   if folder is None:
     return Answers(has_text)
   return Answers(has_text, folder.path / ANSWERS, folder.answered, closed=folder.write_requests)

@@ -77,7 +77,7 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
 
 
 def _empty(hint: Any) -> Any:
-  """What a field that may be None begins as when something is set in it, such as limits of which there were none."""
+  """The value of a field that is None when something within is set, such as limits of which there were none."""
   for kind in typing.get_args(hint):
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
       with contextlib.suppress(TypeError):  # a field has no default

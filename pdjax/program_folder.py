@@ -23,7 +23,7 @@ class ProgramFolder:
   """A share in the folder.
 
   Attributes:
-    path: Where it is.
+    path: The folder.
   """
 
   path: str

@@ -1,4 +1,4 @@
-"""The report of what a deployment served: its figures, with what was served and on what, and its files."""
+"""The report of a deployment's run: its figures with its config, model and machine, and its files."""
 
 import contextlib
 import dataclasses
@@ -35,11 +35,11 @@ def make_report(
 
   Args:
     events: The log.
-    completions: What it brought, whose texts the report has.
-    config: What was served, its workload too.
+    completions: The completions of its requests, whose texts the report has.
+    config: The run, its workload too.
     opened: The model.
-    built: What served it.
-    notes: What a reader should know besides, in sentences.
+    built: The cluster that served it.
+    notes: Sentences for the report, beside its own.
   """
   workload, warm_up = config.workload, built.warm_up
   assert workload is not None

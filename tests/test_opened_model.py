@@ -1,4 +1,4 @@
-"""What an opened model makes of prompts and workloads, and how its requests end."""
+"""Requests that an opened model makes of prompts and workloads, and how they end."""
 
 import dataclasses
 import json

@@ -17,7 +17,7 @@ from pdjax.program_folder import ProgramFolder, remove_left_over, remove_when_un
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-  """Where folders are made."""
+  """The folder in which folders are made."""
   monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
   return tmp_path
 

@@ -1,4 +1,4 @@
-"""What the README shows is true: its Python blocks run one after another, on a tiny model with words."""
+"""The README is true: its Python blocks run one after another, on a tiny model with words."""
 
 import dataclasses
 import pathlib

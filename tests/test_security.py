@@ -1,4 +1,4 @@
-"""What docs/security.md says is so."""
+"""The claims of docs/security.md are true."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def test_readme_leads_to_the_page_and_its_tests_are_there():
 
 
 def _environment(tmp_path: pathlib.Path, **more: str) -> dict[str, str]:
-  """What Ray finds in the environment after pdjax has asked for it; a stand-in for Ray, so that nothing starts."""
+  """The environment for Ray after pdjax has imported it; a stand-in for Ray, so that nothing starts."""
   (tmp_path / 'ray.py').write_text('')
   code = (
     'import json, os\nfrom pdjax.controller.ray_workers import import_ray, make_token\nimport_ray()\nmake_token()\n'

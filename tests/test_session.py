@@ -156,8 +156,8 @@ def test_two_hundred_requests_of_twenty_threads_with_random_cancels_all_end_and_
       if doomed and chance.random() < 0.5:
         stream.cancel()
       got = []
-      for piece in stream:
-        got += piece.tokens
+      for delta in stream:
+        got += delta.tokens
         if doomed and chance.random() < 0.5:
           stream.cancel()
       assert tuple(got) == stream.result(WAIT_S).token_ids
@@ -196,17 +196,17 @@ def _collect_failures(function, failures, *args) -> None:
 # ---------------------------------------------------------------------------- streams
 
 
-def test_pieces_come_as_they_are_made_and_make_up_the_completion(begin):
+def test_deltas_come_as_they_are_made_and_make_up_the_completion(begin):
   request = ask('a', 17, 8)
   with begin() as session:
     stream = session.submit(request)
     assert stream.request.id == 'a'
-    pieces = list(stream)
+    deltas = list(stream)
     assert stream.finish_reason == 'length' and list(stream) == []
-  assert len(pieces) == 8 and all(piece.sample == 0 for piece in pieces)
+  assert len(deltas) == 8 and all(delta.sample == 0 for delta in deltas)
   one = stream.result()
-  assert one.token_ids == sum((piece.tokens for piece in pieces), ()) == expected(request)
-  assert one.text == ''.join(piece.text for piece in pieces) == byte_tokenizer().decode(one.token_ids)
+  assert one.token_ids == sum((delta.tokens for delta in deltas), ()) == expected(request)
+  assert one.text == ''.join(delta.text for delta in deltas) == byte_tokenizer().decode(one.token_ids)
   assert 0 < one.request.arrival_s < one.token_times_s[0] < one.token_times_s[-1]
 
 
@@ -254,13 +254,13 @@ def test_waiting_has_an_end_if_one_is_asked_for(begin):
 def test_a_stream_that_nobody_reads_or_keeps_is_served_all_the_same(begin):
   with begin() as session:
     session.submit(ask('dropped'))
-    for piece in session.submit(ask('left')):
-      assert piece.tokens
+    for delta in session.submit(ask('left')):
+      assert delta.tokens
       break
     gc.collect()
     stream = session.submit(ask('kept'))
     next(stream)
-    assert sum((piece.tokens for piece in stream), ()) == expected(stream.request)[1:]
+    assert sum((delta.tokens for delta in stream), ()) == expected(stream.request)[1:]
   assert session.report().completed == 3
 
 
@@ -269,8 +269,8 @@ def test_samples_come_with_their_index_and_end_together(begin):
   with begin() as session:
     stream, other = session.submit(request), session.submit(dataclasses.replace(request, id='other'))
     got = collections.defaultdict(list)
-    for piece in stream:
-      got[piece.sample] += piece.tokens
+    for delta in stream:
+      got[delta.sample] += delta.tokens
     results = stream.results(WAIT_S)
     next(other)
     other.cancel()
@@ -294,7 +294,7 @@ def test_a_deployment_whose_session_is_closed_begins_no_other(begin):
 
 def test_tasks_read_side_by_side_cancel_and_wait(begin):
   async def read(stream):
-    return sum([piece.tokens async for piece in stream], ())
+    return sum([delta.tokens async for delta in stream], ())
 
   async def main(session):
     asked = [ask(f'r{i}', length) for i, length in enumerate((1, 9, 17))]
@@ -374,8 +374,8 @@ def test_what_a_cancelled_request_streamed_is_what_its_completion_says(begin):
     for i in range(12):
       stream = session.submit(ask(f'r{i}', 9, 30))
       got = []
-      for piece in stream:
-        got += piece.tokens
+      for delta in stream:
+        got += delta.tokens
         if len(got) > i // 2:
           stream.cancel()
       one = stream.result(WAIT_S)
@@ -582,9 +582,9 @@ def test_a_lost_worker_ends_what_it_held_or_begins_it_again_as_the_config_says(b
       with pytest.raises(pdjax.RequestError, match="request 'held' ended with 'error': RuntimeError: the device is on"):
         list(held)
     else:
-      pieces = list(held)
-      assert tuple(token for piece in pieces for token in piece.tokens) == expected(held.request)
-      assert ''.join(piece.text for piece in pieces) == held.result().text
+      deltas = list(held)
+      assert tuple(token for delta in deltas for token in delta.tokens) == expected(held.request)
+      assert ''.join(delta.text for delta in deltas) == held.result().text
     later = session.submit(ask('later'))
     assert later.result(WAIT_S).token_ids == expected(later.request)
   assert lost == ['decode0'] and sum(isinstance(event, WorkerLost) for event in session.events) == 1
@@ -716,8 +716,8 @@ def test_a_session_is_entered_and_left_in_asyncio_while_other_tasks_go_on(begin)
   read, ticks = [], []
 
   async def reader(stream):
-    async for piece in stream:
-      read.extend(piece.tokens)
+    async for delta in stream:
+      read.extend(delta.tokens)
 
   async def ticker():
     while True:

@@ -1,4 +1,4 @@
-"""What docs/structure.md names is there: every file, and every name in it."""
+"""The files and names in docs/structure.md are there, every one."""
 
 import ast
 import functools
@@ -15,7 +15,7 @@ PATHS = sorted(set(re.findall(r'`([\w/]+(?:\.py|\.md|/))`', TEXT)))
 
 @functools.cache
 def names(file: str) -> set[str]:
-  """What a file of `pdjax/` defines, classes with what stands in them."""
+  """The names that a file of `pdjax/` defines, those in its classes too."""
   found: set[str] = set()
 
   def walk(body: list[ast.stmt], prefix: str) -> None:

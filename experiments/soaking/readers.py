@@ -1,4 +1,4 @@
-"""Users of a session: each submits, reads piece by piece in a thread or in asyncio, cancels or goes on with a chat."""
+"""Users of a session: each submits, reads delta by delta in a thread or in asyncio, cancels or goes on with a chat."""
 
 import asyncio
 import dataclasses
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from experiments.soaking.requests import Visit
-from pdjax.session import Piece, RequestError, Session, SessionError, Stream
+from pdjax.session import Delta, RequestError, Session, SessionError, Stream
 from pdjax.types import Completion
 
 
@@ -19,7 +19,7 @@ class Reading:
   Attributes:
     visit: The user's visit.
     stream: The stream.
-    pieces: Pieces that came, in order.
+    deltas: Deltas that came, in order.
     completions: The completion of each sample, once all have ended.
     cancelled: The kind of fault as which the user has cancelled, if they have.
     raised: The error that the stream raised in the end, if any.
@@ -28,7 +28,7 @@ class Reading:
 
   visit: Visit
   stream: Stream
-  pieces: list[Piece] = dataclasses.field(default_factory=list)
+  deltas: list[Delta] = dataclasses.field(default_factory=list)
   completions: tuple[Completion, ...] = ()
   cancelled: str | None = None
   raised: Exception | None = None
@@ -36,7 +36,7 @@ class Reading:
 
   def maybe_cancel(self) -> None:
     """Cancel if it is time to."""
-    if self.visit.cancels_after is not None and len(self.pieces) >= self.visit.cancels_after:
+    if self.visit.cancels_after is not None and len(self.deltas) >= self.visit.cancels_after:
       self.cancel('cancels')
 
   def cancel(self, kind: str) -> None:
@@ -45,9 +45,9 @@ class Reading:
       self.cancelled = kind
       self.stream.cancel()
 
-  def take(self, piece: Piece) -> None:
-    """Read a piece."""
-    self.pieces.append(piece)
+  def take(self, delta: Delta) -> None:
+    """Read a delta."""
+    self.deltas.append(delta)
     self.maybe_cancel()
 
   def end(self, raised: Exception | None) -> None:
@@ -74,7 +74,7 @@ class Readers:
   """
 
   def __init__(self, session: Session, visits: Sequence[Visit], going_on: Callable[[], None]):
-    """Let them come, in threads of their own; `going_on` is called with every piece and every end."""
+    """Let them come, in threads of their own; `going_on` is called with every delta and every end."""
     self.readings: list[Reading] = []
     self.errors: list[BaseException] = []
     self._session = session
@@ -115,8 +115,8 @@ class Readers:
       reading = self._begin(visit)
       raised: Exception | None = None
       try:
-        for piece in reading.stream:
-          reading.take(piece)
+        for delta in reading.stream:
+          reading.take(delta)
           self._going_on()
       except (RequestError, SessionError) as error:
         raised = error
@@ -131,8 +131,8 @@ class Readers:
       reading = self._begin(visit)
       raised: Exception | None = None
       try:
-        async for piece in reading.stream:
-          reading.take(piece)
+        async for delta in reading.stream:
+          reading.take(delta)
           self._going_on()
       except (RequestError, SessionError) as error:
         raised = error

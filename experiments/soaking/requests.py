@@ -40,7 +40,7 @@ class Visit:
     name: The request's id.
     wish: Their question.
     after_s: Seconds after the wave began.
-    cancels_after: Pieces that they read before they cancel; 0 before the first, None if they never do.
+    cancels_after: Deltas that they read before they cancel; 0 before the first, None if they never do.
     in_asyncio: Whether they wait in asyncio.
   """
 

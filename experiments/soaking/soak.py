@@ -243,7 +243,7 @@ class Soak:
 
     for reading in readings:
       self.tally.requests += 1
-      self.tally.tokens += sum(len(piece.tokens) for piece in reading.pieces)
+      self.tally.tokens += sum(len(delta.tokens) for delta in reading.deltas)
       self.tally.ends.update(one.finish_reason for one in reading.completions)
       self._wrong(now.where, judge(reading, self._answers, may_fail))
 
@@ -329,7 +329,7 @@ class Soak:
       return
     for reading in list(now.readers.readings) if now.readers is not None else ():
       if not reading.over:
-        tokens = sum(len(piece.tokens) for piece in reading.pieces)
+        tokens = sum(len(delta.tokens) for delta in reading.deltas)
         yield f'  {reading.visit.name} has {tokens} tokens{", was cancelled" if reading.cancelled else ""}.'
     if now.state is not None:
       for name, entry in list(now.state.books.requests.items()):

@@ -45,11 +45,11 @@ def judge(reading: Reading, answers: Answers, may_fail: Callable[[str], bool]) -
     return [Problem('wrong end', f'{name} asked for {len(samples)} samples and got {len(reading.completions)}.')]
   problems = []
   for index, (sample, got) in enumerate(zip(samples, reading.completions, strict=True)):
-    pieces = [piece for piece in reading.pieces if piece.sample == index]
-    delivered = tuple(token for piece in pieces for token in piece.tokens)
-    text = ''.join(piece.text for piece in pieces)
+    deltas = [delta for delta in reading.deltas if delta.sample == index]
+    delivered = tuple(token for delta in deltas for token in delta.tokens)
+    text = ''.join(delta.text for delta in deltas)
     problems += _judge_sample(sample.id, delivered, text, got, answers.of(sample))
-    problems += _judge_logprobs(sample, [one for piece in pieces for one in piece.logprobs], got, answers.of(sample))
+    problems += _judge_logprobs(sample, [one for delta in deltas for one in delta.logprobs], got, answers.of(sample))
     problems += _judge_end(sample.id, reading.cancelled is not None, got, answers.of(sample), may_fail)
   failed = any(one.error is not None for one in reading.completions)
   if failed != isinstance(reading.raised, RequestError):
@@ -63,8 +63,8 @@ def judge_after_the_end(reading: Reading) -> list[Problem]:
   """A problem if a stream goes on after its end, once the session is closed."""
   late: list[object] = []
   with contextlib.suppress(RequestError, SessionError):  # it was told before
-    for piece in reading.stream:
-      late.append(piece)
+    for delta in reading.stream:
+      late.append(delta)
   return [Problem('stream differs', f'{reading.visit.name} got {late} after its end.')] if late else []
 
 
@@ -76,7 +76,7 @@ def _judge_sample(
     problems.append(
       Problem(
         'stream differs',
-        f'the pieces of {name} are {delivered} and {text!r}, its completion {got.token_ids} and {got.text!r} '
+        f'the deltas of {name} are {delivered} and {text!r}, its completion {got.token_ids} and {got.text!r} '
         f'({got.finish_reason}, {got.error}).',
       )
     )
@@ -100,7 +100,7 @@ def _judge_logprobs(
   why = None
   expected = 0 if sample.sampling.logprobs is None else len(got.token_ids)
   if tuple(delivered) != got.logprobs:
-    why = f'those of its pieces are {delivered}, and of its completion {got.logprobs}'
+    why = f'those of its deltas are {delivered}, and of its completion {got.logprobs}'
   elif len(got.logprobs) != expected:
     why = f'there are {len(got.logprobs)} of {len(got.token_ids)} tokens'
   else:

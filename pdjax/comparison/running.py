@@ -51,21 +51,21 @@ def compare(
       comparison = pdjax.compare(config, rates=(1, 2, 4), splits=('2P1D', '1P2D'))
       print(comparison)  # who wins where; comparison.chart() draws it
 
-  Both sides are tried with the same sizes of a pass, and each shows its best. On the engine, each cluster is loaded and
+  Both sides are tried with the same sizes of a step, and each shows its best. On the engine, each cluster is loaded and
   compiled once and serves every rate and size in turn.
 
   Args:
     config: The run; its workers say how large a worker of either role is.
-    backend: What carries the orders out.
+    backend: Devices, or the simulator.
     rates: Requests per second to try; None takes the workload as it is.
     splits: Splits to try instead of the config's own, see `with_split`. Each is compared with the baseline on as many
       devices as it takes.
-    budgets: Tokens of one pass to try, on both sides; see `colocated_systems`.
+    budgets: Tokens of one step to try, on both sides; see `colocated_systems`.
     workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows; `cases.jsonl` gets the
       figures of each case as it ends, and has them whatever becomes of the others.
     say: Told in a line what is being done.
     calibrate: Measure this machine first and simulate with that (loads JAX).
-    opened: What `open_model` answered, if it was asked before.
+    opened: The answer of `open_model`, if it was asked before.
     over: Called once the last case has ended, before anything is written but `cases.jsonl`.
 
   Raises:
@@ -114,9 +114,9 @@ def compare(
   if workdir is None:
     return comparison
   unwritten = list(comparison.save(workdir))
-  for case, place in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
+  for case, folder in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
     events = full[case.system.colocated, case.system.devices][2]
-    unwritten += write_each({place / EVENTS: functools.partial(_write_log, events)})
+    unwritten += write_each({folder / EVENTS: functools.partial(_write_log, events)})
   return dataclasses.replace(comparison, unwritten=tuple(unwritten))
 
 
@@ -179,7 +179,7 @@ def _rate(workload: Workload) -> float:
 
 
 def _distance(rate: float, own: float) -> float:
-  """How far two rates lie apart, in factors."""
+  """The distance of two rates, as the logarithm of their ratio."""
   return 0.0 if rate == own else math.inf if math.isinf(own) or math.isinf(rate) else abs(math.log(rate / own))
 
 

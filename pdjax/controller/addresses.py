@@ -72,7 +72,7 @@ def check_cluster(address: str) -> None:
 
 
 class _Unreached(Exception):
-  """Why a control service cannot be reached."""
+  """A control service cannot be reached; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +89,10 @@ def _connect(host: str, port: int) -> None:
   if not wait([resolved], _RESOLVE_S).done:
     raise _Unreached(f'the name {host!r} is not resolved: no name server answered for {_RESOLVE_S:g} s')
   try:
-    places = resolved.result()
+    found = resolved.result()
   except (OSError, UnicodeError) as error:
     raise _Unreached(f'the name {host!r} is not resolved: {_reason(error)}') from None
-  open_ones = {begin_call(lambda place=place: _open(*place)) for place in places}  # type: ignore[misc]
+  open_ones = {begin_call(lambda one=one: _open(*one)) for one in found}  # type: ignore[misc]
   until_s = time.monotonic() + _CONNECT_S
   reason = f'nobody answered for {_CONNECT_S:g} s'
   while open_ones:
@@ -107,10 +107,10 @@ def _connect(host: str, port: int) -> None:
   raise _Unreached(reason)
 
 
-def _open(family: int, kind: int, protocol: int, name: str, place: Any) -> None:
+def _open(family: int, kind: int, protocol: int, name: str, address: Any) -> None:
   with socket.socket(family, kind, protocol) as one:
     one.settimeout(_CONNECT_S)
-    one.connect(place)
+    one.connect(address)
 
 
 def _reason(error: BaseException) -> str:

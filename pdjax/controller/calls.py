@@ -29,7 +29,7 @@ def call_within(do: Callable[[], T], limit_s: float, check: Callable[[], None] =
   """Do something and wait for it, but no longer than so many seconds; past them its thread is left behind.
 
   Args:
-    do: What.
+    do: The call.
     limit_s: The seconds.
     check: Called twice a second meanwhile; what it raises ends the wait.
 

@@ -87,7 +87,7 @@ class ControlService:
 
 
 def _why_away(host: str, port: int) -> str | None:
-  """Why nobody listens there, if that is known."""
+  """The reason why nobody listens there, if it is known."""
   try:
     socket.create_connection((host, port), _CONNECT_S).close()
   except TimeoutError:

@@ -6,7 +6,7 @@ from pdjax.serving.peers import Message, News
 
 
 class Peer(Protocol):
-  """A worker's process, as its controller sees it. What one thread tells arrives in that order."""
+  """A worker's process, as its controller sees it. Messages of one thread arrive in their order."""
 
   name: str
 

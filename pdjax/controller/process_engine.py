@@ -41,9 +41,9 @@ class Revived:
   """A lost worker in its new process.
 
   Attributes:
-    incarnation: The life that it begins.
-    clock_s: What its clock shows when the controller's shows 0.
-    comeback: What took the time.
+    incarnation: The incarnation that it begins.
+    clock_s: The time on its clock when the controller's shows 0.
+    comeback: The time that it took, in parts.
   """
 
   incarnation: int
@@ -91,17 +91,17 @@ class _NotBack:
 
 
 @dataclasses.dataclass
-class Place:
-  """What is known of a worker.
+class Remote:
+  """A worker as the controller knows it.
 
   Attributes:
     peer: Its process.
-    incarnation: Which of its lives this is; a failed pass begins another one in the same process.
-    process: How many processes it has had.
+    incarnation: Its number; a failed step begins another one in the same process.
+    process: The number of processes it has had.
     up: Whether it takes orders.
     returning: Whether it is lost, and a new process will be there before long.
-    lost: Why its last process is gone, or why there is no new one.
-    clock_s: What its clock shows when the controller's shows 0.
+    lost: The reason why its last process is gone, or why there is no new one.
+    clock_s: The time on its clock when the controller's shows 0.
   """
 
   peer: Peer
@@ -118,10 +118,10 @@ class UnderWay:
   """A transfer under way.
 
   Attributes:
-    number: What it is known by.
+    number: Its number, see `pdjax.serving.peers`.
     order: Its order.
     pulling: Whether the target was told to pull it.
-    ready_s: When its pieces were ready to leave, once that was heard.
+    ready_s: The time at which its pieces were ready to leave, once that was heard.
   """
 
   number: int
@@ -134,7 +134,7 @@ class ProcessEngine:
   """Carries orders out in other processes.
 
   Attributes:
-    workers: What is known of each worker, by name.
+    workers: The workers as the controller knows them, by name.
   """
 
   def __init__(
@@ -149,14 +149,14 @@ class ProcessEngine:
 
     Args:
       peers: The process of each worker.
-      incarnations: Which of its lives each worker is in.
+      incarnations: The incarnation of each worker.
       clocks_s: What each process's clock shows when the controller's shows 0.
-      revive: Makes a new process, known to the others, for a lost worker, which begins that life in it. It always
-        ends, and raises whatever went wrong. `HandshakeError` is final; otherwise it is tried again until `close`, with
+      revive: Makes a new process, known to the others, in which a lost worker begins an incarnation. It always ends,
+        and raises whatever went wrong. `HandshakeError` is final; otherwise it is tried again until `close`, with
         growing pauses after the first tries. None lets a lost worker be lost for good.
       closed: Called when all is over.
     """
-    self.workers = {name: Place(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
+    self.workers = {name: Remote(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
     self._revive = revive
     self._closed_all = closed
     self._mailbox = Mailbox()
@@ -185,9 +185,9 @@ class ProcessEngine:
     before = self._mailbox.collect(-math.inf)[1]
     with self._clock:
       self._start_s = self._mailbox.start_clock()
-      for place in self.workers.values():
-        place.peer.tell(StartClock(self._start_s + place.clock_s))
-    down: dict[str, _Heard] = {}  # workers that began no other life yet in their process
+      for remote in self.workers.values():
+        remote.peer.tell(StartClock(self._start_s + remote.clock_s))
+    down: dict[str, _Heard] = {}  # workers that began no other incarnation yet in their process
     for item in before:  # what happened between two runs
       match item:
         case _Gone():
@@ -198,16 +198,16 @@ class ProcessEngine:
           self._stop_waiting(item)
         case _Heard(news=WorkerLost()):
           down[item.worker] = item
-        case _Heard(news=WorkerBack(incarnation=life)):
+        case _Heard(news=WorkerBack(incarnation=incarnation)):
           down.pop(item.worker, None)
           if item.process == self.workers[item.worker].process:
-            self.workers[item.worker].incarnation = life
+            self.workers[item.worker].incarnation = incarnation
         case Interrupt():
           self._mailbox.post(lambda _: Interrupt())
     for item in down.values():
       self._mailbox.post(functools.partial(_Heard, item.worker, item.process, item.news))
-    for name, place in self.workers.items():
-      if not place.up:
+    for name, remote in self.workers.items():
+      if not remote.up:
         self._mailbox.post(functools.partial(self._describe_lost, name))
 
   def fail(self, error: Exception) -> None:
@@ -223,8 +223,8 @@ class ProcessEngine:
     """End the processes and the threads."""
     self._closing.set()
     try:
-      for place in self.workers.values():
-        place.peer.close()
+      for remote in self.workers.values():
+        remote.peer.close()
       for thread in self._threads:
         thread.join(10.0)
     finally:
@@ -236,8 +236,8 @@ class ProcessEngine:
     self._mailbox.post(lambda ended_s: Done(order, began_s, ended_s))
 
   def _describe_lost(self, worker: str, ended_s: float) -> WorkerLost:
-    place = self.workers[worker]
-    return WorkerLost(worker, ended_s, place.lost, place.returning)
+    remote = self.workers[worker]
+    return WorkerLost(worker, ended_s, remote.lost, remote.returning)
 
   # -------------------------------------------------------------------------- orders
 
@@ -270,9 +270,9 @@ class ProcessEngine:
     return self._first_number + order
 
   def _tell(self, name: str, message: Message) -> None:
-    place = self.workers[name]
-    if place.up:  # what a lost worker was to do, failed with it
-      place.peer.tell(message)
+    remote = self.workers[name]
+    if remote.up:  # what a lost worker was to do, failed with it
+      remote.peer.tell(message)
 
   # -------------------------------------------------------------------------- news
 
@@ -287,8 +287,8 @@ class ProcessEngine:
       for item in items:
         match item:
           case _Heard():
-            place = self.workers[item.worker]
-            if place.up and item.process == place.process:
+            remote = self.workers[item.worker]
+            if remote.up and item.process == remote.process:
               events += self._hear(item.worker, item.news, item.heard_s)
           case _Gone():
             events += self._lose(item)
@@ -304,7 +304,7 @@ class ProcessEngine:
         return now_s, events
 
   def _hear(self, worker: str, news: News, heard_s: float) -> list[Event]:
-    """What news of a worker mean for the loop."""
+    """Take in news of a worker; the events that the loop is to have of them."""
     match news:
       case Offered() | Gathered() | Written() | TransferFailed():
         transfer = self._under_way.get(news.number)
@@ -320,7 +320,7 @@ class ProcessEngine:
     raise AssertionError(news)
 
   def _hear_of(self, transfer: UnderWay, news: News, heard_s: float) -> list[Event]:
-    """What news of a transfer that is not over mean."""
+    """Take in news of a transfer that is not over; the events of them."""
     order = transfer.order
     match news:
       case Offered():
@@ -341,7 +341,7 @@ class ProcessEngine:
     return []
 
   def _settle(self, transfer: UnderWay) -> None:
-    """A transfer is over: either end lets go of it. What the target is told next finds pages that are its own.
+    """A transfer is over: either end lets go of it. Orders that the target is told next find pages of their own.
 
     A pull that has begun is left to end, for one whose pieces are taken away never does.
     """
@@ -361,14 +361,14 @@ class ProcessEngine:
 
   def _listen(self, name: str) -> None:
     """On a thread for each worker: post what its process tells, and see to it that there is another one."""
-    place = self.workers[name]
-    life = place.incarnation  # the latest that was told of, of which the loop may hear later
+    remote = self.workers[name]
+    incarnation = remote.incarnation  # the latest that was told of, of which the loop may hear later
     for process in itertools.count(1):
       try:
         while not self._closing.is_set():
-          for news in place.peer.listen():
+          for news in remote.peer.listen():
             if isinstance(news, WorkerBack):
-              life = news.incarnation
+              incarnation = news.incarnation
             self._mailbox.post(functools.partial(_Heard, name, process, news))
         return
       except Exception as error:
@@ -376,17 +376,17 @@ class ProcessEngine:
           return
         message = describe_loss(error)
       self._mailbox.post(functools.partial(_Gone, name, process, message))
-      revived = self._return(name, life + 1, message)
+      revived = self._return(name, incarnation + 1, message)
       if revived is None:
         return
-      life = revived.incarnation
+      incarnation = revived.incarnation
       with self._clock:  # of the run that is under way now
-        place.clock_s = revived.clock_s
-        place.peer.tell(StartClock(self._start_s + place.clock_s))
+        remote.clock_s = revived.clock_s
+        remote.peer.tell(StartClock(self._start_s + remote.clock_s))
       self._mailbox.post(functools.partial(_Returned, name, process + 1, revived))
 
-  def _return(self, name: str, life: int, message: str) -> Revived | None:
-    """Have a new process made for a lost worker, to begin that life in it; None if there will be none."""
+  def _return(self, name: str, incarnation: int, message: str) -> Revived | None:
+    """Have a new process made for a lost worker, to begin that incarnation in it; None if there will be none."""
     if self._revive is None:
       self._mailbox.post(functools.partial(_NotBack, name, f'it is lost and stays so: {message}'))
       return None
@@ -394,7 +394,7 @@ class ProcessEngine:
     for tries in itertools.count(1):
       failed_s = time.perf_counter() - begin
       try:
-        revived = self._revive(name, life)
+        revived = self._revive(name, incarnation)
       except Exception as error:
         if self._closing.is_set():
           return None
@@ -418,24 +418,24 @@ class ProcessEngine:
     raise AssertionError
 
   def _come_back(self, item: _Returned) -> WorkerBack:
-    place, revived = self.workers[item.worker], item.revived
-    place.up, place.returning, place.process, place.incarnation = True, False, item.process, revived.incarnation
+    remote, revived = self.workers[item.worker], item.revived
+    remote.up, remote.returning, remote.process, remote.incarnation = True, False, item.process, revived.incarnation
     return WorkerBack(item.worker, item.ended_s, revived.incarnation, revived.comeback)
 
   def _stop_waiting(self, item: _NotBack) -> WorkerLost:
-    place = self.workers[item.worker]
-    place.returning, place.lost = False, item.error
+    remote = self.workers[item.worker]
+    remote.returning, remote.lost = False, item.error
     return self._describe_lost(item.worker, item.ended_s)
 
   def _lose(self, gone: _Gone) -> list[Event]:
-    place = self.workers[gone.worker]
-    if not place.up or gone.process != place.process:
+    remote = self.workers[gone.worker]
+    if not remote.up or gone.process != remote.process:
       return []
-    place.up, place.returning, place.lost = False, self._revive is not None, gone.error
+    remote.up, remote.returning, remote.lost = False, self._revive is not None, gone.error
     self._drop_transfers(gone.worker)
     return [self._describe_lost(gone.worker, gone.ended_s)]
 
 
 def describe_loss(error: Exception) -> str:
-  """Why a process is gone, or why there is no new one."""
+  """The message of an error for which a process is gone, or there is no new one."""
   return str(error) if isinstance(error, PeerLost | HandshakeError) else f'{type(error).__name__}: {error}'

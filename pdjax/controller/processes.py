@@ -151,7 +151,7 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
 
 
 def clock_offset(peer: Peer, node: str) -> float:
-  """What a process's clock shows when the controller's shows 0; processes of one host have one clock.
+  """The time on a process's clock when the controller's shows 0; processes of one host have one clock.
 
   Otherwise it is known to half of the quickest answer's time.
   """
@@ -171,8 +171,8 @@ class Handshake:
 
   Attributes:
     specs: The workers; their counts are to be filled in before any of them is loaded.
-    transfer: How KV travels; the same goes for `layers_from`.
-    ways: From which worker to which.
+    transfer: The settings of transfers; their `layers_from` is to be filled in as well.
+    ways: The pairs of source and target.
   """
 
   def __init__(
@@ -274,7 +274,7 @@ class Handshake:
     return {f'{source}→{target}/{name}': s for seconds in (send_s, receive_s) for name, s in seconds.items()}
 
   def measure_link(self, source: str, target: str) -> LinkSpec:
-    """What a pull between two processes carries.
+    """Measure the rate and the latency of pulls between two processes.
 
     Raises:
       DeviceError: if nothing comes of a pull though both processes live.
@@ -302,7 +302,7 @@ class Handshake:
     return LinkSpec(_LINK_BYTES / max(large_s - small_s, 1e-6), small_s, source='measured at warm-up')
 
   def revive(self, name: str, incarnation: int) -> Revived:
-    """Have a new process of a lost worker take its place. What it tells counts for others only once it fits them.
+    """Have a new process of a lost worker take its place. It counts for others only once it fits them.
 
     Raises:
       HandshakeError: if it does not fit the others, and the next would not either.

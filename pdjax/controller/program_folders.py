@@ -1,4 +1,4 @@
-"""Where the processes of a run keep compiled programs, each host's for itself, as their controller sees to it."""
+"""The folders where the processes of a run keep compiled programs, one for each host; their controller sees to it."""
 
 import os
 import threading
@@ -36,7 +36,7 @@ class ProgramFolders:
     self._lock = threading.Lock()
 
   def of(self, worker: str, node: str) -> str | None:
-    """Where a worker's empty process is to keep programs, as `keep_programs` takes it; it has a share in that."""
+    """The folder for the programs of a worker's empty process, as `keep_programs` takes it; it has a share in that."""
     named, peer = self._named, self._peers[worker]
     if named == KEEP_NO_PROGRAMS:
       return named

@@ -47,14 +47,14 @@ class RayPeer:
     self._silence_s = silence_s
     self._start_s = start_s
     self._lock = threading.Lock()
-    self._lives = itertools.count(1)
+    self._numbers = itertools.count(1)
     self._closed = False
     self._begin()
 
   def _begin(self) -> None:
     if self._closed:
       raise PeerLost(f'worker {self.name!r} gets no new process: all is being closed.')
-    name = f'{self.name}-{next(self._lives)}'
+    name = f'{self.name}-{next(self._numbers)}'
     try:
       actor = self._service.call(lambda: self._start(name), self._start_s)
     except TimeoutError:

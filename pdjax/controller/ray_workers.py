@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Taken = Mapping[str, Mapping[str, float]]  # of what Ray counts, by worker
 
-_PLACE_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
-_SLOW_PLACE_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
+_ROOM_S = 6.0  # until Ray has set aside what the workers take: it begins nothing for that
+_SLOW_ROOM_S = 60.0  # the same where nobody else holds it, so that only the machine is slow
 _GIVE_BACK_S = 5.0  # until Ray has taken back what was set aside
 _SHUTDOWN_S = 15.0  # until Ray has ended here, which takes half as long where its control service is lost
 _MOST_NODES = 8  # that a message names
@@ -71,7 +71,7 @@ class RayProcesses:
   """An empty process for each worker, on a Ray cluster that is there or on one that is started here for them.
 
   Args:
-    cluster: Which.
+    cluster: The cluster.
     workers: The workers.
     platform: Of the config.
     actor: The class that Ray runs in each process, which has the methods that a `RayPeer` calls. It is made there with
@@ -131,7 +131,7 @@ class RayProcesses:
       check_own(cluster.host)  # on other hosts, workers say so
     group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
     self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
-    self._await_places(group, cluster, taken)
+    self._await_room(group, cluster, taken)
     node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
     return {
       name: RayPeer(
@@ -141,17 +141,17 @@ class RayProcesses:
       for index, (name, bundle) in enumerate(taken.items())
     }  # fmt: skip
 
-  def _await_places(self, group: Any, cluster: RayCluster, taken: Taken) -> None:
+  def _await_room(self, group: Any, cluster: RayCluster, taken: Taken) -> None:
     """Wait until Ray has set aside what the workers take: longer, if the nodes have as much that nobody holds.
 
     Raises:
       DeviceError: if it does not come to that.
     """
-    if group.wait(_PLACE_S):
+    if group.wait(_ROOM_S):
       return
     free = self._free()
     has_room = cluster.shortage(taken, free) is None
-    if group.wait(_SLOW_PLACE_S if has_room else 0.1):
+    if group.wait(_SLOW_ROOM_S if has_room else 0.1):
       return
     kinds = sorted(_kinds(taken))
     shown = [
@@ -161,13 +161,13 @@ class RayProcesses:
     shown += [f'{len(free) - _MOST_NODES} more nodes'] if len(free) > _MOST_NODES else []
     each = ', '.join(f'{name} {dict(bundle)}' for name, bundle in taken.items())
     raise DeviceError(
-      f'others leave this of the Ray cluster free: {", ".join(shown)}, where the workers find no places with strategy '
+      f'others leave this of the Ray cluster free: {", ".join(shown)}, where the workers find no room with strategy '
       f'{cluster.strategy!r} ({each}); wait until the others have ended, lower the number of workers, tp or '
       'processes.cpus, or use a larger cluster.'
     )
 
   def _free(self) -> dict[str, Mapping[str, float]]:
-    """What nobody holds now, by node."""
+    """The amounts that nobody holds now, by node."""
     try:
       by_id = self._ray._private.state.available_resources_per_node()
     except AttributeError:  # of another Ray
@@ -210,7 +210,7 @@ class RayProcesses:
       self._note_family()
 
   def _start(self, group: Any, index: int, bundle: dict[str, float], node_host: str | None, name: str) -> Any:
-    """An actor in one of the places that were set aside; when it is lost, its controller decides what then."""
+    """An actor in one of the shares that were set aside; when it is lost, its controller decides what then."""
     ray = self._ray
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, index)
     others = {name: amount for name, amount in bundle.items() if name not in ('CPU', 'GPU')}
@@ -257,7 +257,7 @@ class RayProcesses:
 
 
 def _processes_of(ray: types.ModuleType) -> 'set[psutil.Process]':
-  """What Ray has started here for a cluster: its control service, its node and what belongs to it."""
+  """The processes that Ray has started here for a cluster: its control service, its node and what belongs to it."""
   import psutil
 
   try:
@@ -277,7 +277,7 @@ def _kinds(taken: Taken) -> set[str]:
 
 
 def _at_most_here(taken: Taken, cpus: int) -> dict[str, float]:
-  """What a cluster that is started here has at most of what the workers take, as far as that is known before."""
+  """The most of all that the workers take which a cluster started here can have, as far as that is known before."""
   return {kind: float(cpus) if kind == 'CPU' else _found_here(kind) for kind in _kinds(taken)}
 
 

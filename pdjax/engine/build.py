@@ -31,7 +31,7 @@ from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, device
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
 
-# JAX has a thread for each CPU device or each core, whichever are more. Where passes keep all of them busy, a copy
+# JAX has a thread for each CPU device or each core, whichever are more. Where steps keep all of them busy, a copy
 # waits until a worker has nothing more to do: half a second was seen, instead of a fraction of a millisecond.
 SPARE_CPU_DEVICES = 2
 

@@ -1,4 +1,4 @@
-"""Measures what this device can do: matrix products, streaming weights, and the overhead of a pass."""
+"""Measures what this device can do: matrix products, streaming weights, and the overhead of a step."""
 
 import statistics
 import time
@@ -43,7 +43,7 @@ def measure_chip(device: jax.Device, dtype: jnp.dtype, precision: str, repeats: 
 
 
 def measure_link(source: jax.Device, target: jax.Device, repeats: int = 5) -> LinkSpec:
-  """What a `device_put` between two devices carries."""
+  """The rate and the latency of a `device_put` from one device to another."""
   large = jax.device_put(np.zeros(_LINK_BYTES // 4, np.float32), source)
   small = jax.device_put(np.zeros(1, np.float32), source)
   large_s = _median_seconds(lambda array: jax.device_put(array, target, may_alias=False), large, repeats=repeats)

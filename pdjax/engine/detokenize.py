@@ -1,4 +1,4 @@
-"""Tokens to text as they come: pieces that are sure, and stop strings found across the borders of tokens."""
+"""Tokens to text as they come: the text that is sure, and stop strings found across the borders of tokens."""
 
 import functools
 import itertools
@@ -28,10 +28,10 @@ class Detokenizer:
 class TextStream:
   """The text of one sequence while its tokens come.
 
-  The pieces put together are what decoding the prompt's last tokens and all of these adds to decoding the former
-  alone, up to the first stop string to appear. Text is held back while the tokenizer's decoder may change it, as
-  within a character, or while it may be the beginning of a stop string. Which pieces come out depends on the tokens
-  alone, so another worker that is given the tokens so far goes on where this one is.
+  All that comes out, put together, is what decoding the prompt's last tokens and all of these adds to decoding the
+  former alone, up to the first stop string to appear. Text is held back while the tokenizer's decoder may change it, as
+  within a character, or while it may be the beginning of a stop string. The text that comes out with a token depends
+  on the tokens alone, so another worker that is given those so far goes on where this one is.
   """
 
   def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
@@ -53,7 +53,7 @@ class TextStream:
       The text that is sure now and was not before, and if a stop string is complete how many of these tokens it
       takes to be sure of that; the others count for nothing then.
     """
-    pieces: list[str] = []
+    sure: list[str] = []
     for count, token in enumerate(tokens, start=1):
       text = self._run.take(token)
       if not text:
@@ -63,12 +63,12 @@ class TextStream:
       if self._search is not None:
         text, completed = self._until_stop(text)
         if completed:
-          return ''.join(pieces) + text, count
-      pieces.append(text)
-    return ''.join(pieces), None
+          return ''.join(sure) + text, count
+      sure.append(text)
+    return ''.join(sure), None
 
   def end(self) -> tuple[str, bool]:
-    """No token will follow: the text held back, up to a stop string if that completes one, and whether it does."""
+    """End the sequence; the text held back, up to a stop string if it completes one, and whether it does."""
     text, completed = self._without_prompt(self._run.end()), False
     if self._search is not None:
       text, completed = self._until_stop(text)
@@ -83,7 +83,7 @@ class TextStream:
     return text[same:]
 
   def _until_stop(self, text: str) -> tuple[str, bool]:
-    """What is sure with this text to be before any stop string, and whether it is what lies before one."""
+    """The text that is sure, with `text` added, to be before any stop string, and whether one is complete."""
     assert self._search is not None
     self._state, end = self._search.read(self._state, text)
     held = self._held + text[:end]

@@ -118,8 +118,8 @@ class Engine:
       case StepOrder():
         return order.incarnation != self.workers[order.worker].incarnation
       case TransferOrder():
-        lives = self.workers[order.source].incarnation, self.workers[order.target].incarnation
-        return order.incarnations != lives
+        current = self.workers[order.source].incarnation, self.workers[order.target].incarnation
+        return order.incarnations != current
     return False
 
   def _restart(self, broken: Broken) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Where JAX keeps the programs that this process compiles, and whether they can be read again."""
+"""The folder where JAX keeps the programs that this process compiles, without those that it cannot read again."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ def keep_programs(folder: str | None) -> None:
   """Have JAX keep compiled programs, from now on and for all of this process.
 
   Args:
-    folder: Where, as `ServingConfig.compilation_cache` says it; None leaves JAX as it is.
+    folder: A folder, or what else `ServingConfig.compilation_cache` takes; None leaves JAX as it is.
   """
   if folder is None:
     return
@@ -34,7 +34,7 @@ def keep_programs(folder: str | None) -> None:
 
 
 def keep_quick_programs() -> None:
-  """Have JAX keep programs that compile within a second too, where others told it where; unless they told it which."""
+  """Have JAX keep programs that compile within a second too, unless others set the least time of compiling."""
   option = 'jax_persistent_cache_min_compile_time_secs'
   if option.upper() not in os.environ and getattr(jax.config, option) == _LEAST_S:
     jax.config.update(option, 0.0)
@@ -47,7 +47,7 @@ def kept_programs() -> str | None:
 
 
 def why_not_kept(folder: str) -> str | None:
-  """What keeps programs from being written to a folder, which is made if need be; None if they can be."""
+  """The reason why programs cannot be written to a folder, which is made if need be; None if they can."""
   if '://' in folder:
     return None  # JAX will see
   try:
@@ -76,7 +76,7 @@ class _RemoveUnreadable(logging.Filter):
   and compiling it names the key.
 
   Args:
-    level: From which on records are shown; 0 is that of the logger above.
+    level: The lowest level of the records shown; 0 stands for that of the logger above.
   """
 
   def __init__(self, level: int):

@@ -7,7 +7,7 @@ from pdjax.serving.peers import Message
 
 
 class RayWorker:
-  """What Ray runs in a worker's process: a `WorkerProcess`, and the order of what it is told.
+  """A worker's `WorkerProcess` as a Ray actor, which is told all in the order in which it was sent.
 
   Args:
     node_host: The address that a host of 'node' stands for; None for that of its node in the Ray cluster.

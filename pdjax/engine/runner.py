@@ -45,14 +45,14 @@ class Crashed:
 class Runner:
   """Dispatches the steps of one worker, and waits for them on a thread.
 
-  What came of them it posts: a `Ran`, a `Broken` or a `Failed` for each, and a `Crashed` that should never be. Whoever
-  empties the mailbox brings the first two back, to `hear` and `restart`. One thread calls all but `post_broken`.
+  It posts a `Ran`, a `Broken` or a `Failed` for each, and a `Crashed` that should never be. Whoever empties the mailbox
+  brings the first two back, to `hear` and `restart`. One thread calls all but `post_broken`.
   """
 
   def __init__(self, worker: Worker, mailbox: Mailbox):
     self.worker = worker
     self._mailbox = mailbox
-    self._waiter = Waiter(f'{worker.spec.name}-passes', crash_poster(mailbox))
+    self._waiter = Waiter(f'{worker.spec.name}-steps', crash_poster(mailbox))
     self._free_from_s = 0.0
 
   def start_clock(self) -> None:
@@ -70,7 +70,7 @@ class Runner:
     self._waiter.add(functools.partial(self._collect, self.worker.incarnation, order, pending, dispatched_s))
 
   def hear(self, ran: Ran) -> list[Event]:
-    """What the end of a step means: nothing, if it was one of an earlier incarnation."""
+    """The events of a step's end: none, if it was a step of an earlier incarnation."""
     return [ran.done] if ran.incarnation == self.worker.incarnation else []
 
   def restart(self, broken: Broken) -> list[Event]:

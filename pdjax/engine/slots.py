@@ -1,4 +1,4 @@
-"""What decoding sequences need on the device: a row for each slot, and what penalties ask of the past."""
+"""Decoding sequences on the device: a row for each slot, and the history that penalties ask for."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ class Sequences:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """The S sequences of a worker, and what penalties ask of the past.
+  """The S sequences of a worker, and the history that penalties ask for.
 
   A row past the last reads as zeros, so not alive, and writing it does nothing: that is what batches are padded with.
   The history is as wide as the vocabulary, so it is read only where a penalty asks for it and never moves with its
@@ -63,7 +63,7 @@ class Slots:
 
   @property
   def size(self) -> int:
-    """Sequences that have a place."""
+    """The number of slots."""
     return self.rows.alive.shape[0]
 
   def take(self, ids: jax.Array) -> Sequences:

@@ -1,4 +1,4 @@
-"""The compiled passes of a worker: prefill, decode and both fused, as pure functions of pages and slots."""
+"""The programs of a worker's steps: prefill, decode and both fused, as pure functions of pages and slots."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ class Chunks:
   offsets: jax.Array  # [C + 1] int32, the rows of each chunk
   lengths: jax.Array  # [C] int32, cached tokens of each sequence with its chunk
   tables: jax.Array  # [C, N] int32, its pages
-  slots: jax.Array  # [C] int32, where it goes on decoding here; past the last slot if it does not
+  slots: jax.Array  # [C] int32, its slot if it goes on decoding here, else past the last
   sampling: Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Passes:
-  """The passes of one worker, to be compiled. Pages and slots are donated and come back updated."""
+class Steps:
+  """The programs of one worker's steps, to be compiled. Pages and slots are donated and come back updated."""
 
   model: ModelSpec
   mesh: Mesh
@@ -50,7 +50,7 @@ class Passes:
     return pages, *self.finish(weights, slots, x, chunks)
 
   def begin(self, weights: Weights, chunks: Chunks) -> jax.Array:
-    """The first of the programs that a prefill pass in groups of layers consists of: `[T, E]`."""
+    """The first of the programs that a prefill step in groups of layers consists of: `[T, E]`."""
     x = bind(self.model, weights).embedded(chunks.tokens)
     return jax.lax.with_sharding_constraint(x, replicated(self.mesh))
 
@@ -87,7 +87,7 @@ class Passes:
   def fused(
     self, weights: Weights, pages: KVPages, slots: Slots, chunks: Chunks, ids: jax.Array
   ) -> tuple[KVPages, Slots, Chosen, Chosen]:
-    """Run prompt chunks and one decode step in one pass; also returns `[C]` and `[1, B]` tokens."""
+    """Run prompt chunks and one decode step together; also returns `[C]` and `[1, B]` tokens."""
     model = bind(self.model, weights)
     sequences = slots.take(ids)
     chunk_rows, decode_rows = _chunk_rows(chunks, pages), _decode_rows(sequences, pages)
@@ -174,7 +174,7 @@ class Passes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Where each of T packed tokens stands: in its sequence, and in the pool. Padding has a page past the pool."""
+  """The position of each of T packed tokens in its sequence and in the pool. Padding has a page past the pool."""
 
   position: jax.Array  # [T] int32
   page: jax.Array  # [T] int32

@@ -15,7 +15,7 @@ from pdjax.serving.orders import TransferOrder
 
 
 class Way(Protocol):
-  """A transport, as far as what it brings is to be written."""
+  """The end of a transport that writes what it brings."""
 
   def receive(self, parcel: Parcel) -> jax.Array:
     """Write a parcel whose pieces are there into the target's pool; an array that is ready when it is written."""
@@ -26,11 +26,11 @@ class UnderWay:
   """A transfer under way.
 
   Attributes:
-    number: What it is known by. Within one process that is the id of its order, which one of another run may have too;
-      between processes see `pdjax.serving.peers`.
+    number: Its number. Within one process that is the id of its order, which one of another run may have too; between
+      processes see `pdjax.serving.peers`.
     order: Its order.
     parcel: Its pieces.
-    way: What writes them.
+    way: The transport that writes them.
     began_s: When they began to travel; None for when they can leave their devices.
   """
 
@@ -68,8 +68,8 @@ class Incoming:
 
   Args:
     runners: Of the workers that are targets, by name.
-    mailbox: Where it posts.
-    waiters: The threads.
+    mailbox: The mailbox to which it posts.
+    waiters: The threads that wait.
   """
 
   def __init__(self, runners: Mapping[str, Runner], mailbox: Mailbox, waiters: Waiters):
@@ -104,15 +104,15 @@ class Incoming:
     return True
 
   def write(self, transfer: UnderWay) -> bool:
-    """Write what has landed; whether it is, so that steps dispatched from now on find it and the transfer has ended."""
+    """Write what has landed; whether that is done: the transfer is over then, and steps from now on find it there."""
     runner = self._runners[transfer.order.target]
-    life = runner.worker.incarnation
-    if not self.end(transfer) or transfer.order.incarnations[1] != life:
+    incarnation = runner.worker.incarnation
+    if not self.end(transfer) or transfer.order.incarnations[1] != incarnation:
       return False  # it was given up, or the worker was lost meanwhile
     try:
       written = transfer.way.receive(transfer.parcel)
     except Exception as error:
-      runner.post_broken(life, describe(error))
+      runner.post_broken(incarnation, describe(error))
       return False
     runner.begin_after(written)
     return True

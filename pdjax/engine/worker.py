@@ -1,4 +1,4 @@
-"""Worker: one mesh, one copy of the weights, one pool of pages, one set of slots, and the passes compiled for them."""
+"""Worker: one mesh, one copy of the weights, one pool of pages, one set of slots, and the programs of its steps."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from pdjax.engine.detokenize import Detokenizer, TextStream
 from pdjax.engine.slots import Sequences, Slots
-from pdjax.engine.steps import NO_TOKEN, Chunks, Passes
+from pdjax.engine.steps import NO_TOKEN, Chunks, Steps
 from pdjax.kv.pages import KVPages, copy
 from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes me
 
 @dataclasses.dataclass(slots=True)
 class _Progress:
-  """What tells on the host that a sequence has ended, and what its text is.
+  """A sequence as the host follows it, to find its end and its text.
 
   The device decides about stop tokens and the last token by the same rule; stop strings are found here alone.
   """
@@ -61,9 +61,9 @@ class _Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The tokens of a dispatched pass, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes.
+  """The tokens of a dispatched step, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes.
 
-  With the progress of the requests of the life it was dispatched in, by id.
+  With the progress of the requests of the incarnation it was dispatched in, by id.
   """
 
   first: Chosen | None
@@ -72,7 +72,7 @@ class Pending:
 
 
 class Worker:
-  """Runs passes on one mesh, in the order of dispatch."""
+  """Runs steps on one mesh, in the order of dispatch."""
 
   def __init__(
     self,
@@ -86,12 +86,12 @@ class Worker:
     """Make an empty worker.
 
     Args:
-      spec: What it is; `num_pages` must be a count, `page_size` and `kv_dtype` filled in.
+      spec: Its description; `num_pages` must be a count, `page_size` and `kv_dtype` filled in.
       model: The model it serves.
       mesh: Its devices.
       weights: The model's weights on that mesh.
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
-      transfer: How what it computes travels, which says in which groups of layers its steps run; None for whole ones.
+      transfer: The way of pages, which decides the groups of layers that its steps run in; None for whole steps.
     """
     assert isinstance(spec.num_pages, int) and spec.page_size and spec.kv_dtype
     self.spec = spec
@@ -104,11 +104,11 @@ class Worker:
     self._table_width = -(-model.context_len // spec.page_size)
     self._num_slots = spec.max_sequences if spec.role.decodes else 1
     self._group_starts = self._programs_of_groups(
-      () if transfer is None else transfer.pass_groups(spec.role, model.num_layers)
+      () if transfer is None else transfer.step_groups(spec.role, model.num_layers)
     )
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
-    self._left_out: dict[str, int] = {}  # requests of which a pass is missing here, see `leave_out`
+    self._left_out: dict[str, int] = {}  # requests of which a step is missing here, see `leave_out`
     self.page_shapes = KVPages.shapes(
       model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
     )
@@ -125,18 +125,18 @@ class Worker:
     self.pages: KVPages = self._make_pages()
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
-    self._progress = {}  # another one, for passes under way go on with the last
+    self._progress = {}  # another one, for steps under way go on with the last
     self._left_out = {}
 
   @property
   def broken(self) -> bool:
-    """Whether a failed pass has consumed the pages it was given."""
+    """Whether a failed step has consumed the pages it was given."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pages, self.slots)))
 
   # -------------------------------------------------------------------------- compiling
 
   def compile(self, precision: str) -> dict[str, float]:
-    """Compile every bucket of every pass of the worker's role, and run each once for one token in page 0.
+    """Compile every program of the worker's role for every bucket, and run each once for one token in page 0.
 
     A program's first run is slow, on CPU by a fifth of a second: XLA prepares its products then.
 
@@ -172,7 +172,7 @@ class Worker:
     return seconds
 
   def _lower(self, key: tuple) -> jax.stages.Lowered:
-    passes = Passes(self.model, self.mesh, self.spec.max_fused_steps)
+    steps = Steps(self.model, self.mesh, self.spec.max_fused_steps)
     call: Callable
     state: tuple = (self.weights, self.pages, self.slots)
     donated: tuple[int, ...] = (1, 2)
@@ -182,14 +182,14 @@ class Worker:
       case ('admit' | 'remember' as name,):
         call, state, donated = Slots.put if name == 'admit' else Slots.remember, (self.slots,), (0,)
       case ('begin', _):
-        call, state, donated = passes.begin, (self.weights,), ()
+        call, state, donated = steps.begin, (self.weights,), ()
       case ('layers', _, start, count):
-        call = functools.partial(passes.layers, start)
+        call = functools.partial(steps.layers, start)
         state, donated = (self._layer_weights(start, start + count), self.pages.part(start, start + count)), (1, 2)
       case ('finish', _):
-        call, state, donated = passes.finish, (self.weights, self.slots), (1,)
+        call, state, donated = steps.finish, (self.weights, self.slots), (1,)
       case (name, *_):
-        call = getattr(passes, name)
+        call = getattr(steps, name)
     sharding = replicated(self.mesh)
     arguments = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self._one_token(*key)
@@ -197,7 +197,7 @@ class Worker:
     return jax.jit(call, donate_argnums=donated).lower(*state, *arguments)
 
   def _one_token(self, *key: Any) -> tuple[Any, ...]:
-    """What a program is given beside the worker's state: for one token, in slot 0, that its sequence ends with."""
+    """A program's arguments beside the worker's state: for one token, in slot 0, that its sequence ends with."""
     match key:
       case ('prefill', tokens):
         chunks = self._pack_chunks((), tokens)
@@ -223,14 +223,14 @@ class Worker:
     raise AssertionError(key)
 
   def program(self, *key: Any) -> jax.stages.Compiled:
-    """A compiled pass: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`.
+    """The compiled program of a step: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`.
 
-    Or a part of one: `'begin', tokens`, `'layers', tokens, first, count` or `'finish', tokens`.
+    Or of a part of one: `'begin', tokens`, `'layers', tokens, first, count` or `'finish', tokens`.
     """
     return self._programs[key]
 
   def _run(self, key: tuple, *arguments: Any) -> list[Any]:
-    """Hand a program to the devices; what it gives beside the worker's new state."""
+    """Hand a program to the devices; its outputs beside the worker's new state."""
     program = self.program(*key)
     match key[0]:
       case 'copy':
@@ -243,10 +243,10 @@ class Worker:
     return out
 
   def _prompt_programs(self, tokens: int) -> list[tuple]:
-    """What runs prompt chunks of so many tokens.
+    """The programs that run prompt chunks of so many tokens.
 
-    Where some chunks travel layer by layer, all passes run in groups of layers: equal groups are one program, so that
-    much less is compiled than with the whole pass as another, and on the devices a few more programs cost little.
+    Where some chunks travel layer by layer, all steps run in groups of layers: equal groups are one program, so that
+    much less is compiled than with the whole step as another, and on the devices a few more programs cost little.
     """
     if self.spec.role.decodes:
       return [('fused', tokens, self.spec.max_sequences)]
@@ -256,7 +256,7 @@ class Worker:
     return [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
 
   def _programs_of_groups(self, groups: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """For each group of layers, where the first begins that the same program serves: as long, with equal windows."""
+    """For each group of layers, the first layer of the first group as long with equal windows: they share a program."""
     starts: dict[tuple, int] = {}
     windows = [tuple(map(self.model.window, range(*group))) for group in groups]
     return {group: starts.setdefault(window, group[0]) for group, window in zip(groups, windows, strict=True)}
@@ -265,7 +265,7 @@ class Worker:
     return [self.weights['layers'][layer] for layer in range(first, stop)]
 
   def _run_groups(self, chunks: Chunks, after: Callable[[tuple[int, int]], None]) -> Chosen:
-    """Hand a prefill pass to the devices group of layers by group; `after` is called behind each."""
+    """Hand a prefill step to the devices group of layers by group; `after` is called behind each."""
     size = chunks.tokens.shape[0]
     x = self.program('begin', size)(self.weights, chunks)
     for (first, stop), start in self._group_starts.items():
@@ -279,7 +279,7 @@ class Worker:
   # -------------------------------------------------------------------------- running
 
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
-    """Hand a pass to the devices and return at once; `after` is called with each of its groups of layers, if any.
+    """Hand a step to the devices and return at once; `after` is called with each of its groups of layers, if any.
 
     A worker compiled for groups of layers runs in these, also where the order does not ask for it.
 
@@ -323,7 +323,7 @@ class Worker:
     return Pending(first, tokens, self._progress)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
-    """Wait for a pass; each request's tokens, and how many were computed in vain."""
+    """Wait for a step; each request's tokens, and how many were computed in vain."""
     results: list[Result | None] = []
     computed = 0
     if pending.first is not None:
@@ -353,19 +353,19 @@ class Worker:
     )
 
   def forget(self, request: str) -> None:
-    """Let go of a request that was ended from outside; what passes under way still bring it is not reported."""
+    """Let go of a request that was ended from outside; what steps under way still bring it is not reported."""
     self._progress.pop(request, None)
     self._left_out.pop(request, None)
 
   def leave_out(self, order: StepOrder) -> Callable[[], None]:
-    """Go on without a pass that could not be handed to the devices.
+    """Go on without a step that could not be handed to the devices.
 
-    What is dispatched next may have been decided before anyone knew. So nothing stays alive in the slots that the pass
-    was to use or fill, and what is computed of its requests counts for nothing until they begin again, or until no
-    more passes can come that were decided in ignorance.
+    Later steps may have been decided before anyone knew. So nothing stays alive in the slots that the step was to use
+    or fill, and what is computed of its requests counts for nothing until they begin again, or until no more steps can
+    come that were decided in ignorance.
 
     Returns:
-      Lets go of its requests; to be called once the passes before it were collected.
+      Lets go of its requests; to be called once the steps before it were collected.
 
     Raises:
       Exception: if the slots cannot be cleared; then the worker is `broken`.
@@ -417,7 +417,7 @@ class Worker:
     self._put_slots([slot for slot, _ in admitted], rows)
 
   def clear_slots(self, order: StepOrder) -> None:
-    """Leave nothing alive in the slots that a pass was to use or fill."""
+    """Leave nothing alive in the slots that a step was to use or fill."""
     slots = [decode.slot for decode in order.decodes]
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
@@ -473,11 +473,11 @@ def _result(
   """The outcome for one request, or None if it has ended before.
 
   Args:
-    followed: The requests of a worker's life that have not ended.
+    followed: The requests of a worker's incarnation that have not ended.
     request: Its id.
-    tokens: What the pass brought it.
+    tokens: Its tokens of the step.
     told: Gives their log probabilities, with so many of the likeliest.
-    error: Why the last of them is none, if it is not; the request ends with that, unless a token before it ends it.
+    error: The message if the last of them is no token; the request ends with it, unless a token before ends it.
     leaves: Whether it decodes elsewhere.
   """
   progress = followed.get(request)
@@ -494,9 +494,9 @@ def _result(
   return Result(request, tuple(tokens[:kept]), reason, text, logprobs, error)
 
 
-def _told(chosen: Chosen, place: Any, most: int) -> tuple[TokenLogprob, ...]:
-  """What is told of the tokens at a place, each with so many of the likeliest."""
-  own, tops, likely = (np.asarray(array)[place] for array in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
+def _told(chosen: Chosen, index: Any, most: int) -> tuple[TokenLogprob, ...]:
+  """The log probabilities of the tokens at `index`, each with those of so many of the likeliest."""
+  own, tops, likely = (np.asarray(array)[index] for array in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
   tops, likely = np.atleast_2d(tops)[:, :most].tolist(), np.atleast_2d(likely)[:, :most].tolist()
   return tuple(
     TokenLogprob(one, tuple(zip(tokens, logprobs, strict=True)))

@@ -110,18 +110,18 @@ class WorkerEngine:
       orders: The orders.
       first_number: The number of a transfer whose order has the id 0.
     """
-    life, meant = self.worker.incarnation, []
+    incarnation, meant = self.worker.incarnation, []
     for order in orders:
       match order:
         case StepOrder(incarnation=one) | TransferOrder(incarnations=(one, _)):
-          if one == life:
+          if one == incarnation:
             meant.append(order)
         case EndOrder():
           self.worker.forget(order.request)
     dispatch_in_turn(meant, functools.partial(self._dispatch, first_number))
 
   def pull(self, number: int, order: TransferOrder, manifest: Manifest) -> None:
-    """Begin to pull a transfer; one for another life of this worker too, so that its source need not keep it."""
+    """Begin to pull a transfer; one for another incarnation of this worker too, so that its source need not keep it."""
     pulled_s = self._mailbox.now_s()
     try:
       self._refuse_if_stalled(order.source)

@@ -1,4 +1,4 @@
-"""What runs in the process of one worker: the worker, its part of the engine, and its ends of the ways to others."""
+"""The process of one worker: the worker, its part of the engine, and its ends of the ways to others."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class WorkerProcess:
   """Serves one controller, whose calls may come from several threads; `take` is called by one at a time.
 
   Args:
-    devices: Which devices the worker has; None makes them, as `prepare_devices` does.
+    devices: The worker's devices; None makes them, as `prepare_devices` does.
     node_host: This host's address in its network.
   """
 
@@ -65,7 +65,7 @@ class WorkerProcess:
   # -------------------------------------------------------------------------- beginning
 
   def machine(self, platform: str | None, num_devices: int, host: str) -> Machine:
-    """Where this is; its devices are made ready, and what others pull is offered at that address.
+    """Make the devices ready, and offer at that address what others pull; a description of this process.
 
     Raises:
       DeviceError: if the address is not this host's, there are not so many devices of the platform, or they have no
@@ -87,7 +87,7 @@ class WorkerProcess:
     return self._machine
 
   def why_not_kept(self, folder: str) -> str | None:
-    """What keeps programs from being written to a folder here; None if they can be."""
+    """The reason why programs cannot be written to a folder here; None if they can."""
     return why_not_kept(folder)
 
   def share_programs(self, folder: str | None, readable: str | None = None) -> str | None:
@@ -98,7 +98,7 @@ class WorkerProcess:
       readable: A folder that may have programs but takes none; they are found in the temporary one.
 
     Returns:
-      Where it is; None if JAX was told by others where to keep them.
+      Its path; None if JAX was told by others where to keep them.
 
     Raises:
       OSError: if there can be no such folder.
@@ -112,7 +112,7 @@ class WorkerProcess:
     return self._programs.path
 
   def load(self, assignment: Assignment) -> Loaded:
-    """Load the weights and compile every pass.
+    """Load the weights and compile every program.
 
     Raises:
       HandshakeError: if the checkpoint here is of another model.
@@ -142,7 +142,7 @@ class WorkerProcess:
     return Loaded(hello, loaded - begin, compile_s, program_s)
 
   def compile_worker(self, worker: Worker) -> dict[str, float]:
-    """Compile every pass; seconds by program."""
+    """Compile every program of a worker; seconds by program."""
     return worker.compile(self._assignment.precision)
 
   def compile_half(self, half: Half) -> dict[str, float]:
@@ -175,7 +175,7 @@ class WorkerProcess:
     return engine.senders[name].plan(), {}
 
   def receive_from(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
-    """Be ready to pull KV from another worker, or from its new life; how it is cut, and the seconds of each program.
+    """Be ready to pull KV from another worker, or its new incarnation; how it is cut, and the seconds of each program.
 
     Raises:
       PeerLost: as `send_to`.
@@ -228,11 +228,11 @@ class WorkerProcess:
     return os.getpid()
 
   def clock(self) -> float:
-    """What this process's clock shows."""
+    """The time on this process's clock, in seconds."""
     return time.perf_counter()
 
   def measure(self, dtype: str, precision: str) -> ChipSpec:
-    """What the worker's first device does."""
+    """The rates of the worker's first device, measured."""
     return measure_chip(self._devices[0], jnp.dtype(dtype), precision)
 
   def lend(self, number: int, num_bytes: int) -> None:
@@ -254,7 +254,7 @@ class WorkerProcess:
   def take(self, message: Message) -> None:
     """Do what the controller says, after all it said before; returns at once.
 
-    What comes before the weights are loaded was meant for a process before this one.
+    A message that comes before the weights are loaded was meant for a process before this one.
     """
     if not hasattr(self, 'engine'):
       return
@@ -284,7 +284,7 @@ class WorkerProcess:
       return news
 
   def close(self) -> None:
-    """End the threads; passes under way are waited for, and a temporary folder of programs is let go of."""
+    """End the threads; steps under way are waited for, and a temporary folder of programs is let go of."""
     self._closed = True
     with self._changed:
       self._changed.notify_all()

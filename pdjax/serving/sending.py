@@ -11,6 +11,8 @@ from pdjax.serving.requests import Phase, RequestState, enter
 from pdjax.serving.view import ClusterView
 from pdjax.types.span import Span
 
+LayerGroup = tuple[int, int]  # the first, and the one after the last
+
 
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
   """The transfers of what a chunk completes: units of both page sizes, once they are to travel."""
@@ -23,18 +25,21 @@ def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> li
   elif books.transfer.granularity != 'request':
     entry.tokens_due = entry.started // unit * unit
   entry.last_step = step
-  return send_due(books, entry, step, layered=_goes_by_layers(books, chunk, worker))
+  return send_due(books, entry, step, _layer_groups(books, chunk, worker))
 
 
-def _goes_by_layers(books: Books, chunk: Chunk, worker: WorkerState) -> bool:
-  """Whether a chunk that begins now is to travel layer by layer."""
-  layered_from, is_last = books.transfer.layered_from, books.requests[chunk.request].prompt_left == 0
-  if layered_from is None or worker.role.decodes:  # a step that may have decodes in it runs whole
-    return False
-  return chunk.length >= layered_from and (is_last or books.transfer.granularity == 'layers')
+def _layer_groups(books: Books, chunk: Chunk, worker: WorkerState) -> Sequence[LayerGroup | None]:
+  """The groups of layers in which a chunk that begins now travels; None for all of them at once."""
+  transfer, is_last = books.transfer, books.requests[chunk.request].prompt_left == 0
+  groups = transfer.step_groups(worker.role, books.model.num_layers)
+  if not groups or transfer.layered_from is None or chunk.length < transfer.layered_from:
+    return (None,)
+  return groups if is_last or transfer.granularity == 'layers' else (None,)
 
 
-def send_due(books: Books, entry: RequestState, after: int | None, *, layered: bool = False) -> list[TransferOrder]:
+def send_due(
+  books: Books, entry: RequestState, after: int | None, groups: Sequence[LayerGroup | None] = (None,)
+) -> list[TransferOrder]:
   """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
   assert entry.worker is not None and entry.target is not None
   source, target = books.workers[entry.worker], books.workers[entry.target]
@@ -50,7 +55,6 @@ def send_due(books: Books, entry: RequestState, after: int | None, *, layered: b
     if not units:
       break
     tokens = min(units * unit, left)
-    groups: Sequence[tuple[int, int] | None] = books.transfer.groups(books.model.num_layers) if layered else (None,)
     orders += [_move(books, entry, source, target, tokens, after, layers) for layers in groups]
     entry.tokens_sent += tokens
     left -= tokens
@@ -74,7 +78,7 @@ def _move(
   target: WorkerState,
   tokens: int,
   after: int | None,
-  layers: tuple[int, int] | None,
+  layers: LayerGroup | None,
 ) -> TransferOrder:
   """The transfer of the next so many tokens of a prompt, up to a whole unit."""
   start, unit = entry.tokens_sent, books.unit(source, target)

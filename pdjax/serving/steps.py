@@ -25,7 +25,7 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
   for chunk in step.chunks:
     chunk_orders.append(_start_chunk(books, chunk, worker))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
-  groups = books.transfer.pass_groups(worker.role, books.model.num_layers) if step.chunks else ()
+  groups = books.transfer.step_groups(worker.role, books.model.num_layers) if step.chunks else ()
   steps = step.steps
   if steps > 1 and not any(entry.tokens_left >= steps for entry in decodes):  # mostly the first has as many left
     steps = max(entry.tokens_left for entry in decodes)

@@ -173,7 +173,7 @@ class TransferSpec:
     bounds = [num_layers * group // count for group in range(count + 1)]
     return tuple(itertools.pairwise(bounds))
 
-  def pass_groups(self, role: Role, num_layers: int) -> tuple[tuple[int, int], ...]:
+  def step_groups(self, role: Role, num_layers: int) -> tuple[tuple[int, int], ...]:
     """The groups of layers that the steps of a role's workers run in, between which KV may leave by layers.
 
     There are none where steps run whole, as on all workers that decode. Nothing else says so: programs are compiled for

@@ -105,7 +105,7 @@ class Service:
 
 
 class FakeRay(types.SimpleNamespace):
-  """What a peer asks of Ray itself."""
+  """The part of Ray itself that a peer asks for."""
 
   def __init__(self):
     self.killed: list[Actor] = []

@@ -28,7 +28,7 @@ from tests.tiny import config
 def kill_both(facts: dict, cache: str | None = None) -> None:
   """Serve the demo; both workers are killed when some tokens have come."""
   workers: dict[str, int] = {}
-  passes = []
+  delivered = []
 
   def say(line: str) -> None:
     name, _, rest = line.partition(': ')
@@ -37,8 +37,8 @@ def kill_both(facts: dict, cache: str | None = None) -> None:
 
   def watch(event) -> None:
     if isinstance(event, Done) and event.results:
-      passes.append(event)
-    if len(passes) == 60 and 'killed' not in facts:
+      delivered.append(event)
+    if len(delivered) == 60 and 'killed' not in facts:
       facts['killed'] = list(workers)
       for pid in workers.values():
         os.kill(pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ def run(cache: str, split: str, decode_tp: int) -> dict:
   facts: dict = {'said': []}
 
   def listening() -> None:
-    """Who listens where, while the workers are up."""
+    """Note the addresses at which each process listens, while the workers are up."""
     heard: dict[str, list[str]] = {}
     for process in psutil.Process().children(recursive=True):
       for one in process.net_connections('tcp'):

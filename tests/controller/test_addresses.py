@@ -13,7 +13,7 @@ from pdjax.types.cluster import DeviceError
 
 @pytest.fixture
 def address():
-  """Where somebody listens who never says a word."""
+  """An address at which somebody listens who never says a word."""
   with socket.create_server(('127.0.0.1', 0)) as server:
     yield f'127.0.0.1:{server.getsockname()[1]}'
 

@@ -1,4 +1,4 @@
-"""That a control service is gone is noticed within seconds, and one that is away for a moment is no loss."""
+"""A control service that is gone is noticed within seconds, and one that is away for a moment is no loss."""
 
 import math
 import socket

@@ -85,13 +85,13 @@ def test_several_processes_are_exact(split):
 def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   served = processes.serve(requests((9,)))
   peer, heard = processes.peers['decode0'], threading.Event()
-  life = processes.built.engine.workers['decode0'].incarnation
+  incarnation = processes.built.engine.workers['decode0'].incarnation
   peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
-  peer.process.engine._runner.post_broken(life, 'it failed late')
+  peer.process.engine._runner.post_broken(incarnation, 'it failed late')
   assert heard.wait(20)
   time.sleep(0.2)  # until it is posted
   again = processes.serve(requests((9,)))
-  assert again.incarnations['decode0'] == life + 1
+  assert again.incarnations['decode0'] == incarnation + 1
   assert again.tokens() == served.tokens() == plain(again)
 
 
@@ -105,7 +105,7 @@ def test_a_transfer_has_its_times_in_order_though_two_processes_tell_them(proces
   assert stamps == sorted(set(stamps))
 
 
-def test_a_pass_and_the_transfers_that_leave_with_it_are_one_message(processes):
+def test_a_step_and_the_transfers_that_leave_with_it_are_one_message(processes):
   told = []
   peer = processes.peers['prefill0']
   processes.serve(requests((9,)), prepare=lambda: setattr(peer, 'on_tell', lambda m: told.append(m) or m))
@@ -373,7 +373,7 @@ def test_a_killed_process_comes_back_and_everyone_ends_once(processes, worker, w
   assert after.tokens() == plain(after)
 
 
-def test_a_pass_that_breaks_begins_another_life_in_the_same_process(processes):
+def test_a_step_that_breaks_begins_another_incarnation_in_the_same_process(processes):
   worker = processes.peers['decode0'].process.engine.worker
   collect, broken = worker.collect, []
 

@@ -117,7 +117,7 @@ def test_what_a_cluster_of_our_own_will_lack_is_told_before_it_is_started(monkey
       {'cpus': 7},
       'cpu',
       r'others leave this of the Ray cluster free: 10\.0\.0\.1:1 2 CPU, 10\.0\.0\.2:1 2 CPU, 10\.0\.0\.3:1 2 CPU, '
-      r"where the workers find no places with strategy 'PACK' \(prefill0",
+      r"where the workers find no room with strategy 'PACK' \(prefill0",
     ),
   ],
 )
@@ -231,7 +231,7 @@ ray = pytest.importorskip('ray', reason='Ray comes with pip install pdjax[cluste
 
 
 def run_on_ray(tmp_path: pathlib.Path, split: str, decode_tp: int, **environment: str) -> dict:
-  """What a tiny run says of itself, as a command of its own."""
+  """The facts that a tiny run tells of itself, as a command of its own."""
   done = subprocess.run(
     [sys.executable, '-m', 'tests.controller.ray_run', os.environ.get(CACHE, str(tmp_path)), split, str(decode_tp)],
     cwd=ROOT, env=quick_environment() | environment, capture_output=True, text=True, timeout=300, check=False,
@@ -363,7 +363,7 @@ def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cl
 
 
 def breaking(how: str, folder: pathlib.Path) -> dict:
-  """What came of a run of which workers are broken, as a command of its own with what a user has by default.
+  """The outcome of a run whose workers are broken, as a command of its own with what a user has by default.
 
   Args:
     how: One of `ray_breaking.WAYS`.

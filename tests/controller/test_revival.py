@@ -1,4 +1,4 @@
-"""What becomes of a lost worker: how often another process is tried, of what it is made, and what the loop hears."""
+"""A lost worker comes back: the tries of another process, what it is made of, and what the loop hears."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ class Canned:
     self.asked: list[str] = []
     self.assigned: list = []
     self.told: list[Hello] = []  # of which others
-    self.lives = 1
+    self.processes = 1
     self.raises: dict[str, list[Exception]] = {}  # by method, one a call
     self.waits: dict[str, threading.Event] = {}
     self.weights = 'sum'
@@ -62,7 +62,7 @@ class Canned:
 
   def restart(self):
     self.ask('restart')
-    self.lives += 1
+    self.processes += 1
 
   def close(self):
     self.closed.set()
@@ -71,7 +71,7 @@ class Canned:
     pass
 
   def _machine(self, platform, num_devices, host):
-    self.machine = Machine(self.node, self.lives, (self.kind,), ('cpu:0',), 1e9, f'{self.node}:1')
+    self.machine = Machine(self.node, self.processes, (self.kind,), ('cpu:0',), 1e9, f'{self.node}:1')
     return self.machine
 
   def _measure(self, *_):

@@ -33,7 +33,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-  """What came of a run."""
+  """The outcome of a run."""
 
   events: tuple[Event, ...]
   completions: tuple[Completion, ...]

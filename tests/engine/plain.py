@@ -26,7 +26,7 @@ class Cached(RandomCheckpoint):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What a request gets: tokens, why they end, their text, and the log probabilities `[V]` at each of them."""
+  """The answer to a request: tokens, why they end, their text, and the log probabilities `[V]` at each of them."""
 
   tokens: tuple[int, ...]
   reason: str

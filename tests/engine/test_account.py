@@ -1,4 +1,4 @@
-"""Where the time went: a delay in one stage of a real run shows in the part of the account that is its own."""
+"""Accounts of time: a delay in one stage of a real run shows in the part of the account that is its own."""
 
 import functools
 import itertools

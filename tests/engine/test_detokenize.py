@@ -1,4 +1,4 @@
-"""Tokens to text piece by piece: nothing is lost, nothing comes too soon, and stop strings end it wherever they lie."""
+"""Tokens to text as they come: nothing is lost, nothing comes too soon, and stop strings end it wherever they lie."""
 
 import functools
 import itertools
@@ -27,8 +27,8 @@ def tokenizer(request) -> Tokenizer:
   return byte_tokenizer() if request.param == 'byte level' else Tokenizer.from_gguf_metadata(sentencepiece())
 
 
-def pieces(tokenizer: Tokenizer, tokens, stop=()) -> tuple[list[str], int | None]:
-  """The piece of each token, the last one with what was held back, and which token completed a stop string."""
+def texts_of(tokenizer: Tokenizer, tokens, stop=()) -> tuple[list[str], int | None]:
+  """The text of each token, the last one with what was held back, and which token completed a stop string."""
   stream = TextStream(Detokenizer(tokenizer), stop)
   texts = []
   for count, token in enumerate(tokens, start=1):
@@ -41,17 +41,17 @@ def pieces(tokenizer: Tokenizer, tokens, stop=()) -> tuple[list[str], int | None
 
 
 @pytest.mark.parametrize('text', TEXTS)
-def test_pieces_are_the_text(tokenizer, text):
+def test_texts_of_tokens_are_the_text(tokenizer, text):
   tokens = tokenizer.encode(text)
   for end in range(len(tokens) + 1):  # whole characters or not
-    assert ''.join(pieces(tokenizer, tokens[:end])[0]) == tokenizer.decode(tokens[:end])
+    assert ''.join(texts_of(tokenizer, tokens[:end])[0]) == tokenizer.decode(tokens[:end])
 
 
 @pytest.mark.parametrize('seed', range(20))
-def test_pieces_of_any_tokens_are_their_text(tokenizer, seed):
+def test_texts_of_any_tokens_are_what_they_decode_to(tokenizer, seed):
   """Broken characters, special tokens and ids beyond the vocabulary included."""
   tokens = np.random.default_rng(seed).integers(0, tokenizer.vocab_size + 3, 60).tolist()
-  assert ''.join(pieces(tokenizer, tokens)[0]) == tokenizer.decode(tokens)
+  assert ''.join(texts_of(tokenizer, tokens)[0]) == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize('cuts', [(3,), (1, 4), (2, 3, 9)])
@@ -66,7 +66,7 @@ def test_a_character_comes_when_it_is_whole():
   tokenizer = byte_tokenizer()
   tokens = tokenizer.encode('a🙂b')
   assert len(tokens) == 6
-  assert pieces(tokenizer, tokens)[0] == ['a', '', '', '', '🙂', 'b']
+  assert texts_of(tokenizer, tokens)[0] == ['a', '', '', '', '🙂', 'b']
 
 
 def cut(text: str, stop) -> str:
@@ -80,7 +80,7 @@ def cut(text: str, stop) -> str:
 )
 def test_text_ends_before_the_first_stop_string(tokenizer, stop):
   tokens = tokenizer.encode(TEXTS[0])
-  texts, completed = pieces(tokenizer, tokens, stop)
+  texts, completed = texts_of(tokenizer, tokens, stop)
   whole = tokenizer.decode(tokens)
   assert ''.join(texts) == cut(whole, stop)
   if completed is None:
@@ -92,24 +92,24 @@ def test_text_ends_before_the_first_stop_string(tokenizer, stop):
 def test_tokens_run_up_to_the_one_that_completes_a_stop_string():
   tokenizer = byte_tokenizer()
   for stop, count in ((('o, w',), 8), (('wor', 'ello'), 5), (('!', 'H'), 1)):
-    assert pieces(tokenizer, tokenizer.encode(TEXTS[0]), stop)[1] == count
+    assert texts_of(tokenizer, tokenizer.encode(TEXTS[0]), stop)[1] == count
 
 
 def test_what_may_be_the_beginning_of_a_stop_string_is_held_back_until_it_is_not():
   tokenizer = byte_tokenizer()
-  texts, completed = pieces(tokenizer, tokenizer.encode('ab<|<|ex|'), ('<|end|>', '|!'))
+  texts, completed = texts_of(tokenizer, tokenizer.encode('ab<|<|ex|'), ('<|end|>', '|!'))
   assert texts == ['a', 'b', '', '', '<|', '', '', '<|ex', '|'] and completed is None
 
 
 @pytest.mark.parametrize('seed', range(10))
-def test_no_piece_of_random_text_has_to_be_taken_back(seed):
+def test_nothing_of_random_text_has_to_be_taken_back(seed):
   """Over a tiny alphabet stop strings begin, overlap and complete all the time."""
   tokenizer = byte_tokenizer()
   rng = np.random.default_rng(seed)
   text = ''.join(rng.choice(list('ab'), 40))
   stop = tuple(''.join(rng.choice(list('ab'), size)) for size in (3, 5, 6))
   tokens = tokenizer.encode(text)
-  texts, _ = pieces(tokenizer, tokens, stop)
+  texts, _ = texts_of(tokenizer, tokens, stop)
   assert ''.join(texts) == cut(text, stop)
   for count in range(1, len(texts)):  # what is out is what any continuation begins with
     out = ''.join(texts[:count])
@@ -152,8 +152,8 @@ def test_of_stop_strings_in_one_token_the_first_to_be_complete_ends_the_text():
     stream = TextStream(detokenizer, stop)
     text = ''
     for token in tokens:
-      piece, completed = stream.take([token])
-      text += piece
+      new, completed = stream.take([token])
+      text += new
       if completed:
         break
     else:
@@ -166,9 +166,9 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it():
   tokenizer = Tokenizer.from_gguf_metadata(sentencepiece(add_space_prefix=False, add_bos_token=False))
   tokens = tokenizer.encode('é漢😀' * 40)
   assert len(tokens) == 360
-  assert pieces(tokenizer, tokens, ['😀é'])[1] == 11
-  assert ''.join(pieces(tokenizer, tokens, ['😀é'])[0]) == 'é漢'
-  assert pieces(tokenizer, tokens)[0][:11] == ['', 'é', '', '', '漢', '', '', '', '😀', '', 'é']
+  assert texts_of(tokenizer, tokens, ['😀é'])[1] == 11
+  assert ''.join(texts_of(tokenizer, tokens, ['😀é'])[0]) == 'é漢'
+  assert texts_of(tokenizer, tokens)[0][:11] == ['', 'é', '', '', '漢', '', '', '', '😀', '', 'é']
 
 
 # by our contract: the token that makes the stop string certain, and the text before it
@@ -185,7 +185,7 @@ def test_a_stop_string_is_found_at_the_token_that_completes_it():
 )
 def test_stop_strings_within_a_run_of_bytes(stop, count, text):
   tokenizer = Tokenizer.from_gguf_metadata(sentencepiece(add_space_prefix=False, add_bos_token=False))
-  texts, completed = pieces(tokenizer, tokenizer.encode('é漢😀' * 40), stop)
+  texts, completed = texts_of(tokenizer, tokenizer.encode('é漢😀' * 40), stop)
   assert (completed, ''.join(texts)) == (count, text)
 
 
@@ -193,7 +193,7 @@ def test_stop_strings_within_a_run_of_bytes(stop, count, text):
 def test_a_lone_byte_repeated_comes_at_once(tokenizer, lone):
   ids = tokenizer.encode(lone)
   first = ids[-len(lone.encode())]
-  texts, _ = pieces(tokenizer, [first] * 6000)
+  texts, _ = texts_of(tokenizer, [first] * 6000)
   assert texts == ['', *['\ufffd'] * 5998, '\ufffd\ufffd']
 
 
@@ -239,7 +239,7 @@ def test_an_answer_is_what_it_adds_to_its_prompt(name, prompt, answer, alone, bo
     ('gpt1', ['a</w>', 'cat</w>'], ['s</w>', 'cat</w>'], [' s', ' cat', '']),
   ],
 )
-def test_pieces_behind_a_prompt(name, prompt, answer, expected):
+def test_texts_behind_a_prompt(name, prompt, answer, expected):
   tokenizer = of_transformers(name)
   prompt, answer = ([tokenizer.backend.token_to_id(token) for token in tokens] for tokens in (prompt, answer))
   stream = TextStream(Detokenizer(tokenizer), prompt=prompt)

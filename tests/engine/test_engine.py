@@ -1,4 +1,4 @@
-"""When things fail and nothing is tried twice: who it concerns learns why, all others are served, and nothing hangs."""
+"""Failures where nothing is tried twice: who it concerns learns why, all others are served, and nothing hangs."""
 
 import dataclasses
 import itertools
@@ -82,7 +82,7 @@ def names_in(order) -> set[str]:
   return {chunk.request.id for chunk in order.chunks} | {decode.request for decode in order.decodes}
 
 
-def test_a_prompt_pass_that_cannot_be_dispatched_fails_its_requests_alone(cluster, monkeypatch):
+def test_a_prompt_step_that_cannot_be_dispatched_fails_its_requests_alone(cluster, monkeypatch):
   def second_prompt(worker, chunks, size):
     return any(chunk.request.id == 'now1' for chunk in chunks)
 
@@ -95,7 +95,7 @@ def test_a_prompt_pass_that_cannot_be_dispatched_fails_its_requests_alone(cluste
   assert_others_exact(cluster, served, names_in(order))
 
 
-def test_a_decode_pass_that_cannot_be_dispatched_fails_its_requests_alone(one_and_one, monkeypatch):
+def test_a_decode_step_that_cannot_be_dispatched_fails_its_requests_alone(one_and_one, monkeypatch):
   monkeypatch.setattr(Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode'))
   served = one_and_one.serve(some_requests(0.1))
   (failed,) = orders_with(served, Failed)
@@ -114,23 +114,23 @@ def test_an_admission_that_cannot_be_dispatched_fails_its_requests_alone(one_and
   assert [worker._left_out for worker in one_and_one.workers.values()] == [{}, {}]  # whoever ended is forgotten
 
 
-def test_a_request_that_ended_well_in_the_pass_before_is_not_failed(one_and_one, monkeypatch):
-  """The pass that cannot be dispatched was decided before anyone knew of the stop token."""
+def test_a_request_that_ended_well_in_the_step_before_is_not_failed(one_and_one, monkeypatch):
+  """The step that cannot be dispatched was decided before anyone knew of the stop token."""
   whole = Request('whole', prompt(9, seed=4), SamplingParams(max_tokens=6))
   first, second, *_ = generate(one_and_one.model, whole)[0]
   assert first != second
   stopped = dataclasses.replace(whole, sampling=SamplingParams(max_tokens=6, stop_token_ids=(second,)))
-  passes = itertools.count()
+  steps = itertools.count()
   collect = Worker.collect
 
   def collect_late(worker, order, pending):
     if order.decodes:
-      time.sleep(0.1)  # the next pass has been refused by now
+      time.sleep(0.1)  # the next step has been refused by now
     return collect(worker, order, pending)
 
   monkeypatch.setattr(Worker, 'collect', collect_late)
   monkeypatch.setattr(
-    Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode' and next(passes) == 1)
+    Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode' and next(steps) == 1)
   )
   served = one_and_one.serve([stopped])
   assert len(orders_with(served, Failed)) == 1
@@ -138,7 +138,7 @@ def test_a_request_that_ended_well_in_the_pass_before_is_not_failed(one_and_one,
 
 
 @pytest.mark.parametrize('phase', ['chunks', 'decodes'])
-def test_a_pass_that_fails_on_the_device_loses_the_worker_and_those_with_pages_there(cluster, monkeypatch, phase):
+def test_a_step_that_fails_on_the_device_loses_the_worker_and_those_with_pages_there(cluster, monkeypatch, phase):
   incarnations = {name: worker.incarnation for name, worker in cluster.workers.items()}
   monkeypatch.setattr(Worker, 'collect', failing(Worker.collect, lambda worker, order, _: getattr(order, phase)))
   served = cluster.serve(some_requests())
@@ -151,7 +151,7 @@ def test_a_pass_that_fails_on_the_device_loses_the_worker_and_those_with_pages_t
   assert rebuilt == {lost.worker}
 
 
-def test_a_pass_that_dies_with_its_pages_loses_the_worker(one_and_one, monkeypatch):
+def test_a_step_that_dies_with_its_pages_loses_the_worker(one_and_one, monkeypatch):
   """Donated pages are gone if the program fails inside the call."""
   calls = itertools.count()
   dispatch = Worker.dispatch
@@ -180,8 +180,8 @@ def test_a_run_in_which_a_worker_was_lost_is_reproduced_from_its_record(cluster,
   assert replay(cluster, served, served.events) == served.events
 
 
-def test_passes_of_a_lost_worker_are_not_heard_of_again(cluster, monkeypatch):
-  """The pass after the one that failed ends well before anyone has noticed."""
+def test_steps_of_a_lost_worker_are_not_heard_of_again(cluster, monkeypatch):
+  """The step after the one that failed ends well before anyone has noticed."""
   next_dispatched, broke, next_ended = threading.Event(), threading.Event(), threading.Event()
   dispatch, collect = Worker.dispatch, Worker.collect
   decodes = itertools.count()
@@ -264,7 +264,7 @@ def test_what_is_left_of_an_earlier_run_is_neither_heard_of_nor_written(one_and_
 
   engine = Engine(one_and_one.workers.values(), one_and_one.transports)
   span = Span((1,), (2,), 0, one_and_one.config.page_size)
-  orders = [TransferOrder(5, name, 'prefill0', 'decode0', span, incarnations=engine_lives(engine)) for name in 'ab']
+  orders = [TransferOrder(5, name, 'prefill0', 'decode0', span, incarnations=incarnations_of(engine)) for name in 'ab']
   monkeypatch.setattr(Parcel, 'wait', late)
   engine.submit(orders[:1])
   monkeypatch.setattr(Parcel, 'wait', wait)
@@ -280,7 +280,7 @@ def test_what_is_left_of_an_earlier_run_is_neither_heard_of_nor_written(one_and_
   assert not engine._incoming.under_way
 
 
-def engine_lives(engine: Engine) -> tuple[int, int]:
+def incarnations_of(engine: Engine) -> tuple[int, int]:
   return engine.workers['prefill0'].incarnation, engine.workers['decode0'].incarnation
 
 

@@ -1,4 +1,4 @@
-"""Where JAX keeps compiled programs, as a config says."""
+"""The folder of compiled programs is the one that a config says, and programs that cannot be read are removed."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ OPTIONS = (
 
 @pytest.fixture(autouse=True)
 def as_before():
-  """What JAX keeps is for all of a process."""
+  """Undo the settings of JAX, which are for all of a process."""
   before = {name: getattr(jax.config, name) for name in OPTIONS}
   yield
   for name, value in before.items():

@@ -126,7 +126,7 @@ def answering(value: int, sampling: SamplingParams) -> tuple[Request, tuple[int,
     ('1P1D', Disaggregated(max_prefill_tokens=16)),
     ('1C', Colocated(token_budget=16)),
   ],
-  ids=['in one pass of four steps', 'in passes of one step', 'beside chunks'],
+  ids=['four tokens a step', 'one token a step', 'beside chunks'],
 )
 @pytest.mark.parametrize('place', [0, 1, 2])  # of the last token that there is
 def test_the_tokens_before_it_are_delivered_and_none_after(split, policy, place):

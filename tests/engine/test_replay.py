@@ -28,7 +28,7 @@ def some_requests() -> list[Request]:
 
 
 def replay(cluster: Cluster, served: Served, record: tuple[Event, ...], num_pages: int | None = None):
-  """What the loop does with a record, from fresh arrivals and a fresh state."""
+  """The events of the loop over a record, from fresh arrivals and a fresh state."""
   return replay_from(cluster, served, record, Listed(served.requests), num_pages)
 
 
@@ -79,7 +79,7 @@ def test_a_run_with_fused_decode_steps_is_reproduced(one_and_one):
 
 
 def ends(record: tuple[Event, ...], kind: type) -> list[int]:
-  """Where in a record orders of a kind end."""
+  """The indices in a record at which orders of a kind end."""
   orders = {event.order.id: event.order for event in record if hasattr(event, 'order') and hasattr(event.order, 'id')}
   return [i for i, event in enumerate(record) if isinstance(event, Done) and isinstance(orders[event.order], kind)]
 

@@ -104,7 +104,7 @@ def test_stop_strings_end_a_request_across_the_borders_of_tokens(cluster, steps)
   assert served.report.wasted_tokens == asked_for - delivered > 0
 
 
-def test_pieces_of_text_are_sure_when_they_come(one_and_one):
+def test_text_is_sure_when_it_comes(one_and_one):
   tokenizer = byte_tokenizer()
   whole = Request('whole', prompt(9, seed=4), SamplingParams(20, ignore_eos=True))
   text = answer(TINY, whole).text
@@ -114,11 +114,11 @@ def test_pieces_of_text_are_sure_when_they_come(one_and_one):
     results = [
       one for event in served.events if isinstance(event, Done) for one in event.results if one.request == name
     ]
-    pieces, tokens = '', []
+    sure, tokens = '', []
     for result in results:
-      pieces, tokens = pieces + result.text, [*tokens, *result.tokens]
-      assert tokenizer.decode(tokens).startswith(pieces)
-    assert pieces == text
+      sure, tokens = sure + result.text, [*tokens, *result.tokens]
+      assert tokenizer.decode(tokens).startswith(sure)
+    assert sure == text
     assert ([result.text for result in results] == list(text)) == (name == 'whole')
 
 

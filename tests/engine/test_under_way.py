@@ -1,4 +1,4 @@
-"""What lands is written once, and only if somebody still waits for it."""
+"""Pieces that land are written once, and only if somebody still waits for them."""
 
 import math
 import types
@@ -45,8 +45,8 @@ class Target:
     self.waiters = Waiters('test', crash_poster(self.mailbox))
     self.incoming = Incoming({'decode0': self.runner}, self.mailbox, self.waiters)
 
-  def transfer(self, number: int, life: int = 1) -> UnderWay:
-    order = TransferOrder(number, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4), incarnations=(1, life))
+  def transfer(self, number: int, incarnation: int = 1) -> UnderWay:
+    order = TransferOrder(number, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4), incarnations=(1, incarnation))
     return UnderWay(number, order, Parcel((), (0, 1), wire_bytes=60, num_pieces=1, gathered=()), self.way)
 
   def next(self):
@@ -83,7 +83,7 @@ def test_what_was_given_up_is_not_written_though_another_of_its_number_is_under_
 
 
 def test_what_was_meant_for_an_earlier_incarnation_is_not_written(target):
-  transfer = target.transfer(3, life=1)
+  transfer = target.transfer(3, incarnation=1)
   target.incoming.add(transfer)
   target.worker.incarnation = 2
   assert not target.incoming.write(transfer)

@@ -1,4 +1,4 @@
-"""What the compiler says of a worker's programs: pools are updated in place, and nothing grows with them."""
+"""A worker's programs, as the compiler counts: pools are updated in place, and nothing grows with them."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdjax.engine.slots import Sequences, Slots
-from pdjax.engine.steps import Passes
+from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
 from pdjax.kv import KVPages, page_bytes
 from pdjax.kv.transfer import DevicePut
@@ -44,7 +44,7 @@ def pool_bytes(worker: Worker) -> int:
   ],
   ids=lambda x: x[0] if isinstance(x, tuple) else '',
 )
-def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_one(fixture, name, key, request):
+def test_a_step_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_one(fixture, name, key, request):
   cluster = request.getfixturevalue(fixture)
   worker, larger = cluster.workers[name], enlarged(cluster, name)
   small = worker.program(*key).memory_analysis()
@@ -66,7 +66,7 @@ def test_a_pass_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_
   ],
   ids=lambda x: f'{x[0]}{x[-1]}' if isinstance(x, tuple) else '',
 )
-def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_pass(fixture, name, key, request):
+def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_step(fixture, name, key, request):
   worker = request.getfixturevalue(fixture).workers[name]
   assert_cheap(lambda: worker._lower(key))
 
@@ -74,7 +74,7 @@ def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_pass(f
 @pytest.mark.slow
 @pytest.mark.parametrize('sequences', [1, 8, 64])
 def test_so_it_does_for_a_model_as_people_use_them(sequences, one_and_one):
-  """The wider a model, the more of its pass is in its products; the more sequences, the more is in their logits."""
+  """The wider a model, the more of its step is in its products; the more sequences, the more is in their logits."""
   worker = one_and_one.workers['decode0']
   model = ModelSpec.smollm2_135m()
   pages = KVPages.shapes(model, 64, 16, jnp.dtype('float32'), worker.mesh)
@@ -85,11 +85,11 @@ def test_so_it_does_for_a_model_as_people_use_them(sequences, one_and_one):
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(worker.mesh)), state
   )
   ids, steps = np.zeros(sequences, np.int32), np.int32(1)
-  assert_cheap(lambda: jax.jit(Passes(model, worker.mesh, 16).decode).lower(weights, pages, slots, ids, steps))
+  assert_cheap(lambda: jax.jit(Steps(model, worker.mesh, 16).decode).lower(weights, pages, slots, ids, steps))
 
 
 def assert_cheap(lower) -> None:
-  """Less than a hundredth of what a pass computes and reads, by the compiler's count, tells of finite logits."""
+  """Less than a hundredth of what a step computes and reads, by the compiler's count, tells of finite logits."""
   costs = lower().compile().cost_analysis()
   likeliest = sampling.likeliest
   with pytest.MonkeyPatch.context() as patched:
@@ -100,7 +100,7 @@ def assert_cheap(lower) -> None:
     assert without[what] < costs[what] < 1.01 * without[what]
 
 
-def test_a_pass_of_an_earlier_life_takes_nothing_of_the_next(two_and_two):
+def test_a_step_of_an_earlier_incarnation_takes_nothing_of_the_next(two_and_two):
   worker = two_and_two.workers['prefill0']
   request = Request('r', (1, 2, 3), SamplingParams(max_tokens=4))
   order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, (0,), 4),))
@@ -160,7 +160,7 @@ def test_a_page_is_copied_and_a_past_remembered_in_place(two_and_two):
   assert remembered.temp_size_in_bytes < worker.slots.history.nbytes / 4
 
 
-def test_passes_give_the_buffers_of_their_pool_back(one_and_one):
+def test_steps_give_the_buffers_of_their_pool_back(one_and_one):
   worker = one_and_one.workers['decode0']
   before = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
   old = worker.pages

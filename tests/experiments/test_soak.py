@@ -47,7 +47,7 @@ from pdjax.serving import ClusterState
 from pdjax.serving.actions import Cancel, Resend
 from pdjax.serving.events import Done, Event, Failed, TimerDue, Turn, Withdrawn, WorkerBack, WorkerLost
 from pdjax.serving.page_allocator import PageAllocator
-from pdjax.session import Piece, Stream
+from pdjax.session import Delta, Stream
 from pdjax.sharding import make_mesh
 from pdjax.types import Request, SamplingParams
 from tests.compiling import quick_environment
@@ -303,13 +303,13 @@ def test_a_token_that_its_completion_lacks_is_found(soak, monkeypatch):
   def end_with_more(stream, completions):
     if not given:
       given.append(stream.request.id)
-      stream._add(Piece((5,)))
+      stream._add(Delta((5,)))
     end(stream, completions)
 
   monkeypatch.setattr(Stream, '_end', end_with_more)
   tally = waves(soak(kinds=()), 1).tally
   assert given and tally.counts['stream differs'] == 1
-  assert f'the pieces of {given[0]} are ' in tally.problems['stream differs'][0]
+  assert f'the deltas of {given[0]} are ' in tally.problems['stream differs'][0]
 
 
 def test_a_token_after_the_end_is_found(soak, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_token_after_the_end_is_found(soak, monkeypatch):
 
   monkeypatch.setattr(Stream, '_end', end_and_note)
   is_quiet = Soak._is_quiet
-  monkeypatch.setattr(Soak, '_is_quiet', lambda soak, now: ended[0]._add(Piece((5,))) or is_quiet(soak, now))
+  monkeypatch.setattr(Soak, '_is_quiet', lambda soak, now: ended[0]._add(Delta((5,))) or is_quiet(soak, now))
   tally = waves(soak(kinds=()), 1).tally
   assert tally.counts == {'stream differs': 1} and 'after its end' in tally.problems['stream differs'][0]
 

@@ -116,7 +116,7 @@ class Pieces:
     self.dtype = jnp.dtype(wire_dtype(*dtypes))
     self.unit = math.gcd(ours.page_size, theirs.page_size)  # tokens
     self.num_layers = len(ours.layers)
-    groups = spec.pass_groups(Role.PREFILL, self.num_layers)
+    groups = spec.step_groups(Role.PREFILL, self.num_layers)
     most = min(pool.num_pages * pool.page_size // self.unit for pool in (ours, theirs))
     shapes = {stop - first for first, stop in ((0, self.num_layers), *groups)}
     self._sizes = {layers: batch_bounds(spec.piece_bytes // self.unit_bytes(layers), most) for layers in shapes}

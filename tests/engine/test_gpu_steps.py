@@ -1,4 +1,4 @@
-"""A worker's passes as GPUs would run them, lowered without one: the device is forced."""
+"""A worker's steps as GPUs would run them, lowered without one: the device is forced."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import cudnn, devices, dispatch
 from pdjax.engine.slots import Slots
-from pdjax.engine.steps import Passes
+from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
 from pdjax.model.transformer import weight_shapes
 from pdjax.sharding import make_mesh
@@ -29,13 +29,13 @@ class Unallocated(Worker):
 
 
 def lowered(monkeypatch, key: tuple, dtype: str, gpu: str = 'h100') -> str:
-  """A pass over one layer of Llama 3 8B, as StableHLO for CUDA."""
+  """A step over one layer of Llama 3 8B, as StableHLO for CUDA."""
   monkeypatch.setattr(dispatch, 'current', lambda: devices.by_name(gpu))
   role = Role.PREFILL if key[0] == 'prefill' else Role.DECODE
   spec = WorkerSpec('gpu', role, num_pages=4096, max_sequences=64, page_size=16, kv_dtype=dtype)
   mesh = make_mesh(LAYER, jax.devices()[:1])
   worker = Unallocated(spec, LAYER, mesh, weight_shapes(LAYER, jnp.dtype(dtype)))
-  program = getattr(Passes(LAYER, mesh, spec.max_fused_steps), key[0])
+  program = getattr(Steps(LAYER, mesh, spec.max_fused_steps), key[0])
   arguments = worker.weights, worker.pages, worker.slots, *worker._one_token(*key)
   return jax.jit(program).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
 
@@ -45,8 +45,8 @@ def loops(text: str) -> int:
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_passes_of_half_precision_have_no_loop_over_blocks_of_the_context(monkeypatch, dtype):
-  """What loops is the drawing of tokens, and a decode pass's steps."""
+def test_steps_of_half_precision_have_no_loop_over_blocks_of_the_context(monkeypatch, dtype):
+  """Only the drawing of tokens loops, and a decode step that is fused of several."""
   prefill, decode = (lowered(monkeypatch, key, dtype) for key in (('prefill', 2048), ('decode', 64)))
   assert (prefill.count(cudnn.TARGET), decode.count(cudnn.TARGET)) == (2, 1)
   monkeypatch.setattr('pdjax.engine.steps.prefill_attention', lambda q, *args, **options: q)
@@ -55,7 +55,7 @@ def test_passes_of_half_precision_have_no_loop_over_blocks_of_the_context(monkey
   assert loops(decode) == loops(lowered(monkeypatch, ('decode', 64), dtype))
 
 
-def test_passes_of_older_gpus_and_of_float32_walk_over_long_contexts(monkeypatch):
+def test_steps_of_older_gpus_and_of_float32_walk_over_long_contexts(monkeypatch):
   for dtype, gpu in (('float32', 'h100'), ('float16', 't4')):
     text = lowered(monkeypatch, ('prefill', 2048), dtype, gpu)
     assert cudnn.TARGET not in text

@@ -1,4 +1,4 @@
-"""A worker's passes as TPUs would run them: compiled whole by the real compiler, with the kernels in, without a TPU."""
+"""A worker's steps as TPUs would run them: compiled whole by the real compiler, with the kernels in, without a TPU."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: in
 
 
 def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tuple) -> None:
-  """The pass fits the device, copies no pool, and in each layer a kernel appends and another attends."""
+  """The step fits the device, copies no pool, and in each layer a kernel appends and another attends."""
   compiled = worker._lower(key).compile()
   memory = compiled.memory_analysis()
   pool = worker.pages.num_pages * page_bytes(worker.model, PAGE_SIZE, BFLOAT16) // worker.spec.tp

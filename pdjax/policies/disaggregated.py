@@ -43,19 +43,30 @@ class Disaggregated(PolicyBase):
     """The waiting prompts in the order to serve them."""
     return waiting
 
+  def target_of(self, view: ClusterView, room: Room, entry: RequestView, worker: WorkerView) -> str | None:
+    """The worker to which a prompt's KV travels while `worker` prefills it; None lets it stay there.
+
+    It is asked for every worker that could prefill the prompt, before `place_prefill` chooses one. Override it to
+    decide where a prompt goes on; a worker of role 'both' decodes what stays.
+    """
+    if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
+      return None
+    target = self._target(view, room, entry)
+    return None if target == worker.name else target
+
   def _transfers(self, view: ClusterView, room: Room) -> list[Action]:
     actions: list[Action] = []
-    for request in view.prefilled:
-      target = self._target(view, room, request)
+    for request, entry in view.prefilled.items():
+      target = self._target(view, room, entry)
       if target is None:
         break
       room.take(request, target, decodes=True)
       actions.append(Transfer(request, target))
     return actions
 
-  def _target(self, view: ClusterView, room: Room, request: str) -> str | None:
-    able = [worker for worker in view.decode_workers if room.fits(request, worker.name, decodes=True)]
-    return self.place_decode.choose(view.requests[request], able, room).name if able else None
+  def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
+    able = [worker for worker in view.decode_workers if room.fits(entry.request.id, worker.name, decodes=True)]
+    return self.place_decode.choose(entry, able, room).name if able else None
 
   def _prefills(self, view: ClusterView, room: Room) -> list[Step]:
     workers = [worker for worker in view.prefill_workers if room.orders(worker.name) > 0]
@@ -63,10 +74,7 @@ class Disaggregated(PolicyBase):
       return []
 
     def target_of(entry: RequestView, worker: WorkerView) -> str | None:
-      if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
-        return None
-      target = self._target(view, room, entry.request.id)
-      return None if target == worker.name else target
+      return self.target_of(view, room, entry, worker)
 
     budgets = {worker.name: self.max_prefill_tokens for worker in workers}
     waiting = self.order(view.waiting.values())

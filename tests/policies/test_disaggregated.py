@@ -221,3 +221,27 @@ def test_waiting_prompts_can_be_served_in_another_order():
     cluster.arrive(name, prompt_len, max_tokens=1)
   (step,) = ShortestFirst(max_prefill_tokens=10).decide(cluster.view)
   assert step.chunks == (Chunk('b', 0, 3), Chunk('c', 0, 6), Chunk('a', 0, 1))
+
+
+class Last:
+  """The last of those that have room."""
+
+  def choose(self, request, workers, room):
+    return workers[-1]
+
+
+def test_a_decider_may_let_short_prompts_stay_where_they_are_prefilled():
+  class LocalIfShort(Disaggregated):
+    """Sends the KV of long prompts on, and lets a worker of both roles decode the short ones itself."""
+
+    def target_of(self, view, room, entry, worker):
+      stays = worker.role.decodes and entry.request.prompt_len < 5
+      return None if stays else super().target_of(view, room, entry, worker)
+
+  cluster = Driver(colocated_pool(1, **SIZES) + decode_pool(1, **SIZES))
+  cluster.arrive('short', prompt_len=4)
+  cluster.arrive('long', prompt_len=9)
+  policy = LocalIfShort(max_prefill_tokens=32, place_decode=Last())  # the worker that does not prefill
+  assert policy.decide(cluster.view) == [Step('both0', (Chunk('short', 0, 4), Chunk('long', 0, 9, 'decode0')))]
+  first, *_ = cluster.start(*policy.decide(cluster.view))
+  assert cluster.state.books.requests['short'].target == 'both0' and first.chunks[0].slot is not None

@@ -129,8 +129,7 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
   for event in events:
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
-    if delivered := state.take_delivered():
-      yield delivered
+    yield from state.take_delivered()
     if ended := state.take_finished():
       finished += ended
       yield from ended

@@ -106,9 +106,10 @@ def run(
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   opened = opened or open_model(config)
-  with _folder(workdir, config, 'engine', resume, say) as folder:
+  with _folder(workdir, config, 'engine', resume, say) as folder, contextlib.ExitStack() as own:
     if answers is None:
       answers = _answers(folder, opened.tokenizer is not None)
+      own.callback(answers.give_up)
       if folder is not None and folder.resumed:
         expect(answers, config, opened)
     arrivals = answers.left(arrivals_of(config.workload, config, opened))

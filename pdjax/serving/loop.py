@@ -75,7 +75,7 @@ def serve(
   really got of a step, comes right behind its `Done`, and a request's end right behind what ended it.
 
   Args:
-    arrivals: Where requests come from.
+    arrivals: The source of the requests.
     policy: Decides.
     backend: Carries orders out.
     state: The cluster, with nothing begun.

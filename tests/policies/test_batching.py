@@ -105,10 +105,11 @@ def test_a_begun_prompt_that_decodes_where_it_is_is_sent_nowhere():
   assert fill(cluster, 3) == {'both0': [Chunk('a', 4, 3)]}
 
 
-def test_prompts_begun_fill_the_budget_alone():
+def test_once_the_budget_is_used_up_no_other_prompt_goes_on_or_begins():
   cluster = Driver()
-  cluster.arrive('begun', prompt_len=20)
-  cluster.start(Step('prefill0', (Chunk('begun', 0, 4),)))
+  for name in ('begun', 'next'):
+    cluster.arrive(name, prompt_len=20)
+  cluster.start(Step('prefill0', (Chunk('begun', 0, 4), Chunk('next', 0, 4))))
   cluster.arrive('new', prompt_len=2)
   placement = Chosen(new='prefill0')
   assert fill(cluster, 16, placement) == {'prefill0': [Chunk('begun', 4, 16)]}
@@ -137,9 +138,8 @@ def test_nobody_overtakes_the_first_that_fits_nowhere():
 
 
 def test_a_placement_is_given_the_request_and_the_workers_that_have_room_for_it():
-  small, large = prefill_pool(2, **SIZES)
-  cluster = Driver((*prefill_pool(1, **SIZES | {'num_pages': 4}), large, *decode_pool(1, **SIZES)))
-  assert small.name == 'prefill0'
+  (small,), (_, large) = prefill_pool(1, **SIZES | {'num_pages': 4}), prefill_pool(2, **SIZES)
+  cluster = Driver((small, large, *decode_pool(1, **SIZES)))
   for name, prompt_len in (('short', 4), ('long', 20), ('other', 4)):
     cluster.arrive(name, prompt_len)
   placement = Chosen(short='prefill0', long='prefill1', other='prefill0')

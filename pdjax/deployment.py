@@ -55,9 +55,10 @@ class Deployment:
     return self.built.warm_up is None
 
   def serve(self, arrivals: Arrivals, log: EventLog | None = None) -> Iterator[Event]:
-    """Start the clock, and serve requests with nothing left of earlier ones; an earlier service must have ended.
+    """Start the clock, and serve requests with nothing left of earlier ones.
 
-    The clock starts with this call, the first turn with the first event that is asked for.
+    An earlier service must have ended, or be closed (`Generator.close`); nothing that it left under way is heard or
+    written. The clock starts with this call, the first turn with the first event that is asked for.
 
     Args:
       arrivals: The requests.

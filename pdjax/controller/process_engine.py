@@ -173,14 +173,13 @@ class ProcessEngine:
       thread.start()
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended.
+    """Let a run begin now, at 0 s; of an earlier one nothing is heard or written any more.
 
     Raises:
       ValueError: if the engine is closed.
     """
     if self._closing.is_set():
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
-    self._under_way.clear()
     self._first_number = self._next_number
     before = self._mailbox.collect(-math.inf)[1]
     with self._clock:
@@ -196,6 +195,8 @@ class ProcessEngine:
           self._come_back(item)
         case _NotBack():
           self._stop_waiting(item)
+        case _Heard(news=TransferFailed()):
+          self._hear(item.worker, item.news, item.heard_s)
         case _Heard(news=WorkerLost()):
           down[item.worker] = item
         case _Heard(news=WorkerBack(incarnation=incarnation)):
@@ -204,6 +205,8 @@ class ProcessEngine:
             self.workers[item.worker].incarnation = incarnation
         case Interrupt():
           self._mailbox.post(lambda _: Interrupt())
+    for transfer in [*self._under_way.values()]:
+      self._settle(transfer)
     for item in down.values():
       self._mailbox.post(functools.partial(_Heard, item.worker, item.process, item.news))
     for name, remote in self.workers.items():
@@ -245,12 +248,12 @@ class ProcessEngine:
     """Send the orders of one action; what goes wrong comes back as an event."""
     sent: dict[str, list[Order]] = {}
     for order in orders:
+      number = self._number_of(order.id)
+      self._next_number = max(self._next_number, number + 1)
       match order:
         case StepOrder():
           sent.setdefault(order.worker, []).append(order)
         case TransferOrder():
-          number = self._number_of(order.id)
-          self._next_number = max(self._next_number, number + 1)
           self._under_way[number] = UnderWay(number, order)
           sent.setdefault(order.source, []).append(order)
         case AbandonOrder():
@@ -266,7 +269,7 @@ class ProcessEngine:
       self._tell(name, Submit(tuple(some), self._first_number))
 
   def _number_of(self, order: int) -> int:
-    """The number of a transfer by the id of its order."""
+    """The number of an order by its id."""
     return self._first_number + order
 
   def _tell(self, name: str, message: Message) -> None:
@@ -316,7 +319,8 @@ class ProcessEngine:
         self.workers[worker].incarnation = news.incarnation
         return [dataclasses.replace(news, ended_s=heard_s)]
       case Done() | Failed():
-        return [dataclasses.replace(news, ended_s=heard_s)]
+        order = news.order - self._first_number
+        return [] if order < 0 else [dataclasses.replace(news, order=order, ended_s=heard_s)]  # else of an earlier run
     raise AssertionError(news)
 
   def _hear_of(self, transfer: UnderWay, news: News, heard_s: float) -> list[Event]:

@@ -90,6 +90,12 @@ class Waiter:
     """Run this after all that was added before."""
     self._jobs.put(job)
 
+  def drain(self) -> None:
+    """Wait until all that was added before has run."""
+    drained = threading.Event()
+    self.add(drained.set)
+    drained.wait()
+
   def close(self) -> None:
     """Run what is left, then end the thread."""
     self._jobs.put(None)

@@ -56,9 +56,12 @@ class WorkerEngine:
     self._stopped = False
 
   def start_clock(self, start_s: float | None = None) -> None:
-    """Let a run begin now, or one that began when this process's clock showed `start_s`."""
+    """Let a run begin now, or one that began when this process's clock showed `start_s`.
+
+    Steps that are under way are waited for; the controller knows their ends by numbers of an earlier run.
+    """
+    self._runner.end_run()
     self._mailbox.start_clock(start_s)
-    self._runner.start_clock()
 
   def call(self, do: Callable[[], None]) -> None:
     """From any thread: have the thread that dispatches do something."""
@@ -108,7 +111,7 @@ class WorkerEngine:
 
     Args:
       orders: The orders.
-      first_number: The number of a transfer whose order has the id 0.
+      first_number: The number of an order whose id is 0.
     """
     incarnation, meant = self.worker.incarnation, []
     for order in orders:
@@ -148,7 +151,7 @@ class WorkerEngine:
   def _dispatch(self, first_number: int, order: Order, after: After) -> None:
     match order:
       case StepOrder():
-        self._runner.run(order, after)
+        self._runner.run(dataclasses.replace(order, id=first_number + order.id), after)
       case TransferOrder():
         self._offer(first_number + order.id, order)
 

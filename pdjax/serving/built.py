@@ -24,7 +24,7 @@ class Serving(Protocol):
     """Each worker by its name, in the incarnation that it is in."""
 
   def start_clock(self) -> object:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
+    """Let a run begin now, at 0 s; of an earlier one, ended or broken off, nothing is heard or written any more."""
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Begin the orders of one action; see `pdjax.serving.Backend`."""

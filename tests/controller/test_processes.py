@@ -1,6 +1,7 @@
 """Workers in processes of their own, with threads in the place of processes: what they say to each other and when."""
 
 import dataclasses
+import itertools
 import threading
 import time
 import types
@@ -13,13 +14,14 @@ from pdjax import Session
 from pdjax.controller.process_engine import ProcessEngine
 from pdjax.controller.processes import build_processes, clock_offset
 from pdjax.deployment import Deployment
+from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
-from pdjax.serving.events import Started, WorkerBack, WorkerLost
+from pdjax.serving.events import Done, Failed, Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
@@ -95,6 +97,25 @@ def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   assert again.tokens() == served.tokens() == plain(again)
 
 
+def test_a_run_that_was_broken_off_leaves_nothing_to_the_next(processes, monkeypatch):
+  """Closed after any event, with requests of the same ids: whatever is under way then comes late."""
+  collect, wait = Worker.collect, Parcel.wait
+  monkeypatch.setattr(Worker, 'collect', lambda *args: (time.sleep(0.02), collect(*args))[1])
+  monkeypatch.setattr(Parcel, 'wait', lambda parcel: (time.sleep(0.02), wait(parcel))[1])
+  deployment = Deployment(processes.config, OpenedModel(TINY), processes.built)
+  whole = len(tuple(deployment.serve(Listed(requests((20, 9, 5))))))
+  for kept in range(1, whole, 7):
+    events = deployment.serve(Listed(requests((20, 9, 5))))
+    assert len([*itertools.islice(events, kept)]) == kept
+    events.close()
+    served = processes.serve(requests((5, 17, 9)))
+    assert served.tokens() == plain(served), f'closed after {kept} events'
+  engines, until_s = [peer.process.engine for peer in processes.peers.values()], time.monotonic() + 20.0
+  while any(engine._incoming.under_way or engine._outgoing for engine in engines):
+    assert time.monotonic() < until_s
+    time.sleep(0.01)
+
+
 def test_a_transfer_has_its_times_in_order_though_two_processes_tell_them(processes):
   served = processes.serve(requests())
   assert served.transfers()
@@ -167,17 +188,19 @@ def test_a_trace_cuts_requests_short_in_other_processes_too(processes):
 
 
 class Heard:
-  """A process that hears what it is told, and tells nothing."""
+  """A process that hears what it is told, and tells only what a test has it tell."""
 
   def __init__(self):
     self.told = []
+    self.news = ()
 
   def tell(self, message):
     self.told.append(message)
 
   def listen(self):
     time.sleep(0.01)
-    return ()
+    news, self.news = self.news, ()
+    return news
 
   def close(self):
     pass
@@ -198,6 +221,24 @@ def test_no_two_transfers_have_one_number_though_each_run_counts_its_orders_anew
     assert settle == Settle(submit.first_number + 3, pulled=False) == peers['decode0'].told[-1]
     numbers += [submit.first_number + order.id for order in submit.orders]
   assert len(set(numbers)) == 6
+  engine.close()
+
+
+def test_what_is_under_way_as_a_run_begins_is_let_go_of_and_a_step_of_an_earlier_run_is_not_heard_of():
+  peers = {'prefill0': Heard(), 'decode0': Heard()}
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), dict.fromkeys(peers, 0.0))
+  number = None
+  for _ in range(2):
+    engine.start_clock()
+    if number is not None:
+      told = [message for message in peers['decode0'].told if isinstance(message, Settle)]
+      assert told == [Settle(number + 1, pulled=False)]
+    transfer = TransferOrder(1, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4))
+    engine.submit([StepOrder(0, 'prefill0'), transfer])
+    late, number = number, peers['prefill0'].told[-1].first_number
+  peers['prefill0'].news = (Done(late, 0.0, 1.0), Failed(late, 1.0, 'late'), Done(number, 0.0, 1.0))
+  _, (done,) = engine.wait(20.0)
+  assert isinstance(done, Done) and done.order == 0
   engine.close()
 
 

@@ -25,6 +25,14 @@ def test_jobs_run_in_order_on_a_thread_of_their_own():
   assert {name for _, name in ran} == {'pdjax-test'}
 
 
+def test_draining_waits_for_what_was_added_before():
+  waiter, ran = Waiter('test', crashed=print), []
+  waiter.add(lambda: (time.sleep(0.05), ran.append(0)))
+  waiter.drain()
+  assert ran == [0]
+  waiter.close()
+
+
 @pytest.mark.parametrize('jobs', [0, 3])
 def test_a_closed_waiter_has_no_thread(jobs):
   waiter = Waiter('closing', crashed=print)

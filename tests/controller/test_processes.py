@@ -14,11 +14,13 @@ from pdjax import Session
 from pdjax.controller.process_engine import ProcessEngine
 from pdjax.controller.processes import build_processes, clock_offset
 from pdjax.deployment import Deployment
+from pdjax.engine.runner import Runner
+from pdjax.engine.waiters import Waiters
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
-from pdjax.kv.transfer.cross_process import Server, describe_pool
+from pdjax.kv.transfer.cross_process import Offer, Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
 from pdjax.serving.events import Done, Failed, Started, WorkerBack, WorkerLost
@@ -355,6 +357,41 @@ def test_pulls_that_were_given_up_take_no_more_memory_than_staging_has_though_no
   link.set()
   assert refused(4) == []
   engine.close()
+
+
+def fail_once(monkeypatch, kind: type, name: str, when) -> list:
+  """Let a method raise when that is first so; what it was called with then."""
+  function, failed = getattr(kind, name), []
+
+  def fails(*args):
+    if not failed and when(*args):
+      failed.append(args)
+      raise RuntimeError("can't start new thread")
+    return function(*args)
+
+  monkeypatch.setattr(kind, name, fails)
+  return failed
+
+
+@pytest.mark.parametrize('where', ['without_arrays', 'manifest', 'wait for the offer', 'wait for the pieces', 'run'])
+def test_whatever_goes_wrong_as_an_order_is_dispatched_fails_that_alone(processes, monkeypatch, where):
+  match where:
+    case 'without_arrays':
+      failed = fail_once(monkeypatch, Offer, where, lambda offer: True)
+    case 'manifest':
+      found = Offer.manifest
+      monkeypatch.setattr(Offer, '_found', lambda offer: found.fget(offer), raising=False)
+      failed = fail_once(monkeypatch, Offer, '_found', lambda offer: True)
+      monkeypatch.setattr(Offer, where, property(lambda offer: offer._found()))
+    case 'run':
+      failed = fail_once(monkeypatch, Runner, where, lambda runner, order, after: bool(order.decodes))
+    case _:
+      at_source = where == 'wait for the offer'
+      failed = fail_once(monkeypatch, Waiters, 'add', lambda waiters, key, job: isinstance(key, int) == at_source)
+  served = processes.changed(faults=FaultSpec(backoff_s=0.0)).serve(requests((9, 5)))
+  assert failed and served.tokens() == plain(served)
+  assert len([event for event in served.events if isinstance(event, Failed)]) == 1
+  assert not any(isinstance(event, WorkerLost) for event in served.events)
 
 
 def test_pieces_that_arrive_damaged_are_not_written_and_fail_their_request_alone(unequal, monkeypatch):

@@ -84,6 +84,22 @@ def test_closing_waits_for_what_is_under_way():
   assert ended == [0]
 
 
+def test_a_job_for_which_there_is_no_thread_is_none(monkeypatch):
+  waiters = Waiters('test', lambda error: None)
+
+  def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+  with monkeypatch.context() as patched, pytest.raises(RuntimeError, match='new thread'):
+    patched.setattr(threading.Thread, 'start', refuse)
+    waiters.add(0, print)
+  assert not waiters._left
+  done = threading.Event()
+  waiters.add(1, done.set)
+  assert done.wait(10)
+  waiters.close()
+
+
 def test_a_job_that_raises_is_told_of():
   told: queue.SimpleQueue = queue.SimpleQueue()
   waiters = Waiters('test', told.put)

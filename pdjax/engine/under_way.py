@@ -23,7 +23,7 @@ class Way(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnderWay:
-  """A transfer under way.
+  """A transfer whose pieces are under way to this process.
 
   Attributes:
     number: Its number. Within one process that is the id of its order, which one of another run may have too; between

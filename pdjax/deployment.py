@@ -145,7 +145,7 @@ def _build_engine(config: ServingConfig, opened: OpenedModel, say: Say) -> Built
 
 def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built:
   """Each worker in a process of its own; this one holds no devices."""
-  from pdjax.controller import ProcessEngine, RayProcesses, build_processes
+  from pdjax.controller import RayProcesses, build_processes
   from pdjax.engine.ray_worker import RayWorker
 
   assert config.processes is not None
@@ -157,10 +157,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built
       processes.close()
 
   try:
-    built = build_processes(config, model, processes.peers, say, closed=close)
-    assert isinstance(built.engine, ProcessEngine)
-    processes.when_lost(built.engine.fail)
-    return built
+    return build_processes(config, model, processes.peers, say, closed=close, when_lost=processes.when_lost)
   except BaseException:
     close()
     raise

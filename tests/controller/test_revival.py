@@ -280,6 +280,17 @@ def test_without_anybody_who_brings_it_back_a_worker_is_lost_for_good_from_the_f
   engine.close()
 
 
+def test_a_run_ends_when_it_is_told_that_all_processes_are_lost(peers):
+  told: list = []
+  built = build_processes(config('1P1D'), TINY, peers, when_lost=told.append)
+  (fail,) = told
+  built.engine.start_clock()
+  fail(DeviceError('the control service is lost'))
+  with pytest.raises(DeviceError, match='the control service is lost'):
+    built.engine.wait(LONG_S)
+  built.engine.close()
+
+
 # ---------------------------------------------------------------------------- tries
 
 

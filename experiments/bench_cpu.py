@@ -136,7 +136,7 @@ class Measured:
 def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measured:
   """Serve a case's prompts through the loop; a prefill counts from its arrival to its token."""
   requests = [Request(str(i), prompt, case.sampling()) for i, prompt in enumerate(prompts)]
-  engine = deployment.built.engine
+  engine = deployment.built.backend
   backend = Timed(engine)
   state = deployment.empty_state()
   engine.start_clock()

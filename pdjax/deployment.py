@@ -67,9 +67,9 @@ class Deployment:
     Returns:
       All that happens, in order; it raises as `pdjax.serving.serve` does.
     """
-    self.built.engine.start_clock()
-    policy, engine = self.config.policy, self.built.engine
-    events = serve(arrivals, policy, engine, self.empty_state(), waits=not self.is_simulated)
+    self.built.backend.start_clock()
+    policy, backend = self.config.policy, self.built.backend
+    events = serve(arrivals, policy, backend, self.empty_state(), waits=not self.is_simulated)
     return events if log is None else _logged(events, log)
 
   def empty_state(self) -> ClusterState:
@@ -83,7 +83,7 @@ class Deployment:
       finds_stops=self.is_simulated or self.opened.tokenizer is not None,
       faults=config.faults,
     )
-    for name, worker in built.engine.workers.items():
+    for name, worker in built.backend.workers.items():
       state.workers[name].incarnation = worker.incarnation
     return state
 
@@ -95,7 +95,7 @@ class Deployment:
 
   def close(self) -> None:
     """Wait for what is under way, and end what serves."""
-    self.built.engine.close()
+    self.built.backend.close()
 
 
 def _logged(events: Iterator[Event], log: EventLog) -> Iterator[Event]:

@@ -302,7 +302,7 @@ class Session:
         self._answers = opened.enter_context(contextlib.closing(LinesFile(folder.path / ANSWERS, insist=True)))
       self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
       self._deployment = self._deploy()
-      self._live = Live(self._deployment.built.engine.interrupt)
+      self._live = Live(self._deployment.built.backend.interrupt)
       self._drafts = Drafts(self._has_text)
       try:
         self._serving = self._deployment.serve(Seeded(self._live, self._deployment.config.seed), self._log)

@@ -94,7 +94,7 @@ def test_a_service_that_was_broken_off_leaves_nothing_to_the_next(monkeypatch):
 def test_a_worker_that_failed_as_a_service_was_broken_off_has_new_pages_in_the_next():
   requests = [pdjax.Request('r', prompt(9), pdjax.SamplingParams(max_tokens=3, ignore_eos=True))]
   with contextlib.closing(deploy(_small(), OPENED)) as deployment:
-    engine = deployment.built.engine
+    engine = deployment.built.backend
     before = engine.workers['decode0'].incarnation
     engine._runners['decode0'].post_broken(before, 'it failed late')
     events = tuple(deployment.serve(Listed(requests)))

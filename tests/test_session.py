@@ -668,7 +668,7 @@ def test_a_second_session_leaves_what_the_first_wrote(begin, tmp_path):
   other = begin(workdir=tmp_path / 'out')
   with begin(workdir=tmp_path / 'out'), pytest.raises(ValueError, match='is in use by another run'):
     other.start()
-  other._config.built.engine.close()
+  other._config.built.backend.close()
 
 
 def test_every_arrival_is_in_the_first_turn_after_it(begin):

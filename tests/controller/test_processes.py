@@ -44,7 +44,7 @@ def processes():
   """One prefill and one decode process of one device each."""
   built = Processes.of(dataclasses.replace(config('1P1D'), transfer=SPEC))
   yield built
-  built.built.engine.close()
+  built.built.backend.close()
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def unequal():
   spec = TransferSpec(granularity='layers', layer_groups=2, piece_bytes=4096, checksums=True)
   built = Processes.of(dataclasses.replace(run, workers=workers, transfer=spec))
   yield built
-  built.built.engine.close()
+  built.built.backend.close()
 
 
 # ---------------------------------------------------------------------------- serving
@@ -83,13 +83,13 @@ def test_several_processes_are_exact(split):
     assert {name for order, _ in served.transfers() for name in (order.source, order.target)} == set(several.peers)
     assert served.tokens() == plain(served)
   finally:
-    several.built.engine.close()
+    several.built.backend.close()
 
 
 def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   served = processes.serve(requests((9,)))
   peer, heard = processes.peers['decode0'], threading.Event()
-  incarnation = processes.built.engine.workers['decode0'].incarnation
+  incarnation = processes.built.backend.workers['decode0'].incarnation
   peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
   peer.process.engine._runner.post_broken(incarnation, 'it failed late')
   assert heard.wait(20)

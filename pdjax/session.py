@@ -294,6 +294,11 @@ class Session:
       raise SessionError('the session was started before, and runs only once; make a new one.')
     if isinstance(self._config, Deployment) and self._config.is_simulated:
       raise ValueError("the deployment is simulated, and nobody can wait in virtual time; deploy on 'engine'.")
+    if isinstance(self._config, Deployment) and self._checkpoint is not None:
+      raise ValueError(
+        f'a deployment and the checkpoint {self._checkpoint!r} are both given; leave the checkpoint out, or the '
+        f'deployment, which serves {self._config.config.checkpoint!r}.'
+      )
     with contextlib.ExitStack() as opened:
       path = None
       if self._workdir is not None:

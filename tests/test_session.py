@@ -467,6 +467,15 @@ def test_a_session_that_has_not_begun_says_so():
     pdjax.Session(pdjax.ServingConfig(workers=pdjax.colocated_pool(1), model=TINY), checkpoint='x.gguf').start()
 
 
+def test_a_deployment_and_a_checkpoint_are_not_taken_together(begin, tmp_path):
+  deployment = begin()._config
+  with contextlib.closing(deployment):
+    session = pdjax.Session(deployment, checkpoint='x.gguf', workdir=tmp_path / 'out')
+    with pytest.raises(ValueError, match=r"a deployment and the checkpoint 'x\.gguf' are both given; .*'random'"):
+      session.start()
+  assert not (tmp_path / 'out').exists()
+
+
 # ---------------------------------------------------------------------------- breaking down
 
 

@@ -357,7 +357,7 @@ class Worker:
     Sequences may be left alive in slots: they write nothing, for only slots that an order names are run, and no order
     names one before it was filled anew.
     """
-    self._progress = {}
+    self._progress = {}  # another one, for steps under way go on with the last
     self._left_out = {}
 
   def forget(self, request: str) -> None:

@@ -40,7 +40,7 @@ MAX_BARS = 6000  # of one chart; more are drawn as shares of time slots, so that
 METRICS: dict[str, tuple[str, Callable[[RequestTimeline], Iterable[float | None]]]] = {
   'ttft': ('Time to first token', lambda request: (request.ttft_s,)),
   'tpot': ('Time per output token', lambda request: (request.tpot_s,)),
-  'itl': ('Inter-token latency: piece to piece', lambda request: request.itls_s),
+  'itl': ('Inter-token latency: delta to delta', lambda request: request.itls_s),
   'e2el': ('End-to-end latency', lambda request: (request.e2el_s,)),
   'handoff': ('Hand-off: first to second token', lambda request: (request.handoff_s,)),
 }
@@ -325,7 +325,7 @@ def _highest(levels: Sequence[_Level], most: int) -> Sequence[_Level]:
 
 
 def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -> 'alt.LayerChart':
-  """The share of requests (of gaps between pieces, for `itl`) that took at most so long; dots at p50, p90 and p99.
+  """The share of requests (of gaps between deltas, for `itl`) that took at most so long; dots at p50, p90 and p99.
 
   Args:
     reports: A run, and others to compare it with.

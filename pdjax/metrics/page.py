@@ -282,7 +282,7 @@ def _about_rates(over_rate: Sequence[OverRate]) -> list[str]:
 
 
 def _about_latencies(reports: Sequence[Report]) -> str:
-  text = 'The share of requests (for ITL, of gaps between pieces) that took at most so long. Dots are p50, p90 and p99'
+  text = 'The share of requests (for ITL, of gaps between deltas) that took at most so long. Dots are p50, p90 and p99'
   limits = {metric: charts.limit_ms(*reports, metric=metric) for metric in charts.METRICS}
   if any(drawn for _, drawn in limits.values()):
     text += '; a dotted line is a limit'

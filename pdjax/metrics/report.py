@@ -106,11 +106,11 @@ class Report:
     goodput_share: Those requests as a share of all that arrived; None without limits.
     output_throughput: Delivered tokens per second.
     total_token_throughput: Prompt and delivered tokens per second.
-    max_output_tokens_per_s: Most pieces of answers in one second from the first arrival; `to_json` says why pieces.
+    max_output_tokens_per_s: Most deltas of answers in one second from the first arrival; `to_json` says why deltas.
     max_concurrent_requests: Most requests that were there during one such second.
     ttft: Time to first token.
     tpot: Time per output token after the first.
-    itl: Inter-token latency: the gaps between an answer's pieces, the tokens of one time being one piece.
+    itl: Inter-token latency: the gaps between the deltas of an answer, the tokens of one time being one delta.
     e2el: End-to-end latency.
     handoff: From first to second token, what disaggregation costs.
     account: The parts of TTFT and hand-off.
@@ -307,8 +307,8 @@ class Report:
 
     Where a key is one of `vllm bench serve --save-result` (0.33.0), so are its unit and its formula, and its tools
     read the file; lists have an entry per request in the order of arrival. It measures a stream by its chunks, which
-    are pieces here: the tokens that a request got at one time, with or without text. So `itls` and the ITL are gaps
-    between pieces, and `max_output_tokens_per_s` counts pieces, while TPOT divides by tokens. An answer of one token
+    are deltas here: the tokens that a request got at one time, with or without text. So `itls` and the ITL are gaps
+    between deltas, and `max_output_tokens_per_s` counts deltas, while TPOT divides by tokens. An answer of one token
     has no TPOT and keeps every limit on it. `std` divides by the count, percentiles interpolate linearly, and peaks
     are of whole seconds from the first arrival of those that completed: whoever was there for any of one counts.
 
@@ -429,20 +429,20 @@ def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimelin
 
 
 def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
-  """Most pieces in one second and most requests present during one, in whole seconds from the first arrival."""
+  """Most deltas in one second and most requests present during one, in whole seconds from the first arrival."""
   done = [request for request in done if request.token_times_s]
   if not done:
     return 0.0, 0
   start_s = min(request.arrival_s for request in done)
   begins = np.floor([request.arrival_s - start_s for request in done])
   ends = np.floor([request.token_times_s[-1] - start_s for request in done])
-  pieces = np.floor([time_s - start_s for request in done for time_s in request.piece_times_s])
+  deltas = np.floor([time_s - start_s for request in done for time_s in request.delta_times_s])
   # Only seconds in which something changes: a run may have arrivals years apart.
   seconds, which = np.unique(np.concatenate([begins, ends + 1]), return_inverse=True)
   changes = np.bincount(which[: len(done)], minlength=len(seconds)) - np.bincount(
     which[len(done) :], minlength=len(seconds)
   )
-  return float(np.unique(pieces, return_counts=True)[1].max()), int(np.cumsum(changes).max())
+  return float(np.unique(deltas, return_counts=True)[1].max()), int(np.cumsum(changes).max())
 
 
 def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:

@@ -70,7 +70,7 @@ class RequestTimeline:
     prompt_len: Tokens in its prompt.
     slo: Latency limits of its own, if any.
     prefill_began_s: The time the step with its first chunk began.
-    token_times_s: The time each token was delivered; tokens of one piece share a time.
+    token_times_s: The time each token was delivered; tokens of one delta share a time.
     transfer_began_s: The time its last transfer before the second token began: the one with the latest end.
     transfer_ended_s: The time that transfer ended.
     num_transfers: Transfers that ended well.
@@ -113,8 +113,8 @@ class RequestTimeline:
     return len(self.token_times_s)
 
   @property
-  def piece_times_s(self) -> tuple[float, ...]:
-    """The time each piece of the answer was delivered: the tokens of one time are one piece, of however many steps."""
+  def delta_times_s(self) -> tuple[float, ...]:
+    """The time each delta of the answer was delivered: the tokens of one time are one delta, of however many steps."""
     return tuple(dict.fromkeys(self.token_times_s))
 
   @property
@@ -136,8 +136,8 @@ class RequestTimeline:
 
   @property
   def itls_s(self) -> tuple[float, ...]:
-    """Inter-token latencies as a streaming user sees them: the gaps between pieces, whatever each holds."""
-    return tuple(b - a for a, b in itertools.pairwise(self.piece_times_s))
+    """Inter-token latencies as a streaming user sees them: the gaps between deltas, whatever each holds."""
+    return tuple(b - a for a, b in itertools.pairwise(self.delta_times_s))
 
   @property
   def queue_s(self) -> float | None:

@@ -122,7 +122,7 @@ def test_tokens_of_one_step_arrive_together_as_one_piece(log):
   log.finish('r')
   (request,) = read_timeline(log.events).requests
   assert request.token_times_s == (1.0, 2.0, 2.0, 2.0)
-  assert request.piece_times_s == (1.0, 2.0)
+  assert request.delta_times_s == (1.0, 2.0)
   assert request.itls_s == (1.0,)
   assert request.tpot_s == pytest.approx(1 / 3)
 

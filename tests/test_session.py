@@ -370,6 +370,7 @@ def test_after_a_cancel_no_more_than_a_chunk_and_a_decode_call_is_dispatched(beg
 
 
 def test_what_a_cancelled_request_streamed_is_what_its_completion_says(begin):
+  cancelled = 0
   with begin() as session:
     for i in range(12):
       stream = session.submit(ask(f'r{i}', 9, 30))
@@ -380,7 +381,9 @@ def test_what_a_cancelled_request_streamed_is_what_its_completion_says(begin):
           stream.cancel()
       one = stream.result(WAIT_S)
       assert one.token_ids == tuple(got) == expected(stream.request)[: len(got)]
-      assert one.finish_reason == 'cancelled'
+      assert one.finish_reason == ('length' if len(got) == 30 else 'cancelled')  # a slow reader may be too late
+      cancelled += one.finish_reason == 'cancelled'
+  assert cancelled
 
 
 # ---------------------------------------------------------------------------- beginning and end

@@ -1,0 +1,77 @@
+"""The weights table: every weight of a model, said once. Layers, checkpoints, sizes and shardings read it."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pdjax.types.model.weight import Axis, Weight, bias, norm
+
+if TYPE_CHECKING:
+  from pdjax.types.model.spec import ModelSpec
+
+
+def layer_weights(model: 'ModelSpec', layer: int) -> tuple[Weight, ...]:
+  """The weights of one block by their names in it: norms, attention, feed-forward."""
+  norms = [norm(name, model.embed_dim) for name in ('attn_norm', 'mlp_norm')]
+  if model.norm_biases:
+    norms += [bias(f'{name}_bias', {'embed': model.embed_dim}) for name in ('attn_norm', 'mlp_norm')]
+  return (*norms, *model.attention.weights(model.embed_dim), *model.ffn.weights(model.embed_dim, layer))
+
+
+def outer_weights(model: 'ModelSpec') -> tuple[Weight, ...]:
+  """The weights outside of the blocks: embeddings, the last norm, the output projection unless it is tied."""
+  embed, vocab = model.embed_dim, model.vocab_size
+  rows = [Weight('embed', ('vocab', 'embed'), (vocab, embed), 'embedding')]
+  if model.learned_positions:
+    rows.append(Weight('positions', ('position', 'embed'), (model.learned_positions, embed), 'embedding'))
+  rows.append(norm('final_norm', embed))
+  if model.norm_biases:
+    rows.append(bias('final_norm_bias', {'embed': embed}))
+  if not model.tied_embeddings:
+    rows.append(Weight('unembed', ('vocab', 'embed'), (vocab, embed)))
+  return tuple(rows)
+
+
+@functools.lru_cache(maxsize=16)
+def table(model: 'ModelSpec') -> Mapping[str, Weight]:
+  """Every weight by its dotted name: `embed`, then `layers.0.attn_norm` and so on, then those behind the blocks."""
+  first, *rest = outer_weights(model)
+  rows = {first.name: first}
+  for layer in range(model.num_layers):
+    for row in layer_weights(model, layer):
+      name = f'layers.{layer}.{row.name}'
+      rows[name] = dataclasses.replace(row, name=name)
+  return types.MappingProxyType(rows | {row.name: row for row in rest})
+
+
+def axis_shards(model: 'ModelSpec', tp: int) -> dict[Axis, int]:
+  """The shards into which `tp` devices cut an axis; one that is not there is whole on every device.
+
+  Raises:
+    ValueError: if `tp` does not fit the heads.
+  """
+  kv_shards, _ = mesh_shape(model, tp)
+  shards: dict[Axis, int] = {'query_heads': tp, 'kv_heads': kv_shards}
+  for axis, length in (('ffn', model.ffn_dim), ('vocab', model.vocab_size)):
+    if length % tp == 0:
+      shards[axis] = tp  # type: ignore[index]
+  return shards
+
+
+def mesh_shape(model: 'ModelSpec', tp: int) -> tuple[int, int]:
+  """The sizes of the axes (kv, group) of a worker with `tp` devices.
+
+  Raises:
+    ValueError: unless `tp` divides the query heads, and divides the key/value heads or is a multiple of them.
+  """
+  heads, kv_heads = model.query_heads, model.kv_heads
+  fits = [tp for tp in range(1, heads + 1) if heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)]
+  if tp not in fits:
+    raise ValueError(
+      f'tp={tp} does not fit {model.name!r} with {heads} query heads and {kv_heads} key/value heads: tp must divide '
+      'the query heads, and divide the key/value heads or be a multiple of them; use one of '
+      f'{", ".join(map(str, fits))}.'
+    )
+  return min(tp, kv_heads), max(tp // kv_heads, 1)

@@ -121,11 +121,15 @@ class Answers:
 
   def close(self) -> None:
     """Have the last lines on disk."""
-    if self._file is not None:
-      self._file.close()
+    self.give_up()
     if not self._is_closed:
       self._is_closed, problem = True, self._closed(self.everyone)
       self.unwritten = () if problem is None else (problem,)
+
+  def give_up(self) -> None:
+    """Close the file alone, for a run that does not begin; after `close` this does nothing."""
+    if self._file is not None:
+      self._file.close()
 
   # -------------------------------------------------------------------------- what came of it
 

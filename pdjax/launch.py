@@ -83,9 +83,10 @@ def run(
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   opened = opened or open_model(config)
-  with _folder(workdir, config, 'engine', resume, say) as folder:
+  with _folder(workdir, config, 'engine', resume, say) as folder, contextlib.ExitStack() as own:
     if answers is None:
       answers = _answers(folder, opened.tokenizer is not None)
+      own.callback(answers.give_up)
       if folder is not None and folder.resumed:
         answers.expect(opened.known_requests(config))
     arrivals = answers.left(opened.arrivals(config))

@@ -201,10 +201,11 @@ def open_folder(
   Args:
     workdir: The folder.
     config: The run; None if it is not known yet.
-    backend: What runs it.
+    backend: The backend that runs it.
     resume: Go on with the run that is there.
-    serves: What it serves, in words; a workload of another kind than the config's own is not compared by its fields.
-    more: What else a new run's `run.json` is to say.
+    serves: The requests that it serves, in words; a workload of another kind than the config's own is not compared by
+      its fields.
+    more: Further entries of a new run's `run.json`.
     say: Told in a line where an earlier run has gone.
 
   Raises:

@@ -24,8 +24,8 @@ class Plain:
   def __init__(self):
     self._policy = pdjax.Disaggregated(max_prefill_tokens=16)
 
-  def decide(self, state):
-    return self._policy.decide(state)
+  def decide(self, view):
+    return self._policy.decide(view)
 
 
 class Hourly:

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from pdjax.serving import view
+
 ROOT = pathlib.Path(__file__).parents[1]
 ROOTS = ('pdjax', 'pallas_kernels', 'experiments', 'configs')
 
@@ -20,7 +22,8 @@ LEVELS = {
   'pdjax.engine': 5, 'pdjax.controller': 5, 'configs': 5,
   'pdjax.config': 4, 'pdjax.overrides': 4, 'pdjax.dtypes': 4,
   'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
-  'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.workload': 2, 'pdjax.kv': 2, 'pdjax.sharding': 2,
+  'pdjax.kv': 3, 'pdjax.workload': 3,
+  'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.sharding': 2,
   'pdjax.host': 2,
   'pdjax.types': 1, 'pdjax.program_folder': 1, 'pallas_kernels': 1,
 }  # fmt: skip
@@ -41,7 +44,7 @@ JOINS = {  # the two wings, but loads what computes only once that is asked for
   'pdjax.launch', 'pdjax.session', 'pdjax.comparison',
 }  # fmt: skip
 SEES_BOTH = {
-  'pdjax.engine', 'pdjax.opened_model', 'pdjax.deployment', 'pdjax.reporting', 'pdjax', 'experiments',
+  'pdjax.engine', 'pdjax.opened_model', 'pdjax.deployment', 'pdjax', 'experiments',
 }  # fmt: skip
 
 
@@ -150,18 +153,21 @@ def test_policies_see_the_cluster_through_its_view_alone():
   for module in _of({'pdjax.policies'}):
     seen = {name for name in OURS[module] if _unit(name) == 'pdjax.serving'}
     assert seen <= {f'pdjax.serving.{name}' for name in ('actions', 'view', 'checks')}, f'{module} imports {seen}'
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding='utf-8'))):
+      if isinstance(node, ast.ImportFrom) and node.module == 'pdjax.serving.view':
+        assert {alias.name for alias in node.names} <= set(view.__all__), f'{module} reaches through the view'
 
 
 def calls_inside(source: str) -> dict[str, set[str]]:
   """Which functions and methods of a file each of them calls, itself aside; methods where called on `self`."""
   tree = ast.parse(source)
-  functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+  functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
   classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
   methods = {
     f'{one.name}.{node.name}': (one.name, node)
     for one in classes
     for node in one.body
-    if isinstance(node, ast.FunctionDef)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
   }
   names = {*functions, *methods}
   made = {one.name: f'{one.name}.__init__' for one in classes}
@@ -186,7 +192,7 @@ def f():
 def g(): f()
 class A:
   def __init__(self): self._m()
-  def _m(self):
+  async def _m(self):
     g()
     return self._m
 """

@@ -23,12 +23,15 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
 
 
 def offenders(source: str) -> list[tuple[int, str]]:
-  """The line and the first line of the docstring of each that begins with one of `OPENERS`, by line."""
+  """The line, and the first line of a docstring that begins with one of `OPENERS`, or an entry in it that does."""
   found = []
   for line, text in docstrings(source):
     word = re.match(r'\W*(\w+)', text)
     if word and word[1].capitalize() in OPENERS:
       found.append((line, text.splitlines()[0]))
+    for entry in re.finditer(r'^ +[\w, ]+: (\w+).*$', text, re.MULTILINE):  # of Args and Attributes
+      if entry[1] in OPENERS:
+        found.append((line, entry[0].strip()))
   return sorted(found)
 
 
@@ -41,6 +44,7 @@ class Broken:
 
   Attributes:
     what: What it is.
+    whole: Whether all of it is there.
   """
 
   @property
@@ -70,9 +74,10 @@ def test_the_walker_finds_modules_classes_properties_and_functions_within_functi
   assert offenders(MADE_UP) == [
     (1, 'What a module is for.'),
     (5, 'How it is broken.'),
-    (13, '*Why* it broke.'),
-    (16, 'when it is over.'),
-    (19, 'Whose turn it is.'),
+    (5, 'what: What it is.'),
+    (14, '*Why* it broke.'),
+    (17, 'when it is over.'),
+    (20, 'Whose turn it is.'),
   ]
 
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from pdjax import launch, run_folder
@@ -354,3 +355,10 @@ def test_a_run_from_python_leaves_requests_and_goes_on(tmp_path, monkeypatch):
   assert len(nothing.completions) == len(rows) and nothing.report.num_prompts == 0
   assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
   assert not (folder / 'before-2').exists()
+
+
+def test_a_run_that_cannot_begin_leaves_no_file_open(tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, 'deploy', lambda *args: raise_(DeviceError('no devices')))
+  with pytest.raises(DeviceError, match='no devices'):
+    launch.run(config('1P1D'), workdir=tmp_path / 'out')
+  assert [file.path for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))] == []

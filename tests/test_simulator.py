@@ -276,7 +276,7 @@ def _check_pages(state: ClusterState, transfers: dict[int, TransferOrder]) -> No
     assert worker.free_pages == worker.num_pages - len(owned.keys() | moving)
     slots = [entry.slot for entry in state.view.requests.values() if entry.target == name and entry.slot is not None]
     assert sorted([*slots, *state.books.holdings[name].slots]) == list(range(worker.spec.max_sequences))
-    assert len(worker.orders) <= 2
+    assert worker.num_steps <= 2
 
 
 def _assert_all_free(state: ClusterState) -> None:
@@ -284,7 +284,7 @@ def _assert_all_free(state: ClusterState) -> None:
   for name, worker in state.workers.items():
     assert worker.free_pages == worker.num_pages and worker.queued_tokens == 0
     assert sorted(state.books.holdings[name].slots) == list(range(worker.spec.max_sequences))
-    assert not worker.orders and not worker.decoding and not worker.prefilling
+    assert not worker.num_steps and not worker.decoding and not worker.prefilling
 
 
 def _serve_checked(arrivals, policy, backend, state) -> list[Event]:

@@ -132,7 +132,7 @@ def _last(printed: Sequence[str]) -> str:
 def _relay(process: 'subprocess.Popen[str]', name: str, log: pathlib.Path, printed: list[str]) -> None:
   """Pass on what a process prints, as it comes."""
   assert process.stdout is not None
-  with log.open('w', encoding='utf-8') as file:
+  with process.stdout, log.open('w', encoding='utf-8') as file:
     for line in process.stdout:
       printed.append(line.rstrip('\n'))
       file.write(line)

@@ -19,9 +19,9 @@ def leaks(state: ClusterState) -> list[str]:
         found.append(f'{staging.num_bytes - staging.free_bytes} bytes of staging {way} {name} are taken.')
     if sorted(holdings.slots) != list(range(worker.spec.max_sequences)):
       found.append(f'of {worker.spec.max_sequences} slots of {name} these are free: {sorted(holdings.slots)}.')
-    if worker.orders or worker.prefilling or worker.decoding or worker.queued_tokens:
+    if worker.num_steps or worker.prefilling or worker.decoding or worker.queued_tokens:
       found.append(
-        f'{name} has {len(worker.orders)} steps under way, {len(worker.prefilling)} prompts, {len(worker.decoding)} '
+        f'{name} has {worker.num_steps} steps under way, {len(worker.prefilling)} prompts, {len(worker.decoding)} '
         f'sequences and {worker.queued_tokens} queued tokens.'
       )
   if books.requests or books.waiting or books.prefilled:

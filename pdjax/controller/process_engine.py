@@ -150,7 +150,7 @@ class ProcessEngine:
     Args:
       peers: The process of each worker.
       incarnations: The incarnation of each worker.
-      clocks_s: What each process's clock shows when the controller's shows 0.
+      clocks_s: The time on each process's clock when the controller's shows 0.
       revive: Makes a new process, known to the others, in which a lost worker begins an incarnation. It always ends,
         and raises whatever went wrong. `HandshakeError` is final; otherwise it is tried again until `close`, with
         growing pauses after the first tries. None lets a lost worker be lost for good.

@@ -31,7 +31,7 @@ class UnderWay:
     order: Its order.
     parcel: Its pieces.
     way: The transport that writes them.
-    began_s: When they began to travel; None for when they can leave their devices.
+    began_s: The time at which they began to travel; None takes the one at which they can leave their devices.
   """
 
   number: int

@@ -85,7 +85,8 @@ class EventLog:
 def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
   """Read a file that `EventLog` wrote, one dict per event, in order.
 
-  Each has the fields of its event in `pdjax.serving.events` and the name of its class under `event`:
+  Each has the name of its event's class under `event` and, but for `Delivered`, the fields that `pdjax.serving.events`
+  gives it:
 
       {"event": "Turn", "now_s": 0.25}
       {"event": "Arrived", "request": {"id": "r0", "prompt_len": 512, "sampling": {...}, "arrival_s": 0.2, ...}}

@@ -119,10 +119,7 @@ class LinesFile:
       if self._thread.is_alive() and before == self._written:
         self._lack(TimeoutError(f'nothing was taken for {_CLOSE_S:g} s'), self._first_waiting_s())
         return
-    try:
-      self._file.close()
-    except OSError as error:  # some file systems tell only now
-      self._lack(error, 0.0)
+    self._close_file()
 
   # -------------------------------------------------------------------------- with `_changed` held
 
@@ -157,6 +154,7 @@ class LinesFile:
         closing = self._closing
       self._write([*self._unwritten, *self._encoded(lines)])
       if closing:
+        self._close_file()  # here, as `close` may have given up
         return
 
   def _encoded(self, lines: list[tuple[Line, float]]) -> list[tuple[bytes, float]]:
@@ -229,6 +227,12 @@ class LinesFile:
     if not self._told:
       self._told = True
       logging.error('%s', self.note)
+
+  def _close_file(self) -> None:
+    try:
+      self._file.close()
+    except OSError as error:  # some file systems tell only now
+      self._lack(error, 0.0)
 
   def _first_waiting_s(self) -> float:
     return next((time_s for _, time_s in (*self._unwritten, *self._lines)), 0.0)

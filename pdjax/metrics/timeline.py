@@ -297,7 +297,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
           given_up = orders.pop(order.transfer, None)  # none if it has ended after all
           if given_up is not None and isinstance(given_up.order, TransferOrder):
             failed_transfers.append(given_up.order.request)
-      case Delivered() if last_step is not None:
+      case Delivered():
+        assert last_step is not None and last_step[1].order == event.order, f'{event} does not stand behind its step'
         for result in event.results:
           requests[result.request].deliver(len(result.tokens), event.now_s, *last_step)
         wasted_tokens += sum(len(result.tokens) for result in event.late)

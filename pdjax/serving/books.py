@@ -42,7 +42,7 @@ class Books:
     staging_freed: Whether staging was freed since those that are due were last sent on.
     unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
     tasks: Transfers to give up or to try again.
-    delivered: The results of the last step, until the loop takes them.
+    delivered: Results that reached their requests since the loop last took them.
     finished: The requests that ended since the loop last took them.
     timers: The times at which something is due.
     transfers: Every transfer in flight, and those to be tried again.
@@ -87,7 +87,7 @@ class Books:
     self.staging_freed = False
     self.unsettled: deque[RequestState] = deque()
     self.tasks: list[Abandon | Resend] = []
-    self.delivered: Delivered | None = None
+    self.delivered: list[Delivered] = []
     self.finished: list[Finished] = []
     self.timers = Timers()
     self.transfers = Transfers(self.timers, transfer.deadline_s, faults)

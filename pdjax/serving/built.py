@@ -48,8 +48,8 @@ class WarmUp:
     compile_s: Seconds until every program was compiled.
     measure_s: Seconds to measure the device.
     program_s: Seconds of each program; they compile side by side.
-    chip: What the first device was measured to do.
-    link: What lies between the first device and the last.
+    chip: The first device, as it was measured.
+    link: The way between the first device and the last, as it was measured.
   """
 
   load_s: float
@@ -67,10 +67,10 @@ class Built:
   Attributes:
     engine: The backend.
     workers: Its workers, `num_pages` filled in.
-    transfer: How KV travels, `layers_from` filled in.
+    transfer: The way in which KV travels, `layers_from` filled in.
     dtype: Of the weights.
     devices: The devices of each worker by name; in virtual time their numbers.
-    warm_up: What was done; None in virtual time, where nothing is.
+    warm_up: The work of the warm-up; None in virtual time, where there is none.
   """
 
   engine: Serving

@@ -149,7 +149,7 @@ def check_step(view: ClusterView, step: Step) -> list[str]:
   """
   worker = find_worker(view, step, step.worker)
   check_up(step, worker)
-  if len(worker.orders) >= MAX_ORDERS:
+  if worker.num_steps >= MAX_ORDERS:
     raise PolicyError(
       f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} steps in flight already; wait for one to end.'
     )

@@ -27,7 +27,7 @@ def arrive(books: Books, request: Request) -> None:
   for name in entries:
     if name in books.requests or name in books.samples:
       raise ValueError(f'request {name!r} is being served already; ids must be unique.')
-  true_limits = {name: one.request.token_limit(context_len, books.output_len) for name, one in entries.items()}
+  true_limits = {name: max(one.request.token_limit(context_len, books.output_len), 1) for name, one in entries.items()}
   books.true_limits |= {name: true_limit for name, true_limit in true_limits.items() if true_limit < limit}
   for one in entries.values():
     one.number = books.new_request_number()
@@ -96,7 +96,7 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
   assert entry.target is not None
   if entry.phase is not Phase.DECODING:
     enter(entry, Phase.DECODING)
-    books.workers[entry.target].decoding[entry.request.id] = entry
+    books.holdings[entry.target].decoding[entry.request.id] = entry
   if entry.worker is not None and entry.worker != entry.target:
     books.leave(entry, entry.worker)
 
@@ -212,11 +212,10 @@ def unschedule(books: Books, entry: RequestState) -> None:
   books.waiting.pop(name, None)
   books.prefilled.pop(name, None)
   books.due.pop(name, None)
-  if entry.worker is not None and name in books.workers[entry.worker].prefilling:
-    del books.workers[entry.worker].prefilling[name]
+  if entry.worker is not None and books.holdings[entry.worker].prefilling.pop(name, None) is not None:
     books.workers[entry.worker].queued_tokens -= entry.prompt_left
   if entry.target is not None:
-    books.workers[entry.target].decoding.pop(name, None)
+    books.holdings[entry.target].decoding.pop(name, None)
 
 
 def _hand_on(books: Books, entry: RequestState, samples: Samples) -> None:

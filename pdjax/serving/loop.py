@@ -75,7 +75,7 @@ def serve(
   really got of a step, comes right behind its `Done`, and a request's end right behind what ended it.
 
   Args:
-    arrivals: Where requests come from.
+    arrivals: The source of the requests.
     policy: Decides.
     backend: Carries orders out.
     state: The cluster, with nothing begun.
@@ -129,8 +129,7 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
   for event in events:
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
-    if delivered := state.take_delivered():
-      yield delivered
+    yield from state.take_delivered()
     if ended := state.take_finished():
       finished += ended
       yield from ended

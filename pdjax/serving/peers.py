@@ -23,14 +23,14 @@ class Assignment:
 
   Attributes:
     spec: The worker, all counts filled in.
-    incarnation: Which of its lives this is.
+    incarnation: The number of its incarnation.
     model: The model's shape, as it is served.
     checkpoint: Its weights, as `ServingConfig.checkpoint` names them; every host must have them there.
     dtype: Of weights.
     precision: Of matrix products.
-    transfer: How KV travels.
+    transfer: The way in which KV travels.
     moves_kv: Whether it does.
-    compilation_cache: Where compiled programs are kept, see `keep_programs`.
+    compilation_cache: The folder of compiled programs, see `keep_programs`.
   """
 
   spec: WorkerSpec
@@ -49,7 +49,7 @@ class Loaded:
   """A worker whose weights are loaded and whose steps are compiled.
 
   Attributes:
-    hello: What others must know of it.
+    hello: The facts that others must know of it.
     load_s: Seconds to load the weights and sum them.
     compile_s: Seconds until every step was compiled.
     program_s: Seconds of each program.
@@ -133,10 +133,10 @@ class Written:
 
   Attributes:
     number: Of the transfer.
-    pulled_s: When the pull began.
-    arrived_s: When its last piece was there.
+    pulled_s: The time at which the pull began.
+    arrived_s: The time at which its last piece was there.
     wire_bytes: Bytes of all pieces.
-    pieces: How many there were.
+    pieces: The number of its pieces.
   """
 
   number: int
@@ -152,7 +152,7 @@ class TransferFailed:
 
   Attributes:
     number: Of the transfer.
-    error: What happened.
+    error: The error, in a line.
     corrupt: Whether other pages arrived than were sent.
     pulled: Whether its pieces may have been pulled; if not, the source can let go of them.
   """

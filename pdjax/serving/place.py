@@ -1,45 +1,52 @@
-"""A worker as the books know it: its pages and slots, the requests there, and its incarnation."""
+"""A worker as the books know it: what it has to give, what stands there, and its incarnation."""
 
+import types
 from collections import deque
+from collections.abc import Mapping
 
-from pdjax.serving.orders import StepOrder
+from pdjax.serving.actions import Step
 from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.serving.requests import RequestState
 from pdjax.types.cluster import WorkerSpec
 
 
 class Holdings:
-  """The pages, slots and staging of a place, to be taken and given back.
+  """The part of a worker's books that only the books see: what can be taken there, and what is there now.
 
   Attributes:
     pages: Its pages.
     slots: Slots that are free, the one to take next first.
     staging_out: Bytes for what is on its way from here.
     staging_in: Bytes for what is on its way to here.
+    steps: Steps in flight with the ids of their orders, oldest first.
+    prefilling: Prompts begun here with tokens left to hand over, in order.
+    decoding: Sequences in its slots.
   """
 
   def __init__(self, num_pages: int, num_slots: int, staging_bytes: int):
     self.pages = PageAllocator(num_pages)
     self.slots = deque(range(num_slots))
     self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
+    self.steps: deque[tuple[int, Step]] = deque()
+    self.prefilling: dict[str, RequestState] = {}
+    self.decoding: dict[str, RequestState] = {}
 
 
 class WorkerState:
-  """One worker in the books; only the files of `serving/` change it.
+  """The part of a worker's books that policies read too; only the files of `serving/` change it.
 
   Attributes:
     spec: The worker as the config has it.
     name: Its name.
-    role: The phases it runs.
+    role: Its role.
     page_size: Tokens per page.
     num_pages: Pages in all, free or not.
-    orders: Steps in flight, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
     queued_tokens: Prompt tokens of requests begun here that are not computed yet.
-    incarnation: The number of its incarnation, from 1; the backend tells when another begins.
+    incarnation: The number of its incarnation; the backend says when another begins.
     up: Whether it takes orders: it was not lost, or is back.
-    lost: The error it was lost with; empty while it is up.
+    lost: The reason why it is not up.
     given_up: Whether nobody waits for it to come back any more.
   """
 
@@ -50,14 +57,23 @@ class WorkerState:
     self.page_size = page_size
     self.num_pages = holdings.pages.num_pages
     self._holdings = holdings
-    self.orders: deque[StepOrder] = deque()
-    self.prefilling: dict[str, RequestState] = {}
-    self.decoding: dict[str, RequestState] = {}
+    self.prefilling: Mapping[str, RequestState] = types.MappingProxyType(holdings.prefilling)
+    self.decoding: Mapping[str, RequestState] = types.MappingProxyType(holdings.decoding)
     self.queued_tokens = 0
     self.incarnation = 1
     self.up = True
     self.lost = ''
     self.given_up = False
+
+  @property
+  def steps(self) -> tuple[Step, ...]:
+    """Steps in flight, oldest first, as the policy asked for them."""
+    return tuple(step for _, step in self._holdings.steps)
+
+  @property
+  def num_steps(self) -> int:
+    """The number of steps in flight."""
+    return len(self._holdings.steps)
 
   @property
   def free_pages(self) -> int:
@@ -71,4 +87,4 @@ class WorkerState:
 
   def decodable(self) -> list[str]:
     """Sequences that another decode step can bring a token."""
-    return [name for name, entry in self.decoding.items() if entry.tokens_left > 0]
+    return [name for name, entry in self._holdings.decoding.items() if entry.tokens_left > 0]

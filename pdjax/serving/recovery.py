@@ -29,6 +29,8 @@ def timer_due(books: Books, event: TimerDue) -> bool:
   match event:
     case TimerDue(_, 'deadline', int(order)):
       return abandon(books, order, f'the transfer did not end within {books.transfer.deadline_s:g} s')
+    case TimerDue(_, 'wake'):
+      pass  # the policy is asked in every turn
     case TimerDue(_, 'retry', int(order)):
       books.tasks.append(Resend(order))
     case TimerDue(_, 'patience', str(name)):

@@ -1,4 +1,4 @@
-"""Sending on: what of a prompt is due at the worker where it will decode, and what staging lets through."""
+"""Sending: the transfers of a prompt to the worker that will decode it, as far as there is staging memory for them."""
 
 from collections.abc import Sequence
 

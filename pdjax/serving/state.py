@@ -15,6 +15,7 @@ from pdjax.serving.events import (
   Failed,
   Finished,
   Occupancy,
+  Result,
   TimerDue,
   Withdrawn,
   WorkerBack,
@@ -25,6 +26,7 @@ from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, Trans
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase
 from pdjax.serving.view import ClusterView
+from pdjax.types.checks import is_number
 from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
@@ -105,9 +107,9 @@ class ClusterState:
     self.books.now_s = now_s
     return self.books.timers.take(now_s)
 
-  def take_delivered(self) -> Delivered | None:
-    """The `Delivered` of the step that was applied last, given out once; None if it brought nothing."""
-    delivered, self.books.delivered = self.books.delivered, None
+  def take_delivered(self) -> tuple[Delivered, ...]:
+    """The results that reached their requests since the last call."""
+    delivered, self.books.delivered = tuple(self.books.delivered), []
     return delivered
 
   def take_finished(self) -> tuple[Finished, ...]:
@@ -141,7 +143,7 @@ class ClusterState:
     books, view = self.books, self.view
     if books.in_flight or not books.requests:
       return
-    if math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES:
+    if books.transfers or (math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES):
       return
     if not all(worker.up or worker.given_up for worker in self.workers.values()):
       return
@@ -209,10 +211,13 @@ class ClusterState:
   def _step_done(self, order: StepOrder, event: Done) -> None:
     books = self.books
     steps.step_ended(books, order)
-    late = tuple([result for result in event.results if not lifecycle.got(books, result)])
+    in_time: list[Result] = []
+    late: list[Result] = []
+    for result in event.results:
+      (in_time if lifecycle.got(books, result) else late).append(result)
     if event.results:
-      results = event.results if not late else tuple(one for one in event.results if one not in late)
-      books.delivered = Delivered(books.now_s, order.id, results, late)
+      results = tuple(in_time) if late else event.results
+      books.delivered.append(Delivered(books.now_s, order.id, results, tuple(late)))
     for chunk in order.chunks:
       entry = books.requests.get(chunk.request.id)
       if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
@@ -280,7 +285,8 @@ class ClusterState:
   def _wake_at(self, action: WakeAt) -> tuple[Order, ...]:
     """Have the policy woken at that time; of the times it named since it was last woken, the earliest counts."""
     books = self.books
-    if not books.now_s < action.at_s < math.inf:
-      raise PolicyError(f'{action!r}: it is {books.now_s!r} s now; name a later time, and a finite one.')
-    books.timers.set('wake', 'policy', min(action.at_s, books.timers.due_s('wake', 'policy')))
+    at_s = action.at_s
+    if not is_number(at_s) or not books.now_s < at_s < math.inf:
+      raise PolicyError(f'{action!r}: it is {books.now_s!r} s now; name a later time in seconds, and a finite one.')
+    books.timers.set('wake', 'policy', min(float(at_s), books.timers.due_s('wake', 'policy')))
     return ()

@@ -31,17 +31,17 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
     steps = max(entry.tokens_left for entry in decodes)
   decode_orders = _start_decodes(books, decodes, steps)
   order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
-  worker.orders.append(order)
+  books.holdings[worker.name].steps.append((step_id, step))
   return order, *transfers
 
 
 def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
-  entry = books.requests[chunk.request]
+  entry, holdings = books.requests[chunk.request], books.holdings[worker.name]
   if entry.phase is Phase.WAITING:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
     entry.worker = worker.name
-    worker.prefilling[chunk.request] = entry
+    holdings.prefilling[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
     if chunk.send_to is not None:
@@ -50,12 +50,12 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
   entry.started += chunk.length
   slot = None
   if entry.prompt_left == 0:
-    del worker.prefilling[chunk.request]
+    del holdings.prefilling[chunk.request]
     entry.steps_in_flight += not entry.delivered
     if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
       enter(entry, Phase.DECODING)
       entry.admitted, slot = True, entry.slot
-      worker.decoding[chunk.request] = entry
+      holdings.decoding[chunk.request] = entry
   pages, limit = entry.pages[worker.name], books.true_limit(entry)
   return ChunkOrder(entry.request, chunk.start, chunk.length, pages, limit, slot, entry.delivered)
 
@@ -79,8 +79,8 @@ def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tup
 def step_ended(books: Books, order: StepOrder) -> None:
   """Take note that a step is over, however it went."""
   worker = books.workers[order.worker]
-  first = worker.orders.popleft()
-  assert first.id == order.id, f'order {order.id} of {worker.name!r} ended before order {first.id}'
+  first, _ = books.holdings[worker.name].steps.popleft()
+  assert first == order.id, f'order {order.id} of {worker.name!r} ended before order {first}'
   books.transfers.step_ended(order.id, books.now_s)
   for chunk in order.chunks:
     worker.queued_tokens -= chunk.length

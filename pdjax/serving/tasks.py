@@ -1,4 +1,4 @@
-"""Transfers to give up and to try again: what the books ask for themselves."""
+"""Tasks of the books themselves: transfers to give up, and transfers to try again."""
 
 import dataclasses
 

@@ -1,11 +1,12 @@
-"""The cluster as policies see it: the requests, the workers, and what is free. It can be read, and nothing else."""
+"""The cluster as policies see it: the requests, the workers, and what is free, to be read."""
 
 import types
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from pdjax.serving.actions import Step
 from pdjax.serving.books import Books
-from pdjax.serving.orders import MAX_ORDERS, StepOrder
+from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.requests import Phase
 from pdjax.types.cluster import Role, TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
@@ -112,8 +113,12 @@ class WorkerView(Protocol):
     """Slots in which no sequence stands."""
 
   @property
-  def orders(self) -> Sequence[StepOrder]:
-    """Steps in flight, oldest first."""
+  def steps(self) -> Sequence[Step]:
+    """Steps in flight, oldest first, as the policy asked for them."""
+
+  @property
+  def num_steps(self) -> int:
+    """The number of steps in flight."""
 
   @property
   def prefilling(self) -> Mapping[str, RequestView]:
@@ -167,7 +172,7 @@ class Room:
   def orders(self, worker: str) -> int:
     """Steps that may still be handed over; none to a worker that is lost."""
     place = self._view.workers[worker]
-    return MAX_ORDERS - len(place.orders) if place.up else 0
+    return MAX_ORDERS - place.num_steps if place.up else 0
 
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
@@ -194,7 +199,9 @@ class Room:
 class ClusterView:
   """The cluster as a policy sees it: the books as they are now, to be read.
 
-  The requests and workers in it are the books' own, no copies, so a view costs nothing and is always up to date.
+  The requests and workers in it are the books' own, no copies, so a view costs nothing and is always up to date. Its
+  mappings refuse to be changed, and for type checkers every field refuses. It does not tell how many tokens a request
+  really generates.
   """
 
   def __init__(self, books: Books):

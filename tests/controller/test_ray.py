@@ -498,22 +498,21 @@ def test_a_cluster_that_is_there_is_used_and_left(cluster):
 def test_ray_is_stopped_however_the_command_ends(end):
   import psutil
 
-  command = subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, '-m', 'experiments.run',
-     '--config=tests/controller/ray_config.py:max_tokens=40,requests_per_s=0.1'], cwd=ROOT,
-    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-  )  # fmt: skip
-  try:
-    assert command.stdout is not None
-    for line in command.stdout:
-      if line.startswith('warm-up'):
-        break
-    children = psutil.Process(command.pid).children(recursive=True)
-    assert any('raylet' in child.name() for child in children)
-    command.send_signal(end)
-    command.wait(60)
-    _, alive = psutil.wait_procs(children, timeout=90)  # Ray's agents are the last to notice
-    assert alive == []
-  finally:
-    command.kill()
-    command.wait()
+     '--config=tests/controller/ray_config.py:max_tokens=40,requests_per_s=0.1'],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+  ) as command:  # fmt: skip
+    try:
+      assert command.stdout is not None
+      for line in command.stdout:
+        if line.startswith('warm-up'):
+          break
+      children = psutil.Process(command.pid).children(recursive=True)
+      assert any('raylet' in child.name() for child in children)
+      command.send_signal(end)
+      command.wait(60)
+      _, alive = psutil.wait_procs(children, timeout=90)  # Ray's agents are the last to notice
+      assert alive == []
+    finally:
+      command.kill()

@@ -107,13 +107,13 @@ class Command:
 
   def end(self) -> int:
     """Wait for the end; nothing that it started may be left."""
-    try:
-      self.errors = self.process.stderr.read()
-      code = self.process.wait(WAIT_S)
-    finally:
-      self.process.kill()
-      self._reader.join()
-    return code
+    with self.process:  # its pipes are closed in the end
+      try:
+        self.errors = self.process.stderr.read()
+        return self.process.wait(WAIT_S)
+      finally:
+        self.process.kill()
+        self._reader.join()
 
 
 def cells() -> list:
@@ -363,12 +363,12 @@ def test_a_full_disk_ends_nothing_and_is_named(tmp_path, kilobytes, code):
 
 def test_a_reader_of_stdout_that_is_gone_ends_nothing(undisturbed, tmp_path):
   file = write(tmp_path / 'in.jsonl', lines([0.0]))
-  process = subprocess.Popen(
+  with subprocess.Popen(
     [sys.executable, '-m', 'experiments.run', CONFIG, f'--requests={file}', f'--workdir={tmp_path / "out"}',
      '--backend=simulator'],
     cwd=ROOT, env=quick_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  process.stdout.close()
-  errors = process.stderr.read()
-  assert process.wait(WAIT_S) == 0 and errors == ''
+  ) as process:  # fmt: skip
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(WAIT_S) == 0 and errors == ''
   assert len(read(tmp_path / 'out' / 'requests.jsonl')) == 1

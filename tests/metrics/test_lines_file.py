@@ -200,6 +200,7 @@ def test_nobody_who_adds_waits_for_a_disk_that_takes_nothing(tmp_path, monkeypat
   assert 'TimeoutError: nothing was taken for 0.2 s' in file.note and warnings == [file.note]
   gate.set()
   until(lambda: threads() == [])
+  assert file._file.closed  # by its thread, since nobody waits any more
 
 
 def test_with_much_waiting_for_a_stuck_disk_the_file_ends(tmp_path, monkeypatch, warnings):

@@ -8,8 +8,8 @@ from pdjax.policies import Colocated, Disaggregated, PolicyBase, as_policy
 
 
 class Plain:
-  def decide(self, state):
-    return [state]
+  def decide(self, view):
+    return [view]
 
 
 class Still(Plain):
@@ -42,7 +42,7 @@ def test_a_policy_of_the_base_may_set_its_members_as_fields_and_must_decide():
   class Mine(PolicyBase):
     decode_steps: int = 8
 
-    def decide(self, state):
+    def decide(self, view):
       return []
 
   assert as_policy(Mine(4)).decode_steps == 4 and as_policy(Mine()).moves_kv

@@ -89,7 +89,7 @@ class Driver:
       for staging in (holdings.staging_out, holdings.staging_in):
         assert staging.free_bytes == staging.num_bytes, f'{worker.name} kept staging'
       assert sorted(holdings.slots) == list(range(worker.spec.max_sequences))
-      assert not worker.orders and not worker.prefilling and not worker.decoding
+      assert not worker.num_steps and not worker.prefilling and not worker.decoding
       assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
     assert not self.state.unfinished and not self.state.view.waiting and not self.state.view.prefilled
     assert not self.state.books.due and not self.state.books.unsettled
@@ -102,7 +102,7 @@ def snapshot(state: ClusterState) -> dict:
       tuple(state.books.holdings[name].pages._free),
       tuple(state.books.holdings[name].pages._holders),
       tuple(state.books.holdings[name].slots),
-      tuple(worker.orders),
+      tuple(state.books.holdings[name].steps),
       tuple(worker.prefilling),
       tuple(worker.decoding),
       worker.queued_tokens,

@@ -471,7 +471,7 @@ def test_another_incarnation_of_a_worker_is_the_end_of_the_one_before_even_if_no
   cluster = decoding()
   (step,) = cluster.start(Step('decode0', decodes=ALL))
   cluster.apply(WorkerBack('decode0', 9.0, 2))
-  assert cluster.phase('a') is Phase.WAITING and not cluster.state.workers['decode0'].orders
+  assert cluster.phase('a') is Phase.WAITING and not cluster.state.workers['decode0'].num_steps
   assert not cluster.state.apply(Done(step.id, 0.0, 9.0), 9.0)
   assert not cluster.state.apply(WorkerBack('decode0', 9.0, 2), 9.0) and cluster.state.workers['decode0'].up
 

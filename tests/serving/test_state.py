@@ -370,3 +370,21 @@ def test_a_rejection_is_an_order_that_names_the_reason():
   (order,) = cluster.must()
   assert isinstance(order, EndOrder) and order.finish_reason == 'rejected' and 'context' in order.reason
   assert cluster.phase('a') is Phase.ENDING and cluster.must() == ()
+
+
+def test_a_request_of_which_a_trace_says_that_it_generates_nothing_generates_one_token():
+  cluster = Driver()
+  cluster.state.expect({'a': 0}.get)
+  cluster.arrive('a')
+  (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
+  assert step.chunks[0].limit == 1
+
+
+def test_what_several_steps_brought_is_kept_until_it_is_taken():
+  cluster = Driver(colocated_pool(1, **SIZES))
+  cluster.arrive('a')
+  first, second = *cluster.start(Step('both0', (Chunk('a', 0, 6),))), *cluster.start(Step('both0', decodes=ALL))
+  cluster.end(first, {'a': 1})
+  cluster.end(second, {'a': 1})
+  assert [one.order for one in cluster.state.take_delivered()] == [first.id, second.id]
+  assert cluster.state.take_delivered() == ()

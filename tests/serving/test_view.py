@@ -1,5 +1,6 @@
 """The view of a policy can be read, is up to date, and leads to nothing that changes the cluster."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -7,7 +8,6 @@ import pytest
 from pdjax.serving import Chunk, ClusterState, ClusterView, Step, Transfer, view
 from pdjax.serving.actions import ALL
 from pdjax.serving.books import Books
-from pdjax.serving.orders import StepOrder
 from pdjax.serving.page_allocator import PageAllocator, Staging
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
@@ -17,7 +17,13 @@ from pdjax.types import Request, TransferSpec
 from tests.serving.driver import Driver
 
 CHANGES = (Books, ClusterState, Holdings, PageAllocator, Staging, Timers, Transfers)
-VERBS = {'apply', 'start', 'must', 'reserve', 'hold', 'drop', 'leave', 'let_go', 'release_slot', 'take_finished', 'set'}
+VERBS = {
+  name
+  for kind in CHANGES
+  for name, member in vars(kind).items()
+  if callable(member) and not name.startswith('_') and kind is not ClusterState
+} | {'apply', 'start', 'must', 'enter', 'finish'}  # fmt: skip
+OWN = (RequestState, Samples)  # the lists and dictionaries in these are the books' own, read-only by their types
 
 
 @pytest.fixture
@@ -59,20 +65,39 @@ def reachable(root: object) -> Iterator[tuple[str, object]]:
 
 
 def culprits(root: object) -> list[str]:
-  """Ways to what changes the cluster."""
-  return [
-    way
-    for way, one in reachable(root)
-    if isinstance(one, CHANGES) or (callable(one) and getattr(one, '__name__', '') in VERBS)
-  ]
+  """Ways to what changes the cluster: its books, functions that do it, and containers that can be changed."""
+  found = []
+  own = {way for way, one in reachable(root) if isinstance(one, OWN)}
+  for way, one in reachable(root):
+    owner = way.rpartition('.')[0]
+    if (
+      isinstance(one, CHANGES)
+      or (callable(one) and getattr(one, '__name__', '') in VERBS)
+      or (isinstance(one, dict | list | set | deque) and owner not in own)
+    ):
+      found.append(way)
+  return found
 
 
 def test_nothing_that_is_reachable_from_a_view_changes_the_cluster(busy):
   found = [one for _, one in reachable(busy.view)]
-  for kind in (RequestState, WorkerState, Samples, StepOrder, Request):
+  for kind in (RequestState, WorkerState, Samples, Step, Request):
     assert any(isinstance(one, kind) for one in found), 'the walk has not come that far'
-  assert culprits(busy.view) == [] and culprits(busy.view.room()) == []
+  assert culprits(busy.view) == []
+  assert {way.rpartition('.')[2] for way in culprits(busy.view.room())} == {'take'}  # of the scratch view alone
   assert len(culprits(busy.state)) > 10  # so it finds what there is to be found
+  assert len(VERBS) > 20 and {'take', 'hold', 'reserve', 'give_back', 'try_again', 'cancel'} <= VERBS
+
+
+def test_how_many_tokens_a_request_really_generates_is_nowhere_in_a_view():
+  cluster = Driver()
+  cluster.state.expect({'a': 7}.get)
+  cluster.arrive('a', prompt_len=5, max_tokens=43)
+  (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 5),)))
+  assert step.chunks[0].limit == 7 and cluster.view.requests['a'].limit == 43
+  assert cluster.view.workers['prefill0'].steps == (Step('prefill0', (Chunk('a', 0, 5),)),)
+  numbers = {way: one for way, one in reachable(cluster.view) if isinstance(one, int)}
+  assert 43 in numbers.values() and 7 not in numbers.values(), numbers
 
 
 def test_a_view_can_be_read_and_not_written(busy):
@@ -85,9 +110,12 @@ def test_a_view_can_be_read_and_not_written(busy):
     with pytest.raises(AttributeError):
       setattr(busy.view, name, None)
   for worker in busy.view.workers.values():
-    for name in ('free_pages', 'free_slots'):
+    for name in ('free_pages', 'free_slots', 'steps', 'num_steps'):
       with pytest.raises(AttributeError):
         setattr(worker, name, 99)
+    for name in ('prefilling', 'decoding'):
+      with pytest.raises(TypeError):
+        getattr(worker, name)['new'] = None
 
 
 def test_a_view_hands_on_the_books_own_objects_and_is_up_to_date(busy):

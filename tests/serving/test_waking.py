@@ -9,9 +9,9 @@ from pdjax.cost import Roofline
 from pdjax.metrics.event_log import event_to_json
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Chunk, ClusterState, PolicyError, Step, StuckError, WakeAt, serve
-from pdjax.serving.events import Arrived, Finished, Started, TimerDue, Turn, Withdrawn
+from pdjax.serving.events import Arrived, Failed, Finished, Started, TimerDue, Turn, Withdrawn
 from pdjax.simulator import Replay, Simulator
-from pdjax.types import Request, SamplingParams, colocated_pool
+from pdjax.types import FaultSpec, Request, SamplingParams, colocated_pool
 from pdjax.workload import Listed
 from tests.serving.driver import SIZES, TINY, Driver
 
@@ -66,12 +66,12 @@ def test_of_several_times_the_earliest_counts_until_the_policy_was_woken():
   assert cluster.state.next_timer_s == 4.5 and not cluster.state.unfinished
 
 
-@pytest.mark.parametrize('at_s', [2.0, 1.0, math.inf, math.nan])
+@pytest.mark.parametrize('at_s', [2.0, 1.0, math.inf, math.nan, None, '5', [3], True, 10**400])
 def test_a_time_that_is_no_later_one_is_refused(at_s):
   cluster = Driver(WORKERS)
   cluster.now_s = 2.0
   cluster.arrive('a')
-  with pytest.raises(PolicyError, match=r'WakeAt.*it is 2\.0 s now; name a later time, and a finite one'):
+  with pytest.raises(PolicyError, match=r'WakeAt.*it is 2\.0 s now; name a later time in seconds, and a finite one'):
     cluster.start(WakeAt(at_s))
   assert cluster.state.next_timer_s == math.inf
 
@@ -133,7 +133,24 @@ def test_a_policy_that_is_woken_over_and_over_and_does_nothing_is_stuck(monkeypa
     def decide(self, view):
       if view.now_s == 40.0 and view.waiting:
         return [Step('both0', (Chunk('r0', 0, 3),))]
-      able = view.workers['both0'].decodable() and not view.workers['both0'].orders
+      able = view.workers['both0'].decodable() and not view.workers['both0'].num_steps
       return [Step('both0', decodes=ALL)] if able and view.now_s > 80.0 else super().decide(view)
 
   assert sum(isinstance(event, Finished) for event in served(Waking(), Listed(requests(0.0)))) == 1
+
+
+def test_a_policy_that_polls_while_a_transfer_waits_to_be_tried_again_is_not_stuck(monkeypatch):
+  monkeypatch.setattr('pdjax.serving.state.MOST_IDLE_WAKES', 20)
+  faults = FaultSpec(transfer='retry', backoff_s=30.0)
+  cluster = Driver(faults=faults)
+  cluster.arrive('a')
+  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, 'decode0'),)))
+  cluster.end(step, {'a': 1})
+  cluster.apply(Failed(transfer.id, cluster.now_s, 'the link broke'))
+  for _ in range(50):
+    cluster.start(WakeAt(cluster.now_s + 0.1))
+    cluster.now_s += 0.1
+    for due in cluster.state.timers_due(cluster.now_s):
+      cluster.apply(due)
+    cluster.state.check_progress()
+  assert cluster.state.books.idle_wakes > 20 and cluster.state.books.transfers

@@ -17,7 +17,7 @@ class Prepared(abc.ABC):
   """Something that has programs for every size of batch that may travel.
 
   Attributes:
-    pieces: What travels.
+    pieces: The pieces that travel.
   """
 
   def __init__(self, pieces: Pieces):

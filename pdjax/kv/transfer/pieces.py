@@ -81,10 +81,10 @@ class Pieces:
   Attributes:
     source: Shapes of the source's pages.
     target: Shapes of the target's pages.
-    source_shards: How many shards of heads the source has.
+    source_shards: The number of shards of heads that the source has.
     target_shards: The same of the target.
     has_checksums: Whether what arrives is compared with what left.
-    cut: How heads are cut.
+    cut: The cut of the heads.
     dtype: In which they travel.
     unit: Tokens of a unit.
     num_layers: Of the model.

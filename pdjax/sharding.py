@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pdjax.types.model import ModelSpec, axis_shards, mesh_shape
+from pdjax.types.model import ModelSpec, evenly_cut, mesh_shape
 
 MESH_AXES = ('kv', 'group')
 _ALL = MESH_AXES
@@ -35,8 +35,8 @@ class ShardingRules:
   @classmethod
   def for_model(cls, model: ModelSpec, tp: int) -> 'ShardingRules':
     """The table for a model: feed-forward columns or a vocabulary that `tp` does not divide stay whole."""
-    shards = axis_shards(model, tp)
-    return cls(ffn=_ALL if 'ffn' in shards else None, vocab=_ALL if 'vocab' in shards else None)
+    cut = evenly_cut(model, tp)
+    return cls(ffn=_ALL if 'ffn' in cut else None, vocab=_ALL if 'vocab' in cut else None)
 
 
 def make_mesh(model: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:

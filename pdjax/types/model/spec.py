@@ -93,6 +93,9 @@ class ModelSpec(Presets):
     set_field = object.__setattr__
     set_field(self, 'name', name)
     self._expect('name', isinstance(name, str), 'a text')
+    for field, value in (heads | {'ffn_dim': ffn_dim}).items():
+      if value is not None and not is_size(value):
+        raise ValueError(f'model {name!r} has {field}={value!r}, expected an integer of at least 1.')
     try:
       set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
       set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))

@@ -53,11 +53,13 @@ def axis_shards(model: 'ModelSpec', tp: int) -> dict[Axis, int]:
     ValueError: if `tp` does not fit the heads.
   """
   kv_shards, _ = mesh_shape(model, tp)
-  shards: dict[Axis, int] = {'query_heads': tp, 'kv_heads': kv_shards}
-  for axis, length in (('ffn', model.ffn_dim), ('vocab', model.vocab_size)):
-    if length % tp == 0:
-      shards[axis] = tp  # type: ignore[index]
-  return shards
+  return {'query_heads': tp, 'kv_heads': kv_shards, **dict.fromkeys(evenly_cut(model, tp), tp)}
+
+
+def evenly_cut(model: 'ModelSpec', tp: int) -> tuple[Axis, ...]:
+  """The axes that are cut over all of `tp` devices if that divides them, and are whole on each otherwise."""
+  lengths: dict[Axis, int] = {'ffn': model.ffn_dim, 'vocab': model.vocab_size}
+  return tuple(axis for axis, length in lengths.items() if length % tp == 0)
 
 
 def mesh_shape(model: 'ModelSpec', tp: int) -> tuple[int, int]:

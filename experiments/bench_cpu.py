@@ -19,7 +19,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,9 @@ from pdjax.config import ServingConfig
 from pdjax.deployment import Deployment, deploy
 from pdjax.opened_model import open_model
 from pdjax.policies import Disaggregated
-from pdjax.serving import Backend, ClusterView, serve
+from pdjax.serving import ClusterView
 from pdjax.serving.actions import Action
+from pdjax.serving.built import Living, Serving
 from pdjax.serving.events import Done, Event, Finished, Started
 from pdjax.serving.orders import Order, StepOrder
 from pdjax.types import ModelSpec, Request, SamplingParams, decode_pool, prefill_pool
@@ -108,10 +109,18 @@ class WholeBatch(Disaggregated):
 class Timed:
   """A backend that notes how long the loop is away from it: what the host spends on a turn."""
 
-  def __init__(self, backend: Backend):
+  def __init__(self, backend: Serving):
     self._backend = backend
+    self.start_clock = backend.start_clock
+    self.interrupt = backend.interrupt
+    self.close = backend.close
     self._left_s: float | None = None
     self.turn_s: list[float] = []
+
+  @property
+  def workers(self) -> Mapping[str, Living]:
+    """Those of the backend."""
+    return self._backend.workers
 
   def submit(self, orders: Sequence[Order]) -> None:
     self._backend.submit(orders)
@@ -136,14 +145,13 @@ class Measured:
 def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...]]) -> Measured:
   """Serve a case's prompts through the loop; a prefill counts from its arrival to its token."""
   requests = [Request(str(i), prompt, case.sampling()) for i, prompt in enumerate(prompts)]
-  engine = deployment.built.engine
-  backend = Timed(engine)
-  state = deployment.empty_state()
-  engine.start_clock()
+  backend = Timed(deployment.built.backend)
+  config = dataclasses.replace(deployment.config, policy=WholeBatch(batch=case.batch))
+  timed = dataclasses.replace(deployment, config=config, built=dataclasses.replace(deployment.built, backend=backend))
   tokens: dict[str, tuple[int, ...]] = {}
   steps: set[int] = set()
   ends_s: list[float] = []
-  for event in serve(Listed(requests), WholeBatch(batch=case.batch), backend, state):
+  for event in timed.serve(Listed(requests)):
     match event:
       case Started(order=StepOrder(id=order, decodes=decodes)) if len(decodes) == case.batch or not case.steps:
         steps.add(order)

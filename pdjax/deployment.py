@@ -55,9 +55,10 @@ class Deployment:
     return self.built.warm_up is None
 
   def serve(self, arrivals: Arrivals, log: EventLog | None = None) -> Iterator[Event]:
-    """Start the clock, and serve requests with nothing left of earlier ones; an earlier service must have ended.
+    """Start the clock, and serve requests with nothing left of earlier ones.
 
-    The clock starts with this call, the first turn with the first event that is asked for.
+    An earlier service must have ended, or be closed (`Generator.close`); nothing that it left under way is heard or
+    written. The clock starts with this call, the first turn with the first event that is asked for.
 
     Args:
       arrivals: The requests.
@@ -66,9 +67,9 @@ class Deployment:
     Returns:
       All that happens, in order; it raises as `pdjax.serving.serve` does.
     """
-    self.built.engine.start_clock()
-    policy, engine = self.config.policy, self.built.engine
-    events = serve(arrivals, policy, engine, self.empty_state(), waits=not self.is_simulated)
+    self.built.backend.start_clock()
+    policy, backend = self.config.policy, self.built.backend
+    events = serve(arrivals, policy, backend, self.empty_state(), waits=not self.is_simulated)
     return events if log is None else _logged(events, log)
 
   def empty_state(self) -> ClusterState:
@@ -82,7 +83,7 @@ class Deployment:
       finds_stops=self.is_simulated or self.opened.tokenizer is not None,
       faults=config.faults,
     )
-    for name, worker in built.engine.workers.items():
+    for name, worker in built.backend.workers.items():
       state.workers[name].incarnation = worker.incarnation
     return state
 
@@ -94,7 +95,7 @@ class Deployment:
 
   def close(self) -> None:
     """Wait for what is under way, and end what serves."""
-    self.built.engine.close()
+    self.built.backend.close()
 
 
 def _logged(events: Iterator[Event], log: EventLog) -> Iterator[Event]:
@@ -144,7 +145,7 @@ def _build_engine(config: ServingConfig, opened: OpenedModel, say: Say) -> Built
 
 def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built:
   """Each worker in a process of its own; this one holds no devices."""
-  from pdjax.controller import ProcessEngine, RayProcesses, build_processes
+  from pdjax.controller import RayProcesses, build_processes
   from pdjax.engine.ray_worker import RayWorker
 
   assert config.processes is not None
@@ -156,10 +157,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built
       processes.close()
 
   try:
-    built = build_processes(config, model, processes.peers, say, closed=close)
-    assert isinstance(built.engine, ProcessEngine)
-    processes.when_lost(built.engine.fail)
-    return built
+    return build_processes(config, model, processes.peers, say, closed=close, when_lost=processes.when_lost)
   except BaseException:
     close()
     raise

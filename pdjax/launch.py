@@ -93,9 +93,9 @@ def run(
     if folder is not None and folder.resumed and arrivals.closed:
       folder = None  # nothing is left, and what is there is the run's
     deployment = deploy(config, opened, 'engine', say)
-    with _Serving(deployment, folder, answers, notes, watch, over) as serving:
-      serving.follow(arrivals)
-    return serving.result()
+    with _Recording(deployment, folder, answers, notes, watch, over) as recording:
+      recording.follow(arrivals)
+    return recording.result()
 
 
 def simulate(
@@ -133,9 +133,9 @@ def simulate(
       config = calibrated(config)
     arrivals = answers.left(opened.arrivals(config))
     deployment = deploy(config, opened, 'simulator', say)
-    with _Serving(deployment, folder, answers, notes, watch, over) as serving:
-      serving.follow(arrivals)
-    return serving.result()
+    with _Recording(deployment, folder, answers, notes, watch, over) as recording:
+      recording.follow(arrivals)
+    return recording.result()
 
 
 def generate(
@@ -210,8 +210,8 @@ def _folder(
     yield folder
 
 
-class _Serving:
-  """Follows a run while it is served: its log, its answers, and in the end, however it comes, its report."""
+class _Recording:
+  """Records a run while it is served: its log, its answers, and in the end, however it comes, its report."""
 
   def __init__(
     self,
@@ -230,7 +230,7 @@ class _Serving:
     self._over = over
     self._unwritten: tuple[str, ...] = ()
 
-  def __enter__(self) -> '_Serving':
+  def __enter__(self) -> '_Recording':
     try:
       if self._folder is not None:
         if not self._deployment.is_simulated:

@@ -294,6 +294,11 @@ class Session:
       raise SessionError('the session was started before, and runs only once; make a new one.')
     if isinstance(self._config, Deployment) and self._config.is_simulated:
       raise ValueError("the deployment is simulated, and nobody can wait in virtual time; deploy on 'engine'.")
+    if isinstance(self._config, Deployment) and self._checkpoint is not None:
+      raise ValueError(
+        f'a deployment and the checkpoint {self._checkpoint!r} are both given; leave the checkpoint out, or the '
+        f'deployment, which serves {self._config.config.checkpoint!r}.'
+      )
     with contextlib.ExitStack() as opened:
       path = None
       if self._workdir is not None:
@@ -302,7 +307,7 @@ class Session:
         self._answers = opened.enter_context(contextlib.closing(LinesFile(folder.path / ANSWERS, insist=True)))
       self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
       self._deployment = self._deploy()
-      self._live = Live(self._deployment.built.engine.interrupt)
+      self._live = Live(self._deployment.built.backend.interrupt)
       self._drafts = Drafts(self._has_text)
       try:
         self._serving = self._deployment.serve(Seeded(self._live, self._deployment.config.seed), self._log)

@@ -2,17 +2,23 @@
 
 import contextlib
 import dataclasses
+import itertools
+import time
 
 import pytest
 
 import pdjax
 from pdjax.deployment import deploy
+from pdjax.engine.worker import Worker
+from pdjax.kv.transfer import Parcel
 from pdjax.metrics import EventLog
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import describe
-from pdjax.serving.events import Finished, Started, Turn
+from pdjax.serving.events import Done, Finished, Started, Turn, WorkerLost
 from pdjax.serving.orders import TransferOrder
-from tests.tiny import TINY, config
+from pdjax.workload import Listed
+from tests.engine.plain import generate
+from tests.tiny import TINY, config, prompt
 
 BACKENDS = ('engine', 'simulator')
 OPENED = OpenedModel(TINY)
@@ -63,6 +69,40 @@ def test_each_service_begins_anew_and_knows_the_lengths_of_its_own_requests(back
   assert all(next(event.now_s for event in events if isinstance(event, Turn)) < 1.0 for events in logs)
   if backend == 'simulator':
     assert logs[0] == logs[2]
+
+
+def test_a_service_that_was_broken_off_leaves_nothing_to_the_next(monkeypatch):
+  """Closed after any event, with requests of the same ids at another place: whatever is under way then comes late."""
+  collect, wait = Worker.collect, Parcel.wait
+  monkeypatch.setattr(Worker, 'collect', lambda *args: (time.sleep(0.02), collect(*args))[1])
+  monkeypatch.setattr(Parcel, 'wait', lambda parcel: (time.sleep(0.02), wait(parcel))[1])
+  first, second = (
+    [pdjax.Request(f'r{i}', prompt(length, seed=seed + i), pdjax.SamplingParams(max_tokens=8, ignore_eos=True))
+     for i, length in enumerate((9, 5, 20, 7))]
+    for seed in (0, 10)
+  )  # fmt: skip
+  expected, under_way = {request.id: generate(TINY, request)[0] for request in second}, 0
+  with contextlib.closing(deploy(_small(), OPENED)) as deployment:
+    whole = len(tuple(deployment.serve(Listed(first))))
+    for kept in range(1, whole, 7):
+      events = deployment.serve(Listed(first))
+      for event in itertools.islice(events, kept):
+        under_way += isinstance(event, Started) - isinstance(event, Done)
+      events.close()
+      assert _tokens(deployment.serve(Listed(second))) == expected, f'closed after {kept} events'
+  assert under_way > 10
+
+
+def test_a_worker_that_failed_as_a_service_was_broken_off_has_new_pages_in_the_next():
+  requests = [pdjax.Request('r', prompt(9), pdjax.SamplingParams(max_tokens=3, ignore_eos=True))]
+  with contextlib.closing(deploy(_small(), OPENED)) as deployment:
+    engine = deployment.built.backend
+    before = engine.workers['decode0'].incarnation
+    engine._runners['decode0'].post_broken(before, 'it failed late')
+    events = tuple(deployment.serve(Listed(requests)))
+    assert engine.workers['decode0'].incarnation == before + 1
+  assert not any(isinstance(event, WorkerLost) for event in events)
+  assert _tokens(events) == {'r': generate(TINY, requests[0])[0]}
 
 
 def test_a_policy_and_a_cost_model_of_plain_classes_serve_on_both_backends():

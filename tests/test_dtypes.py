@@ -221,7 +221,7 @@ def test_processes_in_auto_have_one_dtype_that_the_handshake_knows(monkeypatch):
       assert {leaf.dtype for leaf in jax.tree.leaves(worker.weights)} == {jnp.dtype('float16')}
       assert worker.spec.kv_dtype == 'float16'
   finally:
-    processes.built.engine.close()
+    processes.built.backend.close()
 
 
 def test_a_checkpoint_in_bfloat16_is_loaded_in_float16(tmp_path):

@@ -467,6 +467,15 @@ def test_a_session_that_has_not_begun_says_so():
     pdjax.Session(pdjax.ServingConfig(workers=pdjax.colocated_pool(1), model=TINY), checkpoint='x.gguf').start()
 
 
+def test_a_deployment_and_a_checkpoint_are_not_taken_together(begin, tmp_path):
+  deployment = begin()._config
+  with contextlib.closing(deployment):
+    session = pdjax.Session(deployment, checkpoint='x.gguf', workdir=tmp_path / 'out')
+    with pytest.raises(ValueError, match=r"a deployment and the checkpoint 'x\.gguf' are both given; .*'random'"):
+      session.start()
+  assert not (tmp_path / 'out').exists()
+
+
 # ---------------------------------------------------------------------------- breaking down
 
 
@@ -668,7 +677,7 @@ def test_a_second_session_leaves_what_the_first_wrote(begin, tmp_path):
   other = begin(workdir=tmp_path / 'out')
   with begin(workdir=tmp_path / 'out'), pytest.raises(ValueError, match='is in use by another run'):
     other.start()
-  other._config.built.engine.close()
+  other._config.built.backend.close()
 
 
 def test_every_arrival_is_in_the_first_turn_after_it(begin):

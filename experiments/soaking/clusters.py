@@ -119,7 +119,7 @@ class Cluster:
     """Load and compile it; `say` is told in a line what is being done."""
     self.name = name
     self._deployment = deploy(_config(name), OpenedModel(MODEL, None, tokenizer()), say=say)
-    engine = self._deployment.built.engine
+    engine = self._deployment.built.backend
     assert isinstance(engine, Engine)
     engine.close()
     self._workers = list(engine.workers.values())
@@ -141,7 +141,7 @@ class Cluster:
     workers = tuple(
       dataclasses.replace(one, num_pages=pages.get(one.role, one.num_pages)) for one in deployment.built.workers
     )
-    built = dataclasses.replace(deployment.built, engine=engine, workers=workers)
+    built = dataclasses.replace(deployment.built, backend=engine, workers=workers)
     return Watched(dataclasses.replace(deployment.config, **fields), deployment.opened, built)
 
 

@@ -114,8 +114,8 @@ class Remote:
 
 
 @dataclasses.dataclass
-class UnderWay:
-  """A transfer under way.
+class RemoteTransfer:
+  """A transfer that is not over, as the controller knows it.
 
   Attributes:
     number: Its number, see `pdjax.serving.peers`.
@@ -160,7 +160,7 @@ class ProcessEngine:
     self._revive = revive
     self._closed_all = closed
     self._mailbox = Mailbox()
-    self._under_way: dict[int, UnderWay] = {}  # by number
+    self._transfers: dict[int, RemoteTransfer] = {}  # by number
     self._first_number = self._next_number = 1  # of this run, and beyond all that there were
     self._clock = threading.Lock()
     self._start_s = 0.0
@@ -173,14 +173,13 @@ class ProcessEngine:
       thread.start()
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended.
+    """Let a run begin now, at 0 s; of an earlier one nothing is heard or written any more.
 
     Raises:
       ValueError: if the engine is closed.
     """
     if self._closing.is_set():
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
-    self._under_way.clear()
     self._first_number = self._next_number
     before = self._mailbox.collect(-math.inf)[1]
     with self._clock:
@@ -196,6 +195,8 @@ class ProcessEngine:
           self._come_back(item)
         case _NotBack():
           self._stop_waiting(item)
+        case _Heard(news=TransferFailed()):
+          self._hear(item.worker, item.news, item.heard_s)
         case _Heard(news=WorkerLost()):
           down[item.worker] = item
         case _Heard(news=WorkerBack(incarnation=incarnation)):
@@ -204,6 +205,8 @@ class ProcessEngine:
             self.workers[item.worker].incarnation = incarnation
         case Interrupt():
           self._mailbox.post(lambda _: Interrupt())
+    for transfer in [*self._transfers.values()]:
+      self._settle(transfer)
     for item in down.values():
       self._mailbox.post(functools.partial(_Heard, item.worker, item.process, item.news))
     for name, remote in self.workers.items():
@@ -245,16 +248,16 @@ class ProcessEngine:
     """Send the orders of one action; what goes wrong comes back as an event."""
     sent: dict[str, list[Order]] = {}
     for order in orders:
+      number = self._number_of(order.id)
+      self._next_number = max(self._next_number, number + 1)
       match order:
         case StepOrder():
           sent.setdefault(order.worker, []).append(order)
         case TransferOrder():
-          number = self._number_of(order.id)
-          self._next_number = max(self._next_number, number + 1)
-          self._under_way[number] = UnderWay(number, order)
+          self._transfers[number] = RemoteTransfer(number, order)
           sent.setdefault(order.source, []).append(order)
         case AbandonOrder():
-          abandoned = self._under_way.get(self._number_of(order.transfer))
+          abandoned = self._transfers.get(self._number_of(order.transfer))
           if abandoned is not None:
             self._settle(abandoned)
           self._post_ended(order.id)
@@ -266,7 +269,7 @@ class ProcessEngine:
       self._tell(name, Submit(tuple(some), self._first_number))
 
   def _number_of(self, order: int) -> int:
-    """The number of a transfer by the id of its order."""
+    """The number of an order by its id."""
     return self._first_number + order
 
   def _tell(self, name: str, message: Message) -> None:
@@ -307,7 +310,7 @@ class ProcessEngine:
     """Take in news of a worker; the events that the loop is to have of them."""
     match news:
       case Offered() | Gathered() | Written() | TransferFailed():
-        transfer = self._under_way.get(news.number)
+        transfer = self._transfers.get(news.number)
         return [] if transfer is None else self._hear_of(transfer, news, heard_s)
       case WorkerLost():
         self._drop_transfers(worker)
@@ -316,10 +319,11 @@ class ProcessEngine:
         self.workers[worker].incarnation = news.incarnation
         return [dataclasses.replace(news, ended_s=heard_s)]
       case Done() | Failed():
-        return [dataclasses.replace(news, ended_s=heard_s)]
+        order = news.order - self._first_number
+        return [] if order < 0 else [dataclasses.replace(news, order=order, ended_s=heard_s)]  # else of an earlier run
     raise AssertionError(news)
 
-  def _hear_of(self, transfer: UnderWay, news: News, heard_s: float) -> list[Event]:
+  def _hear_of(self, transfer: RemoteTransfer, news: News, heard_s: float) -> list[Event]:
     """Take in news of a transfer that is not over; the events of them."""
     order = transfer.order
     match news:
@@ -340,20 +344,20 @@ class ProcessEngine:
         return [Failed(order.id, heard_s, news.error, news.corrupt)]
     return []
 
-  def _settle(self, transfer: UnderWay) -> None:
+  def _settle(self, transfer: RemoteTransfer) -> None:
     """A transfer is over: either end lets go of it. Orders that the target is told next find pages of their own.
 
     A pull that has begun is left to end, for one whose pieces are taken away never does.
     """
     source, target = transfer.order.source, transfer.order.target
-    del self._under_way[transfer.number]
+    del self._transfers[transfer.number]
     pulled = transfer.pulling and self.workers[target].up
     for name in (source, target):
       self._tell(name, Settle(transfer.number, pulled))
 
   def _drop_transfers(self, worker: str) -> None:
     """End every transfer from or to a worker that was lost."""
-    for transfer in [*self._under_way.values()]:
+    for transfer in [*self._transfers.values()]:
       if worker in (transfer.order.source, transfer.order.target):
         self._settle(transfer)
 

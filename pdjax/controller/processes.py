@@ -40,6 +40,7 @@ def build_processes(
   peers: Mapping[str, Peer],
   say: Callable[[str], None] = lambda line: None,
   closed: Callable[[], None] = lambda: None,
+  when_lost: Callable[[Callable[[DeviceError], None]], None] = lambda fail: None,
 ) -> Built:
   """Load and compile everything a config needs, each worker in its process, and have them know one another.
 
@@ -49,6 +50,7 @@ def build_processes(
     peers: An empty process for each worker.
     say: Told in a line what is being done.
     closed: Called when the backend is closed, after its processes; also if none comes of it.
+    when_lost: Called with the function that is to be told why, once all processes are lost: it ends the run.
 
   Raises:
     ValueError: if the workers do not fit their devices, the model's heads or the memory, or the devices have no units
@@ -116,6 +118,7 @@ def build_processes(
   say(f'warm-up took {compiled - begin:.1f} s, in {len(peers)} processes')
   warm_up = WarmUp(load_s, compiled - measured - load_s, measured - begin, program_s, chip, link)
   engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, handshake.revive, close_all)
+  when_lost(engine.fail)
   devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
   return Built(engine, tuple(specs.values()), handshake.transfer, config.definite_dtype, devices, warm_up)
 

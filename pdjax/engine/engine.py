@@ -1,5 +1,6 @@
 """The backend on devices: dispatches orders to workers and transports, and collects what has ended in one queue."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from pdjax.engine.runner import After, Broken, Crashed, Ran, Runner, crash_poster, describe, dispatch_in_turn
@@ -31,7 +32,9 @@ class Engine:
     self._incoming = Incoming(self._runners, self._mailbox, self._waiters)
 
   def start_clock(self) -> None:
-    """Let a run begin now, at 0 s; of an earlier one nothing is heard any more.
+    """Let a run begin now, at 0 s; of an earlier one nothing is heard or written any more.
+
+    Steps that are under way are waited for, transfers are given up, and a worker whose pages are gone gets new ones.
 
     Raises:
       ValueError: if the engine is closed.
@@ -40,10 +43,18 @@ class Engine:
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
     for transfer in self._incoming.under_way:
       self._incoming.give_up(transfer.number)
-    self._mailbox.forget_all_but((Interrupt, Crashed, Broken))
-    self._mailbox.start_clock()
     for runner in self._runners.values():
-      runner.start_clock()
+      runner.end_run()
+    before = self._mailbox.collect(-math.inf)[1]
+    for item in before:
+      match item:
+        case Broken():
+          self._runners[item.worker].restart(item)
+        case Crashed():
+          raise item.error
+    self._mailbox.start_clock()
+    if any(isinstance(item, Interrupt) for item in before):
+      self._mailbox.post(lambda _: Interrupt())
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next.

@@ -55,8 +55,10 @@ class Runner:
     self._waiter = Waiter(f'{worker.spec.name}-steps', crash_poster(mailbox))
     self._free_from_s = 0.0
 
-  def start_clock(self) -> None:
-    """Let a run begin now, at 0 s."""
+  def end_run(self) -> None:
+    """Wait for steps under way, and let go of their requests; what is posted by now is of no run any more."""
+    self._waiter.drain()
+    self.worker.forget_all()
     self._free_from_s = 0.0
 
   def run(self, order: StepOrder, after: After = lambda group: None) -> None:

@@ -23,7 +23,7 @@ class Way(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnderWay:
-  """A transfer under way.
+  """A transfer whose pieces are under way to this process.
 
   Attributes:
     number: Its number. Within one process that is the id of its order, which one of another run may have too; between
@@ -84,9 +84,9 @@ class Incoming:
     return tuple(self._under_way.values())
 
   def add(self, transfer: UnderWay) -> None:
-    """Wait for the pieces of a transfer."""
-    self._under_way[transfer.number] = transfer
+    """Wait for the pieces of a transfer; if there can be no thread for that, raise and let it be none of these."""
     self._waiters.add(transfer, functools.partial(self._await, transfer))
+    self._under_way[transfer.number] = transfer
 
   def give_up(self, number: int) -> UnderWay | None:
     """Let nothing be written that still lands of a transfer; None if it is over, or none of these."""

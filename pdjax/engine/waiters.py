@@ -26,14 +26,19 @@ class Waiters:
     self._idle = 0
 
   def add(self, key: Hashable, job: Callable[[], None]) -> None:
-    """Run this at once, on a thread that is idle or else on a new one."""
+    """Run this at once, on a thread that is idle or else on a new one.
+
+    Raises:
+      RuntimeError: if there can be no new thread; then it is as if nothing had been added.
+    """
     with self._condition:
-      self._left.add(key)
       if self._idle:
         self._idle -= 1
       else:
-        self._threads.append(threading.Thread(target=self._run, name=f'pdjax-{self._name}', daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=self._run, name=f'pdjax-{self._name}', daemon=True)
+        thread.start()
+        self._threads.append(thread)
+      self._left.add(key)
     self._jobs.put((key, job))
 
   def forget(self, key: Hashable) -> None:
@@ -89,6 +94,12 @@ class Waiter:
   def add(self, job: Callable[[], None]) -> None:
     """Run this after all that was added before."""
     self._jobs.put(job)
+
+  def drain(self) -> None:
+    """Wait until all that was added before has run."""
+    drained = threading.Event()
+    self.add(drained.set)
+    drained.wait()
 
   def close(self) -> None:
     """Run what is left, then end the thread."""

@@ -125,8 +125,7 @@ class Worker:
     self.pages: KVPages = self._make_pages()
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
-    self._progress = {}  # another one, for steps under way go on with the last
-    self._left_out = {}
+    self.forget_all()
 
   @property
   def broken(self) -> bool:
@@ -351,6 +350,15 @@ class Worker:
       f'worker {self.spec.name!r} computed logits that are not finite (NaN or infinite), so there is no token to '
       f'choose; look for NaN in the weights, or for numbers that {self._dtype} does not hold (then set another dtype).'
     )
+
+  def forget_all(self) -> None:
+    """Let go of all requests, so that steps under way bring nothing to others of the same id.
+
+    Sequences may be left alive in slots: they write nothing, for only slots that an order names are run, and no order
+    names one before it was filled anew.
+    """
+    self._progress = {}  # another one, for steps under way go on with the last
+    self._left_out = {}
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what steps under way still bring it is not reported."""

@@ -12,6 +12,7 @@ from pdjax.engine.waiters import Waiters
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import CorruptError, Parcel
 from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
+from pdjax.serving.events import Failed
 from pdjax.serving.mailbox import Mailbox
 from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, News, Offered, TransferFailed, Written
@@ -23,6 +24,14 @@ class _Call:
   """Something that the thread which dispatches is asked to do."""
 
   do: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outgoing:
+  """A transfer under way from here, with its offer less the arrays."""
+
+  sender: Sender
+  offer: Offer
 
 
 class StalledError(RuntimeError):
@@ -51,14 +60,17 @@ class WorkerEngine:
     self._runner = Runner(worker, self._mailbox)
     self._waiters = Waiters('transfers', crash_poster(self._mailbox))
     self._incoming = Incoming({worker.spec.name: self._runner}, self._mailbox, self._waiters)
-    self._outgoing: dict[int, tuple[Sender, Offer]] = {}  # transfers under way from here, by number
+    self._outgoing: dict[int, _Outgoing] = {}  # by number
     self._given_up: list[Parcel] = []  # whose pieces are not written, though they may still be on their way
     self._stopped = False
 
   def start_clock(self, start_s: float | None = None) -> None:
-    """Let a run begin now, or one that began when this process's clock showed `start_s`."""
+    """Let a run begin now, or one that began when this process's clock showed `start_s`.
+
+    Steps that are under way are waited for; the controller knows their ends by numbers of an earlier run.
+    """
+    self._runner.end_run()
     self._mailbox.start_clock(start_s)
-    self._runner.start_clock()
 
   def call(self, do: Callable[[], None]) -> None:
     """From any thread: have the thread that dispatches do something."""
@@ -108,7 +120,7 @@ class WorkerEngine:
 
     Args:
       orders: The orders.
-      first_number: The number of a transfer whose order has the id 0.
+      first_number: The number of an order whose id is 0.
     """
     incarnation, meant = self.worker.incarnation, []
     for order in orders:
@@ -122,45 +134,48 @@ class WorkerEngine:
 
   def pull(self, number: int, order: TransferOrder, manifest: Manifest) -> None:
     """Begin to pull a transfer; one for another incarnation of this worker too, so that its source need not keep it."""
-    pulled_s = self._mailbox.now_s()
+    pulled_s, pulled = self._mailbox.now_s(), False
     try:
       self._refuse_if_stalled(order.source)
       receiver = self.receivers[order.source]
       parcel = receiver.pull(number, manifest, order.span)
+      pulled = True
+      self._incoming.add(UnderWay(number, order, parcel, receiver, pulled_s))
     except Exception as error:
-      self._fail(number, error, pulled=False)
-      return
-    self._incoming.add(UnderWay(number, order, parcel, receiver, pulled_s))
+      self._fail(number, error, pulled=pulled)
 
   def settle(self, number: int, pulled: bool) -> None:
     """Let go of a transfer, whichever end of it this is; pieces that arrive from now on are not written."""
     transfer = self._incoming.give_up(number)
     if transfer is not None:
       self._given_up = [one for one in (*self._given_up, transfer.parcel) if not one.is_there()]
-    sender, offer = self._outgoing.pop(number, (None, None))
+    outgoing = self._outgoing.pop(number, None)
     self._waiters.forget(number)
-    if sender is not None and offer is not None and not pulled:
+    if outgoing is not None and not pulled:
       with contextlib.suppress(Exception):  # then some memory stays taken, and all goes on
-        sender.withdraw(offer)
+        outgoing.sender.withdraw(outgoing.offer)
 
   # -------------------------------------------------------------------------- inside
 
   def _dispatch(self, first_number: int, order: Order, after: After) -> None:
-    match order:
-      case StepOrder():
-        self._runner.run(order, after)
-      case TransferOrder():
-        self._offer(first_number + order.id, order)
+    number = first_number + order.id
+    try:
+      match order:
+        case StepOrder():
+          self._runner.run(dataclasses.replace(order, id=number), after)
+        case TransferOrder():
+          self._offer(number, order)
+    except Exception as error:  # whatever it is, the worker goes on and the controller learns of it
+      if isinstance(order, TransferOrder):
+        self._fail(number, error)
+      else:
+        self._tell(Failed(number, self._mailbox.now_s(), describe(error)))
 
   def _offer(self, number: int, order: TransferOrder) -> None:
     """Offer what is to be pulled."""
-    try:
-      sender = self.senders[order.target]
-      offer = sender.offer(number, order.span)
-    except Exception as error:
-      self._fail(number, error)
-      return
-    self._outgoing[number] = sender, offer.without_arrays()
+    sender = self.senders[order.target]
+    offer = sender.offer(number, order.span)
+    self._outgoing[number] = _Outgoing(sender, offer.without_arrays())
     self._tell(Offered(number, offer.manifest))
     self._waiters.add(number, functools.partial(self._await_gathered, offer))
 

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from pdjax.serving.events import Event
-from pdjax.serving.orders import Order
+from pdjax.serving.loop import Backend
 from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.hardware import ChipSpec, DtypeName, LinkSpec
 
@@ -16,7 +15,7 @@ class Living(Protocol):
   incarnation: int
 
 
-class Serving(Protocol):
+class Serving(Backend, Protocol):
   """A backend that serves again and again: on devices of this process or of others, or in virtual time."""
 
   @property
@@ -24,13 +23,7 @@ class Serving(Protocol):
     """Each worker by its name, in the incarnation that it is in."""
 
   def start_clock(self) -> object:
-    """Let a run begin now, at 0 s; all of an earlier one must have ended."""
-
-  def submit(self, orders: Sequence[Order]) -> None:
-    """Begin the orders of one action; see `pdjax.serving.Backend`."""
-
-  def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
-    """Wait until something happened or `until_s` has come; see `pdjax.serving.Backend`."""
+    """Let a run begin now, at 0 s; of an earlier one, ended or broken off, nothing is heard or written any more."""
 
   def interrupt(self, note: Callable[[float], None]) -> None:
     """From any thread: call `note` with the time now and end the wait under way, or else the next."""
@@ -65,7 +58,7 @@ class Built:
   """A backend that is ready, and what it took to get there.
 
   Attributes:
-    engine: The backend.
+    backend: The backend.
     workers: Its workers, `num_pages` filled in.
     transfer: The way in which KV travels, `layers_from` filled in.
     dtype: Of the weights.
@@ -73,7 +66,7 @@ class Built:
     warm_up: The work of the warm-up; None in virtual time, where there is none.
   """
 
-  engine: Serving
+  backend: Serving
   workers: tuple[WorkerSpec, ...]
   transfer: TransferSpec
   dtype: DtypeName

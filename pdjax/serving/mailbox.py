@@ -32,11 +32,6 @@ class Mailbox:
       self._start_s, self._last_s = time.perf_counter() if start_s is None else start_s, 0.0
       return self._start_s
 
-  def forget_all_but(self, kinds: tuple[type, ...]) -> None:
-    """Drop what was posted and not collected, except for items of some types."""
-    with self._condition:
-      self._items = [item for item in self._items if isinstance(item, kinds)]
-
   def now_s(self) -> float:
     """Seconds since the run began."""
     return time.perf_counter() - self._start_s

@@ -1,7 +1,7 @@
 """Messages between a controller and the processes of its workers: plain data.
 
-A transfer under way is known by its number, which is the same to the controller, to its source and to its target; no
-other transfer ever has it, whatever the run.
+A step or a transfer under way is known by its number, which is the same to the controller and to the workers; no other
+ever has it, whatever the run.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Submit:
 
   Attributes:
     orders: The orders.
-    first_number: The number of a transfer whose order has the id 0; that of any other is so much more than its id.
+    first_number: The number of an order whose id is 0; that of any other is so much more than its id.
   """
 
   orders: tuple[Order, ...]
@@ -109,6 +109,7 @@ class Settle:
 Message = StartClock | Submit | Pull | Settle
 
 # ---------------------------------------------------------------------------- from a worker's process
+# The `Done` and `Failed` of a step name its number, not its id.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

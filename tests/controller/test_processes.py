@@ -1,6 +1,7 @@
 """Workers in processes of their own, with threads in the place of processes: what they say to each other and when."""
 
 import dataclasses
+import itertools
 import threading
 import time
 import types
@@ -13,13 +14,16 @@ from pdjax import Session
 from pdjax.controller.process_engine import ProcessEngine
 from pdjax.controller.processes import build_processes, clock_offset
 from pdjax.deployment import Deployment
+from pdjax.engine.runner import Runner
+from pdjax.engine.waiters import Waiters
+from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.engine.worker_process import WorkerProcess
 from pdjax.kv.transfer import Parcel
-from pdjax.kv.transfer.cross_process import Server, describe_pool
+from pdjax.kv.transfer.cross_process import Offer, Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
-from pdjax.serving.events import Started, WorkerBack, WorkerLost
+from pdjax.serving.events import Done, Failed, Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
 from pdjax.types import FaultSpec, SamplingParams, TransferSpec
@@ -40,7 +44,7 @@ def processes():
   """One prefill and one decode process of one device each."""
   built = Processes.of(dataclasses.replace(config('1P1D'), transfer=SPEC))
   yield built
-  built.built.engine.close()
+  built.built.backend.close()
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +55,7 @@ def unequal():
   spec = TransferSpec(granularity='layers', layer_groups=2, piece_bytes=4096, checksums=True)
   built = Processes.of(dataclasses.replace(run, workers=workers, transfer=spec))
   yield built
-  built.built.engine.close()
+  built.built.backend.close()
 
 
 # ---------------------------------------------------------------------------- serving
@@ -79,13 +83,13 @@ def test_several_processes_are_exact(split):
     assert {name for order, _ in served.transfers() for name in (order.source, order.target)} == set(several.peers)
     assert served.tokens() == plain(served)
   finally:
-    several.built.engine.close()
+    several.built.backend.close()
 
 
 def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   served = processes.serve(requests((9,)))
   peer, heard = processes.peers['decode0'], threading.Event()
-  incarnation = processes.built.engine.workers['decode0'].incarnation
+  incarnation = processes.built.backend.workers['decode0'].incarnation
   peer.on_news = lambda news: (heard.set() if isinstance(news, WorkerBack) else None, (news,))[1]
   peer.process.engine._runner.post_broken(incarnation, 'it failed late')
   assert heard.wait(20)
@@ -93,6 +97,27 @@ def test_what_became_of_a_worker_between_two_runs_counts_in_the_next(processes):
   again = processes.serve(requests((9,)))
   assert again.incarnations['decode0'] == incarnation + 1
   assert again.tokens() == served.tokens() == plain(again)
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_to_the_next(processes, monkeypatch):
+  """Closed after any event, with requests of the same ids: whatever is under way then comes late."""
+  collect, wait = Worker.collect, Parcel.wait
+  monkeypatch.setattr(Worker, 'collect', lambda *args: (time.sleep(0.02), collect(*args))[1])
+  monkeypatch.setattr(Parcel, 'wait', lambda parcel: (time.sleep(0.02), wait(parcel))[1])
+  deployment, under_way = Deployment(processes.config, OpenedModel(TINY), processes.built), 0
+  whole = len(tuple(deployment.serve(Listed(requests((20, 9, 5))))))
+  for kept in range(1, whole, 7):
+    events = deployment.serve(Listed(requests((20, 9, 5))))
+    for event in itertools.islice(events, kept):
+      under_way += isinstance(event, Started) - isinstance(event, Done)
+    events.close()
+    served = processes.serve(requests((5, 17, 9)))
+    assert served.tokens() == plain(served), f'closed after {kept} events'
+  engines, until_s = [peer.process.engine for peer in processes.peers.values()], time.monotonic() + 20.0
+  while any(engine._incoming.under_way or engine._outgoing for engine in engines):
+    assert time.monotonic() < until_s
+    time.sleep(0.01)
+  assert under_way > 10
 
 
 def test_a_transfer_has_its_times_in_order_though_two_processes_tell_them(processes):
@@ -167,17 +192,19 @@ def test_a_trace_cuts_requests_short_in_other_processes_too(processes):
 
 
 class Heard:
-  """A process that hears what it is told, and tells nothing."""
+  """A process that hears what it is told, and tells only what a test has it tell."""
 
   def __init__(self):
     self.told = []
+    self.news = ()
 
   def tell(self, message):
     self.told.append(message)
 
   def listen(self):
     time.sleep(0.01)
-    return ()
+    news, self.news = self.news, ()
+    return news
 
   def close(self):
     pass
@@ -198,6 +225,24 @@ def test_no_two_transfers_have_one_number_though_each_run_counts_its_orders_anew
     assert settle == Settle(submit.first_number + 3, pulled=False) == peers['decode0'].told[-1]
     numbers += [submit.first_number + order.id for order in submit.orders]
   assert len(set(numbers)) == 6
+  engine.close()
+
+
+def test_what_is_under_way_as_a_run_begins_is_let_go_of_and_a_step_of_an_earlier_run_is_not_heard_of():
+  peers = {'prefill0': Heard(), 'decode0': Heard()}
+  engine = ProcessEngine(peers, dict.fromkeys(peers, 1), dict.fromkeys(peers, 0.0))
+  number = None
+  for _ in range(2):
+    engine.start_clock()
+    if number is not None:
+      told = [message for message in peers['decode0'].told if isinstance(message, Settle)]
+      assert told == [Settle(number + 1, pulled=False)]
+    transfer = TransferOrder(1, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4))
+    engine.submit([StepOrder(0, 'prefill0'), transfer])
+    late, number = number, peers['prefill0'].told[-1].first_number
+  peers['prefill0'].news = (Done(late, 0.0, 1.0), Failed(late, 1.0, 'late'), Done(number, 0.0, 1.0))
+  _, (done,) = engine.wait(20.0)
+  assert isinstance(done, Done) and done.order == 0
   engine.close()
 
 
@@ -314,6 +359,41 @@ def test_pulls_that_were_given_up_take_no_more_memory_than_staging_has_though_no
   link.set()
   assert refused(4) == []
   engine.close()
+
+
+def fail_once(monkeypatch, kind: type, name: str, when) -> list:
+  """Let a method raise when that is first so; what it was called with then."""
+  function, failed = getattr(kind, name), []
+
+  def fails(*args):
+    if not failed and when(*args):
+      failed.append(args)
+      raise RuntimeError("can't start new thread")
+    return function(*args)
+
+  monkeypatch.setattr(kind, name, fails)
+  return failed
+
+
+@pytest.mark.parametrize('where', ['without_arrays', 'manifest', 'wait for the offer', 'wait for the pieces', 'run'])
+def test_whatever_goes_wrong_as_an_order_is_dispatched_fails_that_alone(processes, monkeypatch, where):
+  match where:
+    case 'without_arrays':
+      failed = fail_once(monkeypatch, Offer, where, lambda offer: True)
+    case 'manifest':
+      found = Offer.manifest
+      monkeypatch.setattr(Offer, '_found', lambda offer: found.fget(offer), raising=False)
+      failed = fail_once(monkeypatch, Offer, '_found', lambda offer: True)
+      monkeypatch.setattr(Offer, where, property(lambda offer: offer._found()))
+    case 'run':
+      failed = fail_once(monkeypatch, Runner, where, lambda runner, order, after: bool(order.decodes))
+    case _:
+      at_source = where == 'wait for the offer'
+      failed = fail_once(monkeypatch, Waiters, 'add', lambda waiters, key, job: isinstance(key, int) == at_source)
+  served = processes.changed(faults=FaultSpec(backoff_s=0.0)).serve(requests((9, 5)))
+  assert failed and served.tokens() == plain(served)
+  assert len([event for event in served.events if isinstance(event, Failed)]) == 1
+  assert not any(isinstance(event, WorkerLost) for event in served.events)
 
 
 def test_pieces_that_arrive_damaged_are_not_written_and_fail_their_request_alone(unequal, monkeypatch):

@@ -299,7 +299,7 @@ def cluster():
     processes.close()
     raise
   yield Processes(run, processes.peers, built, deadline_s=240.0)
-  built.engine.close()
+  built.backend.close()
 
 
 def killing(monkeypatch, cluster: Processes, worker: str, kind: type, count: int = 1, sign: int = signal.SIGKILL):

@@ -120,7 +120,7 @@ def peers():
 def built(peers):
   made = build_processes(config('1P1D'), TINY, peers)
   yield made
-  made.engine.close()
+  made.backend.close()
 
 
 def events_of(engine: ProcessEngine, count: int) -> list:
@@ -137,7 +137,7 @@ def events_of(engine: ProcessEngine, count: int) -> list:
 
 
 def test_the_loop_hears_that_a_worker_is_being_brought_back_and_of_what_its_return_was_made(built, peers):
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was killed')
   lost, back = events_of(engine, 2)
@@ -152,7 +152,7 @@ def test_the_loop_hears_that_a_worker_is_being_brought_back_and_of_what_its_retu
 def test_a_worker_that_hangs_while_it_comes_back_is_tried_again_and_the_failed_tries_are_told(built, peers):
   silent = PeerLost("the process of worker 'decode0' has not answered for 60 s")
   peers['decode0'].raises = {'load': [silent], 'receive_from': [silent], 'clock': [silent]}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was stopped')
   lost, back = events_of(engine, 2)
@@ -177,7 +177,7 @@ def test_a_worker_that_does_not_come_back_in_three_tries_is_waited_for_no_longer
   """Such as one whose disk is full for some time."""
   silent = [PeerLost(f'silence {i}') for i in range(1, 4)]
   peers['decode0'].raises = {'machine': [*silent, OSError('No space left on device'), *silent]}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was stopped')
   lost, late, back = events_of(engine, 3)
@@ -188,7 +188,7 @@ def test_a_worker_that_does_not_come_back_in_three_tries_is_waited_for_no_longer
 
 
 def test_pauses_between_tries_grow(built, peers, monkeypatch):
-  engine, pauses = built.engine, []
+  engine, pauses = built.backend, []
 
   class Noting(threading.Event):
     def wait(self, timeout=None):
@@ -207,7 +207,7 @@ def test_pauses_between_tries_grow(built, peers, monkeypatch):
 
 def test_a_worker_that_nobody_waits_for_is_told_of_in_the_next_run_too(built, peers, lasting):
   peers['decode0'].raises = {'machine': [PeerLost('silence')] * 3}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was stopped')
   _, late = events_of(engine, 2)
@@ -218,7 +218,7 @@ def test_a_worker_that_nobody_waits_for_is_told_of_in_the_next_run_too(built, pe
 
 def test_one_that_does_not_fit_is_given_up_at_once_and_its_thread_ends(built, peers):
   peers['decode0'].weights = 'other'
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was killed')
   lost, gone = events_of(engine, 2)
@@ -233,7 +233,7 @@ def test_one_that_does_not_fit_is_given_up_at_once_and_its_thread_ends(built, pe
 
 def test_closing_ends_a_worker_that_is_tried_again_and_again(peers, lasting):
   built = build_processes(config('1P1D'), TINY, peers)
-  engine = built.engine
+  engine = built.backend
   peers['decode0'].raises = {'restart': [PeerLost('nothing here')] * 1000}
   engine.start_clock()
   peers['decode0'].lost.append('it was killed')
@@ -245,7 +245,7 @@ def test_closing_ends_a_worker_that_is_tried_again_and_again(peers, lasting):
 
 def test_a_run_that_begins_while_a_worker_is_being_brought_back_hears_both(built, peers):
   peers['decode0'].waits = {'load': threading.Event()}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was killed')
   assert events_of(engine, 1)[0].returning
@@ -259,7 +259,7 @@ def test_a_run_that_begins_while_a_worker_is_being_brought_back_hears_both(built
 
 def test_a_worker_that_was_not_brought_back_between_two_runs_is_not_waited_for(built, peers, lasting):
   peers['decode0'].raises = {'machine': [PeerLost('silence')] * 3}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was stopped')
   until_s = time.perf_counter() + LONG_S
@@ -278,6 +278,17 @@ def test_without_anybody_who_brings_it_back_a_worker_is_lost_for_good_from_the_f
   lost, gone = events_of(engine, 2)
   assert not lost.returning and not gone.returning
   engine.close()
+
+
+def test_a_run_ends_when_it_is_told_that_all_processes_are_lost(peers):
+  told: list = []
+  built = build_processes(config('1P1D'), TINY, peers, when_lost=told.append)
+  (fail,) = told
+  built.backend.start_clock()
+  fail(DeviceError('the control service is lost'))
+  with pytest.raises(DeviceError, match='the control service is lost'):
+    built.backend.wait(LONG_S)
+  built.backend.close()
 
 
 # ---------------------------------------------------------------------------- tries
@@ -333,7 +344,7 @@ def test_all_that_come_back_are_compared_with_what_the_run_began_with(peers):
 
 def test_what_may_be_over_soon_is_tried_again_after_a_while(built, peers, hasty):
   peers['decode0'].raises = {'load': [RuntimeError('RESOURCE_EXHAUSTED'), DeviceError('in use')]}
-  engine = built.engine
+  engine = built.backend
   engine.start_clock()
   peers['decode0'].lost.append('it was killed')
   _, back = events_of(engine, 2)
@@ -417,7 +428,7 @@ def test_a_folder_that_the_config_names_is_taken_as_it_is(given):
   built = build_processes(dataclasses.replace(config('1P1D'), compilation_cache=given), TINY, peers)
   assert {one.assigned[-1].compilation_cache for one in peers.values()} == {given}
   assert not any('share_programs' in one.asked for one in peers.values())
-  built.engine.close()
+  built.backend.close()
 
 
 def test_where_the_named_folder_takes_no_programs_a_temporary_one_does_and_it_is_said_once_a_host(monkeypatch):
@@ -431,7 +442,7 @@ def test_where_the_named_folder_takes_no_programs_a_temporary_one_does_and_it_is
   assert line == (
     "compilation_cache '/kept' takes no programs on here (Read-only file system); they are kept for this run only"
   )
-  built.engine.close()
+  built.backend.close()
 
 
 def test_where_no_folder_can_be_made_the_run_is_served_without_and_it_is_said_once(peers):
@@ -441,7 +452,7 @@ def test_where_no_folder_can_be_made_the_run_is_served_without_and_it_is_said_on
   built = build_processes(config('1P1D'), TINY, peers, say=said.append)
   assert [one.assigned[-1].compilation_cache for one in peers.values()] == [None, None]
   assert len([line for line in said if 'No space left on device' in line and 'programs' in line]) == 1
-  built.engine.close()
+  built.backend.close()
 
 
 def test_a_process_that_hangs_over_the_folder_keeps_no_other_of_its_host_waiting(peers):
@@ -477,7 +488,7 @@ def test_the_controller_keeps_the_folder_of_its_host_until_the_end(monkeypatch, 
   remove_when_unused(made[0].path, 0.0)
   assert os.path.isdir(made[0].path)
   monkeypatch.setattr(program_folders_module, '_REMOVE_S', LONG_S)
-  built.engine.close()
+  built.backend.close()
   assert list(tmp_path.iterdir()) == []
 
 

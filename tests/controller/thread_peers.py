@@ -111,7 +111,7 @@ class Processes:
   def serve(self, requests, prepare: Callable[[], None] = lambda: None, arrivals=None) -> Served:
     """Serve requests; every page and slot is free in the end."""
     requests = tuple(requests)
-    built, engine = self.built, self.built.engine
+    built, engine = self.built, self.built.backend
     state = ClusterState(
       self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults
     )

@@ -65,10 +65,10 @@ class Cluster:
     self.config = config
     self.model: ModelSpec = config.model
     built = build_engine(config, self.model, Cached(self.model), tokenizer=byte_tokenizer())
-    built.engine.close()
+    built.backend.close()
     self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
-    self.workers = built.engine.workers
-    self.transports = built.engine._transports
+    self.workers = built.backend.workers
+    self.transports = built.backend._transports
 
   def only(self, *names: str) -> 'Cluster':
     """Some of the workers as a cluster of their own."""

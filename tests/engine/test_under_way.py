@@ -101,6 +101,16 @@ def test_a_write_that_fails_has_taken_the_pages(target):
   assert broken.error == 'RuntimeError: no room'
 
 
+def test_a_transfer_that_no_thread_can_wait_for_is_not_under_way(target, monkeypatch):
+  def refuse(key, job):
+    raise RuntimeError("can't start new thread")
+
+  monkeypatch.setattr(target.waiters, 'add', refuse)
+  with pytest.raises(RuntimeError, match='new thread'):
+    target.incoming.add(target.transfer(3))
+  assert target.incoming.under_way == ()
+
+
 @pytest.mark.parametrize(('error', 'corrupt'), [(CorruptError('damaged'), True), (RuntimeError('torn'), False)])
 def test_what_does_not_arrive_is_told_with_its_reason(target, error, corrupt):
   def fail():

@@ -25,6 +25,14 @@ def test_jobs_run_in_order_on_a_thread_of_their_own():
   assert {name for _, name in ran} == {'pdjax-test'}
 
 
+def test_draining_waits_for_what_was_added_before():
+  waiter, ran = Waiter('test', crashed=print), []
+  waiter.add(lambda: (time.sleep(0.05), ran.append(0)))
+  waiter.drain()
+  assert ran == [0]
+  waiter.close()
+
+
 @pytest.mark.parametrize('jobs', [0, 3])
 def test_a_closed_waiter_has_no_thread(jobs):
   waiter = Waiter('closing', crashed=print)
@@ -74,6 +82,22 @@ def test_closing_waits_for_what_is_under_way():
   waiters.add(0, lambda: (time.sleep(0.05), ended.append(0)))
   waiters.close()
   assert ended == [0]
+
+
+def test_a_job_for_which_there_is_no_thread_is_none(monkeypatch):
+  waiters = Waiters('test', lambda error: None)
+
+  def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+  with monkeypatch.context() as patched, pytest.raises(RuntimeError, match='new thread'):
+    patched.setattr(threading.Thread, 'start', refuse)
+    waiters.add(0, print)
+  assert not waiters._left
+  done = threading.Event()
+  waiters.add(1, done.set)
+  assert done.wait(10)
+  waiters.close()
 
 
 def test_a_job_that_raises_is_told_of():

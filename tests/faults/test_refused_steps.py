@@ -210,4 +210,4 @@ def test_a_step_refused_in_another_process_is_begun_again_too(monkeypatch):
       ended = [event for event in served.events if isinstance(event, Finished)]
       assert len(ended) == len(served.requests)
   finally:
-    processes.built.engine.close()
+    processes.built.backend.close()

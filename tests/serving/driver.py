@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from pdjax.serving import ClusterState, ClusterView, Phase
+from pdjax.serving import ALL, Chunk, ClusterState, ClusterView, Phase, Step, Transfer
 from pdjax.serving.actions import Action
-from pdjax.serving.events import Arrived, Done, Event, Finished, Result
-from pdjax.serving.orders import EndOrder, Order
+from pdjax.serving.events import Arrived, Done, Event, Failed, Finished, Result, TimerDue
+from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types import (
   FaultSpec,
   ModelSpec,
@@ -13,6 +13,7 @@ from pdjax.types import (
   SamplingParams,
   TransferSpec,
   WorkerSpec,
+  colocated_pool,
   decode_pool,
   prefill_pool,
 )
@@ -24,6 +25,8 @@ TINY = ModelSpec(
 )  # fmt: skip
 SIZES = {'max_sequences': 4, 'max_step_tokens': 32, 'max_chunks': 4, 'num_pages': 16}
 ONE_OF_EACH = prefill_pool(1, **SIZES) + decode_pool(1, **SIZES)
+TWO_AND_TWO = prefill_pool(2, **SIZES) + decode_pool(2, **SIZES)
+TWICE = FaultSpec(max_attempts=2, backoff_s=4.0)
 
 
 class Driver:
@@ -113,3 +116,102 @@ def snapshot(state: ClusterState) -> dict:
   books = state.books
   queues = (tuple(books.waiting), tuple(books.prefilled), tuple(books.in_flight), books._next_order)
   return {'workers': workers, 'requests': requests, 'queues': queues}
+
+
+def end_well(cluster: Driver, order: Order) -> None:
+  """An order ends well; a step brings a token to each request with its last chunk or a decode in it."""
+  brings = {}
+  if isinstance(order, StepOrder):
+    brings = {chunk.request.id: 1 for chunk in order.chunks if chunk.is_last}
+    brings |= {decode.request: 1 for decode in order.decodes}
+  cluster.end(order, brings)
+
+
+# ---------------------------------------------------------------------------- one request in each phase
+
+
+def _waiting() -> tuple[Driver, list[Order]]:
+  cluster = Driver()
+  cluster.arrive('a', prompt_len=10)
+  return cluster, []
+
+
+def _prefilling() -> tuple[Driver, list[Order]]:
+  cluster, _ = _waiting()
+  first = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
+  return cluster, [*first, *cluster.start(Step('prefill0', (Chunk('a', 4, 4, 'decode0'),)))]
+
+
+def _last_chunk() -> tuple[Driver, list[Order]]:
+  cluster, _ = _waiting()
+  return cluster, [*cluster.start(Step('prefill0', (Chunk('a', 0, 10, 'decode0'),)))]
+
+
+def _prefilled() -> tuple[Driver, list[Order]]:
+  cluster, _ = _waiting()
+  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, 10),)))[0], {'a': 1})
+  return cluster, []
+
+
+def _moving() -> tuple[Driver, list[Order]]:
+  cluster, _ = _prefilled()
+  return cluster, [*cluster.start(Transfer('a', 'decode0'))]
+
+
+def _decoding() -> tuple[Driver, list[Order]]:
+  cluster, (transfer,) = _moving()
+  cluster.end(transfer)
+  return cluster, [cluster.start(Step('decode0', decodes=ALL))[0] for _ in range(2)]
+
+
+def _colocated() -> tuple[Driver, list[Order]]:
+  cluster = Driver(colocated_pool(1, **SIZES))
+  cluster.arrive('a', prompt_len=10)
+  chunk = cluster.start(Step('both0', (Chunk('a', 0, 10),)))
+  return cluster, [*chunk, *cluster.start(Step('both0', decodes=ALL))]
+
+
+SETUPS = {
+  Phase.WAITING: _waiting,
+  Phase.PREFILLING: _prefilling,
+  'last chunk': _last_chunk,
+  Phase.PREFILLED: _prefilled,
+  Phase.MOVING: _moving,
+  Phase.DECODING: _decoding,
+  'colocated': _colocated,
+}
+
+
+# ---------------------------------------------------------------------------- failures
+
+
+def moving(faults: FaultSpec = TWICE, prompt_len: int = 10, **options) -> tuple[Driver, TransferOrder]:
+  """A prompt with its first token delivered, on its way."""
+  cluster = Driver(faults=faults, transfer=TransferSpec(deadline_s=10.0), **options)
+  cluster.arrive('a', prompt_len=prompt_len)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, prompt_len),)))[0], {'a': 1})
+  (transfer,) = cluster.start(Transfer('a', 'decode0'))
+  return cluster, transfer
+
+
+def decoding(count: int = 3, **options) -> Driver:
+  """A request with so many tokens, in a slot of `decode0`."""
+  cluster, transfer = moving(**{'workers': TWO_AND_TWO} | options)
+  cluster.end(transfer)
+  for _ in range(count - 1):
+    cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], {'a': 1})
+  return cluster
+
+
+def due(cluster: Driver, now_s: float) -> list[TimerDue]:
+  """Let it be that late; what was due."""
+  cluster.now_s = now_s
+  timers = cluster.state.timers_due(now_s)
+  for event in timers:
+    cluster.apply(event)
+  return timers
+
+
+def fail(cluster: Driver, order: Order, **fields) -> None:
+  """An order fails."""
+  cluster.apply(Failed(order.id, cluster.now_s, 'boom', **fields))

@@ -1,4 +1,4 @@
-"""Samples of one prompt: computed once, moved once, sharing its full pages, and each ending when it likes."""
+"""Samples of one prompt, which cut across the files of `serving`: computed once, moved once, each with its own end."""
 
 import dataclasses
 import random
@@ -13,7 +13,7 @@ from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.simulator import started
 from pdjax.types import Request, SamplingParams, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed
-from tests.serving.driver import SIZES, TINY, Driver
+from tests.serving.driver import SIZES, TINY, Driver, end_well
 from tests.test_simulator import Case, HandCost, Unlucky
 
 THREE = ('a', 'a#1', 'a#2')
@@ -221,14 +221,6 @@ def at_every_point() -> list[tuple[str, object]]:
 
 
 POINTS = pytest.mark.parametrize('point', [p for _, p in at_every_point()], ids=[n for n, _ in at_every_point()])
-
-
-def end_well(cluster: Driver, order) -> None:
-  brings = {}
-  if isinstance(order, StepOrder):
-    brings = {chunk.request.id: 1 for chunk in order.chunks if chunk.is_last}
-    brings |= {decode.request: 1 for decode in order.decodes}
-  cluster.end(order, brings)
 
 
 @POINTS

@@ -1,4 +1,4 @@
-"""The particulars of the way between processes; the pages it moves are tested beside `DevicePut`."""
+"""The particulars of the way between processes; the pages it moves are tested in `test_ends.py`."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from pdjax.sharding import make_mesh
 from pdjax.types import TransferSpec
 from pdjax.types.cluster import DeviceError
 from pdjax.types.span import Span
-from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
+from tests.kv.transfer.pools import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
 OURS, THEIRS = (7, 2, 10, 0, 5, 3), (16, 1, 4, 8, 0, 11)

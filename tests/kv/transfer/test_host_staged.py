@@ -1,4 +1,4 @@
-"""The particulars of the way over the host's memory; the pages it moves are tested beside `DevicePut`."""
+"""The particulars of the way over the host's memory; the pages it moves are tested in `test_ends.py`."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from pdjax.kv.transfer import HostStaged
 from pdjax.kv.transfer.host_staged import unaligned
 from pdjax.types.span import Span
-from tests.kv.transfer.test_device_put import PAGE_SIZE, Pool, four_units_at_most
+from tests.kv.transfer.pools import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY_12_12
 
 

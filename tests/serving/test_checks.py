@@ -1,8 +1,10 @@
-"""A policy that asks for what cannot be done is told what and why, and nothing has changed."""
+"""Policies that ask for what cannot be done, and requests that can never run, are told what and why."""
+
+import dataclasses
 
 import pytest
 
-from pdjax.serving import ALL, Cancel, Chunk, PolicyError, Reject, Step, StuckError, Transfer
+from pdjax.serving import ALL, Cancel, Chunk, PolicyError, Reject, Step, Transfer
 from pdjax.serving.actions import Action
 from pdjax.types import Role, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver, snapshot
@@ -152,26 +154,85 @@ def test_a_sequence_with_every_token_asked_for_takes_no_other_step():
   _refused(cluster, Step('both0', decodes=ALL), 'nothing to do')
 
 
-# ---------------------------------------------------------------------------- waits that can never end
+# ---------------------------------------------------------------------------- what can never run
 
 
-def test_a_wait_that_can_never_end_names_the_requests_and_the_pages():
-  cluster = Driver(ONE_OF_EACH)
-  cluster.arrive('a', prompt_len=6)
-  cluster.arrive('b', prompt_len=12, max_tokens=9)
-  cluster.end(cluster.start(_chunk('prefill0', 'b', 0, 12))[0], {'b': 1})
-  with pytest.raises(StuckError) as error:
-    cluster.state.check_progress()
-  for words in ('2 requests wait', 'a (waiting, 3 pages)', 'b (prefilled, 5 pages)', 'prefill0 13/16', 'decode0 16/16'):
-    assert words in str(error.value)
+@pytest.mark.parametrize(
+  'fields, words',
+  [
+    ({'prompt_len': 65}, 'the prompt has 65 tokens, but the context of tiny is 64; shorten the prompt'),
+    ({'prompt': (5, 96, 7)}, 'token id 96 in the prompt, but the ids of tiny are 0 to 95; use its tokenizer'),
+    ({'prompt': (5, -1)}, 'token id -1 in the prompt'),
+    ({'prompt': (5, 1.5)}, 'token id 1.5 in the prompt'),
+    ({'prompt': ('a',)}, "token id 'a' in the prompt"),
+    ({'prompt': (5, None)}, 'token id None in the prompt'),
+    ({'prompt': (float('nan'),)}, 'token id nan in the prompt'),
+    ({'stop_token_ids': tuple(range(2, 10))}, "9 stop tokens asked for, the model's own included, but at most 8"),
+    ({'stop_token_ids': tuple(range(2, 11)), 'ignore_eos': True}, '9 stop tokens asked for'),
+    (
+      {'prompt_len': 33, 'max_tokens': 1},
+      "33 prompt tokens and up to 1 generated ones need 9 pages of 4 tokens, but the largest worker that prefills, "
+      "'prefill0', has 8 in all; raise num_pages, shorten the prompt or lower max_tokens",
+    ),
+    (
+      {'prompt_len': 20, 'max_tokens': 30},
+      "20 prompt tokens and up to 30 generated ones need 13 pages of 4 tokens, but the largest worker that decodes, "
+      "'decode0', has 12 in all",
+    ),
+  ],
+)  # fmt: skip
+def test_what_can_never_run_is_rejected_and_the_others_are_served(fields, words):
+  small, large = SIZES | {'num_pages': 8}, SIZES | {'num_pages': 12}
+  cluster = Driver(prefill_pool(1, **small) + decode_pool(1, **large))
+  cluster.arrive('bad', **fields)
+  cluster.arrive('good')
+  assert list(cluster.view.waiting) == ['good']
+  end = cluster.reject_unfit()
+  assert (end.request, end.finish_reason, end.tokens) == ('bad', 'rejected', ()) and words in end.error
+  step, transfer = cluster.start(Step('prefill0', (Chunk('good', 0, 6, 'decode0'),)))
+  cluster.end(step, {'good': 1}, {'good': 'stop'})
+  cluster.end(transfer)
+  cluster.assert_idle()
 
 
-def test_who_waits_for_an_order_is_not_stuck():
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'prompt_len': 64, 'max_tokens': 1},
+    {'prompt_len': 64, 'max_tokens': 9},  # cut to one
+    {'prompt': (0, 95)},
+    {'stop_token_ids': tuple(range(2, 9))},
+    {'stop_token_ids': (1, *range(2, 9))},  # the model's own counts once
+    {'stop_token_ids': tuple(range(2, 10)), 'ignore_eos': True},
+  ],
+)
+def test_what_just_fits_is_served(fields):
   cluster = Driver()
-  cluster.state.check_progress()  # nobody is there
-  cluster.arrive('a')
-  (step,) = cluster.start(_chunk('prefill0', 'a', 0, 6))
-  cluster.state.check_progress()
-  cluster.end(step, {'a': 1})
-  with pytest.raises(StuckError):
-    cluster.state.check_progress()
+  cluster.arrive('a', **fields)
+  assert list(cluster.view.waiting) == ['a'] and cluster.must() == ()
+
+
+def test_the_largest_worker_of_a_phase_decides_what_fits():
+  small = prefill_pool(1, **SIZES | {'num_pages': 2})
+  large = dataclasses.replace(ONE_OF_EACH[0], name='large')
+  cluster = Driver((*small, large, ONE_OF_EACH[1]))
+  cluster.arrive('a', prompt_len=20)
+  assert list(cluster.view.waiting) == ['a']
+
+
+def test_a_request_for_one_token_needs_no_room_to_decode():
+  cluster = Driver(prefill_pool(1, **SIZES) + decode_pool(1, **SIZES | {'num_pages': 2}))
+  cluster.arrive('a', prompt_len=20, max_tokens=1)
+  assert list(cluster.view.waiting) == ['a']
+
+
+def test_random_prompts_are_not_read_to_be_checked():
+  class Unread(tuple):
+    vocab_size = 96
+
+    def __iter__(self):
+      raise AssertionError('the prompt was read')
+
+  cluster = Driver()
+  cluster.arrive('a', prompt=Unread((1, 2, 3)))
+  assert list(cluster.view.waiting) == ['a']

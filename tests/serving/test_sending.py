@@ -1,16 +1,84 @@
-"""The parts in which a prompt travels: whole, by chunk or by layers, and no more at once than staging holds."""
+"""Prompts sent on: whole, by chunk or by layers, each token once, and no more at once than staging holds."""
+
+import math
+import random
 
 import pytest
 
-from pdjax.serving import Cancel, Chunk, ClusterState, Phase, Step, Transfer
+from pdjax.serving import Cancel, Chunk, Phase, Step, Transfer
 from pdjax.serving.events import Failed, WorkerLost
 from pdjax.serving.orders import StepOrder, TransferOrder
 from pdjax.types import TransferSpec, colocated_pool, decode_pool, prefill_pool
-from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver
+from pdjax.types.span import Span
+from tests.serving.driver import SIZES, TINY, Driver
 
 TOKEN_BYTES = TINY.cached_token_bytes('float32')
 PAGE_BYTES = 4 * TOKEN_BYTES
 GROUPS = ((0, 1), (1, 2))  # of two layers
+
+
+def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
+  cluster = Driver()
+  cluster.arrive('a', prompt_len=6)
+  (step,) = cluster.start(Step('prefill0', (Chunk('a', 0, 6),)))
+  cluster.end(step, {'a': 1})
+  assert cluster.phase('a') is Phase.PREFILLED and list(cluster.view.prefilled) == ['a']
+  assert cluster.free_pages('prefill0') == 14 and cluster.free_pages('decode0') == 16
+
+  (transfer,) = cluster.start(Transfer('a', 'decode0'))
+  assert transfer == TransferOrder(
+    1, 'a', 'prefill0', 'decode0', Span((0, 1), (0, 1), 0, 8), after=None, staging_bytes=2 * PAGE_BYTES
+  )
+  assert cluster.phase('a') is Phase.MOVING and not cluster.view.prefilled
+  cluster.end(transfer)
+  assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
+
+
+def test_the_chunks_of_a_prompt_send_the_pages_they_complete():
+  cluster = Driver()
+  cluster.arrive('a', prompt_len=10)
+  orders = []
+  for start, length in ((0, 3), (3, 3), (6, 4)):
+    orders.append(cluster.start(Step('prefill0', (Chunk('a', start, length, 'decode0'),))))
+    cluster.end(orders[-1][0], {'a': 1} if start == 6 else {})
+  assert [len(order) for order in orders] == [1, 2, 2]  # 3 tokens complete no page of 4
+  assert [order[1].span.source_pages for order in orders[1:]] == [(0,), (1, 2)]
+  assert [order[1].after for order in orders[1:]] == [orders[1][0].id, orders[2][0].id]
+  cluster.end(orders[2][1])
+  assert cluster.phase('a') is Phase.MOVING  # one transfer is still under way
+  cluster.end(orders[1][1])
+  assert cluster.phase('a') is Phase.DECODING
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_however_a_prompt_is_cut_each_token_is_sent_once_and_in_order(seed):
+  rng = random.Random(seed)
+  ours = rng.choice([1, 3, 4, 16, 64])
+  theirs, prompt_len = ours if seed % 2 else rng.choice([1, 2, 6, 8, 64]), rng.randint(1, 60)
+  unit = math.gcd(ours, theirs)
+  sizes = SIZES | {'num_pages': 70, 'max_step_tokens': 60}
+  cluster = Driver(prefill_pool(1, page_size=ours, **sizes) + decode_pool(1, **sizes), page_size=theirs)
+  cluster.arrive('a', prompt_len, max_tokens=5)
+  sent, start = 0, 0
+  while start < prompt_len:
+    length = rng.randint(1, prompt_len - start)
+    step, *transfers = cluster.start(Step('prefill0', (Chunk('a', start, length, 'decode0'),)))
+    start += length
+    for transfer in transfers:
+      end = transfer.span.start + transfer.span.tokens
+      assert (transfer.span.start, transfer.span.tokens % unit) == (sent, 0) and end <= -(-start // unit) * unit
+      assert transfer.span.source_pages == tuple(range(sent // ours, -(-end // ours)))
+      assert transfer.span.target_pages == tuple(range(sent // theirs, -(-end // theirs)))
+      sent = end
+    assert start - sent < unit  # nothing waits that could travel
+    cluster.end(step, {'a': 1} if start == prompt_len else {})
+    for transfer in transfers:
+      cluster.end(transfer)
+  assert sent == -(-prompt_len // unit) * unit
+  assert cluster.phase('a') is Phase.DECODING
+
+
+# ---------------------------------------------------------------------------- the parts in which a prompt travels
 
 
 def _prefill(cluster: Driver, name: str, *lengths: int) -> list[tuple[TransferOrder, ...]]:
@@ -80,6 +148,9 @@ def test_a_worker_that_may_have_decodes_in_its_step_runs_it_whole():
   assert step.layer_groups == () and transfer.span.layers is None
 
 
+# ---------------------------------------------------------------------------- staging
+
+
 def test_no_more_travels_at_once_than_staging_holds_and_the_rest_follows_in_turn():
   cluster = Driver(transfer=TransferSpec(granularity='chunk', staging_bytes=3 * PAGE_BYTES))
   for name, length in (('a', 22), ('b', 4)):
@@ -120,10 +191,3 @@ def test_what_is_due_is_forgotten_with_its_request(end):
   cluster.end(transfer)
   assert cluster.must() == ()
   cluster.assert_idle()
-
-
-def test_staging_that_holds_no_unit_of_a_way_is_refused():
-  with pytest.raises(ValueError, match="unit of 4 tokens from 'prefill0' to 'decode0' has 1024 bytes"):
-    ClusterState(TINY, ONE_OF_EACH, 4, TransferSpec(staging_bytes=PAGE_BYTES - 1))
-  unlike = prefill_pool(1, page_size=8, **SIZES) + decode_pool(1, page_size=2, **SIZES)
-  ClusterState(TINY, unlike, 4, TransferSpec(staging_bytes=2 * TOKEN_BYTES))  # units of two tokens

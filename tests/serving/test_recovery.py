@@ -1,71 +1,37 @@
-"""The state, one event at a time, when transfers fail and workers are lost."""
+"""Deadlines, failed orders and lost places: what ends with them, and what begins again."""
 
 import itertools
 import math
 
 import pytest
 
-from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Step, StuckError, Transfer
-from pdjax.serving.actions import Abandon, Resend
-from pdjax.serving.events import Done, Failed, TimerDue, Withdrawn, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, TransferOrder
-from pdjax.serving.timers import Timers
-from pdjax.serving.transfers import Attempt, Transfers
-from pdjax.types import FaultSpec, TransferSpec, colocated_pool, decode_pool, prefill_pool
-from tests.serving.driver import SIZES, Driver
+from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Step, Transfer
+from pdjax.serving.events import Done, Failed, Withdrawn, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
+from pdjax.types import FaultSpec, colocated_pool, decode_pool, prefill_pool
+from tests.serving.driver import SETUPS, SIZES, TWICE, TWO_AND_TWO, Driver, decoding, due, end_well, fail, moving
 
-TWICE = FaultSpec(max_attempts=2, backoff_s=4.0)
-TWO_AND_TWO = prefill_pool(2, **SIZES) + decode_pool(2, **SIZES)
+# ---------------------------------------------------------------------------- deadlines and transfers that failed
 
 
-def moving(faults: FaultSpec = TWICE, prompt_len: int = 10, **options) -> tuple[Driver, TransferOrder]:
-  """A prompt with its first token delivered, on its way."""
-  cluster = Driver(faults=faults, transfer=TransferSpec(deadline_s=10.0), **options)
-  cluster.arrive('a', prompt_len=prompt_len)
-  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, prompt_len),)))[0], {'a': 1})
-  (transfer,) = cluster.start(Transfer('a', 'decode0'))
-  return cluster, transfer
-
-
-def due(cluster: Driver, now_s: float) -> list[TimerDue]:
-  """Let it be that late; what was due."""
-  cluster.now_s = now_s
-  timers = cluster.state.timers_due(now_s)
-  for event in timers:
-    cluster.apply(event)
-  return timers
-
-
-def fail(cluster: Driver, order, **fields) -> None:
-  cluster.apply(Failed(order.id, cluster.now_s, 'boom', **fields))
-
-
-# ---------------------------------------------------------------------------- transfers
-
-
-def test_a_failed_transfer_is_tried_again_after_a_while_with_the_same_pages():
-  cluster, first = moving()
-  fail(cluster, first)
-  assert cluster.must() == () and cluster.phase('a') is Phase.MOVING
-  assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (13, 12)
-  assert cluster.state.next_timer_s == cluster.now_s + 4.0
-  due(cluster, cluster.now_s + 4.0)
-  (second,) = cluster.must()
-  assert second.id != first.id
-  assert second.span == first.span
-  cluster.end(second)
-  assert cluster.phase('a') is Phase.DECODING and cluster.free_pages('prefill0') == 16
-  cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], {'a': 1}, {'a': 'stop'})
+def test_a_transfer_past_its_deadline_keeps_its_pages_until_the_backend_has_let_go():
+  cluster, order = moving(FaultSpec(transfer='fail'))
+  assert cluster.state.next_timer_s == cluster.now_s + 10.0
+  (timer,) = due(cluster, cluster.now_s + 10.0)
+  assert (timer.timer, timer.about) == ('deadline', order.id)
+  (abandon,) = cluster.must()
+  assert abandon == AbandonOrder(abandon.id, order.id, 'prefill0', 'decode0')
+  assert cluster.free_pages('prefill0') == 13 and not cluster.finished
+  cluster.end(abandon)
+  assert [end.error for end in cluster.finished] == ['the transfer did not end within 10 s']
   cluster.assert_idle()
+  assert not cluster.state.apply(Done(order.id, 0.0, 99.0), 99.0)  # nobody listens any more
 
 
-def test_each_try_waits_twice_as_long_as_the_one_before():
-  cluster, order = moving(FaultSpec(max_attempts=4, backoff_s=1.0))
-  for wait_s in (1.0, 2.0, 4.0):
-    fail(cluster, order)
-    assert cluster.state.next_timer_s == cluster.now_s + wait_s
-    due(cluster, cluster.now_s + wait_s)
-    (order,) = cluster.must()
+def test_what_has_ended_in_the_turn_of_its_deadline_is_in_time():
+  cluster, order = moving()
+  cluster.end(order)
+  assert due(cluster, 1000.0) == []
 
 
 def test_a_transfer_tried_often_enough_is_computed_again_and_then_the_error_is_told():
@@ -104,171 +70,98 @@ def test_what_is_done_about_a_failed_transfer_and_about_a_damaged_one_is_said_ap
       cluster.assert_idle()
 
 
-def test_a_transfer_past_its_deadline_keeps_its_pages_until_the_backend_has_let_go():
-  cluster, order = moving(FaultSpec(transfer='fail'))
-  assert cluster.state.next_timer_s == cluster.now_s + 10.0
-  (timer,) = due(cluster, cluster.now_s + 10.0)
-  assert (timer.timer, timer.about) == ('deadline', order.id)
-  (abandon,) = cluster.must()
-  assert abandon == AbandonOrder(abandon.id, order.id, 'prefill0', 'decode0')
-  assert cluster.free_pages('prefill0') == 13 and not cluster.finished
-  cluster.end(abandon)
-  assert [end.error for end in cluster.finished] == ['the transfer did not end within 10 s']
+# ---------------------------------------------------------------------------- failures that end requests
+
+
+@pytest.mark.parametrize('phase', [Phase.PREFILLING, 'last chunk', Phase.MOVING, Phase.DECODING, 'colocated'])
+def test_a_failed_order_ends_its_requests_and_releases_everything(phase):
+  for failed in range(len(SETUPS[phase]()[1])):
+    cluster, orders = SETUPS[phase]()
+    for index, order in enumerate(orders):
+      if index == failed:
+        cluster.apply(Failed(order.id, 1.0, 'boom'))
+      else:
+        end_well(cluster, order)
+    (end,) = cluster.finished
+    assert (end.request, end.finish_reason, end.error) == ('a', 'error', 'boom')
+    cluster.assert_idle()
+
+
+def test_a_failed_step_ends_only_the_requests_in_it():
+  cluster = Driver(colocated_pool(1, **SIZES))
+  for name in 'abc':
+    cluster.arrive(name)
+  cluster.end(cluster.start(Step('both0', (Chunk('a', 0, 6),)))[0], {'a': 1})
+  (failing,) = cluster.start(Step('both0', (Chunk('b', 0, 3),), ALL))
+  (later,) = cluster.start(Step('both0', (Chunk('c', 0, 6),)))
+  cluster.apply(Failed(failing.id, 1.0, 'boom'))
+  assert {end.request: end.tokens for end in cluster.finished} == {'a': (7,), 'b': ()}
+  cluster.end(later, {'c': 1})
+  assert cluster.phase('c') is Phase.DECODING
+  cluster.end(cluster.start(Step('both0', decodes=ALL))[0], {'c': 1}, {'c': 'stop'})
   cluster.assert_idle()
-  assert not cluster.state.apply(Done(order.id, 0.0, 99.0), 99.0)  # nobody listens any more
 
 
-def test_a_completion_that_comes_before_the_backend_has_let_go_counts():
-  cluster, order = moving()
-  due(cluster, cluster.now_s + 10.0)
-  (abandon,) = cluster.must()
-  cluster.end(order)
-  assert cluster.phase('a') is Phase.DECODING
-  cluster.end(abandon)
-  assert cluster.phase('a') is Phase.DECODING and cluster.state.next_timer_s == math.inf
-
-
-def test_what_has_ended_in_the_turn_of_its_deadline_is_in_time():
-  cluster, order = moving()
-  cluster.end(order)
-  assert due(cluster, 1000.0) == []
-
-
-def test_the_time_of_a_transfer_begins_when_its_step_has_ended():
-  cluster = Driver(faults=TWICE, transfer=TransferSpec(deadline_s=10.0))
-  cluster.arrive('a', prompt_len=8)
-  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'),)))
-  assert cluster.state.next_timer_s == math.inf
-  cluster.now_s = 500.0
-  cluster.end(step, {'a': 1})
-  assert cluster.state.next_timer_s == cluster.now_s + 10.0
-  cluster.end(transfer)
-  assert cluster.state.next_timer_s == math.inf
-
-
-def test_a_completion_that_comes_twice_or_for_nobody_changes_nothing():
-  cluster, order = moving()
-  cluster.end(order)
-  for event in (Done(order.id, 0.0, 1.0), Failed(order.id, 1.0, 'boom'), Done(12345, 0.0, 1.0)):
-    assert not cluster.state.apply(event, cluster.now_s)
-  assert cluster.phase('a') is Phase.DECODING
-
-
-@pytest.mark.parametrize(
-  ('backoff_s', 'number', 'wait_s'),
-  [(1.0, 6, 32.0), (1.0, 7, 60.0), (1.0, 5000, 60.0), (0.0, 5000, 0.0), (100.0, 9, 100.0), (1e308, 9, 1e308)],
-)
-def test_a_transfer_is_never_waited_for_longer_than_a_minute_before_it_is_tried_again(backoff_s, number, wait_s):
-  timers = Timers()
-  transfers = Transfers(timers, math.inf, FaultSpec(max_attempts=10_000, backoff_s=backoff_s))
-  assert transfers.try_again(Attempt(moving()[1], 'a', number), 0.0) and timers.next_s == wait_s
-
-
-def failed_beside_another(staging_pages: int) -> tuple[Driver, TransferOrder]:
-  """The transfer of 'a' has failed, that of 'b' is under way, each of two pages."""
-  cluster = Driver(faults=TWICE, transfer=TransferSpec(staging_bytes=staging_pages * 4 * 256, deadline_s=1000.0))
-  for name in 'ab':
-    cluster.arrive(name, prompt_len=8)
-  step, first, second = cluster.start(Step('prefill0', (Chunk('a', 0, 8, 'decode0'), Chunk('b', 0, 8, 'decode0'))))
-  cluster.end(step, {'a': 1, 'b': 1})
-  fail(cluster, first)
-  return cluster, second
-
-
-def test_staging_without_room_lets_a_second_try_wait_for_its_turn():
-  cluster, second = failed_beside_another(staging_pages=4)
-  cluster.arrive('c', prompt_len=8)
-  step, third = cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))
-  due(cluster, cluster.now_s + 4.0)
-  assert cluster.must() == ()
-  cluster.end(second)
-  (again,) = cluster.must()
-  assert again.request == 'a'
-  for order in (step, third, again):
-    cluster.end(order, {'c': 1} if order is step else {})
-  assert {cluster.phase(name) for name in 'abc'} == {Phase.DECODING}
-
-
-@pytest.mark.parametrize('is_cancelled', [False, True])
-def test_what_is_new_does_not_take_the_room_that_a_second_try_waits_for(is_cancelled):
-  cluster, second = failed_beside_another(staging_pages=5)
-  for name, prompt_len in (('c', 8), ('d', 4)):
-    cluster.arrive(name, prompt_len=prompt_len)
-  cluster.start(Step('prefill0', (Chunk('c', 0, 8, 'decode0'),)))
-  due(cluster, cluster.now_s + 4.0)
-  assert cluster.must() == ()
-  assert cluster.state.books.holdings['prefill0'].staging_out.free_bytes == 4 * 256  # as much as 'd' would take
-  assert len(cluster.start(Step('prefill0', (Chunk('d', 0, 4, 'decode0'),)))) == 1
-  if is_cancelled:
-    cluster.apply(Withdrawn('a'))
+@pytest.mark.parametrize('phase', [phase for phase in SETUPS if phase != Phase.WAITING])
+@pytest.mark.parametrize('lost', ['prefill0', 'decode0'])
+def test_a_lost_worker_ends_every_request_that_had_pages_there(phase, lost):
+  cluster, orders = SETUPS[phase]()
+  lost = 'both0' if phase == 'colocated' else lost
+  held = lost in cluster.view.requests['a'].pages
+  cluster.apply(WorkerLost(lost, 1.0, 'gone'))
+  gone = [order for order in orders if _runs_on(order, lost)]
+  if held:
+    assert [(end.finish_reason, end.error) for end in cluster.finished] == [('error', 'gone')]
   else:
-    cluster.end(second)
-  orders = [*cluster.must(), *cluster.must()]
-  moved = [order.request for order in orders if isinstance(order, TransferOrder)]
-  assert moved == (['d'] if is_cancelled else ['a', 'd'])
-
-
-def test_cancelling_reaches_the_prefill_side_at_once():
-  cluster = Driver(faults=TWICE)
-  cluster.arrive('a', prompt_len=10)
-  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
-  cluster.apply(Withdrawn('a'))
-  assert not cluster.state.workers['prefill0'].prefilling
-  (end,) = cluster.must()
-  (abandon,) = cluster.must()
-  assert abandon.transfer == transfer.id
-  for order in (end, abandon, step):
-    cluster.end(order)
-  assert [one.finish_reason for one in cluster.finished] == ['cancelled']
+    assert cluster.finished == [] and 'a' in cluster.view.requests
+  for order in orders:
+    if order not in gone:
+      end_well(cluster, order)
+  for order in gone:  # what is heard of them later counts for nothing
+    end_well(cluster, order)
+  if not held:
+    cluster.end(cluster.start(Cancel('a'))[0])
   cluster.assert_idle()
 
 
-def test_a_cancelled_request_is_not_tried_again():
-  cluster, order = moving()
-  fail(cluster, order)
-  cluster.end(cluster.start(Cancel('a'))[0])
-  assert cluster.state.next_timer_s == math.inf
+def _runs_on(order: Order, worker: str) -> bool:
+  if isinstance(order, TransferOrder):
+    return worker in (order.source, order.target)
+  return isinstance(order, StepOrder) and order.worker == worker
+
+
+def test_a_lost_worker_leaves_the_others_alone_and_serves_again_once_it_is_back():
+  workers = prefill_pool(2, **SIZES) + decode_pool(1, **SIZES)
+  cluster = Driver(workers)
+  orders = []
+  for index, name in enumerate('ab'):
+    cluster.arrive(name)
+    orders.append(cluster.start(Step(f'prefill{index}', (Chunk(name, 0, 6),))))
+  cluster.arrive('c')
+  cluster.apply(WorkerLost('prefill0', 1.0, 'gone'))
+  assert [end.request for end in cluster.finished] == ['a']
+  assert cluster.phase('b') is Phase.PREFILLING and cluster.phase('c') is Phase.WAITING
+  assert cluster.free_pages('prefill0') == 16
+  with pytest.raises(PolicyError, match=r"'prefill0' is lost \(.+\); wait"):
+    cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
+  assert cluster.view.room().orders('prefill0') == 0 and not cluster.view.room().fits('c', 'prefill0', decodes=False)
+  cluster.apply(WorkerBack('prefill0', 1.5, incarnation=2))
+  (again,) = cluster.start(Step('prefill0', (Chunk('c', 0, 6),)))
+  assert again.incarnation == 2
+  cluster.end(again, {'c': 1}, {'c': 'stop'})
+  cluster.end(orders[1][0], {'b': 1}, {'b': 'stop'})
   cluster.assert_idle()
 
 
-def test_transfers_that_are_not_there_can_be_neither_given_up_nor_tried_again():
-  cluster, order = moving()
-  for action in (Abandon(99), Resend(order.id)):
-    with pytest.raises(PolicyError, match=f'transfer={action.transfer}'):
-      cluster.start(action)
-
-
-def test_a_transfer_that_is_being_given_up_cannot_be_given_up_again():
-  """A policy that asked for it whenever it is asked would be asked for ever."""
-  cluster, order = moving()
-  (abandon,) = cluster.start(Abandon(order.id))
-  with pytest.raises(PolicyError, match='is being given up already'):
-    cluster.start(Abandon(order.id))
-  cluster.end(abandon)
-  cluster.end(cluster.start(Cancel('a'))[0])
-  cluster.assert_idle()
-
-
-def test_a_run_with_something_due_later_is_not_stuck():
-  cluster, order = moving()
-  fail(cluster, order)
-  assert math.isfinite(cluster.state.next_timer_s)  # so that nobody asks whether it is
-  cluster.end(cluster.start(Cancel('a'))[0])
-  cluster.arrive('b')
-  with pytest.raises(StuckError):
-    cluster.state.check_progress()
-
-
-# ---------------------------------------------------------------------------- workers
-
-
-def decoding(count: int = 3, **options) -> Driver:
-  """A request with so many tokens, in a slot of `decode0`."""
-  cluster, transfer = moving(**{'workers': TWO_AND_TWO} | options)
+def test_a_lost_decode_worker_frees_the_pages_kept_for_the_transfer():
+  cluster, (transfer,) = SETUPS[Phase.MOVING]()
+  cluster.apply(WorkerLost('decode0', 1.0, 'gone'))
+  assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (16, 16)
   cluster.end(transfer)
-  for _ in range(count - 1):
-    cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], {'a': 1})
-  return cluster
+  cluster.assert_idle()
+
+
+# ---------------------------------------------------------------------------- lost workers, and what begins again
 
 
 def test_a_request_whose_decode_worker_is_lost_begins_again_with_what_it_got():

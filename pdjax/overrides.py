@@ -58,7 +58,7 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
     return (*node[:index], new, *node[index + 1 :])
   if not dataclasses.is_dataclass(node) or isinstance(node, type):
     raise ValueError(f'override {override!r}: {node!r} has no fields, so {name!r} cannot be set in it.')
-  fields = [name for name in inspect.signature(type(node)).parameters]  # of the constructor, which may take more
+  fields = list(inspect.signature(type(node)).parameters)  # of the constructor, which may take more
   if name not in fields:
     close = difflib.get_close_matches(name, fields, 1)
     meant = f' (did you mean {close[0]!r}?)' if close else ''

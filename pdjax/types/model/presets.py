@@ -1,12 +1,11 @@
 """Published models by name: `ModelSpec.llama3_8b()` and others."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Self, TypeVar, cast
 
 from pdjax.types.model.parts import GQA, MLA, Experts, Plain
 from pdjax.types.model.rope import RopeScaling
 
-if TYPE_CHECKING:
-  from pdjax.types.model.spec import ModelSpec
+_Model = TypeVar('_Model', bound='Presets')
 
 
 class Presets:
@@ -18,7 +17,7 @@ class Presets:
   __slots__ = ()
 
   @classmethod
-  def smollm2_135m(cls) -> 'ModelSpec':
+  def smollm2_135m(cls) -> Self:
     """SmolLM2-135M-Instruct (Allal et al. 2025)."""
     return _make(
       cls,
@@ -27,7 +26,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def llama3_8b(cls) -> 'ModelSpec':
+  def llama3_8b(cls) -> Self:
     """Llama 3.1 8B (Grattafiori et al. 2024), for simulation."""
     return _make(
       cls,
@@ -37,7 +36,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def llama3_70b(cls) -> 'ModelSpec':
+  def llama3_70b(cls) -> Self:
     """Llama 3.1 70B (Grattafiori et al. 2024), for simulation."""
     return _make(
       cls,
@@ -47,7 +46,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def mistral_7b(cls) -> 'ModelSpec':
+  def mistral_7b(cls) -> Self:
     """Mistral 7B v0.1 (Jiang et al. 2023), for simulation."""
     return _make(
       cls,
@@ -56,7 +55,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def qwen2_5_7b(cls) -> 'ModelSpec':
+  def qwen2_5_7b(cls) -> Self:
     """Qwen2.5-7B-Instruct (Yang et al. 2024), for simulation."""
     return _make(
       cls,
@@ -66,7 +65,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def qwen3_8b(cls) -> 'ModelSpec':
+  def qwen3_8b(cls) -> Self:
     """Qwen3-8B (Yang et al. 2025), for simulation."""
     return _make(
       cls,
@@ -76,7 +75,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def qwen3_32b(cls) -> 'ModelSpec':
+  def qwen3_32b(cls) -> Self:
     """Qwen3-32B (Yang et al. 2025), for simulation."""
     return _make(
       cls,
@@ -86,7 +85,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def mixtral_8x7b(cls) -> 'ModelSpec':
+  def mixtral_8x7b(cls) -> Self:
     """Mixtral 8x7B (Jiang et al. 2024), for simulation."""
     return _make(
       cls,
@@ -96,7 +95,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def deepseek_v3(cls) -> 'ModelSpec':
+  def deepseek_v3(cls) -> Self:
     """DeepSeek-V3 (Liu et al. 2024) without its draft layer, for simulation."""
     return _make(
       cls,
@@ -109,7 +108,7 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def gpt_oss_120b(cls) -> 'ModelSpec':
+  def gpt_oss_120b(cls) -> Self:
     """GPT-OSS-120B (OpenAI 2025), for simulation: every other layer sees 128 tokens."""
     return _make(
       cls,
@@ -120,26 +119,26 @@ class Presets:
     )  # fmt: skip
 
   @classmethod
-  def opt_13b(cls) -> 'ModelSpec':
+  def opt_13b(cls) -> Self:
     """OPT-13B (Zhang et al. 2022), for simulation."""
     return _opt(cls, 'OPT-13B', num_layers=40, embed_dim=5120, heads=40)
 
   @classmethod
-  def opt_66b(cls) -> 'ModelSpec':
+  def opt_66b(cls) -> Self:
     """OPT-66B (Zhang et al. 2022), for simulation."""
     return _opt(cls, 'OPT-66B', num_layers=64, embed_dim=9216, heads=72)
 
   @classmethod
-  def opt_175b(cls) -> 'ModelSpec':
+  def opt_175b(cls) -> Self:
     """OPT-175B (Zhang et al. 2022), for simulation."""
     return _opt(cls, 'OPT-175B', num_layers=96, embed_dim=12_288, heads=96)
 
 
-def _make(cls: type[Presets], **fields: Any) -> 'ModelSpec':
-  return cast('type[ModelSpec]', cls)(**fields)
+def _make(cls: type[_Model], **fields: Any) -> _Model:
+  return cast(Any, cls)(**fields)
 
 
-def _opt(cls: type[Presets], name: str, num_layers: int, embed_dim: int, heads: int) -> 'ModelSpec':
+def _opt(cls: type[_Model], name: str, num_layers: int, embed_dim: int, heads: int) -> _Model:
   return _make(
     cls,
     name=name, num_layers=num_layers, embed_dim=embed_dim,

@@ -93,20 +93,21 @@ class ModelSpec(Presets):
     set_field = object.__setattr__
     set_field(self, 'name', name)
     self._expect('name', isinstance(name, str), 'a text')
-    for field, value in (heads | {'ffn_dim': ffn_dim}).items():
-      if value is not None and not is_size(value):
-        raise ValueError(f'model {name!r} has {field}={value!r}, expected an integer of at least 1.')
+    for size, given in (heads | {'ffn_dim': ffn_dim}).items():
+      if given is not None and not is_size(given):
+        raise ValueError(f'model {name!r} has {size}={given!r}, expected an integer of at least 1.')
     try:
       set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
       set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))
     except (TypeError, ValueError) as error:
       raise ValueError(f'model {name!r}: {error}') from error
-    for field, value in (
+    fields: tuple[tuple[str, Any], ...] = (
       ('num_layers', num_layers), ('embed_dim', embed_dim), ('vocab_size', vocab_size), ('context_len', context_len),
       ('rope_theta', rope_theta), ('norm_eps', norm_eps), ('tied_embeddings', tied_embeddings),
       ('eos_token_ids', eos_token_ids), ('rope_scaling', rope_scaling), ('sliding_window', sliding_window),
       ('windowed_layers', windowed_layers), ('learned_positions', learned_positions), ('norm_biases', norm_biases),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for field, value in fields:
       set_field(self, field, value)
     self._check()
 

@@ -18,7 +18,7 @@ class Weight:
     shape: Its shape as the model keeps it: a matrix has its outputs first.
     kind: 'embedding', a table of rows; 'norm', a scale that begins as 1; 'bias', what is added; 'matrix', what rows are
       multiplied by.
-    num_inputs: How many of the last axes a product sums over.
+    num_inputs: The number of its last axes over which a product sums.
     share: The part of it that one token is multiplied by: of experts, those that are active.
   """
 
@@ -36,7 +36,7 @@ class Weight:
 
   @property
   def num_outputs(self) -> int:
-    """How many of the first axes a product leaves; all, of what is no matrix."""
+    """The number of its first axes, which a product leaves; of what is no matrix, all of them."""
     return len(self.shape) - self.num_inputs if self.kind == 'matrix' else len(self.shape)
 
   @property

@@ -42,6 +42,7 @@ from pdjax.serving.events import Done, Finished
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, Role, SamplingParams, TransferSpec, WorkerSpec
 from pdjax.types.cluster import GranularityName, TransportName
+from pdjax.types.model import GQA
 from pdjax.workload import Listed
 
 _COVERING = flags.DEFINE_bool('covering', False, 'Only so many combinations that each two values meet in one.')
@@ -56,7 +57,7 @@ TWELVE = ModelSpec(
   name='random-12/12', num_layers=2, embed_dim=24, query_heads=12, kv_heads=12, head_dim=8, ffn_dim=48, vocab_size=96,
   context_len=64, eos_token_ids=(1,),
 )  # fmt: skip
-TWO = dataclasses.replace(TWELVE, name='random-12/2', kv_heads=2)
+TWO = dataclasses.replace(TWELVE, name='random-12/2', attention=GQA(query_heads=12, kv_heads=2, head_dim=8))
 
 Tp = Literal[1, 2, 3, 4, 'replicated']
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pdjax.model.checkpoint import Checkpoint, open_checkpoint
-from pdjax.model.checkpoint.base import stored_shapes
 from pdjax.types import ModelSpec
 
 _NAMES = {
@@ -113,7 +112,7 @@ def _load(checkpoint: Checkpoint, attention: str):
     model = LlamaForCausalLM(LlamaConfig(**_config(spec) | {'attn_implementation': attention}))
   model = model.to_empty(device='cpu')
   tensors = {}
-  for name, shape in stored_shapes(spec).items():
+  for name, shape in ((name, row.stored_shape) for name, row in spec.weights.items()):
     tensor = checkpoint.tensor(name)
     if tensor.ndim > 1 and name != 'embed':  # ours keep inputs first
       outputs, inputs = shape

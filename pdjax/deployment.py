@@ -119,11 +119,17 @@ def deploy(
     say: Told in a line what is being done.
 
   Raises:
-    ValueError: if there are no weights, or the config does not fit the devices or their memory.
+    ValueError: if there are no weights, the engine does not compute the model, or the config does not fit the devices
+      or their memory.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
   if backend == 'simulator':
     built = _build_simulator(config, opened.model)
+  elif (part := opened.model.only_simulated) is not None:
+    raise ValueError(
+      f'{opened.model.name} has {part}, which the engine does not compute; simulate it (pdjax.simulate, or '
+      '--backend=simulator), or serve a model without.'
+    )
   elif opened.checkpoint is None and config.checkpoint != 'random':
     raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
   elif config.processes is not None:

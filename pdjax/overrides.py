@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterable
@@ -57,14 +58,14 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
     return (*node[:index], new, *node[index + 1 :])
   if not dataclasses.is_dataclass(node) or isinstance(node, type):
     raise ValueError(f'override {override!r}: {node!r} has no fields, so {name!r} cannot be set in it.')
-  fields = [field.name for field in dataclasses.fields(node) if field.init]
+  fields = list(inspect.signature(type(node)).parameters)  # of the constructor, which may take more
   if name not in fields:
     close = difflib.get_close_matches(name, fields, 1)
     meant = f' (did you mean {close[0]!r}?)' if close else ''
     raise ValueError(
       f'override {override!r}: {type(node).__name__} has no field {name!r}{meant}; it has {", ".join(fields)}.'
     )
-  hint = typing.get_type_hints(type(node))[name]
+  hint = typing.get_type_hints(type(node).__init__)[name]
   if rest:
     child = getattr(node, name)
     value = _replace(_empty(hint) if child is None else child, rest, value, override)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pdjax.types.model import ModelSpec, mesh_shape
+from pdjax.types.model import ModelSpec, evenly_cut, mesh_shape
 
 MESH_AXES = ('kv', 'group')
 _ALL = MESH_AXES
@@ -35,7 +35,8 @@ class ShardingRules:
   @classmethod
   def for_model(cls, model: ModelSpec, tp: int) -> 'ShardingRules':
     """The table for a model: feed-forward columns or a vocabulary that `tp` does not divide stay whole."""
-    return cls(ffn=None if model.ffn_dim % tp else _ALL, vocab=None if model.vocab_size % tp else _ALL)
+    cut = evenly_cut(model, tp)
+    return cls(ffn=_ALL if 'ffn' in cut else None, vocab=_ALL if 'vocab' in cut else None)
 
 
 def make_mesh(model: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:

@@ -1,13 +1,13 @@
 """The parts of a Llama block: RMS norm, rotary positions, attention and gated feed-forward over packed tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pdjax.types.model import ModelSpec
+from pdjax.types.model import ModelSpec, Weight
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int | None], tuple[jax.Array, jax.Array]]
 """q `[T, H, D]`, k `[T, K, D]`, v `[T, K, D]`, one layer's pages and its sliding window, if it has one, to attended
@@ -18,9 +18,10 @@ Turn = tuple[jax.Array, jax.Array]
 first half negative."""
 
 
-def weight(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
-  """A weight that names its logical axes, a matrix outputs first; zeros until a checkpoint's array takes its place."""
-  return nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+def add_weights(module: nnx.Module, rows: Iterable[Weight], dtype: jnp.dtype) -> None:
+  """Give a module the weights of these rows of the table, by their names; zeros until a checkpoint's arrays come."""
+  for row in rows:
+    setattr(module, row.name, nnx.Param(jnp.zeros(row.shape, dtype), axes=row.axes))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -89,28 +90,25 @@ def _to_heads(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-  """One transformer block."""
+  """One transformer block; its weights are those of `ModelSpec.layer_weights`."""
+
+  attn_norm: nnx.Param
+  q: nnx.Param
+  k: nnx.Param
+  v: nnx.Param
+  q_bias: nnx.Param
+  k_bias: nnx.Param
+  v_bias: nnx.Param
+  q_norm: nnx.Param
+  k_norm: nnx.Param
+  o: nnx.Param
+  mlp_norm: nnx.Param
+  gate: nnx.Param
+  up: nnx.Param
+  down: nnx.Param
 
   def __init__(self, model: ModelSpec, layer: int, dtype: jnp.dtype):
-    embed, heads, kv_heads, head, ffn = (
-      model.embed_dim, model.query_heads, model.kv_heads, model.head_dim, model.ffn_dim,
-    )  # fmt: skip
-    self.attn_norm = weight((embed,), ('embed',), dtype)
-    self.q = weight((heads, head, embed), ('query_heads', 'head', 'embed'), dtype)
-    self.k = weight((kv_heads, head, embed), ('kv_heads', 'head', 'embed'), dtype)
-    self.v = weight((kv_heads, head, embed), ('kv_heads', 'head', 'embed'), dtype)
-    if model.qkv_bias:
-      self.q_bias = weight((heads, head), ('query_heads', 'head'), dtype)
-      self.k_bias = weight((kv_heads, head), ('kv_heads', 'head'), dtype)
-      self.v_bias = weight((kv_heads, head), ('kv_heads', 'head'), dtype)
-    if model.qk_norm:
-      self.q_norm = weight((head,), ('head',), dtype)
-      self.k_norm = weight((head,), ('head',), dtype)
-    self.o = weight((embed, heads, head), ('embed', 'query_heads', 'head'), dtype)
-    self.mlp_norm = weight((embed,), ('embed',), dtype)
-    self.gate = weight((ffn, embed), ('ffn', 'embed'), dtype)
-    self.up = weight((ffn, embed), ('ffn', 'embed'), dtype)
-    self.down = weight((embed, ffn), ('embed', 'ffn'), dtype)
+    add_weights(self, model.layer_weights(layer), dtype)
     self.model = model
     self.layer = layer
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pdjax.model.layers import Attend, Block, project, rms_norm, turn, weight
+from pdjax.model.layers import Attend, Block, add_weights, project, rms_norm, turn
 from pdjax.types.model import ModelSpec
 
 Weights = dict[str, Any]
@@ -18,12 +18,22 @@ Weights = dict[str, Any]
 class Transformer(nnx.Module):
   """A decoder-only model of the Llama family (Touvron et al. 2023) over packed tokens."""
 
+  embed: nnx.Param
+  final_norm: nnx.Param
+  unembed: nnx.Param
+
   def __init__(self, model: ModelSpec, dtype: jnp.dtype):
-    self.embed = weight((model.vocab_size, model.embed_dim), ('vocab', 'embed'), dtype)
+    """Lay out the weights of `ModelSpec.weights`.
+
+    Raises:
+      ValueError: if the model has a part that is not computed; see `ModelSpec.only_simulated`.
+    """
+    if model.only_simulated is not None:
+      raise ValueError(
+        f'{model.name} has {model.only_simulated}, which the engine does not compute; run it on the simulator.'
+      )
+    add_weights(self, model.outer_weights(), dtype)
     self.layers = nnx.List([Block(model, layer, dtype) for layer in range(model.num_layers)])
-    self.final_norm = weight((model.embed_dim,), ('embed',), dtype)
-    if not model.tied_embeddings:
-      self.unembed = weight((model.vocab_size, model.embed_dim), ('vocab', 'embed'), dtype)
     self.model = model
 
   def __call__(
@@ -84,9 +94,3 @@ def bind_blocks(model: ModelSpec, weights: Sequence[Weights], first: int) -> Seq
 def weight_shapes(model: ModelSpec, dtype: jnp.dtype) -> Weights:
   """The shape and dtype of every weight, without its bytes."""
   return nnx.to_pure_dict(_parts(model, jnp.dtype(dtype))[1])
-
-
-def weight_axes(model: ModelSpec) -> dict[str, tuple[str | None, ...]]:
-  """The logical axes of every weight by its dotted name."""
-  _, state = _parts(model, jnp.dtype(jnp.float32))
-  return {'.'.join(map(str, path)): param.axes for path, param in nnx.to_flat_state(state)}

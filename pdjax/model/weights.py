@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from pdjax.model.checkpoint.base import Checkpoint, ShardedCheckpoint, tensor_shapes
+from pdjax.model.checkpoint.base import Checkpoint, ShardedCheckpoint
 from pdjax.model.checkpoint.narrow import convert_weight
-from pdjax.model.transformer import Weights, weight_axes
+from pdjax.model.transformer import Weights
 from pdjax.sharding import ShardingRules
 from pdjax.types.model import ModelSpec
 
@@ -35,7 +35,7 @@ def load_weights(
   Raises:
     ValueError: if a tensor is missing or has another shape, or a number of it would be infinite in `dtype`.
   """
-  axes, shapes = weight_axes(model), tensor_shapes(model)
+  rows = model.weights.values()
   weights: dict[Any, Weights] = {key: {'layers': {i: {} for i in range(model.num_layers)}} for key in meshes}
 
   def rules(mesh: Mesh) -> ShardingRules:
@@ -43,35 +43,22 @@ def load_weights(
 
   if isinstance(checkpoint, ShardedCheckpoint):
     for key, mesh in meshes.items():
-      found = {name: rules(mesh).spec(*_turned_back(name, axes[name])) for name in shapes}
+      found = {row.name: rules(mesh).spec(*(row.axes[axis] for axis in row.file_order)) for row in rows}
       restored = checkpoint.restore({name: NamedSharding(mesh, spec) for name, spec in found.items()}, dtype)
-      for name in shapes:
-        array = restored.pop(name)  # turned one by one: there may be no room for all of them twice
-        sharding = NamedSharding(mesh, rules(mesh).spec(*axes[name]))
-        _put(weights[key], name, jax.device_put(array.transpose(_outputs_first(name, array.ndim)), sharding))
+      for row in rows:
+        array = restored.pop(row.name)  # turned one by one: there may be no room for all of them twice
+        sharding = NamedSharding(mesh, rules(mesh).spec(*row.axes))
+        _put(weights[key], row.name, jax.device_put(array.transpose(np.argsort(row.file_order)), sharding))
     return weights
-  for name, shape in shapes.items():
-    tensor = np.asarray(checkpoint.tensor(name))
-    if tensor.shape != shape:
-      raise ValueError(f'tensor {name!r} has shape {tensor.shape}, but {model.name} expects {shape}.')
-    tensor = convert_weight(tensor.transpose(_outputs_first(name, tensor.ndim)), dtype, name, order='C')
+  for row in rows:
+    tensor = np.asarray(checkpoint.tensor(row.name))
+    if tensor.shape != row.file_shape:
+      raise ValueError(f'tensor {row.name!r} has shape {tensor.shape}, but {model.name} expects {row.file_shape}.')
+    tensor = convert_weight(tensor.transpose(np.argsort(row.file_order)), dtype, row.name, order='C')
     for key, mesh in meshes.items():
-      sharding = NamedSharding(mesh, rules(mesh).spec(*axes[name]))
-      _put(weights[key], name, jax.make_array_from_callback(tensor.shape, sharding, tensor.__getitem__))
+      sharding = NamedSharding(mesh, rules(mesh).spec(*row.axes))
+      _put(weights[key], row.name, jax.make_array_from_callback(tensor.shape, sharding, tensor.__getitem__))
   return weights
-
-
-def _outputs_first(name: str, ndim: int) -> tuple[int, ...]:
-  """The axes of a checkpoint's tensor in the order in which the model keeps them."""
-  if ndim == 1 or name == 'embed' or name.endswith('_bias'):
-    return tuple(range(ndim))
-  inputs = 2 if name.endswith('.o') else 1  # the output projection reads heads and their features
-  return (*range(inputs, ndim), *range(inputs))
-
-
-def _turned_back(name: str, axes: tuple[str | None, ...]) -> list[str | None]:
-  """A weight's logical axes in the order of the checkpoint's tensor."""
-  return [axes[place] for place in np.argsort(_outputs_first(name, len(axes)))]
 
 
 def _put(weights: dict[Any, Any], name: str, array: jax.Array) -> None:

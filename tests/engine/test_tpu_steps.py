@@ -13,7 +13,7 @@ from pdjax.engine.slots import Slots
 from pdjax.engine.worker import Worker
 from pdjax.kv import page_bytes
 from pdjax.kv.transfer import DevicePut
-from pdjax.model.transformer import weight_axes, weight_shapes
+from pdjax.model.transformer import weight_shapes
 from pdjax.sharding import ShardingRules, make_mesh, replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
@@ -40,7 +40,11 @@ class Unallocated(Worker):
 
 def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: int) -> Worker:
   """A worker on TPUs whose weights are shapes alone too."""
-  mesh, rules, axes = make_mesh(model, static_cost.topology(device)[:tp]), ShardingRules(), weight_axes(model)
+  mesh, rules, axes = (
+    make_mesh(model, static_cost.topology(device)[:tp]),
+    ShardingRules(),
+    {name: row.axes for name, row in model.weights.items()},
+  )
 
   def placed(path, leaf):
     name = '.'.join(str(getattr(step, 'key', getattr(step, 'idx', step))) for step in path)

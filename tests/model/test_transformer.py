@@ -10,7 +10,7 @@ import pytest
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.model.checkpoint.base import tensor_shapes
 from pdjax.model.layers import rms_norm, rotate, turn
-from pdjax.model.transformer import bind, weight_axes
+from pdjax.model.transformer import bind
 from pdjax.model.weights import load_weights
 from pdjax.sharding import make_mesh
 from pdjax.types import RopeScaling
@@ -72,12 +72,12 @@ def test_logits_are_those_of_llama(model):
 
 
 def test_tied_embeddings_have_no_second_matrix():
-  assert 'unembed' not in weight_axes(TIED)
-  assert weight_axes(TINY)['unembed'] == ('vocab', 'embed')
+  assert 'unembed' not in {name: row.axes for name, row in TIED.weights.items()}
+  assert {name: row.axes for name, row in TINY.weights.items()}['unembed'] == ('vocab', 'embed')
 
 
 def test_every_weight_names_an_axis_for_each_of_its_dimensions():
-  axes = weight_axes(BIASED)
+  axes = {name: row.axes for name, row in BIASED.weights.items()}
   assert {name: len(names) for name, names in axes.items()} == {
     name: len(shape) for name, shape in tensor_shapes(BIASED).items()
   }

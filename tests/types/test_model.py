@@ -1,12 +1,16 @@
 """The figures of a model's shape, against published figures."""
 
 import dataclasses
+import math
 
 import pytest
 
+from pdjax.deployment import deploy
+from pdjax.opened_model import OpenedModel
 from pdjax.types import ModelSpec, RopeScaling
-from pdjax.types.model import mesh_shape
+from pdjax.types.model import GQA, MLA, Experts, Gated, Plain, mesh_shape
 from tests.serving.driver import TINY
+from tests.tiny import config
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,12 @@ from tests.serving.driver import TINY
     (ModelSpec.qwen2_5_7b(), 7.62, 57_344),
     (ModelSpec.qwen3_8b(), 8.19, 147_456),
     (ModelSpec.qwen3_32b(), 32.8, 262_144),
+    (ModelSpec.mixtral_8x7b(), 46.7, 131_072),
+    (ModelSpec.deepseek_v3(), 671, 70_272),
+    (ModelSpec.gpt_oss_120b(), 117, 73_728),
+    (ModelSpec.opt_13b(), 12.9, 819_200),
+    (ModelSpec.opt_66b(), 65.7, 2_359_296),
+    (ModelSpec.opt_175b(), 175, 4_718_592),
   ],
   ids=lambda value: getattr(value, 'name', None),
 )
@@ -35,6 +45,108 @@ def test_parameters_of_a_tiny_model_counted_by_hand():
   assert TINY.layer_params == layer
   assert TINY.num_params == 2 * layer + 2 * 96 * 24 + 24
   assert dataclasses.replace(TINY, tied_embeddings=True).num_params == 2 * layer + 96 * 24 + 24
+
+
+def numbers(*shapes: tuple[int, ...]) -> int:
+  return sum(math.prod(shape) for shape in shapes)
+
+
+def test_parameters_of_other_architectures_counted_from_the_shapes_of_their_checkpoints():
+  """As their safetensors files list them; of DeepSeek-V3 without the draft layer."""
+  embed = 7168
+  mla = numbers(
+    (1536, embed), (1536,), (128 * 192, 1536), (512 + 64, embed), (512,), (128 * 256, 512), (embed, 128 * 128)
+  )  # fmt: skip
+  dense, expert = 3 * numbers((18_432, embed)), 3 * numbers((2048, embed))
+  router = numbers((256, embed), (256,))
+  layers = 61 * (mla + 2 * embed) + 3 * dense + 58 * (router + 257 * expert)
+  assert ModelSpec.deepseek_v3().num_params == layers + 2 * numbers((129_280, embed)) + embed == 671_026_419_200
+
+  embed = 2880
+  attention = numbers(
+    (64 * 64, embed), (64 * 64,), (8 * 64, embed), (8 * 64,), (8 * 64, embed), (8 * 64,), (embed, 64 * 64), (embed,),
+    (64,),
+  )  # fmt: skip
+  experts = numbers((128, embed), (128,), (128, 5760, embed), (128, 5760), (128, embed, 2880), (128, embed))
+  whole = 36 * (attention + experts + 2 * embed) + 2 * numbers((201_088, embed)) + embed
+  assert ModelSpec.gpt_oss_120b().num_params == whole == 116_829_156_672
+
+  embed = 4096
+  layer = numbers((4096, embed), (1024, embed), (1024, embed), (embed, 4096), (8, embed), (embed,), (embed,))
+  whole = 32 * (layer + 8 * 3 * numbers((14_336, embed))) + 2 * numbers((32_000, embed)) + embed
+  assert ModelSpec.mixtral_8x7b().num_params == whole == 46_702_792_704
+
+  embed = 5120
+  layer = 4 * numbers((embed, embed), (embed,)) + numbers(
+    (4 * embed, embed), (4 * embed,), (embed, 4 * embed), (embed,)
+  )
+  whole = 40 * (layer + 4 * embed) + numbers((50_272, embed), (2050, embed)) + 2 * embed
+  assert ModelSpec.opt_13b().num_params == whole == 12_853_473_280
+
+
+def test_the_table_names_every_weight_once_with_a_shape_of_its_axes():
+  for model in (
+    TINY,
+    dataclasses.replace(TINY, qkv_bias=True, qk_norm=True),
+    ModelSpec.deepseek_v3(),
+    ModelSpec.opt_13b(),
+  ):
+    rows = model.weights
+    assert sum(row.size for row in rows.values()) == model.num_params
+    for name, row in rows.items():
+      assert row.name == name and len(row.axes) == len(row.shape) and row.size > 0
+      assert sorted(row.file_order) == list(range(len(row.shape)))
+      assert math.prod(row.stored_shape) == math.prod(row.file_shape) == row.size
+  rows = TINY.weights
+  assert rows['layers.1.o'].shape == (24, 6, 8) and rows['layers.1.o'].file_shape == (6, 8, 24)
+  assert rows['layers.0.q'].stored_shape == (48, 24) and rows['layers.0.o'].stored_shape == (24, 48)
+  assert rows['embed'].file_shape == rows['embed'].stored_shape == (96, 24) and rows['embed'].kind == 'embedding'
+
+
+def test_a_model_is_made_of_parts_or_of_their_fields():
+  parts = {'attention': GQA(6, 2, 8), 'ffn': Gated(48)}
+  assert dataclasses.replace(TINY, **parts) == TINY and TINY.attention == GQA(6, 2, 8) and TINY.ffn == Gated(48)
+  assert dataclasses.replace(TINY, kv_heads=3, qk_norm=True).attention == GQA(6, 3, 8, qk_norm=True)
+  assert (TINY.query_heads, TINY.kv_heads, TINY.head_dim, TINY.ffn_dim, TINY.qkv_bias) == (6, 2, 8, 48, False)
+  assert ModelSpec(**TINY.flat()) == TINY and 'attention' not in TINY.flat()
+  deepseek = ModelSpec.deepseek_v3()
+  assert ModelSpec(**deepseek.flat()) == deepseek and deepseek.flat()['attention'] is deepseek.attention
+  assert TINY.only_simulated is None
+  with pytest.raises(ValueError, match="model 'bare': a GQA needs kv_heads, head_dim"):
+    ModelSpec('bare', num_layers=1, embed_dim=8, query_heads=2, ffn_dim=8, vocab_size=9, context_len=9)
+
+
+@pytest.mark.parametrize(
+  ('model', 'part'),
+  [
+    (ModelSpec.deepseek_v3(), 'multi-head latent attention'),
+    (ModelSpec.mixtral_8x7b(), 'a mixture of experts'),
+    (ModelSpec.gpt_oss_120b(), 'a bias of the output projection'),
+    (ModelSpec.opt_13b(), 'learned positions'),
+    (dataclasses.replace(TINY, ffn=Plain(48)), 'a feed-forward layer without a gate'),
+  ],
+  ids=lambda value: getattr(value, 'name', ''),
+)
+def test_what_the_engine_does_not_compute_is_refused_by_its_name_before_anything_is_loaded(model, part):
+  assert model.only_simulated == part
+  with pytest.raises(ValueError, match=f'{model.name} has {part}, which the engine does not compute; simulate it'):
+    deploy(config(), OpenedModel(model))
+
+
+def test_of_experts_a_token_is_multiplied_by_the_active_ones():
+  mixtral, dense = ModelSpec.mixtral_8x7b(), ModelSpec.mistral_7b()
+  one = 3 * 4096 * 14_336
+  assert mixtral.token_flops() == dense.token_flops() + 2 * 32 * (one + 8 * 4096)
+  with pytest.raises(ValueError, match='active=9, expected at most count=8'):
+    Experts(count=8, active=9, dim=4)
+
+
+def test_mla_caches_one_latent_for_all_heads_and_cuts_its_queries():
+  deepseek = ModelSpec.deepseek_v3()
+  assert deepseek.cached_elements == 512 + 64 and mesh_shape(deepseek, 8) == (1, 8)
+  assert deepseek.attention.pair_flops == 2 * 128 * (128 + 64 + 128)
+  with pytest.raises(ValueError, match='MLA has kv_rank=0, expected an integer of at least 1'):
+    MLA(query_heads=2, query_rank=None, kv_rank=0, nope_dim=4, rope_dim=4, value_dim=4)
 
 
 def test_attention_of_a_prompt_costs_the_same_in_one_chunk_or_in_several():

@@ -1,6 +1,5 @@
 """The protocol of checkpoints of all file formats: a spec, tensors under our names and shapes, a tokenizer."""
 
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -9,7 +8,7 @@ import numpy as np
 
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.tokenizer import Tokenizer
-from pdjax.types.model import ModelSpec
+from pdjax.types.model import ModelSpec, Weight
 
 if TYPE_CHECKING:
   import jax
@@ -97,7 +96,7 @@ def checked_spec(source: pathlib.Path, **fields: Any) -> ModelSpec:
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-  """Every weight of a model with its shape.
+  """The shape of every weight of a model as a checkpoint hands it out, the inputs of a matrix first.
 
   Returns:
     `embed` [V, E]; for each layer i, `layers.{i}.attn_norm` [E], `.q` [E, H, D], `.k` and `.v` [E, K, D],
@@ -105,49 +104,9 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     unless the embeddings are tied. With `qkv_bias` also `.q_bias` [H, D], `.k_bias` and `.v_bias` [K, D], and with
     `qk_norm` `.q_norm` and `.k_norm` [D].
   """
-  layer: dict[str, tuple[int, ...]] = {
-    'attn_norm': (spec.embed_dim,),
-    'q': (spec.embed_dim, spec.query_heads, spec.head_dim),
-    'k': (spec.embed_dim, spec.kv_heads, spec.head_dim),
-    'v': (spec.embed_dim, spec.kv_heads, spec.head_dim),
-    'o': (spec.query_heads, spec.head_dim, spec.embed_dim),
-    'mlp_norm': (spec.embed_dim,),
-    'gate': (spec.embed_dim, spec.ffn_dim),
-    'up': (spec.embed_dim, spec.ffn_dim),
-    'down': (spec.ffn_dim, spec.embed_dim),
-  }
-  if spec.qkv_bias:
-    layer |= {'q_bias': (spec.query_heads, spec.head_dim)}
-    layer |= dict.fromkeys(('k_bias', 'v_bias'), (spec.kv_heads, spec.head_dim))
-  if spec.qk_norm:
-    layer |= dict.fromkeys(('q_norm', 'k_norm'), (spec.head_dim,))
-  shapes: dict[str, tuple[int, ...]] = {'embed': (spec.vocab_size, spec.embed_dim)}
-  for i in range(spec.num_layers):
-    shapes |= {f'layers.{i}.{name}': shape for name, shape in layer.items()}
-  shapes['final_norm'] = (spec.embed_dim,)
-  if not spec.tied_embeddings:
-    shapes['unembed'] = (spec.embed_dim, spec.vocab_size)
-  return shapes
+  return {name: row.file_shape for name, row in spec.weights.items()}
 
 
-def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-  """The shape each weight has in a file that keeps matrices as [outputs, inputs], as both our formats do."""
-  stored = {}
-  for name, shape in tensor_shapes(spec).items():
-    if name == 'embed' or len(shape) == 1:
-      stored[name] = shape
-    elif name.endswith('bias'):
-      stored[name] = (math.prod(shape),)
-    else:
-      num_inputs = 2 if name.endswith('.o') else 1  # axes: the output projection reads heads and their features
-      stored[name] = (math.prod(shape[num_inputs:]), math.prod(shape[:num_inputs]))
-  return stored
-
-
-def from_stored(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Bring a weight kept as [outputs, inputs] into our shape."""
-  if name == 'embed':
-    return stored
-  if stored.ndim == 1:
-    return stored.reshape(shape)
-  return stored.T.reshape(shape)
+def from_stored(row: Weight, stored: np.ndarray) -> np.ndarray:
+  """Bring a weight kept as `Weight.stored_shape`, a matrix as [outputs, inputs], into the shape of `tensor_shapes`."""
+  return stored.reshape(row.shape).transpose(row.file_order)

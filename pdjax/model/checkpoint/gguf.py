@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import logging
 
-from pdjax.model.checkpoint.base import checked_spec, from_stored, stored_shapes, tensor_shapes, with_chat_template
+from pdjax.model.checkpoint.base import checked_spec, from_stored, with_chat_template
 from pdjax.model.checkpoint.narrow import convert_weight
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.model.end_tokens import EndTokens
@@ -86,7 +86,6 @@ class GGUFCheckpoint:
     self._architecture = _architecture(self.path, metadata)
     self._ends = GGUFVocabulary(metadata, str(self.path)).end_tokens()
     self.spec = _spec(self.path, _Metadata(self.path, self._architecture, metadata), self._tensors, self._ends.ids)
-    self._shapes = tensor_shapes(self.spec)
     self._check_tensors()
     self._tokenizer: Tokenizer | None = None
 
@@ -102,12 +101,12 @@ class GGUFCheckpoint:
       KeyError: if the model has no weight of this name.
       ValueError: if it is stored in a quantisation that the `gguf` package cannot expand.
     """
-    if name not in self._shapes:
-      raise KeyError(f'{self.path} has no weight {name!r}; the names are the keys of tensor_shapes(checkpoint.spec).')
+    if name not in self.spec.weights:
+      raise KeyError(f'{self.path} has no weight {name!r}; the names are the keys of checkpoint.spec.weights.')
     stored = _expand(self.path, self._tensors[_gguf_name(name)])
     if self._architecture == 'llama' and name.endswith(('.q', '.k', '.q_bias', '.k_bias')):
-      stored = _half_split(stored, heads=self._shapes[name][-2])
-    return from_stored(name, stored, self._shapes[name])
+      stored = _half_split(stored, heads=self.spec.weights[name].shape[0])
+    return from_stored(self.spec.weights[name], stored)
 
   def tokenizer(self) -> Tokenizer | None:
     """The tokenizer in the file's metadata, or None if there is none.
@@ -142,7 +141,7 @@ class GGUFCheckpoint:
     return values
 
   def _check_tensors(self):
-    expected = {_gguf_name(name): shape for name, shape in stored_shapes(self.spec).items()}
+    expected = {_gguf_name(name): row.stored_shape for name, row in self.spec.weights.items()}
     if missing := [name for name in expected if name not in self._tensors]:
       raise ValueError(
         f'{self.path} lacks {len(missing)} of the {len(expected)} tensors of this model, the first {missing[0]!r}; '

@@ -18,7 +18,7 @@ from pdjax.model.checkpoint.narrow import convert_weight, may_overflow, refuse_o
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.text_files import read_json
 from pdjax.model.tokenizer import Tokenizer
-from pdjax.types.json_text import json_text
+from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.model import ModelSpec, RopeScaling
 
 if TYPE_CHECKING:
@@ -178,9 +178,7 @@ class OrbaxCheckpoint:
   def _read(self, ocp: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Read weights side by side, each with its arguments for Orbax."""
     if unknown := [name for name in wanted if name not in self._shapes]:
-      raise KeyError(
-        f'{self.folder} has no weight {unknown[0]!r}; the names are the keys of tensor_shapes(checkpoint.spec).'
-      )
+      raise KeyError(f'{self.folder} has no weight {unknown[0]!r}; the names are the keys of checkpoint.spec.weights.')
     if not wanted:
       return {}
     checkpointer = ocp.PyTreeCheckpointer()
@@ -266,7 +264,7 @@ def save_orbax(checkpoint: Checkpoint, folder: str | os.PathLike[str], dtype: An
   description = {
     'version': _VERSION,
     'dtype': name,
-    'spec': dataclasses.asdict(checkpoint.spec),
+    'spec': plain_data(checkpoint.spec.flat()),
     'end_tokens': dataclasses.replace(checkpoint.end_tokens(), turn=()).by_source(),
     'crc32': checksums,
   }

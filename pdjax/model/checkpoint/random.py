@@ -5,7 +5,6 @@ import zlib
 
 import numpy as np
 
-from pdjax.model.checkpoint.base import tensor_shapes
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.types.model import ModelSpec
@@ -25,14 +24,12 @@ class RandomCheckpoint:
 
   def tensor(self, name: str) -> np.ndarray:
     """The tensor of that name, float32, in the shape of `tensor_shapes`."""
-    shape = tensor_shapes(self.spec)[name]
-    if name.endswith('norm'):
-      return np.ones(shape, np.float32)
+    row = self.spec.weights[name]
+    if row.kind == 'norm':
+      return np.ones(row.file_shape, np.float32)
     rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-    if name.endswith('bias'):
-      return rng.standard_normal(shape, np.float32) * np.float32(0.1)
-    fan_in = {'embed': 1, 'o': shape[0] * (shape[1] if len(shape) > 1 else 1)}.get(name.split('.')[-1], shape[0])
-    return (rng.standard_normal(shape, np.float32) / np.sqrt(fan_in)).astype(np.float32)
+    drawn = rng.standard_normal(row.file_shape, np.float32)
+    return drawn * np.float32(0.1) if row.kind == 'bias' else (drawn / np.sqrt(row.fan_in)).astype(np.float32)
 
   def tokenizer(self) -> Tokenizer | None:
     """None: random weights have no words."""

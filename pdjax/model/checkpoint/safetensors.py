@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 from absl import logging
 
-from pdjax.model.checkpoint.base import from_stored, stored_shapes, tensor_shapes, with_chat_template
+from pdjax.model.checkpoint.base import from_stored, with_chat_template
 from pdjax.model.checkpoint.hf_config import declared_dtype, default_eos_ids, spec_from_config
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.text_files import read_json, read_text
@@ -79,7 +79,6 @@ class SafetensorsCheckpoint:
     self._stored = _open_shards(self.folder)  # by the tensors' names
     self._embed_name = _TOP_NAMES['embed']
     self.spec = spec if not spec.tied_embeddings else self._with_found_head(spec)
-    self._shapes = tensor_shapes(self.spec)
     self._check_tensors()
     self._dtype = _DTYPES[self._stored_dtype('embed')]
     if isinstance(declared := declared_dtype(config), str) and declared in _DTYPES:
@@ -102,10 +101,10 @@ class SafetensorsCheckpoint:
     Raises:
       KeyError: if the model has no weight of this name.
     """
-    if name not in self._shapes:
-      raise KeyError(f'{self.folder} has no weight {name!r}; the names are the keys of tensor_shapes(checkpoint.spec).')
+    if name not in self.spec.weights:
+      raise KeyError(f'{self.folder} has no weight {name!r}; the names are the keys of checkpoint.spec.weights.')
     stored_name = self._name_of(name)
-    return from_stored(name, self._stored[stored_name].file.get_tensor(stored_name), self._shapes[name])
+    return from_stored(self.spec.weights[name], self._stored[stored_name].file.get_tensor(stored_name))
 
   def tokenizer(self) -> Tokenizer | None:
     """The folder's tokenizer, or None if it has no tokenizer.json."""
@@ -166,8 +165,8 @@ class SafetensorsCheckpoint:
     return _STORED_DTYPES[stored]
 
   def _check_tensors(self):
-    expected = {self._name_of(name): name for name in self._shapes}
-    shapes = stored_shapes(self.spec)
+    expected = {self._name_of(name): name for name in self.spec.weights}
+    shapes = {name: row.stored_shape for name, row in self.spec.weights.items()}
     if missing := [name for name in expected if name not in self._stored]:
       hint = ' (or set tie_word_embeddings in config.json)' if missing[0] == _TOP_NAMES['unembed'] else ''
       raise ValueError(

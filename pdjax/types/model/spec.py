@@ -1,0 +1,315 @@
+"""ModelSpec: a language model as its parts say it, and what follows from them: parameters, bytes, FLOPs."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pdjax.types.model import weights
+from pdjax.types.model.checks import are_below, is_positive, is_size
+from pdjax.types.model.parts import GQA, MLA, Attention, Experts, FeedForward, Gated
+from pdjax.types.model.presets import Presets
+from pdjax.types.model.rope import RopeScaling
+from pdjax.types.model.weight import Weight
+
+MAX_LAYERS = 10_000  # no model has a tenth of them: more is a damaged file, and to list them all would take minutes
+
+KV_DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # of a cached element
+
+
+@dataclasses.dataclass(frozen=True, slots=True, init=False)
+class ModelSpec(Presets):
+  """A decoder-only transformer, made of parts.
+
+  `ModelSpec(query_heads=9, kv_heads=3, head_dim=64, ffn_dim=1536, ...)` is one of the Llama family, as are Llama,
+  SmolLM2, Mistral, Qwen2 and Qwen3: these fields make a `GQA` and a `Gated`, and the engine computes both.
+
+  Attributes:
+    name: For reports.
+    num_layers: Transformer blocks, L; at most `MAX_LAYERS`.
+    embed_dim: Width of the residual stream, E.
+    attention: The attention of every layer.
+    ffn: The feed-forward part of every layer.
+    vocab_size: Tokens, V.
+    context_len: Longest sequence, in tokens.
+    rope_theta: Base of the rotary position embedding (Su et al. 2021).
+    norm_eps: Epsilon of the norms.
+    tied_embeddings: The output projection is the transposed input embedding.
+    eos_token_ids: Tokens that end a sequence; below V.
+    rope_scaling: The stretching of the rotary embedding, if any.
+    sliding_window: Tokens that a token sees, itself among them (Mistral, Jiang et al. 2023); None is all before it.
+    windowed_layers: The layers with that window; None is every layer.
+    learned_positions: Rows of a learned position embedding instead of the rotary one (OPT); 0 is none. Counted only.
+    norm_biases: Norms have a bias (OPT). Counted only.
+  """
+
+  name: str
+  num_layers: int
+  embed_dim: int
+  attention: Attention
+  ffn: FeedForward
+  vocab_size: int
+  context_len: int
+  rope_theta: float
+  norm_eps: float
+  tied_embeddings: bool
+  eos_token_ids: tuple[int, ...]
+  rope_scaling: RopeScaling | None
+  sliding_window: int | None
+  windowed_layers: tuple[int, ...] | None
+  learned_positions: int
+  norm_biases: bool
+
+  def __init__(
+    self,
+    name: str,
+    num_layers: int,
+    embed_dim: int,
+    query_heads: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    ffn_dim: int | None = None,
+    vocab_size: int = 0,
+    context_len: int = 0,
+    rope_theta: float = 10_000.0,
+    norm_eps: float = 1e-5,
+    tied_embeddings: bool = False,
+    eos_token_ids: tuple[int, ...] = (),
+    rope_scaling: RopeScaling | None = None,
+    sliding_window: int | None = None,
+    windowed_layers: tuple[int, ...] | None = None,
+    qkv_bias: bool | None = None,
+    qk_norm: bool | None = None,
+    attention: Attention | None = None,
+    ffn: FeedForward | None = None,
+    learned_positions: int = 0,
+    norm_biases: bool = False,
+  ):
+    """Make a model of parts, or of the fields of a `GQA` and a `Gated`; fields of a part that is given change it.
+
+    Raises:
+      ValueError: if a field is of another kind or out of range, or there is no attention or no feed-forward part.
+    """
+    heads = {'query_heads': query_heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
+    set_field = object.__setattr__
+    set_field(self, 'name', name)
+    self._expect('name', isinstance(name, str), 'a text')
+    for size, given in (heads | {'ffn_dim': ffn_dim}).items():
+      if given is not None and not is_size(given):
+        raise ValueError(f'model {name!r} has {size}={given!r}, expected an integer of at least 1.')
+    try:
+      set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
+      set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'model {name!r}: {error}') from error
+    fields: tuple[tuple[str, Any], ...] = (
+      ('num_layers', num_layers), ('embed_dim', embed_dim), ('vocab_size', vocab_size), ('context_len', context_len),
+      ('rope_theta', rope_theta), ('norm_eps', norm_eps), ('tied_embeddings', tied_embeddings),
+      ('eos_token_ids', eos_token_ids), ('rope_scaling', rope_scaling), ('sliding_window', sliding_window),
+      ('windowed_layers', windowed_layers), ('learned_positions', learned_positions), ('norm_biases', norm_biases),
+    )  # fmt: skip
+    for field, value in fields:
+      set_field(self, field, value)
+    self._check()
+
+  def _check(self) -> None:
+    for size in ('num_layers', 'embed_dim', 'vocab_size', 'context_len'):
+      self._expect(size, is_size(getattr(self, size)), 'an integer of at least 1')
+    self._expect('num_layers', self.num_layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')
+    self._expect('attention', isinstance(self.attention, Attention), 'a GQA or an MLA')
+    self._expect('ffn', isinstance(self.ffn, FeedForward), 'a Gated, a Plain or Experts')
+    for number in ('rope_theta', 'norm_eps'):
+      self._expect(number, is_positive(getattr(self, number)), 'a positive number')
+    for flag in ('tied_embeddings', 'norm_biases'):
+      self._expect(flag, isinstance(getattr(self, flag), bool), 'True or False')
+    self._expect(
+      'rope_scaling', self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling), 'a RopeScaling or None'
+    )
+    self._expect(
+      'eos_token_ids',
+      are_below(self.vocab_size, self.eos_token_ids),
+      f'a tuple of integers from 0 to {self.vocab_size - 1}, as its vocabulary has',
+    )
+    self._expect(
+      'sliding_window', self.sliding_window is None or is_size(self.sliding_window), 'at least 1 token, or None'
+    )
+    self._expect(
+      'windowed_layers',
+      self.windowed_layers is None or are_below(self.num_layers, self.windowed_layers),
+      f'None or a tuple of its layers, 0 to {self.num_layers - 1}',
+    )
+    positions = self.learned_positions
+    self._expect('learned_positions', type(positions) is int and positions >= 0, 'an integer of at least 0')
+
+  def _expect(self, field: str, holds: bool, expected: str) -> None:
+    if not holds:
+      raise ValueError(f'model {self.name!r} has {field}={getattr(self, field)!r}, expected {expected}.')
+
+  # -------------------------------------------------------------------------- its parts, by the names of their fields
+
+  @property
+  def query_heads(self) -> int:
+    """Query heads, H."""
+    return self.attention.query_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads over which the cache can be cut, K."""
+    return self.attention.kv_heads
+
+  @property
+  def head_dim(self) -> int:
+    """Features of a query head, D."""
+    return self.attention.head_dim
+
+  @property
+  def ffn_dim(self) -> int:
+    """Inner width of the feed-forward layer, or of each expert, F."""
+    return self.ffn.dim
+
+  @property
+  def qkv_bias(self) -> bool:
+    """Whether queries, keys and values have a bias."""
+    return isinstance(self.attention, GQA) and self.attention.qkv_bias
+
+  @property
+  def qk_norm(self) -> bool:
+    """Whether each head of the queries and keys is normed."""
+    return isinstance(self.attention, GQA) and self.attention.qk_norm
+
+  @property
+  def only_simulated(self) -> str | None:
+    """The part of it that the engine does not compute, in words; None if it computes the whole model."""
+    if self.learned_positions:
+      return 'learned positions'
+    if self.norm_biases:
+      return 'norms with biases'
+    return self.attention.only_simulated or self.ffn.only_simulated
+
+  def window(self, layer: int) -> int | None:
+    """Tokens that a token sees in this layer, itself among them; None is all before it."""
+    return self.sliding_window if self.windowed_layers is None or layer in self.windowed_layers else None
+
+  def flat(self) -> dict[str, Any]:
+    """The fields of the constructor that make it, those of its parts among them where it is of the Llama family."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    attention, ffn = self.attention, self.ffn
+    if not (isinstance(attention, GQA) and isinstance(ffn, Gated)) or self.only_simulated:
+      return fields
+    del fields['attention'], fields['ffn'], fields['learned_positions'], fields['norm_biases']
+    heads = {name: getattr(attention, name) for name in ('query_heads', 'kv_heads', 'head_dim', 'qkv_bias', 'qk_norm')}
+    return fields | heads | {'ffn_dim': ffn.dim}
+
+  # -------------------------------------------------------------------------- weights
+
+  @property
+  def weights(self) -> Mapping[str, Weight]:
+    """Every weight of the model by its dotted name, those of layer 3 as `layers.3.q` and so on."""
+    return weights.table(self)
+
+  def outer_weights(self) -> tuple[Weight, ...]:
+    """The weights outside of the blocks, by their names."""
+    return weights.outer_weights(self)
+
+  def layer_weights(self, layer: int = 0) -> tuple[Weight, ...]:
+    """The weights of one block, by their names in it."""
+    return weights.layer_weights(self, layer)
+
+  @property
+  def layer_params(self) -> int:
+    """Parameters of one block, its norms and biases included; the mean, where blocks differ."""
+    return round(sum(self._layer_sums(lambda row: row.size)) / self.num_layers)
+
+  @property
+  def num_params(self) -> int:
+    """Parameters of the whole model."""
+    return sum(self._layer_sums(lambda row: row.size)) + sum(row.size for row in self.outer_weights())
+
+  def weight_bytes(self, dtype_bytes: int) -> int:
+    """Bytes of all weights at this many bytes each."""
+    return self.num_params * dtype_bytes
+
+  def weight_bytes_per_device(self, dtype_bytes: int, tp: int) -> int:
+    """Bytes of the weights on each of `tp` devices: what `tp` does not divide lies whole on all of them.
+
+    Raises:
+      ValueError: if `tp` does not fit the heads.
+    """
+    shards = weights.axis_shards(self, tp)
+
+    def part(row: Weight) -> int:
+      return row.size // max(shards.get(axis, 1) for axis in row.axes)
+
+    return (sum(self._layer_sums(part)) + sum(map(part, self.outer_weights()))) * dtype_bytes
+
+  def _layer_sums(self, of: Any) -> Iterator[int]:
+    """A sum over the weights of each block, equal blocks worked out once."""
+    first = self.ffn.dense_layers if isinstance(self.ffn, Experts) else 0
+    for layers in (range(min(first, self.num_layers)), range(first, self.num_layers)):
+      if layers:
+        yield len(layers) * sum(map(of, self.layer_weights(layers[0])))
+
+  # -------------------------------------------------------------------------- cache
+
+  @property
+  def cached_elements(self) -> int:
+    """Numbers that one token leaves in the cache of one layer."""
+    if isinstance(self.attention, MLA):
+      return self.attention.kv_rank + self.attention.rope_dim
+    return 2 * self.attention.kv_heads * self.attention.head_dim
+
+  def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+    """Bytes that one token leaves in the cache, over all layers."""
+    return self.num_layers * self.cached_elements * dtype_bytes
+
+  def cached_token_bytes(self, kv_dtype: str) -> int:
+    """Bytes that one token leaves in a cache of a dtype of `KV_DTYPE_BYTES`: of int8, the float32 scales too."""
+    scales = 2 * self.num_layers * self.kv_heads * 4 if kv_dtype == 'int8' else 0
+    return self.kv_bytes_per_token(KV_DTYPE_BYTES[kv_dtype]) + scales
+
+  # -------------------------------------------------------------------------- FLOPs
+
+  def token_flops(self) -> int:
+    """FLOPs of one token's way through the blocks, attention over the cache left out; of experts, the active ones."""
+    return 2 * round(sum(self._layer_sums(lambda row: row.size * row.share)))
+
+  def attention_flops(self, new_tokens: int, cached_tokens: int) -> int:
+    """FLOPs of causal attention for `new_tokens` tokens that follow `cached_tokens` in one sequence."""
+    pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+    windowed = self._num_windowed_layers
+    total = (self.num_layers - windowed) * pairs
+    if windowed and self.sliding_window is not None:
+      # Tokens at position `sliding_window` and up miss what lies before their window.
+      first = max(cached_tokens + 1 - self.sliding_window, 1)
+      last = cached_tokens + new_tokens - self.sliding_window
+      hidden = max(last - first + 1, 0) * (first + last) // 2
+      total += windowed * (pairs - hidden)
+    return self.attention.pair_flops * total
+
+  def attended_tokens(self, context: int) -> float:
+    """Cached tokens that one token reads, the mean over the layers: fewer than `context` past a sliding window."""
+    if self.sliding_window is None or context <= self.sliding_window:
+      return context
+    share = self._num_windowed_layers / self.num_layers
+    return share * self.sliding_window + (1 - share) * context
+
+  @property
+  def _num_windowed_layers(self) -> int:
+    if self.sliding_window is None or self.windowed_layers is None:
+      return 0 if self.sliding_window is None else self.num_layers
+    return len(self.windowed_layers)
+
+  def unembed_flops(self) -> int:
+    """FLOPs of one row of logits."""
+    return 2 * self.embed_dim * self.vocab_size
+
+
+def _with_fields(kind: type, part: Any, fields: dict[str, Any]) -> Any:
+  """A part with those fields that are given; one of this kind if there is none yet."""
+  given = {name: value for name, value in fields.items() if value is not None}
+  if part is None:
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in given]
+    if missing:
+      raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}.')
+    return kind(**given)
+  return dataclasses.replace(part, **given) if given else part

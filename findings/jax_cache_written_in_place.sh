@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # JAX writes an entry of its persistent compilation cache in place, under its final name.
 #
-# Guess: the entry is written under another name and renamed once it is whole, as caches that processes share do, so that
-#   whoever finds it finds all of it.
-# Instead: the file is opened for writing under the name by which others look it up, and nothing is renamed. Without a
-#   size limit there is no lock either. A process that looks meanwhile reads the beginning of a program; one that is
+# Guess: the entry is written under another name and renamed once it is whole, as caches that processes share do, so
+#   that whoever finds it finds all of it.
+# Instead: the file is opened for writing under the name by which others look it up; nothing is renamed, and without a
+#   size limit there is no lock. A process that looks meanwhile reads the beginning of a program; one that is
 #   killed meanwhile leaves it, and since an entry that is there is never written again, everybody after it compiles.
 # Versions: jax 0.10.2 on CPU, Python 3.11; 2026-11-28.
 # Seen:

@@ -258,7 +258,7 @@ class ModelSpec(Presets):
     return 2 * self.attention.kv_heads * self.attention.head_dim
 
   def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-    """Bytes that one token leaves in the cache, over all layers."""
+    """Bytes that one token leaves in the cache, over all layers; one with a window keeps all tokens, too."""
     return self.num_layers * self.cached_elements * dtype_bytes
 
   def cached_token_bytes(self, kv_dtype: str) -> int:

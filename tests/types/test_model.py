@@ -8,7 +8,7 @@ import pytest
 from pdjax.deployment import deploy
 from pdjax.opened_model import OpenedModel
 from pdjax.types import ModelSpec, RopeScaling
-from pdjax.types.model import GQA, MLA, Experts, Gated, Plain, mesh_shape
+from pdjax.types.model import GQA, MLA, Experts, Gated, Plain, mesh_shape, weights
 from tests.serving.driver import TINY
 from tests.tiny import config
 
@@ -101,6 +101,18 @@ def test_the_table_names_every_weight_once_with_a_shape_of_its_axes():
   assert rows['layers.1.o'].shape == (24, 6, 8) and rows['layers.1.o'].file_shape == (6, 8, 24)
   assert rows['layers.0.q'].stored_shape == (48, 24) and rows['layers.0.o'].stored_shape == (24, 48)
   assert rows['embed'].file_shape == rows['embed'].stored_shape == (96, 24) and rows['embed'].kind == 'embedding'
+
+
+def test_what_a_simulator_asks_for_in_every_step_is_summed_up_once(monkeypatch):
+  model = dataclasses.replace(TINY, name='asked in every step')
+  before = model.token_flops(), model.num_params, model.layer_params, model.weight_bytes(2)
+
+  def again(*args):
+    raise AssertionError('the table is walked again')
+
+  monkeypatch.setattr(weights, 'layer_weights', again)
+  monkeypatch.setattr(weights, 'outer_weights', again)
+  assert (model.token_flops(), model.num_params, model.layer_params, model.weight_bytes(2)) == before
 
 
 def test_a_model_is_made_of_parts_or_of_their_fields():

@@ -1,12 +1,12 @@
 """ModelSpec: a language model as its parts say it, and what follows from them: parameters, bytes, FLOPs."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pdjax.types.model import weights
 from pdjax.types.model.checks import are_below, is_positive, is_size
-from pdjax.types.model.parts import GQA, MLA, Attention, Experts, FeedForward, Gated
+from pdjax.types.model.parts import GQA, MLA, Attention, FeedForward, Gated
 from pdjax.types.model.presets import Presets
 from pdjax.types.model.rope import RopeScaling
 from pdjax.types.model.weight import Weight
@@ -217,12 +217,13 @@ class ModelSpec(Presets):
   @property
   def layer_params(self) -> int:
     """Parameters of one block, its norms and biases included; the mean, where blocks differ."""
-    return round(sum(self._layer_sums(lambda row: row.size)) / self.num_layers)
+    return round(weights.totals(self).layers / self.num_layers)
 
   @property
   def num_params(self) -> int:
     """Parameters of the whole model."""
-    return sum(self._layer_sums(lambda row: row.size)) + sum(row.size for row in self.outer_weights())
+    sums = weights.totals(self)
+    return sums.layers + sums.outer
 
   def weight_bytes(self, dtype_bytes: int) -> int:
     """Bytes of all weights at this many bytes each."""
@@ -239,14 +240,8 @@ class ModelSpec(Presets):
     def part(row: Weight) -> int:
       return row.size // max(shards.get(axis, 1) for axis in row.axes)
 
-    return (sum(self._layer_sums(part)) + sum(map(part, self.outer_weights()))) * dtype_bytes
-
-  def _layer_sums(self, of: Any) -> Iterator[int]:
-    """A sum over the weights of each block, equal blocks worked out once."""
-    first = self.ffn.dense_layers if isinstance(self.ffn, Experts) else 0
-    for layers in (range(min(first, self.num_layers)), range(first, self.num_layers)):
-      if layers:
-        yield len(layers) * sum(map(of, self.layer_weights(layers[0])))
+    layers = round(weights.sum_over_layers(self, part))
+    return (layers + sum(map(part, self.outer_weights()))) * dtype_bytes
 
   # -------------------------------------------------------------------------- cache
 
@@ -270,7 +265,7 @@ class ModelSpec(Presets):
 
   def token_flops(self) -> int:
     """FLOPs of one token's way through the blocks, attention over the cache left out; of experts, the active ones."""
-    return 2 * round(sum(self._layer_sums(lambda row: row.size * row.share)))
+    return 2 * weights.totals(self).token
 
   def attention_flops(self, new_tokens: int, cached_tokens: int) -> int:
     """FLOPs of causal attention for `new_tokens` tokens that follow `cached_tokens` in one sequence."""

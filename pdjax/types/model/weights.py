@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from pdjax.types.model.parts import Attention, FeedForward
+from pdjax.types.model.parts import Attention, Experts, FeedForward
 from pdjax.types.model.weight import Axis, Weight, bias, norm
 
 
@@ -65,6 +65,36 @@ def table(model: Shape) -> Mapping[str, Weight]:
       name = f'layers.{layer}.{row.name}'
       rows[name] = dataclasses.replace(row, name=name)
   return types.MappingProxyType(rows | {row.name: row for row in rest})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Totals:
+  """Sums over the table.
+
+  Attributes:
+    layers: Parameters of all blocks.
+    outer: Parameters outside of them.
+    token: Parameters of the blocks by which one token is multiplied: of experts, those of the active ones.
+  """
+
+  layers: int
+  outer: int
+  token: int
+
+
+@functools.lru_cache(maxsize=16)
+def totals(model: Shape) -> Totals:
+  """The sums over a model's table, worked out once: a simulator asks for them in every step."""
+  token = round(sum_over_layers(model, lambda row: row.size * row.share))
+  outer = sum(row.size for row in outer_weights(model))
+  return Totals(round(sum_over_layers(model, lambda row: row.size)), outer, token)
+
+
+def sum_over_layers(model: Shape, of: Callable[[Weight], float]) -> float:
+  """A sum over the weights of all blocks, equal blocks looked at once."""
+  first = min(model.ffn.dense_layers, model.num_layers) if isinstance(model.ffn, Experts) else 0
+  kinds = range(first), range(first, model.num_layers)
+  return sum(len(layers) * sum(map(of, layer_weights(model, layers[0]))) for layers in kinds if layers)
 
 
 def axis_shards(model: Shape, tp: int) -> dict[Axis, int]:

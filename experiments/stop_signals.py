@@ -102,4 +102,7 @@ class StopSignals:
     if self.received is not None and not self._held:
       self._raises_again = True
       self._own += 1
-      signal.raise_signal(self.received)
+      # to the main thread itself: a signal that another thread gets wakes no call in which that one sleeps
+      main = threading.main_thread().ident
+      assert main is not None
+      signal.pthread_kill(main, self.received)

@@ -125,12 +125,9 @@ def deploy(
   """
   if backend == 'simulator':
     built = _build_simulator(config, opened.model)
-  elif (part := opened.model.only_simulated) is not None:
-    raise ValueError(
-      f'{opened.model.name} has {part}, which the engine does not compute; simulate it (pdjax.simulate, or '
-      '--backend=simulator), or serve a model without.'
-    )
-  elif opened.checkpoint is None and config.checkpoint != 'random':
+    return Deployment(config, opened, built)
+  opened.model.check_computed()
+  if opened.checkpoint is None and config.checkpoint != 'random':
     raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
   elif config.processes is not None:
     built = _build_processes(config, opened.model, say)

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pdjax.types.cluster import WorkerSpec
 from pdjax.types.hardware import ChipSpec
@@ -15,6 +15,7 @@ class CostModel(Protocol):
   What else it may say is in `CostBase`, whose defaults count for a class that says nothing of it.
   """
 
+  @abc.abstractmethod
   def step_seconds(
     self,
     model: ModelSpec,
@@ -33,11 +34,12 @@ class CostModel(Protocol):
       steps: Decode steps in it.
     """
 
+  @abc.abstractmethod
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
     """Seconds to move the KV of so many tokens, whole pages counted; of fewer tokens where only some layers travel."""
 
 
-class CostBase(abc.ABC):
+class CostBase(CostModel):
   """A cost model, and what it says of the machine that it has in mind.
 
   Attributes:
@@ -51,21 +53,6 @@ class CostBase(abc.ABC):
   calibrated: bool = False
   shared_host: bool = False
   dispatch_s: float = 0.0
-
-  @abc.abstractmethod
-  def step_seconds(
-    self,
-    model: ModelSpec,
-    worker: WorkerSpec,
-    chunks: Sequence[tuple[int, int]],
-    contexts: Sequence[int],
-    steps: int,
-  ) -> float:
-    """Seconds of one step of a worker; see `CostModel`."""
-
-  @abc.abstractmethod
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
-    """Seconds to move the KV of so many tokens; see `CostModel`."""
 
 
 def as_cost(cost: CostModel) -> CostBase:
@@ -81,15 +68,8 @@ class _Completed(CostBase):
     for name in ('chip', 'calibrated', 'shared_host', 'dispatch_s'):
       setattr(self, name, getattr(cost, name, getattr(CostBase, name)))
 
-  def step_seconds(
-    self,
-    model: ModelSpec,
-    worker: WorkerSpec,
-    chunks: Sequence[tuple[int, int]],
-    contexts: Sequence[int],
-    steps: int,
-  ) -> float:
-    return self._cost.step_seconds(model, worker, chunks, contexts, steps)
+  def step_seconds(self, *args: Any, **kwargs: Any) -> float:
+    return self._cost.step_seconds(*args, **kwargs)
 
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
-    return self._cost.transfer_seconds(model, source, target, tokens)
+  def transfer_seconds(self, *args: Any, **kwargs: Any) -> float:
+    return self._cost.transfer_seconds(*args, **kwargs)

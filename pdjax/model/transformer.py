@@ -28,10 +28,7 @@ class Transformer(nnx.Module):
     Raises:
       ValueError: if the model has a part that is not computed; see `ModelSpec.only_simulated`.
     """
-    if model.only_simulated is not None:
-      raise ValueError(
-        f'{model.name} has {model.only_simulated}, which the engine does not compute; run it on the simulator.'
-      )
+    model.check_computed()
     add_weights(self, model.outer_weights(), dtype)
     self.layers = nnx.List([Block(model, layer, dtype) for layer in range(model.num_layers)])
     self.model = model

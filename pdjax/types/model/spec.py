@@ -185,6 +185,14 @@ class ModelSpec(Presets):
       return 'norms with biases'
     return self.attention.only_simulated or self.ffn.only_simulated
 
+  def check_computed(self) -> None:
+    """Raise ValueError if the model has a part that the engine does not compute."""
+    if (part := self.only_simulated) is not None:
+      raise ValueError(
+        f'{self.name} has {part}, which the engine does not compute; simulate it (pdjax.simulate, or '
+        '--backend=simulator), or serve a model without.'
+      )
+
   def window(self, layer: int) -> int | None:
     """Tokens that a token sees in this layer, itself among them; None is all before it."""
     return self.sliding_window if self.windowed_layers is None or layer in self.windowed_layers else None

@@ -42,7 +42,7 @@ from pdjax.types import (
   decode_pool,
   prefill_pool,
 )
-from pdjax.types.cluster import GranularityName
+from pdjax.types.transfer import GranularityName
 from pdjax.workload import Listed, RandomTokens
 
 _CHECKPOINT = flags.DEFINE_string(

@@ -38,9 +38,9 @@ from pdjax.kv.transfer import TRANSPORTS, HostStaged, Parcel
 from pdjax.kv.transfer.cross_process import Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, TransferSpec
-from pdjax.types.cluster import TransportName
 from pdjax.types.handshake import Manifest, PoolShape
 from pdjax.types.span import Span
+from pdjax.types.transfer import TransportName
 
 FLAGS = flags.FLAGS
 _TRANSPORTS = ['device_put', 'host_staged', 'cross_process']
@@ -52,6 +52,7 @@ _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to th
 _SOURCE = flags.DEFINE_bool('source', False, 'Be the process that KV leaves; the command starts it by itself.')
 
 _MODEL = ModelSpec.smollm2_135m()
+(_KIND,) = _MODEL.cache
 _PAGE_SIZE = 16
 _GRANULARITY = TransferSpec(granularity='request')
 
@@ -61,7 +62,7 @@ class _Pool:
 
   def __init__(self, num_pages: int, device: jax.Device | None = None):
     self.mesh = make_mesh(_MODEL, [device or jax.devices()[0]])
-    self.page_shapes = KVPages.shapes(_MODEL, num_pages, _PAGE_SIZE, np.dtype(np.float32), self.mesh, 'plain')
+    self.page_shapes = KVPages.shapes(_KIND, num_pages, _PAGE_SIZE, np.dtype(np.float32), self.mesh, 'plain')
     rng = np.random.default_rng(0)
     self.pages = jax.tree.map(
       lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32), leaf.sharding), self.page_shapes
@@ -91,10 +92,10 @@ def serve_source() -> None:
 
   request = json.loads(sys.stdin.readline())
   pool, server = _Pool(request['pages']), Server(jax.devices()[0])
-  remote = RemotePool.of(_MODEL, _from_plain(request['pool']))
+  remote = RemotePool.of(_from_plain(request['pool']))
   sender = Sender(pool, remote, _GRANULARITY, server)
   sender.compile()
-  answer({'address': server.address, 'pool': _plain(describe_pool(pool))})
+  answer({'address': server.address, 'pool': _plain(describe_pool(_KIND, pool))})
   for line in sys.stdin:
     request = json.loads(line)
     number = request['number']
@@ -115,7 +116,7 @@ def _plain(pool: PoolShape) -> list[Any]:
 
 def _from_plain(plain: list[Any]) -> PoolShape:
   num_pages, page_size, dtype, layout, (kv, group) = plain
-  return PoolShape(num_pages, page_size, dtype, layout, (kv, group))
+  return PoolShape(_KIND, num_pages, page_size, dtype, layout, (kv, group))
 
 
 class _Source:
@@ -155,9 +156,9 @@ class _Way:
 
   def __init__(self, source: _Source, num_pages: int):
     self._source, self._pool, self._server = source, _Pool(num_pages), Server(jax.devices()[0])
-    said = source.ask({'pages': num_pages, 'pool': _plain(describe_pool(self._pool))})
+    said = source.ask({'pages': num_pages, 'pool': _plain(describe_pool(_KIND, self._pool))})
     self._address: str = said['address']
-    remote = RemotePool.of(_MODEL, _from_plain(said['pool']))
+    remote = RemotePool.of(_from_plain(said['pool']))
     self._receiver = Receiver(remote, self._pool, _GRANULARITY, self._server, self._address)
     self._receiver.compile()
     self._numbers = itertools.count(1)

@@ -41,8 +41,9 @@ from pdjax.serving import ClusterState, serve
 from pdjax.serving.events import Done, Finished
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, Role, SamplingParams, TransferSpec, WorkerSpec
-from pdjax.types.cluster import GranularityName, TransportName
+from pdjax.types.cache import KV
 from pdjax.types.model import GQA
+from pdjax.types.transfer import GranularityName, TransportName
 from pdjax.workload import Listed
 
 _COVERING = flags.DEFINE_bool('covering', False, 'Only so many combinations that each two values meet in one.')
@@ -122,7 +123,7 @@ class Pools:
     target = self._worker('decode', case.model, case.target_tp, case.target_page)
     way = self._way(source, target, case.transport)
     self._compile(way, case.granularity == 'layers')
-    workers, ways = [source, target], {('prefill', 'decode'): way}
+    workers, ways = [source, target], {('prefill', 'decode', KV): way}
     state = ClusterState(case.model, [worker.spec for worker in workers], 16, _spec(case.granularity))
     requests = [
       Request(f'r{length}', _prompt(length), SamplingParams(max_tokens=OUTPUT_LEN, ignore_eos=True))
@@ -168,7 +169,7 @@ class Pools:
 
   @functools.cache  # noqa: B019
   def _way(self, source: Worker, target: Worker, transport: TransportName) -> WholeWay:
-    way = TRANSPORTS[transport](source, target, _spec('layers'))
+    way = TRANSPORTS[transport](source.pools[KV], target.pools[KV], _spec('layers'))
     assert isinstance(way, WholeWay)
     return way
 

@@ -84,7 +84,7 @@ def products_s(model: ModelSpec, rows: int, unembedded: int, repeats: int) -> fl
 
 def cached_s(model: ModelSpec, tokens: int, copy_speed: float) -> float:
   """Seconds in which so many cached tokens' keys and values in float32 are read at the speed of a copy."""
-  return tokens * model.kv_bytes_per_token(4) / copy_speed
+  return tokens * model.cached_token_bytes('float32') / copy_speed
 
 
 def median_s(call: Callable[[], Any], repeats: int = 7) -> float:

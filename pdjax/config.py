@@ -8,13 +8,16 @@ from pdjax.cost.roofline import Roofline
 from pdjax.policies.base import as_policy
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
+from pdjax.types.cache import KV_DTYPE_BYTES, KVDtypeName
 from pdjax.types.checks import check_seed
-from pdjax.types.cluster import KVDtypeName, TransferSpec, WorkerSpec, split_name
+from pdjax.types.cluster import split_name
 from pdjax.types.faults import FaultSpec
 from pdjax.types.hardware import DtypeName
-from pdjax.types.model import KV_DTYPE_BYTES, ModelSpec
+from pdjax.types.model import ModelSpec
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder

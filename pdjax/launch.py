@@ -16,9 +16,9 @@ from pdjax.reporting import save_report
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder, open_folder
 from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals
-from pdjax.types.cluster import WorkerSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Completion, SamplingParams
+from pdjax.types.worker import WorkerSpec
 from pdjax.workload import Given
 
 Folder = str | pathlib.Path | RunFolder

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pdjax.types.cluster import Role
+from pdjax.types.worker import Role
 
 
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:

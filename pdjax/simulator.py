@@ -9,8 +9,8 @@ from typing import Any
 from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
-from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.model import ModelSpec
+from pdjax.types.worker import WorkerSpec
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 
@@ -78,9 +78,8 @@ class Simulator:
         self._began_s[order.id] = began_s
         self._push(order.id, lambda: self._step_done(order, began_s))
       case TransferOrder():
-        seconds = self._cost.transfer_seconds(
-          self._model, self._workers[order.source], self._workers[order.target], self._whole_tokens(order)
-        )
+        source, target = self._workers[order.source], self._workers[order.target]
+        seconds = self._cost.transfer_seconds(self._model, source, target, order.num_bytes)
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
       case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
@@ -112,10 +111,6 @@ class Simulator:
   def _push(self, order: int, event: Callable[[], Event]) -> None:
     heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
 
-  def _whole_tokens(self, order: TransferOrder) -> float:
-    """Tokens that have as many bytes in all layers as those that travel in some."""
-    return order.span.tokens * order.span.share(self._model.num_layers)
-
   def _ready_s(self, order: TransferOrder) -> float:
     """The time its tokens are computed: at the end of their step, or in the middle of it for the first layers."""
     if order.after is None or order.after not in self._ends_s:
@@ -126,10 +121,8 @@ class Simulator:
 
   def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     ended_s = self._ends_s.pop(order.id)
-    source, target = (self._workers[name].kv_dtype or 'float32' for name in (order.source, order.target))
-    wire_bytes = self._whole_tokens(order) * self._model.cached_token_bytes(wire_dtype(source, target))
     trip = Trip(began_s, ended_s, pieces=1)
-    return Done(order.id, began_s, ended_s, wire_bytes=round(wire_bytes), trip=trip)
+    return Done(order.id, began_s, ended_s, wire_bytes=order.num_bytes, trip=trip)
 
   def _step_done(self, order: StepOrder, began_s: float) -> Done:
     results = []

@@ -44,15 +44,15 @@ from tests.serving.driver import SIZES, TINY, Driver
 
 @dataclasses.dataclass(frozen=True)
 class HandCost:
-  """A second per prompt token, a quarter per decoded token, half a second per page slot on the way; exact in binary."""
+  """A second per prompt token, a quarter per decoded token, half a second per token on the way; exact in binary."""
 
   dtype_bytes: int = 4
 
   def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
     return float(sum(new for _, new in chunks)) + 0.25 * len(contexts) * steps
 
-  def transfer_seconds(self, model, source, target, tokens) -> float:
-    return 0.5 * tokens
+  def transfer_seconds(self, model, source, target, num_bytes) -> float:
+    return 0.5 * num_bytes / model.cached_token_bytes('float32')
 
 
 class ByHand(Driver):
@@ -104,7 +104,7 @@ def test_a_transfer_begins_when_its_chunk_has_ended_and_the_link_is_free():
     cluster.arrive(name, prompt_len)
     cluster.start(Step('prefill0', (Chunk(name, 0, prompt_len, 'decode0'),)))
   seen = [event for _ in range(4) for event in cluster.wait()]
-  token_bytes = TINY.kv_bytes_per_token(4)
+  token_bytes = TINY.cached_token_bytes('float32')
   assert seen == [
     Done(0, 0.0, 6.0, (Result('a', (0,)),)),
     Done(2, 6.0, 8.0, (Result('b', (0,)),)),
@@ -266,10 +266,14 @@ CASES += [Case('1P1D', 16, 24, 1, 1), Case('2P1D', 1, 25, 4, 16), Case('3P2D', 6
 EVERY_CASE = pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 
 
+def _pages_of(entry, worker: str) -> tuple[int, ...]:
+  return entry.pages.get(worker, {}).get('kv', ())
+
+
 def _check_pages(state: ClusterState, transfers: dict[int, TransferOrder]) -> None:
   """Every page is held by one request or by transfers under way, or free."""
   for name, worker in state.workers.items():
-    owned = Counter(page for entry in state.view.requests.values() for page in entry.pages.get(name, ()))
+    owned = Counter(page for entry in state.view.requests.values() for page in _pages_of(entry, name))
     assert not owned or owned.most_common(1)[0][1] == 1, f'two requests hold one page of {name}'
     moving = {page for order in transfers.values() if order.source == name for page in order.span.source_pages}
     moving |= {page for order in transfers.values() if order.target == name for page in order.span.target_pages}
@@ -348,7 +352,7 @@ def test_prompts_are_computed_once_and_their_pages_sent_once(case):
       for chunk in order.chunks:
         assert chunk.start == next_start[chunk.request.id]
         next_start[chunk.request.id] += chunk.length
-        held[chunk.request.id] = chunk.pages
+        held[chunk.request.id] = chunk.pages['kv']
     elif isinstance(order, TransferOrder):
       assert order.span.start == sent.get(order.request, 0)
       sent[order.request] = order.span.start + order.span.tokens
@@ -632,7 +636,7 @@ def test_a_replay_fails_with_one_turn_left_out_or_one_page_changed(case, log_of)
   steps = [i for i, event in enumerate(events) if isinstance(event, Started) and getattr(event.order, 'chunks', ())]
   for place in _sample(steps, 4):
     order = events[place].order
-    chunk = dataclasses.replace(order.chunks[0], pages=tuple(page + 1 for page in order.chunks[0].pages))
+    chunk = dataclasses.replace(order.chunks[0], pages={'kv': tuple(page + 1 for page in order.chunks[0].pages['kv'])})
     order = dataclasses.replace(order, chunks=(chunk, *order.chunks[1:]))
     tampered = [*events[:place], Started(events[place].now_s, order), *events[place + 1 :]]
     assert _fails(case, tampered)

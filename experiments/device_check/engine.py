@@ -30,10 +30,11 @@ from pdjax.serving.events import Done, Event
 from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec
-from pdjax.types.cluster import Role
+from pdjax.types.cache import KV, KVDtypeName
+from pdjax.types.worker import Role
 
 PAGE_SIZE = 16
-_DTYPE = 'bfloat16'
+_DTYPE: KVDtypeName = 'bfloat16'
 _BYTES = 2
 _UNCOUNTED = 2  # steps at the beginning of a row of them
 _MAX_CHUNKS = WorkerSpec('any').max_chunks  # by default
@@ -145,10 +146,10 @@ def _that_fit(
 ) -> list[int]:
   """The batches whose pages fit beside weights and the pages of so many tokens of prompts."""
   room = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf) * _SPARE
-  room -= model.weight_bytes(_BYTES) + prompt_tokens * model.kv_bytes_per_token(_BYTES)
+  room -= model.weight_bytes(_BYTES) + prompt_tokens * model.cached_token_bytes(_DTYPE)
   fitting = []
   for batch in batches:
-    needed = batch * longest * model.kv_bytes_per_token(_BYTES)
+    needed = batch * longest * model.cached_token_bytes(_DTYPE)
     if needed <= room:
       fitting.append(batch)
     else:
@@ -212,7 +213,7 @@ def _prefill(context: Context, engine: Engine, model: ModelSpec, spec: WorkerSpe
   for index in range(context.sizes.prefill_steps + _UNCOUNTED):
     number = next(_numbers)
     request = Request(f'p{number}', _tokens(model, prompt_len, number), sampling)
-    own = tuple(range(index % 2 * pages, (index % 2 + 1) * pages))
+    own = {KV: tuple(range(index % 2 * pages, (index % 2 + 1) * pages))}
     orders.append(StepOrder(number, spec.name, chunks=(ChunkOrder(request, 0, prompt_len, own, sampling.max_tokens),)))
   step_s = _per_step_s(_ends_s(engine, orders))
   flops = model.token_flops() * prompt_len + model.attention_flops(prompt_len, 0) + model.unembed_flops()
@@ -238,7 +239,7 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
   for step in range(steps):
     decodes = []
     for slot, request in enumerate(requests):
-      own = tuple(order[slot * each : (slot + 1) * each].tolist())
+      own = {KV: tuple(order[slot * each : (slot + 1) * each].tolist())}
       admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens) if not step else None
       decodes.append(DecodeOrder(request.id, slot, sizes.decode_context + step, admission))
     orders.append(StepOrder(next(_numbers), 'decode0', decodes=tuple(decodes)))
@@ -246,7 +247,7 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
   waited_s = _per_step_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
   for name, seconds, done in (('', step_s, 1), (', each begun when the last has ended', waited_s, 3)):
     cached = batch * (sizes.decode_context + done * sizes.decode_steps // 2)
-    moved = multiplied_bytes(model) + cached * model.kv_bytes_per_token(_BYTES)
+    moved = multiplied_bytes(model) + cached * model.cached_token_bytes(_DTYPE)
     context.figures.add(
       f'decode step of {batch} at {sizes.decode_context:,}, {model.num_layers} layers{name}', 1e3 * seconds, 'ms',
       floor_share=moved / context.ceilings.copy_bytes_per_s / seconds,

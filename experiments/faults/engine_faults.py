@@ -20,6 +20,7 @@ from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
 from pdjax.model.transformer import Weights
 from pdjax.serving.events import Event, Result, WorkerBack, WorkerLost
 from pdjax.serving.orders import Order, StepOrder, TransferOrder
+from pdjax.types.cache import KV
 from pdjax.types.span import Span
 
 STALL_S = 20.0  # longer than any test waits
@@ -251,8 +252,8 @@ class FaultyEngine:
     return self._engine.wait(until_s)
 
   def way(self, source: str, target: str) -> FaultyWay:
-    """The way between two workers."""
-    way = self._engine._transports[source, target]
+    """The way of keys and values between two workers."""
+    way = self._engine._transports[source, target, KV]
     assert isinstance(way, FaultyWay)
     return way
 

@@ -123,7 +123,7 @@ class Cluster:
     assert isinstance(engine, Engine)
     engine.close()
     self._workers = list(engine.workers.values())
-    self._ways: dict[tuple[str, str], Transport] = dict(engine._transports)
+    self._ways: dict[tuple[str, str, str], Transport] = dict(engine._transports)
 
   def engine(self) -> Engine:
     """A new engine over the workers and ways; whoever takes it closes it."""

@@ -22,8 +22,8 @@ from pdjax.metrics.wording import number, per_second, short
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.run_folder import CASES, EVENTS
 from pdjax.serving.events import Event
-from pdjax.types.cluster import Role
 from pdjax.types.json_text import json_text
+from pdjax.types.worker import Role
 from pdjax.workload import Workload
 
 Run = tuple[System, Workload, Report, tuple[Event, ...]]

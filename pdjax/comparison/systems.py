@@ -7,16 +7,10 @@ from typing import Any, Literal
 
 from pdjax.config import ServingConfig
 from pdjax.policies import Colocated, Disaggregated, as_policy
-from pdjax.types.cluster import (
-  WorkerSpec,
-  carve_devices,
-  colocated_pool,
-  decode_pool,
-  devices_needed,
-  parse_split,
-  prefill_pool,
-)
+from pdjax.types.cluster import carve_devices, colocated_pool, decode_pool, devices_needed, parse_split, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
+from pdjax.types.pools import PoolSpecs
+from pdjax.types.worker import WorkerSpec
 from pdjax.workload import Workload
 
 _PARTS = (16, 8, 4, 2, 1)  # of the largest step, to try
@@ -241,12 +235,8 @@ def _equal_pages(
   if any(worker.num_pages == 'auto' for config in configs for worker in config.workers):
     return 'auto'
 
-  def copies(tp: int) -> float:  # devices over which a page lies, each with its share of the heads
-    return tp / mesh_shape(model, tp)[0]
-
-  def page_bytes(worker: WorkerSpec) -> float:
-    assert worker.page_size and worker.kv_dtype
-    return worker.page_size * model.cached_token_bytes(worker.kv_dtype) * copies(worker.tp)
+  def page_bytes(worker: WorkerSpec) -> int:  # on all its devices
+    return PoolSpecs.of(model, worker).page_bytes * worker.tp
 
   whole = max(sum(int(worker.num_pages) * page_bytes(worker) for worker in config.cluster) for config in configs)
   (page,) = (page_bytes(dataclasses.replace(one, tp=tp)) for one in configs[0].cluster if one.name == like.name)

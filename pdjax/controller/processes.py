@@ -23,10 +23,11 @@ from pdjax.host import node_name
 from pdjax.serving.built import Built, WarmUp
 from pdjax.serving.events import Comeback
 from pdjax.serving.peers import Assignment, Loaded, PeerLost
-from pdjax.types.cluster import DeviceError, WorkerSpec, ways
+from pdjax.types.cluster import DeviceError, ways
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.worker import WorkerSpec
 
 _LINK_BYTES = 8 * 2**20
 _PINGS = 16  # of which the quickest tells how two clocks differ

@@ -23,8 +23,9 @@ from pdjax.controller.calls import begin_call
 from pdjax.controller.control_service import ControlService
 from pdjax.controller.ray_peer import GROUPS, RayPeer
 from pdjax.host import check_own, own_addresses
-from pdjax.types.cluster import DeviceError, WorkerSpec
+from pdjax.types.cluster import DeviceError
 from pdjax.types.processes import RayCluster
+from pdjax.types.worker import WorkerSpec
 
 if TYPE_CHECKING:
   import psutil

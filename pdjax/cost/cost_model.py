@@ -4,9 +4,9 @@ import abc
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pdjax.types.cluster import WorkerSpec
 from pdjax.types.hardware import ChipSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class CostModel(Protocol):
@@ -35,8 +35,11 @@ class CostModel(Protocol):
     """
 
   @abc.abstractmethod
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
-    """Seconds to move the KV of so many tokens, whole pages counted; of fewer tokens where only some layers travel."""
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, num_bytes: float) -> float:
+    """Seconds to move so many bytes of the cache from one worker to another, whole pages counted.
+
+    `pdjax.types.pools.sent_bytes` says how many a sequence has.
+    """
 
 
 class CostBase(CostModel):

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from pdjax.cost.cost_model import CostModel, as_cost
-from pdjax.types.cluster import TransferSpec, WorkerSpec, ways
+from pdjax.types.cluster import ways
 from pdjax.types.model import ModelSpec
+from pdjax.types.pools import sent_bytes
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 _PROGRAMS = 2  # of a further transfer: a gather and a scatter; the layers run in groups in any case
 # What a further transfer costs its host where nothing hides it: on the CPU where it was measured by what comes of it,
@@ -30,7 +33,8 @@ def choose_granularity(
 
   def gains(tokens: int) -> bool:
     def gained_s(source: WorkerSpec, target: WorkerSpec) -> float:
-      whole_s, last_s = (cost.transfer_seconds(model, source, target, part) for part in (tokens, tokens / groups))
+      size = sent_bytes(model, source, target, tokens)
+      whole_s, last_s = (cost.transfer_seconds(model, source, target, part) for part in (size, size / groups))
       return whole_s - last_s - price_s
 
     return groups > 1 and all(gained_s(*way) > 0 for way in layered)

@@ -4,8 +4,10 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from pdjax.types.cluster import WorkerSpec, ways
-from pdjax.types.model import ModelSpec, mesh_shape
+from pdjax.types.cluster import ways
+from pdjax.types.model import ModelSpec
+from pdjax.types.pools import PoolSpecs
+from pdjax.types.worker import WorkerSpec
 
 ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the steps
 HOST_SHARE = 0.5  # of a CPU's free memory, which all its virtual devices have in common
@@ -46,17 +48,17 @@ def size_pools(
     return 0 if one_memory else device
 
   weights: dict[int, float] = {}
-  pools: dict[int, float] = {}
+  given: dict[int, float] = {}
   automatic: dict[int, int] = {}
   for mesh in set(devices.values()):
     for device in mesh:
       memory = memory_of(device)
       weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(dtype_bytes, len(mesh))
-  page_bytes = {}
+  pools: dict[str, PoolSpecs] = {}
+  page_bytes: dict[str, int] = {}
   for worker in workers:
-    assert worker.page_size and worker.kv_dtype
-    whole = worker.page_size * model.cached_token_bytes(worker.kv_dtype)
-    page_bytes[worker.name] = whole / mesh_shape(model, worker.tp)[0]
+    pools[worker.name] = PoolSpecs.of(model, worker)
+    page_bytes[worker.name] = pools[worker.name].page_bytes
   sides = zip(*ways(cluster or workers), strict=True)
   directions = collections.Counter(name for side in sides for name in {worker.name for worker in side})
   staging: dict[int, float] = {}
@@ -65,7 +67,7 @@ def size_pools(
       memory = memory_of(device)
       staging[memory] = staging.get(memory, 0) + directions[worker.name] * staging_bytes / worker.tp
       if isinstance(worker.num_pages, int):
-        pools[memory] = pools.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
+        given[memory] = given.get(memory, 0) + worker.num_pages * page_bytes[worker.name]
       else:
         automatic[memory] = automatic.get(memory, 0) + 1
   for memory, used in weights.items():
@@ -75,9 +77,9 @@ def size_pools(
         f'{model.name} needs {_gb(used)} of weights, but {_gb(memory_bytes)} may be filled {where}; use fewer workers '
         'or more devices, a smaller dtype or model, or free memory.'
       )
-    if used + staging[memory] + pools.get(memory, 0) > memory_bytes:
+    if used + staging[memory] + given.get(memory, 0) > memory_bytes:
       raise ValueError(
-        f'weights ({_gb(used)}), pages ({_gb(pools.get(memory, 0))}) and staging ({_gb(staging[memory])}) do not fit '
+        f'weights ({_gb(used)}), pages ({_gb(given.get(memory, 0))}) and staging ({_gb(staging[memory])}) do not fit '
         f"{where}, where {_gb(memory_bytes)} may be filled; lower num_pages or set it to 'auto', lower "
         'TransferSpec.staging_bytes, or use more devices.'
       )
@@ -88,7 +90,7 @@ def size_pools(
     if memory_bytes == float('inf'):
       raise ValueError(f'the devices do not say how much memory they have; give worker {worker.name!r} a num_pages.')
     memories = [memory_of(device) for device in devices[worker.name]]
-    free = min((memory_bytes - weights[one] - staging[one] - pools.get(one, 0)) / automatic[one] for one in memories)
+    free = min((memory_bytes - weights[one] - staging[one] - given.get(one, 0)) / automatic[one] for one in memories)
     fits = int(free / page_bytes[worker.name])
     if fits < 1:
       raise ValueError(
@@ -96,8 +98,8 @@ def size_pools(
         f'{worker.page_size} tokens takes {_gb(page_bytes[worker.name])}; raise tp, lower page_size or use a larger '
         'device.'
       )
-    assert worker.page_size
-    useful = max(worker.max_sequences, worker.max_chunks) * -(-model.context_len // worker.page_size)
+    one = pools[worker.name].whole_pages(pools[worker.name].pages_for(model.context_len))
+    useful = max(worker.max_sequences, worker.max_chunks) * one
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)

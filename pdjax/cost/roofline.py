@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from pdjax.cost.cost_model import CostBase
-from pdjax.types.cluster import WorkerSpec, wire_dtype
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.worker import WorkerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Roofline(CostBase):
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
     link: The link between two workers; transfers between them use `min(tp)` such links side by side.
-    dtype_bytes: Bytes of a weight, and of a cached element of workers that have no `kv_dtype`.
+    dtype_bytes: Bytes of a weight.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
   """
 
@@ -48,7 +48,6 @@ class Roofline(CostBase):
     devices = 1 if self.shared_host else worker.tp
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
-    kv_bytes = self._token_bytes(model, worker.kv_dtype)
     # The input embedding is read a row a token, not whole.
     weights = model.weight_bytes(self.dtype_bytes)
     if not model.tied_embeddings:
@@ -59,20 +58,11 @@ class Roofline(CostBase):
       flops = tokens * model.token_flops() + (len(chunks) + len(contexts)) * model.unembed_flops()
       flops += sum(model.attention_flops(new, cached) for cached, new in chunks)
       flops += sum(model.attention_flops(1, context + step) for context in contexts)
-      cached_tokens = sum(cached + new for cached, new in chunks)
-      attended = sum(model.attended_tokens(context + step) for context in contexts)
-      read = weights + kv_bytes * (cached_tokens + attended)
+      read = weights + model.read_bytes(worker.cached_dtype, chunks, [context + step for context in contexts])
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 
-  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, tokens: float) -> float:
-    """Seconds to move the KV of so many tokens; see `CostModel`."""
+  def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, num_bytes: float) -> float:
+    """Seconds to move so many bytes of the cache; see `CostModel`."""
     links = 1 if self.shared_host else min(source.tp, target.tp)
-    kv_dtype = source.kv_dtype
-    if kv_dtype is not None and target.kv_dtype is not None:
-      kv_dtype = wire_dtype(kv_dtype, target.kv_dtype)
-    token_bytes = self._token_bytes(model, kv_dtype)
-    return self.link.latency_s + tokens * token_bytes / (self.link.bytes_per_s * links)
-
-  def _token_bytes(self, model: ModelSpec, kv_dtype: str | None) -> int:
-    return model.kv_bytes_per_token(self.dtype_bytes) if kv_dtype is None else model.cached_token_bytes(kv_dtype)
+    return self.link.latency_s + num_bytes / (self.link.bytes_per_s * links)

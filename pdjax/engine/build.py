@@ -27,9 +27,10 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.serving.built import Built, WarmUp
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, TransferSpec, carve_devices, devices_needed, ways
+from pdjax.types.cluster import DeviceError, carve_devices, devices_needed, ways
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
+from pdjax.types.transfer import TransferSpec
 
 # JAX has a thread for each CPU device or each core, whichever are more. Where steps keep all of them busy, a copy
 # waits until a worker has nothing more to do: half a second was seen, instead of a fraction of a millisecond.
@@ -114,7 +115,9 @@ def build_engine(
   dtype = jnp.dtype(config.dtype)
   meshes = {mesh: make_mesh(model, [devices[index] for index in mesh]) for mesh in set(carved.values())}
   for spec in specs:  # what cannot be is refused before anything is loaded
-    choose_layout(model, spec.page_size or config.page_size, meshes[carved[spec.name]], spec.page_layout)
+    for kind in model.cache:
+      page_size = kind.page_size or spec.page_size or config.page_size
+      choose_layout(kind, page_size, meshes[carved[spec.name]], spec.page_layout)
   weights = load_weights(checkpoint, model, meshes, dtype)
   loaded = time.perf_counter()
   say(f'weights loaded in {loaded - begin:.1f} s')
@@ -132,7 +135,7 @@ def build_engine(
     say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
 
   program_s: dict[str, float] = {}
-  transports: dict[tuple[str, str], Transport] = {}
+  transports: dict[tuple[str, str, str], Transport] = {}
 
   def compile_programs(what: str, compile: Callable[[], dict[str, float]]) -> None:
     started = time.perf_counter()
@@ -145,9 +148,12 @@ def build_engine(
   by_name = {worker.spec.name: worker for worker in workers}
   for source_spec, target_spec in ways(specs) if config.moves_kv else ():
     source, target = by_name[source_spec.name], by_name[target_spec.name]
-    transport = TRANSPORTS[_transport_name(transfer, source, target)](source, target, transfer)
-    transports[source_spec.name, target_spec.name] = transport
-    compile_programs(f'{source_spec.name}→{target_spec.name}', transport.compile)
+    for kind in model.cache:
+      ends = source.pools[kind.name], target.pools[kind.name]
+      transport = TRANSPORTS[_transport_name(transfer, source, target)](*ends, transfer)
+      transports[source_spec.name, target_spec.name, kind.name] = transport
+      of_kind = '' if len(model.cache) == 1 else f' {kind.name}'
+      compile_programs(f'{source_spec.name}→{target_spec.name}{of_kind}', transport.compile)
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, of which compiling {compiled - measured:.1f} s')
   warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)

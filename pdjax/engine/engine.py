@@ -21,7 +21,7 @@ class Engine:
   transfer has one while it is under way; they post what ended, and when, to one mailbox.
   """
 
-  def __init__(self, workers: Sequence[Worker], transports: Mapping[tuple[str, str], Transport]):
+  def __init__(self, workers: Sequence[Worker], transports: Mapping[tuple[str, str, str], Transport]):
     """Serve with compiled workers and a transport for every (source, target) that orders will name."""
     self.workers = {worker.spec.name: worker for worker in workers}
     self._transports = transports
@@ -144,7 +144,7 @@ class Engine:
   # -------------------------------------------------------------------------- transfers
 
   def _send(self, order: TransferOrder) -> None:
-    transport = self._transports[order.source, order.target]
+    transport = self._transports[order.source, order.target, order.span.kind]
     self._incoming.add(UnderWay(order.id, order, transport.send(order.span), transport))
 
   def _write(self, landed: Landed) -> None:

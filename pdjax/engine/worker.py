@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,15 +16,18 @@ from pdjax.engine.detokenize import Detokenizer, TextStream
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import NO_TOKEN, Chunks, Steps
 from pdjax.kv.pages import KVPages, copy
+from pdjax.kv.pool import Pool
 from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.events import Result
 from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, StepOrder
 from pdjax.sharding import replicated
-from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
+from pdjax.types.cache import KV
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import FinishReason, Request, TokenLogprob
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec, bucket_for
 
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
 
@@ -109,20 +111,28 @@ class Worker:
     self._programs: dict[tuple, Any] = {}
     self._progress: dict[str, _Progress] = {}
     self._left_out: dict[str, int] = {}  # requests of which a step is missing here, see `leave_out`
-    self.page_shapes = KVPages.shapes(
-      model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.page_shapes)
-    zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.page_shapes)
-    self._make_pages = jax.jit(zeros, out_shardings=shardings)
+    self.pools = {kind.name: Pool(kind, spec, mesh) for kind in model.cache}
     self.reset()
+
+  @property
+  def pages(self) -> KVPages:
+    """The pages of keys and values."""
+    return self.pools[KV].pages
+
+  @pages.setter
+  def pages(self, pages: KVPages) -> None:
+    self.pools[KV].pages = pages
+
+  @property
+  def page_shapes(self) -> KVPages:
+    """Their shapes, dtypes and shardings."""
+    return self.pools[KV].page_shapes
 
   def reset(self) -> None:
     """Start over with empty pages and slots, as a new incarnation."""
     self.incarnation += 1
-    for leaf in jax.tree.leaves(self.pages) if self.incarnation > 1 else ():
-      leaf.delete()  # there may be no room for two pools
-    self.pages: KVPages = self._make_pages()
+    for pool in self.pools.values():
+      pool.reset()
     history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
     self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
     self.forget_all()
@@ -412,13 +422,14 @@ class Worker:
     rows = self._empty_rows()
     for row, (slot, admission) in enumerate(admitted):
       request, tokens = admission.request, admission.tokens
-      if admission.copy is not None:
-        self._run(('copy',), *map(np.int32, admission.copy))
+      for pair in admission.copies.get(KV, ()):
+        self._run(('copy',), *map(np.int32, pair))
       rows.tokens[row] = tokens[-1] if tokens else request.prompt[-1]
       rows.lengths[row] = request.prompt_len + len(tokens) - 1
       rows.generated[row] = len(tokens)
       rows.alive[row] = True
-      rows.tables[row, : len(admission.pages)] = admission.pages
+      pages = admission.pages[KV]
+      rows.tables[row, : len(pages)] = pages
       self._track(request, tokens, admission.limit)
       self._remember(request, tokens, slot)
     rows = dataclasses.replace(rows, sampling=self._sampling([one for _, one in admitted], self._num_slots))
@@ -463,7 +474,8 @@ class Worker:
       end += chunk.length
       new['offsets'][row + 1 :] = end
       new['lengths'][row] = stop
-      new['tables'][row, : len(chunk.pages)] = chunk.pages
+      pages = chunk.pages[KV]
+      new['tables'][row, : len(pages)] = pages
       if chunk.slot is not None:
         new['slots'][row] = chunk.slot
     return Chunks(**new, sampling=self._sampling(chunks, most))

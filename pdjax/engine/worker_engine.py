@@ -45,7 +45,8 @@ class WorkerEngine:
   """
 
   def __init__(self, worker: Worker, staging_bytes: float = math.inf):
-    """Serve with a compiled worker; `senders` and `receivers` are put there by the handshake, by the other's name.
+    """Serve with a compiled worker; `senders` and `receivers` are put there by the handshake, by the
+    other's name and the cache kind.
 
     Args:
       worker: The worker.
@@ -54,8 +55,8 @@ class WorkerEngine:
     """
     self.worker = worker
     self._staging_bytes = staging_bytes
-    self.senders: dict[str, Sender] = {}
-    self.receivers: dict[str, Receiver] = {}
+    self.senders: dict[tuple[str, str], Sender] = {}
+    self.receivers: dict[tuple[str, str], Receiver] = {}
     self._mailbox = Mailbox()
     self._runner = Runner(worker, self._mailbox)
     self._waiters = Waiters('transfers', crash_poster(self._mailbox))
@@ -137,7 +138,7 @@ class WorkerEngine:
     pulled_s, pulled = self._mailbox.now_s(), False
     try:
       self._refuse_if_stalled(order.source)
-      receiver = self.receivers[order.source]
+      receiver = self.receivers[order.source, order.span.kind]
       parcel = receiver.pull(number, manifest, order.span)
       pulled = True
       self._incoming.add(UnderWay(number, order, parcel, receiver, pulled_s))
@@ -173,7 +174,7 @@ class WorkerEngine:
 
   def _offer(self, number: int, order: TransferOrder) -> None:
     """Offer what is to be pulled."""
-    sender = self.senders[order.target]
+    sender = self.senders[order.target, order.span.kind]
     offer = sender.offer(number, order.span)
     self._outgoing[number] = _Outgoing(sender, offer.without_arrays())
     self._tell(Offered(number, offer.manifest))

@@ -137,7 +137,7 @@ class WorkerProcess:
     versions = tuple((name, _version(name)) for name in _VERSIONED)
     hello = Hello(
       spec.name, worker.incarnation, self._machine, versions, model, summed, assignment.dtype,
-      describe_pool(worker),
+      tuple(describe_pool(pool.kind, pool) for pool in worker.pools.values()),
     )  # fmt: skip
     return Loaded(hello, loaded - begin, compile_s, program_s)
 
@@ -162,48 +162,60 @@ class WorkerProcess:
       )
     return checkpoint
 
-  def send_to(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
-    """Be ready to send KV to another worker; how it is cut, and the seconds of each program.
+  def send_to(self, other: Hello) -> tuple[tuple[WayPlan, ...], dict[str, float]]:
+    """Be ready to send KV to another worker; how each cache kind is cut, and the seconds of each program.
 
     Raises:
       PeerLost: if nothing is loaded here, as when the process that was meant is lost and this is the next.
     """
     engine, name = self._loaded_engine(), other.worker
-    if name not in engine.senders:
-      remote = RemotePool.of(other.model, other.pool)
-      return self._prepare(Sender(engine.worker, remote, self._assignment.transfer, self._server), engine.senders, name)
-    return engine.senders[name].plan(), {}
+    plans: list[WayPlan] = []
+    seconds: dict[str, float] = {}
+    for shape in other.pools:
+      kind = shape.kind.name
+      if (name, kind) not in engine.senders:
+        pool, remote = engine.worker.pools[kind], RemotePool.of(shape)
+        sender = Sender(pool, remote, self._assignment.transfer, self._server)
+        seconds |= self._prepare(sender, engine.senders, name, kind)
+      plans.append(engine.senders[name, kind].plan(kind))
+    return tuple(plans), seconds
 
-  def receive_from(self, other: Hello) -> tuple[WayPlan, dict[str, float]]:
-    """Be ready to pull KV from another worker, or its new incarnation; how it is cut, and the seconds of each program.
+  def receive_from(self, other: Hello) -> tuple[tuple[WayPlan, ...], dict[str, float]]:
+    """Be ready to pull KV from another worker, or its new incarnation; as `send_to`.
 
     Raises:
       PeerLost: as `send_to`.
     """
     engine, name = self._loaded_engine(), other.worker
-    if name not in engine.receivers:
-      remote = RemotePool.of(other.model, other.pool)
-      receiver = Receiver(remote, engine.worker, self._assignment.transfer, self._server, other.machine.address)
-      return self._prepare(receiver, engine.receivers, name)
-    receiver = engine.receivers[name]
-    receiver.address = other.machine.address
-    return receiver.plan(), {}
+    plans: list[WayPlan] = []
+    seconds: dict[str, float] = {}
+    for shape in other.pools:
+      kind = shape.kind.name
+      if (name, kind) not in engine.receivers:
+        pool, remote = engine.worker.pools[kind], RemotePool.of(shape)
+        receiver = Receiver(remote, pool, self._assignment.transfer, self._server, other.machine.address)
+        seconds |= self._prepare(receiver, engine.receivers, name, kind)
+      engine.receivers[name, kind].address = other.machine.address
+      plans.append(engine.receivers[name, kind].plan(kind))
+    return tuple(plans), seconds
 
   def _loaded_engine(self) -> WorkerEngine:
     if not hasattr(self, 'engine'):
       raise PeerLost(f'process {os.getpid()} has not loaded a worker yet')
     return self.engine
 
-  def _prepare(self, half: Half, halves: dict, name: str) -> tuple[WayPlan, dict[str, float]]:
-    """Compile half a way. Its programs run once between orders, for they replace the worker's pages.
+  def _prepare(self, half: Half, halves: dict, name: str, kind: str) -> dict[str, float]:
+    """Compile half a way of a cache kind; seconds by program.
+
+    Its programs run once between orders, for they replace the worker's pages.
 
     Not where the worker serves already: pages that were empty may be in use.
     """
     seconds = self.compile_half(half)
     if not self._serving:
       self._between_orders(half.rehearse_all)
-    halves[name] = half
-    return half.plan(), seconds
+    halves[name, kind] = half
+    return seconds if len(self.engine.worker.pools) == 1 else {f'{kind} {one}': took for one, took in seconds.items()}
 
   def _between_orders(self, do) -> None:
     done = threading.Event()

@@ -1,5 +1,6 @@
 """The bytes of the KV cache, and moving them."""
 
-from pdjax.kv.pages import KVPages, page_bytes
+from pdjax.kv.pages import KVPages
+from pdjax.kv.pool import Pool
 
-__all__ = ['KVPages', 'page_bytes']
+__all__ = ['KVPages', 'Pool']

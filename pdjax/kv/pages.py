@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import PageLayout, devices, gather_pages, scatter_pages
 from pallas_kernels.page_copy.conversion import convert
-from pdjax.types.cluster import PageLayoutName
-from pdjax.types.model import ModelSpec
+from pdjax.types.cache import CacheKind
+from pdjax.types.worker import PageLayoutName
 
 LAYER_SPEC = PartitionSpec(None, None, 'kv')  # of one layer's pool on a worker's mesh, and of its scales
 
@@ -68,52 +68,57 @@ class KVPages:
   @classmethod
   def shapes(
     cls,
-    model: ModelSpec,
+    kind: CacheKind,
     num_pages: int,
     page_size: int,
     dtype: jnp.dtype,
     mesh: Mesh | AbstractMesh,
     layout: PageLayoutName = 'auto',
   ) -> 'KVPages':
-    """The pool's shapes, dtypes and shardings, without its bytes.
+    """The shapes, dtypes and shardings of a cache kind's pool, without its bytes.
 
     Raises:
       ValueError: if the heads on each device cannot have such a layout.
     """
-    shape = (num_pages, *choose_layout(model, page_size, mesh, layout).page_shape)
+    kv_heads, head_dim = _heads(kind)
+    shape = (num_pages, *choose_layout(kind, page_size, mesh, layout).page_shape)
     layer = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, LAYER_SPEC))
-    layers: Any = (layer,) * model.num_layers
+    layers: Any = (layer,) * len(kind.layers)
     if jnp.dtype(dtype) != jnp.int8:
-      return cls(layers, model.head_dim)
-    of_scales = (num_pages, 2, model.kv_heads, page_size)
+      return cls(layers, head_dim)
+    of_scales = (num_pages, 2, kv_heads, page_size)
     scale: Any = jax.ShapeDtypeStruct(of_scales, jnp.float32, sharding=layer.sharding)
-    return cls(layers, model.head_dim, (scale,) * model.num_layers)
+    return cls(layers, head_dim, (scale,) * len(kind.layers))
+
+
+def _heads(kind: CacheKind) -> tuple[int, int]:
+  """Key/value heads and head size of a cache kind of keys and values."""
+  (array,) = kind.arrays
+  assert kind.grows and array.cut == 1 and len(array.shape) == 3 and array.shape[0] == 2, f'{kind} is not computed'
+  _, kv_heads, head_dim = array.shape
+  return kv_heads, head_dim
 
 
 def choose_layout(
-  model: ModelSpec, page_size: int, mesh: Mesh | AbstractMesh, layout: PageLayoutName = 'auto'
+  kind: CacheKind, page_size: int, mesh: Mesh | AbstractMesh, layout: PageLayoutName = 'auto'
 ) -> PageLayout:
   """The layout of a pool over a mesh: the one that is asked for, or what its devices read fastest.
 
   Raises:
     ValueError: if the heads on each device cannot have it.
   """
-  heads = model.kv_heads // mesh.shape['kv']  # on each device
+  kv_heads, head_dim = _heads(kind)
+  heads = kv_heads // mesh.shape['kv']  # on each device
   name: str = layout
   if layout == 'auto':
     assert not isinstance(mesh, AbstractMesh), 'devices that are elsewhere are not asked'
-    name = PageLayout.best(devices.of(mesh.devices.flat[0]), heads, page_size, model.head_dim).name
+    name = PageLayout.best(devices.of(mesh.devices.flat[0]), heads, page_size, head_dim).name
   if name == 'paired' and heads % 2:
     raise ValueError(
       f'page_layout is {name!r}, which wants an even number of key/value heads on each device, but with tp={mesh.size} '
-      f"there are {heads} of the {model.kv_heads} of {model.name!r}; set page_layout to 'kv' or 'auto', or change tp."
+      f"there are {heads} of the {kv_heads} of the model; set page_layout to 'kv' or 'auto', or change tp."
     )
-  return PageLayout(name, model.kv_heads, page_size, model.head_dim)
-
-
-def page_bytes(model: ModelSpec, page_size: int, dtype: jnp.dtype) -> int:
-  """Bytes of one page over all layers and heads."""
-  return page_size * model.cached_token_bytes(jnp.dtype(dtype).name)
+  return PageLayout(name, kv_heads, page_size, head_dim)
 
 
 @jax.tree_util.register_dataclass

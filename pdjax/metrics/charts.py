@@ -29,8 +29,8 @@ from pdjax.metrics import wording
 from pdjax.metrics.colours import BASELINE, DARK, LIGHT, PARTS, PHASES, SYSTEMS, WAITING, vega_config
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan, RequestTimeline
-from pdjax.types.cluster import Role
 from pdjax.types.json_text import json_text
+from pdjax.types.worker import Role
 
 if TYPE_CHECKING:
   import altair as alt

@@ -17,9 +17,10 @@ from pdjax.metrics.stats import Stats
 from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
 from pdjax.serving.events import Event
-from pdjax.types.cluster import Role, WorkerSpec, split_name
+from pdjax.types.cluster import split_name
 from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO
+from pdjax.types.worker import Role, WorkerSpec
 
 _MOST_ERRORS = 3  # that a report's notes tell
 _LONGEST_ERROR = 240  # characters

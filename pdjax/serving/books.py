@@ -1,19 +1,23 @@
 """The books: all that changes while a cluster serves, and how places are taken, held and let go."""
 
-import math
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
 from pdjax.serving.events import Delivered, Finished
 from pdjax.serving.orders import Order, TransferOrder
+from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
-from pdjax.types.cluster import TransferSpec, WorkerSpec, ways, wire_dtype
+from pdjax.types.cluster import ways
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.pools import Lane, PoolSpecs, lanes
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class Books:
@@ -68,12 +72,13 @@ class Books:
     self.workers: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
     for spec in workers:
-      self._add_worker(spec, page_size)
+      self._add_worker(dataclasses.replace(spec, page_size=spec.page_size or page_size))
     self.prefill_workers = tuple(worker for worker in self.workers.values() if worker.role.prefills)
     self.decode_workers = tuple(worker for worker in self.workers.values() if worker.role.decodes)
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
+    self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
     self._check_staging()
     self.requests: dict[str, RequestState] = {}
     self.waiting: dict[str, RequestState] = {}
@@ -95,22 +100,25 @@ class Books:
     self._next_order = 0
     self._next_number = 0
 
-  def _add_worker(self, spec: WorkerSpec, page_size: int) -> None:
+  def _add_worker(self, spec: WorkerSpec) -> None:
     if spec.name in self.workers:
       raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
     if not isinstance(spec.num_pages, int):
       raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-    holdings = self.holdings[spec.name] = Holdings(spec.num_pages, spec.max_sequences, self.transfer.staging_bytes)
-    self.workers[spec.name] = WorkerState(spec, spec.page_size or page_size, holdings)
+    pages = PlacePages(PoolSpecs.of(self.model, spec), spec)
+    holdings = self.holdings[spec.name] = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes)
+    self.workers[spec.name] = WorkerState(spec, holdings)
 
   def _check_staging(self) -> None:
-    for pair in ways([worker.spec for worker in self.workers.values()]):
-      source, target = (self.workers[spec.name] for spec in pair)
-      if (needed := self.unit_bytes(source, target)) > self.transfer.staging_bytes:
-        raise ValueError(
-          f'staging_bytes is {self.transfer.staging_bytes}, but one unit of {self.unit(source, target)} tokens from '
-          f'{source.name!r} to {target.name!r} has {needed} bytes; raise TransferSpec.staging_bytes.'
-        )
+    for source, target in ways([worker.spec for worker in self.workers.values()]):
+      found = self._lanes[source.name, target.name] = lanes(self.model, source, target)
+      for lane in found:
+        if lane.unit_bytes > self.transfer.staging_bytes:
+          unit = 'state' if lane.kind.has_state else f'unit of {lane.unit} tokens'
+          raise ValueError(
+            f'staging_bytes is {self.transfer.staging_bytes}, but one {unit} from {source.name!r} to {target.name!r} '
+            f'has {lane.unit_bytes} bytes in {lane.kind.name!r}; raise TransferSpec.staging_bytes.'
+          )
 
   def new_order_id(self) -> int:
     """The number of the next order."""
@@ -126,40 +134,47 @@ class Books:
     """Most tokens that a request really generates; what orders say of it."""
     return self.true_limits.get(entry.request.id, entry.limit)
 
-  def unit(self, source: WorkerState, target: WorkerState) -> int:
-    """Tokens of a unit, the fewest that travel between two workers: pages of both are made of whole ones."""
-    return math.gcd(source.page_size, target.page_size)
-
-  def unit_bytes(self, source: WorkerState, target: WorkerState) -> int:
-    """Bytes of a unit while it travels."""
-    ours, theirs = (worker.spec.kv_dtype or 'float32' for worker in (source, target))
-    return self.unit(source, target) * self.model.cached_token_bytes(wire_dtype(ours, theirs))
+  def lanes(self, source: str, target: str) -> tuple[Lane, ...]:
+    """Each cache kind on its way from one worker to another."""
+    return self._lanes[source, target]
 
   # -------------------------------------------------------------------------- take, hold, let go
 
   def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
     """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it."""
-    holdings, whole = self.holdings[worker.name], entry.whole_pages(worker.page_size, decodes=decodes)
-    pages = entry.pages[worker.name] = holdings.pages.take(whole)
+    holdings = self.holdings[worker.name]
+    own = entry.own_pages(holdings.pages.pools, decodes=decodes)
+    entry.pages[worker.name] = holdings.pages.take(own)
     if not decodes:
       return
     entry.target, entry.slot = worker.name, holdings.slots.popleft()
-    if not entry.followers:
-      return
-    num_shared = entry.shared_pages(worker.page_size)
-    shared, last = pages[:num_shared], pages[num_shared]
     for other in entry.followers.values():
-      own = holdings.pages.take(whole - num_shared)
-      holdings.pages.hold((*shared, last))  # the last until it is copied, whatever becomes of its holder
-      other.pages[worker.name], other.copy = (*shared, *own), (last, own[0])
-      other.target, other.slot = worker.name, holdings.slots.popleft()
+      self._reserve_beside(entry, other, own, worker)
+
+  def _reserve_beside(self, entry: RequestState, other: RequestState, own: dict[str, int], worker: WorkerState) -> None:
+    """Take the pages and slot of a further sample beside those of the one that carries its prompt."""
+    holdings, pages = self.holdings[worker.name], entry.pages[worker.name]
+    pools = holdings.pages.pools.by_kind
+    num_shared = {name: entry.shared_pages(pool) for name, pool in pools.items()}
+    new = holdings.pages.take({name: count - num_shared[name] for name, count in own.items()})
+    shared = {name: pages[name][:count] for name, count in num_shared.items()}
+    copied = {
+      name: pages[name][count : count + 1] if pools[name].kind.grows else pages[name]
+      for name, count in num_shared.items()
+    }
+    holdings.pages.hold(shared)
+    holdings.pages.hold(copied)  # until they are copied, whatever becomes of their holder
+    other.pages[worker.name] = {name: (*shared[name], *new[name]) for name in own}
+    other.copies = {name: tuple(zip(copied[name], new[name], strict=False)) for name in own}
+    other.target, other.slot = worker.name, holdings.slots.popleft()
 
   def release_copied(self, entry: RequestState) -> None:
-    """Let go of the page that a sample begins by copying."""
-    if entry.copy is not None:
+    """Let go of the pages that a sample begins by copying."""
+    if entry.copies:
       assert entry.target is not None
-      self.holdings[entry.target].pages.drop(entry.copy[:1])
-      entry.copy = None
+      copied = {name: [source for source, _ in pairs] for name, pairs in entry.copies.items()}
+      self.holdings[entry.target].pages.drop(copied)
+      entry.copies = {}
 
   def release_slot(self, entry: RequestState) -> None:
     """Give back the slot of a request, if it has one."""
@@ -180,16 +195,16 @@ class Books:
   def hold(self, order: TransferOrder) -> None:
     """Take the pages and staging that a transfer holds until it has ended."""
     source, target = self.holdings[order.source], self.holdings[order.target]
-    source.pages.hold(order.span.source_pages)
-    target.pages.hold(order.span.target_pages)
-    source.staging_out.take(order.staging_bytes)
-    target.staging_in.take(order.staging_bytes)
+    source.pages.hold({order.span.kind: order.span.source_pages})
+    target.pages.hold({order.span.kind: order.span.target_pages})
+    source.staging_out.take(order.num_bytes)
+    target.staging_in.take(order.num_bytes)
 
   def let_go(self, order: TransferOrder) -> None:
     """Give back the pages and staging that a transfer held."""
     source, target = self.holdings[order.source], self.holdings[order.target]
-    source.pages.drop(order.span.source_pages)
-    target.pages.drop(order.span.target_pages)
-    source.staging_out.give_back(order.staging_bytes)
-    target.staging_in.give_back(order.staging_bytes)
+    source.pages.drop({order.span.kind: order.span.source_pages})
+    target.pages.drop({order.span.kind: order.span.target_pages})
+    source.staging_out.give_back(order.num_bytes)
+    target.staging_in.give_back(order.num_bytes)
     self.staging_freed = bool(self.due)

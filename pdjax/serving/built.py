@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from pdjax.serving.loop import Backend
-from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.hardware import ChipSpec, DtypeName, LinkSpec
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class Living(Protocol):

@@ -223,7 +223,7 @@ def _hand_on(books: Books, entry: RequestState, samples: Samples) -> None:
   heir = next(iter(samples.following.values()))
   del samples.following[heir.request.id]
   samples.carrier = heir
-  heir.worker, heir.started, heir.tokens_sent = entry.worker, entry.started, entry.tokens_sent
+  heir.worker, heir.started, heir.sent = entry.worker, entry.started, entry.sent
   heir.computed, heir.transfers, heir.tokens_due = True, entry.transfers, entry.tokens_due
   books.transfers.hand_on(entry.request.id, heir.request.id)
   if entry.request.id in books.due:

@@ -1,18 +1,22 @@
 """Orders, which a backend carries out: actions with every number filled in."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pdjax.types.request import FinishReason, Request
 from pdjax.types.span import Span
+
+PageNumbers = Mapping[str, tuple[int, ...]]  # by cache kind
+PageCopies = Mapping[str, tuple[tuple[int, int], ...]]  # (from, into) by cache kind
 
 MAX_ORDERS = 2  # steps in flight on one worker: one that runs, one that is ready
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkOrder:
-  """A chunk with the pages of its sequence on the worker, `pages[i]` holding tokens `i·page_size` and up.
+  """A chunk with the pages of its sequence on the worker, by cache kind.
 
+  Of a kind that keeps all tokens, page `i` holds tokens `i·page_size` and up.
   `limit` is the most tokens that the request generates, wherever it does.
   `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
   `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
@@ -22,7 +26,7 @@ class ChunkOrder:
   request: Request
   start: int
   length: int
-  pages: tuple[int, ...]
+  pages: PageNumbers
   limit: int
   slot: int | None = None
   delivered: tuple[int, ...] = ()
@@ -50,15 +54,15 @@ class ChunkOrder:
 class Admission:
   """A sequence that arrives in a slot: its pages here, the tokens generated so far, and the most that there can be.
 
-  A further sample of a prompt has no tokens yet: it begins with the prompt's last token, in a page of its own. `copy`
-  says which page to copy into which of its own before that; None if all its pages are filled already.
+  A further sample of a prompt has no tokens yet: it begins with the prompt's last token, in a page of its own. `copies`
+  says by cache kind which pages to copy into which of its own before that; none if all its pages are filled already.
   """
 
   request: Request
-  pages: tuple[int, ...]
+  pages: PageNumbers
   tokens: tuple[int, ...]
   limit: int
-  copy: tuple[int, int] | None = None
+  copies: PageCopies = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,17 +104,17 @@ class StepOrder:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferOrder:
-  """Copy cached tokens of a sequence to another worker; begins once order `after` has ended.
+  """Copy what a sequence has in the cache, of one kind, to another worker; begins once order `after` has ended.
 
   Attributes:
     id: Its id.
     request: The request whose tokens they are.
     source: The worker that has them.
     target: The worker that gets them.
-    span: The tokens, and the pages of either worker that hold them.
+    span: The kind, the tokens, and the pages of either worker that hold them.
     after: The order that computes the last of them, if it has not ended.
     incarnations: Those of source and target whose pages these are.
-    staging_bytes: Bytes of the staging memory of either side that it takes while it is under way.
+    num_bytes: Bytes that travel; of the staging memory of either side it takes as many while it is under way.
   """
 
   id: int
@@ -120,7 +124,7 @@ class TransferOrder:
   span: Span
   after: int | None = None
   incarnations: tuple[int, int] = (1, 1)
-  staging_bytes: int = 0
+  num_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,10 @@
-"""The holders of each page of one place, and a budget of bytes on their way out of it and into it."""
+"""The holders of each page of one place, kind by kind, and a budget of bytes on their way out of it and into it."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from pdjax.types.pools import PoolSpecs, grown_pages
+from pdjax.types.worker import WorkerSpec
 
 
 class PageAllocator:
@@ -44,6 +47,69 @@ class PageAllocator:
       self._holders[page] -= 1
       if self._holders[page] == 0:
         self._free.append(page)
+
+
+class PlacePages:
+  """The pages of one place, of each cache kind, out of one memory of so many pages' bytes.
+
+  A kind may have as many pages as that memory has room for by itself; one that grows with every token has no more than
+  hold the tokens of all pages.
+  """
+
+  def __init__(self, pools: PoolSpecs, worker: WorkerSpec):
+    """All pages of a worker free, whose `num_pages` and page size are filled in."""
+    assert isinstance(worker.num_pages, int)
+    self.pools = pools
+    self.num_pages = worker.num_pages
+    self._num_bytes = worker.num_pages * pools.page_bytes
+    self.by_kind: dict[str, PageAllocator] = {}
+    for name, pool in pools.by_kind.items():
+      grows = pool.kind.grows
+      most = grown_pages(pool.kind, worker) if grows else self._num_bytes // pool.device_bytes
+      self.by_kind[name] = PageAllocator(most)
+
+  @property
+  def _free_bytes(self) -> int:
+    used = {name: one.num_pages - one.num_free for name, one in self.by_kind.items()}
+    return self._num_bytes - self.pools.device_bytes(used)
+
+  @property
+  def num_free(self) -> int:
+    """Free memory in whole pages."""
+    return self._free_bytes // self.pools.page_bytes
+
+  @property
+  def used_bytes(self) -> int:
+    """Bytes of all pages that somebody holds, over all devices, copies counted once."""
+    sizes = self.pools.by_kind
+    return sum((one.num_pages - one.num_free) * sizes[name].page_bytes for name, one in self.by_kind.items())
+
+  def fits(self, *needed: Mapping[str, int]) -> bool:
+    """Whether so many pages of each kind, all of these together, are free."""
+    for name, one in self.by_kind.items():
+      if sum(pages.get(name, 0) for pages in needed) > one.num_free:
+        return False
+    return sum(map(self.pools.device_bytes, needed)) <= self._free_bytes
+
+  def take(self, needed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Take so many free pages of each kind, the longest free first.
+
+    Raises:
+      ValueError: if fewer are free.
+    """
+    if not self.fits(needed):
+      raise ValueError(f'{dict(needed)} pages wanted, {self.num_free} of {self.num_pages} free.')
+    return {name: self.by_kind[name].take(count) for name, count in needed.items()}
+
+  def hold(self, pages: Mapping[str, Iterable[int]]) -> None:
+    """Keep pages of each kind from being freed until a matching `drop`."""
+    for name, numbers in pages.items():
+      self.by_kind[name].hold(numbers)
+
+  def drop(self, pages: Mapping[str, Iterable[int]]) -> None:
+    """Let go of pages of each kind; those that nobody else holds become free."""
+    for name, numbers in pages.items():
+      self.by_kind[name].drop(numbers)
 
 
 class Staging:

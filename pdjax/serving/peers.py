@@ -8,9 +8,11 @@ import dataclasses
 
 from pdjax.serving.events import Event
 from pdjax.serving.orders import Order, TransferOrder
-from pdjax.types.cluster import DeviceError, TransferSpec, WorkerSpec
+from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import Hello, Manifest
 from pdjax.types.model import ModelSpec
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class PeerLost(DeviceError):

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Mapping
 
 from pdjax.serving.actions import Step
-from pdjax.serving.page_allocator import PageAllocator, Staging
+from pdjax.serving.page_allocator import PlacePages, Staging
 from pdjax.serving.requests import RequestState
-from pdjax.types.cluster import WorkerSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class Holdings:
@@ -23,8 +23,8 @@ class Holdings:
     decoding: Sequences in its slots.
   """
 
-  def __init__(self, num_pages: int, num_slots: int, staging_bytes: int):
-    self.pages = PageAllocator(num_pages)
+  def __init__(self, pages: PlacePages, num_slots: int, staging_bytes: int):
+    self.pages = pages
     self.slots = deque(range(num_slots))
     self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
     self.steps: deque[tuple[int, Step]] = deque()
@@ -50,11 +50,12 @@ class WorkerState:
     given_up: Whether nobody waits for it to come back any more.
   """
 
-  def __init__(self, spec: WorkerSpec, page_size: int, holdings: Holdings):
+  def __init__(self, spec: WorkerSpec, holdings: Holdings):
+    assert spec.page_size is not None
     self.spec = spec
     self.name = spec.name
     self.role = spec.role
-    self.page_size = page_size
+    self.page_size = spec.page_size
     self.num_pages = holdings.pages.num_pages
     self._holdings = holdings
     self.prefilling: Mapping[str, RequestState] = types.MappingProxyType(holdings.prefilling)
@@ -77,8 +78,13 @@ class WorkerState:
 
   @property
   def free_pages(self) -> int:
-    """Pages that nobody holds."""
+    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
     return self._holdings.pages.num_free
+
+  @property
+  def used_bytes(self) -> int:
+    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
+    return self._holdings.pages.used_bytes
 
   @property
   def free_slots(self) -> int:

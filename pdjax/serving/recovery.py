@@ -136,7 +136,7 @@ def _lose_target(books: Books, entry: RequestState, error: str) -> None:
   for one in (entry, *entry.followers.values()):
     books.leave(one, one.target)
   books.due.pop(entry.request.id, None)
-  entry.tokens_due = entry.tokens_sent = 0
+  entry.tokens_due, entry.sent = 0, {}
   if entry.phase is Phase.MOVING:
     books.unsettled.append(entry)
 
@@ -174,7 +174,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
   books.leave(entry, entry.target)
   for place in list(entry.pages):
     books.leave(entry, place)
-  entry.worker, entry.started, entry.tokens_due, entry.tokens_sent, entry.steps_in_flight = None, 0, 0, 0, 0
+  entry.worker, entry.started, entry.tokens_due, entry.sent, entry.steps_in_flight = None, 0, 0, {}, 0
   entry.computed = entry.admitted = False
   entry.delivered = tuple(entry.tokens)
   enter(entry, Phase.WAITING)

@@ -3,6 +3,8 @@
 import dataclasses
 import enum
 
+from pdjax.serving.orders import PageCopies, PageNumbers
+from pdjax.types.pools import PoolSpec, PoolSpecs
 from pdjax.types.request import Request
 
 
@@ -48,14 +50,15 @@ class RequestState:
     tokens: Tokens generated and delivered.
     steps_in_flight: Most tokens that orders in flight can bring it.
     transfers: Transfers of its pages under way or to be tried again.
-    pages: Pages it holds, by worker.
+    pages: Pages it holds, by worker and cache kind.
     slot: Its slot on `target`.
     tokens_due: Tokens of its prompt that can be sent on, those under way to be computed counted.
-    tokens_sent: Tokens of its prompt that were sent on.
+    sent: Entries of its prompt's cache that were sent on, by cache kind.
     last_step: The order that computes the last of those due.
     computed: Whether its whole prompt is computed.
     admitted: Whether a step has put it into its slot.
-    copy: The page that it begins by copying and its own that it copies it into, if it is a further sample of a prompt.
+    copies: By cache kind, the pages that it begins by copying, each with its own that it copies it into, if it is a
+      further sample of a prompt.
     samples: The samples of its prompt, if there are several.
     delivered: The tokens it had when it was last begun again.
     attempts: Times it was begun, this one counted.
@@ -72,14 +75,14 @@ class RequestState:
   tokens: list[int] = dataclasses.field(default_factory=list)
   steps_in_flight: int = 0
   transfers: int = 0
-  pages: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  pages: dict[str, PageNumbers] = dataclasses.field(default_factory=dict)
   slot: int | None = None
   tokens_due: int = 0
-  tokens_sent: int = 0
+  sent: dict[str, int] = dataclasses.field(default_factory=dict)
   last_step: int | None = None
   computed: bool = False
   admitted: bool = False
-  copy: tuple[int, int] | None = None
+  copies: PageCopies = dataclasses.field(default_factory=dict)
   samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
   delivered: tuple[int, ...] = ()
   attempts: int = 1
@@ -114,19 +117,24 @@ class RequestState:
     """Slots where it decodes: one, and one for each further sample that follows it."""
     return 1 + len(self.followers)
 
-  def whole_pages(self, page_size: int, *, decodes: bool) -> int:
-    """Pages of `page_size` tokens for this one sequence: for its prompt, or for all its tokens but the last."""
-    tokens = self.prompt_len + self.limit - 1 if decodes else self.prefill_len
-    return -(-tokens // page_size)
+  def own_pages(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
+    """Pages of each cache kind for this one sequence: for its prompt, or for all its tokens but the last."""
+    return pools.pages_for(self.prompt_len + self.limit - 1 if decodes else self.prefill_len)
 
-  def shared_pages(self, page_size: int) -> int:
-    """Pages that samples share: all before the one of the prompt's last token, which each of them writes."""
-    return (self.prompt_len - 1) // page_size
+  def shared_pages(self, pool: PoolSpec) -> int:
+    """Pages of a cache kind that samples share: all before that of the prompt's last token, which each of them writes.
 
-  def pages_needed(self, page_size: int, *, decodes: bool) -> int:
-    """As `whole_pages`, those of the samples that follow it counted too: all but those of the prompt's full pages."""
-    whole = self.whole_pages(page_size, decodes=decodes)
-    return whole + len(self.followers) * (whole - self.shared_pages(page_size)) if decodes else whole
+    Windows and states change with every token, so that there is nothing to share.
+    """
+    return (self.prompt_len - 1) // pool.page_size if pool.kind.grows else 0
+
+  def pages_needed(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
+    """As `own_pages`, those of the samples that follow it counted too: all but those that they share."""
+    own = self.own_pages(pools, decodes=decodes)
+    if decodes and self.followers:
+      for name, pool in pools.by_kind.items():
+        own[name] += len(self.followers) * (own[name] - self.shared_pages(pool))
+    return own
 
 
 @dataclasses.dataclass(slots=True)

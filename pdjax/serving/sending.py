@@ -9,6 +9,7 @@ from pdjax.serving.orders import TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter
 from pdjax.serving.view import ClusterView
+from pdjax.types.pools import Lane
 from pdjax.types.span import Span
 
 LayerGroup = tuple[int, int]  # the first, and the one after the last
@@ -18,12 +19,9 @@ def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> li
   """The transfers of what a chunk completes: units of both page sizes, once they are to travel."""
   if chunk.send_to is None:
     return []
-  entry, target = books.requests[chunk.request], books.workers[chunk.send_to]
-  unit = books.unit(worker, target)
-  if not entry.prompt_left:
+  entry = books.requests[chunk.request]
+  if not entry.prompt_left or books.transfer.granularity != 'request':
     entry.tokens_due = entry.started
-  elif books.transfer.granularity != 'request':
-    entry.tokens_due = entry.started // unit * unit
   entry.last_step = step
   return send_due(books, entry, step, _layer_groups(books, chunk, worker))
 
@@ -43,26 +41,47 @@ def send_due(
   """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
   assert entry.worker is not None and entry.target is not None
   source, target = books.workers[entry.worker], books.workers[entry.target]
-  unit, unit_bytes = books.unit(source, target), books.unit_bytes(source, target)
+  orders: list[TransferOrder] = []
+  is_left = False
+  for lane in books.lanes(source.name, target.name):
+    left = _send_kind(books, entry, source, target, lane, after, groups, orders)
+    is_left = is_left or left > 0
+  if is_left:
+    books.due[entry.request.id] = entry
+  else:
+    books.due.pop(entry.request.id, None)
+  return orders
+
+
+def _send_kind(
+  books: Books,
+  entry: RequestState,
+  source: WorkerState,
+  target: WorkerState,
+  lane: Lane,
+  after: int | None,
+  groups: Sequence[LayerGroup | None],
+  orders: list[TransferOrder],
+) -> int:
+  """Add the transfers of one cache kind for which staging has room; the entries that are left."""
+  name, unit, unit_bytes = lane.kind.name, lane.unit, lane.unit_bytes
   staging_out, staging_in = books.holdings[source.name].staging_out, books.holdings[target.name].staging_in
   # Half of it at most, so that one part is gathered while another is on the wire.
   most = max(unit_bytes, books.transfer.staging_bytes // 2)
-  left = entry.tokens_due - entry.tokens_sent
-  orders: list[TransferOrder] = []
+  sent = entry.sent.get(name, 0)
+  left = lane.sendable(entry.tokens_due, entry.prefill_len) - sent
   while left > 0 and not _is_kept_free(books, source, target):
     room = min(staging_out.free_bytes, staging_in.free_bytes, most)
     units = min(-(-left // unit), room // unit_bytes)
     if not units:
       break
-    tokens = min(units * unit, left)
-    orders += [_move(books, entry, source, target, tokens, after, layers) for layers in groups]
-    entry.tokens_sent += tokens
-    left -= tokens
-  if left > 0:
-    books.due[entry.request.id] = entry
-  else:
-    books.due.pop(entry.request.id, None)
-  return orders
+    entries = min(units * unit, left)
+    for layers in groups:
+      if lane.kind.num_layers(layers):
+        orders.append(_move(books, entry, source, target, lane, sent, units * unit, after, layers))
+    sent = entry.sent[name] = sent + entries
+    left -= entries
+  return left
 
 
 def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:
@@ -76,22 +95,22 @@ def _move(
   entry: RequestState,
   source: WorkerState,
   target: WorkerState,
-  tokens: int,
+  lane: Lane,
+  start: int,
+  entries: int,
   after: int | None,
   layers: LayerGroup | None,
 ) -> TransferOrder:
-  """The transfer of the next so many tokens of a prompt, up to a whole unit."""
-  start, unit = entry.tokens_sent, books.unit(source, target)
-  end = -(-(start + tokens) // unit) * unit
-  source_pages, target_pages = (
-    entry.pages[place.name][start // place.page_size : -(-end // place.page_size)] for place in (source, target)
-  )
-  span = Span(source_pages, target_pages, start, end - start, layers)
-  first, stop = span.bounds(books.model.num_layers)
-  num_bytes = (end - start) // unit * books.unit_bytes(source, target) * (stop - first) // books.model.num_layers
+  """The transfer of so many entries of one cache kind, whole units."""
+  name, end = lane.kind.name, start + entries
+  ours, theirs = entry.pages[source.name][name], entry.pages[target.name][name]
+  if lane.kind.grows:
+    ours = ours[start // lane.source_page_size : -(-end // lane.source_page_size)]
+    theirs = theirs[start // lane.target_page_size : -(-end // lane.target_page_size)]
   order = TransferOrder(
-    books.new_order_id(), entry.request.id, source.name, target.name, span, after,
-    (source.incarnation, target.incarnation), num_bytes,
+    books.new_order_id(), entry.request.id, source.name, target.name,
+    Span(ours, theirs, start, entries, layers, name), after,
+    (source.incarnation, target.incarnation), lane.num_bytes(entries, layers),
   )  # fmt: skip
   books.hold(order)
   entry.transfers += 1

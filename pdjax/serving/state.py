@@ -27,9 +27,10 @@ from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase
 from pdjax.serving.view import ClusterView
 from pdjax.types.checks import is_number
-from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 
 class StuckError(RuntimeError):

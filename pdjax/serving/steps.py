@@ -68,7 +68,7 @@ def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tup
     if not entry.admitted:
       entry.admitted = True
       pages, limit = entry.pages[entry.target], books.true_limit(entry)
-      admission = Admission(entry.request, pages, tuple(entry.tokens), limit, entry.copy)
+      admission = Admission(entry.request, pages, tuple(entry.tokens), limit, entry.copies)
       books.release_copied(entry)  # whatever is written there from now on is written after the copy
     context = entry.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
     orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))

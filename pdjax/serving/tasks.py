@@ -18,7 +18,7 @@ def take_tasks(books: Books) -> list[Abandon | Resend]:
     elif (attempt := books.transfers.get_again(task.transfer)) is not None:
       order = attempt.order
       room = books.holdings[order.source].staging_out, books.holdings[order.target].staging_in
-      if tasks or min(one.free_bytes for one in room) < order.staging_bytes:
+      if tasks or min(one.free_bytes for one in room) < order.num_bytes:
         wait.append(task)
       else:
         tasks.append(task)

@@ -7,10 +7,12 @@ from typing import Protocol
 from pdjax.serving.actions import Step
 from pdjax.serving.books import Books
 from pdjax.serving.orders import MAX_ORDERS
+from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.requests import Phase
-from pdjax.types.cluster import Role, TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 
 class RequestView(Protocol):
@@ -37,8 +39,8 @@ class RequestView(Protocol):
     """The worker that decodes it; the same as `worker` when nothing moves."""
 
   @property
-  def pages(self) -> Mapping[str, tuple[int, ...]]:
-    """Pages it holds, by worker."""
+  def pages(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+    """Pages it holds, by worker and cache kind."""
 
   @property
   def started(self) -> int:
@@ -106,7 +108,11 @@ class WorkerView(Protocol):
 
   @property
   def free_pages(self) -> int:
-    """Pages that nobody holds."""
+    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
+
+  @property
+  def used_bytes(self) -> int:
+    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
 
   @property
   def free_slots(self) -> int:
@@ -157,13 +163,14 @@ class Room:
 
   def __init__(self, view: 'ClusterView'):
     self._view = view
-    self._pages: dict[str, int] = {}
+    self._pages: dict[str, dict[str, int]] = {}  # taken, by worker and cache kind
     self._slots: dict[str, int] = {}
     self._tokens: dict[str, int] = {}
 
   def pages(self, worker: str) -> int:
-    """Free pages."""
-    return self._view.workers[worker].free_pages - self._pages.get(worker, 0)
+    """Free pages; of several cache kinds, the free memory in whole pages."""
+    free, taken = self._view.workers[worker].free_pages, self._pages.get(worker)
+    return free - self._place_pages(worker).pools.whole_pages(taken) if taken else free
 
   def slots(self, worker: str) -> int:
     """Free slots."""
@@ -182,18 +189,25 @@ class Room:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
     if not self._view.workers[worker].up:
       return False
-    needed = self._view.pages_needed(request, worker, decodes=decodes)
-    return needed <= self.pages(worker) and (not decodes or self._view.slots_needed(request) <= self.slots(worker))
+    if decodes and self._view.slots_needed(request) > self.slots(worker):
+      return False
+    needed = self._view.kind_pages_needed(request, worker, decodes=decodes)
+    return self._place_pages(worker).fits(needed, self._pages.get(worker, {}))
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
-    self._pages[worker] = self._pages.get(worker, 0) + self._view.pages_needed(request, worker, decodes=decodes)
+    taken = self._pages.setdefault(worker, {})
+    for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
+      taken[kind] = taken.get(kind, 0) + pages
     if decodes:
       self._slots[worker] = self._slots.get(worker, 0) + self._view.slots_needed(request)
 
   def take_tokens(self, worker: str, tokens: int) -> None:
     """Count prompt tokens as given to the worker."""
     self._tokens[worker] = self._tokens.get(worker, 0) + tokens
+
+  def _place_pages(self, worker: str) -> PlacePages:
+    return self._view._books.holdings[worker].pages
 
 
 class ClusterView:
@@ -264,9 +278,16 @@ class ClusterView:
   def pages_needed(self, request: str, worker: str, *, decodes: bool) -> int:
     """Pages of a worker for the prompt, and with `decodes` for all the tokens it may generate but the last.
 
-    With further samples that follow it, theirs too: all but those of the prompt's full pages.
+    With further samples that follow it, theirs too: all but those of the prompt's full pages. Of several cache kinds,
+    the memory for all of them in whole pages.
     """
-    return self._books.requests[request].pages_needed(self._books.workers[worker].page_size, decodes=decodes)
+    pools = self._books.holdings[worker].pages.pools
+    return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
+
+  def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> dict[str, int]:
+    """As `pages_needed`, by cache kind."""
+    pools = self._books.holdings[worker].pages.pools
+    return self._books.requests[request].pages_needed(pools, decodes=decodes)
 
   def slots_needed(self, request: str) -> int:
     """Slots where it decodes: one, and one for each further sample that follows it."""

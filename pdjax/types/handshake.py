@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
-from pdjax.types.cluster import KVDtypeName, WorkerSpec
+from pdjax.types.cache import CacheKind, KVDtypeName
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
+from pdjax.types.pools import grown_pages
+from pdjax.types.worker import WorkerSpec
 
 Manifest = tuple[tuple[tuple[int, ...], str], ...]  # shape and dtype of each array that a transfer offers
 
@@ -16,9 +18,10 @@ class HandshakeError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PoolShape:
-  """A worker's pool of pages, as far as another process must know it.
+  """A worker's pool of pages of one cache kind, as far as another process must know it.
 
   Attributes:
+    kind: The kind.
     num_pages: Pages.
     page_size: Tokens per page.
     dtype: Of cached keys and values.
@@ -26,6 +29,7 @@ class PoolShape:
     mesh: Devices over which key/value heads are cut, and over which each cut is copied.
   """
 
+  kind: CacheKind
   num_pages: int
   page_size: int
   dtype: KVDtypeName
@@ -71,7 +75,7 @@ class Hello:
     model: The model's shape.
     weights: Sums over every bit of the weights.
     dtype: Of the weights.
-    pool: Its pages.
+    pools: Its pages, by the cache kinds of the model.
   """
 
   worker: str
@@ -81,7 +85,7 @@ class Hello:
   model: ModelSpec
   weights: str
   dtype: str
-  pool: PoolShape
+  pools: tuple[PoolShape, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class WayPlan:
   """The pieces in which KV travels from one worker to another, as one end of the way worked them out.
 
   Attributes:
+    kind: The name of the cache kind.
     unit: Tokens of a unit.
     dtype: The dtype in which units travel.
     piece_heads: Key/value heads of a piece.
@@ -96,6 +101,7 @@ class WayPlan:
     batches: Sizes of batches, in layers and units.
   """
 
+  kind: str
   unit: int
   dtype: str
   piece_heads: int
@@ -113,15 +119,19 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
   Raises:
     HandshakeError: naming what it holds and what was expected.
   """
-  pool = hello.pool
-  for what, found, expected in (
+  facts: list[tuple[str, object, object]] = [
     ('name', hello.worker, spec.name),
-    ('num_pages', pool.num_pages, spec.num_pages),
-    ('page_size', pool.page_size, spec.page_size),
-    ('kv_dtype', pool.dtype, spec.kv_dtype),
-    ('page_layout', pool.layout, pool.layout if spec.page_layout == 'auto' else spec.page_layout),
-    ('tp', pool.mesh[0] * pool.mesh[1], spec.tp),
-  ):
+    ('cache kinds', tuple(pool.kind for pool in hello.pools), hello.model.cache),
+  ]
+  for pool in hello.pools:
+    facts += [
+      ('num_pages', pool.num_pages, grown_pages(pool.kind, spec)),
+      ('page_size', pool.page_size, pool.kind.page_size or spec.page_size),
+      ('kv_dtype', pool.dtype, spec.kv_dtype),
+      ('page_layout', pool.layout, pool.layout if spec.page_layout == 'auto' else spec.page_layout),
+      ('tp', pool.mesh[0] * pool.mesh[1], spec.tp),
+    ]
+  for what, found, expected in facts:
     if found != expected:
       raise HandshakeError(
         f'the process of worker {spec.name!r} has {what} {found!r}, but the controller expects {expected!r}; start '
@@ -145,19 +155,20 @@ def check_together(hellos: Sequence[Hello]) -> None:
     _compare(first, other, 'weights that sum to', first.weights, other.weights, 'give both the same checkpoint')
 
 
-def check_plans(source: str, target: str, ours: WayPlan, theirs: WayPlan) -> None:
+def check_plans(source: str, target: str, ours: Sequence[WayPlan], theirs: Sequence[WayPlan]) -> None:
   """See that both ends of a way cut what travels alike.
 
   Raises:
     HandshakeError: naming what differs, and both values.
   """
   for field in dataclasses.fields(WayPlan):
-    at_source, at_target = getattr(ours, field.name), getattr(theirs, field.name)
-    if at_source != at_target:
-      raise HandshakeError(
-        f'from {source!r} to {target!r}, KV leaves with {field.name} {at_source!r}, but {at_target!r} is expected '
-        'there; start both from one config and one version of pdjax.'
-      )
+    for at_source, at_target in zip(ours, theirs, strict=True):
+      one, other = getattr(at_source, field.name), getattr(at_target, field.name)
+      if one != other:
+        raise HandshakeError(
+          f'from {source!r} to {target!r}, KV leaves with {field.name} {one!r}, but {other!r} is expected there; start '
+          'both from one config and one version of pdjax.'
+        )
 
 
 def _compare(first: Hello, other: Hello, what: str, ours: object, theirs: object, remedy: str) -> None:

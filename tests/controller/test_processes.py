@@ -176,10 +176,11 @@ def test_a_way_that_is_made_while_its_worker_serves_leaves_its_pages_alone(proce
   worker, receivers = target.engine.worker, target.engine.receivers
   before = [np.array(layer) for layer in worker.pages.layers]
   assert any(layer[:4].any() for layer in before)
-  known = receivers.pop('prefill0')
-  hello = Hello('prefill0', 1, source._machine, (), TINY, '', 'float32', describe_pool(source.engine.worker))
-  plan, _ = target.receive_from(hello)
-  assert plan == known.plan() and receivers['prefill0'] is not known
+  known = receivers.pop(('prefill0', 'kv'))
+  pools = (describe_pool(TINY.cache[0], source.engine.worker.pools['kv']),)
+  hello = Hello('prefill0', 1, source._machine, (), TINY, '', 'float32', pools)
+  (plan,), _ = target.receive_from(hello)
+  assert plan == known.plan('kv') and receivers['prefill0', 'kv'] is not known
   for layer, same in zip(worker.pages.layers, before, strict=True):
     np.testing.assert_array_equal(layer, same)
 
@@ -342,7 +343,7 @@ class Standing(Parcel):
 def test_pulls_that_were_given_up_take_no_more_memory_than_staging_has_though_none_ever_ends(processes):
   link = threading.Event()
   engine = WorkerEngine(processes.peers['decode0'].process.engine.worker, staging_bytes=100)
-  engine.receivers['prefill0'] = types.SimpleNamespace(pull=lambda *_: Standing(link))
+  engine.receivers['prefill0', 'kv'] = types.SimpleNamespace(pull=lambda *_: Standing(link))
   order = TransferOrder(0, 'r', 'prefill0', 'decode0', Span((0,), (0,), 0, 4))
   engine.start_clock()
 

@@ -95,13 +95,13 @@ class Canned:
   def _load(self, assignment):
     self.assigned.append(assignment)
     spec = assignment.spec
-    pool = PoolShape(spec.num_pages, spec.page_size, spec.kv_dtype, 'plain', (spec.tp, 1))
-    hello = Hello(spec.name, assignment.incarnation, self.machine, (), TINY, self.weights, 'float32', pool)
+    pool = PoolShape(TINY.cache[0], spec.num_pages, spec.page_size, spec.kv_dtype, 'plain', (spec.tp, 1))
+    hello = Hello(spec.name, assignment.incarnation, self.machine, (), TINY, self.weights, 'float32', (pool,))
     return Loaded(hello, load_s=0.0, compile_s=0.0, program_s={})
 
   def _send_to(self, other):
     self.told.append(other)
-    return WayPlan(4, 'float32', 1, (1, 1), ((1, 1),)), {}
+    return (WayPlan('kv', 4, 'float32', 1, (1, 1), ((1, 1),)),), {}
 
   _receive_from = _send_to
 
@@ -394,7 +394,7 @@ def test_of_two_that_come_back_at_once_only_one_makes_the_way_between_them(peers
     time.sleep(0.05)
     with lock:
       going[0] -= 1
-    return WayPlan(4, 'float32', 1, (1, 1), ((1, 1),)), {}
+    return (WayPlan('kv', 4, 'float32', 1, (1, 1), ((1, 1),)),), {}
 
   peers['prefill0']._send_to = connecting
   threads = [threading.Thread(target=handshake.connect, args=('prefill0', 'decode0')) for _ in range(2)]

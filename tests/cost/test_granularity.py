@@ -10,7 +10,7 @@ from pdjax.types import ModelSpec, TransferSpec, colocated_pool, decode_pool, pr
 from pdjax.types.hardware import ChipSpec, LinkSpec
 
 MODEL = ModelSpec.smollm2_135m()
-ONE_OF_EACH = prefill_pool(1) + decode_pool(1)
+ONE_OF_EACH = prefill_pool(1, page_size=1) + decode_pool(1, page_size=1)
 TOKEN_BYTES = MODEL.cached_token_bytes('float32')
 
 
@@ -28,7 +28,7 @@ def test_layers_pay_once_the_wire_time_they_hide_exceeds_what_more_programs_cost
 def test_chunks_travel_whole_where_no_length_would_gain():
   assert choose_granularity(TransferSpec(), MODEL, ONE_OF_EACH, _cost(1.0)).granularity == 'chunk'
   assert choose_granularity(TransferSpec(layer_groups=1), MODEL, ONE_OF_EACH, _cost(0.0)).granularity == 'chunk'
-  assert choose_granularity(TransferSpec(), MODEL, colocated_pool(2), _cost(0.0)).granularity == 'chunk'
+  assert choose_granularity(TransferSpec(), MODEL, colocated_pool(2, page_size=1), _cost(0.0)).granularity == 'chunk'
 
 
 @pytest.mark.parametrize('spec', [TransferSpec(granularity='layers'), TransferSpec(layers_from=7)])

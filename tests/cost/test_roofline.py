@@ -10,7 +10,8 @@ from pdjax.types import ChipSpec, LinkSpec, ModelSpec, WorkerSpec
 LLAMA = ModelSpec.llama3_8b()
 CHIP = ChipSpec('chip', 1e15, 1e12, 80e9, matmul_efficiency=0.5, memory_efficiency=0.8, step_overhead_s=0.002)
 ROOFLINE = Roofline(CHIP, LinkSpec(1e10, 0.001), dtype_bytes=2)
-WORKER = WorkerSpec('w')
+WORKER = WorkerSpec('w', kv_dtype='bfloat16')
+THOUSAND = 1000 * 131_072  # bytes of as many tokens
 BLOCK_PARAMS = 32 * (2 * 4096 * 128 * (32 + 8) + 3 * 4096 * 14336 + 2 * 4096)
 
 
@@ -78,7 +79,7 @@ def test_a_fused_step_reads_the_weights_once():
 
 
 def test_devices_of_a_worker_share_the_work_but_virtual_ones_do_not():
-  four = WorkerSpec('w', tp=4)
+  four = dataclasses.replace(WORKER, tp=4)
   assert _step([(0, 4096)], worker=four) - 0.002 == pytest.approx((_step([(0, 4096)]) - 0.002) / 4)
   virtual = dataclasses.replace(ROOFLINE, shared_host=True)
   assert _step([(0, 4096)], worker=four, cost=virtual) == _step([(0, 4096)])
@@ -86,16 +87,17 @@ def test_devices_of_a_worker_share_the_work_but_virtual_ones_do_not():
 
 def test_a_transfer_takes_its_latency_and_its_bytes_over_the_links_side_by_side():
   one, two, four = (WorkerSpec('w', tp=tp) for tp in (1, 2, 4))
-  assert ROOFLINE.transfer_seconds(LLAMA, one, four, 1000) == pytest.approx(0.001 + 1000 * 131_072 / 1e10)
-  assert ROOFLINE.transfer_seconds(LLAMA, four, two, 1000) == pytest.approx(0.001 + 1000 * 131_072 / 2e10)
+  assert ROOFLINE.transfer_seconds(LLAMA, one, four, THOUSAND) == pytest.approx(0.001 + THOUSAND / 1e10)
+  assert ROOFLINE.transfer_seconds(LLAMA, four, two, THOUSAND) == pytest.approx(0.001 + THOUSAND / 2e10)
   assert ROOFLINE.transfer_seconds(LLAMA, four, two, 0) == 0.001
   virtual = dataclasses.replace(ROOFLINE, shared_host=True)
-  assert virtual.transfer_seconds(LLAMA, four, two, 1000) == ROOFLINE.transfer_seconds(LLAMA, one, one, 1000)
+  assert virtual.transfer_seconds(LLAMA, four, two, 9) == ROOFLINE.transfer_seconds(LLAMA, one, one, 9)
 
 
 def test_smaller_elements_travel_and_stream_faster():
   wide = dataclasses.replace(ROOFLINE, dtype_bytes=4)
-  assert _step(contexts=[1000], cost=wide) - 0.002 == pytest.approx(2 * (_step(contexts=[1000]) - 0.002))
+  worker = dataclasses.replace(WORKER, kv_dtype='float32')
+  assert _step(contexts=[1000], cost=wide, worker=worker) - 0.002 == pytest.approx(2 * (_step(contexts=[1000]) - 0.002))
 
 
 def test_a_roofline_is_as_calibrated_as_its_chip():

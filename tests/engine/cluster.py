@@ -18,7 +18,7 @@ from pdjax.serving.loop import Arrivals, Backend, Policy, serve
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
-from pdjax.types.cluster import wire_dtype
+from pdjax.types.cache import wire_dtype
 from pdjax.workload.arrivals import Listed
 from tests.engine.plain import Cached
 from tests.tiny import byte_tokenizer
@@ -76,7 +76,7 @@ class Cluster:
     part.__dict__ |= self.__dict__
     part.specs = tuple(spec for spec in self.specs if spec.name in names)
     part.workers = {name: self.workers[name] for name in names}
-    part.transports = {way: one for way, one in self.transports.items() if set(way) <= set(names)}
+    part.transports = {way: one for way, one in self.transports.items() if set(way[:2]) <= set(names)}
     return part
 
   def changed(self, **fields) -> 'Cluster':
@@ -136,7 +136,7 @@ class Cluster:
       first, stop = order.span.bounds(self.model.num_layers)
       layer_bytes = self.model.cached_token_bytes(dtype) // self.model.num_layers
       moved.append((order.span.tokens * (stop - first) * layer_bytes, done.wire_bytes))
-      assert done.wire_bytes == order.staging_bytes
+      assert done.wire_bytes == order.num_bytes
       assert done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s and done.trip.pieces > 0
     assert all(expected == actual for expected, actual in moved), moved
     assert served.report.wire_bytes == sum(actual for _, actual in moved)

@@ -52,7 +52,7 @@ def test_heads_that_do_not_divide_are_refused(prefill_tp, decode_tp, wrong):
 
 
 def test_a_page_layout_that_the_heads_cannot_have_is_refused_before_anything_is_loaded():
-  with pytest.raises(ValueError, match=r"page_layout is 'paired'.*with tp=2 there are 1 of the 2 of 'tiny'"):
+  with pytest.raises(ValueError, match=r"page_layout is 'paired'.*with tp=2 there are 1 of the 2 of the model"):
     build_untouched(config('1P1D', 1, 2, page_layout='paired'))
 
 

@@ -13,8 +13,8 @@ from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
 from pdjax.model.transformer import weight_shapes
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import Role, WorkerSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 LAYER = dataclasses.replace(ModelSpec.llama3_8b(), num_layers=1, context_len=8192)
 

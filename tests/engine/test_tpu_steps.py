@@ -11,12 +11,12 @@ from jax.sharding import NamedSharding
 from pallas_kernels import devices, static_cost
 from pdjax.engine.slots import Slots
 from pdjax.engine.worker import Worker
-from pdjax.kv import page_bytes
 from pdjax.kv.transfer import DevicePut
 from pdjax.model.transformer import weight_shapes
 from pdjax.sharding import ShardingRules, make_mesh, replicated
-from pdjax.types.cluster import TransferSpec, WorkerSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import WorkerSpec
 
 pytestmark = pytest.mark.skipif(static_cost.compiler() is None, reason='there is no TPU compiler here; see topology()')
 
@@ -59,7 +59,7 @@ def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tu
   """The step fits the device, copies no pool, and in each layer a kernel appends and another attends."""
   compiled = worker._lower(key).compile()
   memory = compiled.memory_analysis()
-  pool = worker.pages.num_pages * page_bytes(worker.model, PAGE_SIZE, BFLOAT16) // worker.spec.tp
+  pool = worker.pages.num_pages * PAGE_SIZE * worker.model.cached_token_bytes('bfloat16') // worker.spec.tp
   assert memory.alias_size_in_bytes >= pool
   assert memory.temp_size_in_bytes < pool / 4, 'a pool is copied'
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -94,7 +94,7 @@ def test_heads_of_64_are_packed_for_the_kernels(model, tp, layout, key):
 
 def test_a_transfer_between_packed_pools_copies_neither():
   device = devices.by_name('v5e')
-  pools = [unallocated(SMOLLM2, device, tp, num_pages=1 << 15) for tp in (1, 3)]
+  pools = [unallocated(SMOLLM2, device, tp, num_pages=1 << 15).pools['kv'] for tp in (1, 3)]
   transport = DevicePut(*pools, TransferSpec())
   everything = SMOLLM2.num_layers, 64
   for program in (transport.source._lower_gather(everything), transport.target._lower_scatter(everything)):

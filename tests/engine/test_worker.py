@@ -10,7 +10,7 @@ import pytest
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
-from pdjax.kv import KVPages, page_bytes
+from pdjax.kv import KVPages
 from pdjax.kv.transfer import DevicePut
 from pdjax.model import sampling
 from pdjax.model.transformer import weight_shapes
@@ -32,7 +32,7 @@ def enlarged(cluster: Cluster, name: str) -> Worker:
 
 
 def pool_bytes(worker: Worker) -> int:
-  return worker.spec.num_pages * page_bytes(worker.model, worker.spec.page_size, worker.spec.kv_dtype)
+  return worker.spec.num_pages * worker.spec.page_size * worker.model.cached_token_bytes(worker.spec.kv_dtype)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_so_it_does_for_a_model_as_people_use_them(sequences, one_and_one):
   """The wider a model, the more of its step is in its products; the more sequences, the more is in their logits."""
   worker = one_and_one.workers['decode0']
   model = ModelSpec.smollm2_135m()
-  pages = KVPages.shapes(model, 64, 16, jnp.dtype('float32'), worker.mesh)
+  pages = KVPages.shapes(model.cache[0], 64, 16, jnp.dtype('float32'), worker.mesh)
   width = model.context_len // 16
   rows = np.zeros((sequences, model.vocab_size), np.uint16)
   state = weight_shapes(model, jnp.dtype('float32')), Slots(Sequences.empty(sequences, width), rows)
@@ -103,7 +103,7 @@ def assert_cheap(lower) -> None:
 def test_a_step_of_an_earlier_incarnation_takes_nothing_of_the_next(two_and_two):
   worker = two_and_two.workers['prefill0']
   request = Request('r', (1, 2, 3), SamplingParams(max_tokens=4))
-  order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, (0,), 4),))
+  order = StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 3, {'kv': (0,)}, 4),))
   before = worker.dispatch(order)
   worker.reset()
   again = worker.dispatch(order)
@@ -135,8 +135,8 @@ def test_every_program_has_run_once_before_the_first_request_and_nothing_is_aliv
 def test_a_transfer_is_written_in_place_and_needs_no_more_memory_for_a_larger_pool(two_and_two):
   source, target = two_and_two.workers['prefill0'], two_and_two.workers['decode0']
   larger_source, larger_target = enlarged(two_and_two, 'prefill0'), enlarged(two_and_two, 'decode0')
-  small = two_and_two.transports['prefill0', 'decode0']
-  large = DevicePut(larger_source, larger_target, two_and_two.config.transfer)
+  small = two_and_two.transports['prefill0', 'decode0', 'kv']
+  large = DevicePut(larger_source.pools['kv'], larger_target.pools['kv'], two_and_two.config.transfer)
   shape = (two_and_two.model.num_layers, 4)
   small_scatter, large_scatter = (
     small.target._scatters[shape].memory_analysis(),
@@ -155,7 +155,7 @@ def test_a_page_is_copied_and_a_past_remembered_in_place(two_and_two):
   worker = two_and_two.workers['decode0']
   copied, remembered = (worker.program(name).memory_analysis() for name in ('copy', 'remember'))
   assert copied.alias_size_in_bytes >= pool_bytes(worker)
-  assert copied.temp_size_in_bytes <= 2 * page_bytes(worker.model, worker.spec.page_size, worker.spec.kv_dtype)
+  assert copied.temp_size_in_bytes <= 2 * worker.spec.page_size * worker.model.cached_token_bytes(worker.spec.kv_dtype)
   assert remembered.alias_size_in_bytes >= worker.slots.history.nbytes
   assert remembered.temp_size_in_bytes < worker.slots.history.nbytes / 4
 

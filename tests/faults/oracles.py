@@ -27,7 +27,8 @@ def assert_held(state: ClusterState) -> None:
   for order in state.books.in_flight.values():
     if isinstance(order, TransferOrder):
       for worker, pages in ((order.source, order.span.source_pages), (order.target, order.span.target_pages)):
-        assert not set(pages) & set(state.books.holdings[worker].pages._free), f'{order} lost pages on {worker}'
+        free = state.books.holdings[worker].pages.by_kind[order.span.kind]._free
+        assert not set(pages) & set(free), f'{order} lost pages on {worker}'
 
 
 def assert_right(

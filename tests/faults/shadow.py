@@ -105,7 +105,7 @@ class ShadowSimulator(Simulator):
 
   def _begin_faulty(self, order: TransferOrder, fault: Fault) -> None:
     seconds = self._cost.transfer_seconds(
-      self._model, self._workers[order.source], self._workers[order.target], self._whole_tokens(order)
+      self._model, self._workers[order.source], self._workers[order.target], order.num_bytes
     ) + (self._slow_s if fault == 'slow' else 0)
     began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
 
@@ -146,17 +146,19 @@ class ShadowSimulator(Simulator):
     name, results, wasted = order.worker, [], 0
     for decode in order.decodes:
       if (new := decode.admission) is not None:
-        if new.copy is not None:
-          self._copy(name, *new.copy)
+        for pair in new.copies.get('kv', ()):
+          self._copy(name, *pair)
         last = new.tokens[-1] if new.tokens else new.request.prompt[-1]
         cached = new.request.prompt_len + len(new.tokens) - 1
-        self._slots[name, decode.slot] = _Sequence(new.request, new.pages, cached, last, len(new.tokens), new.limit)
+        self._slots[name, decode.slot] = _Sequence(
+          new.request, new.pages['kv'], cached, last, len(new.tokens), new.limit
+        )
     for chunk in order.chunks:
       for position, token in enumerate(chunk.token_ids, chunk.start):
-        self._write(name, chunk.pages, position, token)
+        self._write(name, chunk.pages['kv'], position, token)
       if chunk.is_last:
-        token = next_token(self._read(name, chunk.pages, chunk.request.prompt_len), self._model)
-        first = _Sequence(chunk.request, chunk.pages, chunk.request.prompt_len, token, 1, chunk.limit)
+        token = next_token(self._read(name, chunk.pages['kv'], chunk.request.prompt_len), self._model)
+        first = _Sequence(chunk.request, chunk.pages['kv'], chunk.request.prompt_len, token, 1, chunk.limit)
         results.append(self._result(first, (token,)))
         if chunk.slot is not None:
           self._slots[name, chunk.slot] = first

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import PageLayout
 from pallas_kernels import append_tokens as write
-from pdjax.kv import KVPages, page_bytes
+from pdjax.kv import KVPages
 from pdjax.kv.pages import choose_layout, copy, gather, scatter
 from pdjax.sharding import make_mesh
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
@@ -134,7 +134,7 @@ def test_a_pool_says_its_size_and_its_layout(layout):
 
 @pytest.mark.parametrize('tp, heads', [(1, 2), (2, 1), (4, 1)])
 def test_a_pool_cuts_key_value_heads_and_copies_them_beyond(tp, heads):
-  shapes = KVPages.shapes(TINY_8_2, 16, 4, jnp.dtype('float32'), make_mesh(TINY_8_2, jax.devices()[:tp]))
+  shapes = KVPages.shapes(TINY_8_2.cache[0], 16, 4, jnp.dtype('float32'), make_mesh(TINY_8_2, jax.devices()[:tp]))
   assert len(shapes.layers) == TINY_8_2.num_layers
   layer = shapes.layers[0]
   assert layer.shape == (16, 2, 2, 4, 8)
@@ -146,7 +146,7 @@ def test_a_pool_cuts_key_value_heads_and_copies_them_beyond(tp, heads):
 ])  # fmt: skip
 def test_packed_heads_are_cut_too(tp, layout, shard):
   mesh = make_mesh(TINY_12_12, jax.devices()[:tp])
-  layer = KVPages.shapes(TINY_12_12, 16, 4, jnp.dtype('float32'), mesh, layout).layers[0]
+  layer = KVPages.shapes(TINY_12_12.cache[0], 16, 4, jnp.dtype('float32'), mesh, layout).layers[0]
   assert layer.sharding.shard_shape(layer.shape) == shard
 
 
@@ -155,23 +155,23 @@ def test_a_tpu_gets_heads_of_64_packed_unless_told_otherwise(tp, layout):
   tpu = types.SimpleNamespace(device_kind='TPU v6 lite', platform='tpu')
   mesh: Any = types.SimpleNamespace(devices=np.full((tp, 1), tpu), shape={'kv': tp}, size=tp)
   model = dataclasses.replace(TINY, head_dim=64)
-  assert choose_layout(model, 16, mesh).name == layout
-  assert choose_layout(model, 16, mesh, 'plain').name == 'plain'
-  assert choose_layout(model, 16, make_mesh(model, jax.devices()[:tp])).name == 'plain'
+  assert choose_layout(model.cache[0], 16, mesh).name == layout
+  assert choose_layout(model.cache[0], 16, mesh, 'plain').name == 'plain'
+  assert choose_layout(model.cache[0], 16, make_mesh(model, jax.devices()[:tp])).name == 'plain'
 
 
 def test_pairs_of_an_odd_number_of_heads_are_refused():
-  found = "page_layout is 'paired', .* even number .* with tp=4 there are 3 of the 12 of 'tiny-12/12'"
+  found = "page_layout is 'paired', .* even number .* with tp=4 there are 3 of the 12 of the model"
   with pytest.raises(ValueError, match=f"{found}; set page_layout to 'kv'"):
-    choose_layout(TINY_12_12, 16, make_mesh(TINY_12_12, jax.devices()[:4]), 'paired')
+    choose_layout(TINY_12_12.cache[0], 16, make_mesh(TINY_12_12, jax.devices()[:4]), 'paired')
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8'])
 def test_page_bytes_are_those_of_one_page_of_every_layer(dtype, layout):
-  shapes = KVPages.shapes(TINY, 10, 4, jnp.dtype(dtype), make_mesh(TINY, jax.devices()[:1]), layout)
+  shapes = KVPages.shapes(TINY.cache[0], 10, 4, jnp.dtype(dtype), make_mesh(TINY, jax.devices()[:1]), layout)
   whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-  assert 10 * page_bytes(TINY, 4, jnp.dtype(dtype)) == whole
+  assert 10 * 4 * TINY.cached_token_bytes(dtype) == whole
 
 
 def test_pages_are_frozen():

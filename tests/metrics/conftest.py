@@ -40,10 +40,12 @@ class Log:
     """Start a step; chunks are (request, start, length)."""
     self.num_orders += 1
     chunks = tuple(
-      ChunkOrder(self.requests[name], start, length, pages=(0, 1), limit=4) for name, start, length in chunks
+      ChunkOrder(self.requests[name], start, length, pages={'kv': (0, 1)}, limit=4) for name, start, length in chunks
     )
     decodes = tuple(
-      DecodeOrder(name, slot, context=4, admission=Admission(self.requests[name], (7, 8), self.tokens[name], limit=4))
+      DecodeOrder(
+        name, slot, context=4, admission=Admission(self.requests[name], {'kv': (7, 8)}, self.tokens[name], limit=4)
+      )
       for slot, name in enumerate(decodes)
     )
     return self.start(StepOrder(self.num_orders, worker, chunks, decodes))

@@ -14,8 +14,8 @@ import vl_convert
 
 from pdjax.metrics import Report, charts, colours
 from pdjax.metrics.timeline import Timeline
-from pdjax.types.cluster import WorkerSpec
 from pdjax.types.request import SLO
+from pdjax.types.worker import WorkerSpec
 
 
 def _rows(chart, layer=0):

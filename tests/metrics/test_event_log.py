@@ -81,10 +81,18 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   assert arrived[1]['slo']['ttft_ms'] == 5 and arrived[1]['session'] == 'c'
   prefill, transfer, decode, _, end = [line['order'] for line in lines if line['event'] == 'Started']
   (chunk,) = prefill['chunks']
-  assert chunk == {'request': 'r', 'start': 0, 'length': 4, 'pages': [0, 1], 'limit': 4, 'slot': None, 'delivered': []}
+  assert chunk == {
+    'request': 'r',
+    'start': 0,
+    'length': 4,
+    'pages': {'kv': [0, 1]},
+    'limit': 4,
+    'slot': None,
+    'delivered': [],
+  }
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
   assert decode['decodes'][0]['admission'] == {
-    'request': 'r', 'pages': [7, 8], 'tokens': [100], 'limit': 4, 'copy': None,
+    'request': 'r', 'pages': {'kv': [7, 8]}, 'tokens': [100], 'limit': 4, 'copies': {},
   }  # fmt: skip
   assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
   done = next(line for line in lines if line['event'] == 'Done')

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pdjax.metrics import Report, perfetto
-from pdjax.types.cluster import Role, WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 WORKERS = (WorkerSpec('p', Role.PREFILL, num_pages=8), WorkerSpec('d', Role.DECODE, num_pages=8))
 

@@ -12,8 +12,8 @@ import pdjax
 from pdjax.metrics import table
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
-from pdjax.types.cluster import Role, WorkerSpec
 from pdjax.types.request import SLO, SamplingParams
+from pdjax.types.worker import Role, WorkerSpec
 from tests import tiny
 
 WORKERS = (WorkerSpec('p', Role.PREFILL), WorkerSpec('d', Role.DECODE))

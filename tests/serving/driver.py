@@ -102,8 +102,8 @@ def snapshot(state: ClusterState) -> dict:
   """Everything a state holds, to compare before and after."""
   workers = {
     name: (
-      tuple(state.books.holdings[name].pages._free),
-      tuple(state.books.holdings[name].pages._holders),
+      tuple(state.books.holdings[name].pages.by_kind['kv']._free),
+      tuple(state.books.holdings[name].pages.by_kind['kv']._holders),
       tuple(state.books.holdings[name].slots),
       tuple(state.books.holdings[name].steps),
       tuple(worker.prefilling),

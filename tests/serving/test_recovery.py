@@ -269,7 +269,7 @@ def test_samples_that_have_begun_begin_again_each_by_itself():
   for name in ('a', 'a#2'):
     cluster.end(cluster.start(Transfer(name, 'decode1'))[0])
   (step,) = cluster.start(Step('decode1', decodes=ALL))
-  assert {decode.request: decode.admission.copy for decode in step.decodes} == {'a': None, 'a#2': None}
+  assert {decode.request: decode.admission.copies for decode in step.decodes} == {'a': {}, 'a#2': {}}
   cluster.end(step, {'a': 1, 'a#2': 1}, {'a': 'stop', 'a#2': 'stop'})
   cluster.assert_idle()
 

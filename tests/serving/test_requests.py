@@ -3,7 +3,9 @@
 import pytest
 
 from pdjax.serving.requests import MOVES, Phase, RequestState, enter
-from pdjax.types import Request
+from pdjax.types import Request, WorkerSpec
+from pdjax.types.pools import PoolSpecs
+from tests.serving.driver import TINY
 
 
 @pytest.mark.parametrize('before', Phase)
@@ -33,5 +35,6 @@ def test_every_phase_has_a_way_to_an_end_and_the_end_has_none_on():
 )
 def test_pages_of_one_sequence_hold_its_prompt_or_all_but_its_last_token(decodes, page_size, pages):
   entry = RequestState(Request('a', (1,) * 7), limit=4)
-  assert entry.whole_pages(page_size, decodes=decodes) == entry.pages_needed(page_size, decodes=decodes) == pages
+  pools = PoolSpecs.of(TINY, WorkerSpec('w', page_size=page_size))
+  assert entry.own_pages(pools, decodes=decodes) == entry.pages_needed(pools, decodes=decodes) == {'kv': pages}
   assert entry.slots_needed == 1 and entry.followers == {}

@@ -70,12 +70,13 @@ def test_samples_share_the_pages_before_the_prompts_last_token(prompt_len, share
   (step,) = cluster.start(Step('decode0', decodes=ALL))
   arrived = admissions(step)
   assert list(arrived) == [*THREE]
-  pages = [arrived[name].pages for name in THREE]
+  pages = [arrived[name].pages['kv'] for name in THREE]
   assert len({one[:shared] for one in pages}) == 1
   owned = [page for one in pages for page in one[shared:]]
   assert len(set(owned)) == len(owned) == 3 * own
   assert [arrived[name].tokens for name in THREE] == [(7,), (), ()]
-  assert [arrived[name].copy for name in THREE] == [None, *((pages[0][shared], one[shared]) for one in pages[1:])]
+  copies = [arrived[name].copies.get('kv') for name in THREE]
+  assert copies == [None, *(((pages[0][shared], one[shared]),) for one in pages[1:])]
   assert [decode.context for decode in step.decodes] == [prompt_len, prompt_len - 1, prompt_len - 1]
 
 
@@ -150,7 +151,9 @@ def test_the_first_may_end_with_its_first_token_and_the_others_still_get_the_pro
   arrived = admissions(step)
   assert list(arrived) == ['a#1', 'a#2'] and {one.tokens for one in arrived.values()} == {()}
   moved = set(transfers[0].span.target_pages)
-  held = {page for one in arrived.values() for page in (*one.pages, *(one.copy or ())[:1])}
+  held = {
+    page for one in arrived.values() for page in (*one.pages['kv'], *(pair[0] for pair in one.copies.get('kv', ())))
+  }
   assert moved <= held  # nobody else can have been given a page of the prompt
   cluster.end(step, {'a#1': 1, 'a#2': 1}, {'a#1': 'stop', 'a#2': 'stop'})
   cluster.assert_idle()
@@ -173,13 +176,13 @@ def test_the_page_to_copy_outlives_the_one_that_wrote_it():
   (first,) = cluster.start(Step('decode0', decodes=('a',)))
   cluster.end(first, {'a': 1}, {'a': 'stop'})
   (step,) = cluster.start(Step('decode0', decodes=('a#1',)))
-  source = admissions(step)['a#1'].copy[0]
+  source = admissions(step)['a#1'].copies['kv'][0][0]
   cluster.arrive('b', prompt_len=4)
   cluster.end(cluster.start(Step('prefill0', (Chunk('b', 0, 4),)))[0], {'b': 1})
   (other,) = cluster.start(Transfer('b', 'decode0'))
   assert source not in other.span.target_pages  # `a#2` still has to copy it
   (step,) = cluster.start(Step('decode0', decodes=('a#2',)))
-  assert admissions(step)['a#2'].copy[0] == source
+  assert admissions(step)['a#2'].copies['kv'][0][0] == source
 
 
 # ---------------------------------------------------------------------------- cancelling and failing
@@ -392,16 +395,16 @@ class Memory:
   def _step(self, order: StepOrder) -> None:
     for chunk in order.chunks:
       for position in range(chunk.start, chunk.start + chunk.length):
-        self._write(order.worker, chunk.pages, position, owner_of(chunk.request, position))
+        self._write(order.worker, chunk.pages['kv'], position, owner_of(chunk.request, position))
       if chunk.slot is not None:
-        self._sequences[chunk.request.id] = [chunk.request, chunk.pages, chunk.request.prompt_len, 1]
+        self._sequences[chunk.request.id] = [chunk.request, chunk.pages['kv'], chunk.request.prompt_len, 1]
     for decode in order.decodes:
       if (new := decode.admission) is not None:
-        if new.copy is not None:
-          self._pages[order.worker, new.copy[1]] = dict(self._pages[order.worker, new.copy[0]])
+        for source, own in new.copies.get('kv', ()):
+          self._pages[order.worker, own] = dict(self._pages[order.worker, source])
           self.shared += 1
         cached = new.request.prompt_len + len(new.tokens) - 1
-        self._sequences[decode.request] = [new.request, new.pages, cached, len(new.tokens)]
+        self._sequences[decode.request] = [new.request, new.pages['kv'], cached, len(new.tokens)]
       self._decode(order, self._sequences[decode.request])
 
   def _decode(self, order: StepOrder, sequence: list) -> None:
@@ -428,8 +431,9 @@ def owner_of(request: Request, position: int) -> str:
 
 def check_books(state, memory: Memory) -> None:
   for name, worker in state.workers.items():
-    held = {page for entry in state.view.requests.values() for page in entry.pages.get(name, ())}
-    held |= {entry.copy[0] for entry in state.view.requests.values() if entry.copy and entry.target == name}
+    held = {page for entry in state.view.requests.values() for page in entry.pages.get(name, {}).get('kv', ())}
+    for entry in state.view.requests.values():
+      held |= {source for source, _ in entry.copies.get('kv', ())} if entry.target == name else set()
     for order, _ in memory._moving.values():
       held |= {*(order.span.source_pages if order.source == name else ())}
       held |= {*(order.span.target_pages if order.target == name else ())}

@@ -27,7 +27,7 @@ def test_a_prompt_without_room_to_decode_waits_with_its_first_token_delivered():
 
   (transfer,) = cluster.start(Transfer('a', 'decode0'))
   assert transfer == TransferOrder(
-    1, 'a', 'prefill0', 'decode0', Span((0, 1), (0, 1), 0, 8), after=None, staging_bytes=2 * PAGE_BYTES
+    1, 'a', 'prefill0', 'decode0', Span((0, 1), (0, 1), 0, 8), after=None, num_bytes=2 * PAGE_BYTES
   )
   assert cluster.phase('a') is Phase.MOVING and not cluster.view.prefilled
   cluster.end(transfer)
@@ -120,7 +120,7 @@ def test_layers_of_every_chunk_travel_by_groups_and_its_step_runs_in_them():
   cluster.arrive('a', prompt_len=8)
   step, *transfers = cluster.start(Step('prefill0', (Chunk('a', 0, 4, 'decode0'),)))
   assert step.layer_groups == GROUPS and _spans(transfers) == [(0, 4, (0, 1)), (0, 4, (1, 2))]
-  assert all(order.after == step.id and order.staging_bytes == PAGE_BYTES // 2 for order in transfers)
+  assert all(order.after == step.id and order.num_bytes == PAGE_BYTES // 2 for order in transfers)
   cluster.end(step)
   last, *rest = cluster.start(Step('prefill0', (Chunk('a', 4, 4, 'decode0'),)))
   cluster.end(last, {'a': 1})

@@ -16,15 +16,13 @@ EIGHT = 8 * TINY.cached_token_bytes('float32')  # bytes of two pages
 
 def test_one_prompt_goes_through_two_workers():
   cluster = Driver()
-  cluster.state.books.holdings['decode0'].pages.take(5)  # so that page numbers differ on the two sides
+  cluster.state.books.holdings['decode0'].pages.take({'kv': 5})  # so that page numbers differ on the two sides
   request = cluster.arrive('a', prompt_len=6, max_tokens=4)
   assert cluster.phase('a') is Phase.WAITING and list(cluster.view.waiting) == ['a']
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
-  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages=(0, 1), limit=4),))
-  assert transfer == TransferOrder(
-    1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, staging_bytes=EIGHT
-  )
+  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages={'kv': (0, 1)}, limit=4),))
+  assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, num_bytes=EIGHT)
   assert cluster.phase('a') is Phase.PREFILLING and not cluster.view.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6
   assert (cluster.free_pages('prefill0'), cluster.free_pages('decode0')) == (14, 8)  # 6 and 6 + 3 tokens
@@ -40,7 +38,7 @@ def test_one_prompt_goes_through_two_workers():
 
   (first,) = cluster.start(Step('decode0', decodes=ALL))
   (second,) = cluster.start(Step('decode0', decodes=('a',)))
-  admission = Admission(request, pages=(5, 6, 7), tokens=(7,), limit=4)
+  admission = Admission(request, pages={'kv': (5, 6, 7)}, tokens=(7,), limit=4)
   assert first == StepOrder(2, 'decode0', (), (DecodeOrder('a', 0, 6, admission),), steps=1)
   assert second == StepOrder(3, 'decode0', (), (DecodeOrder('a', 0, 7),), steps=1)
   cluster.end(first, {'a': 1})
@@ -50,7 +48,7 @@ def test_one_prompt_goes_through_two_workers():
   cluster.end(third, {'a': 1}, {'a': 'length'})
 
   assert cluster.finished == [Finished(5.0, 'a', 'length', (7, 7, 7, 7))]
-  cluster.state.books.holdings['decode0'].pages.drop(range(5))
+  cluster.state.books.holdings['decode0'].pages.drop({'kv': range(5)})
   cluster.assert_idle()
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from pdjax.types import Role, TransferSpec, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
-from pdjax.types.cluster import bucket_for, buckets, carve_devices, devices_needed
+from pdjax.types.cluster import carve_devices, devices_needed
+from pdjax.types.worker import bucket_for, buckets
 
 
 @pytest.mark.parametrize('field', ['tp', 'max_sequences', 'max_step_tokens', 'max_chunks', 'max_fused_steps'])

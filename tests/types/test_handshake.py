@@ -18,7 +18,7 @@ from pdjax.types.handshake import (
 from pdjax.types.hardware import DeviceKind
 
 MODEL = ModelSpec.smollm2_135m()
-POOL = PoolShape(num_pages=8, page_size=16, dtype='float32', layout='plain', mesh=(1, 1))
+POOL = PoolShape(MODEL.cache[0], num_pages=8, page_size=16, dtype='float32', layout='plain', mesh=(1, 1))
 PREFILL = Hello(
   worker='prefill0',
   incarnation=1,
@@ -27,23 +27,23 @@ PREFILL = Hello(
   model=MODEL,
   weights='0123456789abcdef',
   dtype='float32',
-  pool=POOL,
+  pools=(POOL,),
 )
 DECODE = dataclasses.replace(PREFILL, worker='decode0', machine=dataclasses.replace(PREFILL.machine, pid=8))
 SPEC = WorkerSpec('prefill0', 'prefill', num_pages=8, page_size=16, kv_dtype='float32')
-PLAN = WayPlan(unit=4, dtype='float32', piece_heads=1, pieces=(3, 1), batches=((30, 1), (30, 4)))
+PLAN = WayPlan(kind='kv', unit=4, dtype='float32', piece_heads=1, pieces=(3, 1), batches=((30, 1), (30, 4)))
 
 
 def test_what_fits_together_passes():
   check_worker(PREFILL, SPEC)
   check_together([PREFILL, DECODE])
   check_together([PREFILL])
-  check_plans('prefill0', 'decode0', PLAN, PLAN)
+  check_plans('prefill0', 'decode0', (PLAN,), (PLAN,))
 
 
 def test_pools_may_be_unlike():
-  other = PoolShape(num_pages=99, page_size=1, dtype='int8', layout='paired', mesh=(3, 1))
-  check_together([PREFILL, dataclasses.replace(DECODE, pool=other)])
+  other = PoolShape(MODEL.cache[0], num_pages=99, page_size=1, dtype='int8', layout='paired', mesh=(3, 1))
+  check_together([PREFILL, dataclasses.replace(DECODE, pools=(other,))])
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,16 @@ def test_processes_that_differ_are_refused_naming_both(change, ours, theirs):
   ],
 )
 def test_a_pool_that_the_controller_does_not_count_on_is_refused(change, what, expected):
-  hello = dataclasses.replace(PREFILL, pool=dataclasses.replace(POOL, **change))
+  hello = dataclasses.replace(PREFILL, pools=(dataclasses.replace(POOL, **change),))
   with pytest.raises(HandshakeError, match=f"'prefill0' has {what}, but the controller expects {expected};"):
     check_worker(hello, SPEC)
+
+
+def test_a_process_that_holds_other_cache_kinds_is_refused():
+  other = dataclasses.replace(POOL, kind=dataclasses.replace(POOL.kind, name='draft'))
+  for pools in ((other,), (POOL, other), ()):
+    with pytest.raises(HandshakeError, match=r"'prefill0' has cache kinds .*but the controller expects .*name='kv'"):
+      check_worker(dataclasses.replace(PREFILL, pools=pools), SPEC)
 
 
 def test_a_layout_that_was_asked_for_is_held_to():
@@ -90,6 +97,6 @@ def test_a_layout_that_was_asked_for_is_held_to():
 def test_ends_that_cut_what_travels_differently_are_refused(change):
   ((field, value),) = change.items()
   with pytest.raises(HandshakeError) as refused:
-    check_plans('prefill0', 'decode0', PLAN, dataclasses.replace(PLAN, **change))
+    check_plans('prefill0', 'decode0', (PLAN,), (dataclasses.replace(PLAN, **change),))
   message = str(refused.value)
   assert f'leaves with {field} {getattr(PLAN, field)!r}, but {value!r} is expected' in message

@@ -25,7 +25,7 @@ from tests.tiny import config
     (ModelSpec.qwen3_32b(), 32.8, 262_144),
     (ModelSpec.mixtral_8x7b(), 46.7, 131_072),
     (ModelSpec.deepseek_v3(), 671, 70_272),
-    (ModelSpec.gpt_oss_120b(), 117, 73_728),
+    (ModelSpec.gpt_oss_120b(), 117, 36_864),
     (ModelSpec.opt_13b(), 12.9, 819_200),
     (ModelSpec.opt_66b(), 65.7, 2_359_296),
     (ModelSpec.opt_175b(), 175, 4_718_592),
@@ -34,8 +34,8 @@ from tests.tiny import config
 )
 def test_presets_have_the_published_size(model, billions, kv_bytes):
   assert float(f'{model.num_params / 1e9:.3g}') == billions
-  assert model.kv_bytes_per_token(dtype_bytes=2) == kv_bytes
-  assert model.kv_bytes_per_token(dtype_bytes=4) == 2 * kv_bytes
+  assert model.cached_token_bytes('bfloat16') == kv_bytes
+  assert model.cached_token_bytes('float32') == 2 * kv_bytes
   assert model.weight_bytes(2) == 2 * model.num_params
 
 
@@ -155,7 +155,7 @@ def test_of_experts_a_token_is_multiplied_by_the_active_ones():
 
 def test_mla_caches_one_latent_for_all_heads_and_cuts_its_queries():
   deepseek = ModelSpec.deepseek_v3()
-  assert deepseek.cached_elements == 512 + 64 and mesh_shape(deepseek, 8) == (1, 8)
+  assert deepseek.cached_token_bytes('bfloat16') == 61 * (512 + 64) * 2 and mesh_shape(deepseek, 8) == (1, 8)
   assert deepseek.attention.pair_flops == 2 * 128 * (128 + 64 + 128)
   with pytest.raises(ValueError, match='MLA has kv_rank=0, expected an integer of at least 1'):
     MLA(query_heads=2, query_rank=None, kv_rank=0, nope_dim=4, rope_dim=4, value_dim=4)
@@ -181,8 +181,13 @@ def test_attention_within_a_sliding_window_costs_no_more_than_it_sees(new, cache
 
 def test_a_token_reads_no_further_back_than_the_window():
   half = dataclasses.replace(TINY, sliding_window=4, windowed_layers=(1,))
-  assert [half.attended_tokens(context) for context in (3, 4, 10)] == [3, 4, 7]
-  assert TINY.attended_tokens(10) == 10
+  layer = TINY.cached_token_bytes('float32') // 2
+  read = [half.read_bytes('float32', [], [context]) for context in (3, 4, 10)]
+  assert read == [6 * layer, 8 * layer, 14 * layer]  # of ten tokens, four in one layer and all in the other
+  assert half.read_bytes('float32', [], [3, 4, 10]) == sum(read)
+  assert TINY.read_bytes('float32', [], [10]) == 20 * layer
+  chunk = half.read_bytes('float32', [(10, 3)], [])
+  assert chunk == (4 + 3 + 13) * layer  # a chunk reads itself, and what of those before it some token of it may see
   assert [half.window(layer) for layer in range(2)] == [None, 4]
 
 

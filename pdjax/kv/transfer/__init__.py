@@ -7,7 +7,7 @@ from pdjax.kv.transfer.checksums import CorruptError
 from pdjax.kv.transfer.cross_process import CrossProcess
 from pdjax.kv.transfer.device_put import DevicePut
 from pdjax.kv.transfer.host_staged import HostStaged
-from pdjax.types.cluster import TransferSpec
+from pdjax.types.transfer import TransferSpec
 
 TRANSPORTS: dict[str, Callable[[PagePool, PagePool, TransferSpec], Transport]] = {
   'device_put': DevicePut,

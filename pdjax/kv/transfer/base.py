@@ -14,7 +14,7 @@ from pdjax.types.span import Span
 
 
 class PoolShapes(Protocol):
-  """A worker's pool as far as one end of a way must know the other: its shapes, and no bytes."""
+  """The pool of a cache kind as far as one end of a way must know the other: its shapes, and no bytes."""
 
   @property
   def mesh(self) -> Mesh | AbstractMesh:
@@ -26,7 +26,7 @@ class PoolShapes(Protocol):
 
 
 class PagePool(Protocol):
-  """A worker, as far as a transfer sees it. `pages` is replaced by every program that updates it."""
+  """A `pdjax.kv.Pool`, as far as a transfer sees it. `pages` is replaced by every program that updates it."""
 
   mesh: Mesh
   pages: KVPages

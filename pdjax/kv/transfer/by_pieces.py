@@ -9,8 +9,8 @@ import jax
 from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.ends import SourceEnd, TargetEnd
 from pdjax.kv.transfer.pieces import Pieces, Shape
-from pdjax.types.cluster import TransferSpec
 from pdjax.types.span import Span
+from pdjax.types.transfer import TransferSpec
 
 
 class Prepared(abc.ABC):

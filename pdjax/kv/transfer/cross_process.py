@@ -25,35 +25,37 @@ from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.ends import SourceEnd, TargetEnd
 from pdjax.kv.transfer.pieces import Pieces, Shape
 from pdjax.sharding import MESH_AXES
-from pdjax.types.cluster import DeviceError, KVDtypeName, PageLayoutName, TransferSpec
+from pdjax.types.cache import CacheKind, KVDtypeName
+from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import Manifest, PoolShape, WayPlan
-from pdjax.types.model import ModelSpec
 from pdjax.types.span import Span
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import PageLayoutName
 
 LOOPBACK = '127.0.0.1'
 
 
 @dataclasses.dataclass(frozen=True)
 class RemotePool:
-  """The pool of a worker in another process: its shapes, and no bytes."""
+  """The pool of a cache kind of a worker in another process: its shapes, and no bytes."""
 
   mesh: AbstractMesh
   page_shapes: KVPages
 
   @classmethod
-  def of(cls, model: ModelSpec, shape: PoolShape) -> 'RemotePool':
+  def of(cls, shape: PoolShape) -> 'RemotePool':
     """The pool that another process described."""
     mesh = AbstractMesh(shape.mesh, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     dtype, layout = jnp.dtype(shape.dtype), cast(PageLayoutName, shape.layout)
-    return cls(mesh, KVPages.shapes(model, shape.num_pages, shape.page_size, dtype, mesh, layout))
+    return cls(mesh, KVPages.shapes(shape.kind, shape.num_pages, shape.page_size, dtype, mesh, layout))
 
 
-def describe_pool(pool: PoolShapes) -> PoolShape:
-  """The shape of a pool, as another process must know it."""
+def describe_pool(kind: CacheKind, pool: PoolShapes) -> PoolShape:
+  """The shape of a cache kind's pool, as another process must know it."""
   shapes = pool.page_shapes
   mesh = pool.mesh.shape['kv'], pool.mesh.shape['group']
   dtype = cast(KVDtypeName, shapes.dtype.name)
-  return PoolShape(shapes.num_pages, shapes.page_size, dtype, shapes.layout.name, mesh)
+  return PoolShape(kind, shapes.num_pages, shapes.page_size, dtype, shapes.layout.name, mesh)
 
 
 # ---------------------------------------------------------------------------- where pieces are pulled from
@@ -117,11 +119,11 @@ class Half(Prepared):
   With `TransferSpec.checksums`, those of every piece travel behind all pieces.
   """
 
-  def plan(self) -> WayPlan:
-    """The plan of the way, which both ends must have worked out alike."""
+  def plan(self, kind: str) -> WayPlan:
+    """The plan of the way of a cache kind, which both ends must have worked out alike."""
     plan, cut = self.pieces, self.pieces.cut
     pieces = cut.source_pieces, cut.target_pieces
-    return WayPlan(plan.unit, plan.dtype.name, cut.piece_heads, pieces, tuple(sorted(plan.shapes)))
+    return WayPlan(kind, plan.unit, plan.dtype.name, cut.piece_heads, pieces, tuple(sorted(plan.shapes)))
 
 
 @dataclasses.dataclass(frozen=True)

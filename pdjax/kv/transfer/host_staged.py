@@ -17,8 +17,8 @@ from pdjax.kv.transfer.base import PagePool, Parcel
 from pdjax.kv.transfer.by_pieces import ByPieces
 from pdjax.kv.transfer.checksums import Checked, checksums
 from pdjax.kv.transfer.ends import Gathered, device_of
-from pdjax.types.cluster import TransferSpec
 from pdjax.types.span import Span
+from pdjax.types.transfer import TransferSpec
 
 _ALIGNMENT = 64  # bytes: host memory that begins at a multiple of them a CPU device shares instead of copying it
 _OFFSET = 16  # where the buffer begins, past such a multiple; any dtype may begin there

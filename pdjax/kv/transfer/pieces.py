@@ -22,8 +22,10 @@ import numpy as np
 
 from pdjax.kv.pages import KVPages
 from pdjax.kv.transfer.base import PoolShapes, places
-from pdjax.types.cluster import KVDtypeName, Role, TransferSpec, wire_dtype
+from pdjax.types.cache import KVDtypeName, wire_dtype
 from pdjax.types.span import Span
+from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import Role
 
 Shape = tuple[int, int]  # of a batch: its layers and units
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pdjax.types.cache import KV, CacheArray
 from pdjax.types.model.checks import check_flags, check_sizes
 from pdjax.types.model.weight import Axis, Weight, bias, matrix, norm
 
@@ -50,6 +51,11 @@ class GQA:
   def pair_flops(self) -> int:
     """FLOPs of one query token with one cached token, over all heads."""
     return 4 * self.query_heads * self.head_dim
+
+  @property
+  def cache(self) -> tuple[str, tuple[CacheArray, ...]]:
+    """The cache of a layer: the name of its kind, and the arrays that a token has there."""
+    return KV, (CacheArray('kv', (2, self.kv_heads, self.head_dim), cut=1),)
 
   def weights(self, embed_dim: int) -> tuple[Weight, ...]:
     """Its rows of the table in a model of this width."""
@@ -121,6 +127,11 @@ class MLA:
   def pair_flops(self) -> int:
     """FLOPs of one query token with one cached token, over all heads, keys and values made of the latent before."""
     return 2 * self.query_heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+  @property
+  def cache(self) -> tuple[str, tuple[CacheArray, ...]]:
+    """The cache of a layer: the name of its kind, and the arrays that a token has there, whole on every device."""
+    return 'latent', (CacheArray('latent', (self.kv_rank + self.rope_dim,)),)
 
   def weights(self, embed_dim: int) -> tuple[Weight, ...]:
     """Its rows of the table in a model of this width."""

@@ -1,19 +1,18 @@
 """ModelSpec: a language model as its parts say it, and what follows from them: parameters, bytes, FLOPs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdjax.types.model import weights
+from pdjax.types.cache import CacheKind, KVDtypeName
+from pdjax.types.model import caching, weights
 from pdjax.types.model.checks import are_below, is_positive, is_size
-from pdjax.types.model.parts import GQA, MLA, Attention, FeedForward, Gated
+from pdjax.types.model.parts import GQA, Attention, FeedForward, Gated
 from pdjax.types.model.presets import Presets
 from pdjax.types.model.rope import RopeScaling
 from pdjax.types.model.weight import Weight
 
 MAX_LAYERS = 10_000  # no model has a tenth of them: more is a damaged file, and to list them all would take minutes
-
-KV_DTYPE_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # of a cached element
 
 
 @dataclasses.dataclass(frozen=True, slots=True, init=False)
@@ -40,6 +39,8 @@ class ModelSpec(Presets):
     windowed_layers: The layers with that window; None is every layer.
     learned_positions: Rows of a learned position embedding instead of the rotary one (OPT); 0 is none. Counted only.
     norm_biases: Norms have a bias (OPT). Counted only.
+    cache_kinds: The kinds of its cache, where its attention does not say them: for the simulator, which moves and holds
+      any mix of them.
   """
 
   name: str
@@ -58,6 +59,7 @@ class ModelSpec(Presets):
   windowed_layers: tuple[int, ...] | None
   learned_positions: int
   norm_biases: bool
+  cache_kinds: tuple[CacheKind, ...] | None
 
   def __init__(
     self,
@@ -83,6 +85,7 @@ class ModelSpec(Presets):
     ffn: FeedForward | None = None,
     learned_positions: int = 0,
     norm_biases: bool = False,
+    cache_kinds: tuple[CacheKind, ...] | None = None,
   ):
     """Make a model of parts, or of the fields of a `GQA` and a `Gated`; fields of a part that is given change it.
 
@@ -106,6 +109,7 @@ class ModelSpec(Presets):
       ('rope_theta', rope_theta), ('norm_eps', norm_eps), ('tied_embeddings', tied_embeddings),
       ('eos_token_ids', eos_token_ids), ('rope_scaling', rope_scaling), ('sliding_window', sliding_window),
       ('windowed_layers', windowed_layers), ('learned_positions', learned_positions), ('norm_biases', norm_biases),
+      ('cache_kinds', cache_kinds),
     )  # fmt: skip
     for field, value in fields:
       set_field(self, field, value)
@@ -139,6 +143,8 @@ class ModelSpec(Presets):
     )
     positions = self.learned_positions
     self._expect('learned_positions', type(positions) is int and positions >= 0, 'an integer of at least 0')
+    if self.cache_kinds is not None:
+      caching.check_kinds(self.name, self.num_layers, self.cache_kinds)
 
   def _expect(self, field: str, holds: bool, expected: str) -> None:
     if not holds:
@@ -183,6 +189,8 @@ class ModelSpec(Presets):
       return 'learned positions'
     if self.norm_biases:
       return 'norms with biases'
+    if self.cache_kinds is not None:
+      return f'the cache kinds {", ".join(kind.name for kind in self.cache_kinds)}'
     return self.attention.only_simulated or self.ffn.only_simulated
 
   def check_computed(self) -> None:
@@ -203,7 +211,8 @@ class ModelSpec(Presets):
     attention, ffn = self.attention, self.ffn
     if not (isinstance(attention, GQA) and isinstance(ffn, Gated)) or self.only_simulated:
       return fields
-    del fields['attention'], fields['ffn'], fields['learned_positions'], fields['norm_biases']
+    for only_simulated in ('attention', 'ffn', 'learned_positions', 'norm_biases', 'cache_kinds'):
+      del fields[only_simulated]
     heads = {name: getattr(attention, name) for name in ('query_heads', 'kv_heads', 'head_dim', 'qkv_bias', 'qk_norm')}
     return fields | heads | {'ffn_dim': ffn.dim}
 
@@ -254,20 +263,43 @@ class ModelSpec(Presets):
   # -------------------------------------------------------------------------- cache
 
   @property
-  def cached_elements(self) -> int:
-    """Numbers that one token leaves in the cache of one layer."""
-    if isinstance(self.attention, MLA):
-      return self.attention.kv_rank + self.attention.rope_dim
-    return 2 * self.attention.kv_heads * self.attention.head_dim
+  def cache(self) -> tuple[CacheKind, ...]:
+    """The kinds of what its tokens leave behind.
 
-  def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-    """Bytes that one token leaves in the cache, over all layers; one with a window keeps all tokens, too."""
-    return self.num_layers * self.cached_elements * dtype_bytes
+    Of a model that the engine computes that is one, 'kv', the keys and values of all tokens in every layer: the engine
+    keeps them past a window, too. Of others, layers with a window have a kind of their own.
+    """
+    return caching.kinds(self)
 
-  def cached_token_bytes(self, kv_dtype: str) -> int:
-    """Bytes that one token leaves in a cache of a dtype of `KV_DTYPE_BYTES`: of int8, the float32 scales too."""
-    scales = 2 * self.num_layers * self.kv_heads * 4 if kv_dtype == 'int8' else 0
-    return self.kv_bytes_per_token(KV_DTYPE_BYTES[kv_dtype]) + scales
+  def cached_token_bytes(self, kv_dtype: KVDtypeName) -> int:
+    """Bytes that every token adds to the cache, over all layers: of int8, the float32 scales too."""
+    return caching.cache_bytes(self, kv_dtype).token
+
+  def cached_request_bytes(self, kv_dtype: KVDtypeName) -> int:
+    """Most bytes that a request has in the cache beside those of `cached_token_bytes`: full windows, and states."""
+    return caching.cache_bytes(self, kv_dtype).request
+
+  def cached_bytes(self, tokens: int, kv_dtype: KVDtypeName) -> int:
+    """Bytes that a sequence of so many tokens has in the cache."""
+    return sum(kind.kept(tokens) * kind.num_bytes(kv_dtype) for kind in self.cache)
+
+  def read_bytes(self, kv_dtype: KVDtypeName, chunks: Sequence[tuple[int, int]], contexts: Sequence[int]) -> int:
+    """Bytes of the cache that one step reads, and of states those that it writes back.
+
+    Args:
+      kv_dtype: Of the cache.
+      chunks: (tokens already cached, new tokens) of each prompt chunk.
+      contexts: Cached tokens of each decoding sequence.
+    """
+    reads = caching.cache_bytes(self, kv_dtype)
+    total = 2 * reads.state * (len(chunks) + len(contexts))
+    for window, size in reads.by_window:
+      if window is None:
+        total += size * (sum(contexts) + sum(cached + new for cached, new in chunks))
+      else:
+        total += size * sum(min(context, window) for context in contexts)
+        total += size * sum(min(cached, window) + new for cached, new in chunks)
+    return total
 
   # -------------------------------------------------------------------------- FLOPs
 
@@ -287,13 +319,6 @@ class ModelSpec(Presets):
       hidden = max(last - first + 1, 0) * (first + last) // 2
       total += windowed * (pairs - hidden)
     return self.attention.pair_flops * total
-
-  def attended_tokens(self, context: int) -> float:
-    """Cached tokens that one token reads, the mean over the layers: fewer than `context` past a sliding window."""
-    if self.sliding_window is None or context <= self.sliding_window:
-      return context
-    share = self._num_windowed_layers / self.num_layers
-    return share * self.sliding_window + (1 - share) * context
 
   @property
   def _num_windowed_layers(self) -> int:

@@ -28,7 +28,7 @@ class Pool:
     cls, model: ModelSpec, devices, num_pages: int, seed: int, dtype=FLOAT32, layout='auto', page_size=PAGE_SIZE
   ) -> 'Pool':
     mesh = make_mesh(model, devices)
-    shapes = KVPages.shapes(model, num_pages, page_size, dtype, mesh, layout)
+    shapes = KVPages.shapes(model.cache[0], num_pages, page_size, dtype, mesh, layout)
     rng = np.random.default_rng(seed)
 
     def fill(leaf):

@@ -59,7 +59,7 @@ def halves(model=TINY_12_12, source_tp=3, target_tp=2, **kwargs) -> Halves:
   source = Pool.random(model, devices[:source_tp], 11, seed=1)
   target = Pool.random(model, devices[-target_tp:], 17, seed=2, **kwargs)
   servers = Server(devices[0]), Server(devices[-1])
-  theirs, ours = (RemotePool.of(model, describe_pool(pool)) for pool in (target, source))
+  theirs, ours = (RemotePool.of(describe_pool(model.cache[0], pool)) for pool in (target, source))
   spec = four_units_at_most(source, target)
   sender = Sender(source, theirs, spec, servers[0])
   receiver = Receiver(ours, target, spec, servers[1], servers[0].address)
@@ -98,12 +98,13 @@ def test_halves_that_know_only_a_description_of_each_other_move_pages_whole(way)
 @pytest.mark.parametrize('model, tp, target_tp', [(TINY, 1, 2), (TINY_8_2, 2, 4), (TINY_12_12, 3, 4)])
 def test_both_halves_work_out_the_same_pieces(model, tp, target_tp):
   pools = [Pool.random(model, devices, 9, 0) for devices in (jax.devices()[:tp], jax.devices()[-target_tp:])]
-  here, there = (RemotePool.of(model, describe_pool(pool)) for pool in pools)
+  here, there = (RemotePool.of(describe_pool(model.cache[0], pool)) for pool in pools)
   server = Server(jax.devices()[0])
   spec = TransferSpec(granularity='layers', layer_groups=2)
   ends = Sender(pools[0], there, spec, server), Receiver(here, pools[1], spec, server, server.address)
-  assert ends[0].plan() == ends[1].plan()
-  assert describe_pool(there) == describe_pool(pools[1])
+  assert ends[0].plan('kv') == ends[1].plan('kv')
+  (kind,) = model.cache
+  assert describe_pool(kind, there) == describe_pool(kind, pools[1])
   assert not hasattr(there, 'pages')
 
 
@@ -254,6 +255,6 @@ def test_a_killed_sender_raises_soon_and_others_go_on(servers):
 
 def test_meshes_of_other_processes_have_shapes_and_no_devices():
   pool = Pool.random(TINY_8_2, jax.devices()[:4], 9, 0)
-  remote = RemotePool.of(TINY_8_2, describe_pool(pool))
+  remote = RemotePool.of(describe_pool(TINY_8_2.cache[0], pool))
   assert remote.mesh.shape == make_mesh(TINY_8_2, jax.devices()[:4]).shape
   assert [leaf.shape for leaf in remote.page_shapes.layers] == [leaf.shape for leaf in pool.page_shapes.layers]

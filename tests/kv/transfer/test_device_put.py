@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PageLayout
-from pdjax.kv import page_bytes
 from pdjax.kv.transfer import DevicePut
 from pdjax.types import TransferSpec
 from pdjax.types.span import Span
-from tests.kv.transfer.pools import FLOAT32, PAGE_SIZE, Pool, four_units_at_most
+from tests.kv.transfer.pools import PAGE_SIZE, Pool, four_units_at_most
 from tests.tiny import TINY, TINY_8_2, TINY_12_12
 
 # ---------------------------------------------------------------------------- moving
@@ -63,7 +62,7 @@ def test_pages_arrive_alone_and_every_byte_is_counted(
   transport.receive(parcel).block_until_ready()
 
   assert not any('all-' in program.as_text() for program in transport.source._gathers.values()), 'heads are gathered'
-  assert parcel.wire_bytes == sum(put_bytes) == len(ours) * page_bytes(model, PAGE_SIZE, FLOAT32)
+  assert parcel.wire_bytes == sum(put_bytes) == len(ours) * PAGE_SIZE * model.cached_token_bytes('float32')
   for layer, wanted in zip(target.pages.layers, expected, strict=True):
     for shard in layer.addressable_shards:  # copies of a head included
       here = PageLayout.of(shard.data.shape, model.head_dim)
@@ -81,7 +80,7 @@ def test_pages_travel_within_one_mesh_and_in_bfloat16():
   transport.compile()
   parcel = transport.send(Span((1, 2, 3), (0, 1, 2), 0, 3 * PAGE_SIZE))
   transport.receive(parcel).block_until_ready()
-  assert parcel.wire_bytes == 3 * page_bytes(TINY, PAGE_SIZE, bfloat16)
+  assert parcel.wire_bytes == 3 * PAGE_SIZE * TINY.cached_token_bytes('bfloat16')
   np.testing.assert_array_equal(target.values()[1][:3], source.values()[1][1:4])
 
 

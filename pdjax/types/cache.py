@@ -1,0 +1,136 @@
+"""Cache kinds: what the tokens of a sequence leave behind in which layers, and how much of that is kept.
+
+A model lists its kinds (`ModelSpec.cache`); pools, allocator, transfers, sizes and costs know nothing else of a cache.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
+KV_DTYPE_BYTES: dict[KVDtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # of an element
+DEFAULT_KV_DTYPE: KVDtypeName = 'float32'  # of a worker that names none
+
+KV = 'kv'  # the kind of keys and values of all tokens, which the engine holds
+Reach = Literal['all', 'request'] | int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheArray:
+  """One array of a cache kind.
+
+  Attributes:
+    name: Its name.
+    shape: The shape of one entry in one layer: of a token, or of the one state of a request.
+    cut: The axis of `shape` along which the devices of a worker cut it as they cut key/value heads; None: each has all.
+    dtype: Of its elements; None is the worker's `kv_dtype`, of int8 with a float32 scale for each row of the last axis.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  cut: int | None = None
+  dtype: KVDtypeName | None = None
+
+  def __post_init__(self):
+    if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
+      raise ValueError(f'cache array {self.name!r} has shape {self.shape!r}, expected integers of at least 1.')
+    if self.cut is not None and self.cut not in range(len(self.shape)):
+      raise ValueError(f'cache array {self.name!r} has cut={self.cut!r}, expected an axis of {self.shape} or None.')
+    if self.dtype not in (None, *get_args(KVDtypeName)):
+      names = ', '.join(map(repr, get_args(KVDtypeName)))
+      raise ValueError(f'cache array {self.name!r} has dtype {self.dtype!r}, expected one of {names}, or None.')
+
+  def num_bytes(self, kv_dtype: KVDtypeName, shards: int = 1) -> int:
+    """Bytes of one entry in one layer on each of so many devices that cut it.
+
+    Raises:
+      ValueError: if they do not divide the axis that is cut.
+    """
+    size = math.prod(self.shape)
+    if self.cut is not None:
+      if self.shape[self.cut] % shards:
+        raise ValueError(
+          f'cache array {self.name!r} has {self.shape[self.cut]} in the axis that is cut, which {shards} devices do '
+          'not divide; change tp, or let it be whole on each (cut=None).'
+        )
+      size //= shards
+    scales = size // self.shape[-1] * 4 if self.dtype is None and kv_dtype == 'int8' else 0
+    return size * KV_DTYPE_BYTES[self.dtype or kv_dtype] + scales
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheKind:
+  """One kind of cached numbers: those that a sequence leaves behind in some layers of a model.
+
+  Its entries are tokens, or one state for the whole request. Of a window, position p lies in entry p modulo the window,
+  so that a token takes the place of the one that falls out.
+
+  Attributes:
+    name: Its name, such as 'kv'.
+    layers: The layers that it belongs to.
+    arrays: The arrays of each of them.
+    reach: The part that is kept: 'all' tokens, the last so many (a window), or one state a 'request' (recurrence).
+    page_size: Entries per page; None is the worker's `page_size`. A state is a page by itself.
+
+  Raises:
+    ValueError: if it has no layers or no arrays, or its reach or page size is none.
+  """
+
+  name: str
+  layers: tuple[int, ...]
+  arrays: tuple[CacheArray, ...]
+  reach: Reach = 'all'
+  page_size: int | None = None
+
+  def __post_init__(self):
+    for field in ('layers', 'arrays'):
+      if not getattr(self, field):
+        raise ValueError(f'cache kind {self.name!r} has no {field}; name at least one.')
+    if self.reach not in ('all', 'request') and not (type(self.reach) is int and self.reach >= 1):
+      raise ValueError(
+        f"cache kind {self.name!r} has reach={self.reach!r}, expected 'all', 'request' or a window of at least 1 token."
+      )
+    if self.page_size is not None and (type(self.page_size) is not int or self.page_size < 1):
+      raise ValueError(f'cache kind {self.name!r} has page_size={self.page_size!r}, expected 1 entry or more, or None.')
+
+  @property
+  def grows(self) -> bool:
+    """Whether every token adds to it."""
+    return self.reach == 'all'
+
+  @property
+  def has_state(self) -> bool:
+    """Whether it is one state for a whole request, and not an entry for each token."""
+    return self.reach == 'request'
+
+  def kept(self, tokens: int) -> int:
+    """Entries kept of a sequence of so many tokens."""
+    if self.has_state:
+      return min(tokens, 1)
+    return tokens if self.grows else min(tokens, int(self.reach))
+
+  def sendable(self, tokens: int, total: int) -> int:
+    """Entries that may leave once so many of the `total` tokens of a prompt are computed.
+
+    Of a window, those of its last tokens; a state only when it is that of the whole prompt.
+    """
+    if self.has_state:
+      return int(tokens >= total)
+    return tokens if self.grows else max(tokens - max(total - int(self.reach), 0), 0)
+
+  def num_layers(self, bounds: tuple[int, int] | None = None) -> int:
+    """The number of its layers; with `bounds`, of those from the first of them up to the second."""
+    return len(self.layers) if bounds is None else sum(bounds[0] <= layer < bounds[1] for layer in self.layers)
+
+  def layer_bytes(self, kv_dtype: KVDtypeName, shards: int = 1) -> int:
+    """Bytes of one entry in one layer, on each of so many devices that cut it."""
+    return sum(array.num_bytes(kv_dtype, shards) for array in self.arrays)
+
+  def num_bytes(self, kv_dtype: KVDtypeName, shards: int = 1) -> int:
+    """Bytes of one entry over all its layers, on each of so many devices that cut it."""
+    return len(self.layers) * self.layer_bytes(kv_dtype, shards)
+
+
+def wire_dtype(source: KVDtypeName, target: KVDtypeName) -> KVDtypeName:
+  """The dtype in which pages travel: the smaller one, converted on the other's side; of equal ones as they are."""
+  return target if KV_DTYPE_BYTES[target] < KV_DTYPE_BYTES[source] else source

@@ -1,0 +1,128 @@
+"""WorkerSpec: one worker of a cluster, its role, its mesh, and its room for pages and sequences."""
+
+import dataclasses
+import enum
+from typing import Literal, get_args
+
+from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
+
+PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
+
+
+class Role(enum.StrEnum):
+  """The phases that a worker runs."""
+
+  PREFILL = 'prefill'
+  DECODE = 'decode'
+  BOTH = 'both'
+
+  @property
+  def prefills(self) -> bool:
+    return self is not Role.DECODE
+
+  @property
+  def decodes(self) -> bool:
+    return self is not Role.PREFILL
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerSpec:
+  """One worker: a mesh of its own with one copy of the weights.
+
+  Attributes:
+    name: Unique within the cluster.
+    role: The phases it runs.
+    tp: Devices over which heads and feed-forward columns are cut (tensor parallelism).
+    num_pages: KV pages it holds, or 'auto' to fill the device's memory.
+    max_sequences: Most sequences that decode at once.
+    max_step_tokens: Most prompt tokens in one step, and the largest prefill bucket.
+    max_chunks: Most prompts packed into one step.
+    max_fused_steps: Most decode steps that one step of the worker fuses.
+    devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
+      name the same devices share them and their weights.
+    page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
+      the devices read fastest. Pages travel between workers of unlike layouts.
+    page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
+    kv_dtype: Of cached keys and values; None is the config's. 'int8' has a float32 scale a token and head. Between
+      workers of unlike dtypes pages are converted once, where fewer bytes then travel.
+
+  Raises:
+    ValueError: if a size is not positive, a layout or dtype is unknown, or the devices are not `tp` distinct ones.
+  """
+
+  name: str
+  role: Role = Role.BOTH
+  tp: int = 1
+  num_pages: int | Literal['auto'] = 'auto'
+  max_sequences: int = 8
+  max_step_tokens: int = 512
+  max_chunks: int = 8
+  max_fused_steps: int = 16
+  devices: tuple[int, ...] | None = None
+  page_layout: PageLayoutName = 'auto'
+  page_size: int | None = None
+  kv_dtype: KVDtypeName | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, 'role', Role(self.role))
+    for size in ('tp', 'max_sequences', 'max_step_tokens', 'max_chunks', 'max_fused_steps'):
+      if getattr(self, size) < 1:
+        raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
+    if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
+      raise ValueError(f"worker {self.name!r} has num_pages={self.num_pages!r}, expected a positive count or 'auto'.")
+    if self.page_layout not in get_args(PageLayoutName):
+      names = ', '.join(map(repr, get_args(PageLayoutName)))
+      raise ValueError(f'worker {self.name!r} has page_layout={self.page_layout!r}, expected one of {names}.')
+    if self.page_size is not None and self.page_size < 1:
+      raise ValueError(f'worker {self.name!r} has page_size={self.page_size}, expected at least 1 token.')
+    if self.kv_dtype not in (None, *get_args(KVDtypeName)):
+      names = ', '.join(map(repr, get_args(KVDtypeName)))
+      raise ValueError(f'worker {self.name!r} has kv_dtype={self.kv_dtype!r}, expected one of {names}, or None.')
+    if self.devices is not None:
+      object.__setattr__(self, 'devices', tuple(self.devices))
+      if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:
+        raise ValueError(
+          f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
+          'counted from 0.'
+        )
+
+  @property
+  def cached_dtype(self) -> KVDtypeName:
+    """The dtype of its cache: `kv_dtype`, or the default."""
+    return self.kv_dtype or DEFAULT_KV_DTYPE
+
+  @property
+  def token_buckets(self) -> tuple[int, ...]:
+    """Prompt tokens that a step is padded to, ascending."""
+    return buckets(self.max_step_tokens, smallest=32)
+
+  @property
+  def batch_buckets(self) -> tuple[int, ...]:
+    """Decoding sequences that a step is padded to, ascending.
+
+    One by itself has a bucket: products with a vector take half as long on a CPU as with two. From two to eight it
+    makes little difference anywhere; above, twice the rows take up to twice the time.
+    """
+    return tuple(sorted({1, *buckets(self.max_sequences, smallest=8)}))
+
+
+def buckets(largest: int, smallest: int = 1, factor: int = 2) -> tuple[int, ...]:
+  """Sizes `smallest, smallest·factor, ...` up to and with `largest`."""
+  sizes = []
+  size = min(smallest, largest)
+  while size < largest:
+    sizes.append(size)
+    size *= factor
+  return (*sizes, largest)
+
+
+def bucket_for(size: int, sizes: tuple[int, ...]) -> int:
+  """The smallest of the ascending `sizes` that holds `size`.
+
+  Raises:
+    ValueError: if none does.
+  """
+  for bucket in sizes:
+    if size <= bucket:
+      return bucket
+  raise ValueError(f'{size} does not fit the largest bucket, {sizes[-1]}.')

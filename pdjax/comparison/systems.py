@@ -150,6 +150,7 @@ def colocated_systems(
       continue
     pool = colocated_pool(
       count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype,
+      weights=like.weights,
       max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
       max_step_tokens=_largest_step(configs), max_chunks=max(worker.max_chunks for worker in prefills),
       max_fused_steps=fused,

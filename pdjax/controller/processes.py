@@ -105,9 +105,8 @@ def build_processes(
     handshake.transfer = choose_granularity(config.transfer, model, tuple(specs.values()), cost)
     loaded: dict[str, Loaded] = everywhere(lambda name: handshake.load(name, 1))
     for name, spec in specs.items():
-      pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
       where = f'{", ".join(machines[name].devices)} of process {machines[name].pid}'
-      say(f'{name}: {spec.role.value}, tp={spec.tp} on {where}, {pages}')
+      say(f'{name}: {spec.role.value}, tp={spec.tp} on {where}, {spec.holds}')
     handshake.admit([one.hello for one in loaded.values()])
     program_s = {f'{name}/{key}': s for name, one in loaded.items() for key, s in one.program_s.items()}
     load_s = max(one.load_s for one in loaded.values())
@@ -147,7 +146,7 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
     devices = {one.name: tuple(itertools.islice(counter, one.tp)) for one in workers}
     memory = min(machines[one.name].memory_bytes for one in workers)
     for spec in size_pools(
-      workers, devices, model, config.dtype_bytes, memory, one_memory=on_cpu, staging_bytes=config.staging_bytes,
+      workers, devices, model, memory, one_memory=on_cpu, staging_bytes=config.staging_bytes,
       cluster=config.cluster,
     ):  # fmt: skip
       sized[spec.name] = spec
@@ -237,8 +236,7 @@ class Handshake:
     assert config.checkpoint is not None
     folder = self._folders.of(name, self._machines[name].node)
     assignment = Assignment(
-      spec, incarnation, self._model, absolute_checkpoint(config.checkpoint), config.dtype, config.precision,
-      self.transfer, config.moves_kv, folder,
+      spec, incarnation, self._model, absolute_checkpoint(config.checkpoint), self.transfer, config.moves_kv, folder,
     )  # fmt: skip
     loaded = self._peers[name].ask('load', assignment)
     check_worker(loaded.hello, spec)

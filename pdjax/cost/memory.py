@@ -17,7 +17,6 @@ def size_pools(
   workers: Sequence[WorkerSpec],
   devices: Mapping[str, tuple[int, ...]],
   model: ModelSpec,
-  dtype_bytes: int,
   memory_bytes: float,
   *,
   one_memory: bool = False,
@@ -26,14 +25,13 @@ def size_pools(
 ) -> tuple[WorkerSpec, ...]:
   """Replace `num_pages='auto'` by the most that fit, and check that the pools of a given size do.
 
-  Workers with the same devices share one copy of the weights. A pool is never larger than all its sequences could use
-  at full length.
+  Workers with the same devices and weights of one dtype share one copy of them. A pool is never larger than all its
+  sequences could use at full length.
 
   Args:
-    workers: The workers, page size and dtype of the cache filled in.
+    workers: The workers, page size and the dtypes of weights and cache filled in.
     devices: The devices of each by name.
     model: The model.
-    dtype_bytes: Bytes of a weight.
     memory_bytes: Bytes that weights and pages may fill on each device, or on all together with `one_memory`; infinity
       if unknown.
     one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
@@ -50,10 +48,10 @@ def size_pools(
   weights: dict[int, float] = {}
   given: dict[int, float] = {}
   automatic: dict[int, int] = {}
-  for mesh in set(devices.values()):
+  for mesh, _, num_bytes in {(devices[worker.name], worker.weights, worker.weight_bytes) for worker in workers}:
     for device in mesh:
       memory = memory_of(device)
-      weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(dtype_bytes, len(mesh))
+      weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(num_bytes, len(mesh))
   pools: dict[str, PoolSpecs] = {}
   page_bytes: dict[str, int] = {}
   for worker in workers:

@@ -17,7 +17,7 @@ class Roofline(CostBase):
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
     link: The link between two workers; transfers between them use `min(tp)` such links side by side.
-    dtype_bytes: Bytes of a weight.
+    dtype_bytes: Bytes of a weight of workers that do not say the dtype of theirs.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
   """
 
@@ -49,9 +49,10 @@ class Roofline(CostBase):
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
     # The input embedding is read a row a token, not whole.
-    weights = model.weight_bytes(self.dtype_bytes)
+    weight_bytes = self.dtype_bytes if worker.weights is None else worker.weight_bytes
+    weights = model.weight_bytes(weight_bytes)
     if not model.tied_embeddings:
-      weights -= model.vocab_size * model.embed_dim * self.dtype_bytes
+      weights -= model.vocab_size * model.embed_dim * weight_bytes
     seconds = 0.0
     for step in range(steps):
       tokens = sum(new for _, new in chunks) + len(contexts)

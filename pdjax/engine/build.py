@@ -104,7 +104,6 @@ def build_engine(
     config.cluster,
     carved,
     model,
-    config.dtype_bytes,
     device_memory_bytes(devices[0]),
     one_memory=devices[0].platform == 'cpu',
     staging_bytes=config.staging_bytes,
@@ -112,17 +111,18 @@ def build_engine(
   names = {name: [str(devices[index]) for index in mesh] for name, mesh in carved.items()}
 
   begin = time.perf_counter()
-  dtype = jnp.dtype(config.dtype)
   meshes = {mesh: make_mesh(model, [devices[index] for index in mesh]) for mesh in set(carved.values())}
   for spec in specs:  # what cannot be is refused before anything is loaded
     for kind in model.cache:
       page_size = kind.page_size or spec.page_size or config.page_size
       choose_layout(kind, page_size, meshes[carved[spec.name]], spec.page_layout)
-  weights = load_weights(checkpoint, model, meshes, dtype)
+  copies = {(carved[spec.name], spec.weights) for spec in specs}
+  wanted = {copy: meshes[copy[0]] for copy in copies}
+  weights = load_weights(checkpoint, model, wanted, {copy: jnp.dtype(copy[1]) for copy in copies})
   loaded = time.perf_counter()
   say(f'weights loaded in {loaded - begin:.1f} s')
   used = sorted({index for mesh in carved.values() for index in mesh})
-  chip = measure_chip(devices[used[0]], dtype, config.precision)
+  chip = measure_chip(devices[used[0]], jnp.dtype(config.dtype), config.precision)
   link = measure_link(devices[used[0]], devices[used[-1]])
   measured = time.perf_counter()
   cost = Roofline(chip, link, config.dtype_bytes, shared_host=devices[0].platform == 'cpu')
@@ -130,9 +130,8 @@ def build_engine(
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
-    workers.append(Worker(spec, model, meshes[mesh], weights[mesh], tokenizer, transfer))
-    pages = f'{spec.num_pages} pages of {spec.page_size} tokens in {spec.kv_dtype}'
-    say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {pages}')
+    workers.append(Worker(spec, model, meshes[mesh], weights[mesh, spec.weights], tokenizer, transfer))
+    say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {spec.holds}')
 
   program_s: dict[str, float] = {}
   transports: dict[tuple[str, str, str], Transport] = {}
@@ -144,7 +143,7 @@ def build_engine(
     say(f'{what}: {len(seconds)} programs compiled in {time.perf_counter() - started:.1f} s')
 
   for worker in workers:
-    compile_programs(worker.spec.name, functools.partial(worker.compile, config.precision))
+    compile_programs(worker.spec.name, functools.partial(worker.compile, worker.spec.precision))
   by_name = {worker.spec.name: worker for worker in workers}
   for source_spec, target_spec in ways(specs) if config.moves_kv else ():
     source, target = by_name[source_spec.name], by_name[target_spec.name]

@@ -119,12 +119,13 @@ class WorkerProcess:
     """
     self._assignment = assignment
     spec, model = assignment.spec, assignment.model
+    assert spec.weights is not None
     keep_programs(assignment.compilation_cache)
     remove_left_over()
     begin = time.perf_counter()
     checkpoint = self._open_checkpoint(assignment)
     mesh = make_mesh(model, self._devices)
-    weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(assignment.dtype))[None]
+    weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(spec.weights))[None]
     summed = fingerprint(weights)
     worker = Worker(spec, model, mesh, weights, checkpoint.tokenizer(), assignment.transfer)
     worker.incarnation = assignment.incarnation
@@ -136,14 +137,14 @@ class WorkerProcess:
     self._thread.start()
     versions = tuple((name, _version(name)) for name in _VERSIONED)
     hello = Hello(
-      spec.name, worker.incarnation, self._machine, versions, model, summed, assignment.dtype,
+      spec.name, worker.incarnation, self._machine, versions, model, summed, spec.weights,
       tuple(describe_pool(pool.kind, pool) for pool in worker.pools.values()),
     )  # fmt: skip
     return Loaded(hello, loaded - begin, compile_s, program_s)
 
   def compile_worker(self, worker: Worker) -> dict[str, float]:
     """Compile every program of a worker; seconds by program."""
-    return worker.compile(self._assignment.precision)
+    return worker.compile(worker.spec.precision)
 
   def compile_half(self, half: Half) -> dict[str, float]:
     """Compile what one end of a way needs; seconds by program."""

@@ -17,10 +17,29 @@ class PlainLoop:
   The prompt goes in by pieces of a fixed size, so that two programs serve every length.
   """
 
-  def __init__(self, model: ModelSpec, weights: Weights, max_tokens: int, piece: int = 64):
-    """Serve `model` with `weights` on one device, for prompts and answers of up to `max_tokens` together."""
+  def __init__(
+    self,
+    model: ModelSpec,
+    weights: Weights,
+    max_tokens: int,
+    piece: int = 64,
+    decode_weights: Weights | None = None,
+    cache_dtype: jnp.dtype | None = None,
+  ):
+    """Serve a model on one device.
+
+    Args:
+      model: The model.
+      weights: Its weights; with `decode_weights`, for prompts alone.
+      max_tokens: Most tokens of a prompt and its answer together.
+      piece: Tokens of a piece.
+      decode_weights: Those for all tokens behind the first, if they are others.
+      cache_dtype: Of the cache; None is that of `weights`.
+    """
     self._model = model
     self._weights = weights
+    self._decode_weights = weights if decode_weights is None else decode_weights
+    self._dtype = cache_dtype or jax.tree.leaves(weights)[0].dtype
     self._piece = piece
     self._cache_len = -(-max_tokens // piece) * piece
     self._run = jax.jit(functools.partial(_run, model), donate_argnums=1)
@@ -28,8 +47,7 @@ class PlainLoop:
   def generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
     """The tokens that follow a prompt, up to an end-of-sequence token or `max_tokens`."""
     shape = (self._cache_len, self._model.kv_heads, self._model.head_dim)
-    dtype = jax.tree.leaves(self._weights)[0].dtype
-    caches = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self._model.num_layers)]
+    caches = [(jnp.zeros(shape, self._dtype), jnp.zeros(shape, self._dtype)) for _ in range(self._model.num_layers)]
     with jax.default_matmul_precision('highest'):
       for start in range(0, len(prompt), self._piece):
         tokens = np.zeros(self._piece, np.int32)
@@ -39,7 +57,7 @@ class PlainLoop:
       out = [int(token)]
       while len(out) < max_tokens and out[-1] not in self._model.eos_token_ids:
         position = len(prompt) + len(out) - 1
-        token, caches = self._run(self._weights, caches, np.array(out[-1:], np.int32), position, 0)
+        token, caches = self._run(self._decode_weights, caches, np.array(out[-1:], np.int32), position, 0)
         out.append(int(token))
     return out
 
@@ -51,7 +69,8 @@ def _run(model: ModelSpec, weights: Weights, caches, tokens: jax.Array, start: j
 
   def attend(q, k, v, cache, window):
     keys, values = (
-      jax.lax.dynamic_update_slice_in_dim(old, new, start, 0) for old, new in zip(cache, (k, v), strict=True)
+      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 0)
+      for old, new in zip(cache, (k, v), strict=True)
     )
     queries = q.reshape(q.shape[0], model.kv_heads, -1, model.head_dim)
     scores = jnp.einsum('tkrd,skd->tkrs', queries, keys) * model.head_dim**-0.5
@@ -60,7 +79,8 @@ def _run(model: ModelSpec, weights: Weights, caches, tokens: jax.Array, start: j
     if window is not None:
       visible &= position > positions[:, None] - window
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
-    return jnp.einsum('tkrs,skd->tkrd', weights, values).reshape(q.shape), (keys, values)
+    out = jnp.einsum('tkrs,skd->tkrd', weights, values)
+    return out.reshape(q.shape).astype(q.dtype), (keys, values)
 
   x, caches = transformer(tokens, positions, caches, attend)
   return jnp.argmax(transformer.logits(x[last][None])[0]), list(caches)

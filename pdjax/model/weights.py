@@ -16,7 +16,7 @@ from pdjax.types.model import ModelSpec
 
 
 def load_weights(
-  checkpoint: Checkpoint, model: ModelSpec, meshes: Mapping[Any, Mesh], dtype: jnp.dtype
+  checkpoint: Checkpoint, model: ModelSpec, meshes: Mapping[Any, Mesh], dtype: jnp.dtype | Mapping[Any, jnp.dtype]
 ) -> dict[Any, Weights]:
   """Read each tensor once and place it on every mesh; the host never holds more than one whole tensor.
 
@@ -27,16 +27,18 @@ def load_weights(
     checkpoint: The source of the tensors.
     model: Its shape.
     meshes: The meshes by any key.
-    dtype: The dtype the weights are converted to.
+    dtype: The dtype the weights are converted to; by the keys of `meshes`, if they are to have unlike ones.
 
   Returns:
     The weights by the same keys.
 
   Raises:
-    ValueError: if a tensor is missing or has another shape, or a number of it would be infinite in `dtype`.
+    ValueError: if a tensor is missing or has another shape, or a number of it would be infinite in its dtype.
   """
   rows = model.weights.values()
   weights: dict[Any, Weights] = {key: {'layers': {i: {} for i in range(model.num_layers)}} for key in meshes}
+
+  dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(meshes, dtype)
 
   def rules(mesh: Mesh) -> ShardingRules:
     return ShardingRules.for_model(model, mesh.size)
@@ -44,7 +46,7 @@ def load_weights(
   if isinstance(checkpoint, ShardedCheckpoint):
     for key, mesh in meshes.items():
       found = {row.name: rules(mesh).spec(*(row.axes[axis] for axis in row.file_order)) for row in rows}
-      restored = checkpoint.restore({name: NamedSharding(mesh, spec) for name, spec in found.items()}, dtype)
+      restored = checkpoint.restore({name: NamedSharding(mesh, spec) for name, spec in found.items()}, dtypes[key])
       for row in rows:
         array = restored.pop(row.name)  # turned one by one: there may be no room for all of them twice
         sharding = NamedSharding(mesh, rules(mesh).spec(*row.axes))
@@ -54,10 +56,13 @@ def load_weights(
     tensor = np.asarray(checkpoint.tensor(row.name))
     if tensor.shape != row.file_shape:
       raise ValueError(f'tensor {row.name!r} has shape {tensor.shape}, but {model.name} expects {row.file_shape}.')
-    tensor = convert_weight(tensor.transpose(np.argsort(row.file_order)), dtype, row.name, order='C')
-    for key, mesh in meshes.items():
-      sharding = NamedSharding(mesh, rules(mesh).spec(*row.axes))
-      _put(weights[key], row.name, jax.make_array_from_callback(tensor.shape, sharding, tensor.__getitem__))
+    tensor = tensor.transpose(np.argsort(row.file_order))
+    for one in dict.fromkeys(dtypes.values()):
+      converted = convert_weight(tensor, one, row.name, order='C')
+      for key, mesh in meshes.items():
+        if dtypes[key] == one:
+          sharding = NamedSharding(mesh, rules(mesh).spec(*row.axes))
+          _put(weights[key], row.name, jax.make_array_from_callback(tensor.shape, sharding, converted.__getitem__))
   return weights
 
 

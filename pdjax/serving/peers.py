@@ -28,8 +28,6 @@ class Assignment:
     incarnation: The number of its incarnation.
     model: The model's shape, as it is served.
     checkpoint: Its weights, as `ServingConfig.checkpoint` names them; every host must have them there.
-    dtype: Of weights.
-    precision: Of matrix products.
     transfer: The way in which KV travels.
     moves_kv: Whether it does.
     compilation_cache: The folder of compiled programs, see `keep_programs`.
@@ -39,8 +37,6 @@ class Assignment:
   incarnation: int
   model: ModelSpec
   checkpoint: str
-  dtype: str
-  precision: str
   transfer: TransferSpec
   moves_kv: bool
   compilation_cache: str | None = None

@@ -121,6 +121,7 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
   """
   facts: list[tuple[str, object, object]] = [
     ('name', hello.worker, spec.name),
+    ('weights', hello.dtype, spec.weights),
     ('cache kinds', tuple(pool.kind for pool in hello.pools), hello.model.cache),
   ]
   for pool in hello.pools:
@@ -140,7 +141,7 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
 
 
 def check_together(hellos: Sequence[Hello]) -> None:
-  """See that processes serve the same model, with the same weights and software.
+  """See that processes serve the same model with the same software, and the same weights where these have one dtype.
 
   Raises:
     HandshakeError: naming two workers and both values.
@@ -151,8 +152,10 @@ def check_together(hellos: Sequence[Hello]) -> None:
     for package in {**ours, **theirs}:
       _compare(first, other, f'{package} version', ours.get(package), theirs.get(package), 'install one version')
     _compare(first, other, 'the model', first.model, other.model, 'give both the same checkpoint')
-    _compare(first, other, 'weights in', first.dtype, other.dtype, 'start both from one config')
-    _compare(first, other, 'weights that sum to', first.weights, other.weights, 'give both the same checkpoint')
+  same: dict[str, Hello] = {}
+  for hello in hellos:
+    one = same.setdefault(hello.dtype, hello)
+    _compare(one, hello, 'weights that sum to', one.weights, hello.weights, 'give both the same checkpoint')
 
 
 def check_plans(source: str, target: str, ours: Sequence[WayPlan], theirs: Sequence[WayPlan]) -> None:

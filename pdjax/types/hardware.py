@@ -6,6 +6,13 @@ import re
 from typing import Any, Literal, get_args
 
 DtypeName = Literal['float32', 'bfloat16', 'float16']
+DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
+
+
+def precision_of(dtype: DtypeName | None) -> str:
+  """Precision of matrix products of a dtype, as `jax.default_matmul_precision` takes it: full in float32."""
+  return 'highest' if dtype == 'float32' else 'default'
+
 
 _TPU = 'docs.cloud.google.com/tpu/docs; dense peak, one chip'
 _GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'

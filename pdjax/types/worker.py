@@ -5,6 +5,7 @@ import enum
 from typing import Literal, get_args
 
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
+from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 
@@ -39,12 +40,14 @@ class WorkerSpec:
     max_chunks: Most prompts packed into one step.
     max_fused_steps: Most decode steps that one step of the worker fuses.
     devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
-      name the same devices share them and their weights.
+      name the same devices share them.
     page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
       the devices read fastest. Pages travel between workers of unlike layouts.
     page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
     kv_dtype: Of cached keys and values; None is the config's. 'int8' has a float32 scale a token and head. Between
       workers of unlike dtypes pages are converted once, where fewer bytes then travel.
+    weights: The dtype of its weights, in which it computes; None is the config's `dtype`. Workers may have unlike ones;
+      those with the same devices and the same dtype share one copy.
 
   Raises:
     ValueError: if a size is not positive, a layout or dtype is unknown, or the devices are not `tp` distinct ones.
@@ -62,6 +65,7 @@ class WorkerSpec:
   page_layout: PageLayoutName = 'auto'
   page_size: int | None = None
   kv_dtype: KVDtypeName | None = None
+  weights: DtypeName | None = None
 
   def __post_init__(self):
     object.__setattr__(self, 'role', Role(self.role))
@@ -78,6 +82,9 @@ class WorkerSpec:
     if self.kv_dtype not in (None, *get_args(KVDtypeName)):
       names = ', '.join(map(repr, get_args(KVDtypeName)))
       raise ValueError(f'worker {self.name!r} has kv_dtype={self.kv_dtype!r}, expected one of {names}, or None.')
+    if self.weights not in (None, *get_args(DtypeName)):
+      names = ', '.join(map(repr, get_args(DtypeName)))
+      raise ValueError(f'worker {self.name!r} has weights={self.weights!r}, expected one of {names}, or None.')
     if self.devices is not None:
       object.__setattr__(self, 'devices', tuple(self.devices))
       if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:
@@ -90,6 +97,23 @@ class WorkerSpec:
   def cached_dtype(self) -> KVDtypeName:
     """The dtype of its cache: `kv_dtype`, or the default."""
     return self.kv_dtype or DEFAULT_KV_DTYPE
+
+  @property
+  def holds(self) -> str:
+    """Its pages in words, and its weights if they are of another dtype; all of it filled in."""
+    pages = f'{self.num_pages} pages of {self.page_size} tokens in {self.kv_dtype}'
+    return pages if self.weights == self.kv_dtype else f'{pages}, weights in {self.weights}'
+
+  @property
+  def weight_bytes(self) -> int:
+    """Bytes of one of its weights, which must be filled in."""
+    assert self.weights is not None
+    return DTYPE_BYTES[self.weights]
+
+  @property
+  def precision(self) -> str:
+    """Precision of its matrix products, as `jax.default_matmul_precision` takes it."""
+    return precision_of(self.weights)
 
   @property
   def token_buckets(self) -> tuple[int, ...]:

@@ -16,8 +16,26 @@ PAGE = 16 * 131_072  # bytes of a page of 16 tokens
 
 def _size(workers, memory_bytes: float, model: ModelSpec = LLAMA, **fields) -> tuple[WorkerSpec, ...]:
   carved = carve_devices(workers, devices_needed(workers))
-  workers = tuple(dataclasses.replace(worker, page_size=16, kv_dtype='bfloat16') for worker in workers)
-  return size_pools(workers, carved, model, dtype_bytes=2, memory_bytes=memory_bytes, **fields)
+  filled = {'page_size': 16, 'kv_dtype': 'bfloat16', 'weights': 'bfloat16'}
+  own = [{name: getattr(worker, name) or value for name, value in filled.items()} for worker in workers]
+  workers = tuple(dataclasses.replace(worker, **fields) for worker, fields in zip(workers, own, strict=True))
+  return size_pools(workers, carved, model, memory_bytes=memory_bytes, **fields)
+
+
+def test_workers_on_the_same_devices_have_a_copy_of_the_weights_for_each_dtype():
+  both = [WorkerSpec(name, devices=(0,), num_pages=50) for name in ('a', 'b')]
+  assert len(_size(both, WEIGHTS + 100.5 * PAGE)) == 2
+  unlike = [both[0], dataclasses.replace(both[1], weights='float32')]
+  with pytest.raises(ValueError, match=f'needs {3 * WEIGHTS / 1e9:.3g} GB of weights'):
+    _size(unlike, 2.9 * WEIGHTS)
+  assert len(_size(unlike, 3 * WEIGHTS + 100.5 * PAGE)) == 2
+
+
+def test_each_worker_has_the_bytes_of_its_own_weights():
+  prefill, decode = _size(
+    (WorkerSpec('p', 'prefill', weights='float32'), WorkerSpec('d', 'decode')), 2 * WEIGHTS + 100.5 * PAGE
+  )
+  assert (prefill.num_pages, decode.num_pages) == (100, 100 + int((WEIGHTS + 100.5 * PAGE) / PAGE) - 100)
 
 
 def test_an_automatic_pool_fills_what_the_weights_leave():

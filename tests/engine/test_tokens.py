@@ -4,14 +4,19 @@ import dataclasses
 import itertools
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pdjax.kv.transfer import TRANSPORTS
+from pdjax.model.plain import PlainLoop
+from pdjax.model.weights import load_weights
 from pdjax.policies import Colocated, Disaggregated
+from pdjax.sharding import make_mesh
 from pdjax.types import Request, SamplingParams
 from tests.engine.cluster import Cluster, live_pages
 from tests.engine.conftest import SMALL_PIECES, build
-from tests.engine.plain import EXACT, generate
+from tests.engine.plain import EXACT, Cached, generate
 from tests.tiny import TINY, TINY_8_2, TINY_12_12, prompt
 
 # of one token; shorter than a page; exactly a page of 4 and of 16; several chunks; all of the context but a few
@@ -165,6 +170,33 @@ def test_workers_of_unlike_pools_give_what_a_loop_with_the_same_conversions_does
   assert pools == list(zip(caches, sizes, strict=True))
   served = assert_exact(cluster, mixed_requests(max_tokens=5, lengths=(1, 3, 4, 16, 17, 40)), caches=caches)
   assert_live_pages_moved(cluster, served)
+
+
+@pytest.mark.parametrize('weights', [('bfloat16', 'float32'), ('float16', 'float32'), ('float32', 'bfloat16')])
+def test_workers_of_unlike_weights_give_what_a_loop_that_prefills_with_one_and_decodes_with_the_other_does(weights):
+  devices = (0,) if weights[0] == 'float32' else None  # both on one device there, each with its copy
+  differing = [{'weights': name, 'devices': devices} for name in weights]
+  cluster = build('1P1D', page_size=4, max_sequences=2, differing=differing)
+  dtypes = {name: jnp.dtype(name) for name in weights}
+  for worker, name in zip(cluster.workers.values(), weights, strict=True):
+    assert {leaf.dtype for leaf in jax.tree.leaves(worker.weights)} == {dtypes[name]}
+    assert worker.pages.dtype == jnp.float32
+  mesh = make_mesh(TINY, jax.devices()[:1])
+  copies = load_weights(Cached(TINY), TINY, dict.fromkeys(weights, mesh), dtypes)
+  loop = PlainLoop(TINY, copies[weights[0]], 64, 16, copies[weights[1]], jnp.dtype('float32'))
+  requests = mixed_requests(max_tokens=9, lengths=(1, 3, 4, 16, 17, 40))
+  greedy = [request for request in requests if request.id.startswith('greedy')]
+  served = cluster.serve(greedy)
+  expected = {request.id: tuple(loop.generate(request.prompt, 9)) for request in greedy}
+  tokens = {name: tokens for name, (tokens, _) in served.tokens().items()}
+  assert len(greedy) == 6 and {name: one[0] for name, one in tokens.items()} == {
+    name: one[0] for name, one in expected.items()
+  }
+  near_ties = 0 if weights[1] == 'float32' else 1  # in 16 bits the order of a sum may decide between two tokens
+  assert sum(tokens[name] != expected[name] for name in expected) <= near_ties
+  same = PlainLoop(TINY, copies[weights[0]], 64, 16)
+  if 'bfloat16' in weights:  # float16 is so near to float32 that no token of these differs
+    assert any(tuple(same.generate(request.prompt, 9)) != expected[request.id] for request in greedy)
 
 
 def test_no_token_changes_with_room_on_the_way_for_little_at_once(one_and_one):

@@ -103,6 +103,17 @@ def test_weights_are_converted_to_the_type_asked_for():
   np.testing.assert_array_equal(weights['unembed'], expected)
 
 
+def test_weights_of_unlike_dtypes_come_of_one_reading():
+  checkpoint, mesh = Counted(TINY), make_mesh(TINY, jax.devices()[:1])
+  dtypes = {name: jnp.dtype(name) for name in ('float32', 'bfloat16')}
+  weights = load_weights(checkpoint, TINY, dict.fromkeys(dtypes, mesh), dtypes)
+  for name, dtype in dtypes.items():
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights[name])} == {dtype}
+    expected = RandomCheckpoint(TINY).tensor('unembed').T.astype(dtype)
+    np.testing.assert_array_equal(weights[name]['unembed'], expected)
+  assert set(checkpoint.reads.values()) == {1}
+
+
 def test_a_tensor_of_another_shape_is_refused_by_name():
   checkpoint = RandomCheckpoint(dataclasses.replace(TINY, ffn_dim=50))
   with pytest.raises(ValueError, match=r"'layers\.0\.gate' has shape \(24, 50\), but tiny expects \(24, 48\)"):

@@ -30,7 +30,7 @@ PREFILL = Hello(
   pools=(POOL,),
 )
 DECODE = dataclasses.replace(PREFILL, worker='decode0', machine=dataclasses.replace(PREFILL.machine, pid=8))
-SPEC = WorkerSpec('prefill0', 'prefill', num_pages=8, page_size=16, kv_dtype='float32')
+SPEC = WorkerSpec('prefill0', 'prefill', num_pages=8, page_size=16, kv_dtype='float32', weights='float32')
 PLAN = WayPlan(kind='kv', unit=4, dtype='float32', piece_heads=1, pieces=(3, 1), batches=((30, 1), (30, 4)))
 
 
@@ -54,7 +54,6 @@ def test_pools_may_be_unlike():
     ({'versions': (('pdjax', '0.1.0'),)}, 'jax version 0.10.2', 'jax version None'),
     ({'model': dataclasses.replace(MODEL, num_layers=29)}, 'num_layers=30', 'num_layers=29'),
     ({'weights': 'f' * 16}, 'sum to 0123456789abcdef', 'sum to ffffffffffffffff'),
-    ({'dtype': 'bfloat16'}, 'weights in float32', 'weights in bfloat16'),
   ],
 )
 def test_processes_that_differ_are_refused_naming_both(change, ours, theirs):
@@ -78,6 +77,17 @@ def test_a_pool_that_the_controller_does_not_count_on_is_refused(change, what, e
   hello = dataclasses.replace(PREFILL, pools=(dataclasses.replace(POOL, **change),))
   with pytest.raises(HandshakeError, match=f"'prefill0' has {what}, but the controller expects {expected};"):
     check_worker(hello, SPEC)
+
+
+def test_weights_of_unlike_dtypes_are_compared_with_those_of_their_own_alone():
+  narrow = dataclasses.replace(DECODE, dtype='bfloat16', weights='1' * 16)
+  check_together([PREFILL, narrow, dataclasses.replace(PREFILL, worker='prefill1')])
+  with pytest.raises(
+    HandshakeError, match=f"'decode0' has weights that sum to {'1' * 16}, but worker 'decode1' .*{'2' * 16}"
+  ):
+    check_together([PREFILL, narrow, dataclasses.replace(narrow, worker='decode1', weights='2' * 16)])
+  with pytest.raises(HandshakeError, match="'prefill0' has weights 'bfloat16', but the controller expects 'float32'"):
+    check_worker(dataclasses.replace(PREFILL, dtype='bfloat16'), SPEC)
 
 
 def test_a_process_that_holds_other_cache_kinds_is_refused():

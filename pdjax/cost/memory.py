@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from pdjax.types.cluster import ways
+from pdjax.types.hardware import DTYPE_BYTES
 from pdjax.types.model import ModelSpec
 from pdjax.types.pools import PoolSpecs
 from pdjax.types.worker import WorkerSpec
@@ -48,10 +49,11 @@ def size_pools(
   weights: dict[int, float] = {}
   given: dict[int, float] = {}
   automatic: dict[int, int] = {}
-  for mesh, _, num_bytes in {(devices[worker.name], worker.weights, worker.weight_bytes) for worker in workers}:
+  for mesh, dtype in {(devices[worker.name], worker.weights) for worker in workers}:
+    assert dtype is not None
     for device in mesh:
       memory = memory_of(device)
-      weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(num_bytes, len(mesh))
+      weights[memory] = weights.get(memory, 0) + model.weight_bytes_per_device(DTYPE_BYTES[dtype], len(mesh))
   pools: dict[str, PoolSpecs] = {}
   page_bytes: dict[str, int] = {}
   for worker in workers:

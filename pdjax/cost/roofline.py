@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pdjax.cost.cost_model import CostBase
-from pdjax.types.hardware import ChipSpec, LinkSpec
+from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
 
@@ -49,7 +49,7 @@ class Roofline(CostBase):
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
     # The input embedding is read a row a token, not whole.
-    weight_bytes = self.dtype_bytes if worker.weights is None else worker.weight_bytes
+    weight_bytes = self.dtype_bytes if worker.weights is None else DTYPE_BYTES[worker.weights]
     weights = model.weight_bytes(weight_bytes)
     if not model.tied_embeddings:
       weights -= model.vocab_size * model.embed_dim * weight_bytes

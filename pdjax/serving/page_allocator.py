@@ -67,11 +67,11 @@ class PlacePages:
       grows = pool.kind.grows
       most = grown_pages(pool.kind, worker) if grows else self._num_bytes // pool.device_bytes
       self.by_kind[name] = PageAllocator(most)
+    self._sized = [(one, pools.by_kind[name]) for name, one in self.by_kind.items()]
 
   @property
   def _free_bytes(self) -> int:
-    used = {name: one.num_pages - one.num_free for name, one in self.by_kind.items()}
-    return self._num_bytes - self.pools.device_bytes(used)
+    return self._num_bytes - sum([(one.num_pages - one.num_free) * spec.device_bytes for one, spec in self._sized])
 
   @property
   def num_free(self) -> int:
@@ -81,15 +81,18 @@ class PlacePages:
   @property
   def used_bytes(self) -> int:
     """Bytes of all pages that somebody holds, over all devices, copies counted once."""
-    sizes = self.pools.by_kind
-    return sum((one.num_pages - one.num_free) * sizes[name].page_bytes for name, one in self.by_kind.items())
+    return sum((one.num_pages - one.num_free) * spec.page_bytes for one, spec in self._sized)
 
-  def fits(self, *needed: Mapping[str, int]) -> bool:
-    """Whether so many pages of each kind, all of these together, are free."""
-    for name, one in self.by_kind.items():
-      if sum(pages.get(name, 0) for pages in needed) > one.num_free:
+  def fits(self, needed: Mapping[str, int], beside: Mapping[str, int] | None = None) -> bool:
+    """Whether so many pages of each kind are free, beside others that are as good as taken."""
+    num_bytes = 0
+    for name, count in needed.items():
+      if beside:
+        count += beside[name]
+      if count > self.by_kind[name].num_free:
         return False
-    return sum(map(self.pools.device_bytes, needed)) <= self._free_bytes
+      num_bytes += count * self.pools.by_kind[name].device_bytes
+    return num_bytes <= self._free_bytes
 
   def take(self, needed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Take so many free pages of each kind, the longest free first.

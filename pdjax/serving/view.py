@@ -192,7 +192,7 @@ class Room:
     if decodes and self._view.slots_needed(request) > self.slots(worker):
       return False
     needed = self._view.kind_pages_needed(request, worker, decodes=decodes)
-    return self._place_pages(worker).fits(needed, self._pages.get(worker, {}))
+    return self._place_pages(worker).fits(needed, self._pages.get(worker))
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""

@@ -5,7 +5,7 @@ import enum
 from typing import Literal, get_args
 
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
-from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
+from pdjax.types.hardware import DtypeName, precision_of
 
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 
@@ -103,12 +103,6 @@ class WorkerSpec:
     """Its pages in words, and its weights if they are of another dtype; all of it filled in."""
     pages = f'{self.num_pages} pages of {self.page_size} tokens in {self.kv_dtype}'
     return pages if self.weights == self.kv_dtype else f'{pages}, weights in {self.weights}'
-
-  @property
-  def weight_bytes(self) -> int:
-    """Bytes of one of its weights, which must be filled in."""
-    assert self.weights is not None
-    return DTYPE_BYTES[self.weights]
 
   @property
   def precision(self) -> str:

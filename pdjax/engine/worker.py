@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pdjax.engine.detokenize import Detokenizer, TextStream
+from pdjax.engine.detokenize import Detokenizer
+from pdjax.engine.sequences import Followed, log_probabilities
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import NO_TOKEN, Chunks, Steps
 from pdjax.kv.pages import KVPages, copy
@@ -21,58 +22,34 @@ from pdjax.model.sampling import Chosen, Sampling, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.events import Result
-from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, StepOrder
+from pdjax.serving.orders import Admission, ChunkOrder, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import FinishReason, Request, TokenLogprob
+from pdjax.types.request import Request
 
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
 
 
-@dataclasses.dataclass(slots=True)
-class _Progress:
-  """A sequence as the host follows it, to find its end and its text.
-
-  The device decides about stop tokens and the last token by the same rule; stop strings are found here alone.
-  """
-
-  left: int
-  stops: frozenset[int]
-  text: TextStream | None
-  logprobs: int | None
-
-  def take(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None, str]:
-    """Count tokens; how many of them are the sequence's, why it ends with the last of those or None, the text."""
-    kept, text = len(tokens), ''
-    if self.text is not None:
-      text, completes_stop = self.text.take(tokens)
-      if completes_stop is not None:
-        return completes_stop, 'stop', text
-    self.left -= kept
-    if tokens[-1] not in self.stops and self.left > 0:
-      return kept, None, text
-    reason: FinishReason = 'stop' if tokens[-1] in self.stops else 'length'
-    if self.text is not None:
-      rest, completed = self.text.end()
-      text, reason = text + rest, 'stop' if completed else reason
-    return kept, reason, text
-
-
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The tokens of a dispatched step, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes.
-
-  With the progress of the requests of the incarnation it was dispatched in, by id.
-  """
+  """A dispatched step's tokens, on their way: `[C]` of chunks, `[steps, B]` of decodes; and who was followed then."""
 
   first: Chosen | None
   tokens: Chosen | None
-  progress: 'dict[str, _Progress]'
+  followed: Followed
 
 
 class Worker:
-  """Runs steps on one mesh, in the order of dispatch."""
+  """Runs steps on one mesh, in the order of dispatch.
+
+  Attributes:
+    weights: The model's weights, as `pages` and `slots` are: on its mesh.
+    pages: Its pool, replaced by every program that updates it.
+    slots: Its decoding sequences on the devices, replaced alike.
+    followed: The sequences that have not ended, as the host follows them.
+    incarnation: The number of its incarnation, from 1.
+  """
 
   def __init__(
     self,
@@ -107,8 +84,6 @@ class Worker:
       () if transfer is None else transfer.step_groups(spec.role, model.num_layers)
     )
     self._programs: dict[tuple, Any] = {}
-    self._progress: dict[str, _Progress] = {}
-    self._left_out: dict[str, int] = {}  # requests of which a step is missing here, see `leave_out`
     self.page_shapes = KVPages.shapes(
       model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
     )
@@ -290,17 +265,12 @@ class Worker:
         f'step {order.id} is to run in the groups of layers {order.layer_groups}, but worker {self.spec.name!r} is '
         f'compiled for {tuple(self._group_starts) or "whole steps"}; give the state the TransferSpec of the workers.'
       )
-    admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
-    if self._left_out:
-      anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}
-      anew |= {admission.request.id for _, admission in admitted}
-      self._left_out = {name: left - 1 for name, left in self._left_out.items() if left and name not in anew}
-    if admitted:
+    self.followed.expect(order)
+    if admitted := [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]:
       self._admit(admitted)
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
-        if chunk.request.id not in self._left_out:
-          self._track(chunk.request, (), chunk.limit)
+        self.followed.follow(chunk.request, (), chunk.limit)
         self._remember(chunk.request, (), self._num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
@@ -319,7 +289,7 @@ class Worker:
         first = self._run_groups(chunks, after)
       else:
         (first,) = self._run(('prefill', size), chunks)
-    return Pending(first, tokens, self._progress)
+    return Pending(first, tokens, self.followed)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a step; each request's tokens, and how many were computed in vain."""
@@ -330,17 +300,18 @@ class Worker:
       for row, (chunk, token) in enumerate(zip(order.chunks, first.tolist(), strict=False)):
         if chunk.is_last:
           computed += 1
-          told, error = functools.partial(_told, pending.first, row), None if finite[row] else self._not_finite
-          results.append(_result(pending.progress, chunk.request.id, [token], told, error, leaves=chunk.slot is None))
+          told = functools.partial(log_probabilities, pending.first, row)
+          error = None if finite[row] else self._not_finite
+          results.append(pending.followed.result(chunk.request.id, [token], told, error, leaves=chunk.slot is None))
     if pending.tokens is not None:
       chosen, finite = jax.device_get((pending.tokens.tokens, pending.tokens.finite))
       for row, (decode, column) in enumerate(zip(order.decodes, chosen[: order.steps].T.tolist(), strict=False)):
         computed += len(column)
         tokens = [token for token in column if token != NO_TOKEN]
         if tokens:
-          told = functools.partial(_told, pending.tokens, np.s_[: len(tokens), row])
+          told = functools.partial(log_probabilities, pending.tokens, np.s_[: len(tokens), row])
           error = None if finite[len(tokens) - 1, row] else self._not_finite  # where it is not, the sequence ended
-          results.append(_result(pending.progress, decode.request, tokens, told, error))
+          results.append(pending.followed.result(decode.request, tokens, told, error))
     delivered = tuple(result for result in results if result is not None)
     return delivered, computed - sum(len(result.tokens) for result in delivered)
 
@@ -357,13 +328,11 @@ class Worker:
     Sequences may be left alive in slots: they write nothing, for only slots that an order names are run, and no order
     names one before it was filled anew.
     """
-    self._progress = {}  # another one, for steps under way go on with the last
-    self._left_out = {}
+    self.followed = Followed(self.model.eos_token_ids, self._detokenizer)  # steps under way go on with the last
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what steps under way still bring it is not reported."""
-    self._progress.pop(request, None)
-    self._left_out.pop(request, None)
+    self.followed.forget(request)
 
   def leave_out(self, order: StepOrder) -> Callable[[], None]:
     """Go on without a step that could not be handed to the devices.
@@ -378,29 +347,14 @@ class Worker:
     Raises:
       Exception: if the slots cannot be cleared; then the worker is `broken`.
     """
-    self._left_out |= dict.fromkeys(order.requests, MAX_ORDERS)
+    let_go = self.followed.leave_out(order.requests)
     try:
       self.clear_slots(order)
     except Exception:
       for leaf in jax.tree.leaves(self.slots):
         leaf.delete()  # a sequence alive in one of them would write into pages that are others' by then
       raise
-    progress = self._progress
-
-    def forget() -> None:
-      for request in order.requests:
-        progress.pop(request, None)
-
-    return forget
-
-  def _track(self, request: Request, tokens: Sequence[int], limit: int) -> None:
-    """Follow a sequence from here on, these tokens being delivered already."""
-    stops = request.stop_tokens(self.model.eos_token_ids)
-    text = None
-    if self._detokenizer is not None:
-      text = TextStream(self._detokenizer, request.sampling.stop, prompt=request.prompt)
-      text.take(tokens)
-    self._progress[request.id] = _Progress(limit - len(tokens), frozenset(stops), text, request.sampling.logprobs)
+    return let_go
 
   def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
     """Note a sequence's past in a row of the history, if its penalties ask for it."""
@@ -419,7 +373,7 @@ class Worker:
       rows.generated[row] = len(tokens)
       rows.alive[row] = True
       rows.tables[row, : len(admission.pages)] = admission.pages
-      self._track(request, tokens, admission.limit)
+      self.followed.follow(request, tokens, admission.limit)
       self._remember(request, tokens, slot)
     rows = dataclasses.replace(rows, sampling=self._sampling([one for _, one in admitted], self._num_slots))
     self._put_slots([slot for slot, _ in admitted], rows)
@@ -467,46 +421,3 @@ class Worker:
       if chunk.slot is not None:
         new['slots'][row] = chunk.slot
     return Chunks(**new, sampling=self._sampling(chunks, most))
-
-
-def _result(
-  followed: dict[str, _Progress],
-  request: str,
-  tokens: list[int],
-  told: Callable[[int], tuple[TokenLogprob, ...]],
-  error: str | None,
-  *,
-  leaves: bool = False,
-) -> Result | None:
-  """The outcome for one request, or None if it has ended before.
-
-  Args:
-    followed: The requests of a worker's incarnation that have not ended.
-    request: Its id.
-    tokens: Its tokens of the step.
-    told: Gives their log probabilities, with so many of the likeliest.
-    error: The message if the last of them is no token; the request ends with it, unless a token before ends it.
-    leaves: Whether it decodes elsewhere.
-  """
-  progress = followed.get(request)
-  if progress is None:
-    return None
-  if error is not None:
-    tokens = tokens[:-1]
-  kept, reason, text = progress.take(tokens) if tokens else (0, None, '')
-  error = error if reason is None else None
-  reason = reason if error is None else 'error'
-  if leaves or reason is not None:
-    followed.pop(request, None)
-  logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
-  return Result(request, tuple(tokens[:kept]), reason, text, logprobs, error)
-
-
-def _told(chosen: Chosen, index: Any, most: int) -> tuple[TokenLogprob, ...]:
-  """The log probabilities of the tokens at `index`, each with those of so many of the likeliest."""
-  own, tops, likely = (np.asarray(array)[index] for array in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
-  tops, likely = np.atleast_2d(tops)[:, :most].tolist(), np.atleast_2d(likely)[:, :most].tolist()
-  return tuple(
-    TokenLogprob(one, tuple(zip(tokens, logprobs, strict=True)))
-    for one, tokens, logprobs in zip(np.atleast_1d(own).tolist(), tops, likely, strict=True)
-  )

@@ -111,7 +111,7 @@ def test_an_admission_that_cannot_be_dispatched_fails_its_requests_alone(one_and
   order = next(one.order for one in orders_with(served, Started) if one.order.id == failed.order)
   assert_others_exact(one_and_one, served, names_in(order))
   assert orders_with(served, WorkerLost) == []
-  assert [worker._left_out for worker in one_and_one.workers.values()] == [{}, {}]  # whoever ended is forgotten
+  assert [worker.followed.left_out for worker in one_and_one.workers.values()] == [(), ()]  # whoever ended is forgotten
 
 
 def test_a_request_that_ended_well_in_the_step_before_is_not_failed(one_and_one, monkeypatch):

@@ -14,15 +14,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pdjax.engine.detokenize import Detokenizer
+from pdjax.engine.packing import Packing
+from pdjax.engine.programs import (
+  Admit,
+  Copy,
+  Decode,
+  Fused,
+  Prefill,
+  Program,
+  Remember,
+  layer_groups,
+  programs_of,
+  run_groups,
+)
 from pdjax.engine.sequences import Followed, log_probabilities
-from pdjax.engine.slots import Sequences, Slots
-from pdjax.engine.steps import NO_TOKEN, Chunks, Steps
-from pdjax.kv.pages import KVPages, copy
-from pdjax.model.sampling import Chosen, Sampling, past
+from pdjax.engine.slots import Slots
+from pdjax.engine.steps import NO_TOKEN, Steps
+from pdjax.kv.pages import KVPages
+from pdjax.model.sampling import Chosen, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.events import Result
-from pdjax.serving.orders import Admission, ChunkOrder, StepOrder
+from pdjax.serving.orders import Admission, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cluster import TransferSpec, WorkerSpec, bucket_for
 from pdjax.types.model import ModelSpec
@@ -47,6 +60,8 @@ class Worker:
     weights: The model's weights, as `pages` and `slots` are: on its mesh.
     pages: Its pool, replaced by every program that updates it.
     slots: Its decoding sequences on the devices, replaced alike.
+    packing: Puts orders into rows for the devices.
+    programs: Its programs by name; `compile` compiles and runs what it finds there.
     followed: The sequences that have not ended, as the host follows them.
     incarnation: The number of its incarnation, from 1.
   """
@@ -76,14 +91,11 @@ class Worker:
     self.mesh = mesh
     self.weights = weights
     self.incarnation = 0
-    self._dtype = jax.tree.leaves(weights)[0].dtype
+    self.packing = Packing(spec, model, jax.tree.leaves(weights)[0].dtype)
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-    self._table_width = -(-model.context_len // spec.page_size)
-    self._num_slots = spec.max_sequences if spec.role.decodes else 1
-    self._group_starts = self._programs_of_groups(
-      () if transfer is None else transfer.step_groups(spec.role, model.num_layers)
-    )
-    self._programs: dict[tuple, Any] = {}
+    self._groups = layer_groups(model, () if transfer is None else transfer.step_groups(spec.role, model.num_layers))
+    self.programs = programs_of(spec, self._groups)
+    self._compiled: dict[str, jax.stages.Compiled] = {}
     self.page_shapes = KVPages.shapes(
       model, spec.num_pages, spec.page_size, jnp.dtype(spec.kv_dtype), mesh, spec.page_layout
     )
@@ -98,8 +110,7 @@ class Worker:
     for leaf in jax.tree.leaves(self.pages) if self.incarnation > 1 else ():
       leaf.delete()  # there may be no room for two pools
     self.pages: KVPages = self._make_pages()
-    history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
-    self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
+    self.slots: Slots = jax.device_put(self.packing.empty_slots(), replicated(self.mesh))
     self.forget_all()
 
   @property
@@ -120,135 +131,42 @@ class Worker:
     Returns:
       Seconds of compiling by program; programs compile side by side, so the sum exceeds the time it took.
     """
-    role = self.spec.role
-    keys: list[tuple] = [('remember',), *([('admit',), ('copy',)] if role.decodes else [])]
-    for tokens in self.spec.token_buckets if role.prefills else ():
-      keys += self._prompt_programs(tokens)
-    if role.decodes:
-      keys += [('decode', batch) for batch in self.spec.batch_buckets]
 
-    def timed(key: tuple) -> float:
+    def timed(program: Program) -> float:
       begin = time.perf_counter()
       with jax.default_matmul_precision(precision):
-        self._programs[key] = self._lower(key).compile()
+        self._compiled[program.name] = self.lower(program).compile()
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(max(2, min(_MOST_COMPILERS, (os.cpu_count() or 2) // 2))) as pool:
-      seconds = {'x'.join(map(str, key)): took for key, took in zip(keys, pool.map(timed, keys), strict=True)}
-    for key in keys:
-      if key[0] in ('decode', 'fused'):
-        self._run(('admit',), *self._one_token('admit'))
-      if key[0] == 'begin':
-        self._run_groups(self._one_token('prefill', key[1])[0], lambda group: None)
-      elif key[0] not in ('layers', 'finish'):
-        self._run(key, *self._one_token(*key))
+      seconds = dict(zip(self.programs, pool.map(timed, self.programs.values()), strict=True))
+    for program in self.programs.values():
+      program.rehearse(self.run, self.packing)
     jax.block_until_ready((self.pages, self.slots))
     return seconds
 
-  def _lower(self, key: tuple) -> jax.stages.Lowered:
-    steps = Steps(self.model, self.mesh, self.spec.max_fused_steps)
-    call: Callable
-    state: tuple = (self.weights, self.pages, self.slots)
-    donated: tuple[int, ...] = (1, 2)
-    match key:
-      case ('copy',):
-        call, state, donated = copy, (self.pages,), (0,)
-      case ('admit' | 'remember' as name,):
-        call, state, donated = Slots.put if name == 'admit' else Slots.remember, (self.slots,), (0,)
-      case ('begin', _):
-        call, state, donated = steps.begin, (self.weights,), ()
-      case ('layers', _, start, count):
-        call = functools.partial(steps.layers, start)
-        state, donated = (self._layer_weights(start, start + count), self.pages.part(start, start + count)), (1, 2)
-      case ('finish', _):
-        call, state, donated = steps.finish, (self.weights, self.slots), (1,)
-      case (name, *_):
-        call = getattr(steps, name)
-    sharding = replicated(self.mesh)
+  def lower(self, program: Program) -> jax.stages.Lowered:
+    """A program for this worker's devices and sizes, ready to be compiled."""
+    function = program.function(Steps(self.model, self.mesh, self.spec.max_fused_steps))
+    whole = replicated(self.mesh)
+    state = [part.of(self) for part in program.takes]
     arguments = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self._one_token(*key)
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), program.one_token(self.packing)
     )
-    return jax.jit(call, donate_argnums=donated).lower(*state, *arguments)
+    return jax.jit(function, donate_argnums=program.donates).lower(*state, *arguments)
 
-  def _one_token(self, *key: Any) -> tuple[Any, ...]:
-    """A program's arguments beside the worker's state: for one token, in slot 0, that its sequence ends with."""
-    match key:
-      case ('prefill', tokens):
-        chunks = self._pack_chunks((), tokens)
-        chunks.offsets[1:], chunks.lengths[:1] = 1, 1
-        return (chunks,)
-      case ('begin', tokens):
-        return self._one_token('prefill', tokens)
-      case ('layers' | 'finish', tokens, *_):
-        x = jax.ShapeDtypeStruct((tokens, self.model.embed_dim), jax.tree.leaves(self.weights)[0].dtype)
-        return x, *self._one_token('prefill', tokens)
-      case ('decode', batch):
-        return self._pack_ids((0,), batch), np.int32(1)
-      case ('fused', tokens, batch):
-        return *self._one_token('prefill', tokens), self._pack_ids((0,), batch)
-      case ('admit',):
-        rows = self._empty_rows()
-        rows.alive[0] = True
-        return self._pack_ids((0,), self._num_slots), rows
-      case ('remember',):
-        return np.int32(0), np.zeros(self.model.vocab_size, np.uint16)
-      case ('copy',):
-        return np.int32(0), np.int32(0)
-    raise AssertionError(key)
+  def program(self, name: str) -> jax.stages.Compiled:
+    """The compiled program of a name, such as `prefillx64`; see `Program.name`."""
+    return self._compiled[name]
 
-  def program(self, *key: Any) -> jax.stages.Compiled:
-    """The compiled program of a step: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`.
-
-    Or of a part of one: `'begin', tokens`, `'layers', tokens, first, count` or `'finish', tokens`.
-    """
-    return self._programs[key]
-
-  def _run(self, key: tuple, *arguments: Any) -> list[Any]:
+  def run(self, program: Program, *arguments: Any) -> tuple[Any, ...]:
     """Hand a program to the devices; its outputs beside the worker's new state."""
-    program = self.program(*key)
-    match key[0]:
-      case 'copy':
-        self.pages = program(self.pages, *arguments)
-        return []
-      case 'admit' | 'remember':
-        self.slots = program(self.slots, *arguments)
-        return []
-    self.pages, self.slots, *out = program(self.weights, self.pages, self.slots, *arguments)
-    return out
-
-  def _prompt_programs(self, tokens: int) -> list[tuple]:
-    """The programs that run prompt chunks of so many tokens.
-
-    Where some chunks travel layer by layer, all steps run in groups of layers: equal groups are one program, so that
-    much less is compiled than with the whole step as another, and on the devices a few more programs cost little.
-    """
-    if self.spec.role.decodes:
-      return [('fused', tokens, self.spec.max_sequences)]
-    if not self._group_starts:
-      return [('prefill', tokens)]
-    parts = sorted({(start, stop - first) for (first, stop), start in self._group_starts.items()})
-    return [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
-
-  def _programs_of_groups(self, groups: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """For each group of layers, the first layer of the first group as long with equal windows: they share a program."""
-    starts: dict[tuple, int] = {}
-    windows = [tuple(map(self.model.window, range(*group))) for group in groups]
-    return {group: starts.setdefault(window, group[0]) for group, window in zip(groups, windows, strict=True)}
-
-  def _layer_weights(self, first: int, stop: int) -> list[Weights]:
-    return [self.weights['layers'][layer] for layer in range(first, stop)]
-
-  def _run_groups(self, chunks: Chunks, after: Callable[[tuple[int, int]], None]) -> Chosen:
-    """Hand a prefill step to the devices group of layers by group; `after` is called behind each."""
-    size = chunks.tokens.shape[0]
-    x = self.program('begin', size)(self.weights, chunks)
-    for (first, stop), start in self._group_starts.items():
-      program = self.program('layers', size, start, stop - first)
-      part, x = program(self._layer_weights(first, stop), self.pages.part(first, stop), x, chunks)
-      self.pages = self.pages.with_part(first, part)
-      after((first, stop))
-    self.slots, chosen = self.program('finish', size)(self.weights, self.slots, x, chunks)
-    return chosen
+    out = self.program(program.name)(*[part.of(self) for part in program.takes], *arguments)
+    if not isinstance(out, tuple):
+      out = (out,)
+    for part, new in zip(program.gives_back, out, strict=False):
+      part.put(self, new)
+    return out[len(program.gives_back) :]
 
   # -------------------------------------------------------------------------- running
 
@@ -260,10 +178,11 @@ class Worker:
     Raises:
       ValueError: if the order asks for groups of layers that nothing was compiled for.
     """
-    if not self._group_starts.keys() >= set(order.layer_groups):
+    groups = tuple(group.bounds for group in self._groups)
+    if not set(order.layer_groups).issubset(groups):
       raise ValueError(
         f'step {order.id} is to run in the groups of layers {order.layer_groups}, but worker {self.spec.name!r} is '
-        f'compiled for {tuple(self._group_starts) or "whole steps"}; give the state the TransferSpec of the workers.'
+        f'compiled for {groups or "whole steps"}; give the state the TransferSpec of the workers.'
       )
     self.followed.expect(order)
     if admitted := [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]:
@@ -271,24 +190,24 @@ class Worker:
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
         self.followed.follow(chunk.request, (), chunk.limit)
-        self._remember(chunk.request, (), self._num_slots + row)
+        self._remember(chunk.request, (), self.packing.num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
     ids = [decode.slot for decode in order.decodes]
     first = tokens = None
     if not order.chunks:
       batch = bucket_for(len(ids), self.spec.batch_buckets)
-      (tokens,) = self._run(('decode', batch), self._pack_ids(ids, batch), np.int32(order.steps))
+      (tokens,) = self.run(Decode(batch), self.packing.ids(ids, batch), np.int32(order.steps))
     else:
       size = bucket_for(sum(chunk.length for chunk in order.chunks), self.spec.token_buckets)
-      chunks = self._pack_chunks(order.chunks, size)
+      chunks = self.packing.chunks(order.chunks, size)
       if self.spec.role.decodes:
         batch = self.spec.max_sequences
-        first, tokens = self._run(('fused', size, batch), chunks, self._pack_ids(ids, batch))
-      elif self._group_starts:
-        first = self._run_groups(chunks, after)
+        first, tokens = self.run(Fused(size, batch), chunks, self.packing.ids(ids, batch))
+      elif self._groups:
+        first = run_groups(self.run, self._groups, chunks, after)
       else:
-        (first,) = self._run(('prefill', size), chunks)
+        (first,) = self.run(Prefill(size), chunks)
     return Pending(first, tokens, self.followed)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
@@ -319,7 +238,8 @@ class Worker:
   def _not_finite(self) -> str:
     return (
       f'worker {self.spec.name!r} computed logits that are not finite (NaN or infinite), so there is no token to '
-      f'choose; look for NaN in the weights, or for numbers that {self._dtype} does not hold (then set another dtype).'
+      f'choose; look for NaN in the weights, or for numbers that {self.packing.dtype} does not hold (then set another '
+      'dtype).'
     )
 
   def forget_all(self) -> None:
@@ -356,68 +276,24 @@ class Worker:
       raise
     return let_go
 
-  def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
-    """Note a sequence's past in a row of the history, if its penalties ask for it."""
-    if request.sampling.penalises:
-      row_of = past(request.prompt, tokens, self.model.vocab_size)
-      self._run(('remember',), np.int32(row), row_of)
-
-  def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
-    rows = self._empty_rows()
-    for row, (slot, admission) in enumerate(admitted):
-      request, tokens = admission.request, admission.tokens
-      if admission.copy is not None:
-        self._run(('copy',), *map(np.int32, admission.copy))
-      rows.tokens[row] = tokens[-1] if tokens else request.prompt[-1]
-      rows.lengths[row] = request.prompt_len + len(tokens) - 1
-      rows.generated[row] = len(tokens)
-      rows.alive[row] = True
-      rows.tables[row, : len(admission.pages)] = admission.pages
-      self.followed.follow(request, tokens, admission.limit)
-      self._remember(request, tokens, slot)
-    rows = dataclasses.replace(rows, sampling=self._sampling([one for _, one in admitted], self._num_slots))
-    self._put_slots([slot for slot, _ in admitted], rows)
-
   def clear_slots(self, order: StepOrder) -> None:
     """Leave nothing alive in the slots that a step was to use or fill."""
     slots = [decode.slot for decode in order.decodes]
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
-      self._put_slots(slots, self._empty_rows())
+      self.run(Admit(), *self.packing.slots(slots, self.packing.empty_rows()))
 
-  def _empty_rows(self) -> Sequences:
-    return Sequences.empty(self._num_slots, self._table_width)
+  def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
+    """Fill slots with sequences that arrive, and follow them."""
+    for slot, admission in admitted:
+      if admission.copy is not None:
+        self.run(Copy(), *map(np.int32, admission.copy))
+      self.followed.follow(admission.request, admission.tokens, admission.limit)
+      self._remember(admission.request, admission.tokens, slot)
+    rows = self.packing.admitted([admission for _, admission in admitted])
+    self.run(Admit(), *self.packing.slots([slot for slot, _ in admitted], rows))
 
-  def _put_slots(self, slots: Sequence[int], rows: Sequences) -> None:
-    """Replace these slots by the first of so many rows."""
-    self._run(('admit',), self._pack_ids(slots, self._num_slots), rows)
-
-  def _sampling(self, orders: Sequence[ChunkOrder | Admission], rows: int) -> Sampling:
-    stops = [order.request.stop_tokens(self.model.eos_token_ids) for order in orders]
-    return Sampling.stack([order.request.sampling for order in orders], [order.limit for order in orders], stops, rows)
-
-  def _pack_ids(self, slots: Sequence[int], size: int) -> np.ndarray:
-    ids = np.full(size, self._num_slots, np.int32)
-    ids[: len(slots)] = slots
-    return ids
-
-  def _pack_chunks(self, chunks: Sequence[ChunkOrder], size: int) -> Chunks:
-    most = self.spec.max_chunks
-    new: dict[str, Any] = {
-      'tokens': np.zeros(size, np.int32),
-      'offsets': np.zeros(most + 1, np.int32),
-      'lengths': np.zeros(most, np.int32),
-      'tables': np.zeros((most, self._table_width), np.int32),
-      'slots': np.full(most, self._num_slots, np.int32),
-    }
-    end = 0
-    for row, chunk in enumerate(chunks):
-      stop = chunk.start + chunk.length
-      new['tokens'][end : end + chunk.length] = chunk.token_ids
-      end += chunk.length
-      new['offsets'][row + 1 :] = end
-      new['lengths'][row] = stop
-      new['tables'][row, : len(chunk.pages)] = chunk.pages
-      if chunk.slot is not None:
-        new['slots'][row] = chunk.slot
-    return Chunks(**new, sampling=self._sampling(chunks, most))
+  def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
+    """Note a sequence's past in a row of the history, if its penalties ask for it."""
+    if request.sampling.penalises:
+      self.run(Remember(), np.int32(row), past(request.prompt, tokens, self.model.vocab_size))

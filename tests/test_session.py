@@ -67,7 +67,7 @@ def begin(cluster, monkeypatch):
     if broken:
       monkeypatch.setattr(Deployment, 'empty_state', empty_state)
     for worker in cluster.workers.values():
-      worker._progress.clear()
+      worker.forget_all()
     engine = Engine(list(cluster.workers.values()), cluster.transports)
     config = dataclasses.replace(cluster.config, policy=policy or cluster.config.policy, faults=faults)
     built = Built(engine, cluster.specs, cluster.transfer, config.definite_dtype, {}, cluster.warm_up)

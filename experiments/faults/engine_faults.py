@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.faults.chaos import Fault
 from pdjax.engine.engine import Engine
+from pdjax.engine.programs import Admit, Begin, Copy, Program, Remember
 from pdjax.engine.runner import Broken
 from pdjax.engine.worker import Pending, Worker
 from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
@@ -168,11 +169,11 @@ class FaultyWorker(Worker):
     finally:
       self._refusing, self.weights = False, weights
 
-  def program(self, *key: Any) -> jax.stages.Compiled:
-    """A compiled step, or part of one; those that compute layers are refused where it is to be refused halfway."""
-    if self._refusing and key[0] not in ('admit', 'remember', 'copy', 'begin'):
+  def run(self, program: Program, *arguments: Any) -> tuple[Any, ...]:
+    """Hand a program to the devices; one that computes layers is refused where its step is to be refused halfway."""
+    if self._refusing and not isinstance(program, Admit | Remember | Copy | Begin):
       raise _RefusedError('the step was refused halfway')
-    return super().program(*key)
+    return super().run(program, *arguments)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a step, or learn that it failed."""

@@ -50,8 +50,8 @@ def engine_leaks(engine: Engine) -> list[str]:
   """Requests and transfers that an engine and its workers still know, in sentences."""
   found = []
   for name, worker in engine.workers.items():
-    if worker._progress:
-      found.append(f'worker {name} still follows {", ".join(worker._progress)}.')
+    if worker.followed.ids:
+      found.append(f'worker {name} still follows {", ".join(worker.followed.ids)}.')
   if under_way := engine._incoming.under_way:
     found.append(f'the engine still waits for the transfers {", ".join(str(one.number) for one in under_way)}.')
   return found

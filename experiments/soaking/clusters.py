@@ -162,7 +162,7 @@ class FaultyCluster(Cluster):
   def fresh(self) -> Iterator[Engine]:
     """A new engine with nothing wrong yet; in the end it is closed, and whatever stands still goes on."""
     for worker in self._workers:
-      worker._progress.clear()
+      worker.forget_all()
       if worker.broken:  # by the last step of the engine before, of which nobody learned
         worker.reset()
     try:

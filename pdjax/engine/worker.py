@@ -1,4 +1,4 @@
-"""Worker: one mesh, one copy of the weights, one pool of pages, one set of slots, and the programs of its steps."""
+"""Worker: one mesh, one copy of the weights, a pool of pages a cache kind, one set of slots, and its programs."""
 
 import dataclasses
 import functools
@@ -12,69 +12,61 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pdjax.engine.detokenize import Detokenizer, TextStream
-from pdjax.engine.slots import Sequences, Slots
-from pdjax.engine.steps import NO_TOKEN, Chunks, Steps
-from pdjax.kv.pages import KVPages, copy
+from pdjax.engine.detokenize import Detokenizer
+from pdjax.engine.packing import Packing
+from pdjax.engine.programs import (
+  Admit,
+  Copy,
+  Decode,
+  Fused,
+  Prefill,
+  Program,
+  Remember,
+  layer_groups,
+  programs_of,
+  run_groups,
+)
+from pdjax.engine.sequences import Followed, log_probabilities
+from pdjax.engine.slots import Slots
+from pdjax.engine.steps import NO_TOKEN, Steps
+from pdjax.kv.pages import KVPages
 from pdjax.kv.pool import Pool
-from pdjax.model.sampling import Chosen, Sampling, past
+from pdjax.model.sampling import Chosen, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.events import Result
-from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, StepOrder
+from pdjax.serving.orders import Admission, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cache import KV
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import FinishReason, Request, TokenLogprob
+from pdjax.types.request import Request
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec, bucket_for
 
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
 
 
-@dataclasses.dataclass(slots=True)
-class _Progress:
-  """A sequence as the host follows it, to find its end and its text.
-
-  The device decides about stop tokens and the last token by the same rule; stop strings are found here alone.
-  """
-
-  left: int
-  stops: frozenset[int]
-  text: TextStream | None
-  logprobs: int | None
-
-  def take(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None, str]:
-    """Count tokens; how many of them are the sequence's, why it ends with the last of those or None, the text."""
-    kept, text = len(tokens), ''
-    if self.text is not None:
-      text, completes_stop = self.text.take(tokens)
-      if completes_stop is not None:
-        return completes_stop, 'stop', text
-    self.left -= kept
-    if tokens[-1] not in self.stops and self.left > 0:
-      return kept, None, text
-    reason: FinishReason = 'stop' if tokens[-1] in self.stops else 'length'
-    if self.text is not None:
-      rest, completed = self.text.end()
-      text, reason = text + rest, 'stop' if completed else reason
-    return kept, reason, text
-
-
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """The tokens of a dispatched step, still on their way: `[C]` of its chunks, `[steps, B]` of its decodes.
-
-  With the progress of the requests of the incarnation it was dispatched in, by id.
-  """
+  """A dispatched step's tokens, on their way: `[C]` of chunks, `[steps, B]` of decodes; and who was followed then."""
 
   first: Chosen | None
   tokens: Chosen | None
-  progress: 'dict[str, _Progress]'
+  followed: Followed
 
 
 class Worker:
-  """Runs steps on one mesh, in the order of dispatch."""
+  """Runs steps on one mesh, in the order of dispatch.
+
+  Attributes:
+    weights: The model's weights, as `pools` and `slots` are: on its mesh.
+    pools: Its pages, by cache kind.
+    slots: Its decoding sequences on the devices, replaced by every program that updates them.
+    packing: Puts orders into rows for the devices.
+    programs: Its programs by name; `compile` compiles and runs what it finds there.
+    followed: The sequences that have not ended, as the host follows them.
+    incarnation: The number of its incarnation, from 1.
+  """
 
   def __init__(
     self,
@@ -101,18 +93,27 @@ class Worker:
     self.mesh = mesh
     self.weights = weights
     self.incarnation = 0
-    self._dtype = jax.tree.leaves(weights)[0].dtype
+    self.packing = Packing(spec, model, jax.tree.leaves(weights)[0].dtype)
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-    self._table_width = -(-model.context_len // spec.page_size)
-    self._num_slots = spec.max_sequences if spec.role.decodes else 1
-    self._group_starts = self._programs_of_groups(
-      () if transfer is None else transfer.step_groups(spec.role, model.num_layers)
-    )
-    self._programs: dict[tuple, Any] = {}
-    self._progress: dict[str, _Progress] = {}
-    self._left_out: dict[str, int] = {}  # requests of which a step is missing here, see `leave_out`
+    self._groups = layer_groups(model, () if transfer is None else transfer.step_groups(spec.role, model.num_layers))
+    self.programs = programs_of(spec, self._groups)
+    self._compiled: dict[str, jax.stages.Compiled] = {}
     self.pools = {kind.name: Pool(kind, spec, mesh) for kind in model.cache}
     self.reset()
+
+  def reset(self) -> None:
+    """Start over with empty pages and slots, as a new incarnation."""
+    self.incarnation += 1
+    for pool in self.pools.values():
+      pool.reset()
+    self.slots: Slots = jax.device_put(self.packing.empty_slots(), replicated(self.mesh))
+    self.forget_all()
+
+  @property
+  def broken(self) -> bool:
+    """Whether a failed step has consumed the pages it was given."""
+    slots = jax.tree.leaves(self.slots)
+    return any(pool.is_deleted for pool in self.pools.values()) or any(leaf.is_deleted() for leaf in slots)
 
   @property
   def pages(self) -> KVPages:
@@ -128,20 +129,6 @@ class Worker:
     """Their shapes, dtypes and shardings."""
     return self.pools[KV].page_shapes
 
-  def reset(self) -> None:
-    """Start over with empty pages and slots, as a new incarnation."""
-    self.incarnation += 1
-    for pool in self.pools.values():
-      pool.reset()
-    history: Any = np.zeros((self._num_slots + self.spec.max_chunks, self.model.vocab_size), np.uint16)
-    self.slots: Slots = jax.device_put(Slots(self._empty_rows(), history), replicated(self.mesh))
-    self.forget_all()
-
-  @property
-  def broken(self) -> bool:
-    """Whether a failed step has consumed the pages it was given."""
-    return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.pages, self.slots)))
-
   # -------------------------------------------------------------------------- compiling
 
   def compile(self, precision: str) -> dict[str, float]:
@@ -155,135 +142,42 @@ class Worker:
     Returns:
       Seconds of compiling by program; programs compile side by side, so the sum exceeds the time it took.
     """
-    role = self.spec.role
-    keys: list[tuple] = [('remember',), *([('admit',), ('copy',)] if role.decodes else [])]
-    for tokens in self.spec.token_buckets if role.prefills else ():
-      keys += self._prompt_programs(tokens)
-    if role.decodes:
-      keys += [('decode', batch) for batch in self.spec.batch_buckets]
 
-    def timed(key: tuple) -> float:
+    def timed(program: Program) -> float:
       begin = time.perf_counter()
       with jax.default_matmul_precision(precision):
-        self._programs[key] = self._lower(key).compile()
+        self._compiled[program.name] = self.lower(program).compile()
       return time.perf_counter() - begin
 
     with ThreadPoolExecutor(max(2, min(_MOST_COMPILERS, (os.cpu_count() or 2) // 2))) as pool:
-      seconds = {'x'.join(map(str, key)): took for key, took in zip(keys, pool.map(timed, keys), strict=True)}
-    for key in keys:
-      if key[0] in ('decode', 'fused'):
-        self._run(('admit',), *self._one_token('admit'))
-      if key[0] == 'begin':
-        self._run_groups(self._one_token('prefill', key[1])[0], lambda group: None)
-      elif key[0] not in ('layers', 'finish'):
-        self._run(key, *self._one_token(*key))
-    jax.block_until_ready((self.pages, self.slots))
+      seconds = dict(zip(self.programs, pool.map(timed, self.programs.values()), strict=True))
+    for program in self.programs.values():
+      program.rehearse(self.run, self.packing)
+    jax.block_until_ready(([pool.pages for pool in self.pools.values()], self.slots))
     return seconds
 
-  def _lower(self, key: tuple) -> jax.stages.Lowered:
-    steps = Steps(self.model, self.mesh, self.spec.max_fused_steps)
-    call: Callable
-    state: tuple = (self.weights, self.pages, self.slots)
-    donated: tuple[int, ...] = (1, 2)
-    match key:
-      case ('copy',):
-        call, state, donated = copy, (self.pages,), (0,)
-      case ('admit' | 'remember' as name,):
-        call, state, donated = Slots.put if name == 'admit' else Slots.remember, (self.slots,), (0,)
-      case ('begin', _):
-        call, state, donated = steps.begin, (self.weights,), ()
-      case ('layers', _, start, count):
-        call = functools.partial(steps.layers, start)
-        state, donated = (self._layer_weights(start, start + count), self.pages.part(start, start + count)), (1, 2)
-      case ('finish', _):
-        call, state, donated = steps.finish, (self.weights, self.slots), (1,)
-      case (name, *_):
-        call = getattr(steps, name)
-    sharding = replicated(self.mesh)
+  def lower(self, program: Program) -> jax.stages.Lowered:
+    """A program for this worker's devices and sizes, ready to be compiled."""
+    function = program.function(Steps(self.model, self.mesh, self.spec.max_fused_steps))
+    whole = replicated(self.mesh)
+    state = [part.of(self) for part in program.takes]
     arguments = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self._one_token(*key)
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), program.one_token(self.packing)
     )
-    return jax.jit(call, donate_argnums=donated).lower(*state, *arguments)
+    return jax.jit(function, donate_argnums=program.donates).lower(*state, *arguments)
 
-  def _one_token(self, *key: Any) -> tuple[Any, ...]:
-    """A program's arguments beside the worker's state: for one token, in slot 0, that its sequence ends with."""
-    match key:
-      case ('prefill', tokens):
-        chunks = self._pack_chunks((), tokens)
-        chunks.offsets[1:], chunks.lengths[:1] = 1, 1
-        return (chunks,)
-      case ('begin', tokens):
-        return self._one_token('prefill', tokens)
-      case ('layers' | 'finish', tokens, *_):
-        x = jax.ShapeDtypeStruct((tokens, self.model.embed_dim), jax.tree.leaves(self.weights)[0].dtype)
-        return x, *self._one_token('prefill', tokens)
-      case ('decode', batch):
-        return self._pack_ids((0,), batch), np.int32(1)
-      case ('fused', tokens, batch):
-        return *self._one_token('prefill', tokens), self._pack_ids((0,), batch)
-      case ('admit',):
-        rows = self._empty_rows()
-        rows.alive[0] = True
-        return self._pack_ids((0,), self._num_slots), rows
-      case ('remember',):
-        return np.int32(0), np.zeros(self.model.vocab_size, np.uint16)
-      case ('copy',):
-        return np.int32(0), np.int32(0)
-    raise AssertionError(key)
+  def program(self, name: str) -> jax.stages.Compiled:
+    """The compiled program of a name, such as `prefillx64`; see `Program.name`."""
+    return self._compiled[name]
 
-  def program(self, *key: Any) -> jax.stages.Compiled:
-    """The compiled program of a step: `'prefill', tokens`, `'decode', batch` or `'fused', tokens, batch`.
-
-    Or of a part of one: `'begin', tokens`, `'layers', tokens, first, count` or `'finish', tokens`.
-    """
-    return self._programs[key]
-
-  def _run(self, key: tuple, *arguments: Any) -> list[Any]:
+  def run(self, program: Program, *arguments: Any) -> tuple[Any, ...]:
     """Hand a program to the devices; its outputs beside the worker's new state."""
-    program = self.program(*key)
-    match key[0]:
-      case 'copy':
-        self.pages = program(self.pages, *arguments)
-        return []
-      case 'admit' | 'remember':
-        self.slots = program(self.slots, *arguments)
-        return []
-    self.pages, self.slots, *out = program(self.weights, self.pages, self.slots, *arguments)
-    return out
-
-  def _prompt_programs(self, tokens: int) -> list[tuple]:
-    """The programs that run prompt chunks of so many tokens.
-
-    Where some chunks travel layer by layer, all steps run in groups of layers: equal groups are one program, so that
-    much less is compiled than with the whole step as another, and on the devices a few more programs cost little.
-    """
-    if self.spec.role.decodes:
-      return [('fused', tokens, self.spec.max_sequences)]
-    if not self._group_starts:
-      return [('prefill', tokens)]
-    parts = sorted({(start, stop - first) for (first, stop), start in self._group_starts.items()})
-    return [('begin', tokens), *(('layers', tokens, *part) for part in parts), ('finish', tokens)]
-
-  def _programs_of_groups(self, groups: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """For each group of layers, the first layer of the first group as long with equal windows: they share a program."""
-    starts: dict[tuple, int] = {}
-    windows = [tuple(map(self.model.window, range(*group))) for group in groups]
-    return {group: starts.setdefault(window, group[0]) for group, window in zip(groups, windows, strict=True)}
-
-  def _layer_weights(self, first: int, stop: int) -> list[Weights]:
-    return [self.weights['layers'][layer] for layer in range(first, stop)]
-
-  def _run_groups(self, chunks: Chunks, after: Callable[[tuple[int, int]], None]) -> Chosen:
-    """Hand a prefill step to the devices group of layers by group; `after` is called behind each."""
-    size = chunks.tokens.shape[0]
-    x = self.program('begin', size)(self.weights, chunks)
-    for (first, stop), start in self._group_starts.items():
-      program = self.program('layers', size, start, stop - first)
-      part, x = program(self._layer_weights(first, stop), self.pages.part(first, stop), x, chunks)
-      self.pages = self.pages.with_part(first, part)
-      after((first, stop))
-    self.slots, chosen = self.program('finish', size)(self.weights, self.slots, x, chunks)
-    return chosen
+    out = self.program(program.name)(*[part.of(self) for part in program.takes], *arguments)
+    if not isinstance(out, tuple):
+      out = (out,)
+    for part, new in zip(program.gives_back, out, strict=False):
+      part.put(self, new)
+    return out[len(program.gives_back) :]
 
   # -------------------------------------------------------------------------- running
 
@@ -295,41 +189,37 @@ class Worker:
     Raises:
       ValueError: if the order asks for groups of layers that nothing was compiled for.
     """
-    if not self._group_starts.keys() >= set(order.layer_groups):
+    groups = tuple(group.bounds for group in self._groups)
+    if not set(order.layer_groups).issubset(groups):
       raise ValueError(
         f'step {order.id} is to run in the groups of layers {order.layer_groups}, but worker {self.spec.name!r} is '
-        f'compiled for {tuple(self._group_starts) or "whole steps"}; give the state the TransferSpec of the workers.'
+        f'compiled for {groups or "whole steps"}; give the state the TransferSpec of the workers.'
       )
-    admitted = [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]
-    if self._left_out:
-      anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}
-      anew |= {admission.request.id for _, admission in admitted}
-      self._left_out = {name: left - 1 for name, left in self._left_out.items() if left and name not in anew}
-    if admitted:
+    self.followed.expect(order)
+    if admitted := [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]:
       self._admit(admitted)
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
-        if chunk.request.id not in self._left_out:
-          self._track(chunk.request, (), chunk.limit)
-        self._remember(chunk.request, (), self._num_slots + row)
+        self.followed.follow(chunk.request, (), chunk.limit)
+        self._remember(chunk.request, (), self.packing.num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
     ids = [decode.slot for decode in order.decodes]
     first = tokens = None
     if not order.chunks:
       batch = bucket_for(len(ids), self.spec.batch_buckets)
-      (tokens,) = self._run(('decode', batch), self._pack_ids(ids, batch), np.int32(order.steps))
+      (tokens,) = self.run(Decode(batch), self.packing.ids(ids, batch), np.int32(order.steps))
     else:
       size = bucket_for(sum(chunk.length for chunk in order.chunks), self.spec.token_buckets)
-      chunks = self._pack_chunks(order.chunks, size)
+      chunks = self.packing.chunks(order.chunks, size)
       if self.spec.role.decodes:
         batch = self.spec.max_sequences
-        first, tokens = self._run(('fused', size, batch), chunks, self._pack_ids(ids, batch))
-      elif self._group_starts:
-        first = self._run_groups(chunks, after)
+        first, tokens = self.run(Fused(size, batch), chunks, self.packing.ids(ids, batch))
+      elif self._groups:
+        first = run_groups(self.run, self._groups, chunks, after)
       else:
-        (first,) = self._run(('prefill', size), chunks)
-    return Pending(first, tokens, self._progress)
+        (first,) = self.run(Prefill(size), chunks)
+    return Pending(first, tokens, self.followed)
 
   def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
     """Wait for a step; each request's tokens, and how many were computed in vain."""
@@ -340,17 +230,18 @@ class Worker:
       for row, (chunk, token) in enumerate(zip(order.chunks, first.tolist(), strict=False)):
         if chunk.is_last:
           computed += 1
-          told, error = functools.partial(_told, pending.first, row), None if finite[row] else self._not_finite
-          results.append(_result(pending.progress, chunk.request.id, [token], told, error, leaves=chunk.slot is None))
+          told = functools.partial(log_probabilities, pending.first, row)
+          error = None if finite[row] else self._not_finite
+          results.append(pending.followed.result(chunk.request.id, [token], told, error, leaves=chunk.slot is None))
     if pending.tokens is not None:
       chosen, finite = jax.device_get((pending.tokens.tokens, pending.tokens.finite))
       for row, (decode, column) in enumerate(zip(order.decodes, chosen[: order.steps].T.tolist(), strict=False)):
         computed += len(column)
         tokens = [token for token in column if token != NO_TOKEN]
         if tokens:
-          told = functools.partial(_told, pending.tokens, np.s_[: len(tokens), row])
+          told = functools.partial(log_probabilities, pending.tokens, np.s_[: len(tokens), row])
           error = None if finite[len(tokens) - 1, row] else self._not_finite  # where it is not, the sequence ended
-          results.append(_result(pending.progress, decode.request, tokens, told, error))
+          results.append(pending.followed.result(decode.request, tokens, told, error))
     delivered = tuple(result for result in results if result is not None)
     return delivered, computed - sum(len(result.tokens) for result in delivered)
 
@@ -358,7 +249,8 @@ class Worker:
   def _not_finite(self) -> str:
     return (
       f'worker {self.spec.name!r} computed logits that are not finite (NaN or infinite), so there is no token to '
-      f'choose; look for NaN in the weights, or for numbers that {self._dtype} does not hold (then set another dtype).'
+      f'choose; look for NaN in the weights, or for numbers that {self.packing.dtype} does not hold (then set another '
+      'dtype).'
     )
 
   def forget_all(self) -> None:
@@ -367,13 +259,11 @@ class Worker:
     Sequences may be left alive in slots: they write nothing, for only slots that an order names are run, and no order
     names one before it was filled anew.
     """
-    self._progress = {}  # another one, for steps under way go on with the last
-    self._left_out = {}
+    self.followed = Followed(self.model.eos_token_ids, self._detokenizer)  # steps under way go on with the last
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what steps under way still bring it is not reported."""
-    self._progress.pop(request, None)
-    self._left_out.pop(request, None)
+    self.followed.forget(request)
 
   def leave_out(self, order: StepOrder) -> Callable[[], None]:
     """Go on without a step that could not be handed to the devices.
@@ -388,137 +278,33 @@ class Worker:
     Raises:
       Exception: if the slots cannot be cleared; then the worker is `broken`.
     """
-    self._left_out |= dict.fromkeys(order.requests, MAX_ORDERS)
+    let_go = self.followed.leave_out(order.requests)
     try:
       self.clear_slots(order)
     except Exception:
       for leaf in jax.tree.leaves(self.slots):
         leaf.delete()  # a sequence alive in one of them would write into pages that are others' by then
       raise
-    progress = self._progress
-
-    def forget() -> None:
-      for request in order.requests:
-        progress.pop(request, None)
-
-    return forget
-
-  def _track(self, request: Request, tokens: Sequence[int], limit: int) -> None:
-    """Follow a sequence from here on, these tokens being delivered already."""
-    stops = request.stop_tokens(self.model.eos_token_ids)
-    text = None
-    if self._detokenizer is not None:
-      text = TextStream(self._detokenizer, request.sampling.stop, prompt=request.prompt)
-      text.take(tokens)
-    self._progress[request.id] = _Progress(limit - len(tokens), frozenset(stops), text, request.sampling.logprobs)
-
-  def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
-    """Note a sequence's past in a row of the history, if its penalties ask for it."""
-    if request.sampling.penalises:
-      row_of = past(request.prompt, tokens, self.model.vocab_size)
-      self._run(('remember',), np.int32(row), row_of)
-
-  def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
-    rows = self._empty_rows()
-    for row, (slot, admission) in enumerate(admitted):
-      request, tokens = admission.request, admission.tokens
-      for pair in admission.copies.get(KV, ()):
-        self._run(('copy',), *map(np.int32, pair))
-      rows.tokens[row] = tokens[-1] if tokens else request.prompt[-1]
-      rows.lengths[row] = request.prompt_len + len(tokens) - 1
-      rows.generated[row] = len(tokens)
-      rows.alive[row] = True
-      pages = admission.pages[KV]
-      rows.tables[row, : len(pages)] = pages
-      self._track(request, tokens, admission.limit)
-      self._remember(request, tokens, slot)
-    rows = dataclasses.replace(rows, sampling=self._sampling([one for _, one in admitted], self._num_slots))
-    self._put_slots([slot for slot, _ in admitted], rows)
+    return let_go
 
   def clear_slots(self, order: StepOrder) -> None:
     """Leave nothing alive in the slots that a step was to use or fill."""
     slots = [decode.slot for decode in order.decodes]
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
-      self._put_slots(slots, self._empty_rows())
+      self.run(Admit(), *self.packing.slots(slots, self.packing.empty_rows()))
 
-  def _empty_rows(self) -> Sequences:
-    return Sequences.empty(self._num_slots, self._table_width)
+  def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
+    """Fill slots with sequences that arrive, and follow them."""
+    for slot, admission in admitted:
+      for pair in admission.copies.get(KV, ()):
+        self.run(Copy(), *map(np.int32, pair))
+      self.followed.follow(admission.request, admission.tokens, admission.limit)
+      self._remember(admission.request, admission.tokens, slot)
+    rows = self.packing.admitted([admission for _, admission in admitted])
+    self.run(Admit(), *self.packing.slots([slot for slot, _ in admitted], rows))
 
-  def _put_slots(self, slots: Sequence[int], rows: Sequences) -> None:
-    """Replace these slots by the first of so many rows."""
-    self._run(('admit',), self._pack_ids(slots, self._num_slots), rows)
-
-  def _sampling(self, orders: Sequence[ChunkOrder | Admission], rows: int) -> Sampling:
-    stops = [order.request.stop_tokens(self.model.eos_token_ids) for order in orders]
-    return Sampling.stack([order.request.sampling for order in orders], [order.limit for order in orders], stops, rows)
-
-  def _pack_ids(self, slots: Sequence[int], size: int) -> np.ndarray:
-    ids = np.full(size, self._num_slots, np.int32)
-    ids[: len(slots)] = slots
-    return ids
-
-  def _pack_chunks(self, chunks: Sequence[ChunkOrder], size: int) -> Chunks:
-    most = self.spec.max_chunks
-    new: dict[str, Any] = {
-      'tokens': np.zeros(size, np.int32),
-      'offsets': np.zeros(most + 1, np.int32),
-      'lengths': np.zeros(most, np.int32),
-      'tables': np.zeros((most, self._table_width), np.int32),
-      'slots': np.full(most, self._num_slots, np.int32),
-    }
-    end = 0
-    for row, chunk in enumerate(chunks):
-      stop = chunk.start + chunk.length
-      new['tokens'][end : end + chunk.length] = chunk.token_ids
-      end += chunk.length
-      new['offsets'][row + 1 :] = end
-      new['lengths'][row] = stop
-      pages = chunk.pages[KV]
-      new['tables'][row, : len(pages)] = pages
-      if chunk.slot is not None:
-        new['slots'][row] = chunk.slot
-    return Chunks(**new, sampling=self._sampling(chunks, most))
-
-
-def _result(
-  followed: dict[str, _Progress],
-  request: str,
-  tokens: list[int],
-  told: Callable[[int], tuple[TokenLogprob, ...]],
-  error: str | None,
-  *,
-  leaves: bool = False,
-) -> Result | None:
-  """The outcome for one request, or None if it has ended before.
-
-  Args:
-    followed: The requests of a worker's incarnation that have not ended.
-    request: Its id.
-    tokens: Its tokens of the step.
-    told: Gives their log probabilities, with so many of the likeliest.
-    error: The message if the last of them is no token; the request ends with it, unless a token before ends it.
-    leaves: Whether it decodes elsewhere.
-  """
-  progress = followed.get(request)
-  if progress is None:
-    return None
-  if error is not None:
-    tokens = tokens[:-1]
-  kept, reason, text = progress.take(tokens) if tokens else (0, None, '')
-  error = error if reason is None else None
-  reason = reason if error is None else 'error'
-  if leaves or reason is not None:
-    followed.pop(request, None)
-  logprobs = () if progress.logprobs is None else told(progress.logprobs)[:kept]
-  return Result(request, tuple(tokens[:kept]), reason, text, logprobs, error)
-
-
-def _told(chosen: Chosen, index: Any, most: int) -> tuple[TokenLogprob, ...]:
-  """The log probabilities of the tokens at `index`, each with those of so many of the likeliest."""
-  own, tops, likely = (np.asarray(array)[index] for array in (chosen.logprobs, chosen.top_tokens, chosen.top_logprobs))
-  tops, likely = np.atleast_2d(tops)[:, :most].tolist(), np.atleast_2d(likely)[:, :most].tolist()
-  return tuple(
-    TokenLogprob(one, tuple(zip(tokens, logprobs, strict=True)))
-    for one, tokens, logprobs in zip(np.atleast_1d(own).tolist(), tops, likely, strict=True)
-  )
+  def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
+    """Note a sequence's past in a row of the history, if its penalties ask for it."""
+    if request.sampling.penalises:
+      self.run(Remember(), np.int32(row), past(request.prompt, tokens, self.model.vocab_size))

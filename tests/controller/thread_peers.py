@@ -33,7 +33,7 @@ class Reborn(WorkerProcess):
     self._before = before.engine
 
   def compile_worker(self, worker):
-    worker._programs = self._before.worker._programs
+    worker._compiled = self._before.worker._compiled
     return {}
 
   def compile_half(self, half):

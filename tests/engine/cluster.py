@@ -109,7 +109,7 @@ class Cluster:
     engine = Engine(list(self.workers.values()), self.transports)
     incarnations = {name: worker.incarnation for name, worker in self.workers.items()}
     for name, worker in self.workers.items():
-      worker._progress.clear()
+      worker.forget_all()
       state.workers[name].incarnation = worker.incarnation
     compiled_before = len(compiled)
     try:
@@ -124,7 +124,7 @@ class Cluster:
     served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations, state)
     assert_all_is_free(state)
     if served.report.failed == 0:
-      assert not any(worker._progress for worker in self.workers.values()), 'a worker remembers what has ended'
+      assert not any(worker.followed.ids for worker in self.workers.values()), 'a worker remembers what has ended'
     self._check_bytes(served)
     return served
 

@@ -9,6 +9,8 @@ import time
 import pytest
 
 from pdjax.engine.engine import Engine
+from pdjax.engine.packing import Packing
+from pdjax.engine.programs import Admit, Decode
 from pdjax.engine.runner import describe
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut, Parcel
@@ -83,10 +85,10 @@ def names_in(order) -> set[str]:
 
 
 def test_a_prompt_step_that_cannot_be_dispatched_fails_its_requests_alone(cluster, monkeypatch):
-  def second_prompt(worker, chunks, size):
+  def second_prompt(packing, chunks, size):
     return any(chunk.request.id == 'now1' for chunk in chunks)
 
-  monkeypatch.setattr(Worker, '_pack_chunks', failing(Worker._pack_chunks, second_prompt))
+  monkeypatch.setattr(Packing, 'chunks', failing(Packing.chunks, second_prompt))
   served = cluster.serve(some_requests(0.1))
   (failed,) = orders_with(served, Failed)
   assert failed.error == BOOM
@@ -96,7 +98,7 @@ def test_a_prompt_step_that_cannot_be_dispatched_fails_its_requests_alone(cluste
 
 
 def test_a_decode_step_that_cannot_be_dispatched_fails_its_requests_alone(one_and_one, monkeypatch):
-  monkeypatch.setattr(Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode'))
+  monkeypatch.setattr(Worker, 'run', failing(Worker.run, lambda worker, program, *_: isinstance(program, Decode)))
   served = one_and_one.serve(some_requests(0.1))
   (failed,) = orders_with(served, Failed)
   order = next(one.order for one in orders_with(served, Started) if one.order.id == failed.order)
@@ -105,13 +107,13 @@ def test_a_decode_step_that_cannot_be_dispatched_fails_its_requests_alone(one_an
 
 
 def test_an_admission_that_cannot_be_dispatched_fails_its_requests_alone(one_and_one, monkeypatch):
-  monkeypatch.setattr(Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'admit'))
+  monkeypatch.setattr(Worker, 'run', failing(Worker.run, lambda worker, program, *_: isinstance(program, Admit)))
   served = one_and_one.serve(some_requests(0.1))
   (failed,) = orders_with(served, Failed)
   order = next(one.order for one in orders_with(served, Started) if one.order.id == failed.order)
   assert_others_exact(one_and_one, served, names_in(order))
   assert orders_with(served, WorkerLost) == []
-  assert [worker._left_out for worker in one_and_one.workers.values()] == [{}, {}]  # whoever ended is forgotten
+  assert [worker.followed.left_out for worker in one_and_one.workers.values()] == [(), ()]  # whoever ended is forgotten
 
 
 def test_a_request_that_ended_well_in_the_step_before_is_not_failed(one_and_one, monkeypatch):
@@ -130,7 +132,9 @@ def test_a_request_that_ended_well_in_the_step_before_is_not_failed(one_and_one,
 
   monkeypatch.setattr(Worker, 'collect', collect_late)
   monkeypatch.setattr(
-    Worker, 'program', failing(Worker.program, lambda worker, *key: key[0] == 'decode' and next(steps) == 1)
+    Worker,
+    'run',
+    failing(Worker.run, lambda worker, program, *_: isinstance(program, Decode) and next(steps) == 1),
   )
   served = one_and_one.serve([stopped])
   assert len(orders_with(served, Failed)) == 1

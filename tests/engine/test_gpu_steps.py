@@ -4,11 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import cudnn, devices, dispatch
-from pdjax.engine.slots import Slots
+from pdjax.engine.programs import Decode, Prefill, Program
 from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
 from pdjax.model.transformer import weight_shapes
@@ -23,21 +22,20 @@ class Unallocated(Worker):
   """A worker whose pages and slots are shapes alone."""
 
   def reset(self):
-    rows = self._num_slots + self.spec.max_chunks
     self.pages = self.page_shapes
-    self.slots = Slots(self._empty_rows(), jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.uint16))
+    self.slots = self.packing.empty_slots()
 
 
-def lowered(monkeypatch, key: tuple, dtype: str, gpu: str = 'h100') -> str:
+def lowered(monkeypatch, program: Program, dtype: str, gpu: str = 'h100') -> str:
   """A step over one layer of Llama 3 8B, as StableHLO for CUDA."""
   monkeypatch.setattr(dispatch, 'current', lambda: devices.by_name(gpu))
-  role = Role.PREFILL if key[0] == 'prefill' else Role.DECODE
+  role = Role.PREFILL if isinstance(program, Prefill) else Role.DECODE
   spec = WorkerSpec('gpu', role, num_pages=4096, max_sequences=64, page_size=16, kv_dtype=dtype)
   mesh = make_mesh(LAYER, jax.devices()[:1])
   worker = Unallocated(spec, LAYER, mesh, weight_shapes(LAYER, jnp.dtype(dtype)))
-  program = getattr(Steps(LAYER, mesh, spec.max_fused_steps), key[0])
-  arguments = worker.weights, worker.pages, worker.slots, *worker._one_token(*key)
-  return jax.jit(program).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+  function = program.function(Steps(LAYER, mesh, spec.max_fused_steps))
+  arguments = *(part.of(worker) for part in program.takes), *program.one_token(worker.packing)
+  return jax.jit(function).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
 
 
 def loops(text: str) -> int:
@@ -47,16 +45,16 @@ def loops(text: str) -> int:
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_steps_of_half_precision_have_no_loop_over_blocks_of_the_context(monkeypatch, dtype):
   """Only the drawing of tokens loops, and a decode step that is fused of several."""
-  prefill, decode = (lowered(monkeypatch, key, dtype) for key in (('prefill', 2048), ('decode', 64)))
+  prefill, decode = (lowered(monkeypatch, one, dtype) for one in (Prefill(2048), Decode(64)))
   assert (prefill.count(cudnn.TARGET), decode.count(cudnn.TARGET)) == (2, 1)
   monkeypatch.setattr('pdjax.engine.steps.prefill_attention', lambda q, *args, **options: q)
   monkeypatch.setattr('pdjax.engine.steps.paged_attention', lambda q, *args, **options: q)
-  assert loops(prefill) == loops(lowered(monkeypatch, ('prefill', 2048), dtype))
-  assert loops(decode) == loops(lowered(monkeypatch, ('decode', 64), dtype))
+  assert loops(prefill) == loops(lowered(monkeypatch, Prefill(2048), dtype))
+  assert loops(decode) == loops(lowered(monkeypatch, Decode(64), dtype))
 
 
 def test_steps_of_older_gpus_and_of_float32_walk_over_long_contexts(monkeypatch):
   for dtype, gpu in (('float32', 'h100'), ('float16', 't4')):
-    text = lowered(monkeypatch, ('prefill', 2048), dtype, gpu)
+    text = lowered(monkeypatch, Prefill(2048), dtype, gpu)
     assert cudnn.TARGET not in text
-    assert loops(text) == loops(lowered(monkeypatch, ('prefill', 2048), 'bfloat16')) + 2  # rows, and their blocks
+    assert loops(text) == loops(lowered(monkeypatch, Prefill(2048), 'bfloat16')) + 2  # rows, and their blocks

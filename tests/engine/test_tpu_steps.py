@@ -4,12 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
 from pallas_kernels import devices, static_cost
-from pdjax.engine.slots import Slots
+from pdjax.engine.programs import Decode, Prefill, Program
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import DevicePut
 from pdjax.model.transformer import weight_shapes
@@ -32,10 +31,10 @@ class Unallocated(Worker):
   def reset(self):
     self.incarnation += 1
     self.pages = self.page_shapes
-    rows = self._num_slots + self.spec.max_chunks
-    slots = Slots(self._empty_rows(), jax.ShapeDtypeStruct((rows, self.model.vocab_size), np.uint16))
     whole = replicated(self.mesh)
-    self.slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), slots)
+    self.slots = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), self.packing.empty_slots()
+    )
 
 
 def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: int) -> Worker:
@@ -55,9 +54,9 @@ def unallocated(model: ModelSpec, device: devices.Device, tp: int, num_pages: in
   return Unallocated(spec, model, mesh, weights)
 
 
-def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tuple) -> None:
+def assert_kernels_work_in_place(worker: Worker, device: devices.Device, program: Program) -> None:
   """The step fits the device, copies no pool, and in each layer a kernel appends and another attends."""
-  compiled = worker._lower(key).compile()
+  compiled = worker.lower(program).compile()
   memory = compiled.memory_analysis()
   pool = worker.pages.num_pages * PAGE_SIZE * worker.model.cached_token_bytes('bfloat16') // worker.spec.tp
   assert memory.alias_size_in_bytes >= pool
@@ -69,27 +68,27 @@ def assert_kernels_work_in_place(worker: Worker, device: devices.Device, key: tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['v5e', 'v6e'])
-@pytest.mark.parametrize('key', [('decode', 64), ('prefill', 512)])
-def test_llama_3_8b_fits_and_its_cache_stays_in_place(name, key):
+@pytest.mark.parametrize('program', [Decode(64), Prefill(512)], ids=lambda one: one.name)
+def test_llama_3_8b_fits_and_its_cache_stays_in_place(name, program):
   device = devices.by_name(name)
-  assert_kernels_work_in_place(unallocated(LLAMA, device, tp=4, num_pages=4096), device, key)
+  assert_kernels_work_in_place(unallocated(LLAMA, device, tp=4, num_pages=4096), device, program)
 
 
 @pytest.mark.parametrize(
-  'model, tp, layout, key',
+  'model, tp, layout, program',
   [
-    (SMOLLM2, 1, 'kv', ('decode', 64)),
-    pytest.param(SMOLLM2, 1, 'kv', ('prefill', 512), marks=pytest.mark.slow),
-    pytest.param(SMOLLM2, 3, 'kv', ('decode', 64), marks=pytest.mark.slow),
-    pytest.param(PAIRS, 2, 'paired', ('prefill', 512), marks=pytest.mark.slow),
-    pytest.param(PAIRS, 2, 'paired', ('decode', 64), marks=pytest.mark.slow),
+    (SMOLLM2, 1, 'kv', Decode(64)),
+    pytest.param(SMOLLM2, 1, 'kv', Prefill(512), marks=pytest.mark.slow),
+    pytest.param(SMOLLM2, 3, 'kv', Decode(64), marks=pytest.mark.slow),
+    pytest.param(PAIRS, 2, 'paired', Prefill(512), marks=pytest.mark.slow),
+    pytest.param(PAIRS, 2, 'paired', Decode(64), marks=pytest.mark.slow),
   ],
 )
-def test_heads_of_64_are_packed_for_the_kernels(model, tp, layout, key):
+def test_heads_of_64_are_packed_for_the_kernels(model, tp, layout, program):
   device = devices.by_name('v5e')
   worker = unallocated(model, device, tp, num_pages=1 << 15)
   assert worker.pages.layout.name == layout
-  assert_kernels_work_in_place(worker, device, key)
+  assert_kernels_work_in_place(worker, device, program)
 
 
 def test_a_transfer_between_packed_pools_copies_neither():

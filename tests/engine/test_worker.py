@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pdjax.engine.programs import Decode
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import Steps
 from pdjax.engine.worker import Worker
@@ -36,20 +37,19 @@ def pool_bytes(worker: Worker) -> int:
 
 
 @pytest.mark.parametrize(
-  'fixture, name, key',
+  'fixture, name, program',
   [
-    ('two_and_two', 'prefill0', ('prefill', 32)),
-    ('two_and_two', 'decode0', ('decode', 4)),
-    pytest.param('colocated_pair', 'both0', ('fused', 32, 2), marks=pytest.mark.slow),
+    ('two_and_two', 'prefill0', 'prefillx32'),
+    ('two_and_two', 'decode0', 'decodex4'),
+    pytest.param('colocated_pair', 'both0', 'fusedx32x2', marks=pytest.mark.slow),
   ],
-  ids=lambda x: x[0] if isinstance(x, tuple) else '',
 )
-def test_a_step_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_one(fixture, name, key, request):
+def test_a_step_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_one(fixture, name, program, request):
   cluster = request.getfixturevalue(fixture)
   worker, larger = cluster.workers[name], enlarged(cluster, name)
-  small = worker.program(*key).memory_analysis()
+  small = worker.program(program).memory_analysis()
   with jax.default_matmul_precision('highest'):
-    large = larger._lower(key).compile().memory_analysis()
+    large = larger.lower(larger.programs[program]).compile().memory_analysis()
   assert small.alias_size_in_bytes >= pool_bytes(worker)
   assert large.alias_size_in_bytes >= pool_bytes(larger)
   assert large.temp_size_in_bytes <= 1.1 * small.temp_size_in_bytes
@@ -57,18 +57,17 @@ def test_a_step_updates_its_pool_in_place_and_needs_no_more_memory_for_a_larger_
 
 
 @pytest.mark.parametrize(
-  'fixture, name, key',
+  'fixture, name, program',
   [
-    ('two_and_two', 'prefill0', ('prefill', 32)),
-    ('two_and_two', 'decode0', ('decode', 1)),
-    ('two_and_two', 'decode0', ('decode', 4)),
-    pytest.param('colocated_pair', 'both0', ('fused', 32, 2), marks=pytest.mark.slow),
+    ('two_and_two', 'prefill0', 'prefillx32'),
+    ('two_and_two', 'decode0', 'decodex1'),
+    ('two_and_two', 'decode0', 'decodex4'),
+    pytest.param('colocated_pair', 'both0', 'fusedx32x2', marks=pytest.mark.slow),
   ],
-  ids=lambda x: f'{x[0]}{x[-1]}' if isinstance(x, tuple) else '',
 )
-def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_step(fixture, name, key, request):
+def test_to_know_whether_logits_are_finite_takes_less_than_a_percent_of_a_step(fixture, name, program, request):
   worker = request.getfixturevalue(fixture).workers[name]
-  assert_cheap(lambda: worker._lower(key))
+  assert_cheap(lambda: worker.lower(worker.programs[program]))
 
 
 @pytest.mark.slow
@@ -110,7 +109,7 @@ def test_a_step_of_an_earlier_incarnation_takes_nothing_of_the_next(two_and_two)
   assert [result.request for result in worker.collect(order, before)[0]] == ['r']
   (result,), _ = worker.collect(order, again)
   assert result.request == 'r' and len(result.tokens) == 1
-  assert not worker._progress
+  assert not worker.followed.ids
 
 
 @pytest.mark.parametrize(
@@ -123,10 +122,10 @@ def test_every_program_has_run_once_before_the_first_request_and_nothing_is_aliv
   layers = TransferSpec(granularity='layers')
   worker = Worker(model.spec, model.model, model.mesh, model.weights, transfer=layers)
   ran = []
-  program = Worker.program
-  monkeypatch.setattr(Worker, 'program', lambda worker, *key: [ran.append(key), program(worker, *key)][1])
+  run = Worker.run
+  monkeypatch.setattr(Worker, 'run', lambda worker, one, *rest: [ran.append(one.name), run(worker, one, *rest)][1])
   seconds = worker.compile('highest')
-  assert {'x'.join(map(str, key)) for key in ran} == set(seconds)
+  assert set(ran) == set(seconds)
   assert not np.asarray(worker.slots.rows.alive).any()
   assert not np.asarray(worker.slots.history).any()
   assert not any(np.asarray(layer[1:]).any() for layer in worker.pages.layers)
@@ -165,10 +164,7 @@ def test_steps_give_the_buffers_of_their_pool_back(one_and_one):
   before = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
   old = worker.pages
   batch = worker.spec.batch_buckets[0]
-  ids = worker._pack_ids((), batch)
-  worker.pages, worker.slots, _ = worker.program('decode', batch)(
-    worker.weights, worker.pages, worker.slots, ids, jnp.int32(1)
-  )
+  worker.run(Decode(batch), worker.packing.ids((), batch), jnp.int32(1))
   after = [shard.data.unsafe_buffer_pointer() for layer in worker.pages.layers for shard in layer.addressable_shards]
   assert after == before
   assert all(layer.is_deleted() for layer in old.layers)

@@ -39,7 +39,7 @@ def engine_of(ours: Cluster) -> Iterator[tuple[Engine, ClusterState]]:
   with fresh(ours.transports.values()):
     engine, state = Engine(list(ours.workers.values()), ours.transports), ours.empty_state()
     for name, worker in ours.workers.items():
-      worker._progress.clear()
+      worker.forget_all()
       state.workers[name].incarnation = worker.incarnation
     engine.start_clock()
     with contextlib.closing(engine):

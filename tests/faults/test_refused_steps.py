@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pdjax.engine.programs import Begin, Decode, Fused, Prefill
 from pdjax.engine.worker import Worker
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving.events import Done, Failed, Finished, WorkerLost
@@ -66,7 +67,7 @@ class Refusing:
     self._when, self._times, self._late = when, times, late
 
   def patch(self, monkeypatch) -> None:
-    dispatch, program = Worker.dispatch, Worker.program
+    dispatch, run = Worker.dispatch, Worker.run
     refusing = []
 
     def dispatches(worker, order, *after):
@@ -80,13 +81,13 @@ class Refusing:
       finally:
         refusing.clear()
 
-    def programs(worker, *key):
-      if refusing and key[0] in ('begin', 'prefill', 'decode', 'fused'):
+    def runs(worker, program, *arguments):
+      if refusing and isinstance(program, Begin | Prefill | Decode | Fused):
         raise RuntimeError('no more streams')
-      return program(worker, *key)
+      return run(worker, program, *arguments)
 
     monkeypatch.setattr(Worker, 'dispatch', dispatches)
-    monkeypatch.setattr(Worker, 'program', programs)
+    monkeypatch.setattr(Worker, 'run', runs)
 
 
 def wait_for_what_follows(engine, refusing: Refusing, monkeypatch) -> None:

@@ -115,6 +115,16 @@ def test_what_a_simulator_asks_for_in_every_step_is_summed_up_once(monkeypatch):
   assert (model.token_flops(), model.num_params, model.layer_params, model.weight_bytes(2)) == before
 
 
+FLAGS = [(part, field.name) for part in (GQA, Gated) for field in dataclasses.fields(part) if field.type is bool]
+
+
+@pytest.mark.parametrize(('part', 'flag'), FLAGS, ids=lambda one: getattr(one, '__name__', one))
+def test_the_fields_of_a_model_make_it_again_with_every_flag_of_its_parts(part, flag):
+  name = 'attention' if part is GQA else 'ffn'
+  model = dataclasses.replace(TINY, **{name: dataclasses.replace(getattr(TINY, name), **{flag: True})})
+  assert model != TINY and ModelSpec(**model.flat()) == model
+
+
 def test_a_model_is_made_of_parts_or_of_their_fields():
   parts = {'attention': GQA(6, 2, 8), 'ffn': Gated(48)}
   assert dataclasses.replace(TINY, **parts) == TINY and TINY.attention == GQA(6, 2, 8) and TINY.ffn == Gated(48)

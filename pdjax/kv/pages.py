@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import PageLayout, devices, gather_pages, scatter_pages
-from pallas_kernels.page_copy.conversion import convert
+from pallas_kernels.conversion import convert
 from pdjax.types.cluster import PageLayoutName
 from pdjax.types.model import ModelSpec
 

@@ -34,7 +34,6 @@ DECIDES = {
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
 LONG = {  # files over 500 lines, with the one idea that each holds
   'pdjax.engine.worker': 'the bytes of one mesh: the programs that run there, and what they bring',
-  'pdjax.metrics.report': 'every figure of a run, worked out from its timeline',
   'pdjax.session': 'live use: requests in, streams out, on a thread of its own',
   'pdjax.workload.requests_file': 'a file of requests, one on a line, and what is wrong with which line',
 }

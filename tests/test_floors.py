@@ -35,7 +35,6 @@ COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas
 LONG = {  # files over 500 lines, with the one idea that each holds
   'pdjax.engine.worker': 'the bytes of one mesh: the programs that run there, and what they bring',
   'pdjax.session': 'live use: requests in, streams out, on a thread of its own',
-  'pdjax.workload.requests_file': 'a file of requests, one on a line, and what is wrong with which line',
 }
 JOINS = {  # the two wings, but loads what computes only once that is asked for
   'pdjax.opened_model', 'pdjax.deployment', 'pdjax.completions', 'pdjax.answers', 'pdjax.reporting', 'pdjax.run_folder',

@@ -53,7 +53,7 @@ def convert(
 
 
 def check_scales(layers: Sequence[jax.Array], scales: Sequence[jax.Array] | None) -> None:
-  """See that pages `[P, A, C, G, W]` of one or several layers have scales `[P, 2, K, G]` if, and only if, they may.
+  """See that pages `[P, A, C, G, W]` of one or several layers have scales `[P, 2, K, G]` that fit, int8 ones always.
 
   Raises:
     ValueError: if not.

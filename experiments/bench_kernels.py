@@ -232,7 +232,8 @@ def _known_bundles(problem: Problem, case: static_cost.Case, device: str) -> int
 
 def _candidates(problem: Problem, device: devices.Device) -> list[dict[str, Any]]:
   """The parameters to try; where a kernel takes the number of cores as one of them, that of the device."""
-  cores = {'cores': device.tpu.cores} if problem.build().kernel in ('quantized_matmul', 'page_copy') else {}
+  takes_cores = problem.build().kernel in ('quantized_matmul', 'page_copy', 'token_append')
+  cores = {'cores': device.tpu.cores} if takes_cores else {}
   return [{**config, **cores} for config in problem.candidates]
 
 

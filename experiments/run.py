@@ -62,6 +62,7 @@ from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
 from pdjax.metrics import charts, print_report
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.overrides import apply_overrides
+from pdjax.recording import RunResult
 from pdjax.run_folder import (
   ANSWERS,
   BASELINE,
@@ -259,7 +260,7 @@ class _Run:
         f'{self._answers.num_unasked} {noun} in {ANSWERS} are to lines that are not asked any more.', markup=False
       )
 
-  def _launch(self) -> launch.RunResult:
+  def _launch(self) -> RunResult:
     """Run on the backend that the flags choose."""
     with Follow(self._console, self._config, self._answers.num_earlier) as follow:
       if _BACKEND.value == 'engine':
@@ -303,7 +304,7 @@ class _Run:
       return told
     return f'{told}, --resume={self._folder.path} goes on'
 
-  def _show(self, ends: Sequence[Completion | Refused], result: launch.RunResult | None) -> None:
+  def _show(self, ends: Sequence[Completion | Refused], result: RunResult | None) -> None:
     """Print answers, refusals and figures."""
     _show_answers(self._console, [one for one in ends if isinstance(one, Completion)], _PROMPT.value is not None)
     refused = [one for one in ends if isinstance(one, Refused)]
@@ -548,7 +549,7 @@ def _read(opened: OpenedModel, path: str, seed: int) -> list[Row]:
   )
 
 
-def _draw(result: launch.RunResult, console: Console) -> None:
+def _draw(result: RunResult, console: Console) -> None:
   if _FIGURE.value is not None:
     console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
 

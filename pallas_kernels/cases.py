@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import arguments, devices, dispatch
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy import api as copy_api
-from pallas_kernels.page_copy import append_tokens, gather_pages, scatter_pages
+from pallas_kernels.page_copy import gather_pages, scatter_pages
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS as PAGED_ATTENTION
 from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTENTION
 from pallas_kernels.quantized_matmul import api as matmul_api
@@ -18,6 +18,8 @@ from pallas_kernels.quantized_matmul import pallas_tpu as matmul_tpu
 from pallas_kernels.quantized_matmul import quantize, quantized_matmul
 from pallas_kernels.static_cost import Case
 from pallas_kernels.tiles import sublanes
+from pallas_kernels.token_append import api as append_api
+from pallas_kernels.token_append import append_tokens
 
 _POOL_BYTES = 4 << 30
 _TPU = devices.by_name('v5e')  # pages are laid out alike on all of them
@@ -149,10 +151,10 @@ def append(
   pages = _pool(batch * 128, layout, dtype)
   tokens = jax.ShapeDtypeStruct((batch, kv_heads, head_dim), dtype)
   numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
-  facts = copy_api.problem('append_tokens', pages, layout, pages.dtype, count=batch)
+  facts = append_api.problem(pages, layout, pages.dtype, count=batch)
 
   def call(pages, k, v, page, offset):
-    run = _tpu_kernel('page_copy', copy_api.IMPLEMENTATIONS['append_tokens'], facts, config)
+    run = _tpu_kernel('token_append', append_api.IMPLEMENTATIONS, facts, config)
     block = run.keywords['config'].block_tokens
     if batch % block:
       raise ValueError(f'{batch} tokens are not whole blocks of {block}, so the runs of a block are not known.')
@@ -163,7 +165,7 @@ def append(
   inputs = (pages, tokens, tokens, numbers, numbers)
   integers: dict[int, Any] = {3: each, 4: lambda: each() % page_size}
   moved = _bytes(tokens, tokens) + 2 * batch * tile_bytes
-  return Case(call, inputs, 0, moved, donated=(0,), integers=integers, kernel='page_copy', facts=facts)
+  return Case(call, inputs, 0, moved, donated=(0,), integers=integers, kernel='token_append', facts=facts)
 
 
 def gather(**sizes: Any) -> Case:

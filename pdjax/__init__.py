@@ -10,10 +10,12 @@ if TYPE_CHECKING:
   from pdjax.comparison import Comparison, compare
   from pdjax.config import ServingConfig
   from pdjax.cost import Roofline
-  from pdjax.launch import RunResult, generate, run, simulate
+  from pdjax.generation import generate
+  from pdjax.launch import run, simulate
   from pdjax.metrics import Report
   from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
+  from pdjax.recording import RunResult
   from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Reject, Step, Transfer, WakeAt
   from pdjax.session import Delta, RequestError, Session, SessionError, Stream
   from pdjax.types import (
@@ -51,7 +53,9 @@ _HOMES = {
   'pdjax.metrics': ['Report'],
   'pdjax.model.checkpoint': ['load'],
   'pdjax.policies': ['Colocated', 'Disaggregated'],
-  'pdjax.launch': ['RunResult', 'generate', 'run', 'simulate'],
+  'pdjax.recording': ['RunResult'],
+  'pdjax.generation': ['generate'],
+  'pdjax.launch': ['run', 'simulate'],
   'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'ClusterView', 'Reject', 'Step', 'Transfer', 'WakeAt'],
   'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [

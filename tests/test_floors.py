@@ -16,9 +16,9 @@ ROOTS = ('pdjax', 'pallas_kernels', 'experiments', 'configs')
 
 LEVELS = {
   'experiments': 8, 'pdjax': 8,
-  'pdjax.comparison': 7, 'pdjax.session': 7,
+  'pdjax.comparison': 7, 'pdjax.session': 7, 'pdjax.generation': 7,
   'pdjax.launch': 6, 'pdjax.deployment': 6, 'pdjax.opened_model': 6, 'pdjax.completions': 6, 'pdjax.answers': 6,
-  'pdjax.reporting': 6, 'pdjax.run_folder': 6,
+  'pdjax.reporting': 6, 'pdjax.run_folder': 6, 'pdjax.recording': 6,
   'pdjax.engine': 5, 'pdjax.controller': 5, 'configs': 5,
   'pdjax.config': 4, 'pdjax.overrides': 4, 'pdjax.dtypes': 4,
   'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
@@ -33,14 +33,11 @@ DECIDES = {
 }  # fmt: skip
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
 LONG = {  # files over 500 lines, with the one idea that each holds
-  'pdjax.metrics.charts': 'every chart of a report, drawn in one style',
-  'pdjax.metrics.report': 'every figure of a run, worked out from its timeline',
   'pdjax.session': 'live use: requests in, streams out, on a thread of its own',
-  'pdjax.workload.requests_file': 'a file of requests, one on a line, and what is wrong with which line',
 }
 JOINS = {  # the two wings, but loads what computes only once that is asked for
   'pdjax.opened_model', 'pdjax.deployment', 'pdjax.completions', 'pdjax.answers', 'pdjax.reporting', 'pdjax.run_folder',
-  'pdjax.launch', 'pdjax.session', 'pdjax.comparison',
+  'pdjax.recording', 'pdjax.launch', 'pdjax.generation', 'pdjax.session', 'pdjax.comparison',
 }  # fmt: skip
 SEES_BOTH = {
   'pdjax.engine', 'pdjax.opened_model', 'pdjax.deployment', 'pdjax', 'experiments',

@@ -35,6 +35,7 @@ from pallas_kernels.prefill_attention.api import IMPLEMENTATIONS as PREFILL_ATTE
 from pallas_kernels.quantized_matmul import quantize
 from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS as QUANTIZED_MATMUL
 from pallas_kernels.quantized_matmul.storage import dequantize
+from pallas_kernels.token_append.api import IMPLEMENTATIONS as TOKEN_APPEND
 
 BOUNDS = {'float32': 1e-5, 'float16': 2e-3, 'bfloat16': 2e-2}  # ‖error‖ / ‖answer‖ by the dtype of queries
 CHUNKS = ((37, 0), (1, 64), (0, 0), (300, 100), (80, 17))  # (new, cached before), of odd lengths; one has no tokens
@@ -301,7 +302,8 @@ def _copies(context: Context, rng: np.random.Generator) -> list[Check]:
   """Tokens appended, pages gathered and scattered: bits are kept, and so is what is not written."""
   kv_heads, head_dim, page_size, pages = 8, 128, 16, 24
   found = []
-  for function, way in [(name, way) for name in PAGE_COPY for way in _ways(PAGE_COPY[name], context.platform)]:
+  tables = {**PAGE_COPY, 'append_tokens': TOKEN_APPEND}
+  for function, way in [(name, way) for name, table in tables.items() for way in _ways(table, context.platform)]:
     named = way != AUTOMATIC
     for dtype in context.sizes.checked_dtypes:
       kind = dtype_of(dtype)

@@ -1,5 +1,5 @@
-"""Pages of the KV cache copied out, put back, and filled with new tokens."""
+"""Pages of the KV cache copied out and put back."""
 
-from pallas_kernels.page_copy.api import append_tokens, gather_pages, scatter_pages
+from pallas_kernels.page_copy.api import gather_pages, scatter_pages
 
-__all__ = ['append_tokens', 'gather_pages', 'scatter_pages']
+__all__ = ['gather_pages', 'scatter_pages']

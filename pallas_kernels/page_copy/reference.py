@@ -1,12 +1,12 @@
-"""Pages copied and tokens appended, in plain jnp: this defines the answer."""
+"""Pages copied, in plain jnp: this defines the answer."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.conversion import convert
 from pallas_kernels.layouts import PageLayout
-from pallas_kernels.page_copy.conversion import cast, convert, quantize
 
 Layers = Sequence[jax.Array]
 
@@ -42,23 +42,3 @@ def scatter_pages(
   if scales is not None and value_scales is not None:
     scales = tuple(layer.at[ids].set(value_scales[:, i], mode='drop') for i, layer in enumerate(scales))
   return layers, None if scales is None else tuple(scales)
-
-
-def append_tokens(
-  pages: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  page: jax.Array,
-  offset: jax.Array,
-  scales: jax.Array | None,
-  *,
-  layout: PageLayout,
-) -> tuple[jax.Array, jax.Array | None]:
-  """One layer's pool with new tokens in it; see `pallas_kernels.page_copy.append_tokens`."""
-  tokens = jnp.stack([k, v], axis=1)  # [T, 2, K, D]
-  page = jnp.where((page < 0) | (offset < 0) | (offset >= pages.shape[3]), pages.shape[0], page)
-  if scales is not None:
-    tokens, new_scales = quantize(tokens, pages.dtype)
-    scales = scales.at[page, :, :, offset].set(new_scales, mode='drop')
-  rows = cast(layout.pack(tokens[..., None, :])[..., 0, :], pages.dtype)  # [T, A, C, W]
-  return pages.at[page, :, :, offset].set(rows, mode='drop'), scales

@@ -1,18 +1,17 @@
-"""Pages copied and tokens appended in plain XLA: what CPU uses."""
+"""Pages copied in plain XLA: what CPU uses."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.conversion import convert
 from pallas_kernels.layouts import PageLayout
 from pallas_kernels.page_copy import reference
-from pallas_kernels.page_copy.conversion import convert
 
 Layers = Sequence[jax.Array]
 
 gather_pages = reference.gather_pages
-append_tokens = reference.append_tokens
 
 
 def scatter_pages(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import PageLayout, devices, gather_pages, scatter_pages
-from pallas_kernels.page_copy.conversion import convert
+from pallas_kernels.conversion import convert
 from pdjax.types.cache import CacheKind
 from pdjax.types.worker import PageLayoutName
 

@@ -1,5 +1,6 @@
 """The figures of a run: timelines, reports and tables, computed from the event log alone."""
 
+from pdjax.metrics.account import Account as Account
 from pdjax.metrics.drawing import draw as draw
 from pdjax.metrics.event_log import EventLog as EventLog
 from pdjax.metrics.event_log import read_events as read_events
@@ -7,9 +8,7 @@ from pdjax.metrics.page import Beside as Beside
 from pdjax.metrics.page import OverRate as OverRate
 from pdjax.metrics.page import save_html as save_html
 from pdjax.metrics.perfetto import save_trace as save_trace
-from pdjax.metrics.report import Account as Account
 from pdjax.metrics.report import Report as Report
-from pdjax.metrics.report import Utilisation as Utilisation
 from pdjax.metrics.stats import Stats as Stats
 from pdjax.metrics.table import print_report as print_report
 from pdjax.metrics.table import render as render
@@ -18,3 +17,4 @@ from pdjax.metrics.timeline import HandOff as HandOff
 from pdjax.metrics.timeline import RequestTimeline as RequestTimeline
 from pdjax.metrics.timeline import Timeline as Timeline
 from pdjax.metrics.timeline import read_timeline as read_timeline
+from pdjax.metrics.utilisation import Utilisation as Utilisation

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import itertools
 import math
 import os
 import pathlib
@@ -11,74 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from pdjax.metrics.numbers import digits_below, number
+from pdjax.metrics.account import Account, sum_line
+from pdjax.metrics.notes import own_notes
+from pdjax.metrics.numbers import number
 from pdjax.metrics.returns import WorkerReturn
-from pdjax.metrics.stats import Stats
-from pdjax.metrics.timeline import BusySpan, RequestTimeline, Timeline, read_timeline
+from pdjax.metrics.stats import Stats, ratio
+from pdjax.metrics.timeline import RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
+from pdjax.metrics.utilisation import Utilisation
 from pdjax.serving.events import Event
 from pdjax.types.cluster import split_name
 from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO
 from pdjax.types.worker import Role, WorkerSpec
 
-_MOST_ERRORS = 3  # that a report's notes tell
-_LONGEST_ERROR = 240  # characters
 _MOST_RETURNS = 8  # that are told a line each
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Account:
-  """The parts of the time to the first and to the second token: means in milliseconds over completed requests.
-
-  TTFT = queue + prefill. Hand-off = wait + wire + admit + step, over requests with a second token; `HandOff` says
-  what each is. Every part comes from its own two stamps and none is a remainder, so that the sums can be checked.
-
-  Attributes:
-    ttft_closes_s: The most by which a request's parts miss its TTFT, in seconds.
-    handoff_closes_s: The same for the hand-off.
-  """
-
-  queue_ms: float | None = None
-  prefill_ms: float | None = None
-  wait_ms: float | None = None
-  wire_ms: float | None = None
-  admit_ms: float | None = None
-  step_ms: float | None = None
-  ttft_closes_s: float | None = None
-  handoff_closes_s: float | None = None
-
-  @classmethod
-  def of(cls, requests: Iterable[RequestTimeline]) -> 'Account':
-    """The account of these requests."""
-    ttfts: list[tuple[float, ...]] = []  # the parts, then the whole, in seconds
-    handoffs: list[tuple[float, ...]] = []
-    for request in requests:
-      if request.ttft_s is not None and request.queue_s is not None and request.prefill_s is not None:
-        ttfts.append((request.queue_s, request.prefill_s, request.ttft_s))
-      parts = request.handoff
-      if parts is not None and request.handoff_s is not None:
-        handoffs.append((parts.wait_s, parts.wire_s, parts.admit_s, parts.step_s, request.handoff_s))
-    queue, prefill, _, ttft_closes_s = _account(ttfts)
-    wait, wire, admit, step, _, handoff_closes_s = _account(handoffs, columns=5)
-    return cls(queue, prefill, wait, wire, admit, step, ttft_closes_s, handoff_closes_s)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Utilisation:
-  """The time that one worker was busy, as shares of the run's duration.
-
-  `busy` covers steps only; pages may travel meanwhile, so `transfer`, in or out, stands beside it. Orders that
-  failed leave no span and do not count. None where the run has no duration.
-  """
-
-  worker: str
-  role: Role
-  busy: float | None
-  prefill: float | None
-  decode: float | None
-  fused: float | None
-  transfer: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +193,11 @@ class Report:
       failed=failed,
       total_input_tokens=input_tokens,
       total_output_tokens=output_tokens,
-      request_throughput=_ratio(len(done), duration_s),
-      request_goodput=None if good is None else _ratio(good, duration_s),
-      goodput_share=None if good is None else _ratio(good, len(timeline.requests)),
-      output_throughput=_ratio(output_tokens, duration_s),
-      total_token_throughput=_ratio(input_tokens + output_tokens, duration_s),
+      request_throughput=ratio(len(done), duration_s),
+      request_goodput=None if good is None else ratio(good, duration_s),
+      goodput_share=None if good is None else ratio(good, len(timeline.requests)),
+      output_throughput=ratio(output_tokens, duration_s),
+      total_token_throughput=ratio(input_tokens + output_tokens, duration_s),
       max_output_tokens_per_s=most_pieces,
       max_concurrent_requests=most_requests,
       ttft=_stats(request.ttft_s for request in done),
@@ -261,7 +207,7 @@ class Report:
       handoff=_stats(request.handoff_s for request in done),
       account=Account.of(done),
       host_lag=_stats(timeline.host_lags_s),
-      utilisation=tuple(_utilisation(worker, timeline) for worker in workers),
+      utilisation=tuple(Utilisation.of(worker, timeline) for worker in workers),
       wire_bytes=sum(request.wire_bytes for request in timeline.requests),
       num_transfers=sum(request.num_transfers for request in timeline.requests),
       transfers=TransferFigures.of(timeline),
@@ -272,7 +218,7 @@ class Report:
       warmup_s=warmup_s,
       calibrated=calibrated,
       seed=seed,
-      notes=tuple(dict.fromkeys((*notes, *_own_notes(workers, calibrated, finish_reasons, timeline)))),
+      notes=tuple(dict.fromkeys((*notes, *own_notes(workers, calibrated, finish_reasons, timeline)))),
       config=dict(config or {}),
       environment=dict(environment or {}),
       generated_texts=dict(generated_texts or {}),
@@ -288,14 +234,14 @@ class Report:
   def ttft_account(self) -> str:
     """The parts of TTFT, in a line."""
     parts = {'queue': self.account.queue_ms, 'prefill': self.account.prefill_ms}
-    return _sum_of('TTFT', self.ttft.mean_ms, parts)
+    return sum_line('TTFT', self.ttft.mean_ms, parts)
 
   def handoff_account(self) -> str:
     """The parts of the hand-off, in a line."""
     account = self.account
     parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
     moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
-    return _sum_of('hand-off', self.handoff.mean_ms, parts) + moved
+    return sum_line('hand-off', self.handoff.mean_ms, parts) + moved
 
   def return_lines(self) -> list[str]:
     """The returns of lost workers with the time they took, in a line each; of many, the first."""
@@ -414,15 +360,6 @@ def _stats(values_s: Iterable[float | None]) -> Stats:
   return Stats.of_seconds([value for value in values_s if value is not None])
 
 
-def _account(rows: Sequence[tuple[float, ...]], columns: int = 3) -> tuple[float | None, ...]:
-  """Mean of each column in ms; then the largest amount by which the last is not the sum of the others, in s."""
-  if not rows:
-    return (None,) * (columns + 1)
-  table = np.asarray(rows, np.float64)
-  closes_s = np.abs(table[:, :-1].sum(axis=1) - table[:, -1]).max()
-  return (*(float(mean) * 1e3 for mean in table.mean(axis=0)), float(closes_s))
-
-
 def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimeline], slo: SLO | None) -> int | None:
   if slo is None and all(request.slo is None for request in everyone):
     return None
@@ -446,33 +383,6 @@ def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
   return float(np.unique(deltas, return_counts=True)[1].max()), int(np.cumsum(changes).max())
 
 
-def _utilisation(worker: WorkerSpec, timeline: Timeline) -> Utilisation:
-  steps = [span for span in timeline.spans if span.worker == worker.name and span.kind != 'transfer']
-  transfers = [s for s in timeline.spans if s.kind == 'transfer' and worker.name in (s.worker, s.target)]
-
-  def share(spans: Iterable[BusySpan]) -> float | None:
-    return _ratio(_covered_s(spans, timeline.start_s, timeline.end_s), timeline.duration_s)
-
-  return Utilisation(
-    worker=worker.name,
-    role=worker.role,
-    busy=share(steps),
-    prefill=share(span for span in steps if span.kind == 'prefill'),
-    decode=share(span for span in steps if span.kind == 'decode'),
-    fused=share(span for span in steps if span.kind == 'fused'),
-    transfer=share(transfers),
-  )
-
-
-def _covered_s(spans: Iterable[BusySpan], start_s: float, end_s: float) -> float:
-  """Seconds between start and end that lie in at least one span."""
-  covered_s, reached_s = 0.0, start_s
-  for began_s, ended_s in sorted((span.began_s, min(span.ended_s, end_s)) for span in spans):
-    covered_s += max(0.0, ended_s - max(began_s, reached_s))
-    reached_s = max(reached_s, ended_s)
-  return covered_s
-
-
 def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:
   counts: dict[str, int] = {}
   for request in requests:
@@ -481,54 +391,9 @@ def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:
   return counts
 
 
-def _own_notes(
-  workers: Sequence[WorkerSpec],
-  calibrated: bool,
-  finish_reasons: Mapping[str, int],
-  timeline: Timeline,
-) -> Iterable[str]:
-  sharers: dict[int, list[str]] = {}
-  for worker in workers:
-    for device in worker.devices or ():
-      sharers.setdefault(device, []).append(worker.name)
-  for names in sorted({tuple(names) for names in sharers.values() if len(names) > 1}):
-    yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'
-  if not calibrated:
-    yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
-  for absence in timeline.absences:
-    yield _shortened(str(absence))
-  requests = timeline.requests
-  others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
-  if others:
-    if any(request.completed for request in requests):
-      yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
-    else:
-      yield f'No request completed ({others}).'
-    errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
-    for error in itertools.islice(errors, _MOST_ERRORS):
-      yield f'Error: {_shortened(error)}'
-    if len(errors) > _MOST_ERRORS:
-      yield f'There were {len(errors) - _MOST_ERRORS:,} other errors; report.json has them all.'
-
-
-def _shortened(error: str) -> str:
-  return error if len(error) <= _LONGEST_ERROR else f'{error[:_LONGEST_ERROR]}...'
-
-
 def _error(request: RequestTimeline) -> str:
   return '' if request.completed else request.error or request.finish_reason or 'unfinished'
 
 
-def _ratio(amount: float, whole: float) -> float | None:
-  return amount / whole if whole > 0 else None
-
-
 def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
   return {name: value for name, value in mapping.items() if name != key}
-
-
-def _sum_of(name: str, whole_ms: float | None, parts_ms: Mapping[str, float | None]) -> str:
-  """A mean and its parts, all with as many digits, so that a reader can add them up."""
-  digits = digits_below(whole_ms)
-  figures = ['-' if value is None else f'{value:.{digits}f}' for value in (whole_ms, *parts_ms.values())]
-  return f'{name} {figures[0]} = {" + ".join(map(" ".join, zip(parts_ms, figures[1:], strict=True)))} ms'

@@ -1,4 +1,4 @@
-"""The statistics of many latencies."""
+"""The statistics of many latencies, and shares and rates that may not be there."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,3 +25,8 @@ class Stats:
     values_ms = np.asarray(values_s, np.float64) * 1e3
     p50, p90, p99 = (float(p) for p in np.percentile(values_ms, (50, 90, 99)))
     return cls(float(values_ms.mean()), p50, float(values_ms.std()), p50, p90, p99)
+
+
+def ratio(amount: float, whole: float) -> float | None:
+  """An amount as a share of the whole, or a rate over it; None where the whole is nothing."""
+  return amount / whole if whole > 0 else None

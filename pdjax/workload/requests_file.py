@@ -69,25 +69,19 @@ model's own distribution, before penalties, temperature and cuts; one that is no
 or "-Infinity".
 """
 
-import codecs
 import dataclasses
-import difflib
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pdjax.types.checks import is_whole
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob, drawn_seed
+from pdjax.workload.request_fields import SAMPLING_KEYS, Line, Refusal, described, read_lines
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _LONGEST = 500  # characters of a refusal: a number may have thousands of digits
-_PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
-_SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-_KEYS = (*_PROMPT_KEYS, *_SAMPLING_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
 
 
 Encode = Callable[[str], Sequence[int]]  # such as Tokenizer.encode
@@ -157,30 +151,28 @@ def read_rows(
   Raises:
     OSError: if the file cannot be read.
   """
-  lines = _read_lines(path)
+  lines = read_lines(path)
   named = {line.id for line in lines if line.id is not None}
   named |= {name.rpartition('#')[0] for name in named}  # a sample of nobody else may be called so either
   reader = _Reader(encode, encode_chat, vocab_size, tuple(chat_end_ids))
   owners: dict[str, int] = {}  # the line of each sample that is to be served
-  found: list[Request | _Refusal] = []
+  found: list[Request | Refusal] = []
   for index, line in enumerate(lines):
     try:
       request = reader.request(line, line.id or _free_name(f'request-{index}', named), drawn_seed(seed, index))
       names = [sample.id for sample in request.samples()]
       if taken := next((one for one in names if one in owners), None):
-        raise _Refusal(
-          f'the id {taken!r} is that of line {owners[taken]} too, expected one of its own.', request.prompt
-        )
+        raise Refusal(f'the id {taken!r} is that of line {owners[taken]} too, expected one of its own.', request.prompt)
       owners |= dict.fromkeys(names, line.number)
       named.add(request.id)
       found.append(request)
-    except _Refusal as refusal:
+    except Refusal as refusal:
       found.append(refusal)
   rows = []
   for line, one in zip(lines, found, strict=True):
     own = line.id is not None and owners.setdefault(line.id, line.number) == line.number
     name = line.id if own and line.id else _free_name(f'line-{line.number}', named)
-    if isinstance(one, _Refusal):
+    if isinstance(one, Refusal):
       rows.append(Row(line.number, Refused(name, tuple(one.prompt), f'line {line.number}: {one}', line.number), name))
     else:
       rows.append(Row(line.number, one, name))
@@ -241,83 +233,6 @@ def write_completions(path: str | os.PathLike[str], rows: Iterable[Mapping[str, 
       file.write(json_text(fields) + '\n')
 
 
-# ---------------------------------------------------------------------------- one line
-
-
-class _Refusal(Exception):
-  """The reason a line cannot be served, with its prompt if that is known; the caller adds the number of the line."""
-
-  def __init__(self, why: str, prompt: Sequence[int] = ()):
-    super().__init__(why)
-    self.prompt = prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-  """A line with its fields, or the reason they cannot be taken, and its own id, if that will do."""
-
-  number: int  # counted from 1
-  fields: 'dict[str, Any] | _Refusal'
-  id: str | None
-
-
-def _read_lines(path: str | os.PathLike[str]) -> list[_Line]:
-  lines = []
-  with open(path, 'rb') as file:
-    for number, raw in enumerate(file, start=1):
-      if raw.removeprefix(codecs.BOM_UTF8).strip():
-        fields: dict[str, Any] | _Refusal
-        name = None
-        try:
-          fields = _parse(raw)
-          name = fields['id'] if _is_name(fields.get('id')) else None
-          fields = _checked(fields)
-        except _Refusal as refusal:
-          fields = refusal
-        lines.append(_Line(number, fields, name))
-  return lines
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-  """The line as an object without the keys that are null."""
-  try:
-    fields = json.loads(raw.decode('utf-8-sig'), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-  except json.JSONDecodeError as error:  # which counts lines and columns within this one
-    raise _Refusal(f'not JSON ({error.msg}: character {error.pos}), expected one JSON object a line.') from None
-  except (ValueError, RecursionError) as error:
-    raise _Refusal(f'not JSON ({error}), expected one JSON object a line.') from None
-  if not isinstance(fields, dict):
-    raise _Refusal(f'found {_described(fields)}, expected a JSON object such as {{"prompt": "Hello"}}.')
-  return {key: value for key, value in fields.items() if value is not None}
-
-
-def _checked(fields: dict[str, Any]) -> dict[str, Any]:
-  """The fields, if all keys and types are right and can be honoured."""
-  for key, value in fields.items():
-    if key in _NOT_DONE and not any(type(value) is type(one) and value == one for one in _NOT_DONE[key][1]):
-      raise _Refusal(f'{key} is {_described(value)}, which pdjax cannot honour ({_NOT_DONE[key][0]}); leave it out.')
-    if key not in _KEYS and key not in _NOT_DONE and key not in _NOT_ASKED:
-      similar = difflib.get_close_matches(key, _KEYS, n=1)
-      hint = f'did you mean {similar[0]!r}? ' if similar else ''
-      raise _Refusal(f'unknown key {key!r}; {hint}The keys are {", ".join(_KEYS)}.')
-  prompts = [key for key in _PROMPT_KEYS if key in fields]
-  if len(prompts) != 1:
-    found = ' and '.join(prompts) or 'none of them'
-    raise _Refusal(f'found {found}, expected exactly one of {", ".join(_PROMPT_KEYS)}.')
-  fields = {key: value for key, value in fields.items() if key not in _NOT_DONE and key not in _NOT_ASKED}
-  for key, value in fields.items():
-    is_right, expected = _TYPES[key]
-    if not is_right(value):
-      raise _Refusal(f'{key} is {_described(value)}, expected {expected}.')
-  if 'max_completion_tokens' in fields:
-    most = fields.pop('max_completion_tokens')
-    if fields.setdefault('max_tokens', most) != most:
-      raise _Refusal(f'max_tokens is {fields["max_tokens"]} and max_completion_tokens {most}, expected one of them.')
-  if fields.get('tools') and 'messages' not in fields:
-    raise _Refusal(f'tools is there with {prompts[0]}, but only the chat template of messages takes it; leave it out.')
-  return fields
-
-
 @dataclasses.dataclass(frozen=True)
 class _Reader:
   """Makes requests of fields that are right."""
@@ -327,12 +242,12 @@ class _Reader:
   vocab_size: int | None
   chat_end_ids: tuple[int, ...]
 
-  def request(self, line: _Line, name: str, seed: int) -> Request:
+  def request(self, line: Line, name: str, seed: int) -> Request:
     """The request of a line, with this `name`, and this `seed` if it has none of its own."""
-    if isinstance(line.fields, _Refusal):
+    if isinstance(line.fields, Refusal):
       raise line.fields
     fields = line.fields
-    sampling = {'seed': seed} | {key: fields[key] for key in _SAMPLING_KEYS if key in fields}
+    sampling = {'seed': seed} | {key: fields[key] for key in SAMPLING_KEYS if key in fields}
     if isinstance(sampling.get('stop'), str):
       sampling['stop'] = (sampling['stop'],)
     for key in ('stop', 'stop_token_ids'):
@@ -343,7 +258,7 @@ class _Reader:
     try:
       arrival_s = fields.get('arrival_s', 0.0)
       if arrival_s > _LATEST_S:
-        found = arrival_s if isinstance(arrival_s, float) else _described(arrival_s)
+        found = arrival_s if isinstance(arrival_s, float) else described(arrival_s)
         raise ValueError(
           f'arrival_s is {found}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
         )
@@ -351,19 +266,19 @@ class _Reader:
       return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
     except (ValueError, OverflowError) as error:
       why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}'))
-      raise _Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error
+      raise Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error
 
   def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:
     if 'prompt_token_ids' in fields:
       prompt = tuple(fields['prompt_token_ids'])
       last = 2**31 - 1 if self.vocab_size is None else self.vocab_size - 1
       if outside := [token for token in prompt if not 0 <= token <= last]:
-        raise _Refusal(f'the prompt has token id {outside[0]}, expected ids from 0 to {last}.', prompt)
+        raise Refusal(f'the prompt has token id {outside[0]}, expected ids from 0 to {last}.', prompt)
       return prompt
     key = 'prompt' if 'prompt' in fields else 'messages'
     encoder = self.encode if key == 'prompt' else self.encode_chat
     if encoder is None:
-      raise _Refusal(
+      raise Refusal(
         f'{key} needs a tokenizer and the run has none; give the model a checkpoint with one, or use prompt_token_ids.'
       )
     if not fields[key]:
@@ -372,10 +287,10 @@ class _Reader:
     try:
       return tuple(encoder(fields[key], **tools))
     except ValueError as error:
-      raise _Refusal(str(error)) from error
+      raise Refusal(str(error)) from error
     except Exception as error:  # a tokenizer or a template is a program of someone else: it may raise anything
       what = f'{type(error).__name__}: {error}'
-      raise _Refusal(f'{key} cannot become tokens ({what}), expected what the tokenizer takes; correct it.') from error
+      raise Refusal(f'{key} cannot become tokens ({what}), expected what the tokenizer takes; correct it.') from error
 
 
 def _free_name(name: str, taken: set[str]) -> str:
@@ -405,119 +320,3 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
 
 def _told(logprob: TokenLogprob) -> dict[str, Any]:
   return {'logprob': logprob.logprob, 'top': logprob.top}
-
-
-def _is_int(value: Any) -> bool:
-  return type(value) is int  # a bool is an int to isinstance
-
-
-def _is_number(value: Any) -> bool:
-  return type(value) is float or _is_int(value)
-
-
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str)
-
-
-def _is_bool(value: Any) -> bool:
-  return isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
-  return isinstance(value, str) and bool(value) and is_whole(value)
-
-
-def _are_ints(value: Any) -> bool:
-  return isinstance(value, list) and {*map(type, value)} <= {int}  # prompts are long
-
-
-def _are_texts(value: Any) -> bool:
-  return _is_text(value) or (isinstance(value, list) and all(map(_is_text, value)))
-
-
-def _are_objects(value: Any) -> bool:
-  return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def _are_messages(value: Any) -> bool:
-  return _are_objects(value) and all(
-    _is_text(message.get('role'))
-    and isinstance(message.get('content'), str | list | None)
-    and ('content' in message or 'tool_calls' in message)
-    for message in value
-  )
-
-
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-  'prompt_token_ids': (_are_ints, 'a list of integers'),
-  'prompt': (_is_text, 'text in quotes'),
-  'messages': (_are_messages, 'a list of {"role": text, "content": text or a list of parts or null}'),
-  'max_tokens': (_is_int, 'an integer'),
-  'max_completion_tokens': (_is_int, 'an integer'),
-  'tools': (_are_objects, 'a list of objects'),
-  'temperature': (_is_number, 'a number'),
-  'top_k': (_is_int, 'an integer'),
-  'top_p': (_is_number, 'a number'),
-  'min_p': (_is_number, 'a number'),
-  'repetition_penalty': (_is_number, 'a number'),
-  'presence_penalty': (_is_number, 'a number'),
-  'frequency_penalty': (_is_number, 'a number'),
-  'seed': (_is_int, 'an integer'),
-  'stop': (_are_texts, 'text in quotes or a list of texts'),
-  'stop_token_ids': (_are_ints, 'a list of integers'),
-  'ignore_eos': (_is_bool, 'true or false'),
-  'logprobs': (_is_int, 'an integer or null'),
-  'n': (_is_int, 'an integer'),
-  'arrival_s': (_is_number, 'a number of seconds'),
-  'id': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
-}
-
-# Keys that other servers know and pdjax does not: why, and the values that ask for nothing.
-_NOT_DONE: dict[str, tuple[str, tuple[Any, ...]]] = {
-  'logit_bias': ('it changes no single logits', ({},)),
-  'response_format': ('it holds no answer to a form', ({'type': 'text'},)),
-  'structured_outputs': ('it holds no answer to a form', ({},)),
-  'guided_json': ('it holds no answer to a form', ()),
-  'guided_regex': ('it holds no answer to a form', ()),
-  'guided_choice': ('it holds no answer to a form', ()),
-  'tool_choice': ('the model alone chooses among tools', ('auto', 'none')),
-  'functions': ('they are called tools', ([],)),
-  'function_call': ('the model alone chooses among tools', ('auto', 'none')),
-  'modalities': ('it writes text', (['text'],)),
-  'audio': ('it writes text', ()),
-  'min_tokens': ('use ignore_eos to go on', (0,)),
-  'bad_words': ('it forbids no tokens', ([],)),
-  'allowed_token_ids': ('it forbids no tokens', ()),
-  'best_of': ('it ranks no samples; use n', (1,)),
-  'use_beam_search': ('it samples', (False,)),
-  'echo': ('prompt_token_ids are told anyway', (False,)),
-  'suffix': ('it continues prompts', ('',)),
-  'prompt_logprobs': ('it tells those of the output', ()),
-  'top_logprobs': ('logprobs is the number of the likeliest', (0,)),
-  'stream': ('answers are written whole', (False,)),
-  'model': ('the config names the model', ()),
-  'parallel_tool_calls': ('the model alone chooses among tools', (True,)),
-}
-# Keys of OpenAI's API that say nothing of the answer.
-_NOT_ASKED = ('user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key')
-
-
-def _described(value: Any, width: int = 60) -> str:
-  """The value as JSON, shortened."""
-  try:
-    text = json.dumps(value)
-  except RecursionError:  # nested as deep as can just be read
-    text = str(type(value).__name__)
-  return text if len(text) <= width else text[: width - 1] + '…'
-
-
-def _refuse_constant(name: str) -> None:
-  raise ValueError(f'{name} is not a JSON number')
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  fields = dict(pairs)
-  if len(fields) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f'the key {next(name for name in names if names.count(name) > 1)!r} is there twice')
-  return fields

@@ -69,31 +69,6 @@ def test_every_figure_of_one_request(disaggregated, stamps):
   assert (figures['ttfts'], figures['itls'], figures['generated_texts']) == ([0.8125], [[0.75, 0.25]], [''])
 
 
-def test_utilisation_is_the_share_of_the_run_that_steps_cover(disaggregated, stamps):
-  prefill, decode = Report.from_events(disaggregated(stamps), workers=WORKERS).utilisation
-  assert (prefill.worker, prefill.role, prefill.busy, prefill.prefill) == (
-    'p',
-    Role.PREFILL,
-    0.5 / 1.8125,
-    0.5 / 1.8125,
-  )
-  assert (decode.busy, decode.decode, decode.prefill, decode.fused) == (0.5 / 1.8125, 0.5 / 1.8125, 0, 0)
-  assert prefill.transfer == decode.transfer == 0.125 / 1.8125
-
-
-def test_overlapping_and_overhanging_spans_count_once(log):
-  log.turn(0.0)
-  log.arrive('r')
-  first, second = log.step('w', chunks=[('r', 0, 4)]), log.step('w', decodes=['r'])
-  log.turn(2.0)
-  log.done(first, 0.0, 1.5, {'r': 1})
-  log.finish('r')
-  log.turn(9.0)
-  log.done(second, 1.0, 9.0)  # computed past the end of the run
-  (use,) = Report.from_events(log.events, workers=[WorkerSpec('w')]).utilisation
-  assert (use.busy, use.prefill, use.decode) == (1.0, 0.75, 0.5)
-
-
 def _two_requests(log, slo=None):
   """`a` gets its tokens at 1 and 2 s, `b` only one, at 3 s; `c` is rejected and `d` never ends."""
   log.turn(0.0)
@@ -152,20 +127,6 @@ def test_peaks_are_counted_in_whole_seconds(log):
   assert (report.max_output_tokens_per_s, report.max_concurrent_requests) == (1, 2)
 
 
-def test_accounts_close_over_many_requests(disaggregated, stamps):
-  shifted = [
-    type(stamps)(**{name: getattr(stamps, name) * (1 + i / 7) for name in stamps.__dataclass_fields__})
-    for i in range(5)
-  ]
-  for one in shifted:
-    report = Report.from_events(disaggregated(one), workers=WORKERS)
-    account = report.account
-    assert account.ttft_closes_s < 1e-12 and account.handoff_closes_s < 1e-12
-    assert account.queue_ms + account.prefill_ms == pytest.approx(report.ttft.mean_ms)
-    parts = account.wait_ms + account.wire_ms + account.admit_ms + account.step_ms
-    assert parts == pytest.approx(report.handoff.mean_ms)
-
-
 def test_an_empty_run_has_a_report():
   report = Report.from_events([], workers=WORKERS, slo=SLO(ttft_ms=1))
   figures = _strict(json.dumps(report.to_json(), allow_nan=False))
@@ -193,14 +154,6 @@ def test_the_file_is_finite_json(disaggregated, stamps, tmp_path):
   )
   assert figures['generated_texts'] == ['hello'] and figures['seed'] == 0
   assert report.save(tmp_path / 'other.json') == tmp_path / 'other.json'
-
-
-def test_notes_name_what_spoils_a_comparison(disaggregated, stamps):
-  workers = (WorkerSpec('p', 'prefill', devices=(0,)), WorkerSpec('d', 'decode', devices=(0,)))
-  report = Report.from_events(disaggregated(stamps), workers=workers, calibrated=False, notes=['Timed on battery.'])
-  assert report.notes[0] == 'Timed on battery.'
-  assert 'p and d share a device' in report.notes[1] and 'Uncalibrated' in report.notes[2]
-  assert Report.from_events(disaggregated(stamps), workers=WORKERS).notes == ()
 
 
 def test_the_table_fits_a_terminal_and_shows_the_account(disaggregated, stamps):

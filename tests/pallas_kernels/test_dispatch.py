@@ -7,8 +7,6 @@ import pytest
 
 from pallas_kernels import cases, devices, dispatch, tuning
 from pallas_kernels.dispatch import Plain, Tuned, choose
-from pallas_kernels.page_copy import pallas_tpu as copy_tpu
-from pallas_kernels.page_copy import pallas_tpu_append
 from pallas_kernels.page_copy.api import IMPLEMENTATIONS as COPIES
 
 V6E = devices.by_name('v6e')
@@ -133,12 +131,13 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize('kernel', [*KERNELS, 'page_copy'])
+@pytest.mark.parametrize('kernel', [*KERNELS, 'page_copy', 'token_append'])
 def test_every_row_of_a_table_can_run_where_it_says(kernel):
+  tables = {**KERNELS, 'token_append': cases.append_api.IMPLEMENTATIONS}
   rows = tuning.load(kernel)
   assert rows
   for row in rows:
-    implementations = COPIES[row.problem['function']] if kernel == 'page_copy' else KERNELS[kernel]
+    implementations = COPIES[row.problem['function']] if kernel == 'page_copy' else tables[kernel]
     implementation = implementations['pallas_tpu']
     config = implementation.config(**row.config)
     assert implementation.refusal(config, devices.by_name(row.device), row.problem) is None, row
@@ -164,17 +163,9 @@ def test_rules_have_something_for_every_device():
     'query_heads': 32, 'kv_heads': 8, 'head_dim': 128, 'page_size': 16, 'batch': 64, 'context': 131_072,
     'query_tokens': 1, 'tokens': 512, 'layers': 32,
   }  # fmt: skip
-  copies = Tuned(copy_tpu.gather_pages, copy_tpu.Config, copy_tpu.rule, copy_tpu.refusal, ('tpu',))
-  appends = Tuned(
-    pallas_tpu_append.append_tokens,
-    pallas_tpu_append.Config,
-    pallas_tpu_append.rule,
-    pallas_tpu_append.refusal,
-    ('tpu',),
-  )
-  attentions = [KERNELS[name]['pallas_tpu'] for name in ('paged_attention', 'prefill_attention')]
+  tables = (COPIES['gather_pages'], cases.append_api.IMPLEMENTATIONS, cases.PAGED_ATTENTION, cases.PREFILL_ATTENTION)
   for device in (devices.by_name(name) for name in ('v5e', 'v5p', 'v6e', 'tpu7x')):
-    for implementation in (copies, appends, *attentions):
+    for implementation in (table['pallas_tpu'] for table in tables):
       config = implementation.rule(device, facts)
       assert implementation.refusal(config, device, facts) is None, device.name
       assert implementation.refusal(implementation.shorten(config), device, facts) is None, device.name

@@ -1,0 +1,45 @@
+"""Sentences that a reader of a report should know before comparing, found in the log and the cluster alone."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+from pdjax.metrics.timeline import Timeline
+from pdjax.types.worker import WorkerSpec
+
+_MOST_ERRORS = 3  # that are told
+_LONGEST_ERROR = 240  # characters
+
+
+def own_notes(
+  workers: Sequence[WorkerSpec],
+  calibrated: bool,
+  finish_reasons: Mapping[str, int],
+  timeline: Timeline,
+) -> Iterable[str]:
+  """The notes that a report has by itself, beside those of whoever made the run."""
+  sharers: dict[int, list[str]] = {}
+  for worker in workers:
+    for device in worker.devices or ():
+      sharers.setdefault(device, []).append(worker.name)
+  for names in sorted({tuple(names) for names in sharers.values() if len(names) > 1}):
+    yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'
+  if not calibrated:
+    yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
+  for absence in timeline.absences:
+    yield _shortened(str(absence))
+  requests = timeline.requests
+  others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
+  if others:
+    if any(request.completed for request in requests):
+      yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
+    else:
+      yield f'No request completed ({others}).'
+    errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
+    for error in itertools.islice(errors, _MOST_ERRORS):
+      yield f'Error: {_shortened(error)}'
+    if len(errors) > _MOST_ERRORS:
+      yield f'There were {len(errors) - _MOST_ERRORS:,} other errors; report.json has them all.'
+
+
+def _shortened(error: str) -> str:
+  return error if len(error) <= _LONGEST_ERROR else f'{error[:_LONGEST_ERROR]}...'

@@ -42,6 +42,9 @@ class ServingConfig:
       simulation it is what the chip of `cost` is fastest in, and bfloat16 if it has none.
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
+    pages_ahead: Pages that a decoding sequence takes ahead of its tokens as it grows; 'all' takes at once all that it may
+      ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
+    max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
     transfer: The way of KV between workers.
     faults: The remedies for requests when a transfer or a worker fails.
     cost: The model of costs, by which the simulator says how long things take.
@@ -69,6 +72,8 @@ class ServingConfig:
   dtype: Literal['auto', DtypeName] = 'float32'
   kv_dtype: KVDtypeName | None = None
   max_context: int | None = None
+  pages_ahead: int | Literal['all'] = 'all'
+  max_preemptions: int = 8
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()
@@ -103,6 +108,10 @@ class ServingConfig:
       raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
     if self.max_context is not None and self.max_context < 1:
       raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
+    if self.pages_ahead != 'all' and not (type(self.pages_ahead) is int and self.pages_ahead >= 0):
+      raise ValueError(f"pages_ahead is {self.pages_ahead!r}, expected a count of pages, or 'all'.")
+    if type(self.max_preemptions) is not int or self.max_preemptions < 1:
+      raise ValueError(f'max_preemptions is {self.max_preemptions!r}, expected at least 1.')
     check_seed(self.seed, 'seed')
     if self.compilation_cache == '':
       raise ValueError("compilation_cache is '', expected a folder, 'off' to keep no programs, or None.")

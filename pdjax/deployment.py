@@ -82,6 +82,8 @@ class Deployment:
       built.transfer,
       finds_stops=self.is_simulated or self.opened.tokenizer is not None,
       faults=config.faults,
+      pages_ahead=config.pages_ahead,
+      max_preemptions=config.max_preemptions,
     )
     for name, worker in built.backend.workers.items():
       state.workers[name].incarnation = worker.incarnation

@@ -161,7 +161,7 @@ def _chunk(chunk: ChunkOrder) -> dict[str, Any]:
 def _decode(decode: DecodeOrder) -> dict[str, Any]:
   return {  # as `_fields` has it, in half the time: there is one for each sequence of each step
     'request': decode.request, 'slot': decode.slot, 'context': decode.context,
-    'admission': decode.admission and _admission(decode.admission),
+    'admission': decode.admission and _admission(decode.admission), 'growth': decode.growth,
   }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from pdjax.policies.placement import Placement
-from pdjax.serving.actions import Chunk
+from pdjax.serving.actions import Chunk, Preempt
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 
 
@@ -76,6 +76,20 @@ def fill_prefills(
     batches.add(entry, worker, send_to)
     room.take_tokens(worker.name, entry.prefill_len)
   return batches.chunks
+
+
+def preempt_newest(view: ClusterView) -> list[Preempt]:
+  """A request to preempt on each worker where sequences lack pages and none can go on: the last that came.
+
+  So the oldest always goes on, and what is thrown away is little (as in vLLM, Kwon et al. 2023).
+  """
+  found = []
+  for worker in view.decode_workers if view.grows else ():
+    if worker.up and worker.is_short:
+      able = [entry for entry in worker.decoding.values() if entry.preemptions < view.max_preemptions]
+      if able:
+        found.append(Preempt(max(able, key=lambda entry: entry.number).request.id))
+  return found
 
 
 def require_positive(policy: object, *fields: str) -> None:

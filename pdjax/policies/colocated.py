@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, require_positive
+from pdjax.policies.batching import fill_prefills, preempt_newest, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, Action, Step
 from pdjax.serving.checks import PolicyError
@@ -34,6 +34,8 @@ class Colocated(PolicyBase):
     require_positive(self, 'token_budget', 'decode_steps')
 
   def decide(self, view: ClusterView) -> list[Action]:
+    if preempted := preempt_newest(view):
+      return [*preempted]
     room = view.room()
     both = [worker for worker in view.prefill_workers if worker.role.decodes]
     if not both:

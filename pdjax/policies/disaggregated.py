@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, require_positive
+from pdjax.policies.batching import fill_prefills, preempt_newest, require_positive
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, Action, Step, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
@@ -34,6 +34,8 @@ class Disaggregated(PolicyBase):
     require_positive(self, 'max_prefill_tokens', 'decode_steps')
 
   def decide(self, view: ClusterView) -> list[Action]:
+    if preempted := preempt_newest(view):
+      return [*preempted]
     room = view.room()
     transfers = self._transfers(view, room)
     prefills = self._prefills(view, room)

@@ -1,6 +1,6 @@
 """The loop and its bookkeeping."""
 
-from pdjax.serving.actions import ALL, Action, Cancel, Chunk, Reject, Step, Transfer, WakeAt
+from pdjax.serving.actions import ALL, Action, Cancel, Chunk, Preempt, Reject, Step, Transfer, WakeAt
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve
@@ -10,6 +10,6 @@ from pdjax.serving.view import ClusterView, Phase, RequestView, Room, WorkerView
 
 __all__ = [
   'ALL', 'Action', 'Arrivals', 'Backend', 'Cancel', 'Chunk', 'ClusterState', 'ClusterView', 'Event', 'Order', 'Phase',
-  'Policy', 'PolicyError', 'Reject', 'RequestView', 'Room', 'Step', 'StuckError', 'Transfer', 'WakeAt', 'WorkerView',
+  'Policy', 'PolicyError', 'Preempt', 'Reject', 'RequestView', 'Room', 'Step', 'StuckError', 'Transfer', 'WakeAt', 'WorkerView',
   'serve',
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from typing import Literal
 
 
 class All(enum.Enum):
@@ -64,6 +65,18 @@ class Reject:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Preempt:
+  """Take pages and slot from a request that decodes: it waits again, in its old place, with the tokens it has.
+
+  With 'recompute' its cached tokens are computed anew when it begins again. That counts as no fault; how often one
+  request may be preempted, `ServingConfig.max_preemptions` says.
+  """
+
+  request: str
+  how: Literal['recompute'] = 'recompute'
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Abandon:
   """Give up a transfer under way, by the id of its order. The state itself asks for it; a policy need not."""
 
@@ -88,4 +101,4 @@ class WakeAt:
   at_s: float
 
 
-Action = Step | Transfer | Cancel | Reject | Abandon | Resend | WakeAt
+Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | WakeAt

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
-from pdjax.serving.events import Delivered, Finished
-from pdjax.serving.orders import Order, TransferOrder
+from pdjax.serving.events import Delivered, Finished, Preempted
+from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
@@ -51,6 +51,10 @@ class Books:
     timers: The times at which something is due.
     transfers: Every transfer in flight, and those to be tried again.
     idle_wakes: Times in a row that the policy was woken and nothing else happened.
+    pages_ahead: Pages that a sequence takes ahead of its tokens as it grows; None takes all that it may ever need.
+    max_preemptions: Most times that a request is preempted; from then on it takes all pages that it may ever need.
+    growing: Workers where sequences may take more pages than they have.
+    preempted: Requests that were preempted since the loop last took them.
   """
 
   def __init__(
@@ -62,12 +66,16 @@ class Books:
     faults: FaultSpec,
     *,
     finds_stops: bool,
+    pages_ahead: int | None = None,
+    max_preemptions: int = 0,
   ):
     """Open them with every page free; see `ClusterState`."""
     self.model = model
     self.transfer = transfer
     self.faults = faults
     self.finds_stops = finds_stops
+    self.pages_ahead = pages_ahead
+    self.max_preemptions = max_preemptions
     self.now_s = 0.0
     self.workers: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
@@ -97,6 +105,8 @@ class Books:
     self.timers = Timers()
     self.transfers = Transfers(self.timers, transfer.deadline_s, faults)
     self.idle_wakes = 0
+    self.growing: dict[str, None] = {}
+    self.preempted: list[Preempted] = []
     self._next_order = 0
     self._next_number = 0
 
@@ -106,7 +116,9 @@ class Books:
     if not isinstance(spec.num_pages, int):
       raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
     pages = PlacePages(PoolSpecs.of(self.model, spec), spec)
-    holdings = self.holdings[spec.name] = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes)
+    grows = self.pages_ahead is not None
+    holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, grows=grows)
+    self.holdings[spec.name] = holdings
     self.workers[spec.name] = WorkerState(spec, holdings)
 
   def _check_staging(self) -> None:
@@ -144,9 +156,11 @@ class Books:
     """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it."""
     holdings = self.holdings[worker.name]
     own = entry.own_pages(holdings.pages.pools, decodes=decodes)
-    entry.pages[worker.name] = holdings.pages.take(own)
+    taken = holdings.pages.take(own)
     if not decodes:
+      entry.pages[worker.name] = taken
       return
+    entry.hold(worker.name, taken, holdings.pages.pools)
     entry.target, entry.slot = worker.name, holdings.slots.popleft()
     for other in entry.followers.values():
       self._reserve_beside(entry, other, own, worker)
@@ -164,7 +178,7 @@ class Books:
     }
     holdings.pages.hold(shared)
     holdings.pages.hold(copied)  # until they are copied, whatever becomes of their holder
-    other.pages[worker.name] = {name: (*shared[name], *new[name]) for name in own}
+    other.hold(worker.name, {name: (*shared[name], *new[name]) for name in own}, holdings.pages.pools)
     other.copies = {name: tuple(zip(copied[name], new[name], strict=False)) for name in own}
     other.target, other.slot = worker.name, holdings.slots.popleft()
 
@@ -173,7 +187,7 @@ class Books:
     if entry.copies:
       assert entry.target is not None
       copied = {name: [source for source, _ in pairs] for name, pairs in entry.copies.items()}
-      self.holdings[entry.target].pages.drop(copied)
+      self.drop(entry.target, copied)
       entry.copies = {}
 
   def release_slot(self, entry: RequestState) -> None:
@@ -190,7 +204,17 @@ class Books:
       self.release_slot(entry)
       entry.target = None
     if worker in entry.pages:
-      self.holdings[worker].pages.drop(entry.pages.pop(worker))
+      self.drop(worker, entry.pages.pop(worker))
+
+  def drop(self, worker: str, pages: PageNumbers) -> None:
+    """Let go of pages on a worker, where sequences may grow into them."""
+    self.holdings[worker].pages.drop(pages)
+    self.may_grow(worker)
+
+  def may_grow(self, worker: str) -> None:
+    """Have sequences on a worker look for pages before anything else takes them."""
+    if self.pages_ahead is not None:
+      self.growing[worker] = None
 
   def hold(self, order: TransferOrder) -> None:
     """Take the pages and staging that a transfer holds until it has ended."""
@@ -203,8 +227,8 @@ class Books:
   def let_go(self, order: TransferOrder) -> None:
     """Give back the pages and staging that a transfer held."""
     source, target = self.holdings[order.source], self.holdings[order.target]
-    source.pages.drop({order.span.kind: order.span.source_pages})
-    target.pages.drop({order.span.kind: order.span.target_pages})
+    self.drop(order.source, {order.span.kind: order.span.source_pages})
+    self.drop(order.target, {order.span.kind: order.span.target_pages})
     source.staging_out.give_back(order.num_bytes)
     target.staging_in.give_back(order.num_bytes)
     self.staging_freed = bool(self.due)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
-from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Preempt, Reject, Resend, Step, Transfer, WakeAt
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
 from pdjax.types.request import MAX_STOP_TOKENS
@@ -12,7 +12,7 @@ from pdjax.types.request import MAX_STOP_TOKENS
 MOST_IDLE_ANSWERS = 10_000  # of one turn
 MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
-_ACTIONS = (Step, Transfer, Cancel, Reject, Abandon, Resend, WakeAt)
+_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, WakeAt)
 
 
 class PolicyError(RuntimeError):
@@ -50,7 +50,7 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
     if not workers:
       lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
       return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
-    needs = {w.name: view.pages_needed(request.id, w.name, decodes=decodes) for w in workers}
+    needs = {w.name: view.most_pages(request.id, w.name, decodes=decodes) for w in workers}
     roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
     if not roomy:
       largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
@@ -90,7 +90,10 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     PolicyError: if it is no sequence of actions.
   """
   answer = policy.decide(view)
-  name, expected = f'policy {type(policy).__name__}', 'expected a list of Step, Transfer, Cancel, Reject or WakeAt'
+  name, expected = (
+    f'policy {type(policy).__name__}',
+    'expected a list of Step, Transfer, Cancel, Reject, Preempt or WakeAt',
+  )
   if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
   actions = list(answer if isinstance(answer, Sized) else itertools.islice(answer, MOST_YIELDED + 1))
@@ -166,6 +169,11 @@ def check_step(view: ClusterView, step: Step) -> list[str]:
     for name, entry in [(name, find_request(view, step, name)) for name in decodes]:
       if name not in worker.decoding or entry.tokens_left < 1:
         raise PolicyError(f'{step!r}: request {name!r} has nothing to decode on worker {worker.name!r}.')
+      if not entry.can_step:
+        raise PolicyError(
+          f'{step!r}: request {name!r} has no page for its next token on worker {worker.name!r}; wait for one, or '
+          'preempt another.'
+        )
   if not step.chunks and not decodes:
     raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
   if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(decodes)):

@@ -215,6 +215,23 @@ class WorkerBack:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Preempted:
+  """A policy took a request's pages and slot; it waits again.
+
+  Attributes:
+    now_s: The time of the turn.
+    request: The request.
+    worker: The worker on which it decoded.
+    tokens: Cached tokens that are computed anew when it begins again, those of steps under way not counted.
+  """
+
+  now_s: float
+  request: str
+  worker: str
+  tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
   """A request ended, for whatever reason; `tokens` are all it got."""
 
@@ -260,6 +277,7 @@ Event = (
   | TimerDue
   | WorkerLost
   | WorkerBack
+  | Preempted
   | Finished
   | Occupancy
 )

@@ -23,7 +23,7 @@ def arrive(books: Books, request: Request) -> None:
   """
   context_len = books.model.context_len
   limit = max(request.token_limit(context_len), 1)
-  entries = {sample.id: RequestState(sample, limit) for sample in request.samples()}
+  entries = {sample.id: RequestState(sample, limit, pages_ahead=books.pages_ahead) for sample in request.samples()}
   for name in entries:
     if name in books.requests or name in books.samples:
       raise ValueError(f'request {name!r} is being served already; ids must be unique.')
@@ -50,7 +50,8 @@ def arrive(books: Books, request: Request) -> None:
 
 def file(queue: dict[str, RequestState], entry: RequestState) -> None:
   """Put a request into a queue; one that was begun again before those that came after it."""
-  later = [] if entry.attempts == 1 else [other for other in queue.values() if other.number > entry.number]
+  is_new = entry.attempts == 1 and not entry.preemptions
+  later = [] if is_new else [other for other in queue.values() if other.number > entry.number]
   queue[entry.request.id] = entry
   for other in later:
     queue[other.request.id] = queue.pop(other.request.id)
@@ -97,6 +98,7 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
   if entry.phase is not Phase.DECODING:
     enter(entry, Phase.DECODING)
     books.holdings[entry.target].decoding[entry.request.id] = entry
+    books.may_grow(entry.target)
   if entry.worker is not None and entry.worker != entry.target:
     books.leave(entry, entry.worker)
 
@@ -126,7 +128,7 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():
-    books.holdings[place].pages.drop(pages)
+    books.drop(place, pages)
   entry.pages = {}
   books.release_copied(entry)
   books.release_slot(entry)

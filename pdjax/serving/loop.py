@@ -108,6 +108,7 @@ def serve(
       num_started = 0
       for action in actions:
         orders = state.start(action)
+        yield from state.take_preempted()
         backend.submit(orders)
         num_started += len(orders)
         for order in orders:

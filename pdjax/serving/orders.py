@@ -8,6 +8,7 @@ from pdjax.types.span import Span
 
 PageNumbers = Mapping[str, tuple[int, ...]]  # by cache kind
 PageCopies = Mapping[str, tuple[tuple[int, int], ...]]  # (from, into) by cache kind
+PageGrowth = Mapping[str, tuple[int, tuple[int, ...]]]  # (place of the first in the sequence, numbers) by cache kind
 
 MAX_ORDERS = 2  # steps in flight on one worker: one that runs, one that is ready
 
@@ -67,12 +68,16 @@ class Admission:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeOrder:
-  """A decoding sequence: its slot, the most tokens it has cached when the step begins, and what is new in the slot."""
+  """A decoding sequence: its slot, the most tokens it has cached when the step begins, and what is new in the slot.
+
+  `growth` are pages that it got since its last order.
+  """
 
   request: str
   slot: int
   context: int
   admission: Admission | None = None
+  growth: PageGrowth = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

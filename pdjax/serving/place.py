@@ -21,15 +21,19 @@ class Holdings:
     steps: Steps in flight with the ids of their orders, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
+    wanted: Pages, by cache kind, that these would take if they were free.
+    grows: Whether sequences take pages as they grow, and not all at once.
   """
 
-  def __init__(self, pages: PlacePages, num_slots: int, staging_bytes: int):
+  def __init__(self, pages: PlacePages, num_slots: int, staging_bytes: int, *, grows: bool = False):
     self.pages = pages
+    self.grows = grows
     self.slots = deque(range(num_slots))
     self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
     self.steps: deque[tuple[int, Step]] = deque()
     self.prefilling: dict[str, RequestState] = {}
     self.decoding: dict[str, RequestState] = {}
+    self.wanted: dict[str, int] = {}
 
 
 class WorkerState:
@@ -92,5 +96,15 @@ class WorkerState:
     return len(self._holdings.slots)
 
   def decodable(self) -> list[str]:
-    """Sequences that another decode step can bring a token."""
+    """Sequences that another decode step can bring a token, and that have a page for it."""
+    if self._holdings.grows:
+      return [name for name, entry in self._holdings.decoding.items() if entry.can_step]
     return [name for name, entry in self._holdings.decoding.items() if entry.tokens_left > 0]
+
+  @property
+  def is_short(self) -> bool:
+    """Whether sequences here would decode and none can, for want of pages, and no step is under way that may free some."""
+    decoding = self._holdings.decoding.values()
+    if not self._holdings.grows or self._holdings.steps or any(entry.can_step for entry in decoding):
+      return False
+    return any(entry.tokens_left > 0 for entry in decoding)

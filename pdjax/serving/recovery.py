@@ -1,14 +1,16 @@
 """Recovery: deadlines and lost places, and how a request begins again without what was lost."""
 
-from pdjax.serving.actions import Resend
+from pdjax.serving.actions import Preempt, Resend
 from pdjax.serving.books import Books
-from pdjax.serving.events import TimerDue, WorkerBack, WorkerLost
+from pdjax.serving.checks import PolicyError, find_request
+from pdjax.serving.events import Preempted, TimerDue, WorkerBack, WorkerLost
 from pdjax.serving.lifecycle import file, finish, finish_all, refuse_unfit, settle, unschedule
 from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.requests import Phase, RequestState, enter
 from pdjax.serving.sending import transfer_ended
 from pdjax.serving.steps import step_ended
 from pdjax.serving.tasks import abandon, give_up
+from pdjax.serving.view import ClusterView
 
 
 def look_again(books: Books) -> None:
@@ -166,6 +168,34 @@ def _restart(books: Books, entry: RequestState, error: str) -> None:
     begin_again(books, one)
 
 
+def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Order, ...]:
+  """Have a request that decodes wait again, without its pages.
+
+  Raises:
+    PolicyError: if it does not decode, or was preempted as often as one may be.
+  """
+  find_request(view, action, action.request)
+  entry = books.requests[action.request]
+  if action.how != 'recompute':
+    raise PolicyError(f"{action!r}: how is {action.how!r}, expected 'recompute'.")
+  if entry.phase is not Phase.DECODING:
+    raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a decoding one can be preempted.')
+  if entry.preemptions >= books.max_preemptions:
+    raise PolicyError(
+      f'{action!r}: it was preempted {entry.preemptions} times, and max_preemptions is {books.max_preemptions}; preempt '
+      'another, or raise that.'
+    )
+  assert entry.target is not None
+  books.preempted.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + len(entry.tokens) - 1))
+  entry.preemptions += 1
+  if entry.preemptions == books.max_preemptions:
+    entry.pages_ahead = None  # so that it ends the next time
+  unschedule(books, entry)
+  enter(entry, Phase.RESTARTING)
+  begin_again(books, entry)
+  return ()
+
+
 def begin_again(books: Books, entry: RequestState) -> None:
   """Let a request wait like one that has just come, in its old place, once no order is about it any more."""
   name = entry.request.id
@@ -176,6 +206,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.steps_in_flight = None, 0, 0, {}, 0
   entry.computed = entry.admitted = False
+  entry.growth = {}
   entry.delivered = tuple(entry.tokens)
   enter(entry, Phase.WAITING)
   if not refuse_unfit(books, entry):

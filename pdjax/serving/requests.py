@@ -61,7 +61,11 @@ class RequestState:
       further sample of a prompt.
     samples: The samples of its prompt, if there are several.
     delivered: The tokens it had when it was last begun again.
-    attempts: Times it was begun, this one counted.
+    attempts: Times it was begun, this one counted, but for those after it was preempted.
+    preemptions: Times it was preempted.
+    pages_ahead: Pages that it takes ahead of its tokens as it grows; None takes all that it may ever need.
+    reach: Tokens for which it has pages where it decodes.
+    growth: Pages that it got since its last order, by cache kind: the place of the first in the sequence, and all.
     number: Its position in the order of arrival.
     prompt_len: Tokens of its prompt.
   """
@@ -86,6 +90,10 @@ class RequestState:
   samples: 'Samples | None' = dataclasses.field(default=None, repr=False)
   delivered: tuple[int, ...] = ()
   attempts: int = 1
+  preemptions: int = 0
+  pages_ahead: int | None = None
+  reach: int = 0
+  growth: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
   number: int = 0
   prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly
 
@@ -108,6 +116,21 @@ class RequestState:
     return self.limit - len(self.tokens) - self.steps_in_flight
 
   @property
+  def most_tokens(self) -> int:
+    """Most tokens that it may have cached: all but its last."""
+    return self.prompt_len + self.limit - 1
+
+  @property
+  def next_tokens(self) -> int:
+    """Tokens that are cached once one more step behind those under way has ended."""
+    return self.prompt_len + len(self.tokens) + self.steps_in_flight
+
+  @property
+  def can_step(self) -> bool:
+    """Whether another decode step can bring it a token, and it has a page for that."""
+    return self.tokens_left > 0 and self.next_tokens <= self.reach
+
+  @property
   def followers(self) -> 'dict[str, RequestState]':
     """Samples that wait for the prompt which this one carries, by id; none if it carries none for others."""
     return self.samples.following if self.samples is not None and self.samples.carrier is self else {}
@@ -118,8 +141,21 @@ class RequestState:
     return 1 + len(self.followers)
 
   def own_pages(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
-    """Pages of each cache kind for this one sequence: for its prompt, or for all its tokens but the last."""
-    return pools.pages_for(self.prompt_len + self.limit - 1 if decodes else self.prefill_len)
+    """Pages of each cache kind that this one sequence takes when it begins.
+
+    They are for its prompt and, with `decodes`, for all its tokens but the last, or for as many as it takes ahead.
+    """
+    return self.pages_ahead_of(pools, self.prefill_len + 1) if decodes else pools.pages_for(self.prefill_len)
+
+  def pages_ahead_of(self, pools: PoolSpecs, tokens: int) -> dict[str, int]:
+    """Pages of each cache kind that it is to have while it decodes and has so many tokens."""
+    most = self.most_tokens
+    return pools.pages_for(most) if self.pages_ahead is None else pools.pages_ahead_of(tokens, self.pages_ahead, most)
+
+  def hold(self, worker: str, pages: PageNumbers, pools: PoolSpecs) -> None:
+    """Note its pages where it decodes."""
+    self.pages[worker] = pages
+    self.reach = pools.tokens_in({kind: len(numbers) for kind, numbers in pages.items()}, self.most_tokens)
 
   def shared_pages(self, pool: PoolSpec) -> int:
     """Pages of a cache kind that samples share: all before that of the prompt's last token, which each of them writes.
@@ -131,9 +167,16 @@ class RequestState:
   def pages_needed(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
     """As `own_pages`, those of the samples that follow it counted too: all but those that they share."""
     own = self.own_pages(pools, decodes=decodes)
-    if decodes and self.followers:
-      for name, pool in pools.by_kind.items():
-        own[name] += len(self.followers) * (own[name] - self.shared_pages(pool))
+    return self._with_followers(own, pools) if decodes and self.followers else own
+
+  def most_pages(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
+    """As `pages_needed`, for all tokens that it may ever have, whatever it takes ahead."""
+    own = pools.pages_for(self.most_tokens if decodes else self.prefill_len)
+    return self._with_followers(own, pools) if decodes and self.followers else own
+
+  def _with_followers(self, own: dict[str, int], pools: PoolSpecs) -> dict[str, int]:
+    for name, pool in pools.by_kind.items():
+      own[name] += len(self.followers) * (own[name] - self.shared_pages(pool))
     return own
 
 

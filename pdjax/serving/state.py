@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-from pdjax.serving import lifecycle, recovery, sending, steps, tasks
-from pdjax.serving.actions import Abandon, Action, Cancel, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving import growth, lifecycle, recovery, sending, steps, tasks
+from pdjax.serving.actions import Abandon, Action, Cancel, Preempt, Reject, Resend, Step, Transfer, WakeAt
 from pdjax.serving.books import Books
 from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
 from pdjax.serving.events import (
@@ -15,6 +16,7 @@ from pdjax.serving.events import (
   Failed,
   Finished,
   Occupancy,
+  Preempted,
   Result,
   TimerDue,
   Withdrawn,
@@ -54,6 +56,8 @@ class ClusterState:
     *,
     finds_stops: bool = True,
     faults: FaultSpec = FaultSpec(),
+    pages_ahead: int | Literal['all'] = 'all',
+    max_preemptions: int = 8,
   ):
     """Start with every page free.
 
@@ -64,12 +68,17 @@ class ClusterState:
       transfer: The settings of transfers; with `granularity='auto'` and no `layers_from`, chunk by chunk.
       finds_stops: Whether the backend finds stop strings; requests that have some are refused otherwise.
       faults: The answers to failures.
+      pages_ahead: Pages that a sequence takes ahead of its tokens as it grows, or 'all' that it may ever need.
+      max_preemptions: Most times that one request is preempted.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
         no page of a prefill worker.
     """
-    self.books = Books(model, workers, page_size, transfer, faults, finds_stops=finds_stops)
+    self.books = Books(
+      model, workers, page_size, transfer, faults, finds_stops=finds_stops,
+      pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
+    )  # fmt: skip
     self.view = ClusterView(self.books)
     self._uses = dict.fromkeys(self.workers, (0, 0))
     self._num_waiting = 0
@@ -112,6 +121,11 @@ class ClusterState:
     """The results that reached their requests since the last call."""
     delivered, self.books.delivered = tuple(self.books.delivered), []
     return delivered
+
+  def take_preempted(self) -> tuple[Preempted, ...]:
+    """The requests that were preempted since the last call."""
+    preempted, self.books.preempted = tuple(self.books.preempted), []
+    return preempted
 
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
@@ -187,8 +201,14 @@ class ClusterState:
         counts = recovery.come_back(books, event)
       case Withdrawn(request):
         lifecycle.withdraw(books, request)
-    recovery.look_again(books)
+    self._look_again()
     return counts
+
+  def _look_again(self) -> None:
+    """Put everyone where they belong now, and let those that decode have the pages that they want before others."""
+    recovery.look_again(self.books)
+    if self.books.growing:
+      growth.grow(self.books)
 
   def _done(self, event: Done) -> bool:
     books = self.books
@@ -270,17 +290,19 @@ class ClusterState:
         orders = (tasks.start_abandon(books, action),)
       case Resend():
         orders = (tasks.start_resend(books, action),)
+      case Preempt():
+        orders = recovery.start_preempt(books, self.view, action)
       case WakeAt():
         orders = self._wake_at(action)
       case _:
-        raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel, Reject or WakeAt.')
+        raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel, Reject, Preempt or WakeAt.')
     for order in orders:
       books.in_flight[order.id] = order
       if isinstance(order, TransferOrder) and books.transfers.get(order.id) is None:
         books.transfers.begin(order, 1, books.now_s, waits=order.after in books.in_flight)
     if orders:
       books.idle_wakes = 0
-    recovery.look_again(books)
+    self._look_again()
     return orders
 
   def _wake_at(self, action: WakeAt) -> tuple[Order, ...]:

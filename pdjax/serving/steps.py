@@ -29,6 +29,9 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
   steps = step.steps
   if steps > 1 and not any(entry.tokens_left >= steps for entry in decodes):  # mostly the first has as many left
     steps = max(entry.tokens_left for entry in decodes)
+  if books.pages_ahead is not None and decodes:
+    steps, decodes = _within_reach(decodes, steps)
+    books.may_grow(worker.name)
   decode_orders = _start_decodes(books, decodes, steps)
   order = StepOrder(step_id, worker.name, tuple(chunk_orders), decode_orders, steps, worker.incarnation, groups)
   books.holdings[worker.name].steps.append((step_id, step))
@@ -56,8 +59,20 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
       enter(entry, Phase.DECODING)
       entry.admitted, slot = True, entry.slot
       holdings.decoding[chunk.request] = entry
+      books.may_grow(worker.name)
   pages, limit = entry.pages[worker.name], books.true_limit(entry)
+  entry.growth = {}
   return ChunkOrder(entry.request, chunk.start, chunk.length, pages, limit, slot, entry.delivered)
+
+
+def _within_reach(decodes: list[RequestState], steps: int) -> tuple[int, list[RequestState]]:
+  """As many of the steps as some sequence has pages for, and the sequences that have: the others wait."""
+
+  def ahead(entry: RequestState) -> int:  # steps that it has pages for; none are written past its last token
+    return steps if entry.reach >= entry.most_tokens else entry.reach + 1 - entry.next_tokens
+
+  steps = min(steps, max(map(ahead, decodes)))
+  return steps, [entry for entry in decodes if ahead(entry) >= steps]
 
 
 def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tuple[DecodeOrder, ...]:
@@ -69,9 +84,14 @@ def _start_decodes(books: Books, decodes: list[RequestState], steps: int) -> tup
       entry.admitted = True
       pages, limit = entry.pages[entry.target], books.true_limit(entry)
       admission = Admission(entry.request, pages, tuple(entry.tokens), limit, entry.copies)
+      entry.growth = {}
       books.release_copied(entry)  # whatever is written there from now on is written after the copy
     context = entry.prompt_len + len(entry.tokens) + entry.steps_in_flight - 1
-    orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
+    if entry.growth:
+      orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission, entry.growth))
+      entry.growth = {}
+    else:
+      orders.append(DecodeOrder(entry.request.id, entry.slot, context, admission))
     entry.steps_in_flight += steps
   return tuple(orders)
 
@@ -82,6 +102,7 @@ def step_ended(books: Books, order: StepOrder) -> None:
   first, _ = books.holdings[worker.name].steps.popleft()
   assert first == order.id, f'order {order.id} of {worker.name!r} ended before order {first}'
   books.transfers.step_ended(order.id, books.now_s)
+  books.may_grow(worker.name)
   for chunk in order.chunks:
     worker.queued_tokens -= chunk.length
     if chunk.is_last and (entry := books.requests.get(chunk.request.id)):

@@ -67,6 +67,14 @@ class RequestView(Protocol):
     """Tokens that may still be asked for, those under way not counted."""
 
   @property
+  def can_step(self) -> bool:
+    """Whether another decode step can bring it a token, and it has a page for that."""
+
+  @property
+  def preemptions(self) -> int:
+    """Times it was preempted."""
+
+  @property
   def computed(self) -> bool:
     """Whether its whole prompt is computed."""
 
@@ -155,7 +163,11 @@ class WorkerView(Protocol):
     """Whether nobody waits for it to come back any more."""
 
   def decodable(self) -> list[str]:
-    """Sequences that another decode step can bring a token."""
+    """Sequences that another decode step can bring a token, and that have a page for it."""
+
+  @property
+  def is_short(self) -> bool:
+    """Whether sequences here would decode and none can, for want of pages, and no step is under way that may free some."""
 
 
 class Room:
@@ -192,7 +204,11 @@ class Room:
     if decodes and self._view.slots_needed(request) > self.slots(worker):
       return False
     needed = self._view.kind_pages_needed(request, worker, decodes=decodes)
-    return self._place_pages(worker).fits(needed, self._pages.get(worker))
+    holdings = self._view._books.holdings[worker]
+    taken = self._pages.get(worker)
+    if holdings.wanted:  # by those that decode there
+      taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
+    return holdings.pages.fits(needed, taken)
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
@@ -276,13 +292,31 @@ class ClusterView:
     return Room(self)
 
   def pages_needed(self, request: str, worker: str, *, decodes: bool) -> int:
-    """Pages of a worker for the prompt, and with `decodes` for all the tokens it may generate but the last.
+    """Pages of a worker that a request takes when it begins there.
+
+    They are for the prompt and, with `decodes`, for all the tokens it may generate but the last, or for those that it
+    takes pages ahead for.
 
     With further samples that follow it, theirs too: all but those of the prompt's full pages. Of several cache kinds,
     the memory for all of them in whole pages.
     """
     pools = self._books.holdings[worker].pages.pools
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
+
+  def most_pages(self, request: str, worker: str, *, decodes: bool) -> int:
+    """As `pages_needed`, for all tokens that it may ever have, whatever it takes ahead of them."""
+    pools = self._books.holdings[worker].pages.pools
+    return pools.whole_pages(self._books.requests[request].most_pages(pools, decodes=decodes))
+
+  @property
+  def grows(self) -> bool:
+    """Whether sequences take pages as they grow, so that they may come to lack some."""
+    return self._books.pages_ahead is not None
+
+  @property
+  def max_preemptions(self) -> int:
+    """Most times that one request is preempted."""
+    return self._books.max_preemptions
 
   def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> dict[str, int]:
     """As `pages_needed`, by cache kind."""

@@ -71,6 +71,18 @@ class PoolSpecs:
     """Pages of each kind for a sequence of so many tokens."""
     return {name: pool.num_pages(tokens) for name, pool in self.by_kind.items()}
 
+  def pages_ahead_of(self, tokens: int, ahead: int, most: int) -> dict[str, int]:
+    """Pages of each kind for a sequence of so many tokens that may have `most`, and so many more for what is to come."""
+    return {name: pool.num_pages(min(tokens + ahead * pool.page_size, most)) for name, pool in self.by_kind.items()}
+
+  def tokens_in(self, pages: Mapping[str, int], most: int) -> int:
+    """The tokens of a sequence of up to `most` for which so many pages of each kind suffice."""
+    found = most
+    for name, pool in self.by_kind.items():
+      if pages[name] < pool.num_pages(most):
+        found = min(found, pages[name] * pool.page_size)
+    return found
+
   def device_bytes(self, pages: Mapping[str, int]) -> int:
     """Bytes on each device of so many pages of each kind."""
     return sum(count * self.by_kind[name].device_bytes for name, count in pages.items())

@@ -175,6 +175,7 @@ class Worker:
     out = self.program(program.name)(*[part.of(self) for part in program.takes], *arguments)
     if not isinstance(out, tuple):
       out = (out,)
+    assert len(out) >= len(program.gives_back), f'{program.name} gives back {len(out)} parts'
     for part, new in zip(program.gives_back, out, strict=False):
       part.put(self, new)
     return out[len(program.gives_back) :]
@@ -297,6 +298,7 @@ class Worker:
   def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
     """Fill slots with sequences that arrive, and follow them."""
     for slot, admission in admitted:
+      assert admission.copies.keys() <= {KV}, 'no other kind is copied here'
       for pair in admission.copies.get(KV, ()):
         self.run(Copy(), *map(np.int32, pair))
       self.followed.follow(admission.request, admission.tokens, admission.limit)

@@ -87,6 +87,11 @@ class WorkerState:
     return self._holdings.pages.used_bytes
 
   @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+    return self._holdings.pages.num_bytes
+
+  @property
   def free_slots(self) -> int:
     """Slots in which no sequence stands."""
     return len(self._holdings.slots)

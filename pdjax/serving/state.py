@@ -150,7 +150,7 @@ class ClusterState:
       return
     decoder = books.decode_workers[0].name
     waits = ', '.join(
-      f'{name} ({entry.phase.value}, {view.pages_needed(name, decoder, decodes=True)} pages)'
+      f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
       for name, entry in list(books.requests.items())[:8]
     )
     free = ', '.join(f'{worker.name} {worker.free_pages}/{worker.num_pages}' for worker in self.workers.values())

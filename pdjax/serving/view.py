@@ -115,6 +115,10 @@ class WorkerView(Protocol):
     """Bytes of the cache that somebody holds, over all devices, copies counted once."""
 
   @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+
+  @property
   def free_slots(self) -> int:
     """Slots in which no sequence stands."""
 
@@ -283,6 +287,20 @@ class ClusterView:
     """
     pools = self._books.holdings[worker].pages.pools
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
+
+  def could_fit(self, request: str, worker: str, *, decodes: bool) -> bool:
+    """Whether a worker has as many pages in all as the request needs there, free or not."""
+    needed = self.kind_pages_needed(request, worker, decodes=decodes)
+    return self._books.holdings[worker].pages.could_fit(needed)
+
+  def capacity(self, worker: str) -> str:
+    """The pages of a worker in words, of each cache kind if there are several."""
+    return self._books.holdings[worker].pages.capacity
+
+  def describe_pages(self, request: str, worker: str, *, decodes: bool) -> str:
+    """The pages of a worker that the request needs, in words, of each cache kind if there are several."""
+    pools = self._books.holdings[worker].pages.pools
+    return pools.describe(self.kind_pages_needed(request, worker, decodes=decodes))
 
   def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> dict[str, int]:
     """As `pages_needed`, by cache kind."""

@@ -14,14 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pdjax.model.checkpoint import Checkpoint, open_checkpoint
+from pdjax.model.checkpoint.names import name_in
 from pdjax.types import ModelSpec
-
-_NAMES = {
-  'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
-  'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj', 'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
-  'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
-  'embed': 'model.embed_tokens', 'final_norm': 'model.norm', 'unembed': 'lm_head',
-}  # fmt: skip
 
 
 def missing() -> list[str]:
@@ -117,8 +111,7 @@ def _load(checkpoint: Checkpoint, attention: str):
     if tensor.ndim > 1 and name != 'embed':  # ours keep inputs first
       outputs, inputs = shape
       tensor = tensor.reshape(inputs, outputs).T
-    head, kind = name.rpartition('.')[::2]
-    tensors[f'{f"model.{head}." if head else ""}{_NAMES[kind]}.weight'] = torch.tensor(tensor, dtype=torch.float32)
+    tensors[name_in('safetensors', name)] = torch.tensor(tensor, dtype=torch.float32)
   if spec.tied_embeddings:
     tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
   model.load_state_dict(tensors, assign=True)

@@ -42,8 +42,8 @@ class ServingConfig:
       simulation it is what the chip of `cost` is fastest in, and bfloat16 if it has none.
     kv_dtype: Of cached keys and values, of workers that have no `kv_dtype` of their own; None is `dtype`.
     max_context: Longest sequence; None is the model's own.
-    pages_ahead: Pages that a decoding sequence takes ahead of its tokens as it grows; 'all' takes at once all that it may
-      ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
+    pages_ahead: Pages that a decoding sequence takes ahead of its tokens as it grows; 'all' takes at once all that it
+      may ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
     max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
     transfer: The way of KV between workers.
     faults: The remedies for requests when a transfer or a worker fails.

@@ -21,7 +21,9 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
   if config.dtype == 'auto':
     named = {worker.name for worker in config.workers if worker.weights is not None}
     left = {name: of_worker for name, of_worker in kinds.items() if name not in named}
-    config = dataclasses.replace(config, dtype=_fastest(left or kinds))
+    (first, *_) = config.workers  # whose weights the run counts as its own where every worker names some
+    dtype = _fastest(left) if left or first.weights is None else first.weights
+    config = dataclasses.replace(config, dtype=dtype)
   for worker in config.cluster:
     for kind in kinds.get(worker.name, ()):
       if kind.lacks_bfloat16 and 'bfloat16' in (worker.weights, worker.kv_dtype):

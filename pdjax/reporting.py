@@ -51,7 +51,7 @@ def make_report(
     events,
     workers=built.workers,
     slo=config.slo,
-    notes=notes,
+    notes=(*notes, *_rate_notes(config, built)),
     config=describe(served),
     environment=environment,
     seed=config.seed if workload.seed is None else workload.seed,
@@ -65,6 +65,16 @@ def make_report(
     calibrated=warm_up is not None or as_cost(config.cost).calibrated,
     generated_texts={one.request.id: one.text for one in completions if one.text is not None},
   )
+
+
+def _rate_notes(config: ServingConfig, built: Built) -> list[str]:
+  """A sentence if simulated workers compute in another dtype than that of their chip's rates."""
+  chip = as_cost(config.cost).chip
+  others = [worker for worker in built.workers if chip is not None and worker.weights not in (None, chip.dtype)]
+  if built.warm_up is not None or chip is None or not others:
+    return []
+  own = ', '.join(f'{worker.name} {worker.weights}' for worker in others)
+  return [f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({own}).']
 
 
 def save_report(report: Report, workdir: str | pathlib.Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.types.checks import is_number
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
 
@@ -72,6 +73,7 @@ class Simulator:
           [decode.context for decode in order.decodes],
           order.steps,
         )
+        self._check_seconds(seconds, 'step_seconds')
         if order.layer_groups:  # a program for each, and one before and after them
           seconds += (1 + len(order.layer_groups)) * self._cost.dispatch_s
         began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
@@ -80,11 +82,19 @@ class Simulator:
       case TransferOrder():
         source, target = self._workers[order.source], self._workers[order.target]
         seconds = self._cost.transfer_seconds(self._model, source, target, order.num_bytes)
+        self._check_seconds(seconds, 'transfer_seconds')
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
       case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
         self._ends_s[order.id] = now_s = self._now_s
         self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
+
+  def _check_seconds(self, seconds: float, method: str) -> None:
+    """Raise ValueError unless a cost model's answer is a time that ends."""
+    if not is_number(seconds) or not 0 <= seconds < math.inf:
+      raise ValueError(
+        f'{self._cost.name}.{method} answered {seconds!r}, expected seconds: a finite number, not below 0.'
+      )
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move the clock to the next end, or to `until_s` if that comes first."""

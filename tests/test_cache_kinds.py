@@ -218,3 +218,35 @@ def test_published_bytes_move_and_are_held(model, token_bytes, fixed_bytes):
   assert moved == most['prefill0'] == prompt_len * token_bytes + fixed_bytes
   cached = -(-(prompt_len + output_len - 1) // page_size) * page_size
   assert most['decode0'] == cached * token_bytes + fixed_bytes
+
+
+def test_kinds_leave_side_by_side_group_of_layers_by_group():
+  case = Case('two', 'layers')
+  orders = [
+    event.order for event in case.run() if isinstance(event, Started) and isinstance(event.order, TransferOrder)
+  ]
+  by_step: dict[int, list] = {}
+  for order in orders:
+    if order.after is not None and order.span.layers is not None:
+      by_step.setdefault(order.after, []).append((order.request, order.span.layers, order.span.kind))
+  several = 0
+  for sent in by_step.values():
+    for request in dict.fromkeys(name for name, _, _ in sent):
+      groups = [layers for name, layers, _ in sent if name == request]
+      assert groups == sorted(groups)
+      several += len(groups) > len(set(groups))
+  assert several > 5  # groups in which both kinds left
+
+
+def test_a_request_that_fits_by_its_bytes_but_not_by_the_pages_of_a_kind_is_refused():
+  kinds = (*SIX.cache, CacheKind('draft', (0,), (CacheArray('kv', (2, 2, 1), cut=1),), page_size=64))
+  model = dataclasses.replace(SIX, cache_kinds=kinds)
+  sizes = {'max_sequences': 8, 'max_step_tokens': 64, 'page_size': 16}
+  workers = prefill_pool(1, num_pages=16, **sizes) + decode_pool(1, num_pages=16, **sizes)
+  request = Request('a', (2,) * 20, SamplingParams(max_tokens=4, n=8))  # wants eight of four pages of the draft
+  state = ClusterState(model, workers, 16)
+  (finished,) = {
+    event.error for event in serve(Listed([request]), policy(), Simulator(model, workers, Roofline()), state)
+    if isinstance(event, Finished)
+  }  # fmt: skip
+  assert 'need 10 (kv 9, draft 8) pages' in finished and 'has 16 (kv 16, draft 4) in all' in finished

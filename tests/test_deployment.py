@@ -40,7 +40,7 @@ class Hourly:
   def step_seconds(self, model, worker, chunks, contexts, steps):
     return 3600.0
 
-  def transfer_seconds(self, model, source, target, tokens):
+  def transfer_seconds(self, model, source, target, num_bytes):
     return 60.0
 
 

@@ -98,6 +98,15 @@ def test_workers_with_weights_of_their_own_have_no_say_in_auto():
     settle_dtype(narrow, kinds('A100', 'T4'))
 
 
+def test_auto_is_what_the_first_worker_has_where_all_name_their_weights():
+  run = run_with(dtype='auto')
+  workers = [
+    dataclasses.replace(one, weights=name, kv_dtype=name)
+    for one, name in zip(run.workers, ('float16', 'bfloat16'), strict=True)
+  ]
+  assert settle_dtype(dataclasses.replace(run, workers=workers), kinds('V100', 'H100')).dtype == 'float16'
+
+
 def test_auto_is_refused_where_the_devices_of_one_worker_disagree():
   mixed = {'prefill0': [DeviceKind.of(DEVICES[name]) for name in ('T4', 'H100')], 'decode0': []}
   with pytest.raises(ValueError, match=r"'prefill0' runs on Tesla T4 .*, and worker 'prefill0' runs on NVIDIA H100"):

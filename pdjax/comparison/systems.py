@@ -1,6 +1,7 @@
 """The systems to compare: disaggregated splits and equal colocated divisions, with several sizes of a step."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -113,6 +114,7 @@ def colocated_systems(
   A division has `n / tp` workers of `tp` devices for every `tp` that divides the `n` devices and is legal for the
   model. The KV memory of the richest run is divided among them ('auto' stays 'auto'). Each takes steps as large as
   any worker of the runs does, and at least its share of the most decode slots, so that the baseline lacks nothing.
+  Where the weights of the runs' workers have several dtypes, it has each of them in turn.
 
   Args:
     configs: Disaggregated runs on equally many devices, of one workload.
@@ -136,6 +138,7 @@ def colocated_systems(
   decode_steps = min(as_policy(config.policy).decode_steps, fused)
   sizes = _budgets(configs, budgets)
   like = decodes[0]  # whose pages the baseline has
+  dtypes = list(dict.fromkeys(worker.weights for worker in (like, *workers)))  # each of which it has in turn
   systems, missing = [], {}
   for count in range(1, len(used) + 1):
     if len(used) % count:
@@ -150,7 +153,6 @@ def colocated_systems(
       continue
     pool = colocated_pool(
       count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype,
-      weights=like.weights,
       max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
       max_step_tokens=_largest_step(configs), max_chunks=max(worker.max_chunks for worker in prefills),
       max_fused_steps=fused,
@@ -159,10 +161,12 @@ def colocated_systems(
       pool = tuple(
         dataclasses.replace(worker, devices=tuple(used[i * tp : (i + 1) * tp])) for i, worker in enumerate(pool)
       )
-    for size in sizes:
+    for dtype, size in itertools.product(dtypes, sizes):
       policy = Colocated(token_budget=size, decode_steps=decode_steps)
-      here = dataclasses.replace(config, workers=pool, policy=policy)
-      systems.append(System(division, size, here, True, len(used)))
+      of_dtype = tuple(dataclasses.replace(worker, weights=dtype) for worker in pool)
+      here = dataclasses.replace(config, workers=of_dtype, policy=policy)
+      name = division if len(dtypes) == 1 else f'{division} {dtype or config.definite_dtype}'
+      systems.append(System(name, size, here, True, len(used)))
   return systems, missing
 
 

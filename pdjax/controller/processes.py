@@ -97,7 +97,7 @@ def build_processes(
     config = handshake.count_on(machines)
     specs = handshake.specs = _size_pools(config, model, machines)
     first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
-    chip = peers[first].ask('measure', config.dtype, config.precision)
+    chip = peers[first].ask('measure', specs[first].weights, specs[first].precision)
     link = handshake.measure_link(first, last)
     measured = time.perf_counter()
     on_cpu = machines[first].platform == 'cpu'
@@ -239,7 +239,7 @@ class Handshake:
       spec, incarnation, self._model, absolute_checkpoint(config.checkpoint), self.transfer, config.moves_kv, folder,
     )  # fmt: skip
     loaded = self._peers[name].ask('load', assignment)
-    check_worker(loaded.hello, spec)
+    check_worker(loaded.hello, spec, self._model)
     return loaded
 
   def admit(self, hellos: Sequence[Hello]) -> None:

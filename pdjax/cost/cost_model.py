@@ -1,6 +1,7 @@
 """The protocol of a cost model, which predicts times for a simulator or a policy."""
 
 import abc
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -57,10 +58,46 @@ class CostBase(CostModel):
   shared_host: bool = False
   dispatch_s: float = 0.0
 
+  @property
+  def name(self) -> str:
+    """Its class, for messages."""
+    return type(self).__name__
+
 
 def as_cost(cost: CostModel) -> CostBase:
-  """A cost model with all that `CostBase` says of one, where it is a class that has the two methods alone too."""
+  """A cost model with all that `CostBase` says of one, where it is a class that has the two methods alone too.
+
+  Raises:
+    ValueError: if it is none: it lacks a method, or one takes something else.
+  """
+  if not isinstance(cost, CostBase) or type(cost) not in _CHECKED:
+    _check(cost)
   return cost if isinstance(cost, CostBase) else _Completed(cost)
+
+
+_CHECKED: set[type] = set()
+_PARAMETERS = {
+  'step_seconds': ['model', 'worker', 'chunks', 'contexts', 'steps'],
+  'transfer_seconds': ['model', 'source', 'target', 'num_bytes'],
+}
+
+
+def _check(cost: Any) -> None:
+  """Raise ValueError unless it has the methods of a cost model, which take what that is told."""
+  if isinstance(cost, type):
+    raise ValueError(f'cost is the class {cost.__name__}, expected one of its objects; call it.')
+  for name, wanted in _PARAMETERS.items():
+    method = getattr(cost, name, None)
+    if not callable(method):
+      raise ValueError(f'cost is a {type(cost).__name__} without {name}, which a cost model must have; see CostModel.')
+    parameters = list(inspect.signature(method).parameters.values())
+    is_open = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters)
+    if not is_open and (found := [one.name for one in parameters])[: len(wanted)] != wanted:
+      raise ValueError(
+        f'{type(cost).__name__}.{name} takes {", ".join(found)}, expected {", ".join(wanted)}; see CostModel, which '
+        'is told of transfers in bytes (before, in tokens).'
+      )
+  _CHECKED.add(type(cost))
 
 
 class _Completed(CostBase):
@@ -70,6 +107,11 @@ class _Completed(CostBase):
     self._cost = cost
     for name in ('chip', 'calibrated', 'shared_host', 'dispatch_s'):
       setattr(self, name, getattr(cost, name, getattr(CostBase, name)))
+
+  @property
+  def name(self) -> str:
+    """The class of the user."""
+    return type(self._cost).__name__
 
   def step_seconds(self, *args: Any, **kwargs: Any) -> float:
     return self._cost.step_seconds(*args, **kwargs)

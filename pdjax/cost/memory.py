@@ -88,7 +88,10 @@ def size_pools(
     if worker.num_pages != 'auto':
       return worker
     if memory_bytes == float('inf'):
-      raise ValueError(f'the devices do not say how much memory they have; give worker {worker.name!r} a num_pages.')
+      raise ValueError(
+        f'nothing says how much memory the devices have (neither they nor the chip of a cost model); give worker '
+        f'{worker.name!r} a num_pages.'
+      )
     memories = [memory_of(device) for device in devices[worker.name]]
     free = min((memory_bytes - weights[one] - staging[one] - given.get(one, 0)) / automatic[one] for one in memories)
     fits = int(free / page_bytes[worker.name])

@@ -13,6 +13,10 @@ from pdjax.types.worker import WorkerSpec
 class Roofline(CostBase):
   """The roofline model (Williams et al. 2009) of a transformer's steps.
 
+  A step reads the weights once, of experts those that its tokens are expected to choose. What the devices of a worker
+  do not cut of a cache, each of them reads; on its way to another worker it crosses once. The rates are those of the
+  chip's own dtype, whatever that of a worker's weights.
+
   Attributes:
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
@@ -50,16 +54,16 @@ class Roofline(CostBase):
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
     # The input embedding is read a row a token, not whole.
     weight_bytes = self.dtype_bytes if worker.weights is None else DTYPE_BYTES[worker.weights]
-    weights = model.weight_bytes(weight_bytes)
-    if not model.tied_embeddings:
-      weights -= model.vocab_size * model.embed_dim * weight_bytes
+    shards = min(worker.tp, model.kv_heads)
     seconds = 0.0
     for step in range(steps):
       tokens = sum(new for _, new in chunks) + len(contexts)
+      ahead = [context + step for context in contexts]
       flops = tokens * model.token_flops() + (len(chunks) + len(contexts)) * model.unembed_flops()
       flops += sum(model.attention_flops(new, cached) for cached, new in chunks)
-      flops += sum(model.attention_flops(1, context + step) for context in contexts)
-      read = weights + model.read_bytes(worker.cached_dtype, chunks, [context + step for context in contexts])
+      flops += model.decode_attention_flops(ahead)
+      cached = worker.tp * model.read_bytes(worker.cached_dtype, chunks, ahead, shards)  # on all devices
+      read = model.read_params(tokens) * weight_bytes + cached
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 

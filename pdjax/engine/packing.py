@@ -12,7 +12,7 @@ import numpy as np
 from pdjax.engine.slots import Sequences, Slots
 from pdjax.engine.steps import Chunks
 from pdjax.model.sampling import Sampling
-from pdjax.serving.orders import Admission, ChunkOrder
+from pdjax.serving.orders import Admission, ChunkOrder, PageGrowth
 from pdjax.types.cache import KV
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
@@ -74,6 +74,22 @@ class Packing:
   def slots(self, slots: Sequence[int], rows: Sequences) -> tuple[np.ndarray, Sequences]:
     """The arguments of a program that replaces these slots by the first of so many rows."""
     return self.ids(slots, self.num_slots), rows
+
+  def grown(self, growths: Sequence[tuple[int, PageGrowth]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The arguments that give slots the pages by which their sequences grew, for as many runs as these take."""
+    new = [
+      (slot, first + place, page)
+      for slot, growth in growths
+      for first, pages in [growth.get(KV, (0, ()))]
+      for place, page in enumerate(pages)
+    ]
+    size, runs = self.num_slots, []
+    for begin in range(0, len(new), size):
+      some = new[begin : begin + size]
+      rows = np.full((3, size), self.num_slots, np.int32)  # one past the last slot, which is dropped
+      rows[:, : len(some)] = np.array(some, np.int32).T
+      runs.append((rows[0], rows[1], rows[2]))
+    return runs
 
   def chunks(self, chunks: Sequence[ChunkOrder], size: int) -> Chunks:
     """Prompt chunks, packed into `size` tokens."""

@@ -214,6 +214,25 @@ class Admit(Program):
 
 
 @dataclasses.dataclass(frozen=True)
+class Grow(Program):
+  """Puts pages into the tables of slots: their numbers, the places in the tables, and the pages, each `[n]`."""
+
+  name = 'grow'
+  takes = gives_back = (SLOTS,)
+
+  @classmethod
+  def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
+    return [cls()] if spec.role.decodes else []
+
+  def function(self, steps: Steps) -> Callable[..., Any]:
+    return Slots.grow
+
+  def one_token(self, packing: Packing) -> tuple[Any, ...]:
+    (arguments,) = packing.grown([(0, {KV.kind: (0, (0,))})])
+    return arguments
+
+
+@dataclasses.dataclass(frozen=True)
 class Copy(Program):
   """Copies a page over another: the numbers of both."""
 
@@ -410,7 +429,7 @@ class Decode(Program):
     super().rehearse(run, packing)
 
 
-KINDS: tuple[type[Program], ...] = (Remember, Admit, Copy, Prefill, Fused, Begin, Layers, Finish, Decode)
+KINDS: tuple[type[Program], ...] = (Remember, Admit, Grow, Copy, Prefill, Fused, Begin, Layers, Finish, Decode)
 
 
 def programs_of(spec: WorkerSpec, groups: Sequence[Group]) -> dict[str, Program]:

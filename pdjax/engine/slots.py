@@ -75,6 +75,11 @@ class Slots:
     new = jax.tree.map(lambda a, new: a.at[ids].set(new, mode='drop'), self.rows, rows)
     return dataclasses.replace(self, rows=new)
 
+  def grow(self, slots: jax.Array, places: jax.Array, pages: jax.Array) -> 'Slots':
+    """All slots, with pages `[n]` at these places of the tables of slots `[n]`."""
+    tables = self.rows.tables.at[slots, places].set(pages, mode='drop')
+    return dataclasses.replace(self, rows=dataclasses.replace(self.rows, tables=tables))
+
   def remember(self, row: jax.Array, past: jax.Array) -> 'Slots':
     """All slots, with one row of the history replaced by `past` `[V]`."""
     return dataclasses.replace(self, history=self.history.at[row].set(past))

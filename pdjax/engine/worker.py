@@ -19,6 +19,7 @@ from pdjax.engine.programs import (
   Copy,
   Decode,
   Fused,
+  Grow,
   Prefill,
   Program,
   Remember,
@@ -175,6 +176,7 @@ class Worker:
     out = self.program(program.name)(*[part.of(self) for part in program.takes], *arguments)
     if not isinstance(out, tuple):
       out = (out,)
+    assert len(out) >= len(program.gives_back), f'{program.name} gives back {len(out)} parts'
     for part, new in zip(program.gives_back, out, strict=False):
       part.put(self, new)
     return out[len(program.gives_back) :]
@@ -198,6 +200,8 @@ class Worker:
     self.followed.expect(order)
     if admitted := [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]:
       self._admit(admitted)
+    for arguments in self.packing.grown([(decode.slot, decode.growth) for decode in order.decodes if decode.growth]):
+      self.run(Grow(), *arguments)
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
         self.followed.follow(chunk.request, (), chunk.limit)
@@ -297,6 +301,7 @@ class Worker:
   def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
     """Fill slots with sequences that arrive, and follow them."""
     for slot, admission in admitted:
+      assert admission.copies.keys() <= {KV}, 'no other kind is copied here'
       for pair in admission.copies.get(KV, ()):
         self.run(Copy(), *map(np.int32, pair))
       self.followed.follow(admission.request, admission.tokens, admission.limit)

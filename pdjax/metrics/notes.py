@@ -23,6 +23,13 @@ def own_notes(
       sharers.setdefault(device, []).append(worker.name)
   for names in sorted({tuple(names) for names in sharers.values() if len(names) > 1}):
     yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'
+  dtypes: dict[str, list[str]] = {}
+  for worker in workers:
+    if worker.weights is not None:
+      dtypes.setdefault(worker.weights, []).append(worker.name)
+  if len(dtypes) > 1:
+    own = '; '.join(f'{", ".join(names)} {dtype}' for dtype, names in dtypes.items())
+    yield f'Workers have weights of unlike dtypes ({own}): tokens are those of neither alone.'
   if not calibrated:
     yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
   for absence in timeline.absences:

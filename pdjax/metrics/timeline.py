@@ -34,8 +34,8 @@ class HandOff:
   They lie between successive points, each no earlier than the one before:
 
       t0  first token delivered
-      t1  last transfer began       wait  = t1 - t0   for the transfer's turn
-      t2  last transfer ended       wire  = t2 - t1   moving pages
+      t1  last transfers began      wait  = t1 - t0   for the transfers' turn
+      t2  last transfer ended       wire  = t2 - t1   moving pages, of one cache kind behind the other
       t3  decode step began         admit = t3 - t2   until a step of the decode worker took it up
       t4  second token delivered    step  = t4 - t3   that step, and bringing its token to the user
 
@@ -71,8 +71,9 @@ class RequestTimeline:
     slo: Latency limits of its own, if any.
     prefill_began_s: The time the step with its first chunk began.
     token_times_s: The time each token was delivered; tokens of one delta share a time.
-    transfer_began_s: The time its last transfer before the second token began: the one with the latest end.
-    transfer_ended_s: The time that transfer ended.
+    transfer_began_s: The time its last transfers before the second token began: those up to the one with the latest
+      end, as far as one was under way at any time.
+    transfer_ended_s: The time the last of them ended.
     num_transfers: Transfers that ended well.
     wire_bytes: Bytes they put onto target devices.
     decode_began_s: The time the step that brought its second token began.
@@ -380,6 +381,7 @@ class _Draft:
     self.token_times_s: list[float] = []
     self.prefill_began_s: float | None = None
     self.last_transfer: Done | None = None
+    self.transfer_began_s = 0.0  # of that and those before it, one behind or beside the other
     self.num_transfers = 0
     self.wire_bytes = 0
     self.decode_began_s: float | None = None
@@ -396,6 +398,8 @@ class _Draft:
     self.wire_bytes += done.wire_bytes
     before_second_token = len(self.token_times_s) < 2
     if before_second_token and (self.last_transfer is None or done.ended_s >= self.last_transfer.ended_s):
+      in_one_go = self.last_transfer is not None and done.began_s <= self.last_transfer.ended_s
+      self.transfer_began_s = min(self.transfer_began_s, done.began_s) if in_one_go else done.began_s
       self.last_transfer = done
 
   def deliver(self, count: int, now_s: float, order: StepOrder, done: Done) -> None:
@@ -417,7 +421,7 @@ class _Draft:
       slo=self.request.slo,
       prefill_began_s=self.prefill_began_s,
       token_times_s=tuple(self.token_times_s),
-      transfer_began_s=transfer.began_s if transfer else None,
+      transfer_began_s=self.transfer_began_s if transfer else None,
       transfer_ended_s=transfer.ended_s if transfer else None,
       num_transfers=self.num_transfers,
       wire_bytes=self.wire_bytes,

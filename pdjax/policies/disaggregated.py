@@ -46,10 +46,11 @@ class Disaggregated(PolicyBase):
     return waiting
 
   def target_of(self, view: ClusterView, room: Room, entry: RequestView, worker: WorkerView) -> str | None:
-    """The worker to which a prompt's KV travels while `worker` prefills it; None lets it stay there.
+    """The worker to which a prompt's KV travels while `worker` prefills it; None lets it stay there for now.
 
     It is asked for every worker that could prefill the prompt, before `place_prefill` chooses one. Override it to
-    decide where a prompt goes on; a worker of role 'both' decodes what stays.
+    decide where a prompt goes on; a worker of role 'both' decodes what stays, and what stays on another is moved once
+    it is computed, to where `place_decode` says.
     """
     if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
       return None

@@ -10,6 +10,6 @@ from pdjax.serving.view import ClusterView, Phase, RequestView, Room, WorkerView
 
 __all__ = [
   'ALL', 'Action', 'Arrivals', 'Backend', 'Cancel', 'Chunk', 'ClusterState', 'ClusterView', 'Event', 'Order', 'Phase',
-  'Policy', 'PolicyError', 'Preempt', 'Reject', 'RequestView', 'Room', 'Step', 'StuckError', 'Transfer', 'WakeAt', 'WorkerView',
-  'serve',
+  'Policy', 'PolicyError', 'Preempt', 'Reject', 'RequestView', 'Room', 'Step', 'StuckError', 'Transfer', 'WakeAt',
+  'WorkerView', 'serve',
 ]  # fmt: skip

@@ -160,7 +160,7 @@ class Books:
     if not decodes:
       entry.pages[worker.name] = taken
       return
-    entry.hold(worker.name, taken, holdings.pages.pools)
+    self.settle_pages(entry, worker.name, taken)
     entry.target, entry.slot = worker.name, holdings.slots.popleft()
     for other in entry.followers.values():
       self._reserve_beside(entry, other, own, worker)
@@ -178,15 +178,21 @@ class Books:
     }
     holdings.pages.hold(shared)
     holdings.pages.hold(copied)  # until they are copied, whatever becomes of their holder
-    other.hold(worker.name, {name: (*shared[name], *new[name]) for name in own}, holdings.pages.pools)
+    self.settle_pages(other, worker.name, {name: (*shared[name], *new[name]) for name in own})
     other.copies = {name: tuple(zip(copied[name], new[name], strict=False)) for name in own}
     other.target, other.slot = worker.name, holdings.slots.popleft()
+
+  def settle_pages(self, entry: RequestState, worker: str, pages: PageNumbers) -> None:
+    """Note the pages of a request where it decodes, and how many tokens they hold."""
+    entry.pages[worker] = pages
+    counts = {kind: len(numbers) for kind, numbers in pages.items()}
+    entry.reach = self.holdings[worker].pages.pools.tokens_in(counts, entry.most_tokens)
 
   def release_copied(self, entry: RequestState) -> None:
     """Let go of the pages that a sample begins by copying."""
     if entry.copies:
       assert entry.target is not None
-      copied = {name: [source for source, _ in pairs] for name, pairs in entry.copies.items()}
+      copied = {name: tuple(source for source, _ in pairs) for name, pairs in entry.copies.items()}
       self.drop(entry.target, copied)
       entry.copies = {}
 

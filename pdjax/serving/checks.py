@@ -50,23 +50,24 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
     if not workers:
       lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
       return f'every worker that {"decodes" if decodes else "prefills"} is lost: {lost}.'
-    needs = {w.name: view.most_pages(request.id, w.name, decodes=decodes) for w in workers}
-    roomy = [worker for worker in workers if needs[worker.name] <= worker.num_pages]
+    roomy = [worker for worker in workers if view.could_fit(request.id, worker.name, decodes=decodes)]
     if not roomy:
       largest = max(workers, key=lambda worker: worker.num_pages * worker.page_size)
       return (
         f'{request.prompt_len} prompt tokens{f", {len(entry.delivered)} delivered ones" if entry.delivered else ""} '
         f'and up to {entry.limit} generated ones'
-        f'{f" of each of {slots} samples" if slots > 1 else ""} need {needs[largest.name]} pages of '
+        f'{f" of each of {slots} samples" if slots > 1 else ""} need '
+        f'{view.describe_pages(request.id, largest.name, decodes=decodes, ever=True)} pages of '
         f'{largest.page_size} tokens, but the largest worker that {"decodes" if decodes else "prefills"}, '
-        f'{largest.name!r}, has {largest.num_pages} in all; raise num_pages, shorten the prompt or lower '
+        f'{largest.name!r}, has {view.capacity(largest.name)} in all; raise num_pages, shorten the prompt or lower '
         f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
       )
     if decodes and not any(worker.spec.max_sequences >= slots for worker in roomy):
       found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
       return (
-        f'{slots} samples need {slots} sequences and {needs[roomy[0].name]} pages on one worker that decodes, but '
-        f'these have {found}; raise max_sequences or lower n.'
+        f'{slots} samples need {slots} sequences and '
+        f'{view.describe_pages(request.id, roomy[0].name, decodes=decodes, ever=True)} pages on one worker that '
+        f'decodes, but these have {found}; raise max_sequences or lower n.'
       )
   return None
 
@@ -140,7 +141,7 @@ def check_up(action: Action, worker: WorkerView) -> None:
 
 def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: bool) -> str:
   """The pages and slots that a request takes of a worker, in words."""
-  pages, slots = view.pages_needed(request, worker, decodes=decodes), view.slots_needed(request)
+  pages, slots = view.describe_pages(request, worker, decodes=decodes), view.slots_needed(request)
   return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
 

@@ -232,4 +232,9 @@ def _hand_on(books: Books, entry: RequestState, samples: Samples) -> None:
     books.due[heir.request.id] = heir
   if entry.worker is not None and entry.worker != entry.target:
     heir.pages[entry.worker] = entry.pages.pop(entry.worker)
+    if entry.target is not None:
+      # What is sent goes on into the same pages, of which the others copy the last; what the heir had ends instead.
+      books.release_copied(heir)
+      heir.pages[entry.target], entry.pages[entry.target] = entry.pages[entry.target], heir.pages[entry.target]
+      heir.reach = entry.reach
   books.unsettled.append(heir)

@@ -52,12 +52,12 @@ class PageAllocator:
 class PlacePages:
   """The pages of one place, of each cache kind, out of one memory of so many pages' bytes.
 
-  A kind may have as many pages as that memory has room for by itself; one that grows with every token has no more than
-  hold the tokens of all pages.
+  A kind may have as many pages as that memory has room for by itself; one that grows with every token has as many as
+  the tokens of all pages fill.
   """
 
   def __init__(self, pools: PoolSpecs, worker: WorkerSpec):
-    """All pages of a worker free, whose `num_pages` and page size are filled in."""
+    """Begin with all pages of a worker free; its `num_pages` and page size are filled in."""
     assert isinstance(worker.num_pages, int)
     self.pools = pools
     self.num_pages = worker.num_pages
@@ -83,6 +83,11 @@ class PlacePages:
     """Bytes of all pages that somebody holds, over all devices, copies counted once."""
     return sum((one.num_pages - one.num_free) * spec.page_bytes for one, spec in self._sized)
 
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the whole memory over all devices, copies counted once, as far as pages of tokens fill it."""
+    return self.num_pages * self.pools.whole_page_bytes
+
   def fits(self, needed: Mapping[str, int], beside: Mapping[str, int] | None = None) -> bool:
     """Whether so many pages of each kind are free, beside others that are as good as taken."""
     num_bytes = 0
@@ -93,6 +98,18 @@ class PlacePages:
         return False
       num_bytes += count * self.pools.by_kind[name].device_bytes
     return num_bytes <= self._free_bytes
+
+  @property
+  def capacity(self) -> str:
+    """Its pages in words, of each cache kind if there are several."""
+    split = ', '.join(f'{name} {one.num_pages}' for name, one in self.by_kind.items())
+    return f'{self.num_pages}{f" ({split})" if len(self.by_kind) > 1 else ""}'
+
+  def could_fit(self, needed: Mapping[str, int]) -> bool:
+    """Whether so many pages of each kind fit where nothing else is held."""
+    if any(count > self.by_kind[name].num_pages for name, count in needed.items()):
+      return False
+    return self.pools.device_bytes(needed) <= self._num_bytes
 
   def take(self, needed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Take so many free pages of each kind, the longest free first.

@@ -91,6 +91,11 @@ class WorkerState:
     return self._holdings.pages.used_bytes
 
   @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+    return self._holdings.pages.num_bytes
+
+  @property
   def free_slots(self) -> int:
     """Slots in which no sequence stands."""
     return len(self._holdings.slots)
@@ -103,7 +108,7 @@ class WorkerState:
 
   @property
   def is_short(self) -> bool:
-    """Whether sequences here would decode and none can, for want of pages, and no step is under way that may free some."""
+    """Whether sequences here would decode and none can for want of pages, with no step under way to free some."""
     decoding = self._holdings.decoding.values()
     if not self._holdings.grows or self._holdings.steps or any(entry.can_step for entry in decoding):
       return False

@@ -182,8 +182,8 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
     raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a decoding one can be preempted.')
   if entry.preemptions >= books.max_preemptions:
     raise PolicyError(
-      f'{action!r}: it was preempted {entry.preemptions} times, and max_preemptions is {books.max_preemptions}; preempt '
-      'another, or raise that.'
+      f'{action!r}: it was preempted {entry.preemptions} times, and max_preemptions is {books.max_preemptions}; '
+      'preempt another, or raise that.'
     )
   assert entry.target is not None
   books.preempted.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + len(entry.tokens) - 1))

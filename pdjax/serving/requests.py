@@ -152,11 +152,6 @@ class RequestState:
     most = self.most_tokens
     return pools.pages_for(most) if self.pages_ahead is None else pools.pages_ahead_of(tokens, self.pages_ahead, most)
 
-  def hold(self, worker: str, pages: PageNumbers, pools: PoolSpecs) -> None:
-    """Note its pages where it decodes."""
-    self.pages[worker] = pages
-    self.reach = pools.tokens_in({kind: len(numbers) for kind, numbers in pages.items()}, self.most_tokens)
-
   def shared_pages(self, pool: PoolSpec) -> int:
     """Pages of a cache kind that samples share: all before that of the prompt's last token, which each of them writes.
 

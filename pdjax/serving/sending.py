@@ -41,47 +41,51 @@ def send_due(
   """Transfers of what can be sent on, as far as staging has room; the rest is due until some is freed."""
   assert entry.worker is not None and entry.target is not None
   source, target = books.workers[entry.worker], books.workers[entry.target]
-  orders: list[TransferOrder] = []
+  parts: list[tuple[Lane, int, int]] = []  # of which kind, from which entry on, how many
   is_left = False
   for lane in books.lanes(source.name, target.name):
-    left = _send_kind(books, entry, source, target, lane, after, groups, orders)
+    more, left = _fitting(books, entry, source, target, lane, parts)
+    parts += more
     is_left = is_left or left > 0
   if is_left:
     books.due[entry.request.id] = entry
   else:
     books.due.pop(entry.request.id, None)
-  return orders
+  return [
+    _move(books, entry, source, target, lane, start, entries, after, layers)
+    for layers in groups
+    for lane, start, entries in parts
+    if lane.kind.num_layers(layers)
+  ]
 
 
-def _send_kind(
+def _fitting(
   books: Books,
   entry: RequestState,
   source: WorkerState,
   target: WorkerState,
   lane: Lane,
-  after: int | None,
-  groups: Sequence[LayerGroup | None],
-  orders: list[TransferOrder],
-) -> int:
-  """Add the transfers of one cache kind for which staging has room; the entries that are left."""
+  before: Sequence[tuple[Lane, int, int]],
+) -> tuple[list[tuple[Lane, int, int]], int]:
+  """The parts of one cache kind for which staging has room beside others, and the entries that are left."""
   name, unit, unit_bytes = lane.kind.name, lane.unit, lane.unit_bytes
   staging_out, staging_in = books.holdings[source.name].staging_out, books.holdings[target.name].staging_in
+  free = min(staging_out.free_bytes, staging_in.free_bytes) - sum(one.num_bytes(count) for one, _, count in before)
   # Half of it at most, so that one part is gathered while another is on the wire.
   most = max(unit_bytes, books.transfer.staging_bytes // 2)
   sent = entry.sent.get(name, 0)
   left = lane.sendable(entry.tokens_due, entry.prefill_len) - sent
+  parts = []
   while left > 0 and not _is_kept_free(books, source, target):
-    room = min(staging_out.free_bytes, staging_in.free_bytes, most)
-    units = min(-(-left // unit), room // unit_bytes)
-    if not units:
+    units = min(-(-left // unit), min(free, most) // unit_bytes)
+    if units < 1:
       break
+    parts.append((lane, sent, units * unit))
+    free -= units * unit_bytes
     entries = min(units * unit, left)
-    for layers in groups:
-      if lane.kind.num_layers(layers):
-        orders.append(_move(books, entry, source, target, lane, sent, units * unit, after, layers))
     sent = entry.sent[name] = sent + entries
     left -= entries
-  return left
+  return parts, left
 
 
 def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:

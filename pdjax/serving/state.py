@@ -164,14 +164,14 @@ class ClusterState:
       return
     decoder = books.decode_workers[0].name
     waits = ', '.join(
-      f'{name} ({entry.phase.value}, {view.pages_needed(name, decoder, decodes=True)} pages)'
+      f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
       for name, entry in list(books.requests.items())[:8]
     )
     free = ', '.join(f'{worker.name} {worker.free_pages}/{worker.num_pages}' for worker in self.workers.values())
     woken = f' (the policy was woken {books.idle_wakes:,} times and did nothing)' if books.idle_wakes else ''
     raise StuckError(
       f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
-      f'Free pages: {free}. The policy must start, move, reject or cancel them.'
+      f'Free pages: {free}. The policy must start, move, preempt, reject or cancel them.'
     )
 
   def expect(self, output_len: Callable[[str], int | None]) -> None:

@@ -123,6 +123,10 @@ class WorkerView(Protocol):
     """Bytes of the cache that somebody holds, over all devices, copies counted once."""
 
   @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+
+  @property
   def free_slots(self) -> int:
     """Slots in which no sequence stands."""
 
@@ -167,7 +171,7 @@ class WorkerView(Protocol):
 
   @property
   def is_short(self) -> bool:
-    """Whether sequences here would decode and none can, for want of pages, and no step is under way that may free some."""
+    """Whether sequences here would decode and none can for want of pages, with no step under way to free some."""
 
 
 class Room:
@@ -303,11 +307,6 @@ class ClusterView:
     pools = self._books.holdings[worker].pages.pools
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
 
-  def most_pages(self, request: str, worker: str, *, decodes: bool) -> int:
-    """As `pages_needed`, for all tokens that it may ever have, whatever it takes ahead of them."""
-    pools = self._books.holdings[worker].pages.pools
-    return pools.whole_pages(self._books.requests[request].most_pages(pools, decodes=decodes))
-
   @property
   def grows(self) -> bool:
     """Whether sequences take pages as they grow, so that they may come to lack some."""
@@ -317,6 +316,23 @@ class ClusterView:
   def max_preemptions(self) -> int:
     """Most times that one request is preempted."""
     return self._books.max_preemptions
+
+  def could_fit(self, request: str, worker: str, *, decodes: bool) -> bool:
+    """Whether a worker has as many pages in all as the request may ever need there, free or not."""
+    pages = self._books.holdings[worker].pages
+    return pages.could_fit(self._books.requests[request].most_pages(pages.pools, decodes=decodes))
+
+  def capacity(self, worker: str) -> str:
+    """The pages of a worker in words, of each cache kind if there are several."""
+    return self._books.holdings[worker].pages.capacity
+
+  def describe_pages(self, request: str, worker: str, *, decodes: bool, ever: bool = False) -> str:
+    """The pages of a worker that the request needs, in words, of each cache kind if there are several.
+
+    They are those that it takes when it begins there, or with `ever` all that it may ever need.
+    """
+    pools, entry = self._books.holdings[worker].pages.pools, self._books.requests[request]
+    return pools.describe((entry.most_pages if ever else entry.pages_needed)(pools, decodes=decodes))
 
   def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> dict[str, int]:
     """As `pages_needed`, by cache kind."""

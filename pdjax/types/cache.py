@@ -32,9 +32,14 @@ class CacheArray:
   dtype: KVDtypeName | None = None
 
   def __post_init__(self):
-    if not self.shape or any(type(size) is not int or size < 1 for size in self.shape):
-      raise ValueError(f'cache array {self.name!r} has shape {self.shape!r}, expected integers of at least 1.')
-    if self.cut is not None and self.cut not in range(len(self.shape)):
+    if not isinstance(self.name, str) or not self.name:
+      raise ValueError(f'a cache array has name {self.name!r}, expected a text.')
+    is_tuple = isinstance(self.shape, tuple) and bool(self.shape)
+    if not is_tuple or any(type(size) is not int or size < 1 for size in self.shape):
+      raise ValueError(
+        f'cache array {self.name!r} has shape {self.shape!r}, expected a tuple of integers of at least 1.'
+      )
+    if self.cut is not None and (type(self.cut) is not int or self.cut not in range(len(self.shape))):
       raise ValueError(f'cache array {self.name!r} has cut={self.cut!r}, expected an axis of {self.shape} or None.')
     if self.dtype not in (None, *get_args(KVDtypeName)):
       names = ', '.join(map(repr, get_args(KVDtypeName)))
@@ -62,8 +67,8 @@ class CacheArray:
 class CacheKind:
   """One kind of cached numbers: those that a sequence leaves behind in some layers of a model.
 
-  Its entries are tokens, or one state for the whole request. Of a window, position p lies in entry p modulo the window,
-  so that a token takes the place of the one that falls out.
+  Its entries are tokens, or one state for the whole request. Of a window a token takes the place of the one that falls
+  out, so that its pages hold no more than the window.
 
   Attributes:
     name: Its name, such as 'kv'.
@@ -83,9 +88,21 @@ class CacheKind:
   page_size: int | None = None
 
   def __post_init__(self):
-    for field in ('layers', 'arrays'):
-      if not getattr(self, field):
-        raise ValueError(f'cache kind {self.name!r} has no {field}; name at least one.')
+    if not isinstance(self.name, str) or not self.name:
+      raise ValueError(f'a cache kind has name {self.name!r}, expected a text.')
+    for field, kind in (('layers', int), ('arrays', CacheArray)):
+      items = getattr(self, field)
+      if not isinstance(items, tuple) or not items or not all(type(item) is kind for item in items):
+        raise ValueError(
+          f'cache kind {self.name!r} has {field}={items!r}, expected a tuple of at least one {kind.__name__}.'
+        )
+    for what, names in (('layer', self.layers), ('array', tuple(array.name for array in self.arrays))):
+      if twice := [name for index, name in enumerate(names) if name in names[:index]]:
+        raise ValueError(f'cache kind {self.name!r} has {what} {twice[0]!r} twice; name each once.')
+    if self.has_state and self.page_size is not None:
+      raise ValueError(
+        f'cache kind {self.name!r} has page_size={self.page_size!r}, but a state is a page; leave it out.'
+      )
     if self.reach not in ('all', 'request') and not (type(self.reach) is int and self.reach >= 1):
       raise ValueError(
         f"cache kind {self.name!r} has reach={self.reach!r}, expected 'all', 'request' or a window of at least 1 token."

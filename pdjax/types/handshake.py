@@ -23,8 +23,8 @@ class PoolShape:
   Attributes:
     kind: The kind.
     num_pages: Pages.
-    page_size: Tokens per page.
-    dtype: Of cached keys and values.
+    page_size: Entries per page.
+    dtype: Of their elements.
     layout: Their layout in a page, a name of `pallas_kernels.PageLayout`.
     mesh: Devices over which key/value heads are cut, and over which each cut is copied.
   """
@@ -94,7 +94,7 @@ class WayPlan:
 
   Attributes:
     kind: The name of the cache kind.
-    unit: Tokens of a unit.
+    unit: Entries of a unit.
     dtype: The dtype in which units travel.
     piece_heads: Key/value heads of a piece.
     pieces: Pieces of each shard of source and target.
@@ -109,12 +109,13 @@ class WayPlan:
   batches: tuple[tuple[int, int], ...]
 
 
-def check_worker(hello: Hello, spec: WorkerSpec) -> None:
+def check_worker(hello: Hello, spec: WorkerSpec, model: ModelSpec) -> None:
   """See that a process holds the pool that the controller counts on.
 
   Args:
     hello: Its report.
     spec: The worker, all counts filled in.
+    model: The model that the controller serves.
 
   Raises:
     HandshakeError: naming what it holds and what was expected.
@@ -122,7 +123,8 @@ def check_worker(hello: Hello, spec: WorkerSpec) -> None:
   facts: list[tuple[str, object, object]] = [
     ('name', hello.worker, spec.name),
     ('weights', hello.dtype, spec.weights),
-    ('cache kinds', tuple(pool.kind for pool in hello.pools), hello.model.cache),
+    ('model', hello.model, model),
+    ('cache kinds', tuple(pool.kind for pool in hello.pools), model.cache),
   ]
   for pool in hello.pools:
     facts += [
@@ -164,13 +166,19 @@ def check_plans(source: str, target: str, ours: Sequence[WayPlan], theirs: Seque
   Raises:
     HandshakeError: naming what differs, and both values.
   """
-  for field in dataclasses.fields(WayPlan):
-    for at_source, at_target in zip(ours, theirs, strict=True):
+  remedy = 'start both from one config and one version of pdjax.'
+  kinds, expected = ([plan.kind for plan in plans] for plans in (ours, theirs))
+  if kinds != expected:
+    raise HandshakeError(
+      f'from {source!r} to {target!r}, the cache kinds {kinds} leave, but {expected} are expected there; {remedy}'
+    )
+  for at_source, at_target in zip(ours, theirs, strict=True):
+    for field in dataclasses.fields(WayPlan):
       one, other = getattr(at_source, field.name), getattr(at_target, field.name)
       if one != other:
         raise HandshakeError(
-          f'from {source!r} to {target!r}, KV leaves with {field.name} {one!r}, but {other!r} is expected there; start '
-          'both from one config and one version of pdjax.'
+          f'from {source!r} to {target!r}, the cache kind {at_source.kind!r} leaves with {field.name} {one!r}, but '
+          f'{other!r} is expected there; {remedy}'
         )
 
 

@@ -40,14 +40,16 @@ class PoolSpecs:
   Attributes:
     by_kind: Each kind's, by its name.
     page_bytes: Bytes on each device that a page of `num_pages` stands for.
+    whole_page_bytes: The same over all devices, copies counted once.
   """
 
   by_kind: Mapping[str, PoolSpec]
   page_bytes: int
+  whole_page_bytes: int
 
   @classmethod
   def of(cls, model: ModelSpec, worker: WorkerSpec) -> 'PoolSpecs':
-    """Those of a worker whose page size is filled in.
+    """The cache of a model as a worker holds it, whose page size is filled in.
 
     Raises:
       ValueError: if its devices do not fit the model's heads, or a cache array.
@@ -57,22 +59,28 @@ class PoolSpecs:
     pools = {}
     for kind in model.cache:
       size = 1 if kind.has_state else kind.page_size or worker.page_size
-      whole, part = (size * kind.num_bytes(worker.cached_dtype, count) for count in (1, shards))
+      try:
+        whole, part = (size * kind.num_bytes(worker.cached_dtype, count) for count in (1, shards))
+      except ValueError as error:
+        raise ValueError(
+          f'worker {worker.name!r} with tp={worker.tp} cannot hold cache kind {kind.name!r} of {model.name!r}: {error}'
+        ) from error
       pools[kind.name] = PoolSpec(kind, size, whole, part)
     kinds = model.cache
     growing = [kind for kind in kinds if kind.grows] or [kind for kind in kinds if not kind.has_state]
     if growing:
-      page_bytes = worker.page_size * sum(kind.num_bytes(worker.cached_dtype, shards) for kind in growing)
+      size = worker.page_size
+      whole, part = (size * sum(kind.num_bytes(worker.cached_dtype, one) for kind in growing) for one in (1, shards))
     else:
-      page_bytes = sum(pool.device_bytes for pool in pools.values())
-    return cls(pools, page_bytes)
+      whole, part = (sum(getattr(one, name) for one in pools.values()) for name in ('page_bytes', 'device_bytes'))
+    return cls(pools, part, whole)
 
   def pages_for(self, tokens: int) -> dict[str, int]:
     """Pages of each kind for a sequence of so many tokens."""
     return {name: pool.num_pages(tokens) for name, pool in self.by_kind.items()}
 
   def pages_ahead_of(self, tokens: int, ahead: int, most: int) -> dict[str, int]:
-    """Pages of each kind for a sequence of so many tokens that may have `most`, and so many more for what is to come."""
+    """Pages of each kind for a sequence of so many tokens and so many ahead, of those that `most` tokens need."""
     return {name: pool.num_pages(min(tokens + ahead * pool.page_size, most)) for name, pool in self.by_kind.items()}
 
   def tokens_in(self, pages: Mapping[str, int], most: int) -> int:
@@ -86,6 +94,11 @@ class PoolSpecs:
   def device_bytes(self, pages: Mapping[str, int]) -> int:
     """Bytes on each device of so many pages of each kind."""
     return sum(count * self.by_kind[name].device_bytes for name, count in pages.items())
+
+  def describe(self, pages: Mapping[str, int]) -> str:
+    """So many pages of each kind in words, such as '61 (kv 32, state 24, window 5)'; the first is of `num_pages`."""
+    split = ', '.join(f'{name} {count}' for name, count in pages.items())
+    return f'{self.whole_pages(pages)}{f" ({split})" if len(pages) > 1 else ""}'
 
   def whole_pages(self, pages: Mapping[str, int]) -> int:
     """So many pages of each kind as pages of `num_pages`, rounded up."""
@@ -126,9 +139,19 @@ class Lane:
 
 
 def grown_pages(kind: CacheKind, worker: WorkerSpec) -> int:
-  """Pages of a kind that grows with every token on a worker: they hold the tokens of all its `num_pages`."""
-  assert isinstance(worker.num_pages, int) and worker.page_size is not None
-  return -(-worker.num_pages * worker.page_size // (kind.page_size or worker.page_size))
+  """Pages of a kind that grows with every token on a worker: as many as the tokens of its `num_pages` fill.
+
+  Raises:
+    ValueError: if they fill none.
+  """
+  assert isinstance(worker.num_pages, int) and worker.page_size is not None and kind.grows
+  tokens, page_size = worker.num_pages * worker.page_size, kind.page_size or worker.page_size
+  if tokens < page_size:
+    raise ValueError(
+      f'worker {worker.name!r} has num_pages={worker.num_pages} of {worker.page_size} tokens, which are no page of '
+      f'{page_size} of the cache kind {kind.name!r}; raise num_pages.'
+    )
+  return tokens // page_size
 
 
 def lanes(model: ModelSpec, source: WorkerSpec, target: WorkerSpec) -> tuple[Lane, ...]:

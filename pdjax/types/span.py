@@ -9,7 +9,8 @@ from pdjax.types.cache import KV
 class Span:
   """Tokens `start` to `start + tokens` of a sequence; both are multiples of the unit that both page sizes are made of.
 
-  Of a cache kind that does not keep all tokens they are entries, counted from the first one that is sent.
+  Of a cache kind that does not keep all tokens they are entries, counted from the first one that is sent; where each
+  lies in its pages, nobody asks yet, for no engine holds such a kind.
 
   Attributes:
     source_pages: The pages that hold them at the source, the first of them page `start // page_size` of the sequence.

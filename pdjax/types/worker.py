@@ -34,7 +34,8 @@ class WorkerSpec:
     name: Unique within the cluster.
     role: The phases it runs.
     tp: Devices over which heads and feed-forward columns are cut (tensor parallelism).
-    num_pages: KV pages it holds, or 'auto' to fill the device's memory.
+    num_pages: Memory for the cache, in pages of what keeps all tokens, of which windows and states take their part (see
+      `PoolSpecs`); or 'auto' to fill the device's memory.
     max_sequences: Most sequences that decode at once.
     max_step_tokens: Most prompt tokens in one step, and the largest prefill bucket.
     max_chunks: Most prompts packed into one step.
@@ -44,8 +45,8 @@ class WorkerSpec:
     page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
       the devices read fastest. Pages travel between workers of unlike layouts.
     page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
-    kv_dtype: Of cached keys and values; None is the config's. 'int8' has a float32 scale a token and head. Between
-      workers of unlike dtypes pages are converted once, where fewer bytes then travel.
+    kv_dtype: Of the cache; None is the config's, whatever `weights` are. 'int8' has a float32 scale a token and head.
+      Between workers of unlike dtypes pages are converted once, where fewer bytes then travel.
     weights: The dtype of its weights, in which it computes; None is the config's `dtype`. Workers may have unlike ones;
       those with the same devices and the same dtype share one copy.
 

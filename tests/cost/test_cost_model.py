@@ -12,8 +12,8 @@ class Plain:
   def step_seconds(self, model, worker, chunks, contexts, steps):
     return len(chunks) + 0.5
 
-  def transfer_seconds(self, model, source, target, tokens):
-    return tokens / 10
+  def transfer_seconds(self, model, source, target, num_bytes):
+    return num_bytes / 10
 
 
 class OnHost(Plain):
@@ -39,6 +39,32 @@ def test_a_plain_cost_model_predicts_as_before():
   whole = as_cost(Plain())
   assert whole.step_seconds(None, None, [(0, 1)], [], 1) == 1.5
   assert whole.transfer_seconds(None, None, None, 5) == 0.5
+
+
+class OfTokens(Plain):
+  def transfer_seconds(self, model, source, target, tokens):
+    return tokens / 10
+
+
+class Half:
+  def step_seconds(self, model, worker, chunks, contexts, steps):
+    return 1.0
+
+
+@pytest.mark.parametrize(
+  'cost, message',
+  [
+    (
+      OfTokens(),
+      'OfTokens.transfer_seconds takes model, source, target, tokens, expected .*num_bytes; .*is told',
+    ),
+    (Half(), 'cost is a Half without transfer_seconds'),
+    (Plain, 'cost is the class Plain, expected one of its objects; call it'),
+  ],
+)
+def test_what_is_no_cost_model_is_refused_by_name(cost, message):
+  with pytest.raises(ValueError, match=message):
+    as_cost(cost)
 
 
 def test_a_cost_model_of_the_base_may_set_its_members_as_fields_and_must_predict():

@@ -115,7 +115,7 @@ def test_devices_with_one_memory_in_common_share_it():
 
 
 def test_devices_that_hide_their_memory_want_an_explicit_pool():
-  with pytest.raises(ValueError, match="how much memory they have; give worker 'w' a num_pages"):
+  with pytest.raises(ValueError, match=r"how much memory the devices have .*; give worker 'w' a num_pages"):
     _size((WorkerSpec('w'),), math.inf)
   assert _size((WorkerSpec('w', num_pages=5),), math.inf)[0].num_pages == 5
 

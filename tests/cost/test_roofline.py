@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.cost import Roofline
-from pdjax.types import ChipSpec, LinkSpec, ModelSpec, WorkerSpec
+from pdjax.types import CacheArray, CacheKind, ChipSpec, LinkSpec, ModelSpec, WorkerSpec
 
 LLAMA = ModelSpec.llama3_8b()
 CHIP = ChipSpec('chip', 1e15, 1e12, 80e9, matmul_efficiency=0.5, memory_efficiency=0.8, step_overhead_s=0.002)
@@ -111,3 +111,58 @@ def test_a_roofline_is_as_calibrated_as_its_chip():
 def test_published_chips_say_where_their_figures_come_from(chip):
   assert chip.source and not chip.calibrated
   assert 50 < chip.flops_per_s / chip.memory_bytes_per_s < 1000  # FLOPs per byte at the ridge
+
+
+def _bytes(model: ModelSpec, tp: int, chunks=(), contexts=()) -> float:
+  """Bytes that a step reads on each device of a worker, of a chip whose FLOPs cost nothing."""
+  chip = dataclasses.replace(CHIP, flops_per_s=1e30, memory_efficiency=1.0, step_overhead_s=0.0)
+  worker = WorkerSpec('w', tp=tp, kv_dtype='bfloat16', weights='bfloat16')
+  return Roofline(chip).step_seconds(model, worker, list(chunks), list(contexts), 1) * 1e12
+
+
+def test_a_step_reads_the_experts_that_its_tokens_are_expected_to_choose():
+  mixtral = ModelSpec.mixtral_8x7b()
+  experts, embedding = 32 * 8 * 3 * 4096 * 14_336, 32_000 * 4096
+  rest = mixtral.num_params - experts - embedding
+  for batch, share in ((1, 2 / 8), (2, 1 - 0.75**2), (64, 1 - 0.75**64)):
+    kv = batch * mixtral.cached_token_bytes('bfloat16')
+    assert _bytes(mixtral, 1, contexts=[1] * batch) == pytest.approx(2 * (rest + share * experts) + kv, rel=1e-12)
+  one = _bytes(ModelSpec.gpt_oss_120b(), 8, contexts=[1])
+  assert one == pytest.approx(2 * 5.1e9 / 8, rel=0.1)  # its active parameters are published as 5.1 B
+
+
+def test_each_device_reads_all_of_a_latent_and_its_part_of_what_is_cut():
+  deepseek, llama = ModelSpec.deepseek_v3(), ModelSpec.llama3_8b()
+  more = [_bytes(deepseek, tp, contexts=[101]) - _bytes(deepseek, tp, contexts=[1]) for tp in (1, 16)]
+  assert more == pytest.approx([100 * 70_272] * 2, rel=1e-3)
+  more = [_bytes(llama, tp, contexts=[101]) - _bytes(llama, tp, contexts=[1]) for tp in (1, 8, 32)]
+  whole = 100 * llama.cached_token_bytes('bfloat16')
+  assert more == pytest.approx([whole, whole / 8, whole / 8], rel=1e-3)  # 32 devices have eight heads
+
+
+def test_attention_costs_what_the_cache_kinds_keep():
+  dense = ModelSpec.qwen3_8b()
+  (kv,) = dense.cache
+  kept = dataclasses.replace(kv, name='kept', layers=(3, 7))
+  state = CacheKind('state', (0, 1, 2), (CacheArray('s', (32, 64), dtype='float32'),), 'request')
+  hybrid = dataclasses.replace(dense, cache_kinds=(kept, state))
+  assert hybrid.attention_flops(100, 50) * 36 == dense.attention_flops(100, 50) * 2
+  windowed = dataclasses.replace(dense, cache_kinds=(dataclasses.replace(kv, name='window', reach=64),))
+  same = dataclasses.replace(dense, sliding_window=64)
+  for new, cached in ((1, 0), (100, 0), (7, 500)):
+    assert windowed.attention_flops(new, cached) == same.attention_flops(new, cached)
+    decode = sum(model.attention_flops(1, cached) for model in (same, same))
+    assert windowed.decode_attention_flops([cached, cached]) == decode
+  assert dense.decode_attention_flops([5, 9]) == dense.attention_flops(1, 5) + dense.attention_flops(1, 9)
+
+
+def test_latent_attention_takes_the_cheaper_of_both_forms():
+  mla = ModelSpec.deepseek_v3().attention
+  assert mla.flops(101, 100) == 101 * 2 * 128 * (2 * 512 + 64)  # one token meets the latent itself
+  prompt = 1000 * 1001 // 2
+  assert mla.flops(prompt, 0) == prompt * mla.pair_flops  # a whole prompt makes its keys and values
+
+
+def test_cache_kinds_that_say_nothing_new_are_none():
+  llama = ModelSpec.llama3_8b()
+  assert dataclasses.replace(llama, cache_kinds=llama.cache) == llama

@@ -412,7 +412,7 @@ class _Second:
   def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
     return 1.0
 
-  def transfer_seconds(self, model, source, target, tokens) -> float:
+  def transfer_seconds(self, model, source, target, num_bytes) -> float:
     return 1.0
 
 

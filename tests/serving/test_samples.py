@@ -11,7 +11,7 @@ from pdjax.serving import ALL, Cancel, Chunk, Phase, PolicyError, Reject, Step, 
 from pdjax.serving.events import Arrived, Done, Event, Failed, Finished, Started, Turn, Withdrawn, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.simulator import started
-from pdjax.types import Request, SamplingParams, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed
 from tests.serving.driver import SIZES, TINY, Driver, end_well
 from tests.test_simulator import Case, HandCost, Unlucky
@@ -524,4 +524,28 @@ def test_two_prefill_workers_share_a_decode_worker_among_samples():
   names = [decode.request for decode in step.decodes]
   assert names == ['a', 'a#1', 'b', 'b#1'] and len({decode.slot for decode in step.decodes}) == 4
   cluster.end(step, dict.fromkeys(names, 1), dict.fromkeys(names, 'stop'))
+  cluster.assert_idle()
+
+
+@pytest.mark.parametrize('units', [1, 2])
+def test_a_prompt_that_is_handed_on_while_it_is_sent_fills_the_pages_of_all_that_follow(units):
+  unit_bytes = 4 * TINY.cached_token_bytes('float32')
+  spec = TransferSpec(granularity='request', staging_bytes=units * unit_bytes)
+  cluster = Driver(transfer=spec)
+  cluster.arrive('a', prompt_len=11, n=3)
+  step, *transfers = cluster.start(Step('prefill0', (Chunk('a', 0, 11, 'decode0'),)))
+  cluster.end(step, {'a': 1}, {'a': 'stop'})  # its first token ends the one that carries the prompt
+  filled = set()
+  for _ in range(9):
+    for transfer in transfers:
+      filled |= set(transfer.span.target_pages)
+      cluster.end(transfer)
+    transfers = cluster.must()
+  (step,) = cluster.start(Step('decode0', decodes=ALL))
+  arrived = admissions(step)
+  assert list(arrived) == ['a#1', 'a#2'] and len(filled) == 3
+  for admission in arrived.values():
+    copied = {own: source for source, own in admission.copies.get('kv', ())}
+    assert {copied.get(page, page) for page in admission.pages['kv'][:3]} == filled
+  cluster.end(step, {'a#1': 1, 'a#2': 1}, {'a#1': 'stop', 'a#2': 'stop'})
   cluster.assert_idle()

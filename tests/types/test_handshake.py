@@ -35,7 +35,7 @@ PLAN = WayPlan(kind='kv', unit=4, dtype='float32', piece_heads=1, pieces=(3, 1),
 
 
 def test_what_fits_together_passes():
-  check_worker(PREFILL, SPEC)
+  check_worker(PREFILL, SPEC, MODEL)
   check_together([PREFILL, DECODE])
   check_together([PREFILL])
   check_plans('prefill0', 'decode0', (PLAN,), (PLAN,))
@@ -76,7 +76,7 @@ def test_processes_that_differ_are_refused_naming_both(change, ours, theirs):
 def test_a_pool_that_the_controller_does_not_count_on_is_refused(change, what, expected):
   hello = dataclasses.replace(PREFILL, pools=(dataclasses.replace(POOL, **change),))
   with pytest.raises(HandshakeError, match=f"'prefill0' has {what}, but the controller expects {expected};"):
-    check_worker(hello, SPEC)
+    check_worker(hello, SPEC, MODEL)
 
 
 def test_weights_of_unlike_dtypes_are_compared_with_those_of_their_own_alone():
@@ -87,20 +87,25 @@ def test_weights_of_unlike_dtypes_are_compared_with_those_of_their_own_alone():
   ):
     check_together([PREFILL, narrow, dataclasses.replace(narrow, worker='decode1', weights='2' * 16)])
   with pytest.raises(HandshakeError, match="'prefill0' has weights 'bfloat16', but the controller expects 'float32'"):
-    check_worker(dataclasses.replace(PREFILL, dtype='bfloat16'), SPEC)
+    check_worker(dataclasses.replace(PREFILL, dtype='bfloat16'), SPEC, MODEL)
+
+
+def test_a_process_that_serves_another_model_than_the_controller_is_refused():
+  with pytest.raises(HandshakeError, match=r"'prefill0' has model .*num_layers=30.* but the controller expects .*=29"):
+    check_worker(PREFILL, SPEC, dataclasses.replace(MODEL, num_layers=29))
 
 
 def test_a_process_that_holds_other_cache_kinds_is_refused():
   other = dataclasses.replace(POOL, kind=dataclasses.replace(POOL.kind, name='draft'))
   for pools in ((other,), (POOL, other), ()):
     with pytest.raises(HandshakeError, match=r"'prefill0' has cache kinds .*but the controller expects .*name='kv'"):
-      check_worker(dataclasses.replace(PREFILL, pools=pools), SPEC)
+      check_worker(dataclasses.replace(PREFILL, pools=pools), SPEC, MODEL)
 
 
 def test_a_layout_that_was_asked_for_is_held_to():
-  check_worker(PREFILL, dataclasses.replace(SPEC, page_layout='auto'))
+  check_worker(PREFILL, dataclasses.replace(SPEC, page_layout='auto'), MODEL)
   with pytest.raises(HandshakeError, match=r"page_layout 'plain', but the controller expects 'kv'"):
-    check_worker(PREFILL, dataclasses.replace(SPEC, page_layout='kv'))
+    check_worker(PREFILL, dataclasses.replace(SPEC, page_layout='kv'), MODEL)
 
 
 @pytest.mark.parametrize('change', [{'unit': 2}, {'dtype': 'int8'}, {'pieces': (1, 1)}, {'batches': ((30, 1),)}])
@@ -109,4 +114,6 @@ def test_ends_that_cut_what_travels_differently_are_refused(change):
   with pytest.raises(HandshakeError) as refused:
     check_plans('prefill0', 'decode0', (PLAN,), (dataclasses.replace(PLAN, **change),))
   message = str(refused.value)
-  assert f'leaves with {field} {getattr(PLAN, field)!r}, but {value!r} is expected' in message
+  assert f"'kv' leaves with {field} {getattr(PLAN, field)!r}, but {value!r} is expected" in message
+  with pytest.raises(HandshakeError, match=r"cache kinds \['kv'\] leave, but \[\] are expected"):
+    check_plans('prefill0', 'decode0', (PLAN,), ())

@@ -47,6 +47,40 @@ def test_parameters_of_a_tiny_model_counted_by_hand():
   assert dataclasses.replace(TINY, tied_embeddings=True).num_params == 2 * layer + 96 * 24 + 24
 
 
+DENSE = [  # preset, layers, and shapes: embedding, q, k, gate, then those of a layer's biases or norms of heads
+  ('smollm2_135m', 30, (49_152, 576), (576, 576), (192, 576), (1536, 576), [], 134_515_008),
+  ('llama3_8b', 32, (128_256, 4096), (4096, 4096), (1024, 4096), (14_336, 4096), [], 8_030_261_248),
+  ('llama3_70b', 80, (128_256, 8192), (8192, 8192), (1024, 8192), (28_672, 8192), [], 70_553_706_496),
+  ('mistral_7b', 32, (32_000, 4096), (4096, 4096), (1024, 4096), (14_336, 4096), [], 7_241_732_096),
+  (
+    'qwen2_5_7b',
+    28,
+    (152_064, 3584),
+    (3584, 3584),
+    (512, 3584),
+    (18_944, 3584),
+    [(3584,), (512,), (512,)],
+    7_615_616_512,
+  ),
+  ('qwen3_8b', 36, (151_936, 4096), (4096, 4096), (1024, 4096), (12_288, 4096), [(128,), (128,)], 8_190_735_360),
+  ('qwen3_32b', 64, (151_936, 5120), (8192, 5120), (1024, 5120), (25_600, 5120), [(128,), (128,)], 32_762_123_264),
+]
+
+
+@pytest.mark.parametrize(
+  ('preset', 'layers', 'embed', 'q', 'k', 'gate', 'more', 'published'),
+  DENSE,
+  ids=lambda x: x if isinstance(x, str) else '',
+)
+def test_parameters_of_dense_models_counted_from_the_shapes_of_their_checkpoints(
+  preset, layers, embed, q, k, gate, more, published
+):
+  model, width = getattr(ModelSpec, preset)(), embed[1]
+  layer = numbers(q, k, k, q, gate, gate, gate, (width,), (width,), *more)
+  whole = layers * layer + (1 if model.tied_embeddings else 2) * numbers(embed) + width
+  assert model.num_params == whole == published
+
+
 def numbers(*shapes: tuple[int, ...]) -> int:
   return sum(math.prod(shape) for shape in shapes)
 
@@ -76,12 +110,13 @@ def test_parameters_of_other_architectures_counted_from_the_shapes_of_their_chec
   whole = 32 * (layer + 8 * 3 * numbers((14_336, embed))) + 2 * numbers((32_000, embed)) + embed
   assert ModelSpec.mixtral_8x7b().num_params == whole == 46_702_792_704
 
-  embed = 5120
-  layer = 4 * numbers((embed, embed), (embed,)) + numbers(
-    (4 * embed, embed), (4 * embed,), (embed, 4 * embed), (embed,)
-  )
-  whole = 40 * (layer + 4 * embed) + numbers((50_272, embed), (2050, embed)) + 2 * embed
-  assert ModelSpec.opt_13b().num_params == whole == 12_853_473_280
+  sizes = (('opt_13b', 40, 5120, 12_853_473_280), ('opt_66b', 64, 9216, None), ('opt_175b', 96, 12_288, None))
+  for name, layers, embed, published in sizes:
+    layer = 4 * numbers((embed, embed), (embed,)) + numbers(
+      (4 * embed, embed), (4 * embed,), (embed, 4 * embed), (embed,)
+    )
+    whole = layers * (layer + 4 * embed) + numbers((50_272, embed), (2050, embed)) + 2 * embed
+    assert getattr(ModelSpec, name)().num_params == whole and published in (None, whole)
 
 
 def test_the_table_names_every_weight_once_with_a_shape_of_its_axes():

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from pdjax.types import ModelSpec, WorkerSpec
 from pdjax.types.cache import CacheArray, CacheKind
 from pdjax.types.pools import PoolSpecs, grown_pages, lanes, sent_bytes
@@ -53,7 +55,9 @@ def test_without_a_kind_that_grows_pages_count_what_there_is():
 def test_pools_of_kinds_with_unlike_pages_hold_the_same_tokens():
   growing = dataclasses.replace(WINDOW, reach='all', page_size=6)
   worker = _worker(num_pages=10)
-  assert grown_pages(TINY.cache[0], worker) == 10 and grown_pages(growing, worker) == 27  # 160 tokens
+  assert grown_pages(TINY.cache[0], worker) == 10 and grown_pages(growing, worker) == 26  # of 160 tokens, whole ones
+  with pytest.raises(ValueError, match="no page of 20 of the cache kind 'window'; raise num_pages"):
+    grown_pages(dataclasses.replace(growing, page_size=20), _worker(num_pages=1))
   pools = PoolSpecs.of(dataclasses.replace(TINY, cache_kinds=(*TINY.cache, growing)), worker)
   assert pools.page_bytes == 16 * (KV_BYTES + WINDOW_BYTES)
 

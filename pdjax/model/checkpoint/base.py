@@ -99,10 +99,7 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   """The shape of every weight of a model as a checkpoint hands it out, the inputs of a matrix first.
 
   Returns:
-    `embed` [V, E]; for each layer i, `layers.{i}.attn_norm` [E], `.q` [E, H, D], `.k` and `.v` [E, K, D],
-    `.o` [H, D, E], `.mlp_norm` [E], `.gate` and `.up` [E, F], `.down` [F, E]; `final_norm` [E]; and `unembed` [E, V]
-    unless the embeddings are tied. With `qkv_bias` also `.q_bias` [H, D], `.k_bias` and `.v_bias` [K, D], and with
-    `qk_norm` `.q_norm` and `.k_norm` [D].
+    The shapes by the names of `ModelSpec.weights`, such as `embed` [V, E] and `layers.{i}.q` [E, H, D].
   """
   return {name: row.file_shape for name, row in spec.weights.items()}
 

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from pdjax.model.checkpoint.base import checked_spec, from_stored, with_chat_template
+from pdjax.model.checkpoint.names import name_in
 from pdjax.model.checkpoint.narrow import convert_weight
 from pdjax.model.checkpoint.rope_factors import scaling_from_factors
 from pdjax.model.end_tokens import EndTokens
@@ -26,23 +27,6 @@ _END_KEYS = tuple(
 )
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
-_TOP_NAMES = {'embed': 'token_embd.weight', 'final_norm': 'output_norm.weight', 'unembed': 'output.weight'}
-_LAYER_NAMES = {
-  'attn_norm': 'attn_norm.weight',
-  'q': 'attn_q.weight',
-  'k': 'attn_k.weight',
-  'v': 'attn_v.weight',
-  'q_bias': 'attn_q.bias',
-  'k_bias': 'attn_k.bias',
-  'v_bias': 'attn_v.bias',
-  'q_norm': 'attn_q_norm.weight',
-  'k_norm': 'attn_k_norm.weight',
-  'o': 'attn_output.weight',
-  'mlp_norm': 'ffn_norm.weight',
-  'gate': 'ffn_gate.weight',
-  'up': 'ffn_up.weight',
-  'down': 'ffn_down.weight',
-}
 _ROPE_FACTORS = 'rope_freqs.weight'
 _ROPE_FREQUENCIES = '.attn_rot_embd.weight'
 
@@ -103,7 +87,7 @@ class GGUFCheckpoint:
     """
     if name not in self.spec.weights:
       raise KeyError(f'{self.path} has no weight {name!r}; the names are the keys of checkpoint.spec.weights.')
-    stored = _expand(self.path, self._tensors[_gguf_name(name)])
+    stored = _expand(self.path, self._tensors[name_in('gguf', name)])
     if self._architecture == 'llama' and name.endswith(('.q', '.k', '.q_bias', '.k_bias')):
       stored = _half_split(stored, heads=self.spec.weights[name].shape[0])
     return from_stored(self.spec.weights[name], stored)
@@ -141,7 +125,7 @@ class GGUFCheckpoint:
     return values
 
   def _check_tensors(self):
-    expected = {_gguf_name(name): row.stored_shape for name, row in self.spec.weights.items()}
+    expected = {name_in('gguf', name): row.stored_shape for name, row in self.spec.weights.items()}
     if missing := [name for name in expected if name not in self._tensors]:
       raise ValueError(
         f'{self.path} lacks {len(missing)} of the {len(expected)} tensors of this model, the first {missing[0]!r}; '
@@ -353,13 +337,6 @@ def _expand(path: pathlib.Path, tensor: 'gguf.ReaderTensor') -> np.ndarray:
 
 def _shape(tensor: 'gguf.ReaderTensor') -> tuple[int, ...]:
   return tuple(int(size) for size in reversed(tensor.shape))  # the file lists the fastest axis first
-
-
-def _gguf_name(name: str) -> str:
-  if name in _TOP_NAMES:
-    return _TOP_NAMES[name]
-  _, layer, kind = name.split('.')
-  return f'blk.{layer}.{_LAYER_NAMES[kind]}'
 
 
 def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:

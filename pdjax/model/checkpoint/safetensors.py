@@ -14,6 +14,7 @@ from absl import logging
 
 from pdjax.model.checkpoint.base import from_stored, with_chat_template
 from pdjax.model.checkpoint.hf_config import declared_dtype, default_eos_ids, spec_from_config
+from pdjax.model.checkpoint.names import name_in
 from pdjax.model.end_tokens import EndTokens
 from pdjax.model.text_files import read_json, read_text
 from pdjax.model.tokenizer import Tokenizer
@@ -26,23 +27,6 @@ _DTYPES = {
 }
 _STORED_DTYPES = {'BF16': 'bfloat16', 'F16': 'float16', 'F32': 'float32'}
 
-_TOP_NAMES = {'embed': 'model.embed_tokens.weight', 'final_norm': 'model.norm.weight', 'unembed': 'lm_head.weight'}
-_LAYER_NAMES = {
-  'attn_norm': 'input_layernorm.weight',
-  'q': 'self_attn.q_proj.weight',
-  'k': 'self_attn.k_proj.weight',
-  'v': 'self_attn.v_proj.weight',
-  'q_bias': 'self_attn.q_proj.bias',
-  'k_bias': 'self_attn.k_proj.bias',
-  'v_bias': 'self_attn.v_proj.bias',
-  'q_norm': 'self_attn.q_norm.weight',
-  'k_norm': 'self_attn.k_norm.weight',
-  'o': 'self_attn.o_proj.weight',
-  'mlp_norm': 'post_attention_layernorm.weight',
-  'gate': 'mlp.gate_proj.weight',
-  'up': 'mlp.up_proj.weight',
-  'down': 'mlp.down_proj.weight',
-}
 _COMPARED_AT_ONCE = 2**22  # elements of two matrices, which may be gigabytes
 
 
@@ -77,7 +61,7 @@ class SafetensorsCheckpoint:
     ends = _named_ends(self.folder, config)
     spec = spec_from_config(config, config_path, name, ends.ids)
     self._stored = _open_shards(self.folder)  # by the tensors' names
-    self._embed_name = _TOP_NAMES['embed']
+    self._embed_name = name_in('safetensors', 'embed')
     self.spec = spec if not spec.tied_embeddings else self._with_found_head(spec)
     self._check_tensors()
     self._dtype = _DTYPES[self._stored_dtype('embed')]
@@ -120,11 +104,11 @@ class SafetensorsCheckpoint:
     return Tokenizer.from_folder(self.folder, eos_token_ids=eos_token_ids)
 
   def _name_of(self, name: str) -> str:
-    return self._embed_name if name == 'embed' else _stored_name(name)
+    return self._embed_name if name == 'embed' else name_in('safetensors', name)
 
   def _with_found_head(self, spec: ModelSpec) -> ModelSpec:
     """The spec, tied as config.json says if one matrix is there or both are equal; else both are used."""
-    embed, head = _TOP_NAMES['embed'], _TOP_NAMES['unembed']
+    embed, head = name_in('safetensors', 'embed'), name_in('safetensors', 'unembed')
     if head not in self._stored:
       return spec
     if embed not in self._stored:  # tied the other way round
@@ -168,12 +152,12 @@ class SafetensorsCheckpoint:
     expected = {self._name_of(name): name for name in self.spec.weights}
     shapes = {name: row.stored_shape for name, row in self.spec.weights.items()}
     if missing := [name for name in expected if name not in self._stored]:
-      hint = ' (or set tie_word_embeddings in config.json)' if missing[0] == _TOP_NAMES['unembed'] else ''
+      hint = ' (or set tie_word_embeddings in config.json)' if missing[0] == name_in('safetensors', 'unembed') else ''
       raise ValueError(
         f'{self.folder} lacks {len(missing)} of the {len(expected)} tensors that its config.json calls for, '
         f'the first {missing[0]!r}; save or download it again{hint}.'
       )
-    others = [name for name in self._stored if name not in expected and name != _TOP_NAMES['unembed']]
+    others = [name for name in self._stored if name not in expected and name != name_in('safetensors', 'unembed')]
     rotary = [name for name in others if name.endswith('rotary_emb.inv_freq')]
     if unknown := [name for name in others if name not in rotary]:
       raise ValueError(
@@ -303,10 +287,3 @@ def _named_ends(folder: pathlib.Path, config: Mapping[str, Any]) -> EndTokens:
     if ids:
       found.append((path.name, ids))
   return EndTokens(tuple(found))
-
-
-def _stored_name(name: str) -> str:
-  if name in _TOP_NAMES:
-    return _TOP_NAMES[name]
-  _, layer, kind = name.split('.')
-  return f'model.layers.{layer}.{_LAYER_NAMES[kind]}'

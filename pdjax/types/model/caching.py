@@ -34,8 +34,11 @@ class Shape(Protocol):
 @functools.lru_cache(maxsize=16)
 def kinds(model: Shape) -> tuple[CacheKind, ...]:
   """The cache kinds of a model; see `ModelSpec.cache`."""
-  if model.cache_kinds is not None:
-    return model.cache_kinds
+  return derived(model) if model.cache_kinds is None else model.cache_kinds
+
+
+def derived(model: Shape) -> tuple[CacheKind, ...]:
+  """The kinds that a model's attention and windows say."""
   name, arrays = model.attention.cache
   if model.only_simulated is None:
     return (CacheKind(KV, tuple(range(model.num_layers)), arrays),)
@@ -56,10 +59,9 @@ def check_kinds(model: str, num_layers: int, kinds: tuple[CacheKind, ...]) -> No
   if len(set(names)) < len(names):
     raise ValueError(f'model {model!r} has cache kinds named {", ".join(names)}; give each a name of its own.')
   for kind in kinds:
-    if not all(type(layer) is int and 0 <= layer < num_layers for layer in kind.layers):
+    if others := [layer for layer in kind.layers if not 0 <= layer < num_layers]:
       raise ValueError(
-        f'model {model!r} has a cache kind {kind.name!r} of the layers {kind.layers}, expected some of its own, 0 to '
-        f'{num_layers - 1}.'
+        f'model {model!r} has a cache kind {kind.name!r} of layer {others[0]}, but its own are 0 to {num_layers - 1}.'
       )
 
 
@@ -81,12 +83,15 @@ class CacheBytes:
 
 
 @functools.lru_cache(maxsize=64)
-def cache_bytes(model: Shape, kv_dtype: KVDtypeName) -> CacheBytes:
-  """The bytes of a model's cache, worked out once: a simulator asks for them in every step."""
+def cache_bytes(model: Shape, kv_dtype: KVDtypeName, shards: int = 1) -> CacheBytes:
+  """The bytes of a model's cache on each of the devices that cut its heads, worked out once.
+
+  A simulator asks for them in every step.
+  """
   token = request = state = 0
   by_window: dict[int | None, int] = {}
   for kind in kinds(model):  # type: ignore[arg-type]  # as in `weights.totals`
-    size = kind.num_bytes(kv_dtype)
+    size = kind.num_bytes(kv_dtype, shards)
     if kind.grows:
       token += size
     else:
@@ -97,5 +102,25 @@ def cache_bytes(model: Shape, kv_dtype: KVDtypeName) -> CacheBytes:
     for layer in kind.layers:
       reaches = [reach for reach in (model.window(layer), None if kind.grows else int(kind.reach)) if reach is not None]
       window = min(reaches, default=None)
-      by_window[window] = by_window.get(window, 0) + kind.layer_bytes(kv_dtype)
+      by_window[window] = by_window.get(window, 0) + kind.layer_bytes(kv_dtype, shards)
   return CacheBytes(token, request, state, tuple(by_window.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def attention_layers(model: Shape) -> tuple[tuple[int | None, int], ...]:
+  """Each window, None for all tokens, and the number of layers that attend over it.
+
+  With cache kinds of its own, a model attends in the layers that keep tokens, and no further back than they keep them.
+  """
+  found: dict[int | None, int] = {}
+  for layer in range(model.num_layers):
+    windows = [model.window(layer)]
+    if model.cache_kinds is not None:
+      keeping = [kind for kind in model.cache_kinds if layer in kind.layers and not kind.has_state]
+      if not keeping:
+        continue
+      if not any(kind.grows for kind in keeping):
+        windows.append(max(int(kind.reach) for kind in keeping))
+    window = min((one for one in windows if one is not None), default=None)
+    found[window] = found.get(window, 0) + 1
+  return tuple(found.items())

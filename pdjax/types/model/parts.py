@@ -52,6 +52,10 @@ class GQA:
     """FLOPs of one query token with one cached token, over all heads."""
     return 4 * self.query_heads * self.head_dim
 
+  def flops(self, pairs: int, cached: int) -> int:
+    """FLOPs of so many pairs of a query token and a token that it sees."""
+    return pairs * self.pair_flops
+
   @property
   def cache(self) -> tuple[str, tuple[CacheArray, ...]]:
     """The cache of a layer: the name of its kind, and the arrays that a token has there."""
@@ -127,6 +131,15 @@ class MLA:
   def pair_flops(self) -> int:
     """FLOPs of one query token with one cached token, over all heads, keys and values made of the latent before."""
     return 2 * self.query_heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+  def flops(self, pairs: int, cached: int) -> int:
+    """FLOPs of so many pairs of a query token and a token that it sees, of which so many are cached.
+
+    Keys and values of the cached tokens are made anew, or queries and values meet the latent itself (the absorbed
+    form), whichever is less.
+    """
+    made = pairs * self.pair_flops + cached * 2 * self.kv_rank * self.query_heads * (self.nope_dim + self.value_dim)
+    return min(made, pairs * 2 * self.query_heads * (2 * self.kv_rank + self.rope_dim))
 
   @property
   def cache(self) -> tuple[str, tuple[CacheArray, ...]]:

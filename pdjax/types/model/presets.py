@@ -11,10 +11,13 @@ _Model = TypeVar('_Model', bound='Presets')
 class Presets:
   """The constructors of published models; `ModelSpec` inherits them.
 
-  Those whose parts the engine does not compute (`ModelSpec.only_simulated`) are for the simulator.
+  Those whose parts the engine does not compute (`ModelSpec.only_simulated`) are for the simulator. Weights are counted
+  in the dtype in which a config serves them: GPT-OSS is published in MXFP4 and DeepSeek-V3 in FP8, which is less.
   """
 
-  __slots__ = ()
+  __slots__ = ('_hash',)  # of a `ModelSpec`, once it was asked for
+
+  _hash: int
 
   @classmethod
   def smollm2_135m(cls) -> Self:

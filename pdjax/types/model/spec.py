@@ -70,8 +70,8 @@ class ModelSpec(Presets):
     kv_heads: int | None = None,
     head_dim: int | None = None,
     ffn_dim: int | None = None,
-    vocab_size: int = 0,
-    context_len: int = 0,
+    vocab_size: int | None = None,
+    context_len: int | None = None,
     rope_theta: float = 10_000.0,
     norm_eps: float = 1e-5,
     tied_embeddings: bool = False,
@@ -92,6 +92,9 @@ class ModelSpec(Presets):
     Raises:
       ValueError: if a field is of another kind or out of range, or there is no attention or no feed-forward part.
     """
+    for size, given in {'vocab_size': vocab_size, 'context_len': context_len}.items():
+      if given is None:
+        raise ValueError(f'model {name!r} has no {size}; give it, an integer of at least 1.')
     heads = {'query_heads': query_heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
     set_field = object.__setattr__
     set_field(self, 'name', name)
@@ -144,7 +147,16 @@ class ModelSpec(Presets):
     positions = self.learned_positions
     self._expect('learned_positions', type(positions) is int and positions >= 0, 'an integer of at least 0')
     if self.cache_kinds is not None:
-      caching.check_kinds(self.name, self.num_layers, self.cache_kinds)
+      caching.check_kinds(self.name, self.num_layers, kinds := self.cache_kinds)
+      object.__setattr__(self, 'cache_kinds', None)
+      if kinds != caching.derived(self):  # else they say nothing new
+        object.__setattr__(self, 'cache_kinds', kinds)
+
+  def __hash__(self) -> int:
+    """Of all fields, worked out once: what is worked out of a model is kept by it."""
+    if not hasattr(self, '_hash'):
+      object.__setattr__(self, '_hash', hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self))))
+    return self._hash
 
   def _expect(self, field: str, holds: bool, expected: str) -> None:
     if not holds:
@@ -211,8 +223,8 @@ class ModelSpec(Presets):
     attention, ffn = self.attention, self.ffn
     if not (isinstance(attention, GQA) and isinstance(ffn, Gated)) or self.only_simulated:
       return fields
-    for only_simulated in ('attention', 'ffn', 'learned_positions', 'norm_biases', 'cache_kinds'):
-      del fields[only_simulated]
+    for rest in ('attention', 'ffn', 'learned_positions', 'norm_biases', 'cache_kinds'):
+      del fields[rest]
     heads = {name: getattr(attention, name) for name in ('query_heads', 'kv_heads', 'head_dim', 'qkv_bias', 'qk_norm')}
     return fields | heads | {'ffn_dim': ffn.dim}
 
@@ -245,6 +257,16 @@ class ModelSpec(Presets):
   def weight_bytes(self, dtype_bytes: int) -> int:
     """Bytes of all weights at this many bytes each."""
     return self.num_params * dtype_bytes
+
+  def read_params(self, tokens: int) -> float:
+    """Parameters that a step of so many tokens reads: of experts, those that some token is expected to choose.
+
+    Each token is taken to choose its experts at random, and the input embedding is read whole where it is tied.
+    """
+    sums = weights.totals(self)
+    experts = sum(size * (1 - (1 - share) ** tokens) for share, size in sums.experts)
+    embedding = 0 if self.tied_embeddings else self.vocab_size * self.embed_dim  # a row a token, not whole
+    return sums.layers - sum(size for _, size in sums.experts) + experts + sums.outer - embedding
 
   def weight_bytes_per_device(self, dtype_bytes: int, tp: int) -> int:
     """Bytes of the weights on each of `tp` devices: what `tp` does not divide lies whole on all of them.
@@ -283,15 +305,18 @@ class ModelSpec(Presets):
     """Bytes that a sequence of so many tokens has in the cache."""
     return sum(kind.kept(tokens) * kind.num_bytes(kv_dtype) for kind in self.cache)
 
-  def read_bytes(self, kv_dtype: KVDtypeName, chunks: Sequence[tuple[int, int]], contexts: Sequence[int]) -> int:
-    """Bytes of the cache that one step reads, and of states those that it writes back.
+  def read_bytes(
+    self, kv_dtype: KVDtypeName, chunks: Sequence[tuple[int, int]], contexts: Sequence[int], shards: int = 1
+  ) -> int:
+    """Bytes of the cache that one step reads on each device, and of states those that it writes back.
 
     Args:
       kv_dtype: Of the cache.
       chunks: (tokens already cached, new tokens) of each prompt chunk.
       contexts: Cached tokens of each decoding sequence.
+      shards: Devices that cut the heads; what is not cut, each of them reads whole.
     """
-    reads = caching.cache_bytes(self, kv_dtype)
+    reads = caching.cache_bytes(self, kv_dtype, shards)
     total = 2 * reads.state * (len(chunks) + len(contexts))
     for window, size in reads.by_window:
       if window is None:
@@ -309,22 +334,28 @@ class ModelSpec(Presets):
 
   def attention_flops(self, new_tokens: int, cached_tokens: int) -> int:
     """FLOPs of causal attention for `new_tokens` tokens that follow `cached_tokens` in one sequence."""
-    pairs = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
-    windowed = self._num_windowed_layers
-    total = (self.num_layers - windowed) * pairs
-    if windowed and self.sliding_window is not None:
-      # Tokens at position `sliding_window` and up miss what lies before their window.
-      first = max(cached_tokens + 1 - self.sliding_window, 1)
-      last = cached_tokens + new_tokens - self.sliding_window
-      hidden = max(last - first + 1, 0) * (first + last) // 2
-      total += windowed * (pairs - hidden)
-    return self.attention.pair_flops * total
+    total = 0
+    for window, layers in caching.attention_layers(self):
+      pairs, seen = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2, cached_tokens
+      if window is not None:  # tokens at position `window` and up miss what lies before their window
+        first, last = max(cached_tokens + 1 - window, 1), cached_tokens + new_tokens - window
+        pairs -= max(last - first + 1, 0) * (first + last) // 2
+        seen = min(cached_tokens, window)
+      total += layers * self.attention.flops(pairs, seen)
+    return total
 
-  @property
-  def _num_windowed_layers(self) -> int:
-    if self.sliding_window is None or self.windowed_layers is None:
-      return 0 if self.sliding_window is None else self.num_layers
-    return len(self.windowed_layers)
+  def decode_attention_flops(self, contexts: Sequence[int]) -> int:
+    """FLOPs of attention for one more token of each sequence, which have so many cached tokens; all together."""
+    total = 0
+    for window, layers in caching.attention_layers(self):
+      if window is None:
+        seen = sum(contexts)
+        pairs = seen + len(contexts)
+      else:
+        seen = sum(min(context, window) for context in contexts)
+        pairs = sum(min(context + 1, window) for context in contexts)
+      total += layers * self.attention.flops(pairs, seen)
+    return total
 
   def unembed_flops(self) -> int:
     """FLOPs of one row of logits."""
@@ -340,4 +371,7 @@ def _with_fields(kind: type, part: Any, fields: dict[str, Any]) -> Any:
     if missing:
       raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}.')
     return kind(**given)
+  known = {field.name for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
+  if others := [name for name in given if name not in known]:
+    raise ValueError(f'its {type(part).__name__} has no {", ".join(others)}; give another part, or leave that out.')
   return dataclasses.replace(part, **given) if given else part

@@ -75,11 +75,13 @@ class Totals:
     layers: Parameters of all blocks.
     outer: Parameters outside of them.
     token: Parameters of the blocks by which one token is multiplied: of experts, those of the active ones.
+    experts: The share of experts that a token goes through, and the parameters of all of them.
   """
 
   layers: int
   outer: int
   token: int
+  experts: tuple[tuple[float, int], ...]
 
 
 @functools.lru_cache(maxsize=16)
@@ -87,7 +89,13 @@ def totals(model: Shape) -> Totals:
   """The sums over a model's table, worked out once: a simulator asks for them in every step."""
   token = round(sum_over_layers(model, lambda row: row.size * row.share))
   outer = sum(row.size for row in outer_weights(model))
-  return Totals(round(sum_over_layers(model, lambda row: row.size)), outer, token)
+  shares = {row.share for layer in (0, model.num_layers - 1) for row in layer_weights(model, layer)} - {1.0}
+
+  def of_share(share: float) -> int:
+    return round(sum_over_layers(model, lambda row: row.size * (row.share == share)))
+
+  experts = tuple((share, of_share(share)) for share in sorted(shares))
+  return Totals(round(sum_over_layers(model, lambda row: row.size)), outer, token, experts)
 
 
 def sum_over_layers(model: Shape, of: Callable[[Weight], float]) -> float:

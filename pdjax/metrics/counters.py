@@ -9,6 +9,7 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `vllm:nixl_xfer_time_seconds` | seconds on the wire, a transfer |
 | `vllm:nixl_post_time_seconds` | seconds from gathered to leaving, a transfer |
 | `vllm:nixl_num_failed_transfers_total` | transfers that did not end well |
+| `vllm:num_preemptions_total` | times that a request was preempted |
 | `sglang:kv_transfer_latency_ms` | milliseconds in which any of its pages were on the wire, a request |
 | `sglang:kv_transfer_total_mb` | megabytes, a request |
 | `sglang:kv_transfer_speed_gb_s` | gigabytes a second on the wire, a request |
@@ -43,6 +44,7 @@ def _series(timeline: Timeline) -> Iterator[tuple[str, float]]:
   yield from _summary('vllm:nixl_xfer_time_seconds', wire_s)
   yield from _summary('vllm:nixl_post_time_seconds', [trip.wire_began_s - span.began_s for span, trip in trips])
   yield 'vllm:nixl_num_failed_transfers_total', figures.failed
+  yield 'vllm:num_preemptions_total', len(timeline.preemptions)
   wires: dict[str, list[tuple[float, float]]] = {}
   sizes: dict[str, int] = {}
   for span, trip in trips:

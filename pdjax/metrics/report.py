@@ -67,6 +67,8 @@ class Report:
     num_transfers: Transfers that ended well.
     transfers: The time they took, and the part of it that was hidden.
     wasted_tokens: Tokens computed and thrown away.
+    num_preemptions: Times that a request was preempted.
+    recomputed_tokens: Cached tokens that were to be computed anew for that.
     returns: Each return of a lost worker, with the parts of the time it took.
     finish_reasons: The number of requests by how they ended; `unfinished` if the log stops before.
     slo: The run's latency limits, if any.
@@ -113,6 +115,8 @@ class Report:
   num_transfers: int
   transfers: TransferFigures
   wasted_tokens: int
+  num_preemptions: int
+  recomputed_tokens: int
   returns: tuple[WorkerReturn, ...]
   finish_reasons: Mapping[str, int]
   slo: SLO | None
@@ -212,6 +216,8 @@ class Report:
       num_transfers=sum(request.num_transfers for request in timeline.requests),
       transfers=TransferFigures.of(timeline),
       wasted_tokens=timeline.wasted_tokens,
+      num_preemptions=len(timeline.preemptions),
+      recomputed_tokens=sum(one.tokens for one in timeline.preemptions),
       returns=timeline.returns,
       finish_reasons=finish_reasons,
       slo=slo,
@@ -309,6 +315,8 @@ class Report:
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
       'wasted_tokens': self.wasted_tokens,
+      'num_preemptions': self.num_preemptions,
+      'recomputed_tokens': self.recomputed_tokens,
       'returns': [one.to_json() for one in self.returns],
       'goodput_share': self.goodput_share,
       'finish_reasons': self.finish_reasons,

@@ -14,6 +14,7 @@ from pdjax.serving.events import (
   Failed,
   Finished,
   Occupancy,
+  Preempted,
   Started,
   TimerDue,
   Trip,
@@ -225,6 +226,7 @@ class Timeline:
     failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.
     returns: Each return of a worker that was lost, in order.
     absences: Each worker that was lost and did not return, in the order of the losses.
+    preemptions: Each time that a request was preempted, in order.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -235,6 +237,7 @@ class Timeline:
   failed_transfers: tuple[str, ...] = ()
   returns: tuple[WorkerReturn, ...] = ()
   absences: tuple[WorkerAbsence, ...] = ()
+  preemptions: tuple[Preempted, ...] = ()
 
   @property
   def start_s(self) -> float:
@@ -272,6 +275,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   losses: dict[str, WorkerLost] = {}  # of workers that are not back
   last_words: dict[str, WorkerLost] = {}  # of the same
   returns: list[WorkerReturn] = []
+  preemptions: list[Preempted] = []
   now_s = 0.0
 
   for event in events:
@@ -324,6 +328,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         requests |= {draft.request.id: draft for draft in drafts}
       case Occupancy():
         occupancy.append(event)
+      case Preempted():
+        preemptions.append(event)
       case Finished():
         requests[event.request].finished = event
 
@@ -339,6 +345,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       WorkerAbsence(name, lost.ended_s, last_words[name].error, last_words[name].returning)
       for name, lost in losses.items()
     ),
+    preemptions=tuple(preemptions),
   )
 
 

@@ -48,6 +48,8 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'input tokens', f'{report.total_input_tokens:,}'
   yield 'output tokens', f'{report.total_output_tokens:,}'
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
+  if report.num_preemptions:
+    yield 'preemptions', f'{report.num_preemptions:,}, {report.recomputed_tokens:,} tokens computed anew'
   yield 'KV moved', byte_count(report.wire_bytes)
   yield 'transfers', f'{report.num_transfers:,}'
   if report.transfers.overlap_share is not None:

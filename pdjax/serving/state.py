@@ -17,16 +17,14 @@ from pdjax.serving.events import (
   Finished,
   Occupancy,
   Preempted,
-  Result,
   TimerDue,
   Withdrawn,
   WorkerBack,
   WorkerLost,
-  WorkerUse,
 )
+from pdjax.serving.occupancy import OccupancyWatch
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
-from pdjax.serving.requests import Phase
 from pdjax.serving.view import ClusterView
 from pdjax.types.checks import is_number
 from pdjax.types.faults import FaultSpec
@@ -80,8 +78,7 @@ class ClusterState:
       pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
     )  # fmt: skip
     self.view = ClusterView(self.books)
-    self._uses = dict.fromkeys(self.workers, (0, 0))
-    self._num_waiting = 0
+    self._occupancy = OccupancyWatch(self.books)
 
   # -------------------------------------------------------------------------- what the loop asks
 
@@ -134,17 +131,7 @@ class ClusterState:
 
   def take_occupancy(self, now_s: float) -> Occupancy | None:
     """The use of pages and slots and the length of the queue, if any changed since the last call."""
-    changed = []
-    for name, worker in self.workers.items():
-      use = worker.num_pages - worker.free_pages, len(worker.decoding)
-      if use != self._uses[name]:
-        self._uses[name] = use
-        changed.append(WorkerUse(name, *use))
-    num_waiting = len(self.books.waiting)
-    if not changed and num_waiting == self._num_waiting:
-      return None
-    self._num_waiting = num_waiting
-    return Occupancy(now_s, num_waiting, tuple(changed))
+    return self._occupancy.take(now_s)
 
   def check_progress(self) -> None:
     """Raise if requests are left although nothing is under way or due, so that nothing can ever change.
@@ -215,7 +202,7 @@ class ClusterState:
     order = books.in_flight.pop(event.order, None)
     match order:
       case StepOrder():
-        self._step_done(order, event)
+        steps.step_done(books, order, event)
       case TransferOrder():
         if entry := sending.transfer_ended(books, order):
           books.unsettled.append(entry)
@@ -228,27 +215,6 @@ class ClusterState:
           del books.in_flight[transfer]
           recovery.transfer_failed(books, attempt.order, attempt.error, corrupt=False)
     return order is not None
-
-  def _step_done(self, order: StepOrder, event: Done) -> None:
-    books = self.books
-    steps.step_ended(books, order)
-    in_time: list[Result] = []
-    late: list[Result] = []
-    for result in event.results:
-      (in_time if lifecycle.got(books, result) else late).append(result)
-    if event.results:
-      results = tuple(in_time) if late else event.results
-      books.delivered.append(Delivered(books.now_s, order.id, results, tuple(late)))
-    for chunk in order.chunks:
-      entry = books.requests.get(chunk.request.id)
-      if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
-        entry.computed = entry.computed or chunk.restores
-        books.unsettled.append(entry)
-    if len(event.results) < len(order.decodes) + len(order.chunks):  # some got nothing of the step
-      for decode in order.decodes:
-        entry = books.requests.get(decode.request)
-        if entry is not None and entry.phase is Phase.RESTARTING:
-          books.unsettled.append(entry)
 
   def _failed(self, event: Failed) -> bool:
     books = self.books

@@ -1,9 +1,10 @@
 """Steps: how a `Step` becomes a `StepOrder` with every number filled in, and what its end brings."""
 
-from pdjax.serving import sending
+from pdjax.serving import lifecycle, sending
 from pdjax.serving.actions import Chunk, Step
 from pdjax.serving.books import Books
 from pdjax.serving.checks import check_step
+from pdjax.serving.events import Delivered, Done, Result
 from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, Order, StepOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter
@@ -110,3 +111,25 @@ def step_ended(books: Books, order: StepOrder) -> None:
   for decode in order.decodes:
     if entry := books.requests.get(decode.request):
       entry.steps_in_flight -= order.steps
+
+
+def step_done(books: Books, order: StepOrder, event: Done) -> None:
+  """Take note of a step that ended well, and of what it brought."""
+  step_ended(books, order)
+  in_time: list[Result] = []
+  late: list[Result] = []
+  for result in event.results:
+    (in_time if lifecycle.got(books, result) else late).append(result)
+  if event.results:
+    results = tuple(in_time) if late else event.results
+    books.delivered.append(Delivered(books.now_s, order.id, results, tuple(late)))
+  for chunk in order.chunks:
+    entry = books.requests.get(chunk.request.id)
+    if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
+      entry.computed = entry.computed or chunk.restores
+      books.unsettled.append(entry)
+  if len(event.results) < len(order.decodes) + len(order.chunks):  # some got nothing of the step
+    for decode in order.decodes:
+      entry = books.requests.get(decode.request)
+      if entry is not None and entry.phase is Phase.RESTARTING:
+        books.unsettled.append(entry)

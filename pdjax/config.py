@@ -1,17 +1,18 @@
 """ServingConfig: one whole run as a frozen tree."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.base import as_policy
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
-from pdjax.types.cache import KV_DTYPE_BYTES, KVDtypeName
-from pdjax.types.checks import check_seed
+from pdjax.types.cache import KVDtypeName
+from pdjax.types.checked import Seed, as_path, check_fields
 from pdjax.types.cluster import split_name
 from pdjax.types.faults import FaultSpec
+from pdjax.types.fitting import Must, Remedy, at_least
 from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 from pdjax.types.model import ModelSpec
 from pdjax.types.processes import RayCluster
@@ -21,6 +22,10 @@ from pdjax.types.worker import WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder
+
+Tokens = Annotated[int, at_least(1, 'at least 1 token')]
+_WORKLOAD = Remedy('ready requests are Given(requests)')
+_CACHE = Must(lambda folder: folder != '', "a folder, or 'off' to keep no programs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +62,33 @@ class ServingConfig:
       is named takes none, which is said. Whoever can write into such a folder can run code in its readers.
 
   Raises:
-    ValueError: if a field is out of range or two workers have one name.
+    ValueError: if a field is of another type or out of range, or two workers have one name.
   """
 
+  _said: ClassVar[str] = '{kind}.{field} is {value}'
+
   workers: tuple[WorkerSpec, ...]
-  workload: Workload | None = None
+  workload: Annotated[Workload | None, _WORKLOAD] = None
   policy: Policy = Disaggregated()
   model: ModelSpec | None = None
   checkpoint: str | None = None
-  page_size: int = 16
+  page_size: Tokens = 16
   dtype: Literal['auto', DtypeName] = 'float32'
   kv_dtype: KVDtypeName | None = None
-  max_context: int | None = None
+  max_context: Tokens | None = None
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()
   slo: SLO | None = None
   processes: RayCluster | None = None
   platform: str | None = None
-  compilation_cache: str | None = None
-  seed: int = 0
+  compilation_cache: Annotated[str, _CACHE] | None = None
+  seed: Seed = 0
 
   def __post_init__(self):
-    object.__setattr__(self, 'workers', tuple(self.workers))
+    for field in ('checkpoint', 'compilation_cache'):
+      object.__setattr__(self, field, as_path(getattr(self, field)))
+    check_fields(self)
     names = [worker.name for worker in self.workers]
     repeated = {name for name in names if names.count(name) > 1}
     if not names or repeated:
@@ -95,17 +104,6 @@ class ServingConfig:
         f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one step; '
         'lower it or raise max_fused_steps.'
       )
-    if self.page_size < 1:
-      raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
-    if self.dtype != 'auto' and self.dtype not in DTYPE_BYTES:
-      raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}, or 'auto'.")
-    if self.kv_dtype not in (None, *KV_DTYPE_BYTES):
-      raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
-    if self.max_context is not None and self.max_context < 1:
-      raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
-    check_seed(self.seed, 'seed')
-    if self.compilation_cache == '':
-      raise ValueError("compilation_cache is '', expected a folder, 'off' to keep no programs, or None.")
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 from absl import logging
 
@@ -16,6 +16,8 @@ from pdjax.reporting import save_report
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder, open_folder
 from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals
+from pdjax.types.checked import Seed, checks_arguments
+from pdjax.types.fitting import shown
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Completion, SamplingParams
 from pdjax.types.worker import WorkerSpec
@@ -46,6 +48,7 @@ class RunResult:
   unwritten: tuple[str, ...] = ()
 
 
+@checks_arguments()
 def run(
   config: ServingConfig,
   *,
@@ -98,6 +101,7 @@ def run(
     return recording.result()
 
 
+@checks_arguments()
 def simulate(
   config: ServingConfig,
   *,
@@ -138,13 +142,14 @@ def simulate(
     return recording.result()
 
 
+@checks_arguments('prompts')
 def generate(
   prompts: Sequence[Prompt],
   config: ServingConfig | None = None,
   sampling: SamplingParams | Sequence[SamplingParams] | None = None,
   *,
   checkpoint: str | None = None,
-  seed: int | None = None,
+  seed: Seed | None = None,
 ) -> list[Completion]:
   """Answer prompts: texts and chats go through the chat template, token ids are taken as they are.
 
@@ -167,6 +172,8 @@ def generate(
   """
   if isinstance(prompts, str):
     raise ValueError(f'prompts is the text {prompts[:40]!r}, expected a list of prompts; write [{prompts[:40]!r}].')
+  if isinstance(prompts, bytes | Mapping | Set | type) or not hasattr(prompts, '__getitem__'):
+    raise ValueError(f'prompts is {shown(prompts)}, expected a list of prompts.')
   sampling = SamplingParams() if sampling is None else sampling
   each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
   if len(each) != len(prompts):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pdjax.config import ServingConfig
 from pdjax.policies import Colocated, Disaggregated, as_policy
+from pdjax.types.checked import checks_arguments
 from pdjax.types.cluster import carve_devices, colocated_pool, decode_pool, devices_needed, parse_split, prefill_pool
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.pools import PoolSpecs
@@ -40,6 +41,7 @@ class System:
     return self.division if self.pass_tokens is None else f'{self.division}, {self.pass_tokens} tokens'
 
 
+@checks_arguments()
 def with_split(config: ServingConfig, split: str) -> ServingConfig:
   """The config with another number of workers of either role, such as '2P1D'.
 
@@ -64,6 +66,7 @@ def with_split(config: ServingConfig, split: str) -> ServingConfig:
   return dataclasses.replace(config, workers=pools[0] + pools[1], policy=policy)
 
 
+@checks_arguments()
 def at_rate(workload: Workload, rate: float) -> Workload:
   """The same requests at another rate.
 

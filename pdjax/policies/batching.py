@@ -76,11 +76,3 @@ def fill_prefills(
     batches.add(entry, worker, send_to)
     room.take_tokens(worker.name, entry.prefill_len)
   return batches.chunks
-
-
-def require_positive(policy: object, *fields: str) -> None:
-  """Raise ValueError unless these fields of a policy are at least 1."""
-  for field in fields:
-    value = getattr(policy, field)
-    if value < 1:
-      raise ValueError(f'{type(policy).__name__} has {field}={value}, expected at least 1.')

@@ -340,6 +340,8 @@ class _Reader:
         sampling[key] = tuple(sampling[key])
     ends = self.chat_end_ids if 'messages' in fields else ()
     prompt = self._prompt(fields)
+    if not prompt:
+      raise _Refusal('the prompt is empty, expected at least one token; give it some text.')
     try:
       arrival_s = fields.get('arrival_s', 0.0)
       if arrival_s > _LATEST_S:
@@ -350,7 +352,7 @@ class _Reader:
       arrival_s = float(arrival_s)
       return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
     except (ValueError, OverflowError) as error:
-      why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}'))
+      why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}')).replace('SamplingParams.', '')
       raise _Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error
 
   def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:

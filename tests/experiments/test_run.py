@@ -53,7 +53,7 @@ def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_ot
   assert out[3]['ttft_s'] > 0
   assert out[0]['text'] is None
   for row, words in [
-    (1, 'empty prompt'),
+    (1, 'prompt is empty'),
     (2, 'context'),
     (4, str(TINY.vocab_size)),
     (5, 'max_tokens'),
@@ -123,13 +123,14 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
       ['--config=configs/smollm2_cpu.py', '--set=policy.max_prefil_tokens=1'],
       ['max_prefil_tokens', 'max_prefill_tokens'],
     ),
-    (['--config=configs/smollm2_cpu.py', '--set=page_size=big'], ['page_size', 'big', 'int']),
+    (['--config=configs/smollm2_cpu.py', '--set=page_size=big'], ['page_size', 'big', 'an integer']),
     (['--config=configs/smollm2_cpu.py', '--goodput=latency:5'], ['latency', 'ttft']),
     (['--config=configs/cpu.py:checkpoint=nowhere.gguf', '--prompt=Hi'], ['nowhere.gguf']),
     (['--config=configs/smollm2_cpu.py', '--prompt=Hi', '--requests=x.jsonl'], ['--prompt', '--requests']),
     (['--config=configs/smollm2_cpu.py', '--set=max_context=9000', '--prompt=Hi'], ['9000', '8192']),
     (['--config=configs/smollm2_cpu.py', '--requests=tests/tiny.jsonl'], ['tests/tiny.jsonl', 'not a file']),
     (['--config=configs/smollm2_cpu.py', '--requests=x.jsonl', '--workdir=runs/none'], ['x.jsonl', 'not a file']),
+    (['--config=configs/smollm2_cpu.py', '--requests=/dev/null'], ['/dev/null', 'has no requests']),
     (['--config=configs/smollm2_cpu.py', '--workdir=README.md'], ['README.md', 'folder']),
     (['--config=configs/smollm2_cpu.py', '--prompt='], ['empty']),
     (['--config=configs/smollm2_cpu.py:page_size=0'], ['page_size', '0']),

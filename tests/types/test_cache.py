@@ -74,16 +74,19 @@ def test_kinds_of_a_group_of_layers_are_those_that_have_some_there():
 @pytest.mark.parametrize(
   'make, message',
   [
-    (lambda: CacheArray('a', ()), r"'a' has shape \(\), expected integers of at least 1"),
-    (lambda: CacheArray('a', (2, 0)), r'has shape \(2, 0\), expected'),
+    (lambda: CacheArray('a', ()), r"'a' has shape=\(\), expected at least one"),
+    (lambda: CacheArray('a', (2, 0)), r'has shape\[1\]=0, expected an integer of at least 1'),
     (lambda: CacheArray('a', (2,), cut=1), r'has cut=1, expected an axis of \(2,\) or None'),
-    (lambda: CacheArray('a', (2,), dtype='fp3'), "has dtype 'fp3', expected one of 'float32'"),
+    (lambda: CacheArray('a', (2,), dtype='fp3'), "has dtype='fp3', expected one of 'float32'"),
     (lambda: CacheArray('a', (3,), cut=0).num_bytes('float32', 2), 'has 3 in the axis that is cut, which 2 devices'),
-    (lambda: CacheKind('k', (), WINDOW.arrays), "'k' has no layers"),
-    (lambda: CacheKind('k', (0,), ()), "'k' has no arrays"),
-    (lambda: dataclasses.replace(WINDOW, reach=0), "has reach=0, expected 'all', 'request' or a window of at least 1"),
+    (lambda: CacheKind('k', (), WINDOW.arrays), r"'k' has layers=\(\), expected at least one"),
+    (lambda: CacheKind('k', (0,), ()), r"'k' has arrays=\(\), expected at least one"),
+    (
+      lambda: dataclasses.replace(WINDOW, reach=0),
+      "has reach=0, expected a window of at least 1 token or one of 'all', ",
+    ),
     (lambda: dataclasses.replace(WINDOW, page_size=0), 'has page_size=0, expected 1 entry or more, or None'),
-    (lambda: dataclasses.replace(TINY, cache_kinds=()), r"'tiny' has cache_kinds=\(\), expected None or a tuple"),
+    (lambda: dataclasses.replace(TINY, cache_kinds=()), r"'tiny' has cache_kinds=\(\), expected at least one, or None"),
     (lambda: dataclasses.replace(TINY, cache_kinds=(WINDOW, WINDOW)), 'cache kinds named window, window; give each'),
     (
       lambda: dataclasses.replace(TINY, cache_kinds=(STATE,)),

@@ -50,13 +50,11 @@ def kinds(model: Shape) -> tuple[CacheKind, ...]:
 
 def check_kinds(model: str, num_layers: int, kinds: tuple[CacheKind, ...]) -> None:
   """Raise ValueError unless these can be the cache kinds of a model with so many layers."""
-  if not isinstance(kinds, tuple) or not kinds or not all(isinstance(kind, CacheKind) for kind in kinds):
-    raise ValueError(f'model {model!r} has cache_kinds={kinds!r}, expected None or a tuple of CacheKind.')
   names = [kind.name for kind in kinds]
   if len(set(names)) < len(names):
     raise ValueError(f'model {model!r} has cache kinds named {", ".join(names)}; give each a name of its own.')
   for kind in kinds:
-    if not all(type(layer) is int and 0 <= layer < num_layers for layer in kind.layers):
+    if not all(layer < num_layers for layer in kind.layers):
       raise ValueError(
         f'model {model!r} has a cache kind {kind.name!r} of the layers {kind.layers}, expected some of its own, 0 to '
         f'{num_layers - 1}.'

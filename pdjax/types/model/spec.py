@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from pdjax.types.cache import CacheKind, KVDtypeName
+from pdjax.types.checked import SOME, Index, Positive, Size, check_fields, refusal
+from pdjax.types.fitting import Misfit, Must, at_least, fit
 from pdjax.types.model import caching, weights
-from pdjax.types.model.checks import are_below, is_positive, is_size
 from pdjax.types.model.parts import GQA, Attention, FeedForward, Gated
 from pdjax.types.model.presets import Presets
 from pdjax.types.model.rope import RopeScaling
@@ -43,23 +44,25 @@ class ModelSpec(Presets):
       any mix of them.
   """
 
+  _said: ClassVar[str] = 'model {one.name!r} has {field}={value}'
+
   name: str
-  num_layers: int
-  embed_dim: int
+  num_layers: Annotated[Size, Must(lambda layers: layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')]
+  embed_dim: Size
   attention: Attention
   ffn: FeedForward
-  vocab_size: int
-  context_len: int
-  rope_theta: float
-  norm_eps: float
+  vocab_size: Size
+  context_len: Size
+  rope_theta: Positive
+  norm_eps: Positive
   tied_embeddings: bool
-  eos_token_ids: tuple[int, ...]
+  eos_token_ids: tuple[Index, ...]
   rope_scaling: RopeScaling | None
-  sliding_window: int | None
-  windowed_layers: tuple[int, ...] | None
-  learned_positions: int
+  sliding_window: Annotated[int, at_least(1, 'at least 1 token')] | None
+  windowed_layers: tuple[Index, ...] | None
+  learned_positions: Annotated[int, at_least(0, 'an integer of at least 0')]
   norm_biases: bool
-  cache_kinds: tuple[CacheKind, ...] | None
+  cache_kinds: Annotated[tuple[CacheKind, ...], SOME] | None
 
   def __init__(
     self,
@@ -95,10 +98,11 @@ class ModelSpec(Presets):
     heads = {'query_heads': query_heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
     set_field = object.__setattr__
     set_field(self, 'name', name)
-    self._expect('name', isinstance(name, str), 'a text')
     for size, given in (heads | {'ffn_dim': ffn_dim}).items():
-      if given is not None and not is_size(given):
-        raise ValueError(f'model {name!r} has {size}={given!r}, expected an integer of at least 1.')
+      try:
+        fit(given, Size | None)
+      except Misfit as misfit:
+        raise refusal(self, size, misfit) from None
     try:
       set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
       set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))
@@ -116,33 +120,17 @@ class ModelSpec(Presets):
     self._check()
 
   def _check(self) -> None:
-    for size in ('num_layers', 'embed_dim', 'vocab_size', 'context_len'):
-      self._expect(size, is_size(getattr(self, size)), 'an integer of at least 1')
-    self._expect('num_layers', self.num_layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')
-    self._expect('attention', isinstance(self.attention, Attention), 'a GQA or an MLA')
-    self._expect('ffn', isinstance(self.ffn, FeedForward), 'a Gated, a Plain or Experts')
-    for number in ('rope_theta', 'norm_eps'):
-      self._expect(number, is_positive(getattr(self, number)), 'a positive number')
-    for flag in ('tied_embeddings', 'norm_biases'):
-      self._expect(flag, isinstance(getattr(self, flag), bool), 'True or False')
-    self._expect(
-      'rope_scaling', self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling), 'a RopeScaling or None'
-    )
+    check_fields(self)
     self._expect(
       'eos_token_ids',
-      are_below(self.vocab_size, self.eos_token_ids),
+      all(token < self.vocab_size for token in self.eos_token_ids),
       f'a tuple of integers from 0 to {self.vocab_size - 1}, as its vocabulary has',
     )
     self._expect(
-      'sliding_window', self.sliding_window is None or is_size(self.sliding_window), 'at least 1 token, or None'
-    )
-    self._expect(
       'windowed_layers',
-      self.windowed_layers is None or are_below(self.num_layers, self.windowed_layers),
+      all(layer < self.num_layers for layer in self.windowed_layers or ()),
       f'None or a tuple of its layers, 0 to {self.num_layers - 1}',
     )
-    positions = self.learned_positions
-    self._expect('learned_positions', type(positions) is int and positions >= 0, 'an integer of at least 0')
     if self.cache_kinds is not None:
       caching.check_kinds(self.name, self.num_layers, self.cache_kinds)
 

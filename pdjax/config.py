@@ -59,7 +59,8 @@ class ServingConfig:
       the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
       next process of a lost worker takes those of the one before, unless JAX was given a folder by itself
       (JAX_COMPILATION_CACHE_DIR). With `processes`, programs are kept in such a temporary folder too where the one that
-      is named takes none, which is said. Whoever can write into such a folder can run code in its readers.
+      is named takes none; without, those that are in it are read, and no more are written. Either is said. Whoever can
+      write into such a folder can run code in its readers.
 
   Raises:
     ValueError: if a field is of another type or out of range, or two workers have one name.

@@ -101,7 +101,7 @@ def _fit(value: Any, hint: Any, what: str) -> Any:
   try:
     return fitting.fit(_meant(value, hint), hint)
   except fitting.Misfit as misfit:
-    raise ValueError(f'{what}{misfit.place} is {fitting.shown(misfit.value)}, expected {misfit.expected}.') from None
+    raise ValueError(misfit.says(f'{what}{misfit.place} is {fitting.shown(misfit.value)}')) from None
 
 
 def _meant(value: Any, hint: Any) -> Any:

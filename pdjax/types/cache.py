@@ -32,7 +32,7 @@ class CacheArray:
     ValueError: if a field is of another type or out of range.
   """
 
-  _said: ClassVar[str] = 'cache array {one.name!r} has {field}={value}'
+  _said: ClassVar[str] = 'cache array {name} has {field}={value}'
 
   name: str
   shape: Annotated[tuple[Size, ...], SOME]
@@ -80,7 +80,7 @@ class CacheKind:
     ValueError: if it has no layers or no arrays, or its reach or page size is none.
   """
 
-  _said: ClassVar[str] = 'cache kind {one.name!r} has {field}={value}'
+  _said: ClassVar[str] = 'cache kind {name} has {field}={value}'
 
   name: str
   layers: Annotated[tuple[Index, ...], SOME]

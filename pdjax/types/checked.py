@@ -39,7 +39,7 @@ def check_fields(one: Any) -> None:
 
   Values that a hint has in another form are stored in that: lists as tuples, texts as members of an enumeration,
   NumPy's numbers as Python's. The class may say in `_said` how messages name a field; without, it is 'Class has
-  field=value', for instance `_said = 'worker {one.name!r} has {field}={value}'`.
+  field=value', for instance `_said = 'worker {name} has {field}={value}'`.
 
   Raises:
     ValueError: if one is not; the message names the class, the field, the value and what was expected.
@@ -59,8 +59,9 @@ def check_fields(one: Any) -> None:
 def refusal(one: Any, field: str, misfit: Misfit) -> ValueError:
   """The error that names a field of an object, its value, and what was expected."""
   said = getattr(type(one), '_said', '{kind} has {field}={value}')
-  words = said.format(kind=type(one).__name__, one=one, field=f'{field}{misfit.place}', value=shown(misfit.value))
-  return ValueError(f'{words}, expected {misfit.expected}.')
+  name = shown(getattr(one, 'name', getattr(one, 'id', None)))
+  found = said.format(kind=type(one).__name__, name=name, field=f'{field}{misfit.place}', value=shown(misfit.value))
+  return ValueError(misfit.says(found))
 
 
 def checks_arguments(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -107,10 +108,8 @@ def _fit_argument(function: Callable[..., Any], name: str, value: Any, fits: Cal
   try:
     return fits(value)
   except Misfit as misfit:
-    called = function.__qualname__.removesuffix('.__init__')
-    raise ValueError(
-      f'{called}() is given {name}{misfit.place}={shown(misfit.value)}, expected {misfit.expected}.'
-    ) from None
+    called = function.__qualname__.rpartition('<locals>.')[2].removesuffix('.__init__')
+    raise ValueError(misfit.says(f'{called}() is given {name}{misfit.place}={shown(misfit.value)}')) from None
 
 
 def as_path(value: Any) -> Any:

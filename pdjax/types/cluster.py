@@ -5,9 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import Annotated
 
-from pdjax.types.checked import Index, checks_arguments
-from pdjax.types.fitting import Fits, fit_of
-from pdjax.types.worker import Role, WorkerSpec
+from pdjax.types.checked import checks_arguments
+from pdjax.types.fitting import Fits, Must, fit_of
+from pdjax.types.worker import MAX_DEVICES, Role, WorkerSpec
+
+Workers = Annotated[int, Must(lambda count: 0 <= count <= MAX_DEVICES, f'from 0 to {MAX_DEVICES} workers')]
 
 
 class DeviceError(RuntimeError):
@@ -15,25 +17,25 @@ class DeviceError(RuntimeError):
 
 
 @checks_arguments()
-def worker_pool(role: Annotated[Role | str, Fits(fit_of(Role))], count: Index, **fields) -> tuple[WorkerSpec, ...]:
+def worker_pool(role: Annotated[Role | str, Fits(fit_of(Role))], count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` equal workers named `prefill0`, `prefill1`, ... after their role."""
   return tuple(WorkerSpec(name=f'{Role(role).value}{i}', role=Role(role), **fields) for i in range(count))
 
 
 @checks_arguments()
-def prefill_pool(count: Index, **fields) -> tuple[WorkerSpec, ...]:
+def prefill_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` prefill workers; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.PREFILL, count, **fields)
 
 
 @checks_arguments()
-def decode_pool(count: Index, **fields) -> tuple[WorkerSpec, ...]:
+def decode_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` decode workers; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.DECODE, count, **fields)
 
 
 @checks_arguments()
-def colocated_pool(count: Index, **fields) -> tuple[WorkerSpec, ...]:
+def colocated_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` workers that do both; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.BOTH, count, **fields)
 

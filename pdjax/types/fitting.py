@@ -8,8 +8,10 @@ import collections.abc
 import dataclasses
 import enum
 import functools
+import itertools
 import numbers
 import operator
+import re
 import reprlib
 import types
 import typing
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 _LONGEST = 80  # characters of a value in a message
+_MOST_ITEMS = 10_000_000  # of what is made a tuple
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,14 +62,20 @@ class Misfit(ValueError):
     expected: The type or range in words.
     place: The place of the item in the whole, such as '[1]'.
     close: Whether the value is of the type, and only out of its range.
+    remedy: What to write instead, in words, if that can be told.
   """
 
-  def __init__(self, value: Any, expected: str, place: str = '', *, close: bool = False):
-    super().__init__(f'{shown(value)}, expected {expected}.')
+  def __init__(self, value: Any, expected: str, place: str = '', *, close: bool = False, remedy: str = ''):
+    super().__init__(value, expected, place)
     self.value = value
     self.expected = expected
     self.place = place
     self.close = close
+    self.remedy = remedy
+
+  def says(self, what: str) -> str:
+    """The sentence that begins with what was found."""
+    return f'{what}, expected {self.expected}{"; " if self.remedy else ""}{self.remedy}.'
 
 
 def fit(value: Any, hint: Any) -> Any:
@@ -94,6 +103,7 @@ def shown(value: Any) -> str:
     text = str(value) if plain and not isinstance(value, enum.Enum) else repr(value)
   except Exception:  # a number of too many digits, or an object that cannot say what it is
     return f'something of type {type(value).__name__}'
+  text = re.sub(r'\s*\n\s*', ' ', text)  # as an array has it
   return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}…'
 
 
@@ -114,14 +124,14 @@ def expected_of(hint: Any) -> str:
     words = expected_of(args[0])
     if ranges := [one.expected for one in args[1:] if isinstance(one, Must)]:
       words = ranges[0] if ranges[0].startswith(('a ', 'an ')) else f'{words}, {ranges[0]}'
-    return words + ''.join(f'; {one.words}' for one in args[1:] if isinstance(one, Remedy))
+    return words
   if origin is Literal:
     return _one_of(args)
   parts = _parts(hint)
   if len(parts) > 1:
     return _either([expected_of(part) for part in parts])
   if origin in (tuple, collections.abc.Sequence):
-    if origin is tuple and len(args) != 2 and args[-1:] != (...,):
+    if origin is tuple and args[-1:] != (...,):
       return f'a tuple of {len(args)}'
     named = 'tuple' if origin is tuple else 'sequence'
     return f'a {named} of {_plural(args[0])}'
@@ -159,6 +169,8 @@ def _plural(hint: Any) -> str:
   known = {'a text': 'texts', 'an integer': 'integers', 'a number': 'numbers'}
   if words.startswith('a token id'):
     return 'token ids'
+  if typing.get_origin(hint) is Annotated:
+    return _plural(typing.get_args(hint)[0])
   return known.get(words) or str(getattr(hint, '__name__', words))
 
 
@@ -235,9 +247,9 @@ def _number(value: Any) -> Any:
 def _misfit(value: Any, expected: str) -> Misfit:
   """The misfit of a value of another type; a class in place of an object is told apart."""
   if isinstance(value, type):
-    return Misfit(value, f'{expected}, not the class; write {value.__name__}(...)')
+    return Misfit(value, expected, remedy=f'pass {value.__name__}(...), not the class')
   if isinstance(value, dict) and expected.endswith('(...)'):
-    return Misfit(value, f'{expected}; write it with these as its fields')
+    return Misfit(value, expected, remedy=f'pass {expected.removesuffix("(...)")}(**fields)')
   return Misfit(value, expected)
 
 
@@ -298,21 +310,21 @@ def _in_range(hint: Any, inner: Any, extras: tuple[Any, ...]) -> Callable[[Any],
   if own:
     return own[0]
   fit_inner, ranges = fit_of(inner), tuple(one for one in extras if isinstance(one, Must))
-  remedies = ''.join(f'; {one.words}' for one in extras if isinstance(one, Remedy))
+  remedy = '; '.join(one.words for one in extras if isinstance(one, Remedy))
   expected = expected_of(hint)
 
   def in_range(value: Any) -> Any:
     try:
       value = fit_inner(value)
     except Misfit as misfit:
+      words = misfit.expected if misfit.place or misfit.close else expected
       if misfit.close and not misfit.place and ranges:  # NaN, or a number too large
-        raise Misfit(value, f'{ranges[0].expected}{remedies}', close=True) from None
-      if misfit.place or misfit.close or isinstance(value, type):
-        raise Misfit(misfit.value, f'{misfit.expected}{remedies}', misfit.place, close=misfit.close) from None
-      raise Misfit(value, expected) from None
+        words = ranges[0].expected
+      close, own_remedy = misfit.close, misfit.remedy or remedy
+      raise Misfit(misfit.value, words, misfit.place, close=close, remedy=own_remedy) from None
     for one in ranges:
       if not one.holds(value):
-        raise Misfit(value, f'{one.expected}{remedies}', close=True)
+        raise Misfit(value, one.expected, close=True, remedy=remedy)
     return value
 
   return in_range
@@ -326,19 +338,18 @@ def _any_of(parts: tuple[Any, ...], expected: str) -> Callable[[Any], Any]:
   def any_of(value: Any) -> Any:
     if takes_none and value is None:
       return None
-    nearest = None
+    nearest, remedy = None, ''
     for fit_one in fits:
       try:
         return fit_one(value)
       except Misfit as misfit:
+        remedy = remedy or misfit.remedy
         if nearest is None and (misfit.close or misfit.place):
           nearest = misfit
-    if isinstance(value, type):
-      raise _misfit(value, expected)
     if nearest is None:
-      raise Misfit(value, expected) if len(fits) > 1 or not isinstance(value, dict) else _misfit(value, expected)
+      raise Misfit(value, expected, remedy=remedy)
     words = nearest.expected if nearest.place else _either([nearest.expected, *others])
-    raise Misfit(nearest.value, words, nearest.place, close=True)
+    raise Misfit(nearest.value, words, nearest.place, close=True, remedy=nearest.remedy)
 
   return any_of
 
@@ -356,20 +367,17 @@ def _several(hint: Any, origin: Any, args: tuple[Any, ...]) -> Callable[[Any], A
       try:
         yield (fit_item if item_fits is None else item_fits[index])(item)
       except Misfit as misfit:
-        raise Misfit(misfit.value, misfit.expected, f'[{index}]{misfit.place}') from None
+        place = f'[{index}]{misfit.place}'
+        raise Misfit(misfit.value, misfit.expected, place, remedy=misfit.remedy) from None
 
   def several(value: Any) -> Any:
     if isinstance(value, str):
       short = value if len(value) <= 20 else f'{value[:20]}…'
-      raise Misfit(value, f'{expected}; write ({short!r},)' if args[0] is str else expected)
+      raise Misfit(value, expected, remedy=f'write ({short!r},)' if args[0] is str else '')
     if isinstance(value, type | bytes | bytearray | Mapping | collections.abc.Set):
       raise _misfit(value, expected)
     if origin is tuple or isinstance(value, tuple | list):
-      try:
-        whole = value if isinstance(value, tuple | list) else tuple(value)
-      except TypeError:
-        raise Misfit(value, expected) from None
-      items = tuple(items_of(whole))
+      items = tuple(items_of(value if isinstance(value, tuple | list) else _whole(value, expected)))
       if origin is not tuple:
         return value
       return value if isinstance(value, tuple) and _same(items, value) else items
@@ -380,6 +388,18 @@ def _several(hint: Any, origin: Any, args: tuple[Any, ...]) -> Callable[[Any], A
     return value
 
   return several
+
+
+def _whole(value: Any, expected: str) -> tuple[Any, ...]:
+  """All items of an array, a range or a generator, unless they are more than there is memory for."""
+  if isinstance(value, itertools.count | itertools.cycle | itertools.repeat):
+    raise Misfit(value, expected)
+  try:
+    if hasattr(value, '__len__') and len(value) > _MOST_ITEMS:
+      raise Misfit(value, f'{expected}, at most {_MOST_ITEMS:,} of them', close=True)
+    return tuple(value)
+  except TypeError:  # neither that nor any other sequence
+    raise Misfit(value, expected) from None
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -79,7 +79,7 @@ class ChipSpec:
       overhead is no time, or the dtype is unknown.
   """
 
-  _said: ClassVar[str] = '{kind} {one.name!r} has {field}={value}'
+  _said: ClassVar[str] = '{kind} {name} has {field}={value}'
 
   name: str
   flops_per_s: Rate

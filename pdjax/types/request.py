@@ -158,11 +158,11 @@ def _fit_prompt(prompt: Any) -> Sequence[int]:
       place = next(index for index, token in enumerate(prompt) if not _is_token(token))
       raise Misfit(prompt[place], 'a token id from 0 to 2**31 - 1', f'[{place}]') from None
     if not prompt:
-      raise Misfit(prompt, 'at least one token; give it some text')
+      raise Misfit(prompt, 'at least one token', remedy='give it some text')
     _walked = prompt if isinstance(prompt, tuple) else _NOTHING
     return prompt
   if isinstance(prompt, str):
-    raise Misfit(prompt, 'a sequence of token ids; tokenize it first')
+    raise Misfit(prompt, 'a sequence of token ids', remedy='tokenize it first')
   dtype = getattr(prompt, 'dtype', None)
   if (
     isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set | type)
@@ -172,7 +172,7 @@ def _fit_prompt(prompt: Any) -> Sequence[int]:
   ):
     raise Misfit(prompt, 'a sequence of token ids')
   if len(prompt) == 0:
-    raise Misfit(prompt, 'at least one token; give it some text')
+    raise Misfit(prompt, 'at least one token', remedy='give it some text')
   return prompt
 
 
@@ -204,7 +204,7 @@ class Request:
       kind.
   """
 
-  _said: ClassVar[str] = 'request {one.id!r} has {field}={value}'
+  _said: ClassVar[str] = 'request {name} has {field}={value}'
 
   id: str
   prompt: TokenIds

@@ -5,11 +5,14 @@ import enum
 from typing import Annotated, ClassVar, Literal
 
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
-from pdjax.types.checked import Count, Index, check_fields
-from pdjax.types.fitting import at_least
+from pdjax.types.checked import Count, check_fields
+from pdjax.types.fitting import Must, at_least
 from pdjax.types.hardware import DtypeName, precision_of
 
+MAX_DEVICES = 16_384  # more than any cluster of one program has: all are counted up
+
 PageSize = Annotated[int, at_least(1, 'at least 1 token')]
+DeviceIndex = Annotated[int, Must(lambda index: 0 <= index < MAX_DEVICES, f'a number from 0 to {MAX_DEVICES - 1}')]
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 
 
@@ -56,7 +59,7 @@ class WorkerSpec:
     ValueError: if a field is of another type or out of range, or the devices are not `tp` distinct ones.
   """
 
-  _said: ClassVar[str] = 'worker {one.name!r} has {field}={value}'
+  _said: ClassVar[str] = 'worker {name} has {field}={value}'
 
   name: str
   role: Role = Role.BOTH
@@ -66,7 +69,7 @@ class WorkerSpec:
   max_step_tokens: Count = 512
   max_chunks: Count = 8
   max_fused_steps: Count = 16
-  devices: tuple[Index, ...] | None = None
+  devices: tuple[DeviceIndex, ...] | None = None
   page_layout: PageLayoutName = 'auto'
   page_size: PageSize | None = None
   kv_dtype: KVDtypeName | None = None

@@ -93,7 +93,7 @@ class ClosedLoop(_Scheduled):
     self._think_s = think_s
     self._to_send = collections.deque(_distinct(requests))
     self._in_flight: dict[str, set[str]] = {}  # by the id of each sample: those of its request that have not ended
-    for _ in range(max_concurrency):
+    for _ in range(min(max_concurrency, len(self._to_send))):
       self._send_next(0.0)
 
   @property
@@ -179,7 +179,8 @@ class Chats(_Scheduled):
           f'{chat.turns[0].sampling.max_tokens} more, expected at most {max_context} together; shorten either.'
         )
     self._asked: dict[str, tuple[Chat, int, Request]] = {}  # by request: its chat and turn
-    for _ in range(len(self._to_start) if max_concurrency is None else max_concurrency):
+    num_chats = len(self._to_start)
+    for _ in range(num_chats if max_concurrency is None else min(max_concurrency, num_chats)):
       self._start_next(0.0)
 
   @property

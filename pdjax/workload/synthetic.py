@@ -12,15 +12,18 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
-from pdjax.types.checked import Count, Index, check_fields
-from pdjax.types.fitting import Must
+from pdjax.host import check_room
+from pdjax.types.checked import SOME, Count, Index, check_fields
+from pdjax.types.fitting import Must, Remedy
 from pdjax.types.request import SLO, Request, SamplingParams
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed, Thinking, Users
 from pdjax.workload.lengths import Fixed, Length, Lognormal
 from pdjax.workload.tokens import RandomTokens
 from pdjax.workload.workload import WorkloadContext
 
-_PROMPTS = Must(lambda prompts: len(prompts) > 0, 'at least one; set prompts=None for random tokens')
+_FEW = 100_000  # for which there is memory anywhere
+_REQUEST_BYTES = 600  # of a request, its sampling and its prompt, on 64-bit CPython
+_NO_TEXTS = Remedy('prompts=None is random tokens')
 _RATE = Must(lambda value: value > 0, 'a positive number, or inf for all at once')
 _SHAPE = Must(
   lambda value: 0 < value < math.inf, 'a positive number; 1 is Poisson, and Constant has gaps that are all equal'
@@ -82,6 +85,12 @@ class _Sampled:
       self.sampling, max_tokens=self.output.upper, ignore_eos=True, seed=self._request_seed(index)
     )
 
+  def _check_room(self, field: str) -> None:
+    """Raise ValueError if there is no memory for as many requests or chats: all are made before the first arrives."""
+    count = getattr(self, field)
+    if count > _FEW:
+      check_room(f'{self._name} has {field}={count}, which', count * _REQUEST_BYTES, 'ask for fewer, in several runs')
+
   def _check_fits(self, prompt_len: int, max_tokens: int, context_len: int, what: str) -> None:
     if prompt_len + max_tokens > context_len:
       raise ValueError(
@@ -101,12 +110,13 @@ class _Independent(_Sampled):
   """
 
   num_requests: Count = 64
-  prompts: Annotated[tuple[str, ...], _PROMPTS] | None = None
+  prompts: Annotated[tuple[str, ...], SOME, _NO_TEXTS] | None = None
 
   def _requests(
     self, context: WorkloadContext, arrivals_s: Iterable[float] | None = None
   ) -> tuple[list[Request], dict[str, int]]:
     """The requests and their true output lengths."""
+    self._check_room('num_requests')
     times_s = [0.0] * self.num_requests if arrivals_s is None else arrivals_s
     return self._text_requests(context, times_s) if self.prompts else self._random_requests(context, times_s)
 
@@ -153,6 +163,7 @@ class _OpenLoop(_Independent):
     return self.requests_per_s
 
   def arrivals(self, context: WorkloadContext) -> Listed:
+    self._check_room('num_requests')
     gaps_s = self._gaps_s(self._rng(_Stream.GAPS), self.num_requests - 1)
     return Listed(*self._requests(context, [0.0, *np.cumsum(gaps_s).tolist()]))
 
@@ -268,5 +279,6 @@ class MultiTurn(_Sampled):
     return Chats(chats, max_context, self.max_concurrency, self.think_s)
 
   def _turn_counts(self) -> list[int]:
+    self._check_room('num_chats')
     rng = self._rng(_Stream.TURNS)
     return [self.turns.sample(rng) for _ in range(self.num_chats)]

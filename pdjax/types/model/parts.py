@@ -5,9 +5,12 @@ from typing import Annotated
 
 from pdjax.types.cache import KV, CacheArray
 from pdjax.types.checked import Size, check_fields
-from pdjax.types.fitting import at_least
+from pdjax.types.fitting import Must, at_least
 from pdjax.types.model.weight import Axis, Weight, bias, matrix, norm
 
+MAX_HEADS = 65_536  # no model has a tenth of them: more is a mistake, and to look for their divisors would take long
+
+Heads = Annotated[Size, Must(lambda heads: heads <= MAX_HEADS, f'at most {MAX_HEADS:,}')]
 _SizeOrZero = Annotated[int, at_least(0, 'an integer of at least 0')]
 
 
@@ -28,8 +31,8 @@ class GQA:
     ValueError: if a field is of another kind or out of range, or the key/value heads do not divide the query heads.
   """
 
-  query_heads: Size
-  kv_heads: Size
+  query_heads: Heads
+  kv_heads: Heads
   head_dim: Size
   qkv_bias: bool = False
   qk_norm: bool = False
@@ -99,7 +102,7 @@ class MLA:
     ValueError: if a field is of another kind or out of range.
   """
 
-  query_heads: Size
+  query_heads: Heads
   query_rank: Size | None
   kv_rank: Size
   nope_dim: Size

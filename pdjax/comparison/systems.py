@@ -3,18 +3,22 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pdjax.config import ServingConfig
 from pdjax.policies import Colocated, Disaggregated, as_policy
 from pdjax.types.checked import checks_arguments
 from pdjax.types.cluster import carve_devices, colocated_pool, decode_pool, devices_needed, parse_split, prefill_pool
+from pdjax.types.fitting import Must
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.pools import PoolSpecs
 from pdjax.types.worker import WorkerSpec
 from pdjax.workload import Workload
 
 _PARTS = (16, 8, 4, 2, 1)  # of the largest step, to try
+_RATE = Must(
+  lambda rate: 0 < rate < math.inf, 'a positive number of requests per second, such as those of --rates=1,2,4'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +71,12 @@ def with_split(config: ServingConfig, split: str) -> ServingConfig:
 
 
 @checks_arguments()
-def at_rate(workload: Workload, rate: float) -> Workload:
+def at_rate(workload: Workload, rate: Annotated[float, _RATE]) -> Workload:
   """The same requests at another rate.
 
   Raises:
     ValueError: if the rate is not positive, or the workload has none.
   """
-  if not (rate > 0 and math.isfinite(rate)):
-    raise ValueError(f'rate {rate:g} is not a positive number of requests per second; give e.g. --rates=1,2,4.')
   plain: Any = workload
   if not dataclasses.is_dataclass(plain) or not any(one.name == 'requests_per_s' for one in dataclasses.fields(plain)):
     raise ValueError(

@@ -40,7 +40,8 @@ and what else it has goes to the chat template.
 
 A line that cannot be served (no JSON, an unknown key, an id that another has, an empty prompt, a picture, more tokens
 than the workers hold, what pdjax does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and
-changes nothing for the others, which are served. Only a file that cannot be read stops the reading.
+changes nothing for the others, which are served. Only a file that cannot be read stops the reading, and a run refuses
+one without a line.
 `python -m experiments.run` ends with 0 if every line was served, with 3 if some were, and with 1 if none was. A run
 that is interrupted leaves the answers that it has, here and, as soon as they are complete, in `answers.jsonl` (see
 `pdjax.answers`); a line that it did not come to the end of has an `error` that says so, and --resume=DIR serves it.

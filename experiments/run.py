@@ -341,8 +341,6 @@ def _folder(
     if _RESUME.value is None and (about := _of_requests(rows)) is not None:
       more['requests'] = about
     serves = 'a file of requests'
-    if not rows:
-      console.print(f'{asked} has no requests.', markup=False)
   elif _COMPARE.value:
     serves, more['more_files'] = 'a comparison', [BASELINE]
   elif _PROMPT.value is not None:
@@ -537,16 +535,17 @@ def _read(opened: OpenedModel, path: str, seed: int) -> list[Row]:
   if not pathlib.Path(path).exists() or pathlib.Path(path).is_dir():
     raise ValueError(f'requests file {path!r} is not a file; give one with a JSON object a line.')
   tokenizer = opened.tokenizer
-  if tokenizer is None:
-    return read_rows(path, vocab_size=opened.model.vocab_size, seed=seed)
-  return read_rows(
+  rows = read_rows(
     path,
-    encode=tokenizer.encode,
-    encode_chat=tokenizer.apply_chat_template,
+    encode=None if tokenizer is None else tokenizer.encode,
+    encode_chat=None if tokenizer is None else tokenizer.apply_chat_template,
     vocab_size=opened.model.vocab_size,
     seed=seed,
-    chat_end_ids=opened.chat_end_ids,
+    chat_end_ids=() if tokenizer is None else opened.chat_end_ids,
   )
+  if not rows:
+    raise ValueError(f'requests file {path!r} has no requests, expected a JSON object a line, e.g. {{"prompt": "Hi"}}.')
+  return rows
 
 
 def _draw(result: RunResult, console: Console) -> None:

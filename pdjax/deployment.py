@@ -20,6 +20,7 @@ from pdjax.serving.events import Event
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
+from pdjax.types.checked import checks_arguments
 from pdjax.types.cluster import DeviceError, carve_devices, decode_pool, devices_needed, prefill_pool
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
@@ -109,6 +110,7 @@ def _logged(events: Iterator[Event], log: EventLog) -> Iterator[Event]:
 # ---------------------------------------------------------------------------- building
 
 
+@checks_arguments()
 def deploy(
   config: ServingConfig, opened: OpenedModel, backend: BackendName = 'engine', say: Say = lambda line: None
 ) -> Deployment:
@@ -132,7 +134,8 @@ def deploy(
   if opened.checkpoint is None and config.checkpoint != 'random':
     raise ValueError("the engine needs weights: set checkpoint to a file, a folder, 'smollm2' or 'random'.")
   elif config.processes is not None:
-    built = _build_processes(config, opened.model, say)
+    pinned = config if opened.source is None else dataclasses.replace(config, checkpoint=opened.source)
+    built = _build_processes(pinned, opened.model, say)
   else:
     built = _build_engine(config, opened, say)
   return Deployment(config, opened, built)

@@ -1,23 +1,26 @@
 """Answers to a list of prompts, by one run."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from pdjax.config import ServingConfig
 from pdjax.deployment import choose_config
 from pdjax.launch import run
 from pdjax.opened_model import Prompt, open_model
+from pdjax.types.checked import Seed, checks_arguments
+from pdjax.types.fitting import shown
 from pdjax.types.request import Completion, SamplingParams
 from pdjax.workload import Given
 
 
+@checks_arguments('prompts')
 def generate(
   prompts: Sequence[Prompt],
   config: ServingConfig | None = None,
   sampling: SamplingParams | Sequence[SamplingParams] | None = None,
   *,
   checkpoint: str | None = None,
-  seed: int | None = None,
+  seed: Seed | None = None,
 ) -> list[Completion]:
   """Answer prompts: texts and chats go through the chat template, token ids are taken as they are.
 
@@ -40,6 +43,8 @@ def generate(
   """
   if isinstance(prompts, str):
     raise ValueError(f'prompts is the text {prompts[:40]!r}, expected a list of prompts; write [{prompts[:40]!r}].')
+  if isinstance(prompts, bytes | Mapping | Set | type) or not hasattr(prompts, '__getitem__'):
+    raise ValueError(f'prompts is {shown(prompts)}, expected a list of prompts.')
   sampling = SamplingParams() if sampling is None else sampling
   each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
   if len(each) != len(prompts):

@@ -1,4 +1,4 @@
-"""This host: its name among others, and its addresses."""
+"""This host: its name among others, its addresses, and what memory it has left."""
 
 import pathlib
 import socket
@@ -36,3 +36,18 @@ def own_addresses() -> list[str]:
   found = (one for some in psutil.net_if_addrs().values() for one in some)
   kinds = (socket.AF_INET, socket.AF_INET6)
   return sorted({one.address.partition('%')[0] for one in found if one.family in kinds})
+
+
+def check_room(what: str, num_bytes: float, remedy: str) -> None:
+  """See that the free memory of this host holds something.
+
+  Raises:
+    ValueError: if it does not; the message says `what` it is, both figures, and the remedy.
+  """
+  import psutil
+
+  free = psutil.virtual_memory().available
+  if num_bytes > free:
+    raise ValueError(
+      f'{what} takes at least {num_bytes / 1e9:,.0f} GB of memory, but {free / 1e9:,.1f} GB are free here; {remedy}.'
+    )

@@ -10,10 +10,12 @@ from pdjax.deployment import BackendName, Say, calibrated, deploy
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.recording import Recording, RunResult, Watch
 from pdjax.run_folder import ANSWERS, RunFolder, open_folder
+from pdjax.types.checked import checks_arguments
 
 Folder = str | pathlib.Path | RunFolder
 
 
+@checks_arguments()
 def run(
   config: ServingConfig,
   *,
@@ -66,6 +68,7 @@ def run(
     return recording.result()
 
 
+@checks_arguments()
 def simulate(
   config: ServingConfig,
   *,

@@ -27,11 +27,19 @@ _TOLD = ('num_requests', 'request_rate', 'burstiness', 'max_concurrency', 'seed'
 
 @dataclasses.dataclass(frozen=True)
 class OpenedModel:
-  """A config's model as it is to be served, with its checkpoint and tokenizer where there are any."""
+  """A config's model as it is to be served, with its checkpoint and tokenizer where there are any.
+
+  Attributes:
+    model: The model.
+    checkpoint: Its weights, if there are any.
+    tokenizer: Its tokenizer, if there is one.
+    source: The checkpoint by the name under which workers elsewhere find the same: of a hub id, with its commit.
+  """
 
   model: ModelSpec
   checkpoint: 'Checkpoint | None' = None
   tokenizer: 'Tokenizer | None' = None
+  source: str | None = None
 
   @functools.cached_property
   def end_tokens(self) -> 'EndTokens':
@@ -127,9 +135,10 @@ def open_model(config: ServingConfig) -> OpenedModel:
     ValueError: if the checkpoint is damaged or has another shape than `config.model`, or a worker's `tp` does not fit.
     FileNotFoundError: if it is not there.
   """
-  from pdjax.model.checkpoint import open_checkpoint
+  from pdjax.model.checkpoint import find_checkpoint
 
-  checkpoint = None if config.checkpoint in (None, 'random') else open_checkpoint(config.checkpoint)
+  found_at = None if config.checkpoint in (None, 'random') else find_checkpoint(config.checkpoint)
+  checkpoint = None if found_at is None else found_at.open()
   model = config.model
   if checkpoint is not None:
     found = checkpoint.spec
@@ -147,7 +156,8 @@ def open_model(config: ServingConfig) -> OpenedModel:
     model = dataclasses.replace(model, context_len=config.max_context)
   for worker in config.workers:
     mesh_shape(model, worker.tp)
-  opened = OpenedModel(model, checkpoint, None if checkpoint is None else checkpoint.tokenizer())
+  source = None if found_at is None else found_at.source
+  opened = OpenedModel(model, checkpoint, None if checkpoint is None else checkpoint.tokenizer(), source)
   if len(opened.end_tokens.chat_ids) > MAX_STOP_TOKENS:
     raise ValueError(
       f'{model.name} names {len(opened.end_tokens.chat_ids)} tokens as an end of sequence '

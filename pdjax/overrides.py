@@ -5,14 +5,15 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-from pdjax.types.worker import Role
+from pdjax.types import fitting
+from pdjax.types.checked import checks_arguments
 
 
+@checks_arguments()
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
   """A copy of the config with fields replaced, each override written `name.of.field=value`.
 
@@ -97,25 +98,21 @@ def _index(items: tuple, name: str, override: str) -> int:
 
 def _fit(value: Any, hint: Any, what: str) -> Any:
   """The value as the type has it; raise if it is of another."""
-  union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-  for kind in typing.get_args(hint) if union else (hint,):
-    origin = typing.get_origin(kind) or kind
-    if kind is Any or (origin is Literal and value in typing.get_args(kind)):
-      return value
-    if origin is float and type(value) in (int, float):
+  try:
+    return fitting.fit(_meant(value, hint), hint)
+  except fitting.Misfit as misfit:
+    raise ValueError(misfit.says(f'{what}{misfit.place} is {fitting.shown(misfit.value)}')) from None
+
+
+def _meant(value: Any, hint: Any) -> Any:
+  """A literal as it may be meant: a whole number as a float, and any number as text, where the type is that."""
+  kinds = fitting.alternatives(hint)
+  if type(value) in (int, float) and int not in kinds:
+    if float in kinds:
       return float(value)
-    if origin is Role and value in list(Role):
-      return Role(value)
-    if origin is tuple and isinstance(value, list | tuple):
-      item_hint, *_ = typing.get_args(kind) or (Any,)
-      return tuple(_fit(item, item_hint, f'{what}[{index}]') for index, item in enumerate(value))
-    if origin is str and type(value) in (int, float):
+    if str in kinds:
       return str(value)
-    if isinstance(origin, type) and type(value) is origin:
-      return value
-  kinds = typing.get_args(hint) if union else (hint,)
-  if all(kind is type(None) or typing.get_origin(kind) is Literal for kind in kinds):
-    named = [repr(name) for kind in kinds for name in typing.get_args(kind) or (None,)]
-    raise ValueError(f'{what} is {value!r}, expected one of {", ".join(named)}.')
-  expected = hint.__name__ if isinstance(hint, type) else str(hint).replace('typing.', '')
-  raise ValueError(f'{what} is {expected}, but {value!r} is {type(value).__name__}.')
+  if isinstance(value, list | tuple):
+    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), None)
+    return value if items is None else tuple(_meant(item, items[0]) for item in value)
+  return value

@@ -22,6 +22,7 @@ from pdjax.opened_model import Prompt, open_model
 from pdjax.reporting import save_report
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder, open_folder
 from pdjax.serving.events import Arrived, Delivered, Event, Finished
+from pdjax.types.checked import Seed, checks_arguments
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload import Given, Live, Seeded
 
@@ -104,6 +105,7 @@ class Stream:
     """
     return self.results(timeout)[0]
 
+  @checks_arguments()
   def results(self, timeout: float | None = None) -> tuple[Completion, ...]:
     """As `result`, but of all samples, in order."""
     with self._changed:
@@ -253,13 +255,14 @@ class Session:
     say: Told in a line what is being done before the clock runs.
   """
 
+  @checks_arguments()
   def __init__(
     self,
     config: ServingConfig | Deployment | None = None,
     *,
     checkpoint: str | None = None,
     workdir: str | pathlib.Path | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     keep_events: bool = True,
     say: Say = lambda line: None,
   ):
@@ -320,6 +323,7 @@ class Session:
     atexit.register(self._close_at_exit)
     return self
 
+  @checks_arguments()
   def close(self, cancel: bool = False) -> None:
     """Take no more requests, wait until all have ended, and end every thread.
 
@@ -374,6 +378,7 @@ class Session:
 
   # -------------------------------------------------------------------------- use
 
+  @checks_arguments('request')
   def submit(self, request: Request | Prompt, sampling: SamplingParams | None = None) -> Stream:
     """Ask for something, from any thread.
 

@@ -163,7 +163,7 @@ def test_another_rate_meets_the_same_requests():
   again = at_rate(WORKLOAD, 4)
   assert again == dataclasses.replace(WORKLOAD, requests_per_s=4.0)
   for rate in (0, -1, float('nan'), float('inf')):
-    with pytest.raises(ValueError, match='not a positive number of requests per second'):
+    with pytest.raises(ValueError, match=r'rate=.*, expected a positive number of requests per second'):
       at_rate(WORKLOAD, rate)
   with pytest.raises(ValueError, match='requests of a Given workload come at times of their own'):
     at_rate(config().workload, 1)

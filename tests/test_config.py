@@ -47,7 +47,7 @@ def _raises(words: str):
     ({'workers': ()}, 'the config has no worker, expected at least one'),
     ({'workers': (WorkerSpec('a'), WorkerSpec('b'), WorkerSpec('a'))}, "the names ['a'] more than once"),
     ({'page_size': 0}, 'page_size is 0, expected at least 1 token'),
-    ({'dtype': 'int8'}, "dtype is 'int8', expected one of float32, bfloat16, float16, or 'auto'"),
+    ({'dtype': 'int8'}, "dtype is 'int8', expected one of 'auto', 'float32', 'bfloat16', 'float16'"),
     ({'max_context': 0}, 'max_context is 0, expected at least 1 token'),
     (
       {'workers': prefill_pool(2)},
@@ -151,8 +151,8 @@ def test_arguments_are_read_as_their_annotations_want(file):
     ('name=7', 'wants pages; write'),
     ('pagse=4', "argument 'pagse=4' is not of the form name=value with one of pages, name, share, fast, most"),
     ('4', "argument '4' is not of the form name=value"),
-    ('pages=four', "pages is int, but 'four' is str"),
-    ('pages=4,fast=2', 'fast is bool, but 2 is int'),
+    ('pages=four', "pages is 'four', expected an integer"),
+    ('pages=4,fast=2', 'fast is 2, expected True or False'),
     ('pages=0', 'page_size is 0, expected at least 1'),
   ],
 )

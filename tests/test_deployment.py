@@ -8,14 +8,17 @@ import time
 import pytest
 
 import pdjax
+from pdjax import deployment
 from pdjax.deployment import deploy
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import Parcel
 from pdjax.metrics import EventLog
+from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import describe
 from pdjax.serving.events import Done, Finished, Started, Turn, WorkerLost
 from pdjax.serving.orders import TransferOrder
+from pdjax.types import RayCluster
 from pdjax.workload import Listed
 from tests.engine.plain import generate
 from tests.tiny import TINY, config, prompt
@@ -133,3 +136,18 @@ def test_a_simulation_is_sized_by_the_memory_of_its_chip_and_waits_for_nobody():
   assert [worker.num_pages for worker in unbounded.built.workers] == [64, 64]
   with pytest.raises(ValueError, match='the deployment is simulated, and nobody can wait in virtual time'):
     pdjax.Session(unbounded).start()
+
+
+def test_processes_are_given_the_checkpoint_by_the_name_under_which_all_find_the_same(monkeypatch):
+  given = []
+
+  def build(config, model, say):
+    given.append(config.checkpoint)
+    raise RuntimeError('as far as this test goes')
+
+  monkeypatch.setattr(deployment, '_build_processes', build)
+  asked = dataclasses.replace(config(), checkpoint='owner/name@main', processes=RayCluster())
+  opened = OpenedModel(TINY, RandomCheckpoint(TINY), source='owner/name@0123abc')
+  with pytest.raises(RuntimeError, match='as far as'):
+    deploy(asked, opened)
+  assert given == ['owner/name@0123abc']

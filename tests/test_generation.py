@@ -27,7 +27,7 @@ def test_generate_draws_a_seed_for_each_prompt_from_that_of_the_run():
   assert [answer.token_ids for answer in same] == [answer.token_ids for answer in config_seed]
   again = dataclasses.replace(sampling, seed=same[2].request.sampling.seed)
   assert pdjax.generate([prompt(5)], run, again)[0].token_ids == same[2].token_ids
-  with pytest.raises(ValueError, match='seed is -1, expected an integer from 0'):
+  with pytest.raises(ValueError, match='seed=-1, expected an integer from 0'):
     pdjax.generate([prompt(5)], run, seed=-1)
 
 

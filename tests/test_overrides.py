@@ -99,27 +99,27 @@ def test_no_override_is_the_same_config():
     ('page_size.bytes=1', "16 has no fields, so 'bytes' cannot be set in it"),
     ('max_context.tokens=1', "None has no fields, so 'tokens' cannot be set in it"),
     ('slo.ttft=1', "SLO has no field 'ttft' (did you mean 'ttft_ms'?); it has ttft_ms, tpot_ms, e2el_ms"),
-    ('page_size=big', "page_size is int, but 'big' is str"),
-    ('page_size=64.0', 'page_size is int, but 64.0 is float'),
-    ('page_size=True', 'page_size is int, but True is bool'),
-    ('page_size=None', 'page_size is int, but None is NoneType'),
-    ('page_size={[]: 1}', "page_size is int, but '{[]: 1}' is str"),
-    ('workload.requests_per_s=fast', "requests_per_s is float, but 'fast' is str"),
-    ('workload.sampling.ignore_eos=1', 'ignore_eos is bool, but 1 is int'),
+    ('page_size=big', "page_size is 'big', expected an integer"),
+    ('page_size=64.0', 'page_size is 64.0, expected an integer'),
+    ('page_size=True', 'page_size is True, expected an integer'),
+    ('page_size=None', 'page_size is None, expected an integer'),
+    ('page_size={[]: 1}', "page_size is '{[]: 1}', expected an integer"),
+    ('workload.requests_per_s=fast', "requests_per_s is 'fast', expected a number"),
+    ('workload.sampling.ignore_eos=1', 'ignore_eos is 1, expected True or False'),
     ('dtype=float64', "dtype is 'float64', expected one of 'auto', 'float32', 'bfloat16', 'float16'."),
-    ('workers.0.num_pages=many', "but 'many' is str"),
-    ('workers.0.role=translate', "role is Role, but 'translate' is str"),
-    ('workers.0=5', '0 is WorkerSpec, but 5 is int'),
-    ('workers=3', 'but 3 is int'),
-    ('workers=(1, 2)', 'workers[0] is WorkerSpec, but 1 is int'),
-    ('workers.1.devices=(0, "b")', "devices[1] is int, but 'b' is str"),
-    ('policy=Colocated', "policy is Policy, but 'Colocated' is str"),
-    ('page_size=0', "override 'page_size=0': page_size is 0, expected at least 1 token"),
+    ('workers.0.num_pages=many', "num_pages is 'many', expected an integer or 'auto'"),
+    ('workers.0.role=translate', "role is 'translate', expected one of 'prefill', 'decode', 'both'"),
+    ('workers.0=5', '0 is 5, expected WorkerSpec(...)'),
+    ('workers=3', 'workers is 3, expected a tuple of WorkerSpec'),
+    ('workers=(1, 2)', 'workers[0] is 1, expected WorkerSpec(...)'),
+    ('workers.1.devices=(0, "b")', "devices[1] is 'b', expected an integer"),
+    ('policy=Colocated', "policy is 'Colocated', expected a Policy"),
+    ('page_size=0', "override 'page_size=0': ServingConfig.page_size is 0, expected at least 1 token"),
     ('workers.0.tp=0', "override 'workers.0.tp=0': worker 'prefill0' has tp=0, expected at least 1"),
     ('workers.1.name=prefill0', "the names ['prefill0'] more than once"),
     ('policy.decode_steps=0', 'Disaggregated has decode_steps=0, expected at least 1'),
     ('policy.max_prefill_tokens=-8', 'Disaggregated has max_prefill_tokens=-8, expected at least 1'),
-    ('cost=Roofline', "cost is CostModel, but 'Roofline' is str"),
+    ('cost=Roofline', "cost is 'Roofline', expected a CostModel"),
     ('workload.requests_per_s=-1', '-1'),
     ('workload.sampling.max_tokens=0', 'max_tokens is 0, expected at least 1'),
   ],
@@ -133,7 +133,7 @@ def test_an_override_that_makes_no_sense_says_so(override, words):
 def test_objects_are_no_text_but_their_fields_are():
   config = dataclasses.replace(CONFIG, policy=Disaggregated(place_decode=MostFreePages()), slo=SLO(ttft_ms=5))
   assert apply_overrides(config, ['slo.tpot_ms=7']).slo == SLO(5, 7.0)
-  with _raises("place_decode is Placement, but 'MostFreePages' is str"):
+  with _raises("place_decode is 'MostFreePages', expected a Placement"):
     apply_overrides(config, ['policy.place_decode=MostFreePages'])
 
 
@@ -146,5 +146,5 @@ def test_a_value_is_read_as_its_type_wants(text, hint, value):
 
 
 def test_a_value_of_another_type_is_named():
-  with _raises("the size is int, but 'x' is str"):
+  with _raises("the size is 'x', expected an integer"):
     parse_value('x', int, 'the size')

@@ -22,6 +22,7 @@ from pdjax.metrics.wording import number, per_second, short
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.run_folder import CASES, EVENTS
 from pdjax.serving.events import Event
+from pdjax.types.checked import Count, checks_arguments, fit_argument
 from pdjax.types.json_text import json_text
 from pdjax.types.worker import Role
 from pdjax.workload import Workload
@@ -33,13 +34,14 @@ class DoesNotFit(ValueError):
   """A system that cannot be started here: the devices or their memory do not hold it."""
 
 
+@checks_arguments()
 def compare(
   config: ServingConfig,
   *,
   backend: BackendName = 'simulator',
   rates: Iterable[float] | None = None,
   splits: Iterable[str] | None = None,
-  budgets: Sequence[int] | None = None,
+  budgets: Sequence[Count] | None = None,
   workdir: str | os.PathLike | None = None,
   say: Say = lambda line: None,
   calibrate: bool = False,
@@ -74,7 +76,7 @@ def compare(
   """
   if config.workload is None:
     raise ValueError('the config has no workload; set one, e.g. workload=Poisson(requests_per_s=1, num_requests=16).')
-  if rates is not None and not (rates := sorted(set(rates))):
+  if rates is not None and not (rates := sorted(set(fit_argument(compare, 'rates', rates, tuple[float, ...])))):
     raise ValueError('rates is empty; give at least one rate, or leave it out to take the workload as it is.')
   whole = config.workload
   workloads = [whole] if rates is None else [at_rate(whole, rate) for rate in rates]

@@ -4,17 +4,22 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pdjax.config import ServingConfig
 from pdjax.policies import Colocated, Disaggregated, as_policy
+from pdjax.types.checked import checks_arguments
 from pdjax.types.cluster import carve_devices, colocated_pool, decode_pool, devices_needed, parse_split, prefill_pool
+from pdjax.types.fitting import Must
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.pools import PoolSpecs
 from pdjax.types.worker import WorkerSpec
 from pdjax.workload import Workload
 
 _PARTS = (16, 8, 4, 2, 1)  # of the largest step, to try
+_RATE = Must(
+  lambda rate: 0 < rate < math.inf, 'a positive number of requests per second, such as those of --rates=1,2,4'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class System:
     return self.division if self.pass_tokens is None else f'{self.division}, {self.pass_tokens} tokens'
 
 
+@checks_arguments()
 def with_split(config: ServingConfig, split: str) -> ServingConfig:
   """The config with another number of workers of either role, such as '2P1D'.
 
@@ -65,14 +71,13 @@ def with_split(config: ServingConfig, split: str) -> ServingConfig:
   return dataclasses.replace(config, workers=pools[0] + pools[1], policy=policy)
 
 
-def at_rate(workload: Workload, rate: float) -> Workload:
+@checks_arguments()
+def at_rate(workload: Workload, rate: Annotated[float, _RATE]) -> Workload:
   """The same requests at another rate.
 
   Raises:
     ValueError: if the rate is not positive, or the workload has none.
   """
-  if not (rate > 0 and math.isfinite(rate)):
-    raise ValueError(f'rate {rate:g} is not a positive number of requests per second; give e.g. --rates=1,2,4.')
   plain: Any = workload
   if not dataclasses.is_dataclass(plain) or not any(one.name == 'requests_per_s' for one in dataclasses.fields(plain)):
     raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pdjax.comparison.contest import (
   CONFIDENCE,
@@ -320,7 +321,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     table.add_column(name, justify='left' if name == HEAD[0] else 'right', no_wrap=True)
   for cases in zip(*comparison.curves.values(), strict=True):
     for case in cases:
-      table.add_row(*_cells(case))
+      table.add_row(*map(Text, _cells(case)))
   console.print('The best of each split and of the colocated systems at each rate; latencies in ms', style='bold')
   console.print(table)
   for line in comparison.verdict():

@@ -11,6 +11,7 @@ from pdjax.types.pools import PoolSpecs
 from pdjax.types.worker import WorkerSpec
 
 ACCELERATOR_SHARE = 0.9  # of an accelerator's memory that weights and pages may fill; the rest is for the steps
+_SPARE_BYTES = 2**30  # that steps may take of the rest
 HOST_SHARE = 0.5  # of a CPU's free memory, which all its virtual devices have in common
 
 
@@ -40,7 +41,7 @@ def size_pools(
     cluster: All workers, if `workers` are only some of them.
 
   Raises:
-    ValueError: if weights and pages do not fit; both figures are in the message.
+    ValueError: if weights and pages do not fit, or what steps take beside them; both figures are in the message.
   """
 
   def memory_of(device: int) -> int:
@@ -49,7 +50,7 @@ def size_pools(
   weights: dict[int, float] = {}
   given: dict[int, float] = {}
   automatic: dict[int, int] = {}
-  for mesh, dtype in {(devices[worker.name], worker.weights) for worker in workers}:
+  for mesh, dtype in dict.fromkeys((devices[worker.name], worker.weights) for worker in workers):
     assert dtype is not None
     for device in mesh:
       memory = memory_of(device)
@@ -77,6 +78,9 @@ def size_pools(
         f'{model.name} needs {_gb(used)} of weights, but {_gb(memory_bytes)} may be filled {where}; use fewer workers '
         'or more devices, a smaller dtype or model, or free memory.'
       )
+    for worker in workers:
+      if any(memory_of(device) == memory for device in devices[worker.name]):
+        _check_steps(worker, model, memory_bytes - used, where)
     if used + staging[memory] + given.get(memory, 0) > memory_bytes:
       raise ValueError(
         f'weights ({_gb(used)}), pages ({_gb(given.get(memory, 0))}) and staging ({_gb(staging[memory])}) do not fit '
@@ -106,6 +110,33 @@ def size_pools(
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)
+
+
+def step_bytes(worker: WorkerSpec, model: ModelSpec) -> dict[str, int]:
+  """The least bytes on each device that the steps of a worker take beside weights and pages, by the field that says.
+
+  A slot and a chunk have a row of a table of pages, of the history of their tokens (16 bits for each of the vocabulary)
+  and of logits; a prompt token has one of what goes from layer to layer, and each fused step a token for each slot.
+  """
+  assert worker.page_size is not None and worker.weights is not None
+  rows = 2 * model.vocab_size + 4 * -(-model.vocab_size // worker.tp)
+  table = 4 * -(-model.context_len // worker.page_size)
+  return {
+    'max_sequences': worker.max_sequences * (rows + table),
+    'max_chunks': worker.max_chunks * (rows + table),
+    'max_step_tokens': worker.max_step_tokens * model.embed_dim * DTYPE_BYTES[worker.weights],
+    'max_fused_steps': worker.max_fused_steps * worker.max_sequences * 4,
+  }
+
+
+def _check_steps(worker: WorkerSpec, model: ModelSpec, memory_bytes: float, where: str) -> None:
+  for field, size in step_bytes(worker, model).items():
+    if size > max(memory_bytes, _SPARE_BYTES):
+      raise ValueError(
+        f'worker {worker.name!r} has {field}={getattr(worker, field)}, which takes at least {size / 1e9:,.1f} GB with '
+        f'a vocabulary of {model.vocab_size} and a context of {model.context_len}, but {memory_bytes / 1e9:,.1f} GB '
+        f'are left for it {where}; lower {field}.'
+      )
 
 
 def _gb(size: float) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pdjax.cost.cost_model import CostBase
+from pdjax.types.checked import Count, check_fields
 from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
@@ -23,12 +24,18 @@ class Roofline(CostBase):
     link: The link between two workers; transfers between them use `min(tp)` such links side by side.
     dtype_bytes: Bytes of a weight of workers that do not say the dtype of theirs.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
+
+  Raises:
+    ValueError: if a field is of another type.
   """
 
   chip: ChipSpec = dataclasses.field(default_factory=ChipSpec.generic_cpu)
   link: LinkSpec = LinkSpec()
-  dtype_bytes: int = 4
+  dtype_bytes: Count = 4
   shared_host: bool = False
+
+  def __post_init__(self):
+    check_fields(self)
 
   @property
   def calibrated(self) -> bool:  # type: ignore[override]  # a property here, as `chip` says it

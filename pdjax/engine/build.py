@@ -94,7 +94,10 @@ def build_engine(
       devices have no units for a dtype.
     DeviceError: if there are no devices of the platform, or JAX has already started with too few on CPU.
   """
-  keep_programs(config.compilation_cache)
+  if reason := keep_programs(config.compilation_cache):
+    say(
+      f'compilation_cache {config.compilation_cache!r} takes no programs ({reason}); the next run compiles them again'
+    )
   devices = prepare_devices(config.platform, devices_needed(config.workers))
   if devices[0].platform == 'cpu':
     keep_freed_memory()

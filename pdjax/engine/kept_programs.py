@@ -10,27 +10,36 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pdjax.config import KEEP_NO_PROGRAMS
 
+_NEVER_S = 1e9  # of compiling: no program takes as long
 _LEAST_S = 1.0  # of compiling, for which JAX keeps a program if nobody says otherwise
 _ENDING = '-cache'  # of a program's file, after its key
 _PROBE_BYTES = 2**16
 _LOGGER = 'jax._src.compiler'
 
 
-def keep_programs(folder: str | None) -> None:
+def keep_programs(folder: str | None) -> str | None:
   """Have JAX keep compiled programs, from now on and for all of this process.
 
   Args:
     folder: A folder, or what else `ServingConfig.compilation_cache` takes; None leaves JAX as it is.
+
+  Returns:
+    The reason why none can be written there, if so; those that are there are read.
   """
   if folder is None:
-    return
+    return None
   path = None if folder == KEEP_NO_PROGRAMS else folder
+  reason = None if path is None else why_not_kept(path)
+  if path is not None and reason is not None and not os.path.isdir(path):
+    path = None
   if path != kept_programs():
     compilation_cache.reset_cache()  # otherwise JAX goes on with the folder that it used first
   jax.config.update('jax_compilation_cache_dir', path)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  least_s = 0.0 if reason is None else _NEVER_S  # JAX would warn of each program that it cannot write
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', least_s)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   remove_unreadable()
+  return reason
 
 
 def keep_quick_programs() -> None:

@@ -90,11 +90,3 @@ def preempt_newest(view: ClusterView) -> list[Preempt]:
       if able:
         found.append(Preempt(max(able, key=lambda entry: entry.number).request.id))
   return found
-
-
-def require_positive(policy: object, *fields: str) -> None:
-  """Raise ValueError unless these fields of a policy are at least 1."""
-  for field in fields:
-    value = getattr(policy, field)
-    if value < 1:
-      raise ValueError(f'{type(policy).__name__} has {field}={value}, expected at least 1.')

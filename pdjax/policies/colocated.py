@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, preempt_newest, require_positive
+from pdjax.policies.batching import fill_prefills, preempt_newest
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, Action, Step
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.view import ClusterView, RequestView
+from pdjax.types.checked import Count, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Colocated(PolicyBase):
 
   moves_kv: ClassVar[bool] = False
 
-  token_budget: int = 256
-  decode_steps: int = 1
+  token_budget: Count = 256
+  decode_steps: Count = 1
   placement: Placement = FewestQueuedTokens()
 
   def __post_init__(self):
-    require_positive(self, 'token_budget', 'decode_steps')
+    check_fields(self)
 
   def decide(self, view: ClusterView) -> list[Action]:
     if preempted := preempt_newest(view):

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterable
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, preempt_newest, require_positive
+from pdjax.policies.batching import fill_prefills, preempt_newest
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, Action, Step, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
+from pdjax.types.checked import Count, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Disaggregated(PolicyBase):
     place_decode: Chooses the decode worker.
   """
 
-  max_prefill_tokens: int = 512
-  decode_steps: int = 1
+  max_prefill_tokens: Count = 512
+  decode_steps: Count = 1
   place_prefill: Placement = FewestQueuedTokens()
   place_decode: Placement = MostFreeSlots()
 
   def __post_init__(self):
-    require_positive(self, 'max_prefill_tokens', 'decode_steps')
+    check_fields(self)
 
   def decide(self, view: ClusterView) -> list[Action]:
     if preempted := preempt_newest(view):

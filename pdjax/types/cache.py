@@ -5,14 +5,17 @@ A model lists its kinds (`ModelSpec.cache`); pools, allocator, transfers, sizes 
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
+
+from pdjax.types.checked import SOME, Index, Size, check_fields
+from pdjax.types.fitting import at_least
 
 KVDtypeName = Literal['float32', 'bfloat16', 'float16', 'int8']
 KV_DTYPE_BYTES: dict[KVDtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # of an element
 DEFAULT_KV_DTYPE: KVDtypeName = 'float32'  # of a worker that names none
 
 KV = 'kv'  # the kind of keys and values of all tokens, which the engine holds
-Reach = Literal['all', 'request'] | int
+Reach = Literal['all', 'request'] | Annotated[int, at_least(1, 'a window of at least 1 token')]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,26 +27,22 @@ class CacheArray:
     shape: The shape of one entry in one layer: of a token, or of the one state of a request.
     cut: The axis of `shape` along which the devices of a worker cut it as they cut key/value heads; None: each has all.
     dtype: Of its elements; None is the worker's `kv_dtype`, of int8 with a float32 scale for each row of the last axis.
+
+  Raises:
+    ValueError: if a field is of another type or out of range.
   """
 
-  name: str
-  shape: tuple[int, ...]
-  cut: int | None = None
+  _said: ClassVar[str] = 'cache array {name} has {field}={value}'
+
+  name: Annotated[str, SOME]
+  shape: Annotated[tuple[Size, ...], SOME]
+  cut: Index | None = None
   dtype: KVDtypeName | None = None
 
   def __post_init__(self):
-    if not isinstance(self.name, str) or not self.name:
-      raise ValueError(f'a cache array has name {self.name!r}, expected a text.')
-    is_tuple = isinstance(self.shape, tuple) and bool(self.shape)
-    if not is_tuple or any(type(size) is not int or size < 1 for size in self.shape):
-      raise ValueError(
-        f'cache array {self.name!r} has shape {self.shape!r}, expected a tuple of integers of at least 1.'
-      )
-    if self.cut is not None and (type(self.cut) is not int or self.cut not in range(len(self.shape))):
+    check_fields(self)
+    if self.cut is not None and self.cut >= len(self.shape):
       raise ValueError(f'cache array {self.name!r} has cut={self.cut!r}, expected an axis of {self.shape} or None.')
-    if self.dtype not in (None, *get_args(KVDtypeName)):
-      names = ', '.join(map(repr, get_args(KVDtypeName)))
-      raise ValueError(f'cache array {self.name!r} has dtype {self.dtype!r}, expected one of {names}, or None.')
 
   def num_bytes(self, kv_dtype: KVDtypeName, shards: int = 1) -> int:
     """Bytes of one entry in one layer on each of so many devices that cut it.
@@ -81,21 +80,16 @@ class CacheKind:
     ValueError: if it has no layers or no arrays, or its reach or page size is none.
   """
 
-  name: str
-  layers: tuple[int, ...]
-  arrays: tuple[CacheArray, ...]
+  _said: ClassVar[str] = 'cache kind {name} has {field}={value}'
+
+  name: Annotated[str, SOME]
+  layers: Annotated[tuple[Index, ...], SOME]
+  arrays: Annotated[tuple[CacheArray, ...], SOME]
   reach: Reach = 'all'
-  page_size: int | None = None
+  page_size: Annotated[int, at_least(1, '1 entry or more')] | None = None
 
   def __post_init__(self):
-    if not isinstance(self.name, str) or not self.name:
-      raise ValueError(f'a cache kind has name {self.name!r}, expected a text.')
-    for field, kind in (('layers', int), ('arrays', CacheArray)):
-      items = getattr(self, field)
-      if not isinstance(items, tuple) or not items or not all(type(item) is kind for item in items):
-        raise ValueError(
-          f'cache kind {self.name!r} has {field}={items!r}, expected a tuple of at least one {kind.__name__}.'
-        )
+    check_fields(self)
     for what, names in (('layer', self.layers), ('array', tuple(array.name for array in self.arrays))):
       if twice := [name for index, name in enumerate(names) if name in names[:index]]:
         raise ValueError(f'cache kind {self.name!r} has {what} {twice[0]!r} twice; name each once.')
@@ -103,12 +97,6 @@ class CacheKind:
       raise ValueError(
         f'cache kind {self.name!r} has page_size={self.page_size!r}, but a state is a page; leave it out.'
       )
-    if self.reach not in ('all', 'request') and not (type(self.reach) is int and self.reach >= 1):
-      raise ValueError(
-        f"cache kind {self.name!r} has reach={self.reach!r}, expected 'all', 'request' or a window of at least 1 token."
-      )
-    if self.page_size is not None and (type(self.page_size) is not int or self.page_size < 1):
-      raise ValueError(f'cache kind {self.name!r} has page_size={self.page_size!r}, expected 1 entry or more, or None.')
 
   @property
   def grows(self) -> bool:

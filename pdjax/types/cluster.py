@@ -3,30 +3,39 @@
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
-from pdjax.types.worker import Role, WorkerSpec
+from pdjax.types.checked import checks_arguments
+from pdjax.types.fitting import Fits, Must, fit_of
+from pdjax.types.worker import MAX_DEVICES, Role, WorkerSpec
+
+Workers = Annotated[int, Must(lambda count: 0 <= count <= MAX_DEVICES, f'from 0 to {MAX_DEVICES} workers')]
 
 
 class DeviceError(RuntimeError):
   """The devices that a run wants are not there."""
 
 
-def worker_pool(role: Role | str, count: int, **fields) -> tuple[WorkerSpec, ...]:
+@checks_arguments()
+def worker_pool(role: Annotated[Role | str, Fits(fit_of(Role))], count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` equal workers named `prefill0`, `prefill1`, ... after their role."""
   return tuple(WorkerSpec(name=f'{Role(role).value}{i}', role=Role(role), **fields) for i in range(count))
 
 
-def prefill_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+@checks_arguments()
+def prefill_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` prefill workers; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.PREFILL, count, **fields)
 
 
-def decode_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+@checks_arguments()
+def decode_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` decode workers; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.DECODE, count, **fields)
 
 
-def colocated_pool(count: int, **fields) -> tuple[WorkerSpec, ...]:
+@checks_arguments()
+def colocated_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   """`count` workers that do both; keyword arguments are those of `WorkerSpec`."""
   return worker_pool(Role.BOTH, count, **fields)
 
@@ -37,6 +46,7 @@ def ways(workers: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
   return [(source, target) for source, target in pairs if source.role.prefills and target.role.decodes]
 
 
+@checks_arguments()
 def parse_split(split: str) -> tuple[int, int]:
   """Read a split such as `'2P1D'` into (prefill workers, decode workers).
 

@@ -2,11 +2,16 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
+
+from pdjax.types.checked import Count, Patience, check_fields
+from pdjax.types.fitting import Must
 
 OnTransfer = Literal['retry', 'recompute', 'fail']
 OnCorruption = Literal['retry', 'recompute', 'fail']
 OnWorker = Literal['recompute', 'fail']
+
+_BACKOFF = Must(lambda value: 0 <= value < math.inf, '0 or more seconds, but a time that comes')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,24 +48,17 @@ class FaultSpec:
     ValueError: if an answer is unknown, or a number out of range.
   """
 
+  _said: ClassVar[str] = 'faults.{field} is {value}'
+
   transfer: OnTransfer = 'retry'
   corruption: OnCorruption = 'fail'
   worker: OnWorker = 'recompute'
-  max_attempts: int = 3
-  backoff_s: float = 0.05
-  patience_s: float = 60.0
+  max_attempts: Count = 3
+  backoff_s: Annotated[float, _BACKOFF] = 0.05
+  patience_s: Patience = 60.0
 
   def __post_init__(self):
-    for field, answers in (('transfer', OnTransfer), ('corruption', OnCorruption), ('worker', OnWorker)):
-      if getattr(self, field) not in get_args(answers):
-        names = ', '.join(map(repr, get_args(answers)))
-        raise ValueError(f'faults.{field} is {getattr(self, field)!r}, expected one of {names}.')
-    if self.max_attempts < 1:
-      raise ValueError(f'faults.max_attempts is {self.max_attempts}, expected at least 1.')
-    if not (self.backoff_s >= 0 and math.isfinite(self.backoff_s)):
-      raise ValueError(f'faults.backoff_s is {self.backoff_s}, expected 0 or more seconds, but a time that comes.')
-    if not self.patience_s > 0:
-      raise ValueError(f'faults.patience_s is {self.patience_s}, expected more than 0 seconds; inf waits for ever.')
+    check_fields(self)
 
 
 ALL_FAIL = FaultSpec(transfer='fail', worker='fail')  # nothing is tried twice

@@ -1,9 +1,11 @@
 """Kinds of devices, and the rates of chips and links with the sources of the figures."""
 
 import dataclasses
-import math
 import re
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
+
+from pdjax.types.checked import Rate, Seconds, Share, check_fields
+from pdjax.types.fitting import at_least
 
 DtypeName = Literal['float32', 'bfloat16', 'float16']
 DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
@@ -77,28 +79,21 @@ class ChipSpec:
       overhead is no time, or the dtype is unknown.
   """
 
+  _said: ClassVar[str] = '{kind} {name} has {field}={value}'
+
   name: str
-  flops_per_s: float
-  memory_bytes_per_s: float
-  memory_bytes: float
-  matmul_efficiency: float = 0.6
-  memory_efficiency: float = 0.8
-  step_overhead_s: float = 0.001
+  flops_per_s: Rate
+  memory_bytes_per_s: Rate
+  memory_bytes: Annotated[float, at_least(0, '0 (not known) or more')]
+  matmul_efficiency: Share = 0.6
+  memory_efficiency: Share = 0.8
+  step_overhead_s: Seconds = 0.001
   source: str = ''
   calibrated: bool = False
   dtype: DtypeName = 'bfloat16'
 
   def __post_init__(self):
-    for rate in ('flops_per_s', 'memory_bytes_per_s'):
-      _check_positive(self.name, rate, getattr(self, rate))
-    if not self.memory_bytes >= 0:
-      raise ValueError(f'{self.name} has memory_bytes={self.memory_bytes}, expected 0 (not known) or more.')
-    for share in ('matmul_efficiency', 'memory_efficiency'):
-      if not 0 < getattr(self, share) <= 1:
-        raise ValueError(f'{self.name} has {share}={getattr(self, share)}, expected a share above 0, at most 1.')
-    _check_time(self.name, 'step_overhead_s', self.step_overhead_s)
-    if self.dtype not in get_args(DtypeName):
-      raise ValueError(f'{self.name} has dtype={self.dtype!r}, expected one of {", ".join(get_args(DtypeName))}.')
+    check_fields(self)
 
   @classmethod
   def generic_cpu(cls) -> 'ChipSpec':
@@ -139,20 +134,9 @@ class LinkSpec:
     ValueError: if the rate is not positive (an infinite one takes no time), or the latency is no time.
   """
 
-  bytes_per_s: float = 10e9
-  latency_s: float = 0.001
+  bytes_per_s: Rate = 10e9
+  latency_s: Seconds = 0.001
   source: str = 'a guess'
 
   def __post_init__(self):
-    _check_positive('the link', 'bytes_per_s', self.bytes_per_s)
-    _check_time('the link', 'latency_s', self.latency_s)
-
-
-def _check_positive(name: str, field: str, value: float) -> None:
-  if not value > 0:
-    raise ValueError(f'{name} has {field}={value}, expected a positive number.')
-
-
-def _check_time(name: str, field: str, value: float) -> None:
-  if not (value >= 0 and math.isfinite(value)):
-    raise ValueError(f'{name} has {field}={value}, expected 0 or more seconds.')
+    check_fields(self)

@@ -3,8 +3,12 @@
 import dataclasses
 import ipaddress
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
+
+from pdjax.types.checked import Patience, check_fields
+from pdjax.types.fitting import Must
 
 Strategy = Literal['PACK', 'SPREAD', 'STRICT_PACK', 'STRICT_SPREAD']
 Resources = Mapping[str, float]
@@ -13,6 +17,7 @@ _SHOWN_ALONE = ('GPU', 'TPU')  # the resources of which Ray shows a process thos
 _LEAST = 1e-4  # of which Ray counts no part
 _MOST_STEPS = 2_000  # of a search for places
 _MOST_NODES = 8  # that a message names
+_CORES = Must(lambda value: 0 < value < math.inf, 'more than 0 cores; a part of one will do, such as 0.1')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,15 +46,18 @@ class RayCluster:
       the silence or the start are not positive.
   """
 
+  _said: ClassVar[str] = 'processes.{field} is {value}'
+
   address: str | None = None
   host: str = '127.0.0.1'
   strategy: Strategy = 'PACK'
-  cpus: float = 1.0
+  cpus: Annotated[float, _CORES] = 1.0
   accelerator: str | None = None
-  silence_s: float = 60.0
-  start_s: float = 60.0
+  silence_s: Patience = 60.0
+  start_s: Patience = 60.0
 
   def __post_init__(self):
+    check_fields(self)
     if self.address not in (None, 'auto'):
       port = self.address.rpartition(':')[2]
       if (
@@ -70,13 +78,6 @@ class RayCluster:
         ) from None
       if unspecified:
         raise ValueError(f"host is {self.host!r}, which no other host can connect to; name one address, or 'node'.")
-    if self.strategy not in get_args(Strategy):
-      raise ValueError(f'strategy is {self.strategy!r}, expected one of {", ".join(get_args(Strategy))}.')
-    if self.cpus <= 0:
-      raise ValueError(f'cpus is {self.cpus}, expected more than 0 cores; a part of one will do, such as 0.1.')
-    for name, seconds in (('silence_s', self.silence_s), ('start_s', self.start_s)):
-      if not seconds > 0:
-        raise ValueError(f'{name} is {seconds}, expected more than 0 seconds; inf waits for ever.')
 
   def resources(self, tp: int, platform: str | None) -> dict[str, float]:
     """The resources that Ray sets aside for a worker of `tp` devices."""

@@ -1,18 +1,20 @@
 """Requests and what comes back: sampling parameters, completions, latency limits."""
 
+import array
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Annotated, Any, ClassVar, Literal
 
-from pdjax.types.checks import check_list, check_seed, check_text, check_token_ids, is_number
+from pdjax.types.checked import Seed, TokenId, check_fields
+from pdjax.types.checks import check_text
+from pdjax.types.fitting import Fits, Misfit, Must
 
 FinishReason = Literal['stop', 'length', 'cancelled', 'rejected', 'error']
 SERVED = ('stop', 'length')  # reasons of a request that got what it asked for
 
 _INT32 = 2**31  # what is kept on the device has 32 bits
 _FLOAT32 = (2 - 2**-23) * 2.0**127
-_NUMBERS = ('temperature', 'top_p', 'min_p', 'repetition_penalty', 'presence_penalty', 'frequency_penalty')
 _MASK64 = 2**64 - 1
 _LEAST_REPETITION = 1e-3  # a penalty beyond it, or beyond its inverse, may overflow a logit
 
@@ -20,6 +22,20 @@ MAX_STOP_TOKENS = 8  # stop ids kept per sequence on the device, the model's end
 MAX_SAMPLES = 1024  # of one prompt; all decode on one worker at once
 MAX_STOP_CHARS = 16_384  # of all stop strings of a request together: a table of as many rows finds them
 MAX_LOGPROBS = 20  # likeliest tokens that can be told with each generated one
+
+_TEMPERATURE = Must(lambda value: 0 <= float(value) <= _FLOAT32, '0 (greedy) or a positive number below 3.4e38')
+_REPETITION = Must(
+  lambda value: _LEAST_REPETITION <= value <= 1 / _LEAST_REPETITION,
+  f'a number from {_LEAST_REPETITION} to {1 / _LEAST_REPETITION:g}; 1 changes nothing',
+)
+_LOGPROBS = Must(lambda count: 0 <= count <= MAX_LOGPROBS, f"0 (the token's own) to {MAX_LOGPROBS} likeliest tokens")
+_SAMPLES = Must(lambda count: 1 <= count <= MAX_SAMPLES, f'1 to {MAX_SAMPLES} samples; split a request that wants more')
+_MAX_TOKENS = (
+  Must(lambda count: count >= 1, 'at least 1; ask for one token or leave it out'),
+  Must(lambda count: count < _INT32, 'a count below 2**31; ask for fewer'),
+)
+_Penalty = Annotated[float, Must(lambda value: -2 <= value <= 2, 'a number from -2 to 2; 0 changes nothing')]
+_Limit = Annotated[float, Must(lambda value: value > 0, 'a positive number of milliseconds')]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,73 +69,32 @@ class SamplingParams:
     ValueError: if a value is out of range or of another kind.
   """
 
-  max_tokens: int = 128
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int | None = None
-  stop_token_ids: tuple[int, ...] = ()
+  _said: ClassVar[str] = '{kind}.{field} is {value}'
+
+  max_tokens: Annotated[int, _MAX_TOKENS[0], _MAX_TOKENS[1]] = 128
+  temperature: Annotated[float, _TEMPERATURE] = 0.0
+  top_k: Annotated[int, Must(lambda k: 0 <= k < _INT32, '0 (all tokens) or a positive count below 2**31')] = 0
+  top_p: Annotated[float, Must(lambda p: 0 < p <= 1, 'a number above 0 and at most 1')] = 1.0
+  seed: Seed | None = None
+  stop_token_ids: tuple[TokenId, ...] = ()
   ignore_eos: bool = False
-  min_p: float = 0.0
-  repetition_penalty: float = 1.0
-  presence_penalty: float = 0.0
-  frequency_penalty: float = 0.0
+  min_p: Annotated[float, Must(lambda p: 0 <= p <= 1, 'a number from 0 (all tokens) to 1')] = 0.0
+  repetition_penalty: Annotated[float, _REPETITION] = 1.0
+  presence_penalty: _Penalty = 0.0
+  frequency_penalty: _Penalty = 0.0
   stop: tuple[str, ...] = ()
-  logprobs: int | None = None
-  n: int = 1
+  logprobs: Annotated[int, _LOGPROBS] | None = None
+  n: Annotated[int, _SAMPLES] = 1
 
   def __post_init__(self):
-    for name in ('max_tokens', 'top_k', 'n', 'logprobs', 'seed'):  # found later, it would break the step of others
-      count = getattr(self, name)
-      left_out = count is None and name in ('logprobs', 'seed')
-      if not left_out and (not hasattr(count, '__index__') or isinstance(count, bool)):
-        raise ValueError(f'{name} is {count!r}, expected an integer.')
-    for name in _NUMBERS:
-      if not is_number(getattr(self, name)):
-        raise ValueError(f'{name} is {getattr(self, name)!r}, expected a number.')
-    if self.max_tokens >= _INT32:
-      raise ValueError(f'max_tokens is {self.max_tokens}, expected a count below 2**31; ask for fewer.')
-    if self.max_tokens < 1:
-      raise ValueError(f'max_tokens is {self.max_tokens}, expected at least 1; ask for one token or leave it out.')
-    if not 0 <= float(self.temperature) <= _FLOAT32:
-      raise ValueError(f'temperature is {self.temperature}, expected 0 (greedy) or a positive number below 3.4e38.')
-    if not 0 <= self.top_k < _INT32:
-      raise ValueError(f'top_k is {self.top_k}, expected 0 (all tokens) or a positive count below 2**31.')
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f'top_p is {self.top_p}, expected a number above 0 and at most 1.')
-    if not 0 <= self.min_p <= 1:
-      raise ValueError(f'min_p is {self.min_p}, expected a number from 0 (all tokens) to 1.')
-    if not _LEAST_REPETITION <= self.repetition_penalty <= 1 / _LEAST_REPETITION:
-      raise ValueError(
-        f'repetition_penalty is {self.repetition_penalty}, expected a number from {_LEAST_REPETITION} to '
-        f'{1 / _LEAST_REPETITION:g}; 1 changes nothing.'
-      )
-    for name in ('presence_penalty', 'frequency_penalty'):
-      if not -2 <= getattr(self, name) <= 2:
-        raise ValueError(f'{name} is {getattr(self, name)}, expected a number from -2 to 2; 0 changes nothing.')
-    if self.seed is not None:
-      check_seed(self.seed, 'seed')
-    if not isinstance(self.ignore_eos, bool):
-      raise ValueError(f'ignore_eos is {self.ignore_eos!r}, expected True or False.')
-    stop: object = self.stop
-    if isinstance(stop, str):
-      raise ValueError(f'stop is the text {stop!r}, expected a tuple of texts; write ({stop!r},).')
-    check_list(stop, 'stop', 'texts')
-    if not all(isinstance(text, str) for text in self.stop):
-      raise ValueError(f'stop is {self.stop!r}, expected a tuple of texts; for token ids use stop_token_ids.')
-    for text in self.stop:
-      check_text(text, 'a stop string')
-    if (chars := sum(map(len, self.stop))) > MAX_STOP_CHARS:
-      raise ValueError(f'stop has {chars} characters, expected at most {MAX_STOP_CHARS} in all; shorten its texts.')
-    if '' in self.stop:
-      raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
-    check_token_ids(self.stop_token_ids, 'stop_token_ids')
-    if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-      raise ValueError(
-        f"logprobs is {self.logprobs}, expected 0 (the token's own) to {MAX_LOGPROBS} likeliest tokens, or None."
-      )
-    if not 1 <= self.n <= MAX_SAMPLES:
-      raise ValueError(f'n is {self.n}, expected 1 to {MAX_SAMPLES} samples; split a request that wants more.')
+    check_fields(self)
+    if self.stop:
+      for text in self.stop:
+        check_text(text, 'a stop string')
+      if (chars := sum(map(len, self.stop))) > MAX_STOP_CHARS:
+        raise ValueError(f'stop has {chars} characters, expected at most {MAX_STOP_CHARS} in all; shorten its texts.')
+      if '' in self.stop:
+        raise ValueError('stop has an empty text, which would end the request before it begins; leave it out.')
 
   @property
   def penalises(self) -> bool:
@@ -135,16 +110,16 @@ class SLO:
     ValueError: if a limit is not positive, or NaN.
   """
 
-  ttft_ms: float | None = None
-  tpot_ms: float | None = None
-  e2el_ms: float | None = None
+  _said: ClassVar[str] = '{kind}.{field} is {value}'
+
+  ttft_ms: _Limit | None = None
+  tpot_ms: _Limit | None = None
+  e2el_ms: _Limit | None = None
 
   def __post_init__(self):
+    check_fields(self)
     for field in dataclasses.fields(self):
-      limit = getattr(self, field.name)
-      if limit is not None and not (is_number(limit) and limit > 0):
-        raise ValueError(f'{field.name} is {limit}, expected a positive number of milliseconds.')
-      if limit == math.inf:
+      if getattr(self, field.name) == math.inf:
         object.__setattr__(self, field.name, None)
 
   @classmethod
@@ -167,6 +142,47 @@ class SLO:
     return cls(**limits)
 
 
+_NOTHING = object()
+_walked: Any = _NOTHING  # the prompt that was looked through last: copies of a request have the same one
+
+
+def _fit_prompt(prompt: Any) -> Sequence[int]:
+  """A prompt; tokens of tuples and lists are looked at, other sequences may not have theirs yet."""
+  global _walked
+  if prompt is _walked:
+    return prompt
+  if isinstance(prompt, tuple | list):
+    try:
+      array.array('I', prompt)  # integers of 32 bits, at a twentieth of what a loop takes
+    except (TypeError, OverflowError):
+      place = next(index for index, token in enumerate(prompt) if not _is_token(token))
+      raise Misfit(prompt[place], 'a token id from 0 to 2**31 - 1', f'[{place}]') from None
+    if not prompt:
+      raise Misfit(prompt, 'at least one token', remedy='give it some text')
+    _walked = prompt if isinstance(prompt, tuple) else _NOTHING
+    return prompt
+  if isinstance(prompt, str):
+    raise Misfit(prompt, 'a sequence of token ids', remedy='tokenize it first')
+  dtype = getattr(prompt, 'dtype', None)
+  if (
+    isinstance(prompt, bytes | bytearray | memoryview | Mapping | Set | type)
+    or not hasattr(prompt, '__getitem__')
+    or (dtype is not None and (getattr(dtype, 'kind', '') not in tuple('iu') or getattr(prompt, 'ndim', 1) != 1))
+    or not hasattr(prompt, '__len__')
+  ):
+    raise Misfit(prompt, 'a sequence of token ids')
+  if len(prompt) == 0:
+    raise Misfit(prompt, 'at least one token', remedy='give it some text')
+  return prompt
+
+
+def _is_token(value: Any) -> bool:
+  return hasattr(value, '__index__') and 0 <= value < _INT32
+
+
+TokenIds = Annotated[Sequence[int], Fits(_fit_prompt)]  # of a prompt
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
   """One prompt to be continued.
@@ -184,41 +200,26 @@ class Request:
 
   Raises:
     ValueError: if the prompt is empty or no sequence, the id or the session is no text that UTF-8 can hold, the arrival
-      time is negative or infinite, `end_token_ids` are no token ids, or `sampling` or `slo` is of another kind.
+      time is negative or infinite, `prompt` or `end_token_ids` are no token ids, or `sampling` or `slo` is of another
+      kind.
   """
 
+  _said: ClassVar[str] = 'request {name} has {field}={value}'
+
   id: str
-  prompt: Sequence[int]
+  prompt: TokenIds
   sampling: SamplingParams = SamplingParams()
-  arrival_s: float = 0.0
+  arrival_s: Annotated[float, Must(lambda value: 0 <= value < math.inf, '0 or later, in seconds')] = 0.0
   slo: SLO | None = None
   session: str | None = None
   sample_of: str | None = None
-  end_token_ids: tuple[int, ...] = ()
+  end_token_ids: tuple[TokenId, ...] = ()
 
   def __post_init__(self):
-    if not isinstance(self.id, str):
-      raise ValueError(f'the id of a request is {self.id!r}, expected text.')
+    check_fields(self)
     check_text(self.id, 'the id of a request')
-    prompt: object = self.prompt
-    if isinstance(prompt, str):
-      raise ValueError(f'request {self.id!r} has the text {prompt[:40]!r} as its prompt; tokenize it first.')
-    if not hasattr(prompt, '__len__'):
-      raise ValueError(f'request {self.id!r} has the prompt {prompt!r:.80}, expected a sequence of token ids.')
-    if len(self.prompt) == 0:
-      raise ValueError(f'request {self.id!r} has an empty prompt, expected at least one token; give it some text.')
-    for name, kind, expected in (
-      ('sampling', SamplingParams, 'SamplingParams(...)'),
-      ('slo', SLO | None, 'SLO(...) or None'),
-      ('session', str | None, 'a text or None'),
-    ):
-      if not isinstance(getattr(self, name), kind):
-        raise ValueError(f'request {self.id!r} has {name}={getattr(self, name)!r:.80}, expected {expected}.')
     if self.session is not None:
       check_text(self.session, 'the session of a request')
-    check_token_ids(self.end_token_ids, 'end_token_ids')
-    if not (is_number(self.arrival_s) and self.arrival_s >= 0 and math.isfinite(self.arrival_s)):
-      raise ValueError(f'request {self.id!r} arrives at {self.arrival_s} s, expected 0 or later.')
 
   @property
   def prompt_len(self) -> int:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import itertools
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
+from pdjax.types.checked import Count, Patience, check_fields
 from pdjax.types.worker import Role
 
 TransportName = Literal['auto', 'device_put', 'host_staged', 'cross_process']
@@ -38,28 +39,22 @@ class TransferSpec:
       that random damage stays unseen with odds of 2^-64. Costs a read of the pages on either side.
 
   Raises:
-    ValueError: if a size is not positive or a name is unknown.
+    ValueError: if a field is of another type, a size is not positive or a name is unknown.
   """
+
+  _said: ClassVar[str] = 'transfer.{field} is {value}'
 
   transport: TransportName = 'auto'
   granularity: GranularityName = 'auto'
-  layer_groups: int | None = None
-  layers_from: int | None = None
-  piece_bytes: int = 4 * 2**20
-  staging_bytes: int = 256 * 2**20
-  deadline_s: float = 60.0
+  layer_groups: Count | None = None
+  layers_from: Count | None = None
+  piece_bytes: Count = 4 * 2**20
+  staging_bytes: Count = 256 * 2**20
+  deadline_s: Patience = 60.0
   checksums: bool = False
 
   def __post_init__(self):
-    if not self.deadline_s > 0:
-      raise ValueError(f'deadline_s is {self.deadline_s}, expected more than 0 seconds; inf waits for ever.')
-    for name, names in (('transport', TransportName), ('granularity', GranularityName)):
-      if getattr(self, name) not in get_args(names):
-        expected = ', '.join(map(repr, get_args(names)))
-        raise ValueError(f'{name} is {getattr(self, name)!r}, expected one of {expected}.')
-    for size in ('layer_groups', 'layers_from', 'piece_bytes', 'staging_bytes'):
-      if getattr(self, size) is not None and getattr(self, size) < 1:
-        raise ValueError(f'{size} is {getattr(self, size)}, expected at least 1.')
+    check_fields(self)
 
   def groups(self, num_layers: int) -> tuple[tuple[int, int], ...]:
     """The groups of layers as (first, one after the last), in order; some are a layer longer if they must be."""

@@ -2,11 +2,17 @@
 
 import dataclasses
 import enum
-from typing import Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
+from pdjax.types.checked import Count, check_fields
+from pdjax.types.fitting import Must, at_least
 from pdjax.types.hardware import DtypeName, precision_of
 
+MAX_DEVICES = 16_384  # more than any cluster of one program has: all are counted up
+
+PageSize = Annotated[int, at_least(1, 'at least 1 token')]
+DeviceIndex = Annotated[int, Must(lambda index: 0 <= index < MAX_DEVICES, f'a number from 0 to {MAX_DEVICES - 1}')]
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
 
 
@@ -51,48 +57,32 @@ class WorkerSpec:
       those with the same devices and the same dtype share one copy.
 
   Raises:
-    ValueError: if a size is not positive, a layout or dtype is unknown, or the devices are not `tp` distinct ones.
+    ValueError: if a field is of another type or out of range, or the devices are not `tp` distinct ones.
   """
+
+  _said: ClassVar[str] = 'worker {name} has {field}={value}'
 
   name: str
   role: Role = Role.BOTH
-  tp: int = 1
-  num_pages: int | Literal['auto'] = 'auto'
-  max_sequences: int = 8
-  max_step_tokens: int = 512
-  max_chunks: int = 8
-  max_fused_steps: int = 16
-  devices: tuple[int, ...] | None = None
+  tp: Count = 1
+  num_pages: Annotated[int, at_least(1, 'a positive count')] | Literal['auto'] = 'auto'
+  max_sequences: Count = 8
+  max_step_tokens: Count = 512
+  max_chunks: Count = 8
+  max_fused_steps: Count = 16
+  devices: tuple[DeviceIndex, ...] | None = None
   page_layout: PageLayoutName = 'auto'
-  page_size: int | None = None
+  page_size: PageSize | None = None
   kv_dtype: KVDtypeName | None = None
   weights: DtypeName | None = None
 
   def __post_init__(self):
-    object.__setattr__(self, 'role', Role(self.role))
-    for size in ('tp', 'max_sequences', 'max_step_tokens', 'max_chunks', 'max_fused_steps'):
-      if getattr(self, size) < 1:
-        raise ValueError(f'worker {self.name!r} has {size}={getattr(self, size)}, expected at least 1.')
-    if self.num_pages != 'auto' and (not isinstance(self.num_pages, int) or self.num_pages < 1):
-      raise ValueError(f"worker {self.name!r} has num_pages={self.num_pages!r}, expected a positive count or 'auto'.")
-    if self.page_layout not in get_args(PageLayoutName):
-      names = ', '.join(map(repr, get_args(PageLayoutName)))
-      raise ValueError(f'worker {self.name!r} has page_layout={self.page_layout!r}, expected one of {names}.')
-    if self.page_size is not None and self.page_size < 1:
-      raise ValueError(f'worker {self.name!r} has page_size={self.page_size}, expected at least 1 token.')
-    if self.kv_dtype not in (None, *get_args(KVDtypeName)):
-      names = ', '.join(map(repr, get_args(KVDtypeName)))
-      raise ValueError(f'worker {self.name!r} has kv_dtype={self.kv_dtype!r}, expected one of {names}, or None.')
-    if self.weights not in (None, *get_args(DtypeName)):
-      names = ', '.join(map(repr, get_args(DtypeName)))
-      raise ValueError(f'worker {self.name!r} has weights={self.weights!r}, expected one of {names}, or None.')
-    if self.devices is not None:
-      object.__setattr__(self, 'devices', tuple(self.devices))
-      if not len(self.devices) == len(set(self.devices)) == self.tp or min(self.devices) < 0:
-        raise ValueError(
-          f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
-          'counted from 0.'
-        )
+    check_fields(self)
+    if self.devices is not None and not len(self.devices) == len(set(self.devices)) == self.tp:
+      raise ValueError(
+        f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
+        'counted from 0.'
+      )
 
   @property
   def cached_dtype(self) -> KVDtypeName:

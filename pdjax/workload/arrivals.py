@@ -5,10 +5,15 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pdjax.serving.events import Arrived, Finished, Withdrawn
-from pdjax.types.request import SERVED, SLO, Request, SamplingParams
+from pdjax.types.checked import Index, Seconds, check_fields, checks_arguments
+from pdjax.types.fitting import Must, at_least
+from pdjax.types.request import SERVED, SLO, Request, SamplingParams, TokenIds
+
+Users = Annotated[int, at_least(1, 'at least 1; with none, nothing would arrive')]
+Thinking = Annotated[float, Must(lambda value: 0 <= value < math.inf, '0 (no pause) or a positive number of seconds')]
 
 
 class _Scheduled:
@@ -52,6 +57,7 @@ class Listed(_Scheduled):
     ValueError: if two requests have one id.
   """
 
+  @checks_arguments()
   def __init__(self, requests: Iterable[Request], output_lens: Mapping[str, int] | None = None):
     super().__init__(output_lens)
     for request in _distinct(requests):
@@ -75,20 +81,19 @@ class ClosedLoop(_Scheduled):
     ValueError: if two requests have one id, there is no user, or the think time is negative.
   """
 
+  @checks_arguments()
   def __init__(
     self,
     requests: Iterable[Request],
-    max_concurrency: int,
-    think_s: float = 0.0,
+    max_concurrency: Users,
+    think_s: Thinking = 0.0,
     output_lens: Mapping[str, int] | None = None,
   ):
     super().__init__(output_lens)
-    check_concurrency(max_concurrency)
-    check_think(think_s)
     self._think_s = think_s
     self._to_send = collections.deque(_distinct(requests))
     self._in_flight: dict[str, set[str]] = {}  # by the id of each sample: those of its request that have not ended
-    for _ in range(max_concurrency):
+    for _ in range(min(max_concurrency, len(self._to_send))):
       self._send_next(0.0)
 
   @property
@@ -114,9 +119,12 @@ class ClosedLoop(_Scheduled):
 class ChatTurn:
   """A message that a user adds to a chat, with the sampling and the true length of its answer (None: as it comes)."""
 
-  user: Sequence[int]
+  user: TokenIds
   sampling: SamplingParams = SamplingParams()
-  output_len: int | None = None
+  output_len: Annotated[int, at_least(1, 'at least 1 token')] | None = None
+
+  def __post_init__(self):
+    check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,8 +133,11 @@ class Chat:
 
   id: str
   turns: tuple[ChatTurn, ...]
-  start_s: float = 0.0
+  start_s: Seconds = 0.0
   slo: SLO | None = None
+
+  def __post_init__(self):
+    check_fields(self)
 
 
 class Chats(_Scheduled):
@@ -147,17 +158,15 @@ class Chats(_Scheduled):
       below 1, or the think time is negative.
   """
 
+  @checks_arguments()
   def __init__(
     self,
     chats: Iterable[Chat],
-    max_context: int,
-    max_concurrency: int | None = None,
-    think_s: float = 0.0,
+    max_context: Index,
+    max_concurrency: Users | None = None,
+    think_s: Thinking = 0.0,
   ):
     super().__init__()
-    if max_concurrency is not None:
-      check_concurrency(max_concurrency)
-    check_think(think_s)
     self._max_context = max_context
     self._think_s = think_s
     self._to_start = collections.deque(sorted(_distinct(chats), key=lambda chat: chat.start_s))
@@ -170,7 +179,8 @@ class Chats(_Scheduled):
           f'{chat.turns[0].sampling.max_tokens} more, expected at most {max_context} together; shorten either.'
         )
     self._asked: dict[str, tuple[Chat, int, Request]] = {}  # by request: its chat and turn
-    for _ in range(len(self._to_start) if max_concurrency is None else max_concurrency):
+    num_chats = len(self._to_start)
+    for _ in range(num_chats if max_concurrency is None else min(max_concurrency, num_chats)):
       self._start_next(0.0)
 
   @property
@@ -206,18 +216,6 @@ class Chats(_Scheduled):
 
   def _fits(self, prompt: Sequence[int], turn: ChatTurn) -> bool:
     return len(prompt) + turn.sampling.max_tokens <= self._max_context
-
-
-def check_concurrency(max_concurrency: int) -> None:
-  """Raise ValueError unless at least one can be in flight."""
-  if max_concurrency < 1:
-    raise ValueError(f'max_concurrency is {max_concurrency}, expected at least 1; with none, nothing would arrive.')
-
-
-def check_think(think_s: float) -> None:
-  """Raise ValueError unless this is a time to wait."""
-  if not (think_s >= 0 and math.isfinite(think_s)):
-    raise ValueError(f'think_s is {think_s}, expected 0 (no pause) or a positive number of seconds.')
 
 
 _Named = TypeVar('_Named', Request, Chat)

@@ -2,9 +2,15 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
+
+from pdjax.types.checked import check_fields
+from pdjax.types.fitting import Must, at_least
+
+_MOST_SIGMA = 100  # of which the exponential still is a number
+Tokens = Annotated[int, at_least(1, 'an integer of at least 1 token')]
 
 
 class Length(Protocol):
@@ -18,14 +24,19 @@ class Length(Protocol):
     """Draw one number, at least 1 and at most `upper`."""
 
 
+_SAMPLES = Must(lambda samples: len(samples) > 0, 'at least one length; give it those that were measured')
+_MEDIAN = Must(lambda value: 0 < value < math.inf, 'a positive number of tokens')
+_SIGMA = Must(lambda value: 0 <= value <= _MOST_SIGMA, f'0 (always the median), or a positive number to {_MOST_SIGMA}')
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fixed:
   """Always `tokens` tokens."""
 
-  tokens: int
+  tokens: Tokens
 
   def __post_init__(self):
-    _check_count('Fixed', 'tokens', self.tokens)
+    check_fields(self)
 
   @property
   def upper(self) -> int:
@@ -39,10 +50,11 @@ class Fixed:
 class Uniform:
   """Any number from `low` to `high`, both included, equally often."""
 
-  low: int
-  high: int
+  low: Tokens
+  high: Tokens
 
   def __post_init__(self):
+    check_fields(self)
     _check_range('Uniform', self.low, self.high)
 
   @property
@@ -64,16 +76,13 @@ class Lognormal:
     high: The most; draws above it become it. As `upper` it is also the `max_tokens` of a sampled output.
   """
 
-  median: float
-  sigma: float
-  low: int = 1
-  high: int = 4096
+  median: Annotated[float, _MEDIAN]
+  sigma: Annotated[float, _SIGMA]
+  low: Tokens = 1
+  high: Tokens = 4096
 
   def __post_init__(self):
-    if not (self.median > 0 and math.isfinite(self.median)):
-      raise ValueError(f'Lognormal has median={self.median}, expected a positive number of tokens.')
-    if not (self.sigma >= 0 and math.isfinite(self.sigma)):
-      raise ValueError(f'Lognormal has sigma={self.sigma}, expected 0 (always the median) or a positive number.')
+    check_fields(self)
     _check_range('Lognormal', self.low, self.high)
 
   @property
@@ -89,14 +98,10 @@ class Lognormal:
 class Empirical:
   """One of the `samples` that were seen, each equally often."""
 
-  samples: tuple[int, ...]
+  samples: Annotated[tuple[Tokens, ...], _SAMPLES]
 
   def __post_init__(self):
-    object.__setattr__(self, 'samples', tuple(self.samples))
-    if not self.samples:
-      raise ValueError('Empirical has no samples, expected at least one length; give it those that were measured.')
-    for index, tokens in enumerate(self.samples):
-      _check_count('Empirical', f'samples[{index}]', tokens)
+    check_fields(self)
 
   @property
   def upper(self) -> int:
@@ -106,13 +111,6 @@ class Empirical:
     return self.samples[rng.integers(len(self.samples))]
 
 
-def _check_count(name: str, field: str, tokens: int) -> None:
-  if tokens < 1 or tokens != int(tokens):
-    raise ValueError(f'{name} has {field}={tokens}, expected a whole number of tokens, at least 1.')
-
-
 def _check_range(name: str, low: int, high: int) -> None:
-  _check_count(name, 'low', low)
-  _check_count(name, 'high', high)
   if low > high:
     raise ValueError(f'{name} has low={low} above high={high}; exchange them or raise high.')

@@ -40,7 +40,8 @@ and what else it has goes to the chat template.
 
 A line that cannot be served (no JSON, an unknown key, an id that another has, an empty prompt, a picture, more tokens
 than the workers hold, what pdjax does not do, such as `logit_bias`) becomes a `Refused` whose error names the line, and
-changes nothing for the others, which are served. Only a file that cannot be read stops the reading.
+changes nothing for the others, which are served. Only a file that cannot be read stops the reading, and a run refuses
+one without a line.
 `python -m experiments.run` ends with 0 if every line was served, with 3 if some were, and with 1 if none was. A run
 that is interrupted leaves the answers that it has, here and, as soon as they are complete, in `answers.jsonl` (see
 `pdjax.answers`); a line that it did not come to the end of has an `error` that says so, and --resume=DIR serves it.
@@ -255,6 +256,8 @@ class _Reader:
         sampling[key] = tuple(sampling[key])
     ends = self.chat_end_ids if 'messages' in fields else ()
     prompt = self._prompt(fields)
+    if not prompt:
+      raise Refusal('the prompt is empty, expected at least one token; give it some text.')
     try:
       arrival_s = fields.get('arrival_s', 0.0)
       if arrival_s > _LATEST_S:
@@ -265,7 +268,7 @@ class _Reader:
       arrival_s = float(arrival_s)
       return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends)
     except (ValueError, OverflowError) as error:
-      why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}'))
+      why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}')).replace('SamplingParams.', '')
       raise Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error
 
   def _prompt(self, fields: Mapping[str, Any]) -> tuple[int, ...]:

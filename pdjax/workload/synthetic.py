@@ -8,15 +8,26 @@ import dataclasses
 import enum
 import math
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from pdjax.host import check_room
+from pdjax.types.checked import SOME, Count, Index, check_fields
+from pdjax.types.fitting import Must, Remedy
 from pdjax.types.request import SLO, Request, SamplingParams
-from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed, check_concurrency, check_think
+from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed, Thinking, Users
 from pdjax.workload.lengths import Fixed, Length, Lognormal
 from pdjax.workload.tokens import RandomTokens
 from pdjax.workload.workload import WorkloadContext
+
+_FEW = 100_000  # for which there is memory anywhere
+_REQUEST_BYTES = 600  # of a request, its sampling and its prompt, on 64-bit CPython
+_NO_TEXTS = Remedy('prompts=None is random tokens')
+_RATE = Must(lambda value: value > 0, 'a positive number, or inf for all at once')
+_SHAPE = Must(
+  lambda value: 0 < value < math.inf, 'a positive number; 1 is Poisson, and Constant has gaps that are all equal'
+)
 
 
 class _Stream(enum.IntEnum):
@@ -47,11 +58,10 @@ class _Sampled:
   output: Length = Lognormal(median=64, sigma=0.6, high=512)
   sampling: SamplingParams = SamplingParams()
   slo: SLO | None = None
-  seed: int = 0
+  seed: Index = 0
 
   def __post_init__(self):
-    if self.seed < 0:
-      raise ValueError(f'{self._name} has seed={self.seed}, expected 0 or more.')
+    check_fields(self)
 
   @property
   def _name(self) -> str:
@@ -75,6 +85,12 @@ class _Sampled:
       self.sampling, max_tokens=self.output.upper, ignore_eos=True, seed=self._request_seed(index)
     )
 
+  def _check_room(self, field: str) -> None:
+    """Raise ValueError if there is no memory for as many requests or chats: all are made before the first arrives."""
+    count = getattr(self, field)
+    if count > _FEW:
+      check_room(f'{self._name} has {field}={count}, which', count * _REQUEST_BYTES, 'ask for fewer, in several runs')
+
   def _check_fits(self, prompt_len: int, max_tokens: int, context_len: int, what: str) -> None:
     if prompt_len + max_tokens > context_len:
       raise ValueError(
@@ -93,22 +109,14 @@ class _Independent(_Sampled):
       count, and the model decides where an answer ends. None: random tokens.
   """
 
-  num_requests: int = 64
-  prompts: tuple[str, ...] | None = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.num_requests < 1:
-      raise ValueError(f'{self._name} has num_requests={self.num_requests}, expected at least 1.')
-    if self.prompts is not None:
-      object.__setattr__(self, 'prompts', tuple(self.prompts))
-      if not self.prompts:
-        raise ValueError(f'{self._name} has no prompts, expected at least one; set prompts=None for random tokens.')
+  num_requests: Count = 64
+  prompts: Annotated[tuple[str, ...], SOME, _NO_TEXTS] | None = None
 
   def _requests(
     self, context: WorkloadContext, arrivals_s: Iterable[float] | None = None
   ) -> tuple[list[Request], dict[str, int]]:
     """The requests and their true output lengths."""
+    self._check_room('num_requests')
     times_s = [0.0] * self.num_requests if arrivals_s is None else arrivals_s
     return self._text_requests(context, times_s) if self.prompts else self._random_requests(context, times_s)
 
@@ -147,18 +155,15 @@ class _OpenLoop(_Independent):
     requests_per_s: Mean rate; infinite if all come at once.
   """
 
-  requests_per_s: float = 1.0
+  requests_per_s: Annotated[float, _RATE] = 1.0
   max_concurrency: ClassVar[None] = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    _check_rate(self._name, 'requests_per_s', self.requests_per_s)
 
   @property
   def request_rate(self) -> float:
     return self.requests_per_s
 
   def arrivals(self, context: WorkloadContext) -> Listed:
+    self._check_room('num_requests')
     gaps_s = self._gaps_s(self._rng(_Stream.GAPS), self.num_requests - 1)
     return Listed(*self._requests(context, [0.0, *np.cumsum(gaps_s).tolist()]))
 
@@ -184,15 +189,7 @@ class Bursty(_OpenLoop):
     burstiness: Shape of the gamma distribution: 1 is Poisson, below it arrivals bunch, above it they even out.
   """
 
-  burstiness: float = 0.5
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not (self.burstiness > 0 and math.isfinite(self.burstiness)):
-      raise ValueError(
-        f'{self._name} has burstiness={self.burstiness}, expected a positive number; 1 is Poisson, and '
-        'Constant has gaps that are all equal.'
-      )
+  burstiness: Annotated[float, _SHAPE] = 0.5
 
   def _gaps_s(self, rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.gamma(self.burstiness, 1 / (self.burstiness * self.requests_per_s), count)
@@ -217,15 +214,10 @@ class ClosedLoopWorkload(_Independent):
     think_s: Seconds from the end of a request to the next one of the same user.
   """
 
-  max_concurrency: int = 8
-  think_s: float = 0.0
+  max_concurrency: Users = 8
+  think_s: Thinking = 0.0
   request_rate: ClassVar[float] = math.inf
   burstiness: ClassVar[None] = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_concurrency(self.max_concurrency)
-    check_think(self.think_s)
 
   def arrivals(self, context: WorkloadContext) -> ClosedLoop:
     requests, output_lens = self._requests(context)
@@ -248,23 +240,14 @@ class MultiTurn(_Sampled):
     max_context: Most tokens of a prompt and its answer together; None takes the model's context length.
   """
 
-  num_chats: int = 16
+  num_chats: Count = 16
   turns: Length = Fixed(4)
   user: Length = Lognormal(median=64, sigma=0.8, high=512)
-  think_s: float = 0.0
-  max_concurrency: int | None = 8
-  chats_per_s: float = math.inf
-  max_context: int | None = None
+  think_s: Thinking = 0.0
+  max_concurrency: Users | None = 8
+  chats_per_s: Annotated[float, _RATE] = math.inf
+  max_context: Count | None = None
   burstiness: ClassVar[None] = None
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.num_chats < 1:
-      raise ValueError(f'{self._name} has num_chats={self.num_chats}, expected at least 1.')
-    _check_rate(self._name, 'chats_per_s', self.chats_per_s)
-    check_think(self.think_s)
-    if self.max_concurrency is not None:
-      check_concurrency(self.max_concurrency)
 
   @property
   def num_requests(self) -> int:
@@ -296,10 +279,6 @@ class MultiTurn(_Sampled):
     return Chats(chats, max_context, self.max_concurrency, self.think_s)
 
   def _turn_counts(self) -> list[int]:
+    self._check_room('num_chats')
     rng = self._rng(_Stream.TURNS)
     return [self.turns.sample(rng) for _ in range(self.num_chats)]
-
-
-def _check_rate(name: str, field: str, per_s: float) -> None:
-  if not per_s > 0:
-    raise ValueError(f'{name} has {field}={per_s}, expected a positive number, or inf for all at once.')

@@ -7,6 +7,8 @@ from typing import overload
 
 import numpy as np
 
+from pdjax.types.checked import Count, Index, check_fields
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RandomTokens(Sequence[int]):
@@ -18,17 +20,12 @@ class RandomTokens(Sequence[int]):
     ValueError: if the length or the seed is negative, or the vocabulary empty.
   """
 
-  length: int
-  vocab_size: int
-  seed: int = 0
+  length: Index
+  vocab_size: Count
+  seed: Index = 0
 
   def __post_init__(self):
-    if self.length < 0:
-      raise ValueError(f'a random prompt has length={self.length}, expected 0 or more tokens.')
-    if self.vocab_size < 1:
-      raise ValueError(f"a random prompt has vocab_size={self.vocab_size}, expected the model's number of tokens.")
-    if self.seed < 0:
-      raise ValueError(f'a random prompt has seed={self.seed}, expected 0 or more.')
+    check_fields(self)
 
   def __len__(self) -> int:
     return self.length

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pdjax.serving.loop import Arrivals
+from pdjax.types.checked import check_fields
 from pdjax.types.request import Request
 from pdjax.workload.arrivals import Listed
 
@@ -74,7 +75,7 @@ class Given:
   requests: tuple[Request, ...]
 
   def __post_init__(self):
-    object.__setattr__(self, 'requests', tuple(self.requests))
+    check_fields(self)
 
   @property
   def num_requests(self) -> int:

@@ -135,3 +135,21 @@ def test_room_for_less_than_one_page_is_refused():
 def test_a_tp_that_does_not_fit_the_model_is_refused():
   with pytest.raises(ValueError, match='tp=3 does not fit'):
     _size((WorkerSpec('w', tp=3),), 80e9)
+
+
+# By our contract: of what steps take beside weights and pages, the least is worked out before anything is loaded.
+@pytest.mark.parametrize(
+  ('fields', 'num_bytes'),
+  [
+    ({'max_sequences': 100_000}, 100_000 * (6 * 128_256 + 4 * 8192)),
+    ({'max_chunks': 100_000}, 100_000 * (6 * 128_256 + 4 * 8192)),
+    ({'max_step_tokens': 10**7}, 10**7 * 4096 * 2),
+    ({'max_fused_steps': 10**10}, 10**10 * 8 * 4),
+  ],
+)
+def test_sizes_that_no_device_holds_are_refused_with_both_figures(fields, num_bytes):
+  (field, value), *_ = fields.items()
+  words = f"worker 'w' has {field}={value}, which takes at least {num_bytes / 1e9:,.1f} GB .* 63.9 GB are left for"
+  with pytest.raises(ValueError, match=words):
+    _size((WorkerSpec('w', **fields),), 80e9)
+  assert _size((WorkerSpec('w', max_sequences=1024),), 80e9)

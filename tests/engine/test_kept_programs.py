@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from pdjax.engine import kept_programs as kept
 from pdjax.engine import worker_process
 from pdjax.engine.kept_programs import keep_programs, kept_programs, why_not_kept
 from pdjax.engine.worker_process import WorkerProcess
@@ -46,6 +47,23 @@ def test_every_program_is_kept_however_quick_and_off_keeps_none(tmp_path):
   keep_programs('off')
   compile_something(103)
   assert len(list(tmp_path.glob('*/*-cache'))) == count and kept_programs() is None
+
+
+def test_a_folder_that_takes_no_programs_is_told_once_and_not_by_each_of_them(tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('')
+  assert keep_programs(str(file / 'inside')) == 'Not a directory' and kept_programs() is None
+  compile_something(107)  # without a warning of JAX, which would be an error here
+  assert keep_programs(str(tmp_path / 'fine')) is None and kept_programs() == str(tmp_path / 'fine')
+
+
+def test_programs_in_a_folder_that_takes_no_more_are_read(tmp_path, monkeypatch):
+  keep_programs(str(tmp_path))
+  monkeypatch.setattr(kept, 'why_not_kept', lambda folder: 'Read-only file system')
+  count = len(list(tmp_path.iterdir()))
+  assert keep_programs(str(tmp_path)) == 'Read-only file system' and kept_programs() == str(tmp_path)
+  compile_something(108)
+  assert len(list(tmp_path.iterdir())) == count
 
 
 @pytest.mark.parametrize('damage', ['empty', 'zeros', 'half'])

@@ -53,7 +53,7 @@ def test_a_requests_file_is_served_in_order_and_refused_lines_do_not_stop_the_ot
   assert out[3]['ttft_s'] > 0
   assert out[0]['text'] is None
   for row, words in [
-    (1, 'empty prompt'),
+    (1, 'prompt is empty'),
     (2, 'context'),
     (4, str(TINY.vocab_size)),
     (5, 'max_tokens'),
@@ -123,13 +123,14 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
       ['--config=configs/smollm2_cpu.py', '--set=policy.max_prefil_tokens=1'],
       ['max_prefil_tokens', 'max_prefill_tokens'],
     ),
-    (['--config=configs/smollm2_cpu.py', '--set=page_size=big'], ['page_size', 'big', 'int']),
+    (['--config=configs/smollm2_cpu.py', '--set=page_size=big'], ['page_size', 'big', 'an integer']),
     (['--config=configs/smollm2_cpu.py', '--goodput=latency:5'], ['latency', 'ttft']),
     (['--config=configs/cpu.py:checkpoint=nowhere.gguf', '--prompt=Hi'], ['nowhere.gguf']),
     (['--config=configs/smollm2_cpu.py', '--prompt=Hi', '--requests=x.jsonl'], ['--prompt', '--requests']),
     (['--config=configs/smollm2_cpu.py', '--set=max_context=9000', '--prompt=Hi'], ['9000', '8192']),
     (['--config=configs/smollm2_cpu.py', '--requests=tests/tiny.jsonl'], ['tests/tiny.jsonl', 'not a file']),
     (['--config=configs/smollm2_cpu.py', '--requests=x.jsonl', '--workdir=runs/none'], ['x.jsonl', 'not a file']),
+    (['--config=configs/smollm2_cpu.py', '--requests=/dev/null'], ['/dev/null', 'has no requests']),
     (['--config=configs/smollm2_cpu.py', '--workdir=README.md'], ['README.md', 'folder']),
     (['--config=configs/smollm2_cpu.py', '--prompt='], ['empty']),
     (['--config=configs/smollm2_cpu.py:page_size=0'], ['page_size', '0']),
@@ -141,7 +142,7 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
     (['--config=configs/smollm2_ray.py', '--set=transfer.transport=host_staged'], ["'host_staged'", "'cross_process'"]),
     (['--config=configs/smollm2_ray.py', '--set=processes.host=all'], ["host is 'all'", "'node'"]),
     ([*SIMULATED, '--compare', '--splits=2P'], ["'2P'", '2P1D']),
-    ([*SIMULATED, '--compare', '--rates=1,0'], ['rate 0', '--rates=1,2,4']),
+    ([*SIMULATED, '--compare', '--rates=1,0'], ['rate=0', '--rates=1,2,4']),
     ([*SIMULATED, '--compare', '--rates=1,fast'], ['--rates=1,fast', 'numbers']),
     ([*SIMULATED, '--rates=1,2'], ['--rates', '--compare']),
     (['--config=configs/smollm2_cpu.py', '--compare', '--prompt=Hi'], ['--compare', '--prompt']),
@@ -164,7 +165,6 @@ def test_bad_input_is_answered_in_one_clear_line(answered, arguments, words):
     (['{"prompt_token_ids": [3], "id": "good"}', f'{{"prompt_token_ids": {[3] * 65}}}'], 3),  # the cluster refuses it
     (['{"prompt_token_ids": [3]}', '{"prompt_token_ids": [3], "arrival_s": 1e9}'], 3),  # nobody waits for it
     (['{"prompt_token_ids": [3]}', '{"prompt_token_ids": [3], "arrival_s": 2e6}'], 0),
-    ([''], 0),
   ],
 )
 def test_the_exit_code_says_whether_every_line_was_served(checkpoint, tmp_path, lines, code):
@@ -183,6 +183,17 @@ def test_the_exit_code_says_whether_every_line_was_served(checkpoint, tmp_path, 
       assert row['seed'] is row['arrival_s'] is None
   if len(rows) > 3:
     assert "line-2 was refused: line 2: unknown key 'max_token'; did you mean 'max_tokens'?" in done.stdout
+
+
+@pytest.mark.parametrize('text', ['', '\n \n'])
+def test_a_file_without_requests_is_refused_and_leaves_no_folder(checkpoint, tmp_path, text):
+  (tmp_path / 'in.jsonl').write_text(text)
+  done = command(
+    f'--config=configs/cpu.py:checkpoint={checkpoint}', f'--requests={tmp_path / "in.jsonl"}',
+    f'--workdir={tmp_path / "out"}', '--backend=simulator',
+  )  # fmt: skip
+  assert done.returncode == 1 and 'has no requests, expected a JSON object a line' in done.stdout + done.stderr
+  assert not (tmp_path / 'out').exists()
 
 
 def test_the_report_tells_how_many_lines_were_refused(checkpoint, tmp_path):

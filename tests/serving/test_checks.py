@@ -1,6 +1,7 @@
 """Policies that ask for what cannot be done, and requests that can never run, are told what and why."""
 
 import dataclasses
+from collections import UserList
 
 import pytest
 
@@ -157,16 +158,17 @@ def test_a_sequence_with_every_token_asked_for_takes_no_other_step():
 # ---------------------------------------------------------------------------- what can never run
 
 
+# Of a sequence of its own a request looks at no token as it is made: it may not have them yet.
 @pytest.mark.parametrize(
   'fields, words',
   [
     ({'prompt_len': 65}, 'the prompt has 65 tokens, but the context of tiny is 64; shorten the prompt'),
     ({'prompt': (5, 96, 7)}, 'token id 96 in the prompt, but the ids of tiny are 0 to 95; use its tokenizer'),
-    ({'prompt': (5, -1)}, 'token id -1 in the prompt'),
-    ({'prompt': (5, 1.5)}, 'token id 1.5 in the prompt'),
-    ({'prompt': ('a',)}, "token id 'a' in the prompt"),
-    ({'prompt': (5, None)}, 'token id None in the prompt'),
-    ({'prompt': (float('nan'),)}, 'token id nan in the prompt'),
+    ({'prompt': UserList([5, -1])}, 'token id -1 in the prompt'),
+    ({'prompt': UserList([5, 1.5])}, 'token id 1.5 in the prompt'),
+    ({'prompt': UserList(['a'])}, "token id 'a' in the prompt"),
+    ({'prompt': UserList([5, None])}, 'token id None in the prompt'),
+    ({'prompt': UserList([float('nan')])}, 'token id nan in the prompt'),
     ({'stop_token_ids': tuple(range(2, 10))}, "9 stop tokens asked for, the model's own included, but at most 8"),
     ({'stop_token_ids': tuple(range(2, 11)), 'ignore_eos': True}, '9 stop tokens asked for'),
     (

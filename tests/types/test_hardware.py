@@ -18,12 +18,12 @@ CHIP = {'name': 'chip', 'flops_per_s': 1e12, 'memory_bytes_per_s': 1e9, 'memory_
   ],
 )  # fmt: skip
 def test_a_chip_that_cannot_be_is_refused(field, value):
-  with pytest.raises(ValueError, match=f'chip has {field}={value}, expected'):
+  with pytest.raises(ValueError, match=f"ChipSpec 'chip' has {field}={value}, expected"):
     ChipSpec(**CHIP | {field: value})
 
 
 def test_a_chip_of_an_unknown_dtype_is_refused():
-  with pytest.raises(ValueError, match="chip has dtype='int8', expected one of float32, bfloat16, float16"):
+  with pytest.raises(ValueError, match="'chip' has dtype='int8', expected one of 'float32', 'bfloat16', 'float16'"):
     ChipSpec(**CHIP, dtype='int8')
 
 
@@ -38,7 +38,7 @@ def test_a_chip_of_an_unknown_dtype_is_refused():
   ],
 )
 def test_a_link_that_cannot_be_is_refused(field, value):
-  with pytest.raises(ValueError, match=f'the link has {field}={value}, expected'):
+  with pytest.raises(ValueError, match=f'LinkSpec has {field}={value}, expected'):
     LinkSpec(**{field: value})
 
 

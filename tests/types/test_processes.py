@@ -127,7 +127,7 @@ def test_by_default_nothing_listens_beyond_this_machine():
     ({'address': 'head:gcs'}, "address is 'head:gcs', expected 'host:port'"),
     ({'address': 'ray://head:10001'}, "address is 'ray://head:10001', expected 'host:port'"),
     ({'address': 'head:0'}, "address is 'head:0', expected 'host:port'"),
-    ({'strategy': 'CLOSE'}, "strategy is 'CLOSE', expected one of PACK, SPREAD"),
+    ({'strategy': 'CLOSE'}, "strategy is 'CLOSE', expected one of 'PACK', 'SPREAD'"),
     ({'cpus': 0}, 'cpus is 0, expected more than 0 cores'),
     ({'start_s': 0}, 'start_s is 0, expected more than 0 seconds'),
     ({'silence_s': 0}, 'silence_s is 0, expected more than 0 seconds'),

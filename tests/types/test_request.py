@@ -23,7 +23,7 @@ from pdjax.types import SLO, Request, SamplingParams
     ('top_p', math.nan, 'top_p is nan'),
     ('max_tokens', 2**31, 'max_tokens is 2147483648, expected a count below 2**31; ask for fewer'),
     ('top_k', 2**31, 'top_k is 2147483648'),
-    ('stop_token_ids', (5, -1), 'stop_token_ids has -1, expected token ids from 0'),
+    ('stop_token_ids', (5, -1), 'stop_token_ids[1] is -1, expected a token id from 0'),
     ('seed', -1, 'seed is -1, expected an integer from 0'),
     ('seed', 2**63, f'seed is {2**63}'),
     ('min_p', -0.1, 'min_p is -0.1, expected a number from 0 (all tokens) to 1'),
@@ -32,14 +32,14 @@ from pdjax.types import SLO, Request, SamplingParams
     ('repetition_penalty', math.nan, 'repetition_penalty is nan'),
     ('presence_penalty', 2.5, 'presence_penalty is 2.5, expected a number from -2 to 2; 0 changes nothing'),
     ('frequency_penalty', -math.inf, 'frequency_penalty is -inf'),
-    ('stop', 'END', "stop is the text 'END', expected a tuple of texts; write ('END',)"),
+    ('stop', 'END', "stop is 'END', expected a tuple of texts; write ('END',)"),
     ('stop', ('a', ''), 'stop has an empty text'),
     ('logprobs', 21, "logprobs is 21, expected 0 (the token's own) to 20 likeliest tokens, or None"),
     ('n', 0, 'n is 0, expected 1 to 1024 samples'),
     ('max_tokens', 2.5, 'max_tokens is 2.5, expected an integer'),
     ('seed', 'lucky', "seed is 'lucky', expected an integer"),
     ('logprobs', 2.5, 'logprobs is 2.5, expected an integer'),
-    ('stop_token_ids', (5.0,), 'stop_token_ids has 5.0, expected token ids from 0'),
+    ('stop_token_ids', (5.0,), 'stop_token_ids[0] is 5.0, expected a token id from 0'),
     ('temperature', 1e39, 'temperature is 1e+39, expected 0 (greedy) or a positive number below 3.4e38'),
     ('temperature', 'hot', "temperature is 'hot', expected a number"),
     ('top_p', True, 'top_p is True, expected a number'),
@@ -51,7 +51,7 @@ from pdjax.types import SLO, Request, SamplingParams
     ('max_tokens', None, 'max_tokens is None, expected an integer'),
     ('stop', None, 'stop is None, expected a tuple of texts'),
     ('stop_token_ids', 5, 'stop_token_ids is 5, expected a tuple of token ids'),
-    ('stop_token_ids', (True,), 'stop_token_ids has True'),
+    ('stop_token_ids', (True,), 'stop_token_ids[0] is True'),
     ('ignore_eos', 'no', "ignore_eos is 'no', expected True or False"),
     ('temperature', np.float16('inf'), 'temperature is inf'),
     ('temperature', np.True_, 'expected a number'),
@@ -59,7 +59,7 @@ from pdjax.types import SLO, Request, SamplingParams
     ('stop', ('a', '\udfff'), "a stop string has half a surrogate pair, '\\udfff', at position 0"),
     ('seed', math.nan, 'seed is nan, expected an integer'),
     ('seed', 0.5, 'seed is 0.5, expected an integer'),
-    ('stop', (5,), 'stop is (5,), expected a tuple of texts; for token ids use stop_token_ids'),
+    ('stop', (5,), 'stop[0] is 5, expected a text'),
   ],
 )
 def test_sampling_out_of_range_is_refused(field, value, words):
@@ -73,12 +73,14 @@ def test_the_ends_of_the_ranges_are_allowed():
 
 
 def test_an_empty_prompt_is_refused():
-  with pytest.raises(ValueError, match="request 'r' has an empty prompt, expected at least one token; give it some"):
+  with pytest.raises(ValueError, match=r"request 'r' has prompt=\(\), expected at least one token; give"):
     Request('r', ())
 
 
 def test_a_text_is_no_prompt():
-  with pytest.raises(ValueError, match="request 'r' has the text 'Hello' as its prompt; tokenize it first"):
+  with pytest.raises(
+    ValueError, match="request 'r' has prompt='Hello', expected a sequence of token ids; tokenize it first"
+  ):
     Request('r', 'Hello')
 
 
@@ -89,7 +91,7 @@ def test_the_last_token_needs_no_place_in_the_context():
 
 @pytest.mark.parametrize('arrival_s', [-0.1, math.nan, math.inf])
 def test_an_arrival_that_never_comes_is_refused(arrival_s):
-  with pytest.raises(ValueError, match=f"request 'r' arrives at {arrival_s} s, expected 0 or later"):
+  with pytest.raises(ValueError, match=f"request 'r' has arrival_s={arrival_s}, expected 0 or later"):
     Request('r', (1,), arrival_s=arrival_s)
 
 
@@ -118,7 +120,7 @@ def test_an_infinite_limit_is_left_free(field, limit, kept):
 
 @pytest.mark.parametrize('limit', [math.nan, -math.inf, 0.0, -0.0, -1.0, np.float32('nan'), '500', True, 10**400])
 def test_a_limit_that_is_none_is_refused(limit):
-  with pytest.raises(ValueError, match=f'ttft_ms is {limit}, expected a positive number'):
+  with pytest.raises(ValueError, match=f'ttft_ms is .?{str(limit)[:60]}.*, expected a positive number'):
     SLO(ttft_ms=limit)
 
 
@@ -134,18 +136,18 @@ def test_an_id_that_no_file_can_hold_is_refused(name):
 @pytest.mark.parametrize(
   ('field', 'value', 'words'),
   [
-    ('end_token_ids', (2**40,), 'end_token_ids has 1099511627776, expected token ids from 0'),
-    ('end_token_ids', ('x',), "end_token_ids has 'x'"),
-    ('end_token_ids', (-5,), 'end_token_ids has -5'),
-    ('end_token_ids', (1.5,), 'end_token_ids has 1.5'),
+    ('end_token_ids', (2**40,), 'end_token_ids[0]=1099511627776, expected a token id from 0'),
+    ('end_token_ids', ('x',), "end_token_ids[0]='x'"),
+    ('end_token_ids', (-5,), 'end_token_ids[0]=-5'),
+    ('end_token_ids', (1.5,), 'end_token_ids[0]=1.5'),
     ('sampling', {'max_tokens': 4}, "request 'a' has sampling={'max_tokens': 4}, expected SamplingParams"),
     ('sampling', None, "request 'a' has sampling=None, expected SamplingParams"),
     ('slo', 'x', "request 'a' has slo='x', expected"),
     ('session', 5, "request 'a' has session=5, expected"),
     ('session', '\ud800', 'the session of a request has half a surrogate pair'),
-    ('end_token_ids', None, 'end_token_ids is None, expected a tuple of token ids'),
-    ('prompt', 5, "request 'a' has the prompt 5, expected a sequence of token ids"),
-    ('arrival_s', 'soon', "request 'a' arrives at soon s, expected 0 or later"),
+    ('end_token_ids', None, 'end_token_ids=None, expected a tuple of token ids'),
+    ('prompt', 5, "request 'a' has prompt=5, expected a sequence of token ids"),
+    ('arrival_s', 'soon', "request 'a' has arrival_s='soon', expected a number, 0 or later"),
   ],
 )
 def test_what_would_break_others_later_is_refused_as_it_is_made(field, value, words):
@@ -156,7 +158,7 @@ def test_what_would_break_others_later_is_refused_as_it_is_made(field, value, wo
 
 @pytest.mark.parametrize('name', [5, None, b'a'])
 def test_an_id_that_is_no_text_is_refused(name):
-  with pytest.raises(ValueError, match='expected text'):
+  with pytest.raises(ValueError, match='expected a text'):
     Request(name, (1,))
 
 

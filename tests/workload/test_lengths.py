@@ -63,7 +63,7 @@ def test_no_sample_exceeds_upper_and_some_reach_it(length):
     (lambda: Lognormal(10, -1), 'sigma=-1'),
     (lambda: Lognormal(10, float('nan')), 'sigma=nan'),
     (lambda: Lognormal(10, 1, low=9, high=8), 'low=9 above high=8'),
-    (lambda: Empirical(()), 'no samples'),
+    (lambda: Empirical(()), r'samples=\(\), expected at least one length'),
     (lambda: Empirical((3, 0)), r'samples\[1\]=0'),
   ],
 )

@@ -2,7 +2,7 @@
 
 from pdjax.model.checkpoint.base import Checkpoint, ShardedCheckpoint, tensor_shapes
 from pdjax.model.checkpoint.gguf import GGUFCheckpoint
-from pdjax.model.checkpoint.open import load, open_checkpoint
+from pdjax.model.checkpoint.open import find_checkpoint, load, open_checkpoint
 from pdjax.model.checkpoint.orbax import OrbaxCheckpoint, save_orbax
 from pdjax.model.checkpoint.random import RandomCheckpoint
 from pdjax.model.checkpoint.safetensors import SafetensorsCheckpoint
@@ -14,6 +14,7 @@ __all__ = [
   'RandomCheckpoint',
   'SafetensorsCheckpoint',
   'ShardedCheckpoint',
+  'find_checkpoint',
   'load',
   'open_checkpoint',
   'save_orbax',

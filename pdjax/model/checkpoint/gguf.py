@@ -27,6 +27,12 @@ _END_KEYS = tuple(
 )
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
+# Types of tensors that are expanded: all that the gguf package (0.19) knows how to.
+STORED_TYPES = (
+  'F32', 'F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
+  'IQ1_S', 'IQ1_M', 'IQ2_XXS', 'IQ2_XS', 'IQ2_S', 'IQ3_XXS', 'IQ3_S', 'IQ4_NL', 'IQ4_XS', 'TQ1_0', 'TQ2_0',
+  'MXFP4', 'NVFP4',
+)  # fmt: skip
 _ROPE_FACTORS = 'rope_freqs.weight'
 _ROPE_FREQUENCIES = '.attn_rot_embd.weight'
 
@@ -326,13 +332,16 @@ def _expand(path: pathlib.Path, tensor: 'gguf.ReaderTensor') -> np.ndarray:
   """A tensor as float32."""
   import gguf
 
+  kind = tensor.tensor_type.name
   try:
-    return convert_weight(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32, tensor.name)
-  except NotImplementedError:
-    raise ValueError(
-      f'tensor {tensor.name!r} of {path} is stored as {tensor.tensor_type.name}, which the gguf package cannot '
-      'expand; convert the model to F16, Q8_0 or another common type.'
-    ) from None
+    if kind in STORED_TYPES:
+      return convert_weight(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32, tensor.name)
+  except NotImplementedError:  # an older gguf package
+    pass
+  raise ValueError(
+    f'tensor {tensor.name!r} of {path} is stored as {kind}, which is not expanded here, expected one of '
+    f'{", ".join(STORED_TYPES)}; convert the model to one of them.'
+  )
 
 
 def _shape(tensor: 'gguf.ReaderTensor') -> tuple[int, ...]:

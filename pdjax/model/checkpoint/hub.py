@@ -20,12 +20,15 @@ _FILES = (
   'chat_template.jinja',
   'additional_chat_templates/*.jinja',
 )
-_HUB_ID = re.compile(r'(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<file>[^:\\]+\.gguf))?')
+_HUB_ID = re.compile(
+  r'(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@:\\]+))?(:(?P<file>[^:\\]+\.gguf))?'
+)
+_SNAPSHOTS = 'snapshots'  # of a repository in the cache: a folder for each commit
 _FILE_SUFFIXES = ('.gguf', '.safetensors', '.json', '.bin', '.pt', '.pth')
 
 
 def is_hub_id(name: str) -> bool:
-  """Whether this can only be meant for the hub: `owner/name` or `owner/name:file.gguf`, and no typing error of a path.
+  """Whether this can only be meant for the hub: `owner/name`, with `@revision` and `:file.gguf` or without.
 
   What ends like a file, begins like a path, or begins with a folder that is here is a path.
   """
@@ -39,7 +42,8 @@ def download(hub_id: str) -> pathlib.Path:
   """Bring a checkpoint into the hub's cache on this machine, unless it is there.
 
   Args:
-    hub_id: `owner/name` of a repository with safetensors or one `.gguf` file, or `owner/name:file.gguf`.
+    hub_id: `owner/name` of a repository with safetensors or one `.gguf` file, or `owner/name:file.gguf`. Behind the
+      name, `@revision` is a branch, a tag or a commit; without, it is the newest of the branch 'main'.
 
   Returns:
     A folder with config.json and safetensors files, or a `.gguf` file.
@@ -51,7 +55,7 @@ def download(hub_id: str) -> pathlib.Path:
   """
   match = _HUB_ID.fullmatch(hub_id)
   assert match is not None
-  repository, file = match['repository'], match['file']
+  repository, revision, file = match['repository'], match['revision'], match['file']
   try:
     import huggingface_hub
     from huggingface_hub import errors
@@ -61,14 +65,15 @@ def download(hub_id: str) -> pathlib.Path:
       "installed; run `pip install 'pdjax[hub]'` or correct the path."
     ) from None
   user: dict[str, Any] = {'library_name': 'pdjax'}
+  what: dict[str, Any] = user | {'revision': revision}
   with _named_errors(hub_id, repository, file):
     if file is not None:
-      return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, **user))
-    folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **user))
+      return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, **what))
+    folder = pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(_FILES), **what))
     if (folder / 'config.json').is_file() and any(folder.glob('model*.safetensors')):
       return folder
     try:
-      listed = huggingface_hub.HfApi(**user).model_info(repository, timeout=10).siblings
+      listed = huggingface_hub.HfApi(**user).model_info(repository, revision=revision, timeout=10).siblings
       files = [one.rfilename for one in listed or ()]
     except errors.HfHubHTTPError:
       raise
@@ -78,7 +83,25 @@ def download(hub_id: str) -> pathlib.Path:
         raise
   only = _only_gguf(hub_id, files)
   with _named_errors(hub_id, repository, only):
-    return pathlib.Path(huggingface_hub.hf_hub_download(repository, only, **user))
+    return pathlib.Path(huggingface_hub.hf_hub_download(repository, only, **what))
+
+
+def name_of(hub_id: str) -> str:
+  """The name of a repository, without its owner."""
+  match = _HUB_ID.fullmatch(hub_id)
+  assert match is not None
+  return match['repository'].rpartition('/')[2]
+
+
+def pinned(hub_id: str, path: pathlib.Path) -> str:
+  """The id of the very commit that was downloaded: it is the same on every host, and later too."""
+  match = _HUB_ID.fullmatch(hub_id)
+  assert match is not None
+  parts = path.parts
+  if _SNAPSHOTS not in parts[:-1]:
+    return hub_id
+  commit = parts[len(parts) - 1 - parts[::-1].index(_SNAPSHOTS) + 1]
+  return f'{match["repository"]}@{commit}' + (f':{match["file"]}' if match['file'] else '')
 
 
 @contextlib.contextmanager
@@ -99,6 +122,11 @@ def _named_errors(hub_id: str, repository: str, file: str | None) -> Iterator[No
     raise FileNotFoundError(
       f'found nothing at {hub_id} here, and the hub at {constants.ENDPOINT} has no repository {repository!r} for you; '
       'check the path or the name, or log in with `hf auth login` if it is private.'
+    ) from error
+  except errors.RevisionNotFoundError as error:
+    raise FileNotFoundError(
+      f'the repository {repository} at {constants.ENDPOINT} has no revision as in {hub_id!r}; name a branch, a tag '
+      'or a commit that is there.'
     ) from error
   except errors.LocalEntryNotFoundError as error:
     raise ConnectionError(

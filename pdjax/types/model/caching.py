@@ -53,13 +53,11 @@ def derived(model: Shape) -> tuple[CacheKind, ...]:
 
 def check_kinds(model: str, num_layers: int, kinds: tuple[CacheKind, ...]) -> None:
   """Raise ValueError unless these can be the cache kinds of a model with so many layers."""
-  if not isinstance(kinds, tuple) or not kinds or not all(isinstance(kind, CacheKind) for kind in kinds):
-    raise ValueError(f'model {model!r} has cache_kinds={kinds!r}, expected None or a tuple of CacheKind.')
   names = [kind.name for kind in kinds]
   if len(set(names)) < len(names):
     raise ValueError(f'model {model!r} has cache kinds named {", ".join(names)}; give each a name of its own.')
   for kind in kinds:
-    if others := [layer for layer in kind.layers if not 0 <= layer < num_layers]:
+    if others := [layer for layer in kind.layers if layer >= num_layers]:
       raise ValueError(
         f'model {model!r} has a cache kind {kind.name!r} of layer {others[0]}, but its own are 0 to {num_layers - 1}.'
       )

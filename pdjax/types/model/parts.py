@@ -1,10 +1,17 @@
 """The parts of a layer: kinds of attention and of feed-forward layers, with their rows of the weights table."""
 
 import dataclasses
+from typing import Annotated
 
 from pdjax.types.cache import KV, CacheArray
-from pdjax.types.model.checks import check_flags, check_sizes
+from pdjax.types.checked import Size, check_fields
+from pdjax.types.fitting import Must, at_least
 from pdjax.types.model.weight import Axis, Weight, bias, matrix, norm
+
+MAX_HEADS = 65_536  # no model has a tenth of them: more is a mistake, and to look for their divisors would take long
+
+Heads = Annotated[Size, Must(lambda heads: heads <= MAX_HEADS, f'at most {MAX_HEADS:,}')]
+_SizeOrZero = Annotated[int, at_least(0, 'an integer of at least 0')]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,17 +31,16 @@ class GQA:
     ValueError: if a field is of another kind or out of range, or the key/value heads do not divide the query heads.
   """
 
-  query_heads: int
-  kv_heads: int
-  head_dim: int
+  query_heads: Heads
+  kv_heads: Heads
+  head_dim: Size
   qkv_bias: bool = False
   qk_norm: bool = False
   out_bias: bool = False
   sinks: bool = False
 
   def __post_init__(self):
-    check_sizes(self, 'query_heads', 'kv_heads', 'head_dim')
-    check_flags(self, 'qkv_bias', 'qk_norm', 'out_bias', 'sinks')
+    check_fields(self)
     if self.head_dim % 2:
       raise ValueError(f'GQA has head_dim={self.head_dim}, expected an even number, as its features turn in pairs.')
     if self.query_heads % self.kv_heads:
@@ -100,17 +106,15 @@ class MLA:
     ValueError: if a field is of another kind or out of range.
   """
 
-  query_heads: int
-  query_rank: int | None
-  kv_rank: int
-  nope_dim: int
-  rope_dim: int
-  value_dim: int
+  query_heads: Heads
+  query_rank: Size | None
+  kv_rank: Size
+  nope_dim: Size
+  rope_dim: Size
+  value_dim: Size
 
   def __post_init__(self):
-    check_sizes(self, 'query_heads', 'kv_rank', 'nope_dim', 'rope_dim', 'value_dim')
-    if self.query_rank is not None:
-      check_sizes(self, 'query_rank')
+    check_fields(self)
 
   @property
   def kv_heads(self) -> int:
@@ -179,10 +183,10 @@ class Gated:
     ValueError: if that is no integer of at least 1.
   """
 
-  dim: int
+  dim: Size
 
   def __post_init__(self):
-    check_sizes(self, 'dim')
+    check_fields(self)
 
   @property
   def only_simulated(self) -> None:
@@ -205,10 +209,10 @@ class Plain:
     ValueError: if that is no integer of at least 1.
   """
 
-  dim: int
+  dim: Size
 
   def __post_init__(self):
-    check_sizes(self, 'dim')
+    check_fields(self)
 
   @property
   def only_simulated(self) -> str:
@@ -243,23 +247,19 @@ class Experts:
     ValueError: if a field is of another kind or out of range.
   """
 
-  count: int
-  active: int
-  dim: int
-  shared_dim: int = 0
-  dense_layers: int = 0
-  dense_dim: int = 0
+  count: Size
+  active: Size
+  dim: Size
+  shared_dim: _SizeOrZero = 0
+  dense_layers: _SizeOrZero = 0
+  dense_dim: _SizeOrZero = 0
   biases: bool = False
   router_bias: bool = False
 
   def __post_init__(self):
-    check_sizes(self, 'count', 'active', 'dim')
-    check_flags(self, 'biases', 'router_bias')
+    check_fields(self)
     if self.active > self.count:
       raise ValueError(f'Experts has active={self.active}, expected at most count={self.count}.')
-    for name in ('shared_dim', 'dense_layers', 'dense_dim'):
-      if type(value := getattr(self, name)) is not int or value < 0:
-        raise ValueError(f'Experts has {name}={value!r}, expected an integer of at least 0.')
     if bool(self.dense_layers) != bool(self.dense_dim):
       raise ValueError(
         f'Experts has dense_layers={self.dense_layers} and dense_dim={self.dense_dim}; give both, or neither.'

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from pdjax.types.model.checks import is_positive, is_size
+from pdjax.types.checked import Positive, Size, check_fields
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,21 +24,15 @@ class RopeScaling:
   """
 
   kind: Literal['linear', 'llama3']
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_context_len: int = 8192
+  factor: Positive
+  low_freq_factor: Positive = 1.0
+  high_freq_factor: Positive = 4.0
+  original_context_len: Size = 8192
 
   def __post_init__(self):
-    if self.kind not in ('linear', 'llama3'):
-      raise ValueError(f"rope scaling is of kind {self.kind!r}, expected 'linear' or 'llama3'.")
-    for field in ('factor', 'low_freq_factor', 'high_freq_factor', 'original_context_len'):
-      if not is_positive(getattr(self, field)):
-        raise ValueError(f'rope scaling has {field}={getattr(self, field)!r}, expected a positive number.')
-    if not is_size(self.original_context_len):
-      raise ValueError(f'rope scaling has original_context_len={self.original_context_len!r}, expected an integer.')
+    check_fields(self)
     if self.low_freq_factor >= self.high_freq_factor:
       raise ValueError(
-        f'rope scaling has low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}; '
+        f'RopeScaling has low_freq_factor={self.low_freq_factor} and high_freq_factor={self.high_freq_factor}; '
         'the first must be the smaller.'
       )

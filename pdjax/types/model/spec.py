@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from pdjax.types.cache import CacheKind, KVDtypeName
+from pdjax.types.checked import SOME, Index, Positive, Size, check_fields, refusal
+from pdjax.types.fitting import Misfit, Must, at_least, fit
 from pdjax.types.model import caching, weights
-from pdjax.types.model.checks import are_below, is_positive, is_size
 from pdjax.types.model.parts import GQA, Attention, FeedForward, Gated
 from pdjax.types.model.presets import Presets
 from pdjax.types.model.rope import RopeScaling
@@ -43,23 +44,25 @@ class ModelSpec(Presets):
       any mix of them.
   """
 
+  _said: ClassVar[str] = 'model {name} has {field}={value}'
+
   name: str
-  num_layers: int
-  embed_dim: int
+  num_layers: Annotated[Size, Must(lambda layers: layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')]
+  embed_dim: Size
   attention: Attention
   ffn: FeedForward
-  vocab_size: int
-  context_len: int
-  rope_theta: float
-  norm_eps: float
+  vocab_size: Size
+  context_len: Size
+  rope_theta: Positive
+  norm_eps: Positive
   tied_embeddings: bool
-  eos_token_ids: tuple[int, ...]
+  eos_token_ids: tuple[Index, ...]
   rope_scaling: RopeScaling | None
-  sliding_window: int | None
-  windowed_layers: tuple[int, ...] | None
-  learned_positions: int
+  sliding_window: Annotated[int, at_least(1, 'at least 1 token')] | None
+  windowed_layers: tuple[Index, ...] | None
+  learned_positions: Annotated[int, at_least(0, 'an integer of at least 0')]
   norm_biases: bool
-  cache_kinds: tuple[CacheKind, ...] | None
+  cache_kinds: Annotated[tuple[CacheKind, ...], SOME] | None
 
   def __init__(
     self,
@@ -98,13 +101,15 @@ class ModelSpec(Presets):
     heads = {'query_heads': query_heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
     set_field = object.__setattr__
     set_field(self, 'name', name)
-    self._expect('name', isinstance(name, str), 'a text')
     for size, given in (heads | {'ffn_dim': ffn_dim}).items():
-      if given is not None and not is_size(given):
-        raise ValueError(f'model {name!r} has {size}={given!r}, expected an integer of at least 1.')
+      try:
+        fit(given, Size | None)
+      except Misfit as misfit:
+        raise refusal(self, size, misfit) from None
     try:
-      set_field(self, 'attention', _with_fields(GQA, attention, heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}))
-      set_field(self, 'ffn', _with_fields(Gated, ffn, {'dim': ffn_dim}))
+      more = heads | {'qkv_bias': qkv_bias, 'qk_norm': qk_norm}
+      set_field(self, 'attention', _with_fields(GQA, 'attention', attention, more))
+      set_field(self, 'ffn', _with_fields(Gated, 'ffn', ffn, {'dim': ffn_dim}))
     except (TypeError, ValueError) as error:
       raise ValueError(f'model {name!r}: {error}') from error
     fields: tuple[tuple[str, Any], ...] = (
@@ -119,33 +124,17 @@ class ModelSpec(Presets):
     self._check()
 
   def _check(self) -> None:
-    for size in ('num_layers', 'embed_dim', 'vocab_size', 'context_len'):
-      self._expect(size, is_size(getattr(self, size)), 'an integer of at least 1')
-    self._expect('num_layers', self.num_layers <= MAX_LAYERS, f'at most {MAX_LAYERS:,}')
-    self._expect('attention', isinstance(self.attention, Attention), 'a GQA or an MLA')
-    self._expect('ffn', isinstance(self.ffn, FeedForward), 'a Gated, a Plain or Experts')
-    for number in ('rope_theta', 'norm_eps'):
-      self._expect(number, is_positive(getattr(self, number)), 'a positive number')
-    for flag in ('tied_embeddings', 'norm_biases'):
-      self._expect(flag, isinstance(getattr(self, flag), bool), 'True or False')
-    self._expect(
-      'rope_scaling', self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling), 'a RopeScaling or None'
-    )
+    check_fields(self)
     self._expect(
       'eos_token_ids',
-      are_below(self.vocab_size, self.eos_token_ids),
+      all(token < self.vocab_size for token in self.eos_token_ids),
       f'a tuple of integers from 0 to {self.vocab_size - 1}, as its vocabulary has',
     )
     self._expect(
-      'sliding_window', self.sliding_window is None or is_size(self.sliding_window), 'at least 1 token, or None'
-    )
-    self._expect(
       'windowed_layers',
-      self.windowed_layers is None or are_below(self.num_layers, self.windowed_layers),
+      all(layer < self.num_layers for layer in self.windowed_layers or ()),
       f'None or a tuple of its layers, 0 to {self.num_layers - 1}',
     )
-    positions = self.learned_positions
-    self._expect('learned_positions', type(positions) is int and positions >= 0, 'an integer of at least 0')
     if self.cache_kinds is not None:
       caching.check_kinds(self.name, self.num_layers, kinds := self.cache_kinds)
       object.__setattr__(self, 'cache_kinds', None)
@@ -362,14 +351,14 @@ class ModelSpec(Presets):
     return 2 * self.embed_dim * self.vocab_size
 
 
-def _with_fields(kind: type, part: Any, fields: dict[str, Any]) -> Any:
+def _with_fields(kind: type, name: str, part: Any, fields: dict[str, Any]) -> Any:
   """A part with those fields that are given; one of this kind if there is none yet."""
-  given = {name: value for name, value in fields.items() if value is not None}
+  given = {field: value for field, value in fields.items() if value is not None}
   if part is None:
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in given]
+    missing = [field for field in needed if field not in given]
     if missing:
-      raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}.')
+      raise ValueError(f'a {kind.__name__} needs {", ".join(missing)}; give these, or the part itself as {name}.')
     return kind(**given)
   known = {field.name for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
   if others := [name for name in given if name not in known]:

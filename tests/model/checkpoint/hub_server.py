@@ -9,6 +9,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
+REVISIONS = ('main', 'v1', COMMIT)
 
 
 @contextlib.contextmanager
@@ -42,6 +43,8 @@ def serve_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[tuple
       files = repositories.get(f'{owner}/{name}')
       if files is None:
         self._answer(404, b'{}', {'X-Error-Code': 'RepoNotFound'})
+      elif rest.startswith('revision/') and rest.removeprefix('revision/') not in REVISIONS:
+        self._answer(404, b'{}', {'X-Error-Code': 'RevisionNotFound'})
       elif rest.startswith('tree/'):
         tree = [
           {'type': 'file', 'path': file, 'size': len(content), 'oid': hashlib.sha1(content).hexdigest()}

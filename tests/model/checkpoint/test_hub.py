@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from pdjax.model.checkpoint import GGUFCheckpoint, SafetensorsCheckpoint, hub, open_checkpoint
+from pdjax.model.checkpoint import GGUFCheckpoint, SafetensorsCheckpoint, find_checkpoint, hub, open_checkpoint
 from tests.model.checkpoint.hub_server import COMMIT, serve_hub
 from tests.model.checkpoint.test_gguf import write as write_gguf
 from tests.model.checkpoint.test_safetensors import write as write_safetensors
@@ -72,6 +72,17 @@ def test_a_gguf_file_is_found_or_named(requested, hub_id):
   assert not [path for path in requested if path.startswith('GET') and 'Q8_0' in path]
 
 
+@pytest.mark.parametrize('revision', ['', '@v1', f'@{COMMIT}'])
+@pytest.mark.parametrize(('name', 'file'), [('Tiny-1.5', ''), ('one-GGUF', ''), ('two-GGUF', ':tiny-F32.gguf')])
+def test_a_revision_is_the_commit_that_it_was_when_it_was_downloaded(requested, name, file, revision):
+  found = find_checkpoint(f'tests/{name}{revision}{file}')
+  assert found.source == f'tests/{name}@{COMMIT}{file}'
+  assert found.open().spec.name == ('tiny-F32' if 'GGUF' in name else name)
+  requested.clear()
+  assert find_checkpoint(found.source) == found  # another worker asks for the commit
+  assert not [path for path in requested if path.startswith('GET /tests/')]
+
+
 def out_of_reach(monkeypatch, setting: str) -> None:
   value = {'ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': True}[setting]
   monkeypatch.setattr(constants, setting, value)
@@ -103,6 +114,7 @@ def test_a_hub_that_goes_away_in_between_is_said_so(requested, monkeypatch):
     ('tests/pictures', ValueError, 'holds no checkpoint, expected'),
     ('tests/no--name', ValueError, 'tests/no--name names no repository that the hub could have .*--'),
     ('tests/absent', FileNotFoundError, "found nothing at tests/absent here, and the hub at http.* has no repository"),
+    ('tests/Tiny-1.5@v9', FileNotFoundError, "tests/Tiny-1.5 at .* has no revision as in 'tests/Tiny-1.5@v9'"),
     ('tests/one-GGUF:absent.gguf', FileNotFoundError, "the repository tests/one-GGUF .* has no file 'absent.gguf'"),
   ],
 )  # fmt: skip
@@ -140,6 +152,10 @@ def test_the_package_to_install_is_named(monkeypatch, tmp_path):
     ('owner/name', True),
     ('owner/name-GGUF:name-Q4_K_M.gguf', True),
     ('owner/name-GGUF:folder/name.gguf', True),
+    ('owner/name@v1', True),
+    ('owner/name@refs/pr/1:name.gguf', True),
+    ('owner/name@', False),
+    ('owner/name@v 1', False),
     ('smollm2', False),
     ('owner/name.gguf', False),
     ('owner/model.safetensors', False),

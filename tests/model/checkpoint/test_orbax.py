@@ -170,7 +170,7 @@ def change(path: pathlib.Path, **changes) -> None:
     ({'spec': None}, 'the model None, expected the fields'),
     ({'spec': {'color': 'blue'}}, 'a model that cannot be .*color'),
     ({'spec': {'kv_heads': 5}}, '6 query heads and 5 key/value heads'),
-    ({'spec': {'rope_scaling': {'kind': 'yarn', 'factor': 2.0}}}, "rope_scaling .*kind 'yarn'"),
+    ({'spec': {'rope_scaling': {'kind': 'yarn', 'factor': 2.0}}}, "rope_scaling .*kind='yarn'"),
     ({'spec': {'num_layers': 3}}, "lacks 14 of the 45 weights .* 'layers.2.attn_norm'"),
     ({'spec': {'tied_embeddings': True}}, "holds weight 'unembed'"),
   ],

@@ -339,7 +339,15 @@ def test_all_that_users_write_checks():
   public = {name: getattr(pdjax, name) for name in pdjax.__all__}
   made = {name for name, one in public.items() if inspect.isclass(one) and dataclasses.is_dataclass(one)}
   results = {'ClusterView', 'Comparison', 'Completion', 'Delta', 'Report', 'RunResult'}
-  messages = {'Cancel', 'Chunk', 'Preempt', 'Reject', 'Step', 'Transfer', 'WakeAt'}  # of a policy, which the books look at
+  messages = {
+    'Cancel',
+    'Chunk',
+    'Preempt',
+    'Reject',
+    'Step',
+    'Transfer',
+    'WakeAt',
+  }  # of a policy, which the books look at
   assert made - results - messages <= CLASSES.keys()
 
 

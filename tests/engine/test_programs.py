@@ -32,8 +32,8 @@ def anew(cluster: Cluster, name: str, transfer: TransferSpec | None = None) -> W
 def test_the_table_of_a_role_has_exactly_its_buckets():
   decodes = ['decodex1', 'decodex8', 'decodex12']
   assert table('prefill') == ['remember', 'prefillx32', 'prefillx64']
-  assert table('decode') == ['remember', 'admit', 'copy', *decodes]
-  assert table('both') == ['remember', 'admit', 'copy', 'fusedx32x12', 'fusedx64x12', *decodes]
+  assert table('decode') == ['remember', 'admit', 'grow', 'copy', *decodes]
+  assert table('both') == ['remember', 'admit', 'grow', 'copy', 'fusedx32x12', 'fusedx64x12', *decodes]
 
 
 def test_a_prefill_in_groups_of_layers_has_a_program_for_each_that_differs_and_none_of_a_whole_step():

@@ -174,11 +174,13 @@ def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair)
   programs = {name for name in two_and_two.warm_up.program_s if '→' not in name}
   expected = {f'prefill{i}/{program}' for i in range(2) for program in ('remember', 'prefillx32')}
   expected |= {
-    f'decode{i}/{program}' for i in range(2) for program in ('remember', 'admit', 'copy', 'decodex1', 'decodex4')
+    f'decode{i}/{program}'
+    for i in range(2)
+    for program in ('remember', 'admit', 'grow', 'copy', 'decodex1', 'decodex4')
   }
   assert programs == expected
   assert {name for name in colocated_pair.warm_up.program_s if name.startswith('both0')} == {
-    'both0/remember', 'both0/admit', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex1', 'both0/decodex2',
+    'both0/remember', 'both0/admit', 'both0/grow', 'both0/copy', 'both0/fusedx32x2', 'both0/decodex1', 'both0/decodex2',
   }  # fmt: skip
   ways = {name for name in two_and_two.warm_up.program_s if '→' in name}
   assert ways == {f'prefill{i}→decode{j}/{size} units' for i in range(2) for j in range(2) for size in (1, 4)}

@@ -70,14 +70,14 @@ class Admission:
 class DecodeOrder:
   """A decoding sequence: its slot, the most tokens it has cached when the step begins, and what is new in the slot.
 
-  `growth` are pages that it got since its last order.
+  `growth` are pages that it got since its last order, if any.
   """
 
   request: str
   slot: int
   context: int
   admission: Admission | None = None
-  growth: PageGrowth = dataclasses.field(default_factory=dict)
+  growth: PageGrowth | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

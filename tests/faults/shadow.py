@@ -167,7 +167,7 @@ class ShadowSimulator(Simulator):
       assert decode.request not in started_here
       sequence = self._slots[name, decode.slot]
       assert sequence.request.id == decode.request
-      if 'kv' in decode.growth:
+      if decode.growth and 'kv' in decode.growth:
         first, pages = decode.growth['kv']
         assert first == len(sequence.pages), f'{decode} leaves out pages'
         sequence.pages = (*sequence.pages, *pages)

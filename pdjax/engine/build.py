@@ -117,7 +117,7 @@ def build_engine(
   meshes = {mesh: make_mesh(model, [devices[index] for index in mesh]) for mesh in set(carved.values())}
   for spec in specs:  # what cannot be is refused before anything is loaded
     for kind in model.cache:
-      page_size = kind.page_size or spec.page_size or config.page_size
+      page_size = kind.entries_per_page(spec.page_size or config.page_size)
       choose_layout(kind, page_size, meshes[carved[spec.name]], spec.page_layout)
   copies = {(carved[spec.name], spec.weights) for spec in specs}
   wanted = {copy: meshes[copy[0]] for copy in copies}

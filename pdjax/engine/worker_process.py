@@ -7,7 +7,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pdjax.engine.runner import describe
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
 from pdjax.host import check_own, node_name
+from pdjax.kv.pool import Pool
 from pdjax.kv.transfer.cross_process import LOOPBACK, Half, Receiver, RemotePool, Sender, Server, describe_pool
 from pdjax.model.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from pdjax.model.weights import load_weights
@@ -40,6 +42,8 @@ from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
 from pdjax.types.hardware import ChipSpec, DeviceKind
+
+H = TypeVar('H', bound=Half)
 
 _VERSIONED = ('pdjax', 'jax', 'jaxlib')  # what must be alike where KV is exchanged
 
@@ -169,17 +173,11 @@ class WorkerProcess:
     Raises:
       PeerLost: if nothing is loaded here, as when the process that was meant is lost and this is the next.
     """
-    engine, name = self._loaded_engine(), other.worker
-    plans: list[WayPlan] = []
-    seconds: dict[str, float] = {}
-    for shape in other.pools:
-      kind = shape.kind.name
-      if (name, kind) not in engine.senders:
-        pool, remote = engine.worker.pools[kind], RemotePool.of(shape)
-        sender = Sender(pool, remote, self._assignment.transfer, self._server)
-        seconds |= self._prepare(sender, engine.senders, name, kind)
-      plans.append(engine.senders[name, kind].plan(kind))
-    return tuple(plans), seconds
+
+    def sender(pool: Pool, remote: RemotePool) -> Sender:
+      return Sender(pool, remote, self._assignment.transfer, self._server)
+
+    return self._be_ready(other, self._loaded_engine().senders, sender)
 
   def receive_from(self, other: Hello) -> tuple[tuple[WayPlan, ...], dict[str, float]]:
     """Be ready to pull KV from another worker, or its new incarnation; as `send_to`.
@@ -187,30 +185,40 @@ class WorkerProcess:
     Raises:
       PeerLost: as `send_to`.
     """
-    engine, name = self._loaded_engine(), other.worker
-    plans: list[WayPlan] = []
-    seconds: dict[str, float] = {}
+
+    def receiver(pool: Pool, remote: RemotePool) -> Receiver:
+      return Receiver(remote, pool, self._assignment.transfer, self._server, other.machine.address)
+
+    receivers = self._loaded_engine().receivers
+    ready = self._be_ready(other, receivers, receiver)
     for shape in other.pools:
-      kind = shape.kind.name
-      if (name, kind) not in engine.receivers:
-        pool, remote = engine.worker.pools[kind], RemotePool.of(shape)
-        receiver = Receiver(remote, pool, self._assignment.transfer, self._server, other.machine.address)
-        seconds |= self._prepare(receiver, engine.receivers, name, kind)
-      engine.receivers[name, kind].address = other.machine.address
-      plans.append(engine.receivers[name, kind].plan(kind))
-    return tuple(plans), seconds
+      receivers[other.worker, shape.kind.name].address = other.machine.address
+    return ready
 
   def _loaded_engine(self) -> WorkerEngine:
     if not hasattr(self, 'engine'):
       raise PeerLost(f'process {os.getpid()} has not loaded a worker yet')
     return self.engine
 
+  def _be_ready(
+    self, other: Hello, halves: dict[tuple[str, str], H], make: Callable[[Pool, RemotePool], H]
+  ) -> tuple[tuple[WayPlan, ...], dict[str, float]]:
+    """Have half a way to or from another worker for each cache kind, made where there is none; as `send_to`."""
+    plans: list[WayPlan] = []
+    seconds: dict[str, float] = {}
+    for shape in other.pools:
+      kind = shape.kind.name
+      if (other.worker, kind) not in halves:
+        half = make(self.engine.worker.pools[kind], RemotePool.of(shape))
+        seconds |= self._prepare(half, halves, other.worker, kind)
+      plans.append(halves[other.worker, kind].plan(kind))
+    return tuple(plans), seconds
+
   def _prepare(self, half: Half, halves: dict, name: str, kind: str) -> dict[str, float]:
     """Compile half a way of a cache kind; seconds by program.
 
-    Its programs run once between orders, for they replace the worker's pages.
-
-    Not where the worker serves already: pages that were empty may be in use.
+    Its programs run once between orders, for they replace the worker's pages; not where the worker serves already, for
+    pages that were empty may be in use.
     """
     seconds = self.compile_half(half)
     if not self._serving:

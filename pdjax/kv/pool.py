@@ -33,7 +33,7 @@ class Pool:
     assert worker.page_size is not None
     self.kind = kind
     self.mesh = mesh
-    page_size = kind.page_size or worker.page_size
+    page_size = kind.entries_per_page(worker.page_size)
     num_pages = grown_pages(kind, worker)
     dtype = jnp.dtype(worker.cached_dtype)
     self.page_shapes = KVPages.shapes(kind, num_pages, page_size, dtype, mesh, worker.page_layout)

@@ -91,8 +91,9 @@ class CacheKind:
   def __post_init__(self):
     check_fields(self)
     for what, names in (('layer', self.layers), ('array', tuple(array.name for array in self.arrays))):
-      if twice := [name for index, name in enumerate(names) if name in names[:index]]:
-        raise ValueError(f'cache kind {self.name!r} has {what} {twice[0]!r} twice; name each once.')
+      if len(set(names)) < len(names):
+        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        raise ValueError(f'cache kind {self.name!r} has {what} {twice!r} twice; name each once.')
     if self.has_state and self.page_size is not None:
       raise ValueError(
         f'cache kind {self.name!r} has page_size={self.page_size!r}, but a state is a page; leave it out.'
@@ -107,6 +108,10 @@ class CacheKind:
   def has_state(self) -> bool:
     """Whether it is one state for a whole request, and not an entry for each token."""
     return self.reach == 'request'
+
+  def entries_per_page(self, page_size: int) -> int:
+    """Entries of a page of it on a worker whose own pages have `page_size` tokens; a state is a page."""
+    return 1 if self.has_state else self.page_size or page_size
 
   def kept(self, tokens: int) -> int:
     """Entries kept of a sequence of so many tokens."""

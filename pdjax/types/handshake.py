@@ -126,10 +126,11 @@ def check_worker(hello: Hello, spec: WorkerSpec, model: ModelSpec) -> None:
     ('model', hello.model, model),
     ('cache kinds', tuple(pool.kind for pool in hello.pools), model.cache),
   ]
+  assert spec.page_size is not None
   for pool in hello.pools:
     facts += [
       ('num_pages', pool.num_pages, grown_pages(pool.kind, spec)),
-      ('page_size', pool.page_size, pool.kind.page_size or spec.page_size),
+      ('page_size', pool.page_size, pool.kind.entries_per_page(spec.page_size)),
       ('kv_dtype', pool.dtype, spec.kv_dtype),
       ('page_layout', pool.layout, pool.layout if spec.page_layout == 'auto' else spec.page_layout),
       ('tp', pool.mesh[0] * pool.mesh[1], spec.tp),

@@ -58,7 +58,7 @@ class PoolSpecs:
     shards, _ = mesh_shape(model, worker.tp)
     pools = {}
     for kind in model.cache:
-      size = 1 if kind.has_state else kind.page_size or worker.page_size
+      size = kind.entries_per_page(worker.page_size)
       try:
         whole, part = (size * kind.num_bytes(worker.cached_dtype, count) for count in (1, shards))
       except ValueError as error:
@@ -145,7 +145,7 @@ def grown_pages(kind: CacheKind, worker: WorkerSpec) -> int:
     ValueError: if they fill none.
   """
   assert isinstance(worker.num_pages, int) and worker.page_size is not None and kind.grows
-  tokens, page_size = worker.num_pages * worker.page_size, kind.page_size or worker.page_size
+  tokens, page_size = worker.num_pages * worker.page_size, kind.entries_per_page(worker.page_size)
   if tokens < page_size:
     raise ValueError(
       f'worker {worker.name!r} has num_pages={worker.num_pages} of {worker.page_size} tokens, which are no page of '
@@ -157,10 +157,10 @@ def grown_pages(kind: CacheKind, worker: WorkerSpec) -> int:
 def lanes(model: ModelSpec, source: WorkerSpec, target: WorkerSpec) -> tuple[Lane, ...]:
   """Each cache kind on its way between two workers whose page sizes are filled in."""
   dtype = wire_dtype(source.cached_dtype, target.cached_dtype)
+  assert source.page_size is not None and target.page_size is not None
   found = []
   for kind in model.cache:
-    ours, theirs = (1 if kind.has_state else kind.page_size or worker.page_size for worker in (source, target))
-    assert ours is not None and theirs is not None
+    ours, theirs = (kind.entries_per_page(page_size) for page_size in (source.page_size, target.page_size))
     unit = math.gcd(ours, theirs)
     found.append(Lane(kind, unit, ours, theirs, unit * kind.layer_bytes(dtype)))
   return tuple(found)

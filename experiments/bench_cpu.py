@@ -153,7 +153,7 @@ def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...
   ends_s: list[float] = []
   for event in timed.serve(Listed(requests)):
     match event:
-      case Started(order=StepOrder(id=order, decodes=decodes)) if len(decodes) == case.batch or not case.steps:
+      case Started(order=StepOrder(id=order, batch=batch)) if len(batch) == case.batch or not case.steps:
         steps.add(order)
       case Done(order=order, ended_s=ended_s) if order in steps:
         ends_s.append(ended_s)

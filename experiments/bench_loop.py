@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +21,8 @@ from experiments.rows import row, save_rows
 from pdjax.metrics import EventLog
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, Policy, serve
-from pdjax.serving.events import Done, Event, Result, Turn
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.events import Decoded, Done, Event, Result, Turn
+from pdjax.serving.orders import Order, StepOrder
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 
@@ -39,10 +40,14 @@ class NullBackend:
   def __init__(self):
     self._orders: list[Order] = []
     self._now_s = 0.0
+    self._over: set[int] = set()  # standing orders that others came behind
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Keep the orders for the next turn."""
-    self._orders += orders
+    for order in orders:
+      if isinstance(order, StepOrder):  # one that stands there ends with the step that is with its worker
+        self._over |= {one.id for one in self._orders if isinstance(one, StepOrder) and one.worker == order.worker}
+      self._orders.append(order)
 
   def wait(self, until_s: float) -> tuple[float, list[Event]]:
     """End the oldest step of every worker, and all else."""
@@ -56,17 +61,21 @@ class NullBackend:
         continue
       if isinstance(order, StepOrder):
         busy.add(order.worker)
-      events.append(Done(order.id, began_s, self._now_s, self._results(order)))
+        if order.standing and order.id not in self._over:
+          later.append(order)
+      events.append(self._done(order, began_s))
     self._orders = later
     return self._now_s, events
 
-  def _results(self, order: Order) -> tuple[Result, ...]:
-    match order:
-      case StepOrder():
-        first = [Result(chunk.request.id, (_TOKEN,)) for chunk in order.chunks if chunk.is_last]
-        return (*first, *(Result(decode.request, (_TOKEN,) * order.steps) for decode in order.decodes))
-      case TransferOrder() | EndOrder() | AbandonOrder():
-        return ()
+  def _done(self, order: Order, began_s: float) -> Done:
+    if not isinstance(order, StepOrder):
+      return Done(order.id, began_s, self._now_s)
+    firsts = tuple(Result(chunk.request.id, (_TOKEN,)) for chunk in order.chunks if chunk.is_last)
+    decoded, batch = None, len(order.batch)
+    if order.decodes:
+      decoded = Decoded(np.full((order.steps, batch), _TOKEN, np.int32), np.full(batch, order.steps, np.int64))
+    to_come = None if order.standing and order.id not in self._over else 0
+    return Done(order.id, began_s, self._now_s, firsts, decoded, to_come)
 
 
 def turn_seconds(

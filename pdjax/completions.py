@@ -1,6 +1,6 @@
 """Completions out of events: of samples that have ended, and of samples under way as far as they have come."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pdjax.serving.events import Arrived, Delivered, Event, Finished, Result
 from pdjax.types.request import Completion, FinishReason, Request
@@ -32,9 +32,9 @@ class Drafts:
   def note(self, event: Event) -> Completion | None:
     """Take notice of the next event; the completion of the sample that it ended, if it ended one."""
     match event:
-      case Delivered(now_s, _, results):
-        for result in results:
-          self._under_way[result.request].add(result, now_s)
+      case Delivered():
+        for result in event.results:
+          self._under_way[result.request].add(result, event.times_s(len(result.tokens)))
       case Arrived(request):
         self._under_way.update((sample.id, _Draft(sample)) for sample in request.samples())
       case Finished(_, name):
@@ -57,9 +57,9 @@ class _Draft:
     self._results: list[Result] = []
     self._times_s: list[float] = []
 
-  def add(self, result: Result, now_s: float) -> None:
+  def add(self, result: Result, times_s: Sequence[float]) -> None:
     self._results.append(result)
-    self._times_s += [now_s] * len(result.tokens)
+    self._times_s += times_s
 
   def completion(
     self, tokens: tuple[int, ...] | None, reason: FinishReason, error: str | None, has_text: bool

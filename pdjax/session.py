@@ -482,8 +482,8 @@ class Session:
     """Hand on what the log says to those whom it concerns."""
     completion = self._drafts.note(event)
     match event:
-      case Delivered(results=results):
-        for result in results:
+      case Delivered():
+        for result in event.results:
           if result.tokens or result.text:
             opened = self._open[result.request]
             opened.stream._add(Delta(result.tokens, result.text, opened.samples[result.request], result.logprobs))

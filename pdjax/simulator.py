@@ -1,19 +1,27 @@
 """The backend with a virtual clock: orders end on a heap, when a cost model or a record says so."""
 
+import collections
+import functools
 import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pdjax.cost.cost_model import CostModel, as_cost
-from pdjax.serving.events import Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.batch import LOOKAHEAD
+from pdjax.serving.bounds import Bounds
+from pdjax.serving.events import Decoded, Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
+from pdjax.serving.orders import AbandonOrder, ChunkOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.standing_run import StandingRun, outcome
 from pdjax.types.checks import is_number
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
+_MOST_KNOWN = 256  # steps of a run whose ends are worked out at once
 
 
 class Simulator:
@@ -22,29 +30,37 @@ class Simulator:
   A worker runs its steps one after another, and workers that name the same devices wait for one another; transfers
   that leave one worker go one after another too. Simulated requests generate placeholder tokens up to their true length
   if the workload knows it, else up to `max_tokens`.
+
+  Of a standing order it tells at once of all steps up to the next that changes anything, where the cost model knows the
+  seconds of a run of steps (`CostBase.run_seconds`) and the worker has devices of its own. Either way the end of a step
+  is the time at which its run began and the seconds of the run up to there, so that no sum depends on what was told.
+
+  Args:
+    model: The model.
+    workers: The workers, `num_pages` filled in; their cache is float32 if they do not say otherwise.
+    cost: Says how long things take.
+    leaps: Whether several steps may be told of at once; without, each is an event of its own.
   """
 
-  def __init__(
-    self,
-    model: ModelSpec,
-    workers: Sequence[WorkerSpec],
-    cost: CostModel,
-  ):
-    """Simulate these workers, `num_pages` filled in; their cache is float32 if they do not say otherwise."""
+  def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], cost: CostModel, *, leaps: bool = True):
     self._model = model
     self._workers = {worker.name: worker for worker in workers}
     self._cost = as_cost(cost)
+    self._leaps = leaps
+    devices = collections.Counter(device for worker in workers for device in worker.devices or ())
+    self._shares = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
     self.start_clock()
 
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s, with nothing under way."""
     self._now_s = 0.0
-    self._heap: list[tuple[float, int, Callable[[], Event]]] = []
+    self._heap: list[tuple[float, int, int, Callable[[], Event], Callable[[], bool]]] = []
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
     self._began_s: dict[int, float] = {}  # of steps
-    self._left: dict[str, int] = {}  # tokens each request will still generate
+    self._bounds = {name: Bounds() for name in self._workers}
+    self._runs: dict[str, list[StandingRun]] = {name: [] for name in self._workers}  # of standing orders in flight
 
   def close(self) -> None:
     """Nothing runs that would have to end."""
@@ -66,28 +82,22 @@ class Simulator:
   def _submit(self, order: Order) -> None:
     match order:
       case StepOrder():
-        seconds = self._cost.step_seconds(
-          self._model,
-          self._workers[order.worker],
-          [(chunk.start, chunk.length) for chunk in order.chunks],
-          [decode.context for decode in order.decodes],
-          order.steps,
-        )
-        self._check_seconds(seconds, 'step_seconds')
-        if order.layer_groups:  # a program for each, and one before and after them
-          seconds += (1 + len(order.layer_groups)) * self._cost.dispatch_s
-        began_s = self._begin(self._workers[order.worker].devices or (order.worker,), seconds, order.id)
-        self._began_s[order.id] = began_s
-        self._push(order.id, lambda: self._step_done(order, began_s))
+        self._submit_step(order)
       case TransferOrder():
         source, target = self._workers[order.source], self._workers[order.target]
         seconds = self._cost.transfer_seconds(self._model, source, target, order.num_bytes)
         self._check_seconds(seconds, 'transfer_seconds')
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
+      case HaltOrder():
+        self._halt(order.worker, replaced=False)
+        self._end_now(order)
       case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late
-        self._ends_s[order.id] = now_s = self._now_s
-        self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
+        self._end_now(order)
+
+  def _end_now(self, order: Order) -> None:
+    self._ends_s[order.id] = now_s = self._now_s
+    self._push(order.id, lambda: Done(order.id, now_s, self._ends_s.pop(order.id)))
 
   def _check_seconds(self, seconds: float, method: str) -> None:
     """Raise ValueError unless a cost model's answer is a time that ends."""
@@ -98,8 +108,8 @@ class Simulator:
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move the clock to the next end, or to `until_s` if that comes first."""
-    if self._heap and self._heap[0][0] <= until_s:
-      self._now_s = max(self._now_s, self._heap[0][0])
+    if (next_s := self._next_s()) <= until_s and math.isfinite(next_s):
+      self._now_s = max(self._now_s, next_s)
     elif math.isfinite(until_s):
       self._now_s = max(self._now_s, until_s)
     return self._now_s, self._ended(self._now_s)
@@ -107,9 +117,15 @@ class Simulator:
   def _ended(self, now_s: float) -> list[Event]:
     """Everything on the heap that ends up to now."""
     events = []
-    while self._heap and self._heap[0][0] <= now_s:
-      events.append(heapq.heappop(self._heap)[2]())
+    while self._next_s() <= now_s:
+      events.append(heapq.heappop(self._heap)[3]())
     return events
+
+  def _next_s(self) -> float:
+    """The time of the next end; infinity if there is none."""
+    while self._heap and not self._heap[0][4]():
+      heapq.heappop(self._heap)
+    return self._heap[0][0] if self._heap else math.inf
 
   def _begin(self, lanes: Sequence[object], seconds: float, order: int, ready_s: float = 0.0) -> float:
     """Queue behind what occupies the lanes; say when it begins and note when it ends."""
@@ -119,7 +135,13 @@ class Simulator:
     return began_s
 
   def _push(self, order: int, event: Callable[[], Event]) -> None:
-    heapq.heappush(self._heap, (self._ends_s[order], next(self._sequence), event))
+    self._push_at(self._ends_s[order], order, event)
+
+  def _push_at(
+    self, time_s: float, order: int, event: Callable[[], Event], counts: Callable[[], bool] = lambda: True
+  ) -> None:
+    """Have an event of an order happen then, if it still counts."""
+    heapq.heappush(self._heap, (time_s, order, next(self._sequence), event, counts))
 
   def _ready_s(self, order: TransferOrder) -> float:
     """The time its tokens are computed: at the end of their step, or in the middle of it for the first layers."""
@@ -134,29 +156,139 @@ class Simulator:
     trip = Trip(began_s, ended_s, pieces=1)
     return Done(order.id, began_s, ended_s, wire_bytes=order.num_bytes, trip=trip)
 
-  def _step_done(self, order: StepOrder, began_s: float) -> Done:
-    results = []
-    wasted = 0
-    for chunk in order.chunks:
-      if chunk.is_last:
-        self._left[chunk.request.id] = chunk.limit
-        results.append(self._generate(chunk.request.id, 1))
-    for decode in order.decodes:
-      if decode.admission is not None:
-        self._left[decode.request] = decode.admission.limit - len(decode.admission.tokens)
-      tokens = min(order.steps, self._left.get(decode.request, 0))
-      wasted += order.steps - tokens
-      if tokens:
-        results.append(self._generate(decode.request, tokens))
-    del self._began_s[order.id]
-    return Done(order.id, began_s, self._ends_s.pop(order.id), tuple(results), wasted)
+  # -------------------------------------------------------------------------- steps
 
-  def _generate(self, request: str, tokens: int) -> Result:
-    self._left[request] -= tokens
-    ended = self._left[request] == 0
-    if ended:
-      del self._left[request]
-    return Result(request, (PLACEHOLDER_TOKEN,) * tokens, 'length' if ended else None)
+  def _lanes(self, worker: str) -> Sequence[object]:
+    return self._workers[worker].devices or (worker,)
+
+  def _free_from_s(self, worker: str) -> float:
+    """The time from which on nothing else occupies a worker's devices."""
+    return max(self._now_s, *(self._busy_until_s.get(lane, 0.0) for lane in self._lanes(worker)))
+
+  def _occupy(self, worker: str, until_s: float) -> None:
+    self._busy_until_s.update(dict.fromkeys(self._lanes(worker), until_s))
+
+  def _submit_step(self, order: StepOrder) -> None:
+    self._halt(order.worker, replaced=True)
+    batch = self._bounds[order.worker]
+    rows = batch.change(order)
+    if order.standing:
+      run = StandingRun(order, rows, batch.steps, self._free_from_s(order.worker))
+      self._runs[order.worker].append(run)
+      self._dispatch(run)
+      self._push_next(run)
+      return
+    seconds = self._step_seconds(order, [row.base + batch.steps for row in rows if row.ends_at > batch.steps])
+    if order.layer_groups:  # a program for each, and one before and after them
+      seconds += (1 + len(order.layer_groups)) * self._cost.dispatch_s
+    decoded = None
+    if order.decodes:
+      counts, ended = outcome(rows, batch.steps, batch.steps + order.steps)
+      decoded = Decoded(self._tokens(order, 0, order.steps), counts, ended)
+      batch.steps += order.steps
+    self._began_s[order.id] = began_s = self._free_from_s(order.worker)
+    self._ends_s[order.id] = began_s + seconds
+    self._occupy(order.worker, began_s + seconds)
+    self._push(order.id, lambda: self._step_done(order, began_s, decoded))
+
+  def _step_seconds(self, order: StepOrder, contexts: Sequence[int]) -> float:
+    chunks = [(chunk.start, chunk.length) for chunk in order.chunks]
+    seconds = self._cost.step_seconds(self._model, self._workers[order.worker], chunks, contexts, order.steps)
+    self._check_seconds(seconds, 'step_seconds')
+    return seconds
+
+  def _step_done(self, order: StepOrder, began_s: float, decoded: Decoded | None) -> Done:
+    wasted = 0 if decoded is None else order.steps * len(order.batch) - decoded.num_tokens()
+    del self._began_s[order.id]
+    results = tuple(map(self._first, (chunk for chunk in order.chunks if chunk.is_last)))
+    return Done(order.id, began_s, self._ends_s.pop(order.id), results, decoded, wasted_tokens=wasted)
+
+  def _first(self, chunk: ChunkOrder) -> Result:
+    """What comes of the last chunk of a prompt."""
+    return Result(chunk.request.id, (PLACEHOLDER_TOKEN,), 'length' if chunk.limit == 1 else None)
+
+  def _tokens(self, order: StepOrder, before: int, after: int) -> np.ndarray:
+    """The tokens of decode steps of an order, all that follow `before` of them up to `after`, `[T, B]`."""
+    return np.broadcast_to(np.int32(PLACEHOLDER_TOKEN), (after - before, len(order.batch)))
+
+  # -------------------------------------------------------------------------- steps that stand
+
+  def _dispatch(self, run: StandingRun) -> None:
+    """Steps of a run are with the worker now, up to `run.with_worker()`."""
+    self._know(run, run.with_worker())
+
+  def _know(self, run: StandingRun, step: int) -> None:
+    """Work out the ends of a run's steps up to this one."""
+    worker = self._workers[run.order.worker]
+    while run.known < step:
+      contexts = run.contexts()
+      ahead = min(run.until_change(run.known), run.most) - run.known
+      seconds = None
+      if run.can_leap and not self._shares[worker.name]:
+        seconds = self._cost.run_seconds(self._model, worker, contexts, min(ahead, _MOST_KNOWN))
+      if seconds is not None:
+        self._check_seconds(float(seconds[-1]), 'run_seconds')
+        run.add((run.last_end_s + seconds).tolist())
+        continue
+      run.can_leap = False
+      began_s = max(run.last_end_s, self._free_from_s(worker.name))
+      ended_s = began_s + self._step_seconds(run.order, contexts)
+      run.add([ended_s], began_s)
+      self._occupy(worker.name, ended_s)
+
+  def _push_next(self, run: StandingRun) -> None:
+    """Have the next step of a run told that must be, or without leaps the next."""
+    step = run.next_told() if self._leaps and run.can_leap else run.told + 1
+    self._know(run, step)
+    run.version += 1
+    version = run.version
+    self._push_at(run.end_s(step), run.order.id, lambda: self._tell(run, step), lambda: run.version == version)
+
+  def _tell(self, run: StandingRun, step: int) -> Done:
+    """The steps of a run up to this one have ended."""
+    _, ended = outcome(run.rows, run.before + run.told, run.before + step)
+    if run.last is None and (ended or step >= run.most - 1):
+      self._settle(run, min(step + 1, run.most))
+    done = self._done_of(run, step)
+    if step == run.last:
+      self._runs[run.order.worker].remove(run)
+    else:
+      self._dispatch(run)
+      self._push_next(run)
+    return done
+
+  def _done_of(self, run: StandingRun, step: int) -> Done:
+    before, run.told = run.told, step
+    counts, ended = outcome(run.rows, run.before + before, run.before + step)
+    ends_s = run.ends_between(before, step)
+    decoded = Decoded(
+      self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if len(ends_s) > 1 else ()
+    )  # fmt: skip
+    to_come = None if run.last is None else run.last - step
+    wasted = (step - before) * len(run.rows) - decoded.num_tokens()
+    return Done(run.order.id, run.begin_s(before + 1), ends_s[-1], (), decoded, to_come, wasted)
+
+  def _settle(self, run: StandingRun, last: int) -> None:
+    """Let a step be the last of a run, so that what comes behind it begins at its end."""
+    run.last = last
+    self._know(run, last)
+    self._occupy(run.order.worker, run.end_s(last))
+    self._bounds[run.order.worker].steps = run.before + last
+
+  def _halt(self, worker: str, *, replaced: bool) -> None:
+    """Let no more steps follow of a standing order: those that are with the worker are its last."""
+    for run in self._runs[worker]:
+      run.replaced = run.replaced or replaced
+      if run.last is None:
+        self._settle(run, min(run.ended_by(self._now_s) + LOOKAHEAD, run.most))
+        self._dispatch(run)
+      self._push_next(run)
+
+  def catch_up(self, worker: str) -> list[Done]:
+    """What has ended of the standing orders of a worker and was not told yet."""
+    return [
+      self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told
+    ]  # fmt: skip
 
 
 class Replay(Simulator):
@@ -169,7 +301,7 @@ class Replay(Simulator):
   def __init__(self, model: ModelSpec, workers: Sequence[WorkerSpec], events: Iterable[Event]):
     super().__init__(model, workers, cost=_NoCost())
     self._turns_s = []
-    self._outcomes: dict[int, Event] = {}
+    self._outcomes: dict[int, list[Done | Failed]] = {}  # by order; of one that stands, several
     self._losses: dict[int, list[tuple[int, WorkerLost | WorkerBack]]] = {}  # by turn, with their places among its ends
     place = 0
     for event in events:
@@ -178,7 +310,7 @@ class Replay(Simulator):
           self._turns_s.append(now_s)
           place = 0
         case Done() | Failed():
-          self._outcomes[event.order] = event
+          self._outcomes.setdefault(event.order, []).append(event)
           place += 1
         case WorkerLost() | WorkerBack():
           self._losses.setdefault(len(self._turns_s) - 1, []).append((place, event))
@@ -186,12 +318,13 @@ class Replay(Simulator):
     self._turn = -1
 
   def _submit(self, order: Order) -> None:
-    """Push the recorded end of the order; one whose end was never seen stays under way."""
-    outcome = self._outcomes.get(order.id)
-    if outcome is not None:
-      assert isinstance(outcome, Done | Failed)
-      self._ends_s[order.id] = outcome.ended_s
-      self._push(order.id, lambda: outcome)
+    """Push what was recorded of the order; one whose end was never seen stays under way."""
+    for told in self._outcomes.get(order.id, ()):
+      self._push_at(told.ended_s, order.id, functools.partial(lambda event: event, told))
+
+  def catch_up(self, worker: str) -> list[Done]:
+    """Nothing: every turn begins with all that was told up to it."""
+    return []
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move to the recorded turn.

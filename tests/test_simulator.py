@@ -7,14 +7,17 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
 from pdjax.metrics import Report
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ALL, Chunk, ClusterState, PolicyError, Step, StuckError, Transfer, serve
+from pdjax.serving.batch import LOOKAHEAD
 from pdjax.serving.events import (
   Arrived,
   Done,
+  Ended,
   Event,
   Failed,
   Finished,
@@ -187,9 +190,11 @@ def test_tokens_computed_past_the_end_are_counted_as_wasted():
   cluster.wait()
   cluster.start(Step('both0', decodes=ALL, steps=4))
   (first,) = cluster.wait()
-  assert first.results == (Result('a', (0, 0), 'length'), Result('b', (0,) * 4)) and first.wasted_tokens == 2
+  assert first.decoded.counts.tolist() == [2, 4] and first.decoded.ended == (Ended(0, 'length'),)
+  assert first.wasted_tokens == 2
   (second,) = cluster.wait()
-  assert second.results == (Result('b', (0,) * 4, 'length'),) and second.wasted_tokens == 4
+  assert second.decoded.counts.tolist() == [0, 4] and second.decoded.ended == (Ended(1, 'length'),)
+  assert second.wasted_tokens == 4
   cluster.assert_idle()
 
 
@@ -327,17 +332,21 @@ def test_under_load_every_request_gets_its_tokens_and_all_is_free_in_the_end(cas
 def test_tokens_asked_for_are_delivered_or_counted_as_wasted(case):
   events = case.run()
   steps = [event.order for event in events if isinstance(event, Started) and isinstance(event.order, StepOrder)]
-  asked = sum(order.steps * len(order.decodes) + sum(chunk.is_last for chunk in order.chunks) for order in steps)
   dones = [event for event in events if isinstance(event, Done)]
+  made = Counter[int]()  # decode steps, by order
+  for done in dones:
+    if done.decoded is not None:
+      made[done.order] += done.num_steps if len(done.decoded.ends_s) else len(done.decoded.tokens)
+  asked = sum(made[order.id] * len(order.batch) + sum(chunk.is_last for chunk in order.chunks) for order in steps)
   delivered = sum(len(end.tokens) for end in _finished(events))
   assert asked == delivered + sum(done.wasted_tokens for done in dones)
   per_request = Counter()
   for order in steps:
     for chunk in order.chunks:
       per_request[chunk.request.id] += chunk.is_last
-    for decode in order.decodes:
-      per_request[decode.request] += order.steps
-  most = 20 + case.decode_steps - 1  # a sequence may be dragged along in a step that others need
+    for name in order.batch.requests:
+      per_request[name] += made[order.id]
+  most = 20 + max(case.decode_steps - 1, LOOKAHEAD)  # a sequence may be dragged along in steps that others need
   assert max(per_request.values()) <= most
 
 
@@ -362,12 +371,8 @@ def test_prompts_are_computed_once_and_their_pages_sent_once(case):
   assert next_start == {name: request.prompt_len for name, request in requests.items()}
   unit = math.gcd(case.page_size, case.decode_size)
   assert all(tokens == -(-requests[name].prompt_len // unit) * unit for name, tokens in sent.items())
-  decoded = {name for _, order in started(events) if isinstance(order, StepOrder) for name in _decodes(order)}
+  decoded = {name for _, order in started(events) if isinstance(order, StepOrder) for name in order.batch.requests}
   assert decoded <= sent.keys() if not case.split.endswith('C') else not sent
-
-
-def _decodes(order: StepOrder) -> list[str]:
-  return [decode.request for decode in order.decodes]
 
 
 @EVERY_CASE
@@ -524,7 +529,7 @@ class Lagging(Simulator):
   """Turns happen every eight seconds, with all that ended since, as on a host that is slower than its devices."""
 
   def wait(self, until_s: float):
-    next_s = min(until_s, self._heap[0][0] if self._heap else math.inf)
+    next_s = min(until_s, self._next_s())
     self._now_s = max(self._now_s, math.ceil(next_s / 8) * 8.0)
     return self._now_s, self._ended(self._now_s)
 
@@ -587,7 +592,8 @@ def _sample(places: list, count: int) -> list:
 def test_a_replay_fails_with_two_ends_swapped(case, lagging, log_of):
   events = log_of(case, lagging)
   places = _dones(events)
-  pairs = [(a, b) for a, b in itertools.pairwise(places) if events[a].ended_s != events[b].ended_s]
+  took = [place for place in places if events[place].began_s < events[place].ended_s]
+  pairs = [(a, b) for a, b in itertools.pairwise(took) if events[a].ended_s != events[b].ended_s]
   assert len(pairs) > 20
   for a, b in _sample(pairs, 8):
     tampered = list(events)
@@ -600,30 +606,38 @@ def test_a_replay_fails_with_two_ends_swapped(case, lagging, log_of):
 @EVERY_REPLAYED
 def test_a_replay_fails_with_one_token_count_changed(case, more, log_of):
   events = log_of(case)
-  places = [place for place in _dones(events) if events[place].results]
+  places = [place for place in _dones(events) if events[place].results or events[place].decoded]
   for place in _sample(places, 8):
-    first, *rest = events[place].results
-    tokens = (*first.tokens, 0) if more else first.tokens[:-1]
-    tampered = list(events)
-    tampered[place] = dataclasses.replace(events[place], results=(dataclasses.replace(first, tokens=tokens), *rest))
+    done, tampered = events[place], list(events)
+    if done.decoded is None:
+      first, *rest = done.results
+      tokens = (*first.tokens, 0) if more else first.tokens[:-1]
+      tampered[place] = dataclasses.replace(done, results=(dataclasses.replace(first, tokens=tokens), *rest))
+    else:
+      counts = done.decoded.counts + (1 if more else -1)
+      tampered[place] = dataclasses.replace(done, decoded=dataclasses.replace(done.decoded, counts=counts))
     assert _fails(case, tampered), f'other tokens in {events[place]} went unnoticed'
 
 
 @EVERY_REPLAYED
 def test_a_replay_fails_with_one_finish_reason_changed(case, log_of):
   events = log_of(case)
-  places = [(place, which) for place in _dones(events) for which in range(len(events[place].results))]
-  ends = [(place, which) for place, which in places if events[place].results[which].finish_reason]
+  places = [
+    (place, which)
+    for place in _dones(events)
+    if events[place].decoded
+    for which in np.flatnonzero(events[place].decoded.counts).tolist()
+  ]
+  ends = [(place, which) for place, which in places if any(one.row == which for one in events[place].decoded.ended)]
   goes_on = [one for one in places if one not in ends]
   for (place, which), reason in [
     *((one, None) for one in _sample(ends, 4)),
     *((one, 'stop') for one in _sample(ends, 4)),
     *((one, 'length') for one in _sample(goes_on, 4)),
   ]:
-    results = list(events[place].results)
-    results[which] = dataclasses.replace(results[which], finish_reason=reason)
-    tampered = list(events)
-    tampered[place] = dataclasses.replace(events[place], results=tuple(results))
+    decoded, tampered = events[place].decoded, list(events)
+    ended = [one for one in decoded.ended if one.row != which] + ([Ended(which, reason)] if reason else [])
+    tampered[place] = dataclasses.replace(events[place], decoded=dataclasses.replace(decoded, ended=tuple(ended)))
     assert _fails(case, tampered), f'{reason} in {events[place]} went unnoticed'
 
 

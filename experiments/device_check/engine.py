@@ -26,8 +26,9 @@ from experiments.few_buckets import FewBuckets
 from pdjax.engine.engine import Engine
 from pdjax.engine.worker import Worker
 from pdjax.model.weights import load_weights
+from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Done, Event
-from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder
+from pdjax.serving.orders import Admission, ChunkOrder, Join, StepOrder
 from pdjax.sharding import make_mesh
 from pdjax.types import ModelSpec, Request, SamplingParams, WorkerSpec
 from pdjax.types.cache import KV, KVDtypeName
@@ -235,14 +236,15 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
   prompt, steps = _tokens(model, sizes.decode_context, batch), 2 * sizes.decode_steps
   sampling = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
   requests = [Request(f'd{next(_numbers)}', prompt, sampling) for _ in range(batch)]
-  orders = []
+  orders, whole = [], NOBODY
   for step in range(steps):
-    decodes = []
-    for slot, request in enumerate(requests):
+    joins = []
+    for slot, request in enumerate(requests if not step else ()):
       own = {KV: tuple(order[slot * each : (slot + 1) * each].tolist())}
-      admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens) if not step else None
-      decodes.append(DecodeOrder(request.id, slot, sizes.decode_context + step, admission))
-    orders.append(StepOrder(next(_numbers), 'decode0', decodes=tuple(decodes)))
+      admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens)
+      joins.append(Join(request.id, slot, sizes.decode_context, sampling.max_tokens - 1, admission=admission))
+    whole = whole.changed((), joins)
+    orders.append(StepOrder(next(_numbers), 'decode0', joins=tuple(joins), decodes=True, batch=whole))
   step_s = _per_step_s(_ends_s(engine, orders[: sizes.decode_steps]))
   waited_s = _per_step_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
   for name, seconds, done in (('', step_s, 1), (', each begun when the last has ended', waited_s, 3)):

@@ -16,10 +16,10 @@ from experiments.faults.chaos import Fault
 from pdjax.engine.engine import Engine
 from pdjax.engine.programs import Admit, Begin, Copy, Program, Remember
 from pdjax.engine.runner import Broken
-from pdjax.engine.worker import Pending, Worker
+from pdjax.engine.worker import Collected, Pending, Worker
 from pdjax.kv.transfer import CorruptError, DevicePut, Parcel
 from pdjax.model.transformer import Weights
-from pdjax.serving.events import Event, Result, WorkerBack, WorkerLost
+from pdjax.serving.events import Ended, Event, WorkerBack, WorkerLost
 from pdjax.serving.orders import Order, StepOrder, TransferOrder
 from pdjax.types.cache import KV
 from pdjax.types.span import Span
@@ -175,7 +175,7 @@ class FaultyWorker(Worker):
       raise _RefusedError('the step was refused halfway')
     return super().run(program, *arguments)
 
-  def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
+  def collect(self, order: StepOrder, pending: Pending) -> Collected:
     """Wait for a step, or learn that it failed."""
     fault = self.faults.get(order.id)
     if fault == 'stalls':
@@ -184,19 +184,22 @@ class FaultyWorker(Worker):
     if fault == 'fails':
       self.acted(order.id)
       raise RuntimeError('the step failed on its device')
-    results, wasted = super().collect(order, pending)
-    if fault == 'NaN' and any(result.error is not None for result in results):
+    collected = super().collect(order, pending)
+    ended: Sequence[Ended] = () if collected.decoded is None else collected.decoded.ended
+    errors = [*(one.error for one in collected.results), *(one.error for one in ended)]
+    if fault == 'NaN' and any(error is not None for error in errors):
       self.acted(order.id)
-    return results, wasted
+    return collected
 
   def _token_in(self, order: StepOrder) -> int | None:
     """A token after which the step chooses one; None if it chooses none."""
     tokens: list[Callable[[], int]] = [functools.partial(int, one.token_ids[-1]) for one in order.chunks if one.is_last]
-    for decode in order.decodes:
-      if (admission := decode.admission) is not None:
+    admitted = {join.slot: join.admission for join in order.joins if join.admission is not None}
+    for slot in order.batch.slots:
+      if (admission := admitted.get(slot)) is not None:
         tokens.append(functools.partial(int, (*admission.request.prompt, *admission.tokens)[-1]))
       else:  # its slot knows, once the steps before are over
-        tokens.append(functools.partial(lambda slot: int(self.slots.rows.tokens[slot]), decode.slot))
+        tokens.append(functools.partial(lambda slot: int(self.slots.rows.tokens[slot]), slot))
     return tokens[order.id % len(tokens)]() if tokens else None
 
 

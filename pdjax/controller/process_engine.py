@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pdjax.controller.peer import Peer
+from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
 from pdjax.serving.mailbox import Interrupt, Mailbox
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.peers import (
   Gathered,
   Message,
@@ -251,8 +252,11 @@ class ProcessEngine:
       number = self._number_of(order.id)
       self._next_number = max(self._next_number, number + 1)
       match order:
-        case StepOrder():
+        case StepOrder():  # either side knows the batch
+          sent.setdefault(order.worker, []).append(dataclasses.replace(order, batch=NOBODY))
+        case HaltOrder():
           sent.setdefault(order.worker, []).append(order)
+          self._post_ended(order.id)
         case TransferOrder():
           self._transfers[number] = RemoteTransfer(number, order)
           sent.setdefault(order.source, []).append(order)

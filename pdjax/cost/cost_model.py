@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from pdjax.types.hardware import ChipSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
@@ -63,6 +65,14 @@ class CostBase(CostModel):
     """Its class, for messages."""
     return type(self).__name__
 
+  def run_seconds(self, model: ModelSpec, worker: WorkerSpec, contexts: Sequence[int], steps: int) -> np.ndarray | None:
+    """Seconds from the beginning of decode steps in a row until the end of each, `[steps]`; all sequences in each step.
+
+    A simulator that is told can leap over steps at which nothing happens. What it says of the first must not depend on
+    how many steps are asked about. None has every step asked for by itself, when it begins.
+    """
+    return None
+
 
 def as_cost(cost: CostModel) -> CostBase:
   """A cost model with all that `CostBase` says of one, where it is a class that has the two methods alone too.
@@ -118,3 +128,7 @@ class _Completed(CostBase):
 
   def transfer_seconds(self, *args: Any, **kwargs: Any) -> float:
     return self._cost.transfer_seconds(*args, **kwargs)
+
+  def run_seconds(self, *args: Any, **kwargs: Any) -> np.ndarray | None:
+    tell = getattr(self._cost, 'run_seconds', None)
+    return None if tell is None else tell(*args, **kwargs)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from pdjax.cost.cost_model import CostBase
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
@@ -73,6 +75,18 @@ class Roofline(CostBase):
       read = model.read_params(tokens) * weight_bytes + cached
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
+
+  def run_seconds(self, model: ModelSpec, worker: WorkerSpec, contexts: Sequence[int], steps: int) -> np.ndarray:
+    """Seconds until the end of each of so many decode steps, `[steps]`; see `CostBase`."""
+    devices = 1 if self.shared_host else worker.tp
+    flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
+    bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
+    weight_bytes = self.dtype_bytes if worker.weights is None else DTYPE_BYTES[worker.weights]
+    batch = len(contexts)
+    attention, cached = model.decode_run(worker.cached_dtype, contexts, steps, min(worker.tp, model.kv_heads))
+    flops = batch * (model.token_flops() + model.unembed_flops()) + attention
+    read = model.read_params(batch) * weight_bytes + worker.tp * cached
+    return np.cumsum(np.maximum(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s)
 
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, num_bytes: float) -> float:
     """Seconds to move so many bytes of the cache; see `CostModel`."""

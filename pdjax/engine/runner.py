@@ -9,6 +9,8 @@ import jax
 
 from pdjax.engine.waiters import Waiter
 from pdjax.engine.worker import Pending, Worker
+from pdjax.serving.batch import LOOKAHEAD
+from pdjax.serving.bounds import Bounds, most_steps
 from pdjax.serving.events import Done, Event, Failed, WorkerBack, WorkerLost
 from pdjax.serving.mailbox import Mailbox
 from pdjax.serving.orders import Order, StepOrder, TransferOrder
@@ -16,13 +18,33 @@ from pdjax.serving.orders import Order, StepOrder, TransferOrder
 After = Callable[[tuple[int, int]], None]  # called behind each group of layers of a step
 
 
+@dataclasses.dataclass(eq=False)
+class Standing:
+  """A standing order, as the steps behind its first see it: nothing changes in them.
+
+  Attributes:
+    order: The order.
+    most: The most steps of it.
+    given: Steps of it that were dispatched.
+    in_flight: Those of them that have not been heard of.
+    goes_on: Whether more may follow.
+  """
+
+  order: StepOrder
+  most: int
+  given: int = 0
+  in_flight: int = 0
+  goes_on: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class Ran:
-  """A step of one of a worker's incarnations has ended well."""
+  """A step of one of a worker's incarnations has ended well; of what standing order it was, if of any."""
 
   worker: str
   incarnation: int
   done: Done
+  standing: Standing | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +76,75 @@ class Runner:
     self._mailbox = mailbox
     self._waiter = Waiter(f'{worker.spec.name}-steps', crash_poster(mailbox))
     self._free_from_s = 0.0
+    self._begin_anew()
+
+  def _begin_anew(self) -> None:
+    self._bounds = Bounds()
+    self._standing: Standing | None = None
 
   def end_run(self) -> None:
     """Wait for steps under way, and let go of their requests; what is posted by now is of no run any more."""
     self._waiter.drain()
     self.worker.forget_all()
     self._free_from_s = 0.0
+    self._begin_anew()
 
   def run(self, order: StepOrder, after: After = lambda group: None) -> None:
-    """Dispatch a step; what goes wrong is posted."""
+    """Dispatch a step, or the first steps of one that stands; what goes wrong is posted."""
+    self.halt()
+    bounds = self._bounds.change(order)
+    if not order.standing:
+      self._bounds.steps += order.steps if order.decodes else 0
+      self._dispatch(order, after)
+      return
+    self._standing = standing = Standing(order, most_steps(bounds, self._bounds.steps))
+    self._go_on(standing)
+    standing.order = dataclasses.replace(order, joins=(), leaves=(), growth=())
+    self._go_on(standing)
+
+  def halt(self) -> None:
+    """Let no more steps of a standing order follow."""
+    if self._standing is not None:
+      self._standing.goes_on = False
+      self._standing = None
+
+  def hear(self, ran: Ran) -> list[Event]:
+    """The events of a step's end: none, if it was a step of an earlier incarnation; a standing order goes on."""
+    if ran.incarnation != self.worker.incarnation:
+      return []
+    standing = ran.standing
+    if standing is None:
+      return [ran.done]
+    standing.in_flight -= 1
+    if ran.done.decoded is not None and ran.done.decoded.ended:
+      standing.goes_on = False
+    while standing.goes_on and standing.in_flight < LOOKAHEAD:
+      self._go_on(standing)
+    return [dataclasses.replace(ran.done, to_come=None if standing.goes_on else standing.in_flight)]
+
+  def _go_on(self, standing: Standing) -> None:
+    """Dispatch another step of a standing order, if there is to be one."""
+    if standing.given == standing.most:
+      standing.goes_on = False
+    if not standing.goes_on:
+      return
+    standing.given += 1
+    standing.in_flight += 1
+    self._bounds.steps += 1
+    if not self._dispatch(standing.order, lambda group: None, standing):
+      standing.goes_on = False
+
+  def _dispatch(self, order: StepOrder, after: After, standing: Standing | None = None) -> bool:
+    """Dispatch a step; return whether that was done, and else its failure is posted."""
     dispatched_s = self._mailbox.now_s()
     try:
       pending = self.worker.dispatch(order, after)
     except Exception as error:
       self._leave_out(order, describe(error))
-      return
-    self._waiter.add(functools.partial(self._collect, self.worker.incarnation, order, pending, dispatched_s))
-
-  def hear(self, ran: Ran) -> list[Event]:
-    """The events of a step's end: none, if it was a step of an earlier incarnation."""
-    return [ran.done] if ran.incarnation == self.worker.incarnation else []
+      return False
+    incarnation = self.worker.incarnation
+    self._waiter.add(functools.partial(self._collect, incarnation, order, pending, dispatched_s, standing))
+    return True
 
   def restart(self, broken: Broken) -> list[Event]:
     """Give the worker new pages where its own are gone; steps of the incarnation before are not heard of again."""
@@ -81,6 +152,7 @@ class Runner:
     if worker.incarnation != broken.incarnation:
       return []
     worker.reset()
+    self._begin_anew()
     return [
       WorkerLost(broken.worker, broken.ended_s, broken.error),
       WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
@@ -116,10 +188,12 @@ class Runner:
     for job in jobs:  # after the steps before it, which may still end some of its requests well
       self._waiter.add(job)
 
-  def _collect(self, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float) -> None:
+  def _collect(
+    self, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float, standing: Standing | None
+  ) -> None:
     """On the waiting thread: block until a step has ended and post its outcome."""
     try:
-      results, wasted = self.worker.collect(order, pending)
+      results, decoded, wasted = self.worker.collect(order, pending)
     except Exception as error:
       self.post_broken(incarnation, describe(error))
       return
@@ -127,7 +201,8 @@ class Runner:
 
     def ran(ended_s: float) -> Ran:
       self._free_from_s = ended_s
-      return Ran(order.worker, incarnation, Done(order.id, began_s, ended_s, results, wasted))
+      done = Done(order.id, began_s, ended_s, results, decoded, wasted_tokens=wasted)
+      return Ran(order.worker, incarnation, done, standing)
 
     self._mailbox.post(ran)
 

@@ -82,7 +82,7 @@ class Followed:
     """A step is about to be dispatched: whoever begins in it is no longer left out."""
     if self._left_out:
       anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}
-      anew |= {decode.admission.request.id for decode in order.decodes if decode.admission is not None}
+      anew |= {join.request for join in order.joins if join.admission is not None}
       self._left_out = {name: left - 1 for name, left in self._left_out.items() if left and name not in anew}
 
   def follow(self, request: Request, tokens: Sequence[int], limit: int) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +35,8 @@ from pdjax.kv.pool import Pool
 from pdjax.model.sampling import Chosen, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
-from pdjax.serving.events import Result
+from pdjax.serving.batch import NOBODY, Batch
+from pdjax.serving.events import Decoded, Ended, Result
 from pdjax.serving.orders import Admission, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cache import KV
@@ -45,6 +46,14 @@ from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec, bucket_for
 
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
+
+
+class Collected(NamedTuple):
+  """The outcome of a step: the first tokens of prompts, those of its batch, and how many were computed in vain."""
+
+  results: tuple[Result, ...]
+  decoded: Decoded | None
+  wasted: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +109,8 @@ class Worker:
     self.programs = programs_of(spec, self._groups)
     self._compiled: dict[str, jax.stages.Compiled] = {}
     self.pools = {kind.name: Pool(kind, spec, mesh) for kind in model.cache}
+    self._expected = -1  # the id of the last order; steps that follow in one that stands have its own
+    self._packed: tuple[Batch, np.ndarray] = (NOBODY, np.zeros(0, np.int32))
     self.reset()
 
   def reset(self) -> None:
@@ -197,10 +208,12 @@ class Worker:
         f'step {order.id} is to run in the groups of layers {order.layer_groups}, but worker {self.spec.name!r} is '
         f'compiled for {groups or "whole steps"}; give the state the TransferSpec of the workers.'
       )
-    self.followed.expect(order)
-    if admitted := [(decode.slot, decode.admission) for decode in order.decodes if decode.admission is not None]:
+    if order.id != self._expected:
+      self.followed.expect(order)
+      self._expected = order.id
+    if admitted := [(join.slot, join.admission) for join in order.joins if join.admission is not None]:
       self._admit(admitted)
-    for arguments in self.packing.grown([(decode.slot, decode.growth) for decode in order.decodes if decode.growth]):
+    for arguments in self.packing.grown([(one.slot, one.pages) for one in order.growth]):
       self.run(Grow(), *arguments)
     for row, chunk in enumerate(order.chunks):
       if chunk.is_last:
@@ -208,27 +221,35 @@ class Worker:
         self._remember(chunk.request, (), self.packing.num_slots + row)
         if chunk.slot is not None:
           self._remember(chunk.request, (), chunk.slot)
-    ids = [decode.slot for decode in order.decodes]
     first = tokens = None
     if not order.chunks:
-      batch = bucket_for(len(ids), self.spec.batch_buckets)
-      (tokens,) = self.run(Decode(batch), self.packing.ids(ids, batch), np.int32(order.steps))
+      size = bucket_for(len(order.batch), self.spec.batch_buckets)
+      (tokens,) = self.run(Decode(size), self._ids(order.batch, size), np.int32(order.steps))
     else:
       size = bucket_for(sum(chunk.length for chunk in order.chunks), self.spec.token_buckets)
       chunks = self.packing.chunks(order.chunks, size)
       if self.spec.role.decodes:
         batch = self.spec.max_sequences
-        first, tokens = self.run(Fused(size, batch), chunks, self.packing.ids(ids, batch))
+        first, tokens = self.run(Fused(size, batch), chunks, self._ids(order.batch, batch))
       elif self._groups:
         first = run_groups(self.run, self._groups, chunks, after)
       else:
         (first,) = self.run(Prefill(size), chunks)
     return Pending(first, tokens, self.followed)
 
-  def collect(self, order: StepOrder, pending: Pending) -> tuple[tuple[Result, ...], int]:
+  def _ids(self, batch: Batch, size: int) -> np.ndarray:
+    """The slots of a batch, `[size]`; packed once for all steps of it."""
+    known, ids = self._packed
+    if known is not batch or len(ids) != size:
+      ids = self.packing.ids(batch.slots, size)
+      self._packed = batch, ids
+    return ids
+
+  def collect(self, order: StepOrder, pending: Pending) -> Collected:
     """Wait for a step; each request's tokens, and how many were computed in vain."""
     results: list[Result | None] = []
     computed = 0
+    decoded = None
     if pending.first is not None:
       first, finite = jax.device_get((pending.first.tokens, pending.first.finite))
       for row, (chunk, token) in enumerate(zip(order.chunks, first.tolist(), strict=False)):
@@ -238,16 +259,32 @@ class Worker:
           error = None if finite[row] else self._not_finite
           results.append(pending.followed.result(chunk.request.id, [token], told, error, leaves=chunk.slot is None))
     if pending.tokens is not None:
-      chosen, finite = jax.device_get((pending.tokens.tokens, pending.tokens.finite))
-      for row, (decode, column) in enumerate(zip(order.decodes, chosen[: order.steps].T.tolist(), strict=False)):
-        computed += len(column)
-        tokens = [token for token in column if token != NO_TOKEN]
-        if tokens:
-          told = functools.partial(log_probabilities, pending.tokens, np.s_[: len(tokens), row])
-          error = None if finite[len(tokens) - 1, row] else self._not_finite  # where it is not, the sequence ended
-          results.append(pending.followed.result(decode.request, tokens, told, error))
+      decoded = self._decoded(order, pending.tokens, pending.followed) if order.decodes else None
+      computed += order.steps * len(order.batch)
     delivered = tuple(result for result in results if result is not None)
-    return delivered, computed - sum(len(result.tokens) for result in delivered)
+    brought = sum(len(result.tokens) for result in delivered) + (0 if decoded is None else decoded.num_tokens())
+    return Collected(delivered, decoded, computed - brought)
+
+  def _decoded(self, order: StepOrder, chosen: Chosen, followed: Followed) -> Decoded:
+    tokens, finite = jax.device_get((chosen.tokens, chosen.finite))
+    size = len(order.batch)
+    tokens, finite = tokens[: order.steps, :size], finite[: order.steps, :size]
+    counts, texts, ended, logprobs = np.zeros(size, np.int64), [''] * size, [], {}
+    for row, (request, column) in enumerate(zip(order.batch.requests, tokens.T.tolist(), strict=True)):
+      got = [token for token in column if token != NO_TOKEN]
+      if not got:
+        continue
+      told = functools.partial(log_probabilities, chosen, np.s_[: len(got), row])
+      error = None if finite[len(got) - 1, row] else self._not_finite  # where it is not, the sequence ended
+      result = followed.result(request, got, told, error)
+      if result is None:
+        continue
+      counts[row], texts[row] = len(result.tokens), result.text
+      if result.logprobs:
+        logprobs[row] = result.logprobs
+      if result.finish_reason is not None:
+        ended.append(Ended(row, result.finish_reason, result.error))
+    return Decoded(tokens, counts, tuple(ended), tuple(texts) if self._detokenizer is not None else (), logprobs)
 
   @property
   def _not_finite(self) -> str:
@@ -264,6 +301,7 @@ class Worker:
     names one before it was filled anew.
     """
     self.followed = Followed(self.model.eos_token_ids, self._detokenizer)  # steps under way go on with the last
+    self._expected = -1
 
   def forget(self, request: str) -> None:
     """Let go of a request that was ended from outside; what steps under way still bring it is not reported."""
@@ -293,7 +331,7 @@ class Worker:
 
   def clear_slots(self, order: StepOrder) -> None:
     """Leave nothing alive in the slots that a step was to use or fill."""
-    slots = [decode.slot for decode in order.decodes]
+    slots = list(order.batch.slots)
     slots += [chunk.slot for chunk in order.chunks if chunk.slot is not None]
     if slots:
       self.run(Admit(), *self.packing.slots(slots, self.packing.empty_rows()))

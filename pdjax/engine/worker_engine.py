@@ -12,9 +12,10 @@ from pdjax.engine.waiters import Waiters
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import CorruptError, Parcel
 from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
+from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Failed
 from pdjax.serving.mailbox import Mailbox
-from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import EndOrder, HaltOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.types.handshake import Manifest
 
@@ -64,6 +65,7 @@ class WorkerEngine:
     self._outgoing: dict[int, _Outgoing] = {}  # by number
     self._given_up: list[Parcel] = []  # whose pieces are not written, though they may still be on their way
     self._stopped = False
+    self._batch = worker.incarnation, NOBODY
 
   def start_clock(self, start_s: float | None = None) -> None:
     """Let a run begin now, or one that began when this process's clock showed `start_s`.
@@ -71,6 +73,7 @@ class WorkerEngine:
     Steps that are under way are waited for; the controller knows their ends by numbers of an earlier run.
     """
     self._runner.end_run()
+    self._batch = self.worker.incarnation, NOBODY
     self._mailbox.start_clock(start_s)
 
   def call(self, do: Callable[[], None]) -> None:
@@ -123,12 +126,17 @@ class WorkerEngine:
       orders: The orders.
       first_number: The number of an order whose id is 0.
     """
-    incarnation, meant = self.worker.incarnation, []
+    incarnation, meant = self.worker.incarnation, list[Order]()
     for order in orders:
       match order:
-        case StepOrder(incarnation=one) | TransferOrder(incarnations=(one, _)):
+        case StepOrder(incarnation=one):
+          if one == incarnation:
+            meant.append(self._with_batch(order))
+        case TransferOrder(incarnations=(one, _)):
           if one == incarnation:
             meant.append(order)
+        case HaltOrder():
+          self._runner.halt()
         case EndOrder():
           self.worker.forget(order.request)
     dispatch_in_turn(meant, functools.partial(self._dispatch, first_number))
@@ -157,6 +165,15 @@ class WorkerEngine:
         outgoing.sender.withdraw(outgoing.offer)
 
   # -------------------------------------------------------------------------- inside
+
+  def _with_batch(self, order: StepOrder) -> StepOrder:
+    """An order with the batch that it decodes, which stands here as the controller has it."""
+    incarnation, batch = self._batch
+    if incarnation != self.worker.incarnation:
+      batch = NOBODY
+    batch = batch.changed(order.leaves, order.joins)
+    self._batch = self.worker.incarnation, batch
+    return dataclasses.replace(order, batch=batch) if order.decodes else order
 
   def _dispatch(self, first_number: int, order: Order, after: After) -> None:
     number = first_number + order.id

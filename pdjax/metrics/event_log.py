@@ -7,13 +7,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from pdjax.metrics.lines_file import LinesFile
-from pdjax.serving.events import Arrived, Delivered, Done, Event, Occupancy, Result, Started, Turn, WorkerBack
+from pdjax.serving.events import (
+  Arrived,
+  Decoded,
+  Delivered,
+  Done,
+  Event,
+  Occupancy,
+  Result,
+  Started,
+  Turn,
+  WorkerBack,
+)
 from pdjax.serving.orders import (
   AbandonOrder,
   Admission,
   ChunkOrder,
-  DecodeOrder,
   EndOrder,
+  HaltOrder,
+  Join,
   Order,
   StepOrder,
   TransferOrder,
@@ -120,9 +132,12 @@ def event_to_json(event: Event) -> dict[str, Any]:
       return {'event': kind, 'now_s': now_s, 'order': _order(order)}
     case Done():
       results = [_result(result) for result in event.results]
-      return {'event': kind, **_fields(event), 'results': results, 'trip': event.trip and _fields(event.trip)}
-    case Delivered(now_s, order_id, _, late):
-      return {'event': kind, 'now_s': now_s, 'order': order_id, 'late': [one.request for one in late]}
+      decoded = None if event.decoded is None else _decoded(event.decoded)
+      trip = event.trip and _fields(event.trip)
+      return {'event': kind, **_fields(event), 'results': results, 'decoded': decoded, 'trip': trip}
+    case Delivered():
+      late = [one.request for one in event.late] if event.late_rows or event.late_firsts else []
+      return {'event': kind, 'now_s': event.now_s, 'order': event.order, 'late': late}
     case WorkerBack():
       return {'event': kind, **_fields(event), 'comeback': event.comeback and _fields(event.comeback)}
     case Occupancy():
@@ -147,10 +162,11 @@ def _order(order: Order) -> dict[str, Any]:
   named = {'order': type(order).__name__, **_fields(order)}
   match order:
     case StepOrder():
-      return {**named, 'chunks': [_chunk(c) for c in order.chunks], 'decodes': [_decode(d) for d in order.decodes]}
+      changes = {'joins': [_join(one) for one in order.joins], 'growth': [_fields(one) for one in order.growth]}
+      return {**named, 'chunks': [_chunk(chunk) for chunk in order.chunks], **changes}
     case TransferOrder():
       return {**{name: value for name, value in named.items() if name != 'span'}, **_fields(order.span)}
-    case EndOrder() | AbandonOrder():
+    case EndOrder() | AbandonOrder() | HaltOrder():
       return named
 
 
@@ -158,10 +174,17 @@ def _chunk(chunk: ChunkOrder) -> dict[str, Any]:
   return {**_fields(chunk), 'request': chunk.request.id}
 
 
-def _decode(decode: DecodeOrder) -> dict[str, Any]:
-  return {  # as `_fields` has it, in half the time: there is one for each sequence of each step
-    'request': decode.request, 'slot': decode.slot, 'context': decode.context,
-    'admission': decode.admission and _admission(decode.admission), 'growth': decode.growth,
+def _join(join: Join) -> dict[str, Any]:
+  return {**_fields(join), 'admission': join.admission and _admission(join.admission)}
+
+
+def _decoded(decoded: Decoded) -> dict[str, Any]:
+  logprobs = {str(row): [_fields(one) for one in told] for row, told in decoded.logprobs.items()}
+  is_one = not any(decoded.tokens.strides) and decoded.tokens.size  # one number stands for all, as a simulator has it
+  return {
+    'tokens': int(decoded.tokens[0, 0]) if is_one else decoded.tokens.tolist(), 'counts': decoded.counts.tolist(),
+    'ended': [_fields(one) for one in decoded.ended], 'texts': decoded.texts, 'logprobs': logprobs,
+    'ends_s': decoded.ends_s,
   }  # fmt: skip
 
 
@@ -170,7 +193,7 @@ def _admission(admission: Admission) -> dict[str, Any]:
 
 
 def _result(result: Result) -> dict[str, Any]:
-  return {  # as `_decode`
+  return {
     'request': result.request, 'tokens': result.tokens, 'finish_reason': result.finish_reason, 'text': result.text,
     'logprobs': [_fields(logprob) for logprob in result.logprobs] if result.logprobs else [], 'error': result.error,
   }  # fmt: skip
@@ -183,5 +206,6 @@ def _fields(message: Any) -> dict[str, Any]:
   """Like `dataclasses.asdict` but one level deep and without copies: half the cost of a line was there."""
   names = _FIELD_NAMES.get(type(message))
   if names is None:
-    names = _FIELD_NAMES[type(message)] = tuple(field.name for field in dataclasses.fields(message))
+    names = tuple(field.name for field in dataclasses.fields(message) if field.repr)
+    _FIELD_NAMES[type(message)] = names
   return {name: getattr(message, name) for name in names}

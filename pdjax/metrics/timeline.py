@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pdjax.metrics.returns import WorkerAbsence, WorkerReturn
@@ -191,6 +191,7 @@ class BusySpan:
     requests: Everyone in it, those with prompt tokens first.
     num_prompts: The number of those.
     prompt_tokens: Prompt tokens a step computed.
+    steps: Steps of one that stands, where several are told of at once.
     output_tokens: Tokens a step brought.
     target: The worker that a transfer goes to.
     wire_bytes: Bytes a transfer put onto target devices.
@@ -206,6 +207,7 @@ class BusySpan:
   requests: tuple[str, ...]
   num_prompts: int = 0
   prompt_tokens: int = 0
+  steps: int = 1
   output_tokens: int = 0
   target: str | None = None
   wire_bytes: int = 0
@@ -287,7 +289,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       case Done():
         host_lags_s.append(now_s - event.ended_s)
         wasted_tokens += event.wasted_tokens
-        started = orders.pop(event.order)
+        started = orders.pop(event.order) if event.to_come == 0 else orders[event.order]
         order = started.order
         if isinstance(order, StepOrder):
           spans.append(_step_span(order, event, started.now_s))
@@ -304,9 +306,15 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
             failed_transfers.append(given_up.order.request)
       case Delivered():
         assert last_step is not None and last_step[1].order == event.order, f'{event} does not stand behind its step'
-        for result in event.results:
-          requests[result.request].deliver(len(result.tokens), event.now_s, *last_step)
-        wasted_tokens += sum(len(result.tokens) for result in event.late)
+        for result in event.firsts:
+          requests[result.request].deliver((event.now_s,) * len(result.tokens), *last_step)
+        if event.decoded is not None:
+          counts = event.decoded.counts.tolist()
+          for row, (name, count) in enumerate(zip(event.batch.requests, counts, strict=True)):
+            if count and row not in event.late_rows:
+              requests[name].deliver(event.times_s(count), *last_step)
+        if event.late_firsts or event.late_rows:
+          wasted_tokens += event.num_late_tokens
       case Failed():
         host_lags_s.append(now_s - event.ended_s)
         failed = orders.pop(event.order, None)
@@ -360,9 +368,14 @@ def _step_span(order: StepOrder, done: Done, submitted_s: float) -> BusySpan:
     requests=order.requests,
     num_prompts=len(order.chunks),
     prompt_tokens=sum(chunk.length for chunk in order.chunks),
-    output_tokens=sum(len(result.tokens) for result in done.results),
+    output_tokens=sum(len(result.tokens) for result in done.results) + _num_decoded(done),
+    steps=done.num_steps if order.standing else 1,
     submitted_s=submitted_s,
   )
+
+
+def _num_decoded(done: Done) -> int:
+  return 0 if done.decoded is None else done.decoded.num_tokens()
 
 
 def _transfer_span(order: TransferOrder, done: Done, submitted_s: float) -> BusySpan:
@@ -409,15 +422,15 @@ class _Draft:
       self.transfer_began_s = min(self.transfer_began_s, done.began_s) if in_one_go else done.began_s
       self.last_transfer = done
 
-  def deliver(self, count: int, now_s: float, order: StepOrder, done: Done) -> None:
-    """Note `count` more tokens of a step."""
+  def deliver(self, times_s: Sequence[float], order: StepOrder, done: Done) -> None:
+    """Note more tokens, of one step or of several that are told of at once."""
     before = len(self.token_times_s)
-    self.token_times_s += [now_s] * count
-    if before < 1 <= before + count:
+    self.token_times_s += times_s
+    if before < 1 <= before + len(times_s):
       self.prefill_worker = order.worker
-    if before < 2 <= before + count:
+    if before < 2 <= before + len(times_s):
       self.decode_worker = order.worker
-      self.decode_began_s = done.began_s
+      self.decode_began_s = done.begin_s(1 - before)
 
   def timeline(self) -> RequestTimeline:
     transfer, finished = self.last_transfer, self.finished

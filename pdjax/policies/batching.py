@@ -78,6 +78,11 @@ def fill_prefills(
   return batches.chunks
 
 
+def decodes_any(worker: WorkerView) -> bool:
+  """Whether a step of all sequences of a worker decodes any."""
+  return worker.is_standing or worker.has_work
+
+
 def preempt_newest(view: ClusterView) -> list[Preempt]:
   """A request to preempt on each worker where sequences lack pages and none can go on: the last that came.
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, preempt_newest
+from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
 from pdjax.policies.placement import FewestQueuedTokens, Placement
-from pdjax.serving.actions import ALL, Action, Step
+from pdjax.serving.actions import ALL, STANDING, Action, Step
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.view import ClusterView, RequestView
 from pdjax.types.checked import Count, check_fields
@@ -21,7 +21,8 @@ class Colocated(PolicyBase):
 
   Attributes:
     token_budget: Most tokens of one step, a decoding sequence counted as one.
-    decode_steps: Decode steps fused on the device where no prompt has work.
+    decode_steps: Decode steps fused on the device where no prompt has work; with 1, a step stands until something
+      changes.
     placement: Chooses the worker of a new request.
   """
 
@@ -47,15 +48,20 @@ class Colocated(PolicyBase):
     workers = [worker for worker in both if room.orders(worker.name) > 0]
     if not workers:
       return []
-    decodes = {worker.name: len(worker.decodable()) for worker in workers}
-    budgets = {name: max(self.token_budget - count, 0) for name, count in decodes.items()}
+    prompts = view.waiting or any(worker.prefilling for worker in workers)  # else nobody asks for the budgets
+    budgets = {
+      worker.name: max(self.token_budget - len(worker.decodable()), 0) if prompts else self.token_budget
+      for worker in workers
+    }
     waiting = self.order(view.waiting.values())
     batches = fill_prefills(view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None)
     actions: list[Action] = []
     for name, chunks in batches.items():
-      if chunks or decodes[name]:
-        steps = 1 if chunks else self.decode_steps
-        actions.append(Step(name, tuple(chunks), ALL if decodes[name] else (), steps))
+      worker = view.workers[name]
+      if chunks:
+        actions.append(Step(name, tuple(chunks), ALL if decodes_any(worker) else ()))
+      elif worker.has_work:
+        actions.append(Step(name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps))
     return actions
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:

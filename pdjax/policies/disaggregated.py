@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import fill_prefills, preempt_newest
+from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
-from pdjax.serving.actions import ALL, Action, Step, Transfer
+from pdjax.serving.actions import ALL, STANDING, Action, Step, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 from pdjax.types.checked import Count, check_fields
 
@@ -21,7 +21,7 @@ class Disaggregated(PolicyBase):
 
   Attributes:
     max_prefill_tokens: Most prompt tokens of one step, over all the prompts packed in it.
-    decode_steps: Decode steps fused on the device between two decisions.
+    decode_steps: Decode steps fused on the device between two decisions; with 1, a step stands until something changes.
     place_prefill: Chooses the prefill worker.
     place_decode: Chooses the decode worker.
   """
@@ -84,14 +84,14 @@ class Disaggregated(PolicyBase):
     waiting = self.order(view.waiting.values())
     chunks = fill_prefills(view, room, workers, budgets, waiting, self.place_prefill, target_of)
     return [
-      Step(worker, tuple(batch), ALL if view.workers[worker].decodable() else ())  # a worker of both roles fuses
+      Step(worker, tuple(batch), ALL if decodes_any(view.workers[worker]) else ())  # a worker of both roles fuses
       for worker, batch in chunks.items()
       if batch
     ]
 
   def _decodes(self, view: ClusterView, room: Room, busy: set[str]) -> list[Step]:
     return [
-      Step(worker.name, decodes=ALL, steps=self.decode_steps)
+      Step(worker.name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps)
       for worker in view.decode_workers
-      if worker.name not in busy and room.orders(worker.name) > 0 and worker.decodable()
+      if worker.name not in busy and worker.has_work and room.orders(worker.name) > 0
     ]

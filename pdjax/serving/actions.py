@@ -14,6 +14,15 @@ class All(enum.Enum):
 ALL = All.ALL
 
 
+class Standing(enum.Enum):
+  """Stands for as many decode steps as there are until something about the worker changes."""
+
+  STANDING = 'standing'
+
+
+STANDING = Standing.STANDING
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chunk:
   """Prompt tokens `start` to `start + length` of a request.
@@ -31,13 +40,15 @@ class Chunk:
 class Step:
   """One step of a worker over some prompt chunks, some decoding sequences, or both.
 
-  `steps` decode steps run on the device between two decisions; with chunks there is just one.
+  `steps` decode steps run on the device between two decisions; with chunks there is just one. With `STANDING` the
+  worker steps, its tokens delivered one by one, until something about it changes: one of the sequences ends or leaves,
+  one lacks a page, or the worker is given another step. The policy is asked then, and not at the steps between.
   """
 
   worker: str
   chunks: tuple[Chunk, ...] = ()
   decodes: tuple[str, ...] | All = ()
-  steps: int = 1
+  steps: int | Standing = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +102,13 @@ class Resend:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Halt:
+  """End a standing step of a worker, as one of its sequences has left. Only the state itself asks for it."""
+
+  worker: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WakeAt:
   """Ask the policy again at `at_s`, whatever happens until then; nothing is started.
 
@@ -101,4 +119,4 @@ class WakeAt:
   at_s: float
 
 
-Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | WakeAt
+Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | Halt | WakeAt

@@ -1,11 +1,12 @@
 """The books: all that changes while a cluster serves, and how places are taken, held and let go."""
 
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
-from pdjax.serving.events import Delivered, Finished, Preempted
+from pdjax.serving.actions import Abandon, Cancel, Halt, Reject, Resend
+from pdjax.serving.events import Delivered, Done, Finished, Preempted
 from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -55,6 +56,10 @@ class Books:
     max_preemptions: Most times that a request is preempted; from then on it takes all pages that it may ever need.
     growing: Workers where sequences may take more pages than they have.
     preempted: Requests that were preempted since the loop last took them.
+    halts: The end of a standing step that is due as one of its sequences left, by worker.
+    caught_up: What a backend told when it was asked how far a standing step is, since the loop last took it.
+    catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
+    wakes: Whether anything happened that the policy is to be asked about.
   """
 
   def __init__(
@@ -107,6 +112,10 @@ class Books:
     self.idle_wakes = 0
     self.growing: dict[str, None] = {}
     self.preempted: list[Preempted] = []
+    self.halts: dict[str, Halt] = {}
+    self.caught_up: list[Done | Delivered] = []
+    self.catches_up: Callable[[str], None] | None = None
+    self.wakes = True
     self._next_order = 0
     self._next_number = 0
 
@@ -202,6 +211,17 @@ class Books:
       assert entry.target is not None
       self.holdings[entry.target].slots.append(entry.slot)
       entry.slot = None
+
+  def part(self, entry: RequestState) -> None:
+    """Let a request decode no more; a standing step that it is in is to end."""
+    assert entry.target is not None
+    batch = self.holdings[entry.target].batch
+    if batch.part(entry, self._next_order) and batch.standing is not None:
+      self.halts[entry.target] = Halt(entry.target)
+
+  def catch_up_on(self, worker: str) -> Callable[[], None] | None:
+    """What catches up on the standing steps of a worker, if the backend does not tell each."""
+    return None if self.catches_up is None else functools.partial(self.catches_up, worker)
 
   def leave(self, entry: RequestState, worker: str | None) -> None:
     """Let go of the pages and slot that a request holds on a worker."""

@@ -4,7 +4,21 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
-from pdjax.serving.actions import Abandon, Action, All, Cancel, Chunk, Preempt, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving.actions import (
+  STANDING,
+  Abandon,
+  Action,
+  All,
+  Cancel,
+  Chunk,
+  Halt,
+  Preempt,
+  Reject,
+  Resend,
+  Step,
+  Transfer,
+  WakeAt,
+)
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
 from pdjax.types.request import MAX_STOP_TOKENS
@@ -12,7 +26,7 @@ from pdjax.types.request import MAX_STOP_TOKENS
 MOST_IDLE_ANSWERS = 10_000  # of one turn
 MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
-_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, WakeAt)
+_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, Halt, WakeAt)
 
 
 class PolicyError(RuntimeError):
@@ -145,8 +159,8 @@ def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: boo
   return f'{pages} pages{"" if not decodes else " and a slot" if slots == 1 else f" and {slots} slots"}'
 
 
-def check_step(view: ClusterView, step: Step) -> list[str]:
-  """The sequences a step decodes, by id.
+def check_step(view: ClusterView, step: Step) -> list[str] | None:
+  """The sequences a step decodes, by id; None for all that can.
 
   Raises:
     PolicyError: if there is no such worker, or it cannot take the step.
@@ -158,13 +172,17 @@ def check_step(view: ClusterView, step: Step) -> list[str]:
       f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} steps in flight already; wait for one to end.'
     )
   most = 1 if step.chunks else worker.spec.max_fused_steps
-  if not 1 <= step.steps <= most:
+  if step.steps is STANDING:
+    if step.chunks:
+      raise PolicyError(f'{step!r}: chunks are one step, and none that stands; leave out steps, or the chunks.')
+  elif not isinstance(step.steps, int) or not 1 <= step.steps <= most:
     raise PolicyError(
       f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}'
       f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
     )
+  decodes: list[str] | None = None
   if isinstance(step.decodes, All):
-    decodes = worker.decodable()
+    has_decodes = worker.is_standing or worker.has_work
   else:
     decodes = list(step.decodes)
     for name, entry in [(name, find_request(view, step, name)) for name in decodes]:
@@ -175,9 +193,10 @@ def check_step(view: ClusterView, step: Step) -> list[str]:
           f'{step!r}: request {name!r} has no page for its next token on worker {worker.name!r}; wait for one, or '
           'preempt another.'
         )
-  if not step.chunks and not decodes:
+    has_decodes = bool(decodes)
+  if not step.chunks and not has_decodes:
     raise PolicyError(f'{step!r}: nothing to do; give it chunks or sequences that can decode.')
-  if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes) != len(set(decodes)):
+  if len({chunk.request for chunk in step.chunks}) != len(step.chunks) or len(decodes or ()) != len(set(decodes or ())):
     raise PolicyError(f'{step!r}: a request stands in it twice.')
   spec = worker.spec
   tokens = sum(chunk.length for chunk in step.chunks)

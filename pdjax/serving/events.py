@@ -1,8 +1,12 @@
 """Events: what happened to requests, orders and workers; the log is made of these."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
+
+from pdjax.serving.batch import NOBODY, Batch
 from pdjax.serving.orders import Order
 from pdjax.types.request import FinishReason, Request, TokenLogprob
 
@@ -60,6 +64,65 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+  """The end of a sequence of a batch.
+
+  Attributes:
+    row: Its row.
+    finish_reason: The reason; 'error' where no further token could be chosen.
+    error: The error it ended with, if any.
+  """
+
+  row: int
+  finish_reason: FinishReason
+  error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+  """The outcome of decode steps for their batch, a column for each row of it.
+
+  Attributes:
+    tokens: `[T, B]` int32; those of a sequence stand first in its column.
+    counts: `[B]` of how many each sequence got; 0 of one that had ended before.
+    ended: Those that ended with these tokens.
+    texts: `[B]` texts as in `Result`; none where there is no tokenizer.
+    logprobs: The log probabilities of each token, by row, of those that ask for them.
+    ends_s: The time each step ended, where several are told at once; then a sequence got one token of each.
+  """
+
+  tokens: np.ndarray
+  counts: np.ndarray
+  ended: tuple[Ended, ...] = ()
+  texts: tuple[str, ...] = ()
+  logprobs: Mapping[int, tuple[TokenLogprob, ...]] = dataclasses.field(default_factory=dict)
+  ends_s: tuple[float, ...] = ()
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Decoded):
+      return NotImplemented
+    arrays = np.array_equal(self.tokens, other.tokens) and np.array_equal(self.counts, other.counts)
+    told = (self.ended, self.texts, self.logprobs, self.ends_s)
+    return arrays and told == (other.ended, other.texts, other.logprobs, other.ends_s)
+
+  def num_tokens(self) -> int:
+    """Tokens of all sequences."""
+    return int(self.counts.sum())
+
+  def results(self, batch: Batch) -> list[tuple[int, Result]]:
+    """The result of each sequence that got something, with its row."""
+    ends = {one.row: one for one in self.ended}
+    columns, found = self.tokens.T.tolist(), []
+    for row, count in enumerate(self.counts.tolist()):
+      end, text = ends.get(row), self.texts[row] if self.texts else ''
+      if count or end is not None or text:
+        reason, error = (None, None) if end is None else (end.finish_reason, end.error)
+        tokens = tuple(columns[row][:count])
+        found.append((row, Result(batch.requests[row], tokens, reason, text, self.logprobs.get(row, ()), error)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Trip:
   """The times of a transfer's pieces on the wire.
 
@@ -83,7 +146,9 @@ class Done:
     began_s: The time the worker or link turned to it: after it was handed over and after all that stood before it; a
       link turns to a transfer once what it moves is computed.
     ended_s: The time its outcome was on the host; of a transfer, that from which steps of the target find its pages.
-    results: A step's tokens, for each request that it had any for; `Delivered` says who got them.
+    results: The first tokens of prompts that a step ended; `Delivered` says who got them.
+    decoded: A step's tokens for its batch.
+    to_come: Steps of a standing order that are still to end; None if it goes on until something changes.
     wasted_tokens: Tokens computed past a request's end and thrown away.
     wire_bytes: Bytes that a transfer put onto target devices.
     trip: The times of a transfer between those two.
@@ -93,9 +158,21 @@ class Done:
   began_s: float
   ended_s: float
   results: tuple[Result, ...] = ()
+  decoded: Decoded | None = None
+  to_come: int | None = 0
   wasted_tokens: int = 0
   wire_bytes: int = 0
   trip: Trip | None = None
+
+  @property
+  def num_steps(self) -> int:
+    """Steps that it tells of."""
+    return max(len(self.decoded.ends_s), 1) if self.decoded is not None else 1
+
+  def begin_s(self, step: int) -> float:
+    """The time at which one of these steps began, the first of which is 0."""
+    ends_s = () if self.decoded is None else self.decoded.ends_s
+    return ends_s[step - 1] if ends_s and step > 0 else self.began_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,14 +184,43 @@ class Delivered:
   Attributes:
     now_s: The time of the turn.
     order: The step.
-    results: Those that were delivered, in the order of the step.
-    late: Those for requests that had ended, or were being ended; they are thrown away.
+    firsts: Results of prompts that the step ended, those that were delivered.
+    late_firsts: Those for requests that had ended, or were being ended; they are thrown away.
+    batch: The sequences that the step decoded.
+    decoded: Their tokens.
+    late_rows: The rows of those that had ended, or were being ended.
   """
 
   now_s: float
   order: int
-  results: tuple[Result, ...]
-  late: tuple[Result, ...] = ()
+  firsts: tuple[Result, ...] = ()
+  late_firsts: tuple[Result, ...] = ()
+  batch: Batch = NOBODY
+  decoded: Decoded | None = None
+  late_rows: frozenset[int] = frozenset()
+
+  @property
+  def results(self) -> tuple[Result, ...]:
+    """The results that were delivered, one for each request, in the order of the step; made when they are read."""
+    decoded = () if self.decoded is None else self.decoded.results(self.batch)
+    return (*self.firsts, *(result for row, result in decoded if row not in self.late_rows))
+
+  @property
+  def late(self) -> tuple[Result, ...]:
+    """The results that came too late."""
+    decoded = self.decoded.results(self.batch) if self.decoded is not None and self.late_rows else ()
+    return (*self.late_firsts, *(result for row, result in decoded if row in self.late_rows))
+
+  @property
+  def num_late_tokens(self) -> int:
+    """Tokens that came too late."""
+    return sum(len(result.tokens) for result in self.late)
+
+  def times_s(self, count: int) -> tuple[float, ...]:
+    """The time at which each of a request's `count` tokens was delivered."""
+    if self.decoded is not None and self.decoded.ends_s:
+      return self.decoded.ends_s[:count]
+    return (self.now_s,) * count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -35,5 +35,6 @@ def _take(books: Books, worker: str, entry: RequestState, needed: dict[str, int]
   for kind, numbers in new.items():
     first, before = entry.growth.get(kind, (len(held[kind]), ()))
     entry.growth[kind] = first, (*before, *numbers)
+  books.holdings[worker].batch.note_growth(entry)
   books.settle_pages(entry, worker, {kind: (*numbers, *new.get(kind, ())) for kind, numbers in held.items()})
   return {}

@@ -7,7 +7,7 @@ from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, find_request, why_unfit
 from pdjax.serving.events import Finished, Result
 from pdjax.serving.orders import EndOrder
-from pdjax.serving.requests import Phase, RequestState, Samples, enter
+from pdjax.serving.requests import Phase, RequestState, Samples, add_tokens, enter, give_up_row
 from pdjax.serving.tasks import give_up
 from pdjax.serving.view import ClusterView
 from pdjax.types.request import FinishReason, Request
@@ -65,7 +65,7 @@ def got(books: Books, result: Result) -> bool:
   entry = books.requests.get(result.request)
   if entry is None or entry.phase is Phase.ENDING:
     return False
-  entry.tokens.extend(result.tokens)
+  add_tokens(entry, result.tokens)
   entry.computed = True
   if result.finish_reason is not None:
     finish(books, entry, result.finish_reason, result.error)
@@ -97,7 +97,8 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
   assert entry.target is not None
   if entry.phase is not Phase.DECODING:
     enter(entry, Phase.DECODING)
-    books.holdings[entry.target].decoding[entry.request.id] = entry
+    holdings = books.holdings[entry.target]
+    holdings.batch.enter(entry, holdings.steps)
     books.may_grow(entry.target)
   if entry.worker is not None and entry.worker != entry.target:
     books.leave(entry, entry.worker)
@@ -125,6 +126,7 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   """End a request: take it out of every queue and let go of all that it holds."""
   name = entry.request.id
   unschedule(books, entry)
+  give_up_row(entry)
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():
@@ -182,6 +184,7 @@ def start_end(books: Books, action: Cancel | Reject) -> tuple[EndOrder, ...]:
     )
   _unschedule_all(books, entries)
   for entry in entries:
+    give_up_row(entry)
     enter(entry, Phase.ENDING)
     give_up(books, entry.request.id, reason)
   return tuple(EndOrder(books.new_order_id(), entry.request.id, reason, action.reason) for entry in entries)
@@ -217,7 +220,7 @@ def unschedule(books: Books, entry: RequestState) -> None:
   if entry.worker is not None and books.holdings[entry.worker].prefilling.pop(name, None) is not None:
     books.workers[entry.worker].queued_tokens -= entry.prompt_left
   if entry.target is not None:
-    books.holdings[entry.target].decoding.pop(name, None)
+    books.part(entry)
 
 
 def _hand_on(books: Books, entry: RequestState, samples: Samples) -> None:

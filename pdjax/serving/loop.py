@@ -86,6 +86,7 @@ def serve(
     StuckError: if requests wait for what can never come.
   """
   state.expect(arrivals.output_len)
+  state.catch_up_with(backend)
   now_s, longest_s = 0.0, 0.0 if waits else math.inf  # of the waits that were told
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()
@@ -100,14 +101,18 @@ def serve(
     yield from finished
     yield from _happened(events, now_s, state, finished)
     yield from _happened(state.timers_due(now_s), now_s, state, finished)  # what has ended by now is not late
-    for event in arrivals.due(now_s, finished):
+    came = arrivals.due(now_s, finished)
+    for event in came:
       state.apply(event, now_s)
       yield event
     num_idle = 0
-    while actions := state.must() or ask(policy, state.view):
+    asks = state.take_wakes() or bool(came)
+    while actions := state.must() or (ask(policy, state.view) if asks else []):
+      asks = True
       num_started = 0
       for action in actions:
         orders = state.start(action)
+        yield from state.take_caught_up()
         yield from state.take_preempted()
         backend.submit(orders)
         num_started += len(orders)
@@ -121,6 +126,7 @@ def serve(
         break  # it wants nothing more until then
       num_idle += not num_started
       check_idle(policy, num_idle, actions)
+    yield from state.take_caught_up()  # of what it looked at
     if occupancy := state.take_occupancy(now_s):
       yield occupancy
 
@@ -131,6 +137,7 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
     yield from state.take_delivered()
+    yield from state.take_caught_up()
     if ended := state.take_finished():
       finished += ended
       yield from ended

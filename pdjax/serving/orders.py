@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from pdjax.serving.batch import NOBODY, Batch
 from pdjax.types.request import FinishReason, Request
 from pdjax.types.span import Span
 
@@ -67,44 +68,84 @@ class Admission:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class DecodeOrder:
-  """A decoding sequence: its slot, the most tokens it has cached when the step begins, and what is new in the slot.
+class Join:
+  """A sequence that joins the batch of a worker.
 
-  `growth` are pages that it got since its last order, if any.
+  Attributes:
+    request: The request.
+    slot: Its slot.
+    context: The most tokens it has cached when the step begins.
+    left: The most tokens that it gets from there on.
+    reach: Tokens for which it has pages; None if it has all that it may ever need.
+    admission: What fills the slot, if it is new there.
   """
 
   request: str
   slot: int
   context: int
+  left: int
+  reach: int | None = None
   admission: Admission | None = None
-  growth: PageGrowth | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Growth:
+  """Pages that a sequence of the batch got, or one that joins it again, and the tokens for which it has pages now.
+
+  `reach` is None if these are all that it may ever need.
+  """
+
+  slot: int
+  pages: PageGrowth
+  reach: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepOrder:
   """`Step`, ready to run, by that incarnation of the worker whose pages it names.
 
-  `layer_groups` are those it runs in, as (first, one after the last); none on workers whose steps run whole.
+  The sequences that a worker decodes are a batch that stands from order to order, on both sides; an order names what
+  changes in it. Those that join stand behind those that stay.
+
+  Attributes:
+    id: Its id.
+    worker: The worker.
+    chunks: Its prompt chunks.
+    joins: The sequences that join the batch.
+    leaves: The slots of those that left it, taken out before others join.
+    growth: The pages that sequences of the batch got.
+    decodes: Whether the batch is decoded.
+    steps: Decode steps; of a standing order, those that are run at once.
+    standing: Whether steps follow one another until one of the sequences ends, one lacks a page, none gets more
+      tokens, or another order for the worker comes. Steps that are with the worker by then, at most `LOOKAHEAD`, are
+      run all the same.
+    incarnation: That of the worker.
+    layer_groups: The groups of layers it runs in, as (first, one after the last); none on workers whose steps run
+      whole.
+    batch: The sequences that it decodes: what both sides know, and no message need say.
   """
 
   id: int
   worker: str
   chunks: tuple[ChunkOrder, ...] = ()
-  decodes: tuple[DecodeOrder, ...] = ()
+  joins: tuple[Join, ...] = ()
+  leaves: tuple[int, ...] = ()
+  growth: tuple[Growth, ...] = ()
+  decodes: bool = False
   steps: int = 1
+  standing: bool = False
   incarnation: int = 1
   layer_groups: tuple[tuple[int, int], ...] = ()
+  batch: Batch = dataclasses.field(default=NOBODY, repr=False, compare=False)
 
   @property
   def requests(self) -> tuple[str, ...]:
     """The ids of the requests in the step, chunks first."""
-    return (*(chunk.request.id for chunk in self.chunks), *(decode.request for decode in self.decodes))
+    return (*(chunk.request.id for chunk in self.chunks), *self.batch.requests)
 
   def has(self, request: str) -> bool:
     """Whether it computes something of a request."""
-    return any(chunk.request.id == request for chunk in self.chunks) or any(
-      decode.request == request for decode in self.decodes
-    )
+    return any(chunk.request.id == request for chunk in self.chunks) or request in self.batch.requests
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,4 +197,12 @@ class AbandonOrder:
   target: str
 
 
-Order = StepOrder | TransferOrder | EndOrder | AbandonOrder
+@dataclasses.dataclass(frozen=True, slots=True)
+class HaltOrder:
+  """Let no more steps follow of the standing order of a worker; it ends with those that are with the worker."""
+
+  id: int
+  worker: str
+
+
+Order = StepOrder | TransferOrder | EndOrder | AbandonOrder | HaltOrder

@@ -2,12 +2,98 @@
 
 import types
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from pdjax.serving.actions import Step
+from pdjax.serving.batch import NOBODY, Joining, TokenRows
 from pdjax.serving.page_allocator import PlacePages, Staging
-from pdjax.serving.requests import RequestState
+from pdjax.serving.requests import RequestState, StepInFlight, begin_steps, take_row
 from pdjax.types.worker import WorkerSpec
+
+
+class Decoding:
+  """The sequences in a worker's slots, and which of them stand in the batch that its steps decode.
+
+  Attributes:
+    entries: All of them, by id.
+    rows: Their tokens, by slot.
+    batch: The batch as of the last order.
+    members: Those in it that have not left, by slot.
+    outside: Those that are not in it, by id: the next step of all takes in who can go on.
+    leaves: Slots of the batch whose sequences left since the last order.
+    grown: Those in the batch that got pages since the last order, by slot.
+    leaving: Those that begin again once steps in flight have ended, by id.
+    standing: The order that stands until something changes; None if there is none.
+  """
+
+  def __init__(self, num_slots: int):
+    self.entries: dict[str, RequestState] = {}
+    self.rows = TokenRows(num_slots)
+    self.batch = NOBODY
+    self.members: dict[int, RequestState] = {}
+    self.outside: dict[str, RequestState] = {}
+    self.leaves: list[int] = []
+    self.grown: dict[int, RequestState] = {}
+    self.leaving: dict[str, RequestState] = {}
+    self.standing: int | None = None
+
+  def enter(self, entry: RequestState, steps: Sequence[StepInFlight]) -> None:
+    """A sequence begins to decode here."""
+    name = entry.request.id
+    self.entries[name] = self.outside[name] = entry
+    begin_steps(entry, steps)
+
+  def join(self, entry: RequestState, order: int) -> None:
+    """Take a sequence into the batch of an order."""
+    assert entry.slot is not None
+    del self.outside[entry.request.id]
+    self.members[entry.slot] = entry
+    entry.joined, entry.parted = order, None
+    take_row(entry, self.rows)
+
+  def pause(self, entry: RequestState, order: int) -> None:
+    """Take a sequence out of the batch of an order and those behind it, until it joins again."""
+    assert entry.slot is not None
+    del self.members[entry.slot]
+    self.grown.pop(entry.slot, None)
+    self.leaves.append(entry.slot)
+    entry.parted = order
+    self.outside[entry.request.id] = entry
+
+  def part(self, entry: RequestState, order: int) -> bool:
+    """Let a sequence decode no more, in orders from this one on; return whether it was in the batch."""
+    if self.entries.pop(entry.request.id, None) is None:
+      return False
+    was_member = entry.request.id not in self.outside
+    if was_member:
+      self.pause(entry, order)
+    del self.outside[entry.request.id]
+    return was_member
+
+  def note_growth(self, entry: RequestState) -> None:
+    """Note that a sequence got pages, which the next order is to say."""
+    if entry.slot is not None and self.members.get(entry.slot) is entry:
+      self.grown[entry.slot] = entry
+
+  def change(self, joins: Sequence[Joining]) -> tuple[int, ...]:
+    """Let the batch be without those that left, and with these; the slots of those that left."""
+    leaves, self.leaves = tuple(self.leaves), []
+    self.batch = self.batch.changed(leaves, joins)
+    return leaves
+
+  def stand(self, order: int, catch_up: Callable[[], None] | None) -> None:
+    """Let an order stand; with `catch_up` the backend may be asked how far it is."""
+    self.standing, self.rows.catch_up = order, catch_up
+
+  def lose(self) -> None:
+    """Forget the batch: the worker has another incarnation, or none."""
+    for slot in list(self.members):
+      entry = self.members.pop(slot)
+      self.outside[entry.request.id] = entry
+      entry.parted = entry.joined
+    self.batch, self.leaves = NOBODY, []
+    self.grown.clear()
+    self.standing = self.rows.catch_up = None
 
 
 class Holdings:
@@ -21,6 +107,7 @@ class Holdings:
     steps: Steps in flight with the ids of their orders, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
+    batch: Which of them its steps decode.
     wanted: Pages, by cache kind, that these would take if they were free.
     grows: Whether sequences take pages as they grow, and not all at once.
   """
@@ -30,9 +117,10 @@ class Holdings:
     self.grows = grows
     self.slots = deque(range(num_slots))
     self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
-    self.steps: deque[tuple[int, Step]] = deque()
+    self.steps: deque[StepInFlight] = deque()
     self.prefilling: dict[str, RequestState] = {}
-    self.decoding: dict[str, RequestState] = {}
+    self.batch = Decoding(num_slots)
+    self.decoding = self.batch.entries
     self.wanted: dict[str, int] = {}
 
 
@@ -73,7 +161,7 @@ class WorkerState:
   @property
   def steps(self) -> tuple[Step, ...]:
     """Steps in flight, oldest first, as the policy asked for them."""
-    return tuple(step for _, step in self._holdings.steps)
+    return tuple(one.step for one in self._holdings.steps)
 
   @property
   def num_steps(self) -> int:
@@ -102,13 +190,24 @@ class WorkerState:
 
   def decodable(self) -> list[str]:
     """Sequences that another decode step can bring a token, and that have a page for it."""
-    if self._holdings.grows:
-      return [name for name, entry in self._holdings.decoding.items() if entry.can_step]
-    return [name for name, entry in self._holdings.decoding.items() if entry.tokens_left > 0]
+    return [name for name, entry in self._holdings.decoding.items() if entry.can_step]
+
+  @property
+  def has_work(self) -> bool:
+    """Whether another step can bring a sequence a token that no step in flight brings it."""
+    batch = self._holdings.batch
+    if any(entry.can_step for entry in batch.outside.values()):
+      return True
+    return batch.standing is None and any(entry.can_step for entry in batch.members.values())
+
+  @property
+  def is_standing(self) -> bool:
+    """Whether a standing step goes on here until something changes."""
+    return self._holdings.batch.standing is not None
 
   @property
   def is_short(self) -> bool:
-    """Whether sequences here would decode and none can for want of pages, with no step under way to free some."""
+    """Whether sequences here would decode and none can for want of pages, with no step in flight to free some."""
     decoding = self._holdings.decoding.values()
     if not self._holdings.grows or self._holdings.steps or any(entry.can_step for entry in decoding):
       return False

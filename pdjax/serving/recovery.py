@@ -6,7 +6,7 @@ from pdjax.serving.checks import PolicyError, find_request
 from pdjax.serving.events import Preempted, TimerDue, WorkerBack, WorkerLost
 from pdjax.serving.lifecycle import file, finish, finish_all, refuse_unfit, settle, unschedule
 from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
-from pdjax.serving.requests import Phase, RequestState, enter
+from pdjax.serving.requests import Phase, RequestState, enter, give_up_row, leave_steps
 from pdjax.serving.sending import transfer_ended
 from pdjax.serving.steps import step_ended
 from pdjax.serving.tasks import abandon, give_up
@@ -78,6 +78,7 @@ def lose(books: Books, event: WorkerLost) -> None:
       step_ended(books, order)
     elif isinstance(order, TransferOrder):
       transfer_ended(books, order)
+  books.holdings[worker.name].batch.lose()
   for attempt in books.transfers.forget_worker(worker.name):
     books.requests[attempt.request].transfers -= 1
   for entry in [entry for entry in books.requests.values() if worker.name in entry.pages]:
@@ -186,7 +187,7 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
       'preempt another, or raise that.'
     )
   assert entry.target is not None
-  books.preempted.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + len(entry.tokens) - 1))
+  books.preempted.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + entry.num_tokens - 1))
   entry.preemptions += 1
   if entry.preemptions == books.max_preemptions:
     entry.pages_ahead = None  # so that it ends the next time
@@ -199,12 +200,17 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
 def begin_again(books: Books, entry: RequestState) -> None:
   """Let a request wait like one that has just come, in its old place, once no order is about it any more."""
   name = entry.request.id
-  if entry.transfers or any(isinstance(order, StepOrder) and order.has(name) for order in books.in_flight.values()):
+  steps = [order for order in books.in_flight.values() if isinstance(order, StepOrder) and order.has(name)]
+  for order in steps:
+    books.holdings[order.worker].batch.leaving[name] = entry
+  if entry.transfers or steps:
     return
+  give_up_row(entry)
   books.leave(entry, entry.target)
   for place in list(entry.pages):
     books.leave(entry, place)
-  entry.worker, entry.started, entry.tokens_due, entry.sent, entry.steps_in_flight = None, 0, 0, {}, 0
+  entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
+  leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}
   entry.delivered = tuple(entry.tokens)

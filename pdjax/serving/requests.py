@@ -2,7 +2,12 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
+import numpy as np
+
+from pdjax.serving.actions import Step
+from pdjax.serving.batch import Batch, TokenRows
 from pdjax.serving.orders import PageCopies, PageNumbers
 from pdjax.types.pools import PoolSpec, PoolSpecs
 from pdjax.types.request import Request
@@ -36,6 +41,27 @@ MOVES: dict[Phase, frozenset[Phase]] = {
 }
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class StepInFlight:
+  """A step that a worker was given.
+
+  Attributes:
+    order: The id of its order.
+    step: The step as the policy asked for it.
+    batch: The sequences that it decodes.
+    owners: Who had their rows then, see `TokenRows.owners`.
+    ahead: Decode steps of it that have not ended; of one that stands, those that are with the worker.
+    standing: Whether it stands, or stood.
+  """
+
+  order: int
+  step: Step
+  batch: Batch
+  owners: np.ndarray
+  ahead: int
+  standing: bool = False
+
+
 @dataclasses.dataclass(slots=True)
 class RequestState:
   """One request in the books; only the files of `serving/` change it.
@@ -47,8 +73,9 @@ class RequestState:
     worker: The worker that prefills it.
     target: The worker that decodes it; the same as `worker` when nothing moves.
     started: Prompt tokens handed to the worker.
-    tokens: Tokens generated and delivered.
-    steps_in_flight: Most tokens that orders in flight can bring it.
+    first_in_flight: Whether an order in flight brings its first token.
+    joined: The order with which it joined the batch; None before that.
+    parted: The order from which on it is in the batch no more; None if it is.
     transfers: Transfers of its pages under way or to be tried again.
     pages: Pages it holds, by worker and cache kind.
     slot: Its slot on `target`.
@@ -76,8 +103,9 @@ class RequestState:
   worker: str | None = None
   target: str | None = None
   started: int = 0
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  steps_in_flight: int = 0
+  first_in_flight: bool = False
+  joined: int | None = None
+  parted: int | None = None
   transfers: int = 0
   pages: dict[str, PageNumbers] = dataclasses.field(default_factory=dict)
   slot: int | None = None
@@ -96,9 +124,44 @@ class RequestState:
   growth: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
   number: int = 0
   prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly
+  _tokens: list[int] = dataclasses.field(default_factory=list)  # those that are in no row
+  _rows: TokenRows | None = dataclasses.field(default=None, repr=False)  # which has its others in that of its slot
+  _steps: Sequence[StepInFlight] = dataclasses.field(default=(), repr=False)  # in flight where it decodes
 
   def __post_init__(self):
     self.prompt_len = self.request.prompt_len
+
+  @property
+  def tokens(self) -> list[int]:
+    """Tokens generated and delivered."""
+    if self._rows is not None:
+      assert self.slot is not None
+      self._catch_up()
+      self._tokens += self._rows.take(self.slot)
+    return self._tokens
+
+  @property
+  def num_tokens(self) -> int:
+    """The number of `tokens`."""
+    if self._rows is None:
+      return len(self._tokens)
+    assert self.slot is not None
+    self._catch_up()
+    return len(self._tokens) + self._rows.count(self.slot)
+
+  def _catch_up(self) -> None:
+    if self._rows is not None and self._rows.catch_up is not None:
+      self._rows.catch_up()
+
+  @property
+  def steps_in_flight(self) -> int:
+    """Most tokens that orders in flight can bring it; of a standing one, its steps that are with the worker."""
+    count = int(self.first_in_flight)
+    if self.joined is not None:
+      for one in self._steps:
+        if self.joined <= one.order and (self.parted is None or one.order < self.parted):
+          count += one.ahead
+    return count
 
   @property
   def prefill_len(self) -> int:
@@ -113,7 +176,7 @@ class RequestState:
   @property
   def tokens_left(self) -> int:
     """Tokens that may still be asked for, those under way not counted."""
-    return self.limit - len(self.tokens) - self.steps_in_flight
+    return self.limit - self.num_tokens - self.steps_in_flight
 
   @property
   def most_tokens(self) -> int:
@@ -123,7 +186,7 @@ class RequestState:
   @property
   def next_tokens(self) -> int:
     """Tokens that are cached once one more step behind those under way has ended."""
-    return self.prompt_len + len(self.tokens) + self.steps_in_flight
+    return self.prompt_len + self.num_tokens + self.steps_in_flight
 
   @property
   def can_step(self) -> bool:
@@ -201,3 +264,41 @@ def enter(entry: RequestState, phase: Phase) -> None:
   """Move a request to another phase; every change of a phase goes through here."""
   assert phase in MOVES[entry.phase], f'{entry.request.id} is {entry.phase.value} and cannot be {phase.value}'
   entry.phase = phase
+
+
+# ---------------------------------------------------------------------------- tokens and steps
+
+
+def add_tokens(entry: RequestState, tokens: Sequence[int]) -> None:
+  """Note tokens that came for a request alone."""
+  entry.tokens.extend(tokens)
+  if entry._rows is not None:
+    assert entry.slot is not None
+    entry._rows.skip(entry.slot, len(tokens))
+
+
+def begin_steps(entry: RequestState, steps: Sequence[StepInFlight]) -> None:
+  """Have a request decode where these steps are in flight."""
+  entry._steps = steps
+
+
+def leave_steps(entry: RequestState) -> None:
+  """Have a request be in no step and no batch any more."""
+  entry.joined, entry.parted, entry._steps = None, None, ()
+
+
+def take_row(entry: RequestState, rows: TokenRows) -> None:
+  """Let steps bring a request's tokens into the row of its slot, if it has none yet."""
+  if entry._rows is None:
+    assert entry.slot is not None
+    entry._rows = rows
+    rows.own(entry.slot, entry.limit - len(entry._tokens))
+
+
+def give_up_row(entry: RequestState) -> None:
+  """Take a request's tokens out of its row, which is nobody's then."""
+  if entry._rows is not None:
+    assert entry.slot is not None
+    entry._tokens = entry.tokens
+    entry._rows.disown(entry.slot)
+    entry._rows = None

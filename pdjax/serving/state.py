@@ -1,11 +1,12 @@
 """ClusterState: hands events and actions on to the files that know what they mean for the books."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pdjax.serving import growth, lifecycle, recovery, sending, steps, tasks
-from pdjax.serving.actions import Abandon, Action, Cancel, Preempt, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving.actions import Abandon, Action, Cancel, Halt, Preempt, Reject, Resend, Step, Transfer, WakeAt
 from pdjax.serving.books import Books
 from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
 from pdjax.serving.events import (
@@ -23,7 +24,7 @@ from pdjax.serving.events import (
   WorkerLost,
 )
 from pdjax.serving.occupancy import OccupancyWatch
-from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.view import ClusterView
 from pdjax.types.checks import is_number
@@ -97,8 +98,11 @@ class ClusterState:
     try them again, send on.
     """
     books = self.books
-    actions: list[Action] = [*tasks.take_tasks(books), *books.must.values()]
+    if not (books.tasks or books.must or books.halts or books.staging_freed):
+      return []
+    actions: list[Action] = [*tasks.take_tasks(books), *books.must.values(), *books.halts.values()]
     books.must.clear()
+    books.halts.clear()
     if books.staging_freed and not actions:
       books.staging_freed = False
       return [Transfer(name, entry.target) for name, entry in books.due.items() if entry.target is not None]
@@ -165,6 +169,29 @@ class ClusterState:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
     self.books.output_len = output_len
 
+  def catch_up_with(self, backend: Any) -> None:
+    """Have a backend that leaps over steps asked how far it is, whenever somebody looks at what they bring."""
+    tell = getattr(backend, 'catch_up', None)
+    self.books.catches_up = None if tell is None else functools.partial(self._catch_up, tell)
+
+  def _catch_up(self, tell: Callable[[str], Sequence[Done]], worker: str) -> None:
+    books = self.books
+    for event in tell(worker):
+      before, books.delivered = books.delivered, []
+      self._done(event)
+      books.caught_up += [event, *books.delivered]
+      books.delivered = before
+
+  def take_caught_up(self) -> tuple[Event, ...]:
+    """What a backend told since the last call when it was asked how far it is."""
+    caught_up, self.books.caught_up = tuple(self.books.caught_up), []
+    return caught_up
+
+  def take_wakes(self) -> bool:
+    """Whether anything happened since the last call that the policy is to be asked about."""
+    wakes, self.books.wakes = self.books.wakes, False
+    return wakes
+
   # -------------------------------------------------------------------------- events
 
   def apply(self, event: Event, now_s: float) -> bool:
@@ -172,12 +199,12 @@ class ClusterState:
     books = self.books
     books.now_s = now_s
     books.idle_wakes = books.idle_wakes + 1 if isinstance(event, TimerDue) and event.timer == 'wake' else 0
-    counts = True
+    counts = wakes = True
     match event:
       case Arrived(request):
         lifecycle.arrive(books, request)
       case Done():
-        counts = self._done(event)
+        counts, wakes = self._done(event)
       case Failed():
         counts = self._failed(event)
       case TimerDue():
@@ -188,6 +215,7 @@ class ClusterState:
         counts = recovery.come_back(books, event)
       case Withdrawn(request):
         lifecycle.withdraw(books, request)
+    books.wakes = books.wakes or wakes
     self._look_again()
     return counts
 
@@ -197,12 +225,15 @@ class ClusterState:
     if self.books.growing:
       growth.grow(self.books)
 
-  def _done(self, event: Done) -> bool:
+  def _done(self, event: Done) -> tuple[bool, bool]:
+    """Apply it; whether it counts, and whether the policy is to be asked."""
     books = self.books
-    order = books.in_flight.pop(event.order, None)
+    order = books.in_flight.get(event.order)
+    if order is not None and (event.to_come == 0 or not isinstance(order, StepOrder)):
+      del books.in_flight[event.order]
     match order:
       case StepOrder():
-        steps.step_done(books, order, event)
+        return True, steps.step_done(books, order, event)
       case TransferOrder():
         if entry := sending.transfer_ended(books, order):
           books.unsettled.append(entry)
@@ -214,7 +245,7 @@ class ClusterState:
         if attempt := books.transfers.get(transfer):
           del books.in_flight[transfer]
           recovery.transfer_failed(books, attempt.order, attempt.error, corrupt=False)
-    return order is not None
+    return order is not None, True
 
   def _failed(self, event: Failed) -> bool:
     books = self.books
@@ -258,6 +289,8 @@ class ClusterState:
         orders = (tasks.start_resend(books, action),)
       case Preempt():
         orders = recovery.start_preempt(books, self.view, action)
+      case Halt():
+        orders = (HaltOrder(books.new_order_id(), action.worker),)
       case WakeAt():
         orders = self._wake_at(action)
       case _:

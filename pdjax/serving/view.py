@@ -170,6 +170,14 @@ class WorkerView(Protocol):
     """Sequences that another decode step can bring a token, and that have a page for it."""
 
   @property
+  def has_work(self) -> bool:
+    """Whether another step can bring a sequence a token that no step in flight brings it."""
+
+  @property
+  def is_standing(self) -> bool:
+    """Whether a standing step goes on here until something changes."""
+
+  @property
   def is_short(self) -> bool:
     """Whether sequences here would decode and none can for want of pages, with no step under way to free some."""
 

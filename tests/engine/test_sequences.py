@@ -9,7 +9,7 @@ import pytest
 from pdjax.engine.detokenize import Detokenizer
 from pdjax.engine.sequences import Followed, log_probabilities
 from pdjax.model.sampling import Chosen
-from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, DecodeOrder, StepOrder
+from pdjax.serving.orders import MAX_ORDERS, Admission, ChunkOrder, Join, StepOrder
 from pdjax.types import Request, SamplingParams
 from pdjax.types.request import TokenLogprob
 from tests.tiny import byte_tokenizer
@@ -129,7 +129,7 @@ def test_log_probabilities_are_those_of_the_row_with_so_many_of_the_likeliest():
 # ---------------------------------------------------------------------------- who is followed
 
 WHOLE = Request('r', PROMPT, SamplingParams(max_tokens=9))
-BEHIND = StepOrder(1, 'w', decodes=(DecodeOrder('r', 0, 4),))
+BEHIND = StepOrder(1, 'w', joins=(Join('r', 0, 4, 9),))
 
 
 def chunk(start: int) -> StepOrder:
@@ -138,7 +138,7 @@ def chunk(start: int) -> StepOrder:
 
 ANEW = {
   'its first chunk': chunk(0),
-  'an admission': StepOrder(2, 'w', decodes=(DecodeOrder('r', 0, 3, Admission(WHOLE, (0,), (4,), 9)),)),
+  'an admission': StepOrder(2, 'w', joins=(Join('r', 0, 3, 8, admission=Admission(WHOLE, (0,), (4,), 9)),)),
 }
 
 

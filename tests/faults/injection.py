@@ -172,7 +172,7 @@ class Injector:
       case StepOrder():
         if any(chunk.request.id == seen.victim for chunk in order.chunks):
           seen.prefill = order.worker
-        if any(decode.request == seen.victim for decode in order.decodes):
+        if seen.victim in order.batch.requests:
           seen.decode = order.worker
       case TransferOrder() if order.request == seen.victim:
         seen.decode = order.target
@@ -187,5 +187,7 @@ class Injector:
       seen.computed |= any(chunk.request.id == seen.victim and chunk.is_last for chunk in order.chunks)
     if isinstance(event, Done):
       seen.tokens += sum(len(result.tokens) for result in event.results if result.request == seen.victim)
+      if event.decoded is not None and isinstance(order, StepOrder) and seen.victim in order.batch.requests:
+        seen.tokens += int(event.decoded.counts[order.batch.requests.index(seen.victim)])
       if seen.open.pop(event.order, None) is not None:
         seen.ended.append(event)

@@ -43,8 +43,8 @@ def _unacknowledged(seen: Seen, what: Order | Event) -> bool:
 
 
 def _first_decode(seen: Seen, what: Order | Event) -> bool:
-  decodes = what.decodes if isinstance(what, StepOrder) else ()
-  return any(decode.request == VICTIM and decode.admission is not None for decode in decodes)
+  joins = what.joins if isinstance(what, StepOrder) else ()
+  return any(join.request == VICTIM and join.admission is not None for join in joins)
 
 
 def _mid_decode(seen: Seen, what: Order | Event) -> bool:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from pdjax.serving import ClusterState
-from pdjax.serving.events import Done, Event, Finished, Turn
+from pdjax.serving.events import Delivered, Event, Finished, Turn
 from pdjax.serving.orders import TransferOrder
 from pdjax.types import Request
 from tests.engine.cluster import assert_all_is_free
@@ -43,7 +43,7 @@ def assert_right(
   assert Counter(end.request for end in ends) == Counter(one.id for one in requests), 'each ends once'
   delivered: dict[str, list[int]] = {}
   for event in events:
-    if isinstance(event, Done):
+    if isinstance(event, Delivered):
       for result in event.results:
         delivered.setdefault(result.request, []).extend(result.tokens)
   by_id = {one.id: one for one in requests}

@@ -9,10 +9,14 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from experiments.faults.chaos import Fault
+from pdjax.serving.bounds import Bounds
 from pdjax.serving.events import Done, Event, Failed, Result, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, ChunkOrder, Order, StepOrder, TransferOrder
 from pdjax.simulator import Simulator
+from pdjax.standing_run import StandingRun
 from pdjax.types import ModelSpec, Request
 
 
@@ -60,7 +64,7 @@ class ShadowSimulator(Simulator):
     slow_s: float = 5.0,
     checksums: bool = True,
   ):
-    super().__init__(*args)
+    super().__init__(*args, leaps=False)
     self.incarnations = dict.fromkeys(self._workers, 1)
     self.fault_of = fault_of
     self._page_sizes = page_sizes
@@ -68,7 +72,8 @@ class ShadowSimulator(Simulator):
     self._checksums = checksums
     self._pages: dict[tuple[str, int], list[object]] = {}  # layer by layer, by worker and page · page size + offset
     self._slots: dict[tuple[str, int], _Sequence] = {}
-    self._results: dict[int, tuple[tuple[Result, ...], int]] = {}
+    self._firsts: dict[tuple[int, str], int] = {}  # by order and request
+    self._columns: dict[int, list[list[int | None]]] = {}  # of each decode step of an order, a token a row
     self._contents: dict[int, list[list[object]]] = {}  # of transfers that may still be written
 
   def lose(self, worker: str, error: str = 'it is gone') -> tuple[WorkerLost, WorkerBack]:
@@ -76,6 +81,10 @@ class ShadowSimulator(Simulator):
     self.incarnations[worker] += 1
     self._pages = {place: token for place, token in self._pages.items() if place[0] != worker}
     self._slots = {place: one for place, one in self._slots.items() if place[0] != worker}
+    self._bounds[worker] = Bounds()
+    for run in self._runs[worker]:
+      run.version += 1  # nothing more is told of it
+    self._runs[worker] = []
     return WorkerLost(worker, self._now_s, error), WorkerBack(worker, self._now_s, self.incarnations[worker])
 
   def _submit(self, order: Order) -> None:
@@ -83,7 +92,6 @@ class ShadowSimulator(Simulator):
       case StepOrder():
         if order.incarnation != self.incarnations[order.worker]:
           return  # handed over before anyone knew
-        self._results[order.id] = self._results_of(order)
       case TransferOrder():
         present = self.incarnations[order.source], self.incarnations[order.target]
         if order.incarnations != present:
@@ -142,56 +150,71 @@ class ShadowSimulator(Simulator):
 
   # -------------------------------------------------------------------------- steps
 
-  def _results_of(self, order: StepOrder) -> tuple[tuple[Result, ...], int]:
-    name, results, wasted = order.worker, [], 0
-    for decode in order.decodes:
-      if (new := decode.admission) is not None:
+  def _submit_step(self, order: StepOrder) -> None:
+    name = order.worker
+    for join in order.joins:
+      if (new := join.admission) is not None:
         for pair in new.copies.get('kv', ()):
           self._copy(name, *pair)
         last = new.tokens[-1] if new.tokens else new.request.prompt[-1]
         cached = new.request.prompt_len + len(new.tokens) - 1
-        self._slots[name, decode.slot] = _Sequence(
-          new.request, new.pages['kv'], cached, last, len(new.tokens), new.limit
-        )
+        self._slots[name, join.slot] = _Sequence(new.request, new.pages['kv'], cached, last, len(new.tokens), new.limit)
+    for growth in order.growth:
+      if 'kv' in growth.pages:
+        sequence = self._slots[name, growth.slot]
+        first, pages = growth.pages['kv']
+        assert first == len(sequence.pages), f'{growth} leaves out pages'
+        sequence.pages = (*sequence.pages, *pages)
     for chunk in order.chunks:
       for position, token in enumerate(chunk.token_ids, chunk.start):
         self._write(name, chunk.pages['kv'], position, token)
       if chunk.is_last:
         token = next_token(self._read(name, chunk.pages['kv'], chunk.request.prompt_len), self._model)
         first = _Sequence(chunk.request, chunk.pages['kv'], chunk.request.prompt_len, token, 1, chunk.limit)
-        results.append(self._result(first, (token,)))
+        self._firsts[order.id, chunk.request.id] = token
         if chunk.slot is not None:
           self._slots[name, chunk.slot] = first
-    started_here = {chunk.request.id for chunk in order.chunks}
-    for decode in order.decodes:
-      assert decode.request not in started_here
-      sequence = self._slots[name, decode.slot]
-      assert sequence.request.id == decode.request
-      if decode.growth and 'kv' in decode.growth:
-        first, pages = decode.growth['kv']
-        assert first == len(sequence.pages), f'{decode} leaves out pages'
-        sequence.pages = (*sequence.pages, *pages)
-      tokens = self._decode(name, sequence, order.steps)
-      wasted += order.steps - len(tokens)
-      if tokens:
-        results.append(self._result(sequence, tokens))
-    return tuple(results), wasted
+    assert not {chunk.request.id for chunk in order.chunks} & set(order.batch.requests)
+    self._columns[order.id] = []
+    super()._submit_step(order)
 
-  def _decode(self, worker: str, sequence: _Sequence, steps: int) -> tuple[int, ...]:
-    tokens = []
-    for _ in range(min(steps, sequence.limit - sequence.generated)):
-      self._write(worker, sequence.pages, sequence.cached, sequence.last)
-      sequence.cached += 1
-      sequence.last = next_token(self._read(worker, sequence.pages, sequence.cached), self._model)
-      sequence.generated += 1
-      tokens.append(sequence.last)
-    return tuple(tokens)
+  def _first(self, chunk: ChunkOrder) -> Result:
+    token = next(token for (_, name), token in reversed(self._firsts.items()) if name == chunk.request.id)
+    return dataclasses.replace(super()._first(chunk), tokens=(token,))
 
-  def _result(self, sequence: _Sequence, tokens: tuple[int, ...]) -> Result:
-    return Result(sequence.request.id, tokens, 'length' if sequence.generated >= sequence.limit else None)
+  def _dispatch(self, run: StandingRun) -> None:
+    super()._dispatch(run)
+    self._compute(run.order, run.with_worker())
 
-  def _step_done(self, order: StepOrder, began_s: float) -> Done:
-    return Done(order.id, began_s, self._ends_s.pop(order.id), *self._results.pop(order.id))
+  def _tokens(self, order: StepOrder, before: int, after: int) -> np.ndarray:
+    if not order.standing:
+      self._compute(order, after)
+    columns = self._columns[order.id][before:after]
+    assert len(columns) == after - before, 'a step is told of that was not handed over'
+    tokens = np.full((after - before, len(order.batch)), -1, np.int32)
+    for row in range(len(order.batch)):
+      got = [column[row] for column in columns if column[row] is not None]
+      tokens[: len(got), row] = got
+    return tokens
+
+  def _compute(self, order: StepOrder, steps: int) -> None:
+    columns = self._columns[order.id]
+    while len(columns) < steps:
+      columns.append(
+        [self._decode(order.worker, *row) for row in zip(order.batch.requests, order.batch.slots, strict=True)]
+      )
+
+  def _decode(self, worker: str, request: str, slot: int) -> int | None:
+    """Have a sequence get its next token; None if it has ended."""
+    sequence = self._slots[worker, slot]
+    assert sequence.request.id == request
+    if sequence.generated >= sequence.limit:
+      return None
+    self._write(worker, sequence.pages, sequence.cached, sequence.last)
+    sequence.cached += 1
+    sequence.last = next_token(self._read(worker, sequence.pages, sequence.cached), self._model)
+    sequence.generated += 1
+    return sequence.last
 
   def _write(self, worker: str, pages: Sequence[int], position: int, token: object) -> None:
     size = self._page_sizes[worker]

@@ -6,8 +6,9 @@ import pytest
 
 import pdjax
 from pdjax.metrics import Report
+from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Arrived, Delivered, Done, Event, Finished, Result, Started, Turn
-from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder, TransferOrder
+from pdjax.serving.orders import Admission, ChunkOrder, Join, StepOrder, TransferOrder
 from pdjax.types.request import Request
 from pdjax.types.span import Span
 from tests import tiny
@@ -42,13 +43,15 @@ class Log:
     chunks = tuple(
       ChunkOrder(self.requests[name], start, length, pages={'kv': (0, 1)}, limit=4) for name, start, length in chunks
     )
-    decodes = tuple(
-      DecodeOrder(
-        name, slot, context=4, admission=Admission(self.requests[name], {'kv': (7, 8)}, self.tokens[name], limit=4)
+    joins = tuple(
+      Join(
+        name, slot, context=4, left=4,
+        admission=Admission(self.requests[name], {'kv': (7, 8)}, self.tokens[name], limit=4),
       )
       for slot, name in enumerate(decodes)
-    )
-    return self.start(StepOrder(self.num_orders, worker, chunks, decodes))
+    )  # fmt: skip
+    batch = NOBODY.changed((), joins)
+    return self.start(StepOrder(self.num_orders, worker, chunks, joins, decodes=bool(joins), batch=batch))
 
   def transfer(self, name, source='p', target='d', pages=(0, 1)):
     self.num_orders += 1

@@ -11,8 +11,10 @@ from pdjax.metrics.event_log import EventLog, event_to_json, read_events
 from pdjax.serving.events import (
   Arrived,
   Comeback,
+  Decoded,
   Delivered,
   Done,
+  Ended,
   Failed,
   Occupancy,
   Result,
@@ -22,7 +24,7 @@ from pdjax.serving.events import (
   WorkerLost,
   WorkerUse,
 )
-from pdjax.serving.orders import DecodeOrder, EndOrder, StepOrder
+from pdjax.serving.orders import EndOrder
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
 
 
@@ -91,7 +93,7 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
     'delivered': [],
   }
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
-  assert decode['decodes'][0]['admission'] == {
+  assert decode['joins'][0]['admission'] == {
     'request': 'r', 'pages': {'kv': [7, 8]}, 'tokens': [100], 'limit': 4, 'copies': {},
   }  # fmt: skip
   assert end['order'] == 'EndOrder' and end['reason'] == 'no longer wanted'
@@ -111,10 +113,9 @@ def test_what_a_step_brought_too_late_is_named_behind_it(tmp_path):
 
 
 def test_what_is_written_field_by_field_has_every_field_in_its_order():
-  step = StepOrder(1, 'w', decodes=(DecodeOrder('r', 0, 4),))
-  (decode,) = event_to_json(Started(0.0, step))['order']['decodes']
-  (result,) = event_to_json(Done(1, 0.0, 1.0, (Result('r', (5,)),)))['results']
-  for line, kind in ((decode, DecodeOrder), (result, Result)):
+  decoded = Decoded(np.array([[5, 6]], np.int32), np.array([1, 0]), (Ended(0, 'stop'),))
+  done = event_to_json(Done(1, 0.0, 1.0, (Result('r', (5,)),), decoded))
+  for line, kind in ((done['results'][0], Result), (done['decoded'], Decoded), (done['decoded']['ended'][0], Ended)):
     assert list(line) == [field.name for field in dataclasses.fields(kind)]
 
 

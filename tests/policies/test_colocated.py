@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.policies import Colocated
-from pdjax.serving import ALL, Chunk, PolicyError, Step
+from pdjax.serving import ALL, STANDING, Chunk, PolicyError, Step
 from pdjax.types import colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver
 
@@ -47,7 +47,7 @@ def test_decodes_that_eat_the_budget_leave_no_prompt_tokens():
   cluster = _decoding('a', 'b', 'c')
   cluster.arrive('w')
   for budget in (2, 3):
-    assert Colocated(token_budget=budget).decide(cluster.view) == [Step('both0', decodes=ALL)]
+    assert Colocated(token_budget=budget).decide(cluster.view) == [Step('both0', decodes=ALL, steps=STANDING)]
   assert Colocated(token_budget=4).decide(cluster.view) == [Step('both0', (Chunk('w', 0, 1),), ALL)]
 
 
@@ -63,7 +63,7 @@ def test_a_prompt_in_flight_is_decoded_in_the_next_step_already():
   cluster = Driver(colocated_pool(1, **SIZES))
   cluster.arrive('a', prompt_len=4)
   _carry_out(cluster)
-  assert POLICY.decide(cluster.view) == [Step('both0', decodes=ALL)]
+  assert POLICY.decide(cluster.view) == [Step('both0', decodes=ALL, steps=STANDING)]
   _carry_out(cluster)
   assert POLICY.decide(cluster.view) == []  # two steps in flight
 
@@ -89,7 +89,7 @@ def test_prompts_are_spread_over_the_workers_by_their_queues():
 def test_a_worker_with_fewer_sequences_takes_the_next_of_equal_queues():
   cluster = _decoding('a', 'b', workers=2)
   cluster.arrive('w', prompt_len=3)
-  assert POLICY.decide(cluster.view) == [Step('both0', decodes=ALL), Step('both1', (Chunk('w', 0, 3),))]
+  assert POLICY.decide(cluster.view) == [Step('both0', decodes=ALL, steps=STANDING), Step('both1', (Chunk('w', 0, 3),))]
 
 
 def test_a_prompt_begins_only_where_all_its_tokens_will_fit():

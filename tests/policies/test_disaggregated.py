@@ -3,7 +3,7 @@
 import dataclasses
 
 from pdjax.policies import Disaggregated
-from pdjax.serving import ALL, Chunk, Phase, Step, Transfer
+from pdjax.serving import ALL, STANDING, Chunk, Phase, Step, Transfer
 from pdjax.types import colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver, snapshot
 
@@ -100,7 +100,7 @@ def test_a_prompt_is_prefilled_although_there_is_no_room_to_decode_and_moves_whe
   cluster.end(step, {'a': 1, 'b': 1})
   assert POLICY.decide(cluster.view) == []  # the slot is kept for `a`
   cluster.end(transfer)
-  assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL)]
+  assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=STANDING)]
   (decode,) = _carry_out(cluster)
   assert POLICY.decide(cluster.view) == []
   cluster.end(decode, {'a': 1}, {'a': 'length'})
@@ -162,7 +162,7 @@ def test_a_decode_worker_is_kept_two_steps_ahead_over_all_it_holds():
   cluster = Driver()
   _decoding(cluster, 'a', 'b')
   for _ in range(2):
-    assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL)]
+    assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=STANDING)]
     _carry_out(cluster)
   assert POLICY.decide(cluster.view) == []
 
@@ -190,7 +190,7 @@ def test_transfers_prefills_and_decodes_are_decided_together():
   assert POLICY.decide(cluster.view) == [
     Transfer('m', 'decode1'),
     Step('prefill0', (Chunk('w', 0, 3),)),  # sent later: `m` was waiting for room before it
-    Step('decode0', decodes=ALL),
+    Step('decode0', decodes=ALL, steps=STANDING),
   ]
 
 

@@ -105,7 +105,7 @@ def snapshot(state: ClusterState) -> dict:
       tuple(state.books.holdings[name].pages.by_kind['kv']._free),
       tuple(state.books.holdings[name].pages.by_kind['kv']._holders),
       tuple(state.books.holdings[name].slots),
-      tuple(state.books.holdings[name].steps),
+      tuple((one.order, one.step, one.batch.requests, one.ahead) for one in state.books.holdings[name].steps),
       tuple(worker.prefilling),
       tuple(worker.decoding),
       worker.queued_tokens,
@@ -123,7 +123,7 @@ def end_well(cluster: Driver, order: Order) -> None:
   brings = {}
   if isinstance(order, StepOrder):
     brings = {chunk.request.id: 1 for chunk in order.chunks if chunk.is_last}
-    brings |= {decode.request: 1 for decode in order.decodes}
+    brings |= dict.fromkeys(order.batch.requests, 1)
   cluster.end(order, brings)
 
 

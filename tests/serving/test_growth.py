@@ -8,7 +8,7 @@ import pytest
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ALL, Chunk, ClusterState, Phase, PolicyError, Preempt, Step, serve
 from pdjax.serving.events import Finished, Preempted, Turn
-from pdjax.serving.orders import StepOrder
+from pdjax.serving.orders import Growth, StepOrder
 from pdjax.simulator import Replay
 from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
 from pdjax.workload import Listed
@@ -39,7 +39,7 @@ def begin(cluster: Driver, **prompts: int) -> None:
 
 def decode(cluster: Driver, steps: int = 1) -> StepOrder:
   (step,) = cluster.start(Step('both0', decodes=ALL, steps=steps))
-  cluster.end(step, {one.request: step.steps for one in step.decodes})
+  cluster.end(step, dict.fromkeys(step.batch.requests, step.steps))
   return step
 
 
@@ -51,16 +51,16 @@ def test_a_sequence_takes_pages_as_it_grows_and_orders_name_them():
   cluster = grown(num_pages=16)
   begin(cluster, a=4)
   assert held(cluster, 'a') == 3  # four tokens, the next in a second page, and one ahead
-  assert not decode(cluster).decodes[0].growth
-  growths = [decode(cluster).decodes[0].growth for _ in range(8)]
-  assert [growth for growth in growths if growth] == [{'kv': (3, (3,))}, {'kv': (4, (4,))}]
+  assert not decode(cluster).growth
+  growths = [growth for _ in range(8) for growth in decode(cluster).growth]
+  assert growths == [Growth(0, {'kv': (3, (3,))}, 16), Growth(0, {'kv': (4, (4,))}, 20)]
   assert held(cluster, 'a') == 5 and cluster.view.workers['both0'].free_pages == 11
 
 
 def test_with_all_pages_at_once_nothing_grows():
   cluster = Driver(colocated_pool(1, **SIZES | {'num_pages': 16}))
   begin(cluster, a=4)
-  assert held(cluster, 'a') == 6 and not any(decode(cluster).decodes[0].growth for _ in range(9))
+  assert held(cluster, 'a') == 6 and not any(decode(cluster).growth for _ in range(9))
 
 
 def test_the_oldest_goes_on_and_whoever_lacks_a_page_waits_until_some_are_freed():

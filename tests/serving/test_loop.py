@@ -11,7 +11,7 @@ from pdjax.completions import complete
 from pdjax.cost import Roofline
 from pdjax.metrics import Report
 from pdjax.policies import Colocated
-from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
+from pdjax.serving import ALL, STANDING, Cancel, Chunk, ClusterState, PolicyError, Step, StuckError, serve
 from pdjax.serving.events import (
   Arrived,
   Delivered,
@@ -431,20 +431,24 @@ def test_decisions_depend_on_true_output_lengths_only_once_they_show():
     for event in events:
       if isinstance(event, Started) and isinstance(event.order, StepOrder):
         chunks = tuple(dataclasses.replace(one, limit=0) for one in event.order.chunks)
-        event = dataclasses.replace(event, order=dataclasses.replace(event.order, chunks=chunks))
+        joins = tuple(dataclasses.replace(one, left=0) for one in event.order.joins)
+        event = dataclasses.replace(event, order=dataclasses.replace(event.order, chunks=chunks, joins=joins))
       seen.append(event)
     return seen
 
   short, long = plans(run(4)), plans(run(7))
   shows = next(index for index, (one, other) in enumerate(zip(short, long, strict=False)) if one != other)
-  assert isinstance(short[shows], Done) and short[shows].results[1].finish_reason == 'length'
+  assert isinstance(short[shows], Done) and [one.row for one in short[shows].decoded.ended] == [1]
   assert sum(isinstance(event, Started) for event in short[:shows]) >= 4
 
 
 def test_the_driver_of_these_tests_agrees_with_the_loop():
   cluster = Driver(WORKERS)
   cluster.arrive('a', prompt=(2, 3, 4), max_tokens=2)
-  by_hand = [*cluster.start(Step('both0', (Chunk('a', 0, 3),))), *cluster.start(Step('both0', decodes=ALL))]
+  by_hand = [
+    *cluster.start(Step('both0', (Chunk('a', 0, 3),))),
+    *cluster.start(Step('both0', decodes=ALL, steps=STANDING)),
+  ]
   events = list(serve(Listed([_request('a')]), Colocated(), _simulator(Listed([])), ClusterState(TINY, WORKERS, 4)))
   assert [event.order for event in events if isinstance(event, Started)] == by_hand
   assert all(isinstance(order, StepOrder) for order in by_hand)

@@ -180,8 +180,8 @@ def test_a_request_whose_decode_worker_is_lost_begins_again_with_what_it_got():
   assert transfer.span.tokens == 12
   cluster.end(transfer)
   (step,) = cluster.start(Step('decode1', decodes=ALL))
-  (decode,) = step.decodes
-  assert decode.admission.tokens == (7, 7, 7) and decode.context == 12
+  (join,) = step.joins
+  assert join.admission.tokens == (7, 7, 7) and join.context == 12
   cluster.end(step, {'a': 1}, {'a': 'length'})
   assert [end.tokens for end in cluster.finished] == [(7,) * 4]
   cluster.assert_idle()
@@ -197,7 +197,7 @@ def test_on_one_worker_a_request_begun_again_is_admitted_when_its_tokens_are_com
   assert step.chunks[0].slot is None and cluster.state.workers['both1'].decodable() == []
   cluster.end(step)
   (step,) = cluster.start(Step('both1', decodes=ALL))
-  assert step.decodes[0].admission.tokens == (7, 7) and step.decodes[0].context == 7
+  assert step.joins[0].admission.tokens == (7, 7) and step.joins[0].context == 7
   cluster.end(step, {'a': 2}, {'a': 'length'})
   cluster.assert_idle()
 
@@ -269,7 +269,7 @@ def test_samples_that_have_begun_begin_again_each_by_itself():
   for name in ('a', 'a#2'):
     cluster.end(cluster.start(Transfer(name, 'decode1'))[0])
   (step,) = cluster.start(Step('decode1', decodes=ALL))
-  assert {decode.request: decode.admission.copies for decode in step.decodes} == {'a': {}, 'a#2': {}}
+  assert {join.request: join.admission.copies for join in step.joins} == {'a': {}, 'a#2': {}}
   cluster.end(step, {'a': 1, 'a#2': 1}, {'a': 'stop', 'a#2': 'stop'})
   cluster.assert_idle()
 

@@ -29,7 +29,7 @@ def prefilled(prompt_len: int = 10, finish=None, send_to=None, **options) -> tup
 
 
 def admissions(order: StepOrder) -> dict:
-  return {decode.request: decode.admission for decode in order.decodes}
+  return {join.request: join.admission for join in order.joins}
 
 
 # ---------------------------------------------------------------------------- requests
@@ -77,7 +77,7 @@ def test_samples_share_the_pages_before_the_prompts_last_token(prompt_len, share
   assert [arrived[name].tokens for name in THREE] == [(7,), (), ()]
   copies = [arrived[name].copies.get('kv') for name in THREE]
   assert copies == [None, *(((pages[0][shared], one[shared]),) for one in pages[1:])]
-  assert [decode.context for decode in step.decodes] == [prompt_len, prompt_len - 1, prompt_len - 1]
+  assert [join.context for join in step.joins] == [prompt_len, prompt_len - 1, prompt_len - 1]
 
 
 def test_the_prompt_is_moved_once_and_all_begin_when_it_is_there():
@@ -95,11 +95,11 @@ def test_on_one_worker_the_others_begin_with_the_first_token():
   (step,) = cluster.start(Step('both0', (Chunk('a', 0, 6),)))
   assert step.chunks[0].slot is not None
   (ahead,) = cluster.start(Step('both0', decodes=ALL))
-  assert [decode.request for decode in ahead.decodes] == ['a']
+  assert ahead.batch.requests == ('a',)
   cluster.end(step, {'a': 1})
   cluster.end(ahead, {'a': 1})
   (step,) = cluster.start(Step('both0', decodes=ALL))
-  assert [decode.request for decode in step.decodes] == [*THREE]
+  assert step.batch.requests == (*THREE,)
   cluster.end(step, dict.fromkeys(THREE, 1), dict.fromkeys(THREE, 'stop'))
   assert [len(end.tokens) for end in cluster.finished] == [3, 1, 1]
   cluster.assert_idle()
@@ -281,7 +281,7 @@ def test_a_failed_order_ends_all_samples_that_wait_for_it(point):
         end_well(cluster, order)
     errors = [end for end in cluster.finished[gone:] if end.finish_reason == 'error']
     if isinstance(orders[failed], StepOrder) and not orders[failed].chunks:
-      assert {end.request for end in errors} == {decode.request for decode in orders[failed].decodes}
+      assert {end.request for end in errors} == set(orders[failed].batch.requests)
     else:
       assert len(errors) == 3 - gone
     cluster.apply(Withdrawn('a'))
@@ -374,6 +374,7 @@ class Memory:
     self._sequences: dict[str, list] = {}  # request, its pages, cached tokens, generated tokens
     self._moving: dict[int, tuple[TransferOrder, list]] = {}
     self._given_up: dict[int, int] = {}
+    self._standing: dict[int, StepOrder] = {}
     self.shared = 0
 
   def follow(self, event: Event) -> None:
@@ -384,6 +385,8 @@ class Memory:
         self._moving[order.id] = order, [dict(self._pages.get((order.source, p), {})) for p in order.span.source_pages]
       case Started(_, AbandonOrder(order, transfer)):
         self._given_up[order] = transfer
+      case Done(order) if order in self._standing:
+        self._decode(self._standing[order], event.num_steps)
       case Done(order) if order in self._given_up:
         self._moving.pop(self._given_up[order], None)
       case Done(order) if order in self._moving:
@@ -398,18 +401,25 @@ class Memory:
         self._write(order.worker, chunk.pages['kv'], position, owner_of(chunk.request, position))
       if chunk.slot is not None:
         self._sequences[chunk.request.id] = [chunk.request, chunk.pages['kv'], chunk.request.prompt_len, 1]
-    for decode in order.decodes:
-      if (new := decode.admission) is not None:
+    for join in order.joins:
+      if (new := join.admission) is not None:
         for source, own in new.copies.get('kv', ()):
           self._pages[order.worker, own] = dict(self._pages[order.worker, source])
           self.shared += 1
         cached = new.request.prompt_len + len(new.tokens) - 1
-        self._sequences[decode.request] = [new.request, new.pages['kv'], cached, len(new.tokens)]
-      self._decode(order, self._sequences[decode.request])
+        self._sequences[join.request] = [new.request, new.pages['kv'], cached, len(new.tokens)]
+    if order.standing:
+      self._standing[order.id] = order
+    else:
+      self._decode(order, order.steps)
 
-  def _decode(self, order: StepOrder, sequence: list) -> None:
+  def _decode(self, order: StepOrder, steps: int) -> None:
+    for name in order.batch.requests:
+      self._decode_one(order, self._sequences[name], steps)
+
+  def _decode_one(self, order: StepOrder, sequence: list, steps: int) -> None:
     request, pages, _, _ = sequence
-    for _ in range(order.steps):
+    for _ in range(steps):
       if sequence[3] >= self._lengths[request.id]:
         return
       for position in range(sequence[2]):
@@ -521,8 +531,8 @@ def test_two_prefill_workers_share_a_decode_worker_among_samples():
     cluster.end(step, {name: 1})
     cluster.end(transfer)
   (step,) = cluster.start(Step('decode0', decodes=ALL))
-  names = [decode.request for decode in step.decodes]
-  assert names == ['a', 'a#1', 'b', 'b#1'] and len({decode.slot for decode in step.decodes}) == 4
+  assert step.batch.requests == ('a', 'a#1', 'b', 'b#1') and len(set(step.batch.slots)) == 4
+  names = step.batch.requests
   cluster.end(step, dict.fromkeys(names, 1), dict.fromkeys(names, 'stop'))
   cluster.assert_idle()
 

@@ -6,7 +6,7 @@ import pytest
 
 from pdjax.serving import ALL, Cancel, Chunk, Phase, Step, StuckError
 from pdjax.serving.events import Done, Failed, Finished
-from pdjax.serving.orders import Admission, ChunkOrder, DecodeOrder, StepOrder, TransferOrder
+from pdjax.serving.orders import Admission, ChunkOrder, Join, StepOrder, TransferOrder
 from pdjax.types import colocated_pool
 from pdjax.types.span import Span
 from tests.serving.driver import ONE_OF_EACH, SIZES, TINY, Driver, fail, moving
@@ -39,11 +39,12 @@ def test_one_prompt_goes_through_two_workers():
   (first,) = cluster.start(Step('decode0', decodes=ALL))
   (second,) = cluster.start(Step('decode0', decodes=('a',)))
   admission = Admission(request, pages={'kv': (5, 6, 7)}, tokens=(7,), limit=4)
-  assert first == StepOrder(2, 'decode0', (), (DecodeOrder('a', 0, 6, admission),), steps=1)
-  assert second == StepOrder(3, 'decode0', (), (DecodeOrder('a', 0, 7),), steps=1)
+  assert first == StepOrder(2, 'decode0', joins=(Join('a', 0, 6, 3, admission=admission),), decodes=True)
+  assert second == StepOrder(3, 'decode0', decodes=True) and second.batch is first.batch
+  assert first.batch.requests == ('a',) and first.batch.slots == (0,)
   cluster.end(first, {'a': 1})
   (third,) = cluster.start(Step('decode0', decodes=ALL))
-  assert third.decodes == (DecodeOrder('a', 0, 8),)
+  assert third == StepOrder(4, 'decode0', decodes=True) and third.batch is first.batch
   cluster.end(second, {'a': 1})
   cluster.end(third, {'a': 1}, {'a': 'length'})
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pdjax.serving import ALL, Chunk, Phase, Step
-from pdjax.serving.orders import ChunkOrder, DecodeOrder
+from pdjax.serving.orders import ChunkOrder, Join
 from pdjax.types import colocated_pool
 from tests.serving.driver import SIZES, Driver
 
@@ -15,10 +15,10 @@ def test_a_colocated_prompt_decodes_where_it_is_and_needs_no_admission():
   assert step.chunks == (ChunkOrder(request, 0, 5, pages={'kv': (0, 1)}, limit=3, slot=0),)  # 5 + 2 tokens
   assert cluster.state.workers['both0'].decodable() == ['a']  # its first token stays on the device
   (decode,) = cluster.start(Step('both0', decodes=ALL))
-  assert decode.decodes == (DecodeOrder('a', 0, context=5),)
+  assert decode.joins == (Join('a', 0, context=5, left=2),)
   cluster.end(step, {'a': 1})
   (last,) = cluster.start(Step('both0', decodes=ALL))
-  assert last.decodes == (DecodeOrder('a', 0, context=6),)
+  assert last.joins == () and last.batch is decode.batch
   assert cluster.state.workers['both0'].decodable() == []  # every token it may have is asked for
   cluster.end(decode, {'a': 1})
   cluster.end(last, {'a': 1}, {'a': 'length'})
@@ -32,7 +32,7 @@ def test_one_step_fuses_chunks_with_decodes():
   request = cluster.arrive('b', prompt_len=12)
   (fused,) = cluster.start(Step('both0', (Chunk('b', 0, 8),), ALL))
   assert fused.chunks == (ChunkOrder(request, 0, 8, pages={'kv': (2, 3, 4, 5)}, limit=4, slot=None),)
-  assert [decode.request for decode in fused.decodes] == ['a'] and fused.steps == 1
+  assert fused.batch.requests == ('a',) and fused.steps == 1
   cluster.end(fused, {'a': 1})
   assert len(cluster.view.requests['a'].tokens) == 2 and cluster.phase('b') is Phase.PREFILLING
   assert list(cluster.state.workers['both0'].prefilling) == ['b']
@@ -60,7 +60,7 @@ def test_two_steps_in_flight_ask_for_no_more_tokens_than_are_left():
   (first,) = cluster.start(Step('both0', decodes=ALL, steps=3))
   (second,) = cluster.start(Step('both0', decodes=ALL, steps=3))
   assert (first.steps, second.steps) == (3, 2)  # with the first token, six
-  assert (first.decodes[0].context, second.decodes[0].context) == (4, 7)
+  assert first.joins[0].context == 4 and second.batch is first.batch
   assert cluster.state.workers['both0'].decodable() == []
 
 
@@ -68,8 +68,8 @@ def test_a_sequence_asked_for_more_than_it_has_left_is_not_asked_again():
   cluster = _decoding(2, 9)
   (first,) = cluster.start(Step('both0', decodes=ALL, steps=4))
   (second,) = cluster.start(Step('both0', decodes=ALL, steps=4))
-  assert [decode.request for decode in first.decodes] == ['r0', 'r1']
-  assert [decode.request for decode in second.decodes] == ['r1']
+  assert first.batch.requests == ('r0', 'r1')
+  assert second.batch.requests == ('r1',) and second.leaves == (0,)
   cluster.end(first, {'r0': 1, 'r1': 4}, {'r0': 'length'})
   cluster.end(second, {'r1': 4}, {'r1': 'length'})
   assert [len(one.tokens) for one in cluster.finished] == [2, 9]

@@ -94,7 +94,7 @@ def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     bar = {
       'kind': span.kind, 'worker': span.worker,
       'a': rounded(span.began_s - start_s), 'b': rounded(span.ended_s - start_s),
-      'ms': to_digits((span.ended_s - span.began_s) * 1e3), 'count': 1, 'requests': some_of(span.requests),
+      'ms': to_digits((span.ended_s - span.began_s) * 1e3), 'count': span.steps, 'requests': some_of(span.requests),
     }  # fmt: skip
     if span.kind == 'transfer':
       moved = {'way': f'{span.worker} → {span.target}', 'kilobytes': round(span.wire_bytes / 1e3, 1)}
@@ -159,7 +159,7 @@ def _shares(spans: Sequence[BusySpan], edges_s: np.ndarray) -> Iterable[tuple[in
   def total(values: Sequence[int]) -> np.ndarray:
     return np.bincount(slots, values, len(share)).astype(np.int64)
 
-  counts, prompt = np.bincount(slots, minlength=len(share)), total([span.prompt_tokens for span in spans])
+  counts, prompt = total([span.steps for span in spans]), total([span.prompt_tokens for span in spans])
   output, wire = total([span.output_tokens for span in spans]), total([span.wire_bytes for span in spans])
   requests: dict[int, dict[str, None]] = {}
   for slot, span in zip(slots.tolist(), spans, strict=True):

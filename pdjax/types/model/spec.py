@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
+
 from pdjax.types.cache import CacheKind, KVDtypeName
 from pdjax.types.checked import SOME, Index, Positive, Size, check_fields, refusal
 from pdjax.types.fitting import Misfit, Must, at_least, fit
@@ -345,6 +347,40 @@ class ModelSpec(Presets):
         pairs = sum(min(context + 1, window) for context in contexts)
       total += layers * self.attention.flops(pairs, seen)
     return total
+
+  def decode_run(
+    self, kv_dtype: KVDtypeName, contexts: Sequence[int], steps: int, shards: int = 1
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """`decode_attention_flops` and `read_bytes` of each of so many decode steps in a row, `[steps]` each.
+
+    Args:
+      kv_dtype: Of the cache.
+      contexts: Cached tokens of each sequence when the first begins.
+      steps: Steps, in each of which every sequence gets a token.
+      shards: Devices that cut the heads.
+    """
+    ahead, batch = np.arange(steps), len(contexts)
+    total = sum(contexts) + batch * ahead
+    rows = np.array(contexts, np.int64) + ahead[:, None] if self._has_windows else total
+
+    def seen(window: int | None, more: int = 0) -> np.ndarray:
+      return total + more * batch if window is None else np.minimum(rows + more, window).sum(axis=1)
+
+    flops = np.zeros(steps, np.int64)
+    for window, layers in caching.attention_layers(self):
+      pairs = zip(seen(window, 1).tolist(), seen(window).tolist(), strict=True)
+      flops = flops + layers * np.array([self.attention.flops(*one) for one in pairs], np.int64)
+    reads = caching.cache_bytes(self, kv_dtype, shards)
+    size = np.full(steps, 2 * reads.state * batch, np.int64)
+    for window, token in reads.by_window:
+      size = size + token * seen(window)
+    return flops, size
+
+  @property
+  def _has_windows(self) -> bool:
+    return any(window is not None for window, _ in caching.attention_layers(self)) or any(
+      not kind.grows for kind in self.cache
+    )
 
   def unembed_flops(self) -> int:
     """FLOPs of one row of logits."""

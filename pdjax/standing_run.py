@@ -1,0 +1,105 @@
+"""The steps of an order that stands, in virtual time."""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from pdjax.serving.batch import LOOKAHEAD
+from pdjax.serving.bounds import Bound, most_steps
+from pdjax.serving.events import Ended
+from pdjax.serving.orders import StepOrder
+
+
+def outcome(rows: Sequence[Bound], before: int, after: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
+  """Tokens of each of the sequences between two numbers of steps, `[B]`, and those that end there."""
+  counts = np.array([min(max(row.ends_at - before, 0), after - before) for row in rows], np.int64)
+  ended = tuple(Ended(place, 'length') for place, row in enumerate(rows) if before < row.ends_at <= after)
+  return counts, ended
+
+
+class StandingRun:
+  """The steps of an order that stands, numbered from 1.
+
+  Attributes:
+    order: The order.
+    rows: The bounds of the sequences of its batch.
+    began_s: The time at which its first step begins.
+    before: Decode steps of the worker before its first.
+    most: The last step that brings a token, or that all have a page for.
+    last: Its last step, once that is known.
+    replaced: Whether another step is behind it.
+    told: Steps that were told.
+    can_leap: Whether the seconds of several steps are known at once.
+    version: Counts how often another step was chosen to be told next.
+  """
+
+  def __init__(self, order: StepOrder, rows: list[Bound], before: int, began_s: float):
+    self.order = order
+    self.rows = rows
+    self.before = before
+    self.began_s = began_s
+    self.most = most_steps(rows, before)
+    self.last: int | None = None
+    self.replaced = False
+    self.told = 0
+    self.can_leap = True
+    self.version = 0
+    self._ends_s: list[float] = []
+    self._begins_s: list[float] = []  # where they are not the ends of the steps before
+
+  @property
+  def known(self) -> int:
+    """Steps whose ends are known."""
+    return len(self._ends_s)
+
+  @property
+  def last_end_s(self) -> float:
+    """The end of the last of these, or the time at which the run begins."""
+    return self._ends_s[-1] if self._ends_s else self.began_s
+
+  def contexts(self) -> list[int]:
+    """Cached tokens of each sequence that the step behind those known brings a token."""
+    steps = self.before + self.known
+    return [row.base + steps for row in self.rows if row.ends_at > steps]
+
+  def until_change(self, after: int) -> int:
+    """The step with which the next sequence ends behind a step; the last of all if none does."""
+    steps = self.before + after
+    return min((row.ends_at for row in self.rows if row.ends_at > steps), default=self.before + self.most) - self.before
+
+  def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:
+    """Note the ends of the steps that follow, and where it is not the end before, when the first begins."""
+    self._ends_s += ends_s
+    if began_s is not None:
+      self._begins_s.append(began_s)
+
+  def end_s(self, step: int) -> float:
+    """The end of a step."""
+    return self._ends_s[step - 1]
+
+  def begin_s(self, step: int) -> float:
+    """The time at which a step begins."""
+    if self._begins_s:
+      return self._begins_s[step - 1]
+    return self._ends_s[step - 2] if step > 1 else self.began_s
+
+  def ends_between(self, told: int, step: int) -> tuple[float, ...]:
+    """The ends of the steps behind one up to another."""
+    return tuple(self._ends_s[told:step])
+
+  def ended_by(self, now_s: float) -> int:
+    """Steps that have ended."""
+    return bisect.bisect_right(self._ends_s, now_s)
+
+  def next_told(self) -> int:
+    """The next step that must be told of: with it a sequence ends, or it is the last or the one before."""
+    if self.last is None:
+      return min(self.until_change(self.told), max(self.most - 1, self.told + 1))
+    if self.replaced:
+      return min(self.until_change(self.told), self.last)
+    return min(self.until_change(self.told), max(self.last - 1, self.told + 1))
+
+  def with_worker(self) -> int:
+    """The last of the steps that are with the worker."""
+    return min(self.told + LOOKAHEAD, self.most) if self.last is None else self.last

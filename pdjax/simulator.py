@@ -14,7 +14,7 @@ from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.serving.batch import LOOKAHEAD
 from pdjax.serving.bounds import Bounds
 from pdjax.serving.events import Decoded, Done, Event, Failed, Result, Started, Trip, Turn, WorkerBack, WorkerLost
-from pdjax.serving.orders import AbandonOrder, ChunkOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, ChunkOrder, EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 from pdjax.standing_run import StandingRun, outcome
 from pdjax.types.checks import is_number
 from pdjax.types.model import ModelSpec
@@ -89,7 +89,7 @@ class Simulator:
         self._check_seconds(seconds, 'transfer_seconds')
         began_s = self._begin((('way out', order.source),), seconds, order.id, self._ready_s(order))
         self._push(order.id, lambda: self._transfer_done(order, began_s))
-      case HaltOrder():
+      case LeaveOrder():
         self._halt(order.worker, replaced=False)
         self._end_now(order)
       case EndOrder() | AbandonOrder():  # what a given up transfer still brings comes too late

@@ -341,7 +341,7 @@ def orders_after(events, position: int, request: str) -> tuple[int, int]:
   orders = [event.order for event in events[position:] if isinstance(event, Started)]
   steps = [order for order in orders if isinstance(order, StepOrder)]
   chunks = sum(chunk.request.id == request for order in steps for chunk in order.chunks)
-  return chunks, sum(decode.request == request for order in steps for decode in order.decodes)
+  return chunks, sum(request in order.batch.requests for order in steps)
 
 
 @pytest.mark.parametrize('moment', [1, 2, 3, 4, 6, 9])

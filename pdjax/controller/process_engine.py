@@ -16,7 +16,7 @@ from pdjax.controller.peer import Peer
 from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Comeback, Done, Event, Failed, Trip, WorkerBack, WorkerLost
 from pdjax.serving.mailbox import Interrupt, Mailbox
-from pdjax.serving.orders import AbandonOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.peers import (
   Gathered,
   Message,
@@ -254,7 +254,7 @@ class ProcessEngine:
       match order:
         case StepOrder():  # either side knows the batch
           sent.setdefault(order.worker, []).append(dataclasses.replace(order, batch=NOBODY))
-        case HaltOrder():
+        case LeaveOrder():
           sent.setdefault(order.worker, []).append(order)
           self._post_ended(order.id)
         case TransferOrder():

@@ -10,7 +10,7 @@ from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import Transport
 from pdjax.serving.events import Done, Event, Failed, Trip
 from pdjax.serving.mailbox import Interrupt, Mailbox
-from pdjax.serving.orders import AbandonOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 
 
 class Engine:
@@ -113,8 +113,8 @@ class Engine:
           for worker in self.workers.values():
             worker.forget(order.request)
           self._post_ended(order)
-        case HaltOrder():
-          self._runners[order.worker].halt()
+        case LeaveOrder():
+          self._runners[order.worker].leave(order.request)
           self._post_ended(order)
         case AbandonOrder():  # its gather was dispatched before all that its pages are given to next
           self._incoming.give_up(order.transfer)

@@ -108,6 +108,11 @@ class Runner:
       self._standing.goes_on = False
       self._standing = None
 
+  def leave(self, request: str) -> None:
+    """A sequence has left the batch: let go of it, and of a standing order."""
+    self.halt()
+    self.worker.forget(request)
+
   def hear(self, ran: Ran) -> list[Event]:
     """The events of a step's end: none, if it was a step of an earlier incarnation; a standing order goes on."""
     if ran.incarnation != self.worker.incarnation:

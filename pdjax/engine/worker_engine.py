@@ -15,7 +15,7 @@ from pdjax.kv.transfer.cross_process import Offer, Receiver, Sender
 from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Failed
 from pdjax.serving.mailbox import Mailbox
-from pdjax.serving.orders import EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, News, Offered, TransferFailed, Written
 from pdjax.types.handshake import Manifest
 
@@ -135,8 +135,8 @@ class WorkerEngine:
         case TransferOrder(incarnations=(one, _)):
           if one == incarnation:
             meant.append(order)
-        case HaltOrder():
-          self._runner.halt()
+        case LeaveOrder():
+          self._runner.leave(order.request)
         case EndOrder():
           self.worker.forget(order.request)
     dispatch_in_turn(meant, functools.partial(self._dispatch, first_number))

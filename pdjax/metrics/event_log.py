@@ -24,8 +24,8 @@ from pdjax.serving.orders import (
   Admission,
   ChunkOrder,
   EndOrder,
-  HaltOrder,
   Join,
+  LeaveOrder,
   Order,
   StepOrder,
   TransferOrder,
@@ -166,7 +166,7 @@ def _order(order: Order) -> dict[str, Any]:
       return {**named, 'chunks': [_chunk(chunk) for chunk in order.chunks], **changes}
     case TransferOrder():
       return {**{name: value for name, value in named.items() if name != 'span'}, **_fields(order.span)}
-    case EndOrder() | AbandonOrder() | HaltOrder():
+    case EndOrder() | AbandonOrder() | LeaveOrder():
       return named
 
 

@@ -102,9 +102,10 @@ class Resend:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Halt:
-  """End a standing step of a worker, as one of its sequences has left. Only the state itself asks for it."""
+class Leave:
+  """Tell a worker that a sequence has left its batch, which ends a standing step. Only the state itself asks for it."""
 
+  request: str
   worker: str
 
 
@@ -119,4 +120,4 @@ class WakeAt:
   at_s: float
 
 
-Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | Halt | WakeAt
+Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | Leave | WakeAt

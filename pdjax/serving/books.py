@@ -5,7 +5,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pdjax.serving.actions import Abandon, Cancel, Halt, Reject, Resend
+from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
 from pdjax.serving.events import Delivered, Done, Finished, Preempted
 from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
@@ -56,7 +56,7 @@ class Books:
     max_preemptions: Most times that a request is preempted; from then on it takes all pages that it may ever need.
     growing: Workers where sequences may take more pages than they have.
     preempted: Requests that were preempted since the loop last took them.
-    halts: The end of a standing step that is due as one of its sequences left, by worker.
+    gone: Sequences that left a worker's batch, of which it is to be told.
     caught_up: What a backend told when it was asked how far a standing step is, since the loop last took it.
     catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
     wakes: Whether anything happened that the policy is to be asked about.
@@ -112,7 +112,7 @@ class Books:
     self.idle_wakes = 0
     self.growing: dict[str, None] = {}
     self.preempted: list[Preempted] = []
-    self.halts: dict[str, Halt] = {}
+    self.gone: list[Leave] = []
     self.caught_up: list[Done | Delivered] = []
     self.catches_up: Callable[[str], None] | None = None
     self.wakes = True
@@ -217,7 +217,7 @@ class Books:
     assert entry.target is not None
     batch = self.holdings[entry.target].batch
     if batch.part(entry, self._next_order) and batch.standing is not None:
-      self.halts[entry.target] = Halt(entry.target)
+      self.gone.append(Leave(entry.request.id, entry.target))
 
   def catch_up_on(self, worker: str) -> Callable[[], None] | None:
     """What catches up on the standing steps of a worker, if the backend does not tell each."""

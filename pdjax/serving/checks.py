@@ -11,7 +11,7 @@ from pdjax.serving.actions import (
   All,
   Cancel,
   Chunk,
-  Halt,
+  Leave,
   Preempt,
   Reject,
   Resend,
@@ -26,7 +26,7 @@ from pdjax.types.request import MAX_STOP_TOKENS
 MOST_IDLE_ANSWERS = 10_000  # of one turn
 MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
-_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, Halt, WakeAt)
+_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, Leave, WakeAt)
 
 
 class PolicyError(RuntimeError):

@@ -198,11 +198,15 @@ class AbandonOrder:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HaltOrder:
-  """Let no more steps follow of the standing order of a worker; it ends with those that are with the worker."""
+class LeaveOrder:
+  """A sequence has left the batch of a worker, which lets go of it: steps in flight may bring it nothing more.
+
+  No more steps of the worker's standing order follow; it ends with those that are with the worker.
+  """
 
   id: int
+  request: str
   worker: str
 
 
-Order = StepOrder | TransferOrder | EndOrder | AbandonOrder | HaltOrder
+Order = StepOrder | TransferOrder | EndOrder | AbandonOrder | LeaveOrder

@@ -1,6 +1,6 @@
 """Recovery: deadlines and lost places, and how a request begins again without what was lost."""
 
-from pdjax.serving.actions import Preempt, Resend
+from pdjax.serving.actions import Leave, Preempt, Resend
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, find_request
 from pdjax.serving.events import Preempted, TimerDue, WorkerBack, WorkerLost
@@ -191,7 +191,10 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
   entry.preemptions += 1
   if entry.preemptions == books.max_preemptions:
     entry.pages_ahead = None  # so that it ends the next time
+  leaves = Leave(action.request, entry.target)
   unschedule(books, entry)
+  if leaves not in books.gone:  # else nobody would tell the worker if it goes on elsewhere
+    books.gone.append(leaves)
   enter(entry, Phase.RESTARTING)
   begin_again(books, entry)
   return ()

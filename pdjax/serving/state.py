@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pdjax.serving import growth, lifecycle, recovery, sending, steps, tasks
-from pdjax.serving.actions import Abandon, Action, Cancel, Halt, Preempt, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving.actions import Abandon, Action, Cancel, Leave, Preempt, Reject, Resend, Step, Transfer, WakeAt
 from pdjax.serving.books import Books
 from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
 from pdjax.serving.events import (
@@ -24,7 +24,7 @@ from pdjax.serving.events import (
   WorkerLost,
 )
 from pdjax.serving.occupancy import OccupancyWatch
-from pdjax.serving.orders import AbandonOrder, EndOrder, HaltOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.view import ClusterView
 from pdjax.types.checks import is_number
@@ -98,11 +98,11 @@ class ClusterState:
     try them again, send on.
     """
     books = self.books
-    if not (books.tasks or books.must or books.halts or books.staging_freed):
+    if not (books.tasks or books.must or books.gone or books.staging_freed):
       return []
-    actions: list[Action] = [*tasks.take_tasks(books), *books.must.values(), *books.halts.values()]
+    actions: list[Action] = [*tasks.take_tasks(books), *books.must.values(), *books.gone]
     books.must.clear()
-    books.halts.clear()
+    books.gone.clear()
     if books.staging_freed and not actions:
       books.staging_freed = False
       return [Transfer(name, entry.target) for name, entry in books.due.items() if entry.target is not None]
@@ -289,8 +289,8 @@ class ClusterState:
         orders = (tasks.start_resend(books, action),)
       case Preempt():
         orders = recovery.start_preempt(books, self.view, action)
-      case Halt():
-        orders = (HaltOrder(books.new_order_id(), action.worker),)
+      case Leave():
+        orders = (LeaveOrder(books.new_order_id(), action.request, action.worker),)
       case WakeAt():
         orders = self._wake_at(action)
       case _:

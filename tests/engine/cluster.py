@@ -89,7 +89,11 @@ class Cluster:
 
   def empty_state(self) -> ClusterState:
     """Nothing has arrived yet."""
-    return ClusterState(self.model, self.specs, self.config.page_size, self.transfer, faults=self.config.faults)
+    config = self.config
+    return ClusterState(
+      self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
+      max_preemptions=config.max_preemptions,
+    )  # fmt: skip
 
   def serve(
     self,

@@ -81,7 +81,7 @@ def cluster(request) -> Cluster:
 
 
 def names_in(order) -> set[str]:
-  return {chunk.request.id for chunk in order.chunks} | {decode.request for decode in order.decodes}
+  return set(order.requests)
 
 
 def test_a_prompt_step_that_cannot_be_dispatched_fails_its_requests_alone(cluster, monkeypatch):

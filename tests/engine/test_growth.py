@@ -6,7 +6,6 @@ import random
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import ClusterState
 from pdjax.serving.events import Preempted, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.types import Request, SamplingParams
@@ -32,23 +31,9 @@ def some_requests(seed: int) -> list[Request]:
   ]  # fmt: skip
 
 
-class Growing(Cluster):
-  """The workers of a cluster, whose sequences take so many pages ahead."""
-
-  ahead = 1
-
-  def empty_state(self) -> ClusterState:
-    config = self.config
-    return ClusterState(
-      self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=self.ahead,
-      max_preemptions=4,
-    )  # fmt: skip
-
-
-def growing(cluster: Cluster, ahead: int) -> Growing:
-  part = object.__new__(Growing)
-  part.__dict__ |= cluster.__dict__ | {'ahead': ahead}
-  return part
+def growing(cluster: Cluster, ahead: int) -> Cluster:
+  """The cluster, whose sequences take so many pages ahead."""
+  return cluster.changed(pages_ahead=ahead, max_preemptions=4)
 
 
 def assert_exact(cluster: Cluster, requests: list[Request], policy=None) -> list[Preempted]:
@@ -56,7 +41,7 @@ def assert_exact(cluster: Cluster, requests: list[Request], policy=None) -> list
   served = cluster.serve(requests, policy)
   assert served.tokens() == {request.id: generate(cluster.model, request) for request in requests}
   orders = [event.order for event in served.events if isinstance(event, Started)]
-  grown = [one for order in orders if isinstance(order, StepOrder) for one in order.decodes if one.growth]
+  grown = [one for order in orders if isinstance(order, StepOrder) for one in order.growth]
   assert len(grown) > 10
   return [event for event in served.events if isinstance(event, Preempted)]
 
@@ -81,6 +66,12 @@ def test_pages_grow_between_meshes_and_page_sizes_that_are_unlike():
   differing = [{'page_size': 4, 'num_pages': 40}, {'page_size': 2, 'num_pages': 36}]
   cluster = build('1P1D', 2, 3, TINY_12_12, max_sequences=6, differing=differing)
   assert assert_exact(growing(cluster, 1), some_requests(7))
+
+
+def test_a_worker_forgets_who_was_preempted_there_and_decodes_elsewhere(two_and_two):
+  cluster = growing(two_and_two, 0)
+  cluster.specs = tuple(dataclasses.replace(spec, num_pages=18) for spec in cluster.specs)
+  assert assert_exact(cluster, some_requests(8)), 'nobody was preempted'  # and `serve` looks at what workers remember
 
 
 def test_samples_of_one_prompt_grow_each_by_itself():

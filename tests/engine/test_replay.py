@@ -39,7 +39,10 @@ def replay_from(
   specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in cluster.specs]
   backend = Replay(cluster.model, specs, record)
   config = cluster.config
-  state = ClusterState(cluster.model, specs, config.page_size, cluster.transfer, faults=config.faults)
+  state = ClusterState(
+    cluster.model, specs, config.page_size, cluster.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
+    max_preemptions=config.max_preemptions,
+  )  # fmt: skip
   for name, incarnation in served.incarnations.items():
     state.workers[name].incarnation = incarnation
   return tuple(serve(arrivals, served.policy, backend, state))

@@ -107,7 +107,7 @@ def test_a_step_of_an_earlier_incarnation_takes_nothing_of_the_next(two_and_two)
   worker.reset()
   again = worker.dispatch(order)
   assert [result.request for result in worker.collect(order, before)[0]] == ['r']
-  (result,), _ = worker.collect(order, again)
+  (result,), _, _ = worker.collect(order, again)
   assert result.request == 'r' and len(result.tokens) == 1
   assert not worker.followed.ids
 

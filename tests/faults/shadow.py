@@ -128,7 +128,8 @@ class ShadowSimulator(Simulator):
 
   def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
     contents = self._contents.pop(order.id, None)
-    if contents is not None and order.incarnations[1] == self.incarnations[order.target]:
+    present = self.incarnations[order.source], self.incarnations[order.target]
+    if contents is not None and order.incarnations == present:  # a transfer of a lost worker is over, at either end
       size, layers = self._page_sizes[order.target], slice(*(order.span.layers or (0, None)))
       for position, sent in enumerate(contents, order.span.start):
         page = order.span.target_pages[position // size - order.span.start // size]

@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 
 from experiments.faults.engine_faults import FaultyEngine, FaultyWay, fresh
 from pdjax.engine.engine import Engine
 from pdjax.serving import ClusterState
+from pdjax.serving.events import Started
+from pdjax.serving.orders import StepOrder
 from pdjax.types import Request
 from tests.engine.cluster import Cluster
 from tests.engine.conftest import shared
@@ -59,12 +62,41 @@ def begin_of_plain(request: Request) -> tuple[int, ...]:
 MOST_TRIES = 4  # on a busy machine others may end before the moment that a cell waits for
 
 
+QUICK = {  # cells that are served with growth in each run of the tests, one a row at least; the others are slow
+  ('queued', 'both full'),
+  ('in prefill chunk', 'transfer fails'),
+  ('prefill done, decode not admitted', 'prefill worker dies'),
+  ('pages reserved', 'decode full'),
+  ('transfer half done', 'pages permuted'),
+  ('done but unacknowledged', 'decode worker dies'),
+  ('first decode step', 'worker restarts under the same name'),
+  ('mid decode', 'decode worker dies'),
+  ('mid decode', 'both full'),
+  ('mid decode', 'abort storm beyond capacity'),
+}
+
+
 @pytest.mark.parametrize(('row', 'column'), cells())
 def test_cell(row, column):
   assert any(serve_cell(row, column) for _ in range(MOST_TRIES)), 'the moment never came'
 
 
-def serve_cell(row: str, column: str) -> bool:
+def growing_cells() -> list:
+  """Every cell, with pages that are taken as sequences grow: those that the next token needs, or one more."""
+  found = []
+  for ahead in (0, 1):
+    for row, column in cells():
+      marks = [] if (row, column) in QUICK else [pytest.mark.slow]
+      found.append(pytest.param(row, column, ahead, marks=marks))
+  return found
+
+
+@pytest.mark.parametrize(('row', 'column', 'ahead'), growing_cells())
+def test_cell_where_pages_grow(row, column, ahead):
+  assert any(serve_cell(row, column, ahead) for _ in range(MOST_TRIES)), 'the moment never came'
+
+
+def serve_cell(row: str, column: str, ahead: int | Literal['all'] = 'all') -> bool:
   """Serve once and check all that holds for every run; whether the moment came, and then what holds for the cell."""
   cell = Cell(row, column, TIMES)
   arrivals = Asking(cell.requests)
@@ -75,11 +107,15 @@ def serve_cell(row: str, column: str) -> bool:
     cell.set_up(injectors[0], arrivals)
     return injectors[0]
 
-  ours = cluster().changed(faults=cell.faults)
+  ours = cluster().changed(faults=cell.faults, pages_ahead=ahead)
   ours.specs = tuple(cell.sized(ours.specs))
   with fresh(ours.transports.values()):
     served = ours.serve((), ours.config.policy, arrivals=arrivals, wrap=wrap)
   (injector,) = injectors
+  orders = [event.order for event in served.events if isinstance(event, Started)]
+  grown = any(order.growth for order in orders if isinstance(order, StepOrder))
+  assert grown or ahead != 0, 'nothing grew'
+  assert not (grown and ahead == 'all')
   ends = assert_right(served.events, arrivals.requests.values(), served.state, plain)
   if not injector.acted:
     return False

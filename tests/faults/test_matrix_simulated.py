@@ -38,7 +38,7 @@ def empty_state(cell: Cell, ahead: int | Literal['all'] = 'all') -> ClusterState
   return ClusterState(TINY, cell.sized(WORKERS), PAGE_SIZE, transfer=transfer, faults=cell.faults, pages_ahead=ahead)
 
 
-@pytest.mark.parametrize('ahead', ['all', 1])
+@pytest.mark.parametrize('ahead', ['all', 1, 0])
 @pytest.mark.parametrize(('row', 'column'), cells())
 def test_cell(row, column, ahead):
   cell = Cell(row, column, TIMES)

@@ -66,13 +66,21 @@ class Leaving(Asking):
 
 
 class Dying(Chaos):
-  """Of transfers and of their ends five percent go wrong; now and then a worker dies, too."""
+  """Of transfers and of their ends five percent, or another share, go wrong; now and then a worker dies, too."""
 
-  def __init__(self, backend: Breakable, rng: random.Random, late_s: float, workers: Iterable[str], down_s: float):
+  def __init__(
+    self,
+    backend: Breakable,
+    rng: random.Random,
+    late_s: float,
+    workers: Iterable[str],
+    down_s: float,
+    share: float = SHARE,
+  ):
     super().__init__(
       backend,
-      lambda: rng.choice(get_args(Fault)) if rng.random() < SHARE else None,
-      lambda: rng.choice(get_args(End)) if rng.random() < SHARE else None,
+      lambda: rng.choice(get_args(Fault)) if rng.random() < share else None,
+      lambda: rng.choice(get_args(End)) if rng.random() < share else None,
       late_s,
     )
     self._rng, self._workers, self._down_s = rng, tuple(workers), down_s

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from pdjax.policies import Disaggregated
 from pdjax.serving import ALL, STANDING, Chunk, Phase, Step, Transfer
 from pdjax.types import colocated_pool, decode_pool, prefill_pool
@@ -158,13 +160,23 @@ def _decoding(cluster: Driver, *names: str, max_tokens: int = 9) -> None:
     cluster.end(transfer)
 
 
-def test_a_decode_worker_is_kept_two_steps_ahead_over_all_it_holds():
+def test_a_step_over_all_that_a_decode_worker_holds_stands_until_another_is_there():
   cluster = Driver()
   _decoding(cluster, 'a', 'b')
-  for _ in range(2):
-    assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=STANDING)]
-    _carry_out(cluster)
+  assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=STANDING)]
+  _carry_out(cluster)
   assert POLICY.decide(cluster.view) == []
+  _decoding(cluster, 'c')
+  assert POLICY.decide(cluster.view) == [Step('decode0', decodes=ALL, steps=STANDING)]
+
+
+@pytest.mark.parametrize('steps', [1, 4])
+def test_no_more_than_two_steps_are_in_flight(steps):
+  cluster = Driver()
+  _decoding(cluster, 'a')
+  for _ in range(2):
+    cluster.start(Step('decode0', decodes=ALL, steps=steps))
+  assert dataclasses.replace(POLICY, decode_steps=4).decide(cluster.view) == []
 
 
 def test_decode_steps_are_fused_as_configured():

@@ -439,7 +439,7 @@ def test_decisions_depend_on_true_output_lengths_only_once_they_show():
   short, long = plans(run(4)), plans(run(7))
   shows = next(index for index, (one, other) in enumerate(zip(short, long, strict=False)) if one != other)
   assert isinstance(short[shows], Done) and [one.row for one in short[shows].decoded.ended] == [1]
-  assert sum(isinstance(event, Started) for event in short[:shows]) >= 4
+  assert sum(isinstance(event, Started) for event in short[:shows]) >= 2
 
 
 def test_the_driver_of_these_tests_agrees_with_the_loop():

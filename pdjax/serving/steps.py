@@ -232,7 +232,7 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
       entry.computed = entry.computed or chunk.restores
       books.unsettled.append(entry)
   if is_last:
-    books.unsettled.extend(holdings.batch.leaving.values())
+    books.unsettled.extend(one for one in holdings.batch.leaving.values() if one.phase is Phase.RESTARTING)
     holdings.batch.leaving.clear()
   was_replaced = len(holdings.steps) > 1
   return is_last or event.decoded is None or bool(event.decoded.ended) or not (event.to_come is None or was_replaced)

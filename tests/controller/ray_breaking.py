@@ -18,7 +18,7 @@ import psutil
 from configs import smollm2_cpu, smollm2_ray
 from pdjax import launch
 from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
-from pdjax.serving.events import Done
+from pdjax.serving.events import Delivered
 from pdjax.types import RayCluster
 from pdjax.types.cluster import DeviceError
 from tests.controller.ray_run import _is_alive
@@ -36,7 +36,7 @@ def kill_both(facts: dict, cache: str | None = None) -> None:
       workers[name] = int(rest.rpartition(' of process ')[2].split(',')[0])
 
   def watch(event) -> None:
-    if isinstance(event, Done) and event.results:
+    if isinstance(event, Delivered):
       delivered.append(event)
     if len(delivered) == 60 and 'killed' not in facts:
       facts['killed'] = list(workers)

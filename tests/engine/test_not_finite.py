@@ -14,7 +14,7 @@ from pdjax.deployment import deploy
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.events import Done, Turn
+from pdjax.serving.events import Delivered, Turn
 from pdjax.types import SLO, Request, SamplingParams
 from pdjax.workload import Given
 from tests.engine.plain import generate
@@ -140,7 +140,7 @@ def test_the_tokens_before_it_are_delivered_and_none_after(split, policy, place)
   assert (one.token_ids, one.finish_reason) == (expected, 'error')
   assert 'not finite' in one.error and one.text == byte_tokenizer().decode(expected)
   assert len(one.logprobs) == len(one.token_ids)
-  told = [each.tokens for event in result.events if isinstance(event, Done) for each in event.results
+  told = [each.tokens for event in result.events if isinstance(event, Delivered) for each in event.results
           if each.request == 'one']  # fmt: skip
   assert sum(told, ()) == expected
   healthy = {each.request.id: each.token_ids for each in result.completions if each is not one}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from pdjax.policies import Disaggregated
@@ -100,9 +101,15 @@ def test_two_ends_swapped_are_another_run(two_and_two, disaggregated_run):
 
 def test_one_token_less_is_another_run(two_and_two, disaggregated_run):
   record = disaggregated_run.events
-  for index in [i for i in ends(record, StepOrder) if record[i].results][::5]:
-    done = record[index]
-    changed = [*record[:index], dataclasses.replace(done, results=done.results[1:]), *record[index + 1 :]]
+  for index in [i for i in ends(record, StepOrder) if record[i].results or record[i].decoded][::5]:
+    done, decoded = record[index], record[index].decoded
+    if decoded is None:
+      less = dataclasses.replace(done, results=done.results[1:])
+    else:
+      row = int(decoded.counts.argmax())
+      counts = np.array([count - (place == row) for place, count in enumerate(decoded.counts)])
+      less = dataclasses.replace(done, decoded=dataclasses.replace(decoded, counts=counts))
+    changed = [*record[:index], less, *record[index + 1 :]]
     assert not faithful(two_and_two, disaggregated_run, tuple(changed))
 
 

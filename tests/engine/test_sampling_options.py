@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from pdjax.engine.detokenize import Detokenizer
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.events import Done, Finished, Started, Withdrawn
+from pdjax.serving.events import Delivered, Done, Finished, Started, Withdrawn
 from pdjax.serving.orders import StepOrder
 from pdjax.types import Request, SamplingParams
 from pdjax.workload.arrivals import Listed
@@ -114,7 +114,7 @@ def test_text_is_sure_when_it_comes(one_and_one):
   served = assert_equal_to_plain(one_and_one, [whole, held])
   for name in ('whole', 'held'):
     results = [
-      one for event in served.events if isinstance(event, Done) for one in event.results if one.request == name
+      one for event in served.events if isinstance(event, Delivered) for one in event.results if one.request == name
     ]
     sure, tokens = '', []
     for result in results:

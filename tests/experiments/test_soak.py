@@ -152,7 +152,9 @@ class Trace:
     return any(isinstance(one, Done) and one.ended_s - one.began_s >= 0.9 * STEP_STALL_S for one, _ in self.told)
 
   def not_finite(self) -> bool:
-    errors = [result.error or '' for one, _ in self.told if isinstance(one, Done) for result in one.results]
+    dones = [one for one, _ in self.told if isinstance(one, Done)]
+    ended = [end for one in dones if one.decoded is not None for end in one.decoded.ended]
+    errors = [one.error or '' for one in (*(result for done in dones for result in done.results), *ended)]
     return any('not finite' in error for error in errors)
 
   def given_up(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from pdjax.engine.programs import Begin, Decode, Fused, Prefill
 from pdjax.engine.worker import Worker
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving.events import Done, Failed, Finished, WorkerLost
+from pdjax.serving.events import Delivered, Failed, Finished, WorkerLost
 from pdjax.serving.orders import StepOrder
 from pdjax.types import FaultSpec, Request, SamplingParams
 from pdjax.types.faults import ALL_FAIL
@@ -143,7 +143,7 @@ def brought_after(served: Served, failed: Failed, names: set[str]) -> list[tuple
   return [
     (result.request, result.tokens)
     for event in after
-    if isinstance(event, Done)
+    if isinstance(event, Delivered)
     for result in event.results
     if result.request in names
   ]

@@ -201,7 +201,9 @@ class Simulator:
     wasted = 0 if decoded is None else order.steps * len(order.batch) - decoded.num_tokens()
     del self._began_s[order.id]
     results = tuple(map(self._first, (chunk for chunk in order.chunks if chunk.is_last)))
-    return Done(order.id, began_s, self._ends_s.pop(order.id), results, decoded, wasted_tokens=wasted)
+    done = Done(order.id, began_s, self._ends_s.pop(order.id), results, decoded, wasted_tokens=wasted)
+    self._halt_those_with(done.ended(order.batch), order.worker)
+    return done
 
   def _first(self, chunk: ChunkOrder) -> Result:
     """What comes of the last chunk of a prompt."""
@@ -252,6 +254,7 @@ class Simulator:
     done = self._done_of(run, step)
     if step == run.last:
       self._runs[run.order.worker].remove(run)
+      self._halt_those_with(done.ended(run.order.batch), run.order.worker)
     else:
       self._dispatch(run)
       self._push_next(run)
@@ -274,6 +277,11 @@ class Simulator:
     self._know(run, last)
     self._occupy(run.order.worker, run.end_s(last))
     self._bounds[run.order.worker].steps = run.before + last
+
+  def _halt_those_with(self, ended: Sequence[str], worker: str) -> None:
+    """Let standing orders end of whose sequences one ended with a step before them."""
+    if any(name in run.order.batch.requests for run in self._runs[worker] for name in ended):
+      self._halt(worker, replaced=False)
 
   def _halt(self, worker: str, *, replaced: bool) -> None:
     """Let no more steps follow of a standing order: those that are with the worker are its last."""

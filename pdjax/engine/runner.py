@@ -9,7 +9,7 @@ import jax
 
 from pdjax.engine.waiters import Waiter
 from pdjax.engine.worker import Pending, Worker
-from pdjax.serving.batch import LOOKAHEAD
+from pdjax.serving.batch import LOOKAHEAD, Batch
 from pdjax.serving.bounds import Bounds, most_steps
 from pdjax.serving.events import Done, Event, Failed, WorkerBack, WorkerLost
 from pdjax.serving.mailbox import Mailbox
@@ -44,6 +44,7 @@ class Ran:
   worker: str
   incarnation: int
   done: Done
+  batch: Batch
   standing: Standing | None = None
 
 
@@ -118,10 +119,13 @@ class Runner:
     if ran.incarnation != self.worker.incarnation:
       return []
     standing = ran.standing
+    ended = ran.done.ended(ran.batch)
+    if self._standing is not None and any(name in self._standing.order.batch.requests for name in ended):
+      self.halt()
     if standing is None:
       return [ran.done]
     standing.in_flight -= 1
-    if ran.done.decoded is not None and ran.done.decoded.ended:
+    if ended:
       standing.goes_on = False
     while standing.goes_on and standing.in_flight < LOOKAHEAD:
       self._go_on(standing)
@@ -207,7 +211,7 @@ class Runner:
     def ran(ended_s: float) -> Ran:
       self._free_from_s = ended_s
       done = Done(order.id, began_s, ended_s, results, decoded, wasted_tokens=wasted)
-      return Ran(order.worker, incarnation, done, standing)
+      return Ran(order.worker, incarnation, done, order.batch, standing)
 
     self._mailbox.post(ran)
 

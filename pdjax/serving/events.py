@@ -164,6 +164,11 @@ class Done:
   wire_bytes: int = 0
   trip: Trip | None = None
 
+  def ended(self, batch: Batch) -> list[str]:
+    """The requests that ended with what a step brought, given the batch that it decoded."""
+    firsts = [one.request for one in self.results if one.finish_reason is not None]
+    return firsts if self.decoded is None else [*firsts, *(batch.requests[one.row] for one in self.decoded.ended)]
+
   @property
   def num_steps(self) -> int:
     """Steps that it tells of."""

@@ -116,9 +116,9 @@ class StepOrder:
     growth: The pages that sequences of the batch got.
     decodes: Whether the batch is decoded.
     steps: Decode steps; of a standing order, those that are run at once.
-    standing: Whether steps follow one another until one of the sequences ends, one lacks a page, none gets more
-      tokens, or another order for the worker comes. Steps that are with the worker by then, at most `LOOKAHEAD`, are
-      run all the same.
+    standing: Whether steps follow one another until one of the sequences ends, be it with a step before them, one
+      lacks a page, none gets more tokens, or another order for the worker comes. Steps that are with the worker by
+      then, at most `LOOKAHEAD`, are run all the same.
     incarnation: That of the worker.
     layer_groups: The groups of layers it runs in, as (first, one after the last); none on workers whose steps run
       whole.

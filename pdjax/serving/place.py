@@ -37,6 +37,10 @@ class Decoding:
     self.leaving: dict[str, RequestState] = {}
     self.standing: int | None = None
 
+  def has(self, request: str) -> bool:
+    """Whether a request is in the batch."""
+    return request in self.entries and request not in self.outside
+
   def enter(self, entry: RequestState, steps: Sequence[StepInFlight]) -> None:
     """A sequence begins to decode here."""
     name = entry.request.id

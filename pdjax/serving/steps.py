@@ -213,14 +213,17 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
   late_rows: frozenset[int] = frozenset()
   if event.decoded is not None:
     late_rows = _take(books, holdings.batch, step, event.decoded)
+  batch, standing = holdings.batch, holdings.batch.standing
+  if standing is not None and standing != order.id and any(map(batch.has, event.ended(step.batch))):
+    batch.standing = None  # the worker lets it end, as one of its sequences has
   in_time: list[Result] = []
   late: list[Result] = []
   for result in event.results:
     (in_time if lifecycle.got(books, result) else late).append(result)
   if event.results or event.decoded is not None:
-    batch = NOBODY if event.decoded is None else step.batch
+    decoding = NOBODY if event.decoded is None else step.batch
     books.delivered.append(
-      Delivered(books.now_s, order.id, tuple(in_time), tuple(late), batch, event.decoded, late_rows)
+      Delivered(books.now_s, order.id, tuple(in_time), tuple(late), decoding, event.decoded, late_rows)
     )
   if event.decoded is not None:
     for end in event.decoded.ended:

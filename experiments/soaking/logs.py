@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments.soaking.verdicts import Problem
-from pdjax.metrics.event_log import event_to_json, read_events
+from pdjax.metrics.event_json import event_to_json
+from pdjax.metrics.event_log import read_events
 from pdjax.run_folder import EVENTS
 from pdjax.serving.events import Event, Turn
 from pdjax.types.json_text import json_text

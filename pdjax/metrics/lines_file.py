@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-Line = str | Callable[[], str]
+Line = str | Callable[[], str | list[tuple[str, float]]]  # text, or what makes some, or several with their times
 
 _DELAY_S = 0.5  # what comes meanwhile is written at once
 _AGAIN_S = 1.0  # until what could not be written is tried again
@@ -64,7 +64,7 @@ class LinesFile:
     """Have a line written, or what a function makes of it by then.
 
     Args:
-      line: Without its end; a function is called on the thread that writes.
+      line: Without its end; a function is called on the thread that writes, and may make several, with their times.
       time_s: The time of the event that it tells of, seconds after the start of the run.
     """
     with self._changed:
@@ -162,7 +162,9 @@ class LinesFile:
     for line, time_s in lines:
       self._written += 1
       try:
-        found.append(((line if isinstance(line, str) else line()).encode() + b'\n', time_s))
+        made = line if isinstance(line, str) else line()
+        several = [(made, time_s)] if isinstance(made, str) else made
+        found += [(one.encode() + b'\n', one_s) for one, one_s in several]
       except Exception as error:  # one line less; the others have their place
         self._lost = True
         self._lack(error, time_s)

@@ -63,9 +63,15 @@ def fill_prefills(
       batches.add(entry, worker, entry.target if entry.target != worker.name else None)
   for entry in waiting:
     request = entry.request.id
-    targets = {worker.name: target_of(entry, worker) for worker in batches.open()}
-    stays = {name: targets[name] is None and view.workers[name].role.decodes for name in targets}
-    able = [view.workers[name] for name in targets if room.fits(request, name, decodes=stays[name])]
+    open_workers = batches.open()
+    targets = {worker.name: target_of(entry, worker) for worker in open_workers}
+    stays = {worker.name: targets[worker.name] is None and worker.role.decodes for worker in open_workers}
+    fits = {
+      worker.name
+      for decodes in set(stays.values())
+      for worker in room.fitting(request, [one for one in open_workers if stays[one.name] == decodes], decodes=decodes)
+    }
+    able = [worker for worker in open_workers if worker.name in fits]
     if not able:
       break
     worker = placement.choose(entry, able, room)

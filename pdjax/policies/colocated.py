@@ -39,13 +39,12 @@ class Colocated(PolicyBase):
     if preempted := preempt_newest(view):
       return [*preempted]
     room = view.room()
-    both = [worker for worker in view.prefill_workers if worker.role.decodes]
-    if not both:
+    workers = [worker for worker in view.able_to_prefill if worker.role.decodes]
+    if not workers and not any(worker.role.decodes for worker in view.prefill_workers):
       raise PolicyError(
         f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
         'colocated_pool, or the policy Disaggregated.'
       )
-    workers = [worker for worker in both if room.orders(worker.name) > 0]
     if not workers:
       return []
     prompts = view.waiting or any(worker.prefilling for worker in workers)  # else nobody asks for the budgets

@@ -40,7 +40,7 @@ class Disaggregated(PolicyBase):
     room = view.room()
     transfers = self._transfers(view, room)
     prefills = self._prefills(view, room)
-    return [*transfers, *prefills, *self._decodes(view, room, {step.worker for step in prefills})]
+    return [*transfers, *prefills, *self._decodes(view, {step.worker for step in prefills})]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""
@@ -55,7 +55,7 @@ class Disaggregated(PolicyBase):
     """
     if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
       return None
-    target = self._target(view, room, entry)
+    target = room.kept(('target', entry.request.id), lambda: self._target(view, room, entry))
     return None if target == worker.name else target
 
   def _transfers(self, view: ClusterView, room: Room) -> list[Action]:
@@ -69,11 +69,11 @@ class Disaggregated(PolicyBase):
     return actions
 
   def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
-    able = [worker for worker in view.decode_workers if room.fits(entry.request.id, worker.name, decodes=True)]
+    able = room.fitting(entry.request.id, view.decode_workers, decodes=True)
     return self.place_decode.choose(entry, able, room).name if able else None
 
   def _prefills(self, view: ClusterView, room: Room) -> list[Step]:
-    workers = [worker for worker in view.prefill_workers if room.orders(worker.name) > 0]
+    workers = view.able_to_prefill
     if not workers or not (view.waiting or any(worker.prefilling for worker in workers)):
       return []
 
@@ -89,9 +89,9 @@ class Disaggregated(PolicyBase):
       if batch
     ]
 
-  def _decodes(self, view: ClusterView, room: Room, busy: set[str]) -> list[Step]:
+  def _decodes(self, view: ClusterView, busy: set[str]) -> list[Step]:
     return [
       Step(worker.name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps)
-      for worker in view.decode_workers
-      if worker.name not in busy and worker.has_work and room.orders(worker.name) > 0
+      for worker in view.able_to_decode
+      if worker.name not in busy
     ]

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
 from pdjax.serving.events import Delivered, Done, Finished, Preempted
-from pdjax.serving.orders import Order, PageNumbers, TransferOrder
+from pdjax.serving.orders import MAX_ORDERS, Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
@@ -60,6 +61,9 @@ class Books:
     caught_up: What a backend told when it was asked how far a standing step is, since the loop last took it.
     catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
     wakes: Whether anything happened that the policy is to be asked about.
+    touched: Workers about which something changed since their use was last told.
+    may_prefill: Workers that may be able to prefill: all but those found unable since something about them changed.
+    may_decode: The same of decoding.
   """
 
   def __init__(
@@ -82,6 +86,10 @@ class Books:
     self.pages_ahead = pages_ahead
     self.max_preemptions = max_preemptions
     self.now_s = 0.0
+    self.touched: dict[str, None] = {}
+    self.may_prefill: dict[str, None] = {}
+    self.may_decode: dict[str, None] = {}
+    self._pools: dict[tuple[Any, ...], PoolSpecs] = {}
     self.workers: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
     for spec in workers:
@@ -124,11 +132,40 @@ class Books:
       raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
     if not isinstance(spec.num_pages, int):
       raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
-    pages = PlacePages(PoolSpecs.of(self.model, spec), spec)
+    alike = spec.page_size, spec.cached_dtype, spec.tp
+    if alike not in self._pools:
+      self._pools[alike] = PoolSpecs.of(self.model, spec)  # one object for all, by which requests know what they need
+    pools = self._pools[alike]
+    changed = functools.partial(self.look_at, spec.name)
+    pages = PlacePages(pools, spec, changed)
     grows = self.pages_ahead is not None
-    holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, grows=grows)
+    holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, changed, grows=grows)
     self.holdings[spec.name] = holdings
-    self.workers[spec.name] = WorkerState(spec, holdings)
+    self.workers[spec.name] = WorkerState(spec, holdings, len(self.workers))
+    self.look_at(spec.name)
+
+  def look_at(self, worker: str) -> None:
+    """Note that something about a worker changed, so that it may have to do."""
+    self.touched[worker] = self.may_prefill[worker] = self.may_decode[worker] = None
+
+  def able_to_prefill(self) -> list[WorkerState]:
+    """Workers that prefill and can be given another step, in the order of the config."""
+    return self._able(self.may_prefill, lambda worker: worker.role.prefills)
+
+  def able_to_decode(self) -> list[WorkerState]:
+    """Workers that decode and can be given another step that brings somebody a token, in the order of the config."""
+    return self._able(self.may_decode, lambda worker: worker.role.decodes and worker.has_work)
+
+  def _able(self, candidates: dict[str, None], has_to_do: Callable[[WorkerState], bool]) -> list[WorkerState]:
+    """Those of some workers that are able; the others are looked at again once something about them changes."""
+    able = []
+    for name in list(candidates):
+      worker = self.workers[name]
+      if worker.up and worker.num_steps < MAX_ORDERS and has_to_do(worker):
+        able.append(worker)
+      else:
+        del candidates[name]
+    return sorted(able, key=lambda worker: worker.number) if len(able) > 1 else able
 
   def _check_staging(self) -> None:
     for source, target in ways([worker.spec for worker in self.workers.values()]):

@@ -15,12 +15,14 @@ class OccupancyWatch:
 
   def take(self, now_s: float) -> Occupancy | None:
     """The use of the cluster, if any of it changed since the last call."""
-    changed = []
-    for name, worker in self._books.workers.items():
+    books, changed = self._books, []
+    for name in sorted(books.touched, key=lambda name: books.workers[name].number):
+      worker = books.workers[name]
       use = worker.num_pages - worker.free_pages, len(worker.decoding)
       if use != self._uses[name]:
         self._uses[name] = use
         changed.append(WorkerUse(name, *use))
+    books.touched.clear()
     num_waiting = len(self._books.waiting)
     if not changed and num_waiting == self._num_waiting:
       return None

@@ -1,7 +1,7 @@
 """The holders of each page of one place, kind by kind, and a budget of bytes on their way out of it and into it."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pdjax.types.pools import PoolSpecs, grown_pages
 from pdjax.types.worker import WorkerSpec
@@ -31,21 +31,25 @@ class PageAllocator:
     """
     if count > len(self._free):
       raise ValueError(f'{count} pages wanted, {len(self._free)} of {self.num_pages} free.')
-    pages = tuple(self._free.popleft() for _ in range(count))
+    take = self._free.popleft
+    pages = tuple([take() for _ in range(count)])
     self.hold(pages)
     return pages
 
   def hold(self, pages: Iterable[int]) -> None:
     """Keep pages from being freed until a matching `drop`."""
+    holders = self._holders
     for page in pages:
-      self._holders[page] += 1
+      holders[page] += 1
 
   def drop(self, pages: Iterable[int]) -> None:
     """Let go of pages; those that nobody else holds become free."""
+    holders = self._holders
     for page in pages:
-      assert self._holders[page] > 0, f'page {page} is free already'
-      self._holders[page] -= 1
-      if self._holders[page] == 0:
+      left = holders[page] - 1
+      assert left >= 0, f'page {page} is free already'
+      holders[page] = left
+      if not left:
         self._free.append(page)
 
 
@@ -56,10 +60,18 @@ class PlacePages:
   the tokens of all pages fill.
   """
 
-  def __init__(self, pools: PoolSpecs, worker: WorkerSpec):
-    """Begin with all pages of a worker free; its `num_pages` and page size are filled in."""
+  def __init__(self, pools: PoolSpecs, worker: WorkerSpec, changed: Callable[[], None] = lambda: None):
+    """Begin with all pages of a worker free.
+
+    Args:
+      pools: Its cache kinds.
+      worker: The worker, `num_pages` and page size filled in.
+      changed: Told whenever pages are taken or freed.
+    """
     assert isinstance(worker.num_pages, int)
     self.pools = pools
+    self._changed = changed
+    self._free: int | None = None  # bytes, where they are known
     self.num_pages = worker.num_pages
     self._num_bytes = worker.num_pages * pools.page_bytes
     self.by_kind: dict[str, PageAllocator] = {}
@@ -71,7 +83,14 @@ class PlacePages:
 
   @property
   def _free_bytes(self) -> int:
-    return self._num_bytes - sum([(one.num_pages - one.num_free) * spec.device_bytes for one, spec in self._sized])
+    if self._free is None:
+      used = [(one.num_pages - one.num_free) * spec.device_bytes for one, spec in self._sized]
+      self._free = self._num_bytes - sum(used)
+    return self._free
+
+  def _note_change(self) -> None:
+    self._free = None
+    self._changed()
 
   @property
   def num_free(self) -> int:
@@ -119,6 +138,7 @@ class PlacePages:
     """
     if not self.fits(needed):
       raise ValueError(f'{dict(needed)} pages wanted, {self.num_free} of {self.num_pages} free.')
+    self._note_change()
     return {name: self.by_kind[name].take(count) for name, count in needed.items()}
 
   def hold(self, pages: Mapping[str, Iterable[int]]) -> None:
@@ -130,6 +150,7 @@ class PlacePages:
     """Let go of pages of each kind; those that nobody else holds become free."""
     for name, numbers in pages.items():
       self.by_kind[name].drop(numbers)
+    self._note_change()
 
 
 class Staging:

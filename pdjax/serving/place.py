@@ -26,7 +26,14 @@ class Decoding:
     standing: The order that stands until something changes; None if there is none.
   """
 
-  def __init__(self, num_slots: int):
+  def __init__(self, num_slots: int, changed: Callable[[], None]):
+    """Begin with nobody there.
+
+    Args:
+      num_slots: Its slots.
+      changed: Told whenever somebody comes, can go on or leaves.
+    """
+    self._changed = changed
     self.entries: dict[str, RequestState] = {}
     self.rows = TokenRows(num_slots)
     self.batch = NOBODY
@@ -45,6 +52,7 @@ class Decoding:
     """A sequence begins to decode here."""
     name = entry.request.id
     self.entries[name] = self.outside[name] = entry
+    self._changed()
     begin_steps(entry, steps)
 
   def join(self, entry: RequestState, order: int) -> None:
@@ -72,6 +80,7 @@ class Decoding:
     if was_member:
       self.pause(entry, order)
     del self.outside[entry.request.id]
+    self._changed()
     return was_member
 
   def note_growth(self, entry: RequestState) -> None:
@@ -116,14 +125,16 @@ class Holdings:
     grows: Whether sequences take pages as they grow, and not all at once.
   """
 
-  def __init__(self, pages: PlacePages, num_slots: int, staging_bytes: int, *, grows: bool = False):
+  def __init__(
+    self, pages: PlacePages, num_slots: int, staging_bytes: int, changed: Callable[[], None], *, grows: bool = False
+  ):
     self.pages = pages
     self.grows = grows
     self.slots = deque(range(num_slots))
     self.staging_out, self.staging_in = Staging(staging_bytes), Staging(staging_bytes)
     self.steps: deque[StepInFlight] = deque()
     self.prefilling: dict[str, RequestState] = {}
-    self.batch = Decoding(num_slots)
+    self.batch = Decoding(num_slots, changed)
     self.decoding = self.batch.entries
     self.wanted: dict[str, int] = {}
 
@@ -132,6 +143,7 @@ class WorkerState:
   """The part of a worker's books that policies read too; only the files of `serving/` change it.
 
   Attributes:
+    number: Its position in the config.
     spec: The worker as the config has it.
     name: Its name.
     role: Its role.
@@ -146,8 +158,9 @@ class WorkerState:
     given_up: Whether nobody waits for it to come back any more.
   """
 
-  def __init__(self, spec: WorkerSpec, holdings: Holdings):
+  def __init__(self, spec: WorkerSpec, holdings: Holdings, number: int):
     assert spec.page_size is not None
+    self.number = number
     self.spec = spec
     self.name = spec.name
     self.role = spec.role

@@ -106,6 +106,7 @@ def come_back(books: Books, event: WorkerBack) -> bool:
     lose(books, WorkerLost(worker.name, event.ended_s, error, returning=True))
   worker.incarnation, worker.up, worker.lost, worker.given_up = event.incarnation, True, '', False
   books.timers.cancel('patience', worker.name)
+  books.look_at(worker.name)
   return True
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -125,6 +125,7 @@ class RequestState:
   number: int = 0
   prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly
   _tokens: list[int] = dataclasses.field(default_factory=list)  # those that are in no row
+  _needs: dict[tuple[int, bool, int, int | None], dict[str, int]] = dataclasses.field(default_factory=dict, repr=False)
   _rows: TokenRows | None = dataclasses.field(default=None, repr=False)  # which has its others in that of its slot
   _steps: Sequence[StepInFlight] = dataclasses.field(default=(), repr=False)  # in flight where it decodes
 
@@ -222,10 +223,16 @@ class RequestState:
     """
     return (self.prompt_len - 1) // pool.page_size if pool.kind.grows else 0
 
-  def pages_needed(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
+  def pages_needed(self, pools: PoolSpecs, *, decodes: bool) -> Mapping[str, int]:
     """As `own_pages`, those of the samples that follow it counted too: all but those that they share."""
-    own = self.own_pages(pools, decodes=decodes)
-    return self._with_followers(own, pools) if decodes and self.followers else own
+    if self.samples is not None:
+      own = self.own_pages(pools, decodes=decodes)
+      return self._with_followers(own, pools) if decodes and self.followers else own
+    key = id(pools), decodes, len(self.delivered), self.pages_ahead  # a policy asks for each worker, over and over
+    needed = self._needs.get(key)
+    if needed is None:
+      needed = self._needs[key] = self.own_pages(pools, decodes=decodes)
+    return needed
 
   def most_pages(self, pools: PoolSpecs, *, decodes: bool) -> dict[str, int]:
     """As `pages_needed`, for all tokens that it may ever have, whatever it takes ahead."""

@@ -120,6 +120,7 @@ def _order_of(
   ahead = LOOKAHEAD if stands else order.steps if decodes else 0
   holdings.steps.append(StepInFlight(step_id, step, order.batch, batch.rows.owners(order.batch), ahead, stands))
   batch.standing = None
+  books.look_at(worker.name)
   if stands:
     batch.stand(step_id, books.catch_up_on(worker.name))
   return order
@@ -179,6 +180,7 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
 def step_ended(books: Books, order: StepOrder) -> None:
   """Take note that a step is over, however it went."""
   worker, holdings = books.workers[order.worker], books.holdings[order.worker]
+  books.look_at(worker.name)
   first = holdings.steps.popleft()
   assert first.order == order.id, f'order {order.id} of {worker.name!r} ended before order {first.order}'
   first.ahead = 0
@@ -209,6 +211,7 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
     step.ahead = LOOKAHEAD if event.to_come is None else event.to_come
     if event.to_come is not None and holdings.batch.standing == order.id:
       holdings.batch.standing = None
+      books.look_at(order.worker)
       books.may_grow(order.worker)
   late_rows: frozenset[int] = frozenset()
   if event.decoded is not None:
@@ -216,6 +219,7 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
   batch, standing = holdings.batch, holdings.batch.standing
   if standing is not None and standing != order.id and any(map(batch.has, event.ended(step.batch))):
     batch.standing = None  # the worker lets it end, as one of its sequences has
+    books.look_at(order.worker)
   in_time: list[Result] = []
   late: list[Result] = []
   for result in event.results:

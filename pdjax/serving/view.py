@@ -1,8 +1,8 @@
 """The cluster as policies see it: the requests, the workers, and what is free, to be read."""
 
 import types
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from pdjax.serving.actions import Step
 from pdjax.serving.books import Books
@@ -13,6 +13,8 @@ from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import Role, WorkerSpec
+
+Kept = TypeVar('Kept')
 
 
 class RequestView(Protocol):
@@ -186,7 +188,8 @@ class Room:
   """A scratch view of what is free, so that one part of a decision cannot promise what another took."""
 
   def __init__(self, view: 'ClusterView'):
-    self._view = view
+    self._view, self._books = view, view._books
+    self._kept: dict[Any, Any] = {}
     self._pages: dict[str, dict[str, int]] = {}  # taken, by worker and cache kind
     self._slots: dict[str, int] = {}
     self._tokens: dict[str, int] = {}
@@ -198,32 +201,47 @@ class Room:
 
   def slots(self, worker: str) -> int:
     """Free slots."""
-    return self._view.workers[worker].free_slots - self._slots.get(worker, 0)
+    return len(self._books.holdings[worker].slots) - self._slots.get(worker, 0)
 
   def orders(self, worker: str) -> int:
     """Steps that may still be handed over; none to a worker that is lost."""
-    place = self._view.workers[worker]
+    place = self._books.workers[worker]
     return MAX_ORDERS - place.num_steps if place.up else 0
 
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
-    return self._view.workers[worker].queued_tokens + self._tokens.get(worker, 0)
+    return self._books.workers[worker].queued_tokens + self._tokens.get(worker, 0)
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
-    if not self._view.workers[worker].up:
-      return False
-    if decodes and self._view.slots_needed(request) > self.slots(worker):
-      return False
-    needed = self._view.kind_pages_needed(request, worker, decodes=decodes)
-    holdings = self._view._books.holdings[worker]
-    taken = self._pages.get(worker)
-    if holdings.wanted:  # by those that decode there
-      taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
-    return holdings.pages.fits(needed, taken)
+    return bool(self.fitting(request, (self._view.workers[worker],), decodes=decodes))
+
+  def fitting(self, request: str, workers: Iterable[WorkerView], *, decodes: bool) -> list[WorkerView]:
+    """Those of some workers that have room, as `fits` says."""
+    entry, found = self._books.requests[request], []
+    slots_needed = entry.slots_needed if decodes else 0
+    for worker in workers:
+      name = worker.name
+      holdings = self._books.holdings[name]
+      if not worker.up or (decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0)):
+        continue
+      needed = entry.pages_needed(holdings.pages.pools, decodes=decodes)
+      taken = self._pages.get(name)
+      if holdings.wanted:  # by those that decode there
+        taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
+      if holdings.pages.fits(needed, taken):
+        found.append(worker)
+    return found
+
+  def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
+    """What `make` answers, made once until something more is taken; for what a decision works out again and again."""
+    if key not in self._kept:
+      self._kept[key] = make()
+    return self._kept[key]
 
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
+    self._kept.clear()
     taken = self._pages.setdefault(worker, {})
     for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
       taken[kind] = taken.get(kind, 0) + pages
@@ -232,6 +250,7 @@ class Room:
 
   def take_tokens(self, worker: str, tokens: int) -> None:
     """Count prompt tokens as given to the worker."""
+    self._kept.clear()
     self._tokens[worker] = self._tokens.get(worker, 0) + tokens
 
   def _place_pages(self, worker: str) -> PlacePages:
@@ -283,6 +302,16 @@ class ClusterView:
   def decode_workers(self) -> Sequence[WorkerView]:
     """Those that decode."""
     return self._books.decode_workers
+
+  @property
+  def able_to_prefill(self) -> Sequence[WorkerView]:
+    """Those that prefill and can be given another step, in the order of the config; kept, not searched."""
+    return self._books.able_to_prefill()
+
+  @property
+  def able_to_decode(self) -> Sequence[WorkerView]:
+    """Those that decode and can be given another step that brings a sequence a token; as `able_to_prefill`."""
+    return self._books.able_to_decode()
 
   @property
   def requests(self) -> Mapping[str, RequestView]:
@@ -342,7 +371,7 @@ class ClusterView:
     pools, entry = self._books.holdings[worker].pages.pools, self._books.requests[request]
     return pools.describe((entry.most_pages if ever else entry.pages_needed)(pools, decodes=decodes))
 
-  def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> dict[str, int]:
+  def kind_pages_needed(self, request: str, worker: str, *, decodes: bool) -> Mapping[str, int]:
     """As `pages_needed`, by cache kind."""
     pools = self._books.holdings[worker].pages.pools
     return self._books.requests[request].pages_needed(pools, decodes=decodes)

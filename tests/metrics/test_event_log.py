@@ -1,13 +1,18 @@
 """The log in memory and on disk."""
 
 import dataclasses
+import json
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from pdjax.metrics.event_log import EventLog, event_to_json, read_events
+from pdjax.metrics.event_json import event_to_json
+from pdjax.metrics.event_log import EventLog, read_events
+from pdjax.metrics.event_text import event_text
+from pdjax.serving.batch import Batch
 from pdjax.serving.events import (
   Arrived,
   Comeback,
@@ -16,16 +21,32 @@ from pdjax.serving.events import (
   Done,
   Ended,
   Failed,
+  Finished,
   Occupancy,
   Result,
   Started,
+  Trip,
+  Turn,
   Withdrawn,
   WorkerBack,
   WorkerLost,
   WorkerUse,
 )
-from pdjax.serving.orders import EndOrder
+from pdjax.serving.orders import (
+  Admission,
+  ChunkOrder,
+  EndOrder,
+  Growth,
+  Join,
+  LeaveOrder,
+  StepOrder,
+  TransferOrder,
+)
+from pdjax.types.json_text import json_text
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
+from pdjax.types.span import Span
+
+FORMAT = '{"event": "Log", "version": 2}\n'
 
 
 def _everything(disaggregated, stamps):
@@ -46,11 +67,63 @@ def _everything(disaggregated, stamps):
 
 def test_a_last_line_that_was_cut_short_is_left_out_and_no_other(tmp_path):
   path = tmp_path / 'events.jsonl'
-  path.write_text('{"event": "Turn", "now_s": 0.0}\n{"event": "Turn", "no')
+  path.write_text(FORMAT + '{"event": "Turn", "now_s": 0.0}\n{"event": "Turn", "no')
   assert list(read_events(path)) == [{'event': 'Turn', 'now_s': 0.0}]
-  path.write_text('{"event": "Turn", "no\n{"event": "Turn", "now_s": 0.0}\n')
-  with pytest.raises(ValueError):
+  path.write_text(FORMAT + '{"event": "Turn", "no\n{"event": "Turn", "now_s": 0.0}\n')
+  with pytest.raises(json.JSONDecodeError):
     list(read_events(path))
+
+
+@pytest.mark.parametrize(
+  ('line', 'found'),
+  [
+    ('{"event": "Turn", "now_s": 0.0}', 'no version'),
+    ('{"event": "Log", "version": 1}', 'version 1'),
+    ('{"event": "Log", "version": 3}', 'version 3'),
+    ('not JSON', 'no version'),
+    ('[1]', 'no version'),
+  ],
+)
+def test_a_file_of_another_format_is_refused(line, found, tmp_path):
+  path = tmp_path / 'events.jsonl'
+  path.write_text(line + '\n{"event": "Turn", "now_s": 0.0}\n')
+  with pytest.raises(ValueError, match=f'names {found} of the log in its first line, expected 2'):
+    list(read_events(path))
+
+
+@pytest.mark.parametrize('begun', ['', '{"event": "Lo'])
+def test_a_file_that_was_cut_short_at_once_has_no_events(begun, tmp_path):
+  path = tmp_path / 'events.jsonl'
+  path.write_text(begun)
+  assert list(read_events(path)) == []
+
+
+def test_the_text_of_an_event_is_its_data(disaggregated, stamps):
+  told = (TokenLogprob(-0.5, ((5, -0.5), (3, -2.0))),)
+  decoded = Decoded(
+    np.array([[5, 6], [7, -1]], np.int32), np.array([2, 1]), (Ended(0, 'stop'), Ended(1, 'error', 'not "finite"')),
+    ('a"\n', 'é'), {1: told}, (0.5, math.nan),
+  )  # fmt: skip
+  request = Request('odd "id" ☃', (1, 2))
+  chunk = ChunkOrder(request, 0, 2, {'kv': (0, 1), 'state': (3,)}, 4, 1, (5, 6))
+  admission = Admission(request, {'kv': (1,)}, (7,), 9, {'kv': ((0, 1),)})
+  joins = Join('r', 0, 4, 9), Join('s', 1, 5, 8, 12, admission)
+  step = StepOrder(
+    3, 'w "0"', (chunk,), joins, (2,), (Growth(0, {'kv': (3, (4, 5))}, 24),), True, 1, True, 2, ((0, 2), (2, 4))
+  )
+  transfer = TransferOrder(4, 'r', 'p', 'd', Span((0,), (1,), 0, 8, (0, 2), 'latent'), 3, (1, 2), 512)
+  events = [
+    *_everything(disaggregated, stamps),
+    Started(0.25, step), Started(0.25, transfer), Started(0.5, LeaveOrder(5, 'r', 'd')), Turn(math.inf), Turn(3),
+    Done(3, 0.0, 1.0, (Result('r', (5,), 'length', 'x', told),), decoded, None, 2),
+    Done(4, 0.0, math.nan, trip=Trip(0.0, math.inf, 2), wire_bytes=3),
+    Delivered(1.0, 3, (Result('r', (5,)),), (Result('s', (6,)),)),
+    Delivered(1.0, 3, batch=Batch(('r', 's'), (0, 1)), decoded=decoded, late_rows=frozenset({1})),
+    Finished(1.0, 'r', 'error', (1, 2), 'a "quoted" one'), Finished(1.0, 'r', 'stop', ()),
+    Occupancy(math.nan, 0, ()),
+  ]  # fmt: skip
+  for event in events:
+    assert json.loads(event_text(event)) == json.loads(json_text(event_to_json(event))), event
 
 
 def test_the_file_holds_what_memory_holds(disaggregated, stamps, tmp_path):

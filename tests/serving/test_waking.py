@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pdjax.cost import Roofline
-from pdjax.metrics.event_log import event_to_json
+from pdjax.metrics.event_json import event_to_json
 from pdjax.policies import Colocated
 from pdjax.serving import ALL, Chunk, ClusterState, PolicyError, Step, StuckError, WakeAt, serve
 from pdjax.serving.events import Arrived, Failed, Finished, Started, TimerDue, Turn, Withdrawn

@@ -32,7 +32,7 @@ class Simulator:
   if the workload knows it, else up to `max_tokens`.
 
   Of a standing order it tells at once of all steps up to the next that changes anything, where the cost model knows the
-  seconds of a run of steps (`CostBase.run_seconds`) and the worker has devices of its own. Either way the end of a step
+  seconds of a run of steps (`CostBase.runs`) and the worker has devices of its own. Either way the end of a step
   is the time at which its run began and the seconds of the run up to there, so that no sum depends on what was told.
 
   Args:
@@ -48,7 +48,10 @@ class Simulator:
     self._cost = as_cost(cost)
     self._leaps = leaps
     devices = collections.Counter(device for worker in workers for device in worker.devices or ())
-    self._shares = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
+    shared = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
+    self._run_seconds = {
+      worker.name: None if shared[worker.name] else self._cost.runs(model, worker) for worker in workers
+    }
     self.start_clock()
 
   def start_clock(self) -> None:
@@ -173,7 +176,8 @@ class Simulator:
     batch = self._bounds[order.worker]
     rows = batch.change(order)
     if order.standing:
-      run = StandingRun(order, rows, batch.steps, self._free_from_s(order.worker))
+      can_leap = self._run_seconds[order.worker] is not None
+      run = StandingRun(order, rows, batch.steps, self._free_from_s(order.worker), can_leap)
       self._runs[order.worker].append(run)
       self._dispatch(run)
       self._push_next(run)
@@ -183,7 +187,7 @@ class Simulator:
       seconds += (1 + len(order.layer_groups)) * self._cost.dispatch_s
     decoded = None
     if order.decodes:
-      counts, ended = outcome(rows, batch.steps, batch.steps + order.steps)
+      counts, ended = outcome(np.array([row.ends_at for row in rows]), batch.steps, batch.steps + order.steps)
       decoded = Decoded(self._tokens(order, 0, order.steps), counts, ended)
       batch.steps += order.steps
     self._began_s[order.id] = began_s = self._free_from_s(order.worker)
@@ -221,22 +225,19 @@ class Simulator:
 
   def _know(self, run: StandingRun, step: int) -> None:
     """Work out the ends of a run's steps up to this one."""
-    worker = self._workers[run.order.worker]
+    worker, run_seconds = run.order.worker, self._run_seconds[run.order.worker]
     while run.known < step:
       contexts = run.contexts()
-      ahead = min(run.until_change(run.known), run.most) - run.known
-      seconds = None
-      if run.can_leap and not self._shares[worker.name]:
-        seconds = self._cost.run_seconds(self._model, worker, contexts, min(ahead, _MOST_KNOWN))
-      if seconds is not None:
-        self._check_seconds(float(seconds[-1]), 'run_seconds')
+      if run_seconds is not None:
+        ahead = min(run.until_change(run.known), run.most) - run.known
+        seconds = run_seconds(contexts, min(ahead, _MOST_KNOWN))
+        self._check_seconds(float(seconds[-1]), 'runs')
         run.add((run.last_end_s + seconds).tolist())
         continue
-      run.can_leap = False
-      began_s = max(run.last_end_s, self._free_from_s(worker.name))
+      began_s = max(run.last_end_s, self._free_from_s(worker))
       ended_s = began_s + self._step_seconds(run.order, contexts)
       run.add([ended_s], began_s)
-      self._occupy(worker.name, ended_s)
+      self._occupy(worker, ended_s)
 
   def _push_next(self, run: StandingRun) -> None:
     """Have the next step of a run told that must be, or without leaps the next."""
@@ -248,8 +249,7 @@ class Simulator:
 
   def _tell(self, run: StandingRun, step: int) -> Done:
     """The steps of a run up to this one have ended."""
-    _, ended = outcome(run.rows, run.before + run.told, run.before + step)
-    if run.last is None and (ended or step >= run.most - 1):
+    if run.last is None and (step == run.until_change(run.told) or step >= run.most - 1):
       self._settle(run, min(step + 1, run.most))
     done = self._done_of(run, step)
     if step == run.last:
@@ -262,13 +262,13 @@ class Simulator:
 
   def _done_of(self, run: StandingRun, step: int) -> Done:
     before, run.told = run.told, step
-    counts, ended = outcome(run.rows, run.before + before, run.before + step)
+    counts, ended = run.outcome(before, step)
     ends_s = run.ends_between(before, step)
     decoded = Decoded(
       self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if len(ends_s) > 1 else ()
     )  # fmt: skip
     to_come = None if run.last is None else run.last - step
-    wasted = (step - before) * len(run.rows) - decoded.num_tokens()
+    wasted = (step - before) * len(counts) - decoded.num_tokens()
     return Done(run.order.id, run.begin_s(before + 1), ends_s[-1], (), decoded, to_come, wasted)
 
   def _settle(self, run: StandingRun, last: int) -> None:

@@ -11,11 +11,17 @@ from pdjax.serving.events import Ended
 from pdjax.serving.orders import StepOrder
 
 
-def outcome(rows: Sequence[Bound], before: int, after: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
-  """Tokens of each of the sequences between two numbers of steps, `[B]`, and those that end there."""
-  counts = np.array([min(max(row.ends_at - before, 0), after - before) for row in rows], np.int64)
-  ended = tuple(Ended(place, 'length') for place, row in enumerate(rows) if before < row.ends_at <= after)
-  return counts, ended
+def outcome(ends: np.ndarray, before: int, after: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
+  """Tokens of each sequence between two numbers of steps, `[B]`, and those that end there.
+
+  Args:
+    ends: `[B]` of steps after which each gets no more tokens.
+    before: The one number.
+    after: The other.
+  """
+  counts = np.minimum(np.maximum(ends - before, 0), after - before)
+  ended = np.flatnonzero((ends > before) & (ends <= after)).tolist()
+  return counts, tuple([Ended(row, 'length') for row in ended])
 
 
 class StandingRun:
@@ -23,28 +29,30 @@ class StandingRun:
 
   Attributes:
     order: The order.
-    rows: The bounds of the sequences of its batch.
-    began_s: The time at which its first step begins.
     before: Decode steps of the worker before its first.
+    began_s: The time at which its first step begins.
+    can_leap: Whether the seconds of several steps are known at once.
     most: The last step that brings a token, or that all have a page for.
     last: Its last step, once that is known.
     replaced: Whether another step is behind it.
     told: Steps that were told.
-    can_leap: Whether the seconds of several steps are known at once.
     version: Counts how often another step was chosen to be told next.
   """
 
-  def __init__(self, order: StepOrder, rows: list[Bound], before: int, began_s: float):
+  def __init__(self, order: StepOrder, rows: Sequence[Bound], before: int, began_s: float, can_leap: bool):
+    """Begin with nothing told; `rows` are the bounds of the sequences of its batch."""
     self.order = order
-    self.rows = rows
     self.before = before
     self.began_s = began_s
+    self.can_leap = can_leap
     self.most = most_steps(rows, before)
     self.last: int | None = None
     self.replaced = False
     self.told = 0
-    self.can_leap = True
     self.version = 0
+    self._cached = [row.base + before for row in rows]  # tokens of each when the first step begins
+    self._ends = [row.ends_at - before for row in rows]  # steps after which each gets no more tokens
+    self._changes = sorted({end for end in self._ends if end > 0})
     self._ends_s: list[float] = []
     self._begins_s: list[float] = []  # where they are not the ends of the steps before
 
@@ -60,13 +68,17 @@ class StandingRun:
 
   def contexts(self) -> list[int]:
     """Cached tokens of each sequence that the step behind those known brings a token."""
-    steps = self.before + self.known
-    return [row.base + steps for row in self.rows if row.ends_at > steps]
+    known = len(self._ends_s)
+    return [cached + known for cached, end in zip(self._cached, self._ends, strict=True) if end > known]
 
   def until_change(self, after: int) -> int:
     """The step with which the next sequence ends behind a step; the last of all if none does."""
-    steps = self.before + after
-    return min((row.ends_at for row in self.rows if row.ends_at > steps), default=self.before + self.most) - self.before
+    place = bisect.bisect_right(self._changes, after)
+    return self._changes[place] if place < len(self._changes) else self.most
+
+  def outcome(self, before: int, step: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
+    """Tokens of each sequence in the steps behind one up to another, `[B]`, and those that end there."""
+    return outcome(np.array(self._ends), before, step)
 
   def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:
     """Note the ends of the steps that follow, and where it is not the end before, when the first begins."""

@@ -2,7 +2,7 @@
 
 import abc
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from pdjax.types.hardware import ChipSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
+
+RunSeconds = Callable[[Sequence[int], int], np.ndarray]
 
 
 class CostModel(Protocol):
@@ -65,11 +67,12 @@ class CostBase(CostModel):
     """Its class, for messages."""
     return type(self).__name__
 
-  def run_seconds(self, model: ModelSpec, worker: WorkerSpec, contexts: Sequence[int], steps: int) -> np.ndarray | None:
-    """Seconds from the beginning of decode steps in a row until the end of each, `[steps]`; all sequences in each step.
+  def runs(self, model: ModelSpec, worker: WorkerSpec) -> RunSeconds | None:
+    """A function that tells how long decode steps in a row of a worker take; None has each asked for when it begins.
 
-    A simulator that is told can leap over steps at which nothing happens. What it says of the first must not depend on
-    how many steps are asked about. None has every step asked for by itself, when it begins.
+    Given the cached tokens of each sequence when the first begins, and a number of steps in each of which every
+    sequence gets a token, it tells the seconds until the end of each, `[steps]`; those of a step must not depend on how
+    many are asked about. With it a simulator can leap over steps at which nothing happens.
     """
     return None
 
@@ -129,6 +132,6 @@ class _Completed(CostBase):
   def transfer_seconds(self, *args: Any, **kwargs: Any) -> float:
     return self._cost.transfer_seconds(*args, **kwargs)
 
-  def run_seconds(self, *args: Any, **kwargs: Any) -> np.ndarray | None:
-    tell = getattr(self._cost, 'run_seconds', None)
-    return None if tell is None else tell(*args, **kwargs)
+  def runs(self, model: ModelSpec, worker: WorkerSpec) -> RunSeconds | None:
+    make = getattr(self._cost, 'runs', None)
+    return None if make is None else make(model, worker)

@@ -1,11 +1,12 @@
 """A step takes as long as its FLOPs or its bytes, whichever is longer, and a fixed overhead."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from pdjax.cost.cost_model import CostBase
+from pdjax.cost.cost_model import CostBase, RunSeconds
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
@@ -76,17 +77,23 @@ class Roofline(CostBase):
       seconds += max(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s
     return seconds
 
-  def run_seconds(self, model: ModelSpec, worker: WorkerSpec, contexts: Sequence[int], steps: int) -> np.ndarray:
-    """Seconds until the end of each of so many decode steps, `[steps]`; see `CostBase`."""
+  def runs(self, model: ModelSpec, worker: WorkerSpec) -> RunSeconds:
+    """A function that tells how long decode steps in a row take; see `CostBase`."""
     devices = 1 if self.shared_host else worker.tp
     flops_per_s = self.chip.flops_per_s * self.chip.matmul_efficiency * devices
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
     weight_bytes = self.dtype_bytes if worker.weights is None else DTYPE_BYTES[worker.weights]
-    batch = len(contexts)
-    attention, cached = model.decode_run(worker.cached_dtype, contexts, steps, min(worker.tp, model.kv_heads))
-    flops = batch * (model.token_flops() + model.unembed_flops()) + attention
-    read = model.read_params(batch) * weight_bytes + worker.tp * cached
-    return np.cumsum(np.maximum(flops / flops_per_s, read / bytes_per_s) + self.chip.step_overhead_s)
+    row_flops, read_params = model.token_flops() + model.unembed_flops(), functools.lru_cache(4096)(model.read_params)
+    run = model.decode_run(worker.cached_dtype, min(worker.tp, model.kv_heads))
+
+    def seconds(contexts: Sequence[int], steps: int) -> np.ndarray:
+      batch = len(contexts)
+      attention, cached = run(contexts, steps)
+      computed_s = (batch * row_flops + attention) / flops_per_s
+      read_s = (read_params(batch) * weight_bytes + worker.tp * cached) / bytes_per_s
+      return (np.maximum(computed_s, read_s) + self.chip.step_overhead_s).cumsum()
+
+    return seconds
 
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, num_bytes: float) -> float:
     """Seconds to move so many bytes of the cache; see `CostModel`."""

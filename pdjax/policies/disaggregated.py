@@ -73,9 +73,9 @@ class Disaggregated(PolicyBase):
     return self.place_decode.choose(entry, able, room).name if able else None
 
   def _prefills(self, view: ClusterView, room: Room) -> list[Step]:
-    workers = view.able_to_prefill
-    if not workers or not (view.waiting or any(worker.prefilling for worker in workers)):
+    if not view.waiting and not view.begun:
       return []
+    workers = view.able_to_prefill
 
     def target_of(entry: RequestView, worker: WorkerView) -> str | None:
       return self.target_of(view, room, entry, worker)

@@ -67,6 +67,7 @@ class TokenRows:
     self._owners = np.zeros(num_slots, np.int64)  # the number of whoever has the row; 0 is nobody
     self._next_owner = 1
     self._most = 0  # no row has more tokens
+    self._is_blank = True  # all tokens so far are 0, as a simulator has them
     self._slots: tuple[Batch, np.ndarray] = (NOBODY, np.zeros(0, np.int64))
 
   def own(self, slot: int, left: int) -> None:
@@ -100,17 +101,24 @@ class TokenRows:
     late = None if here.all() else here
     if late is not None:
       slots, tokens, counts = slots[here], tokens[:, here], counts[here]
+    first = self._counts[slots]
+    if not self._is_blank or any(tokens.strides) or (tokens.size and tokens[0, 0]):
+      self._write(slots, first, tokens)
+    self._counts[slots] = first + counts
+    self._left[slots] -= counts
+    return late
+
+  def _write(self, slots: np.ndarray, first: np.ndarray, tokens: np.ndarray) -> None:
+    if self._is_blank:
+      self._is_blank = False
+      self._most = int(self._counts.max())
     if self._most + len(tokens) > self._tokens.shape[1]:
       self._make_room(len(tokens))
-    first = self._counts[slots]
     if len(tokens) == 1:
       self._tokens[slots, first] = tokens[0]
     else:
       self._tokens[slots[:, None], first[:, None] + np.arange(len(tokens))] = tokens.T
-    self._counts[slots] = first + counts
-    self._left[slots] -= counts
     self._most += len(tokens)
-    return late
 
   def skip(self, slot: int, count: int) -> None:
     """Note so many tokens of a sequence that were written elsewhere."""
@@ -126,7 +134,7 @@ class TokenRows:
     if not count:
       return []
     self._counts[slot] = 0
-    return self._tokens[slot, :count].tolist()
+    return [0] * int(count) if self._is_blank else self._tokens[slot, :count].tolist()
 
   def exhausted(self, batch: Batch, steps: int) -> list[int]:
     """The slots of a batch that get nothing more after so many steps."""
@@ -142,4 +150,4 @@ class TokenRows:
     self._most = int(self._counts.max())
     size = self._tokens.shape[1]
     if self._most + more > size // 2:
-      self._tokens = np.pad(self._tokens, ((0, 0), (0, max(size, more))))
+      self._tokens = np.pad(self._tokens, ((0, 0), (0, max(size, self._most + more - size))))

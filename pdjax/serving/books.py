@@ -37,6 +37,7 @@ class Books:
     decode_workers: Those that decode.
     requests: Each unfinished request by id.
     waiting: Those of which nothing was started, in order of arrival.
+    begun: Those whose prompt was begun and has tokens left to hand over, wherever it is.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
     samples: The samples of a prompt, by the id of each, ended or not.
     output_len: Tells how many tokens a request really generates, where a trace knows that, by its id.
@@ -103,6 +104,7 @@ class Books:
     self._check_staging()
     self.requests: dict[str, RequestState] = {}
     self.waiting: dict[str, RequestState] = {}
+    self.begun: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self.samples: dict[str, Samples] = {}
     self.output_len: Callable[[str], int | None] = lambda request: None

@@ -217,6 +217,7 @@ def unschedule(books: Books, entry: RequestState) -> None:
   books.waiting.pop(name, None)
   books.prefilled.pop(name, None)
   books.due.pop(name, None)
+  books.begun.pop(name, None)
   if entry.worker is not None and books.holdings[entry.worker].prefilling.pop(name, None) is not None:
     books.workers[entry.worker].queued_tokens -= entry.prompt_left
   if entry.target is not None:

@@ -156,7 +156,7 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
     entry.worker = worker.name
-    holdings.prefilling[chunk.request] = entry
+    holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
     if chunk.send_to is not None:
@@ -165,7 +165,7 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
   entry.started += chunk.length
   slot = None
   if entry.prompt_left == 0:
-    del holdings.prefilling[chunk.request]
+    del holdings.prefilling[chunk.request], books.begun[chunk.request]
     entry.first_in_flight = not entry.delivered
     if stays and not entry.delivered:  # its next token can be computed before its first is known: both stay there
       enter(entry, Phase.DECODING)

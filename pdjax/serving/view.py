@@ -271,6 +271,7 @@ class ClusterView:
     self._workers: Mapping[str, WorkerView] = types.MappingProxyType(books.workers)
     self._requests: Mapping[str, RequestView] = types.MappingProxyType(books.requests)
     self._waiting: Mapping[str, RequestView] = types.MappingProxyType(books.waiting)
+    self._begun: Mapping[str, RequestView] = types.MappingProxyType(books.begun)
     self._prefilled: Mapping[str, RequestView] = types.MappingProxyType(books.prefilled)
 
   @property
@@ -322,6 +323,11 @@ class ClusterView:
   def waiting(self) -> Mapping[str, RequestView]:
     """Those of which nothing was started, in order of arrival."""
     return self._waiting
+
+  @property
+  def begun(self) -> Mapping[str, RequestView]:
+    """Those whose prompt was begun and has tokens left to hand over, wherever it is."""
+    return self._begun
 
   @property
   def prefilled(self) -> Mapping[str, RequestView]:

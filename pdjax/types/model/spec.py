@@ -1,7 +1,7 @@
 """ModelSpec: a language model as its parts say it, and what follows from them: parameters, bytes, FLOPs."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -349,38 +349,42 @@ class ModelSpec(Presets):
     return total
 
   def decode_run(
-    self, kv_dtype: KVDtypeName, contexts: Sequence[int], steps: int, shards: int = 1
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """`decode_attention_flops` and `read_bytes` of each of so many decode steps in a row, `[steps]` each.
+    self, kv_dtype: KVDtypeName, shards: int = 1
+  ) -> Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]:
+    """`decode_attention_flops` and `read_bytes` of decode steps in a row, in each of which all sequences get a token.
 
     Args:
       kv_dtype: Of the cache.
-      contexts: Cached tokens of each sequence when the first begins.
-      steps: Steps, in each of which every sequence gets a token.
       shards: Devices that cut the heads.
+
+    Returns:
+      Takes the cached tokens of each sequence when the first step begins, and the number of steps; gives two `[steps]`.
     """
-    ahead, batch = np.arange(steps), len(contexts)
-    total = sum(contexts) + batch * ahead
-    rows = np.array(contexts, np.int64) + ahead[:, None] if self._has_windows else total
+    layers_of, reads = caching.attention_layers(self), caching.cache_bytes(self, kv_dtype, shards)
+    has_windows = any(window is not None for window, _ in (*layers_of, *reads.by_window))
 
-    def seen(window: int | None, more: int = 0) -> np.ndarray:
-      return total + more * batch if window is None else np.minimum(rows + more, window).sum(axis=1)
+    def run(contexts: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+      batch, ahead = len(contexts), np.arange(steps)
+      total = batch * ahead + sum(contexts)
+      rows = np.array(contexts, np.int64) + ahead[:, None] if has_windows else total
 
-    flops = np.zeros(steps, np.int64)
-    for window, layers in caching.attention_layers(self):
-      pairs = zip(seen(window, 1).tolist(), seen(window).tolist(), strict=True)
-      flops = flops + layers * np.array([self.attention.flops(*one) for one in pairs], np.int64)
-    reads = caching.cache_bytes(self, kv_dtype, shards)
-    size = np.full(steps, 2 * reads.state * batch, np.int64)
-    for window, token in reads.by_window:
-      size = size + token * seen(window)
-    return flops, size
+      def seen(window: int | None, more: int = 0) -> np.ndarray:
+        return total + more * batch if window is None else np.minimum(rows + more, window).sum(axis=1)
 
-  @property
-  def _has_windows(self) -> bool:
-    return any(window is not None for window, _ in caching.attention_layers(self)) or any(
-      not kind.grows for kind in self.cache
-    )
+      flops, size = np.zeros(steps, np.int64), np.full(steps, 2 * reads.state * batch, np.int64)
+      for window, layers in layers_of:
+        flops = flops + layers * self._attention_flops(seen(window, 1), seen(window))
+      for window, token in reads.by_window:
+        size = size + token * seen(window)
+      return flops, size
+
+    return run
+
+  def _attention_flops(self, pairs: np.ndarray, cached: np.ndarray) -> np.ndarray:
+    if isinstance(self.attention, GQA):
+      return pairs * self.attention.pair_flops
+    both = zip(pairs.tolist(), cached.tolist(), strict=True)
+    return np.array([self.attention.flops(*one) for one in both], np.int64)
 
   def unembed_flops(self) -> int:
     """FLOPs of one row of logits."""

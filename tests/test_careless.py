@@ -345,6 +345,7 @@ def test_all_that_users_write_checks():
     'Preempt',
     'Reject',
     'Step',
+    'SwitchRole',
     'Transfer',
     'WakeAt',
   }  # of a policy, which the books look at

@@ -11,6 +11,7 @@ from pdjax.serving.actions import ALL, Action, Step
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.view import ClusterView, RequestView
 from pdjax.types.checked import Count, check_fields
+from pdjax.types.worker import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Colocated(PolicyBase):
       return [*preempted]
     room = view.room()
     both = [worker for worker in view.prefill_workers if worker.role.decodes]
-    if not both:
+    if not any(Role.BOTH in worker.spec.roles for worker in view.workers.values()):
       raise PolicyError(
         f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
         'colocated_pool, or the policy Disaggregated.'

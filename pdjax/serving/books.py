@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from pdjax.serving.actions import Abandon, Cancel, Reject, Resend
-from pdjax.serving.events import Delivered, Finished, Preempted
+from pdjax.serving.events import Delivered, Finished, Preempted, RoleChanged
 from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -31,8 +31,8 @@ class Books:
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
     holdings: The pages, slots and staging of each, by its name.
-    prefill_workers: Those that prefill.
-    decode_workers: Those that decode.
+    prefill_workers: Those that prefill now.
+    decode_workers: Those that decode now.
     requests: Each unfinished request by id.
     waiting: Those of which nothing was started, in order of arrival.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
@@ -55,6 +55,8 @@ class Books:
     max_preemptions: Most times that a request is preempted; from then on it takes all pages that it may ever need.
     growing: Workers where sequences may take more pages than they have.
     preempted: Requests that were preempted since the loop last took them.
+    draining: Workers that are to have another role once they are empty.
+    roles_changed: Workers whose role changed since the loop last took them.
   """
 
   def __init__(
@@ -81,8 +83,7 @@ class Books:
     self.holdings: dict[str, Holdings] = {}
     for spec in workers:
       self._add_worker(dataclasses.replace(spec, page_size=spec.page_size or page_size))
-    self.prefill_workers = tuple(worker for worker in self.workers.values() if worker.role.prefills)
-    self.decode_workers = tuple(worker for worker in self.workers.values() if worker.role.decodes)
+    self.prefill_workers, self.decode_workers = self.sides()
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
@@ -107,6 +108,8 @@ class Books:
     self.idle_wakes = 0
     self.growing: dict[str, None] = {}
     self.preempted: list[Preempted] = []
+    self.draining: dict[str, None] = {}
+    self.roles_changed: list[RoleChanged] = []
     self._next_order = 0
     self._next_number = 0
 
@@ -120,6 +123,12 @@ class Books:
     holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, grows=grows)
     self.holdings[spec.name] = holdings
     self.workers[spec.name] = WorkerState(spec, holdings)
+
+  def sides(self) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
+    """Those that prefill and those that decode, by their roles now."""
+    workers = self.workers.values()
+    prefills = tuple(worker for worker in workers if worker.role.prefills)
+    return prefills, tuple(worker for worker in workers if worker.role.decodes)
 
   def _check_staging(self) -> None:
     for source, target in ways([worker.spec for worker in self.workers.values()]):

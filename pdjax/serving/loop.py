@@ -109,6 +109,7 @@ def serve(
       for action in actions:
         orders = state.start(action)
         yield from state.take_preempted()
+        yield from state.take_roles_changed()
         backend.submit(orders)
         num_started += len(orders)
         for order in orders:
@@ -134,3 +135,4 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
     if ended := state.take_finished():
       finished += ended
       yield from ended
+    yield from state.take_roles_changed()

@@ -4,10 +4,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pdjax.serving import growth, lifecycle, recovery, sending, steps, tasks
-from pdjax.serving.actions import Abandon, Action, Cancel, Preempt, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving import growth, lifecycle, progress, recovery, roles, sending, steps, tasks
+from pdjax.serving.actions import (
+  Abandon,
+  Action,
+  Cancel,
+  Preempt,
+  Reject,
+  Resend,
+  Step,
+  SwitchRole,
+  Transfer,
+  WakeAt,
+)
 from pdjax.serving.books import Books
-from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
+from pdjax.serving.checks import NAMED_ACTIONS, PolicyError
 from pdjax.serving.events import (
   Arrived,
   Delivered,
@@ -17,6 +28,7 @@ from pdjax.serving.events import (
   Finished,
   Occupancy,
   Preempted,
+  RoleChanged,
   TimerDue,
   Withdrawn,
   WorkerBack,
@@ -31,10 +43,6 @@ from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
-
-
-class StuckError(RuntimeError):
-  """Requests wait for what can never come."""
 
 
 class ClusterState:
@@ -124,6 +132,11 @@ class ClusterState:
     preempted, self.books.preempted = tuple(self.books.preempted), []
     return preempted
 
+  def take_roles_changed(self) -> tuple[RoleChanged, ...]:
+    """The workers whose role changed since the last call."""
+    changed, self.books.roles_changed = tuple(self.books.roles_changed), []
+    return changed
+
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
     finished, self.books.finished = tuple(self.books.finished), []
@@ -142,24 +155,7 @@ class ClusterState:
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    books, view = self.books, self.view
-    if books.in_flight or not books.requests:
-      return
-    if books.transfers or (math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES):
-      return
-    if not all(worker.up or worker.given_up for worker in self.workers.values()):
-      return
-    decoder = books.decode_workers[0].name
-    waits = ', '.join(
-      f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
-      for name, entry in list(books.requests.items())[:8]
-    )
-    free = ', '.join(f'{worker.name} {worker.free_pages}/{worker.num_pages}' for worker in self.workers.values())
-    woken = f' (the policy was woken {books.idle_wakes:,} times and did nothing)' if books.idle_wakes else ''
-    raise StuckError(
-      f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
-      f'Free pages: {free}. The policy must start, move, preempt, reject or cancel them.'
-    )
+    progress.check(self.books, self.view)
 
   def expect(self, output_len: Callable[[str], int | None]) -> None:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
@@ -192,10 +188,15 @@ class ClusterState:
     return counts
 
   def _look_again(self) -> None:
-    """Put everyone where they belong now, and let those that decode have the pages that they want before others."""
+    """Put everyone where they belong now, and let those that decode have the pages that they want before others.
+
+    A worker that has drained by that gets its role.
+    """
     recovery.look_again(self.books)
     if self.books.growing:
       growth.grow(self.books)
+    if self.books.draining:
+      roles.change_roles(self.books)
 
   def _done(self, event: Done) -> bool:
     books = self.books
@@ -258,10 +259,13 @@ class ClusterState:
         orders = (tasks.start_resend(books, action),)
       case Preempt():
         orders = recovery.start_preempt(books, self.view, action)
+      case SwitchRole():
+        roles.start_switch(books, self.view, action)
+        orders = ()
       case WakeAt():
         orders = self._wake_at(action)
       case _:
-        raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel, Reject, Preempt or WakeAt.')
+        raise PolicyError(f'{action!r} is no action; answer with {NAMED_ACTIONS}.')
     for order in orders:
       books.in_flight[order.id] = order
       if isinstance(order, TransferOrder) and books.transfers.get(order.id) is None:

@@ -104,7 +104,11 @@ class WorkerView(Protocol):
 
   @property
   def role(self) -> Role:
-    """The phases it runs."""
+    """The phases it runs now; `spec` has those that it began with, and which it may take."""
+
+  @property
+  def draining(self) -> Role | None:
+    """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
 
   @property
   def page_size(self) -> int:
@@ -202,8 +206,12 @@ class Room:
     return self._view.workers[worker].queued_tokens + self._tokens.get(worker, 0)
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
-    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
-    if not self._view.workers[worker].up:
+    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now.
+
+    A worker that is lost or draining takes none.
+    """
+    place = self._view.workers[worker]
+    if not place.up or place.draining:
       return False
     if decodes and self._view.slots_needed(request) > self.slots(worker):
       return False
@@ -268,12 +276,12 @@ class ClusterView:
 
   @property
   def prefill_workers(self) -> Sequence[WorkerView]:
-    """Those that prefill."""
+    """Those that prefill now; one that is draining goes on with the prompts it has."""
     return self._books.prefill_workers
 
   @property
   def decode_workers(self) -> Sequence[WorkerView]:
-    """Those that decode."""
+    """Those that decode now; one that is draining goes on with the sequences it has."""
     return self._books.decode_workers
 
   @property

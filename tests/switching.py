@@ -1,4 +1,4 @@
-"""Policies from outside that give workers other roles, and a cluster of three that may take any of two."""
+"""Policies from outside that give workers other roles, and requests to be served meanwhile."""
 
 import dataclasses
 import random
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from pdjax.policies import Disaggregated, PolicyBase
 from pdjax.serving import Action, ClusterView, SwitchRole, WorkerView
-from pdjax.types import Role
+from pdjax.types import Request, Role, SamplingParams
+from tests.tiny import prompt
 
 EITHER = (Role.PREFILL, Role.DECODE)
 
@@ -81,3 +82,19 @@ def is_allowed(view: ClusterView, worker: WorkerView, role: Role) -> bool:
   gives_up_prefill = worker.role.prefills and not role.prefills
   gives_up_decode = worker.role.decodes and not role.decodes
   return (prefills or not gives_up_prefill) and (decodes or not gives_up_decode)
+
+
+SAMPLED = ({}, {'temperature': 0.8}, {'temperature': 1.2, 'top_p': 0.7}, {'temperature': 0.9, 'presence_penalty': 0.5})
+
+
+def under_load(count: int = 200, seed: int = 0, gap_s: float = 0.001) -> list[Request]:
+  """So many, a few at a time, of all lengths and sampled in all ways."""
+  rng = random.Random(seed)
+  return [
+    Request(
+      f'r{index}', prompt(rng.randint(1, 30), seed=index),
+      SamplingParams(max_tokens=rng.randint(1, 12), seed=index, ignore_eos=bool(index % 3), **SAMPLED[index % 4]),
+      arrival_s=gap_s * index,
+    )
+    for index in range(count)
+  ]  # fmt: skip

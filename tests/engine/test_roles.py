@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import random
 from collections.abc import Sequence
 
 import pytest
@@ -13,29 +12,15 @@ from pdjax.serving import serve
 from pdjax.serving.events import RoleChanged, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.simulator import Replay
-from pdjax.types import Request, Role, SamplingParams, TransferSpec, WorkerSpec
+from pdjax.types import Role, TransferSpec, WorkerSpec
 from pdjax.workload import Listed
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import SMALL_PIECES, build
 from tests.engine.plain import generate
-from tests.switching import EITHER, RandomRoles, SwitchByLoad, TakeTurns
-from tests.tiny import TINY, config, prompt
+from tests.switching import EITHER, RandomRoles, SwitchByLoad, TakeTurns, under_load
+from tests.tiny import TINY, TINY_8_2, config
 
-SAMPLED = ({}, {'temperature': 0.8}, {'temperature': 1.2, 'top_p': 0.7}, {'temperature': 0.9, 'presence_penalty': 0.5})
 ANY = tuple(Role)
-
-
-def under_load(count: int = 200, seed: int = 0, gap_s: float = 0.001) -> list[Request]:
-  """So many, a few at a time, of all lengths and sampled in all ways."""
-  rng = random.Random(seed)
-  return [
-    Request(
-      f'r{index}', prompt(rng.randint(1, 30), seed=index),
-      SamplingParams(max_tokens=rng.randint(1, 12), seed=index, ignore_eos=bool(index % 3), **SAMPLED[index % 4]),
-      arrival_s=gap_s * index,
-    )
-    for index in range(count)
-  ]  # fmt: skip
 
 
 def changes(served: Served) -> list[RoleChanged]:
@@ -91,6 +76,16 @@ def test_a_policy_that_switches_by_load_changes_no_token():
   served = cluster.serve(under_load(80, seed=2, gap_s=0.0), SwitchByLoad())
   assert_exact(cluster, served)
   assert changes(served)
+
+
+def test_roles_change_between_meshes_and_page_sizes_that_are_unlike():
+  """KV travels to and fro between one device and two, between pages of four tokens and of two."""
+  unlike = [{'page_size': 4}, {'page_size': 2, 'num_pages': 96}, {'page_size': 4}]
+  cluster = build('1P2D', 1, 2, TINY_8_2, differing=[one | {'may_become': EITHER} for one in unlike])
+  served = cluster.serve(under_load(80, seed=6), TakeTurns())
+  assert_exact(cluster, served)
+  ways = {(order.source, order.target) for order, _ in served.transfers()}
+  assert changes(served) and any((target, source) in ways for source, target in ways), ways
 
 
 def test_workers_of_any_role_in_groups_of_layers_and_fused_change_no_token():

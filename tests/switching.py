@@ -39,7 +39,7 @@ class TakeTurns(PolicyBase):
   """Whenever so many more have ended, one of three workers changes sides: 1P2D, 2P1D, and back."""
 
   policy: PolicyBase = Disaggregated(max_prefill_tokens=16)
-  every: int = 5
+  every: int = 3
 
   def decide(self, view: ClusterView) -> Iterable[Action]:
     turn = min((entry.number for entry in view.requests.values()), default=0) // self.every
@@ -60,7 +60,7 @@ class RandomRoles(PolicyBase):
   """
 
   policy: PolicyBase = Disaggregated(max_prefill_tokens=16)
-  every: int = 5
+  every: int = 3
 
   def decide(self, view: ClusterView) -> Iterable[Action]:
     turn = min((entry.number for entry in view.requests.values()), default=0) // self.every
@@ -87,7 +87,7 @@ def is_allowed(view: ClusterView, worker: WorkerView, role: Role) -> bool:
 SAMPLED = ({}, {'temperature': 0.8}, {'temperature': 1.2, 'top_p': 0.7}, {'temperature': 0.9, 'presence_penalty': 0.5})
 
 
-def under_load(count: int = 200, seed: int = 0, gap_s: float = 0.001) -> list[Request]:
+def under_load(count: int = 240, seed: int = 0, gap_s: float = 0.001) -> list[Request]:
   """So many, a few at a time, of all lengths and sampled in all ways."""
   rng = random.Random(seed)
   return [

@@ -16,6 +16,7 @@ from pdjax.serving.events import (
   Failed,
   Occupancy,
   Result,
+  RoleChanged,
   Started,
   Withdrawn,
   WorkerBack,
@@ -24,6 +25,7 @@ from pdjax.serving.events import (
 )
 from pdjax.serving.orders import DecodeOrder, EndOrder, StepOrder
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
+from pdjax.types.worker import Role
 
 
 def _everything(disaggregated, stamps):
@@ -37,6 +39,7 @@ def _everything(disaggregated, stamps):
     Failed(10, 3.0, 'boom'),
     WorkerLost('p', 3.0, 'boom'),
     WorkerBack('p', 3.5, 2),
+    RoleChanged(3.75, 'p', Role.DECODE, Role.PREFILL, 3.5),
     WorkerBack('p', 9.5, 3, Comeback(2, 1.0, 0.5, 0.75, 3.0, 0.25)),
     Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
   ]

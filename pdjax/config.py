@@ -103,7 +103,7 @@ class ServingConfig:
     if not any(worker.role.prefills for worker in self.workers) or not any(one.role.decodes for one in self.workers):
       roles = ', '.join(f'{worker.name} {worker.role.value}' for worker in self.workers)
       raise ValueError(f'the workers are {roles}, expected one that prefills and one that decodes; add the other role.')
-    fused = min(worker.max_fused_steps for worker in self.workers if worker.role.decodes)
+    fused = min(worker.max_fused_steps for worker in self.workers if worker.ever_decodes)
     wanted = as_policy(self.policy).decode_steps
     if wanted > fused:
       raise ValueError(
@@ -169,7 +169,7 @@ class ServingConfig:
 
   @property
   def split(self) -> str:
-    """The cluster in the field's shorthand, such as '2P1D'; workers of both roles count as C (colocated)."""
+    """The cluster as a run begins, in shorthand such as '2P1D'; workers of both roles count as C (colocated)."""
     return split_name(self.workers)
 
   @property

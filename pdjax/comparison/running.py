@@ -133,7 +133,7 @@ def _write_log(events: Iterable[Event], path: pathlib.Path) -> None:
 def _disaggregated(config: ServingConfig, splits: Iterable[str] | None, budgets: Sequence[int] | None) -> list[System]:
   """The systems to hold against the baseline."""
   if splits is None:
-    if all(worker.role is Role.BOTH for worker in config.workers):
+    if all(worker.roles == (Role.BOTH,) for worker in config.workers):
       raise ValueError(
         f'the config is the colocated baseline itself ({config.split}); give splits to compare it with, e.g. 1P1D.'
       )

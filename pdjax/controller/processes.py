@@ -106,7 +106,7 @@ def build_processes(
     loaded: dict[str, Loaded] = everywhere(lambda name: handshake.load(name, 1))
     for name, spec in specs.items():
       where = f'{", ".join(machines[name].devices)} of process {machines[name].pid}'
-      say(f'{name}: {spec.role.value}, tp={spec.tp} on {where}, {spec.holds}')
+      say(f'{name}: {spec.phases}, tp={spec.tp} on {where}, {spec.holds}')
     handshake.admit([one.hello for one in loaded.values()])
     program_s = {f'{name}/{key}': s for name, one in loaded.items() for key, s in one.program_s.items()}
     load_s = max(one.load_s for one in loaded.values())

@@ -8,7 +8,7 @@ from pdjax.types.cluster import ways
 from pdjax.types.model import ModelSpec
 from pdjax.types.pools import sent_bytes
 from pdjax.types.transfer import TransferSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 _PROGRAMS = 2  # of a further transfer: a gather and a scatter; the layers run in groups in any case
 # What a further transfer costs its host where nothing hides it: on the CPU where it was measured by what comes of it,
@@ -29,7 +29,7 @@ def choose_granularity(
     return spec
   groups = len(spec.groups(model.num_layers))
   price_s = (groups - 1) * (_PROGRAMS * as_cost(cost).dispatch_s + _ORDER_S)
-  layered = [(source, target) for source, target in ways(workers) if not source.role.decodes]
+  layered = [(source, target) for source, target in ways(workers) if Role.PREFILL in source.roles]
 
   def gains(tokens: int) -> bool:
     def gained_s(source: WorkerSpec, target: WorkerSpec) -> float:

@@ -135,7 +135,7 @@ def build_engine(
   for spec in specs:
     mesh = carved[spec.name]
     workers.append(Worker(spec, model, meshes[mesh], weights[mesh, spec.weights], tokenizer, transfer))
-    say(f'{spec.name}: {spec.role.value}, tp={spec.tp} on {", ".join(names[spec.name])}, {spec.holds}')
+    say(f'{spec.name}: {spec.phases}, tp={spec.tp} on {", ".join(names[spec.name])}, {spec.holds}')
 
   program_s: dict[str, float] = {}
   transports: dict[tuple[str, str, str], Transport] = {}

@@ -35,7 +35,7 @@ class Packing:
   @functools.cached_property
   def num_slots(self) -> int:
     """The worker's slots; one past the last stands for none."""
-    return self.spec.max_sequences if self.spec.role.decodes else 1
+    return self.spec.max_sequences if self.spec.ever_decodes else 1
 
   @functools.cached_property
   def table_width(self) -> int:

@@ -1,8 +1,8 @@
 """The programs of a worker: what each takes of its bytes and gives back, for which sizes, and how it first runs.
 
 A program is a pure function of parts of a worker's state and of arguments. The parts that it gives back are donated,
-so that they are updated in place. All programs of a role are compiled at warm-up and rehearsed once. Another program is
-another class in `KINDS`.
+so that they are updated in place. All programs of every role that a worker may take are compiled at warm-up and
+rehearsed once. Another program is another class in `KINDS`.
 """
 
 import abc
@@ -22,7 +22,7 @@ from pdjax.model.sampling import Chosen
 from pdjax.model.transformer import Weights
 from pdjax.types import cache
 from pdjax.types.model import ModelSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 
 class State(Protocol):
@@ -155,7 +155,7 @@ class Program(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list['Program']:
-    """The programs of this kind that a worker has, one for each bucket; none if its role has no use for them.
+    """The programs of this kind that a worker has, one for each bucket; none if none of its roles has a use for them.
 
     Args:
       spec: The worker.
@@ -202,7 +202,7 @@ class Admit(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [cls()] if spec.role.decodes else []
+    return [cls()] if spec.ever_decodes else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return Slots.put
@@ -222,7 +222,7 @@ class Grow(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [cls()] if spec.role.decodes else []
+    return [cls()] if spec.ever_decodes else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return Slots.grow
@@ -241,7 +241,7 @@ class Copy(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [cls()] if spec.role.decodes else []
+    return [cls()] if spec.ever_decodes else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return copy
@@ -252,7 +252,7 @@ class Copy(Program):
 
 @dataclasses.dataclass(frozen=True)
 class Prefill(Program):
-  """Prompt chunks of up to so many tokens, on a worker that only prefills: `Chunks`; gives their next tokens `[C]`."""
+  """Prompt chunks of up to so many tokens, where nothing decodes: `Chunks`; gives their next tokens `[C]`."""
 
   tokens: int
 
@@ -264,7 +264,8 @@ class Prefill(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [] if spec.role.decodes or groups else [cls(tokens) for tokens in spec.token_buckets]
+    whole = Role.PREFILL in spec.roles and not groups
+    return [cls(tokens) for tokens in spec.token_buckets] if whole else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return steps.prefill
@@ -275,7 +276,7 @@ class Prefill(Program):
 
 @dataclasses.dataclass(frozen=True)
 class Fused(Program):
-  """Prompt chunks and one decode step together, on a worker of both roles.
+  """Prompt chunks and one decode step together, on a worker that has or may take both roles.
 
   Takes `Chunks` and the numbers of slots `[B]`; gives the next tokens of either, `[C]` and `[1, B]`.
   """
@@ -291,8 +292,8 @@ class Fused(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    both = spec.role.prefills and spec.role.decodes
-    return [cls(tokens, spec.max_sequences) for tokens in spec.token_buckets] if both else []
+    fuses = Role.BOTH in spec.roles
+    return [cls(tokens, spec.max_sequences) for tokens in spec.token_buckets] if fuses else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return steps.fused
@@ -416,7 +417,7 @@ class Decode(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [cls(batch) for batch in spec.batch_buckets] if spec.role.decodes else []
+    return [cls(batch) for batch in spec.batch_buckets] if spec.ever_decodes else []
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return steps.decode

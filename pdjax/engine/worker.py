@@ -43,7 +43,7 @@ from pdjax.types.cache import KV
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
 from pdjax.types.transfer import TransferSpec
-from pdjax.types.worker import WorkerSpec, bucket_for
+from pdjax.types.worker import Role, WorkerSpec, bucket_for
 
 _MOST_COMPILERS = 8  # programs of a worker compiled side by side: each takes memory, and there may be more workers
 
@@ -105,7 +105,8 @@ class Worker:
     self.incarnation = 0
     self.packing = Packing(spec, model, jax.tree.leaves(weights)[0].dtype)
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-    self._groups = layer_groups(model, () if transfer is None else transfer.step_groups(spec.role, model.num_layers))
+    bounds = () if transfer is None else transfer.all_step_groups(spec, model.num_layers)
+    self._groups = layer_groups(model, bounds)
     self.programs = programs_of(spec, self._groups)
     self._compiled: dict[str, jax.stages.Compiled] = {}
     self.pools = {kind.name: Pool(kind, spec, mesh) for kind in model.cache}
@@ -144,7 +145,7 @@ class Worker:
   # -------------------------------------------------------------------------- compiling
 
   def compile(self, precision: str) -> dict[str, float]:
-    """Compile every program of the worker's role for every bucket, and run each once for one token in page 0.
+    """Compile every program of the worker's roles for every bucket, and run each once for one token in page 0.
 
     A program's first run is slow, on CPU by a fifth of a second: XLA prepares its products then.
 
@@ -197,7 +198,8 @@ class Worker:
   def dispatch(self, order: StepOrder, after: Callable[[tuple[int, int]], None] = lambda group: None) -> Pending:
     """Hand a step to the devices and return at once; `after` is called with each of its groups of layers, if any.
 
-    A worker compiled for groups of layers runs in these, also where the order does not ask for it.
+    The order alone says what is to be run, whatever role the worker has by then. A worker compiled for groups of layers
+    runs chunks by themselves in these, also where the order does not ask for it.
 
     Raises:
       ValueError: if the order asks for groups of layers that nothing was compiled for.
@@ -228,7 +230,7 @@ class Worker:
     else:
       size = bucket_for(sum(chunk.length for chunk in order.chunks), self.spec.token_buckets)
       chunks = self.packing.chunks(order.chunks, size)
-      if self.spec.role.decodes:
+      if Role.BOTH in self.spec.roles and (order.decodes or Role.PREFILL not in self.spec.roles):
         batch = self.spec.max_sequences
         first, tokens = self.run(Fused(size, batch), chunks, self._ids(order.batch, batch))
       elif self._groups:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
+from pdjax.serving.events import RoleChanged
 from pdjax.types.json_text import json_text
 
 _REQUESTS = 1  # the process of all that belongs to no worker; to viewers 0 is the idle task
@@ -22,14 +23,15 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   """The run as trace events, times in microseconds and ascending, names of tracks first.
 
   Each worker is a process with a thread `steps` and one for each worker that it sends KV to, or several where
-  transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. For
-  every transfer an arrow (a flow) leads from the step that computed the pages over the transfer to the first step that
-  decodes the request.
+  transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. A
+  worker that takes another role has an instant there. For every transfer an arrow (a flow) leads from the step that
+  computed the pages over the transfer to the first step that decodes the request.
   """
   processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
   names = [_name('process_name', _REQUESTS, 0, 'requests')]
   for worker in report.workers:
-    label = f'{worker.name} ({worker.role.value}, tp={worker.tp})'
+    changes = any(change.worker == worker.name for change in report.role_changes)
+    label = f'{worker.name} ({worker.role.value}{" at first" if changes else ""}, tp={worker.tp})'
     names.append(_name('process_name', processes[worker.name], 0, label))
     names.append(_name('thread_name', processes[worker.name], _STEPS, 'steps'))
   tracks = {span.order: (processes[span.worker], _STEPS) for span in report.timeline.spans if span.kind != 'transfer'}
@@ -43,6 +45,7 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
       tracks |= {span.order: (processes[source], thread) for span in lane}
   events = [_slice(span, *tracks[span.order]) for span in report.timeline.spans]
   events += _counters(report, processes)
+  events += [_instant(change, processes[change.worker]) for change in report.role_changes]
   slices = {event['args']['order']: event for event in events if event['ph'] == 'X'}
   events += _flows(report.timeline.spans, slices)
   return names + sorted(events, key=lambda event: event['ts'])
@@ -119,6 +122,14 @@ def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, A
       if before.get((name, process)) != values:
         before[name, process] = values
         yield _counter(name, process, _microseconds(now.now_s), values)
+
+
+def _instant(change: RoleChanged, process: int) -> dict[str, Any]:
+  """A line through all tracks of a worker where it takes another role."""
+  return {
+    'ph': 'i', 'name': f'becomes {change.role.value}', 'cat': _CATEGORY, 's': 'p', 'pid': process, 'tid': _STEPS,
+    'ts': _microseconds(change.now_s), 'args': {'asked_us': _microseconds(change.asked_s)},
+  }  # fmt: skip
 
 
 def _counter(name: str, process: int, ts: float, values: dict[str, int]) -> dict[str, Any]:

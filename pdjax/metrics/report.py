@@ -18,7 +18,7 @@ from pdjax.metrics.stats import Stats, ratio
 from pdjax.metrics.timeline import RequestTimeline, Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
 from pdjax.metrics.utilisation import Utilisation
-from pdjax.serving.events import Event
+from pdjax.serving.events import Event, RoleChanged
 from pdjax.types.cluster import split_name
 from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO
@@ -69,6 +69,7 @@ class Report:
     wasted_tokens: Tokens computed and thrown away.
     num_preemptions: Times that a request was preempted.
     recomputed_tokens: Cached tokens that were to be computed anew for that.
+    role_changes: Each time that a worker took another role, in order.
     returns: Each return of a lost worker, with the parts of the time it took.
     finish_reasons: The number of requests by how they ended; `unfinished` if the log stops before.
     slo: The run's latency limits, if any.
@@ -117,6 +118,7 @@ class Report:
   wasted_tokens: int
   num_preemptions: int
   recomputed_tokens: int
+  role_changes: tuple[RoleChanged, ...]
   returns: tuple[WorkerReturn, ...]
   finish_reasons: Mapping[str, int]
   slo: SLO | None
@@ -218,6 +220,7 @@ class Report:
       wasted_tokens=timeline.wasted_tokens,
       num_preemptions=len(timeline.preemptions),
       recomputed_tokens=sum(one.tokens for one in timeline.preemptions),
+      role_changes=timeline.role_changes,
       returns=timeline.returns,
       finish_reasons=finish_reasons,
       slo=slo,
@@ -234,8 +237,13 @@ class Report:
 
   @property
   def split(self) -> str:
-    """The cluster in shorthand, such as '2P1D'."""
+    """The cluster in shorthand, such as '2P1D', as the run began."""
     return split_name(self.workers)
+
+  @property
+  def last_split(self) -> str:
+    """As `split`, by the roles that the workers had at the end."""
+    return split_name([dataclasses.replace(one, role=self.timeline.role(one)) for one in self.workers])
 
   def ttft_account(self) -> str:
     """The parts of TTFT, in a line."""
@@ -246,7 +254,8 @@ class Report:
     """The parts of the hand-off, in a line."""
     account = self.account
     parts = {'wait': account.wait_ms, 'wire': account.wire_ms, 'admit': account.admit_ms, 'step': account.step_ms}
-    moved = ' (colocated: no pages move)' if all(worker.role is Role.BOTH for worker in self.workers) else ''
+    colocated = not self.role_changes and all(worker.role is Role.BOTH for worker in self.workers)
+    moved = ' (colocated: no pages move)' if colocated else ''
     return sum_line('hand-off', self.handoff.mean_ms, parts) + moved
 
   def return_lines(self) -> list[str]:
@@ -317,6 +326,7 @@ class Report:
       'wasted_tokens': self.wasted_tokens,
       'num_preemptions': self.num_preemptions,
       'recomputed_tokens': self.recomputed_tokens,
+      'role_changes': [_role_change(one) for one in self.role_changes],
       'returns': [one.to_json() for one in self.returns],
       'goodput_share': self.goodput_share,
       'finish_reasons': self.finish_reasons,
@@ -389,6 +399,11 @@ def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
     which[len(done) :], minlength=len(seconds)
   )
   return float(np.unique(deltas, return_counts=True)[1].max()), int(np.cumsum(changes).max())
+
+
+def _role_change(change: RoleChanged) -> dict[str, Any]:
+  drained_s = change.now_s - change.asked_s
+  return {'worker': change.worker, 'at': change.now_s, 'drained': drained_s, 'from': change.before, 'to': change.role}
 
 
 def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:

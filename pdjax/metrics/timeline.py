@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -15,6 +16,7 @@ from pdjax.serving.events import (
   Finished,
   Occupancy,
   Preempted,
+  RoleChanged,
   Started,
   TimerDue,
   Trip,
@@ -24,6 +26,7 @@ from pdjax.serving.events import (
 )
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.types.request import SERVED, SLO, FinishReason, Request
+from pdjax.types.worker import Role, WorkerSpec
 
 SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']
 
@@ -229,6 +232,7 @@ class Timeline:
     returns: Each return of a worker that was lost, in order.
     absences: Each worker that was lost and did not return, in the order of the losses.
     preemptions: Each time that a request was preempted, in order.
+    role_changes: Each time that a worker took another role, in order.
   """
 
   requests: tuple[RequestTimeline, ...] = ()
@@ -240,6 +244,7 @@ class Timeline:
   returns: tuple[WorkerReturn, ...] = ()
   absences: tuple[WorkerAbsence, ...] = ()
   preemptions: tuple[Preempted, ...] = ()
+  role_changes: tuple[RoleChanged, ...] = ()
 
   @property
   def start_s(self) -> float:
@@ -257,6 +262,11 @@ class Timeline:
   def duration_s(self) -> float:
     """From the first arrival to the end."""
     return self.end_s - self.start_s
+
+  def role(self, worker: WorkerSpec, at_s: float = math.inf) -> Role:
+    """The role that a worker had at that time, or when the log stops."""
+    roles = [change.role for change in self.role_changes if change.worker == worker.name and change.now_s <= at_s]
+    return roles[-1] if roles else worker.role
 
 
 def read_timeline(events: Iterable[Event]) -> Timeline:
@@ -278,6 +288,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
   last_words: dict[str, WorkerLost] = {}  # of the same
   returns: list[WorkerReturn] = []
   preemptions: list[Preempted] = []
+  role_changes: list[RoleChanged] = []
   now_s = 0.0
 
   for event in events:
@@ -338,6 +349,8 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
         occupancy.append(event)
       case Preempted():
         preemptions.append(event)
+      case RoleChanged():
+        role_changes.append(event)
       case Finished():
         requests[event.request].finished = event
 
@@ -354,6 +367,7 @@ def read_timeline(events: Iterable[Event]) -> Timeline:
       for name, lost in losses.items()
     ),
     preemptions=tuple(preemptions),
+    role_changes=tuple(role_changes),
   )
 
 

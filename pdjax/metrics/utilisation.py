@@ -13,7 +13,7 @@ class Utilisation:
   """The time that one worker was busy, as shares of the run's duration.
 
   `busy` covers steps only; pages may travel meanwhile, so `transfer`, in or out, stands beside it. Orders that
-  failed leave no span and do not count. None where the run has no duration.
+  failed leave no span and do not count. None where the run has no duration. `role` is the worker's as the run began.
   """
 
   worker: str

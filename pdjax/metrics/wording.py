@@ -50,6 +50,8 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   if report.num_preemptions:
     yield 'preemptions', f'{report.num_preemptions:,}, {report.recomputed_tokens:,} tokens computed anew'
+  if report.role_changes:
+    yield 'role changes', f'{len(report.role_changes):,}, from {report.split} to {report.last_split}'
   yield 'KV moved', byte_count(report.wire_bytes)
   yield 'transfers', f'{report.num_transfers:,}'
   if report.transfers.overlap_share is not None:
@@ -61,9 +63,10 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
 
 def headline(report: Report) -> str:
   """The system that ran and the number of its answers, in a sentence."""
+  changing = ' at first, with roles that changed,' if report.role_changes else ''
   all_of = 'all ' if report.completed == report.num_prompts > 1 else f'{report.completed:,} of '
   return (
-    f'{report.model_id or "The model"} on {report.split} answered {all_of}{report.num_prompts:,} '
+    f'{report.model_id or "The model"} on {report.split}{changing} answered {all_of}{report.num_prompts:,} '
     f'request{"" if report.num_prompts == 1 else "s"} in {short(report.duration_s)} s'
   )
 

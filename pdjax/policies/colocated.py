@@ -11,6 +11,7 @@ from pdjax.serving.actions import ALL, STANDING, Action, Step
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.view import ClusterView, RequestView
 from pdjax.types.checked import Count, check_fields
+from pdjax.types.worker import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Colocated(PolicyBase):
     if preempted := preempt_newest(view):
       return [*preempted]
     room = view.room()
-    workers = [worker for worker in view.able_to_prefill if worker.role.decodes]
-    if not workers and not any(worker.role.decodes for worker in view.prefill_workers):
+    if not any(Role.BOTH in worker.spec.roles for worker in view.workers.values()):
       raise PolicyError(
         f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
         'colocated_pool, or the policy Disaggregated.'
       )
+    workers = [worker for worker in view.able_to_prefill if worker.role.decodes]
     if not workers:
       return []
     prompts = view.waiting or any(worker.prefilling for worker in workers)  # else nobody asks for the budgets

@@ -1,8 +1,10 @@
-"""The answers of a policy: one step of a worker, a move, an end; plans, without numbers."""
+"""The answers of a policy: one step of a worker, a move, an end, another role; plans, without numbers."""
 
 import dataclasses
 import enum
 from typing import Literal
+
+from pdjax.types.worker import Role
 
 
 class All(enum.Enum):
@@ -88,6 +90,18 @@ class Preempt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SwitchRole:
+  """Give a worker another of its roles (`WorkerSpec.may_become`).
+
+  It drains first: it takes no new request, and those it has stay until they end or have moved on. Once it is empty, its
+  role changes. Named again meanwhile, it becomes that role instead; its present role calls the change off.
+  """
+
+  worker: str
+  role: Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Abandon:
   """Give up a transfer under way, by the id of its order. The state itself asks for it; a policy need not."""
 
@@ -120,4 +134,4 @@ class WakeAt:
   at_s: float
 
 
-Action = Step | Transfer | Cancel | Reject | Preempt | Abandon | Resend | Leave | WakeAt
+Action = Step | Transfer | Cancel | Reject | Preempt | SwitchRole | Abandon | Resend | Leave | WakeAt

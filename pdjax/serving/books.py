@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
-from pdjax.serving.events import Delivered, Done, Finished, Preempted
+from pdjax.serving.events import Delivered, Done, Finished, Preempted, RoleChanged
 from pdjax.serving.orders import MAX_ORDERS, Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -33,8 +33,8 @@ class Books:
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
     holdings: The pages, slots and staging of each, by its name.
-    prefill_workers: Those that prefill.
-    decode_workers: Those that decode.
+    prefill_workers: Those that prefill now.
+    decode_workers: Those that decode now.
     requests: Each unfinished request by id.
     waiting: Those of which nothing was started, in order of arrival.
     begun: Those whose prompt was begun and has tokens left to hand over, wherever it is.
@@ -65,6 +65,8 @@ class Books:
     touched: Workers about which something changed since their use was last told.
     may_prefill: Workers that may be able to prefill: all but those found unable since something about them changed.
     may_decode: The same of decoding.
+    draining: Workers that are to have another role once they are empty.
+    roles_changed: Workers whose role changed since the loop last took them.
   """
 
   def __init__(
@@ -95,8 +97,7 @@ class Books:
     self.holdings: dict[str, Holdings] = {}
     for spec in workers:
       self._add_worker(dataclasses.replace(spec, page_size=spec.page_size or page_size))
-    self.prefill_workers = tuple(worker for worker in self.workers.values() if worker.role.prefills)
-    self.decode_workers = tuple(worker for worker in self.workers.values() if worker.role.decodes)
+    self.prefill_workers, self.decode_workers = self.sides()
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
@@ -126,6 +127,8 @@ class Books:
     self.caught_up: list[Done | Delivered] = []
     self.catches_up: Callable[[str], None] | None = None
     self.wakes = True
+    self.draining: dict[str, None] = {}
+    self.roles_changed: list[RoleChanged] = []
     self._next_order = 0
     self._next_number = 0
 
@@ -150,15 +153,15 @@ class Books:
     """Note that something about a worker changed, so that it may have to do."""
     self.touched[worker] = self.may_prefill[worker] = self.may_decode[worker] = None
 
-  def able_to_prefill(self) -> list[WorkerState]:
+  def able_to_prefill(self) -> tuple[WorkerState, ...]:
     """Workers that prefill and can be given another step, in the order of the config."""
     return self._able(self.may_prefill, lambda worker: worker.role.prefills)
 
-  def able_to_decode(self) -> list[WorkerState]:
+  def able_to_decode(self) -> tuple[WorkerState, ...]:
     """Workers that decode and can be given another step that brings somebody a token, in the order of the config."""
     return self._able(self.may_decode, lambda worker: worker.role.decodes and worker.has_work)
 
-  def _able(self, candidates: dict[str, None], has_to_do: Callable[[WorkerState], bool]) -> list[WorkerState]:
+  def _able(self, candidates: dict[str, None], has_to_do: Callable[[WorkerState], bool]) -> tuple[WorkerState, ...]:
     """Those of some workers that are able; the others are looked at again once something about them changes."""
     able = []
     for name in list(candidates):
@@ -167,7 +170,13 @@ class Books:
         able.append(worker)
       else:
         del candidates[name]
-    return sorted(able, key=lambda worker: worker.number) if len(able) > 1 else able
+    return tuple(sorted(able, key=lambda worker: worker.number) if len(able) > 1 else able)
+
+  def sides(self) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
+    """Those that prefill and those that decode, by their roles now."""
+    workers = self.workers.values()
+    prefills = tuple(worker for worker in workers if worker.role.prefills)
+    return prefills, tuple(worker for worker in workers if worker.role.decodes)
 
   def _check_staging(self) -> None:
     for source, target in ways([worker.spec for worker in self.workers.values()]):

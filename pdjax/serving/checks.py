@@ -16,17 +16,20 @@ from pdjax.serving.actions import (
   Reject,
   Resend,
   Step,
+  SwitchRole,
   Transfer,
   WakeAt,
 )
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
 from pdjax.types.request import MAX_STOP_TOKENS
+from pdjax.types.worker import Role
 
 MOST_IDLE_ANSWERS = 10_000  # of one turn
 MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
-_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, Abandon, Resend, Leave, WakeAt)
+NAMED_ACTIONS = 'Step, Transfer, Cancel, Reject, Preempt, SwitchRole or WakeAt'
+_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, SwitchRole, Abandon, Resend, Leave, WakeAt)
 
 
 class PolicyError(RuntimeError):
@@ -55,11 +58,16 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
   if place is not None:
     known = f'the ids of {model.name} are 0 to {model.vocab_size - 1}'
     return f'token id {request.prompt[place]!r} in the prompt, but {known}; use its tokenizer.'
-  slots = view.slots_needed(request.id)
-  places = [] if entry.computed else [(view.prefill_workers, False)]
-  if entry.limit > 1 or slots > 1:
-    places.append((view.decode_workers, True))
-  for there, decodes in places:
+  return why_without_place(view, entry)
+
+
+def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
+  """The reason there is no worker that could ever serve the request, in any role that it may take; or None."""
+  request, slots = entry.request, view.slots_needed(entry.request.id)
+  must_decode = entry.limit > 1 or slots > 1
+  able: dict[bool, list[WorkerView]] = {}  # by whether they decode it
+  for decodes in [False] * (not entry.computed) + [True] * must_decode:
+    there = [one for one in view.workers.values() if (one.spec.ever_decodes if decodes else one.spec.ever_prefills)]
     workers = [worker for worker in there if not worker.given_up]
     if not workers:
       lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
@@ -76,14 +84,24 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
         f'{largest.name!r}, has {view.capacity(largest.name)} in all; raise num_pages, shorten the prompt or lower '
         f'{"n or " if decodes and slots > 1 else ""}max_tokens.'
       )
-    if decodes and not any(worker.spec.max_sequences >= slots for worker in roomy):
+    able[decodes] = [worker for worker in roomy if not decodes or worker.spec.max_sequences >= slots]
+    if not able[decodes]:
       found = ', '.join(f'{w.name} {w.spec.max_sequences} and {w.num_pages}' for w in workers)
       return (
         f'{slots} samples need {slots} sequences and '
         f'{view.describe_pages(request.id, roomy[0].name, decodes=decodes, ever=True)} pages on one worker that '
         f'decodes, but these have {found}; raise max_sequences or lower n.'
       )
-  return None
+  if not must_decode:
+    return None
+  sources = {entry.worker} if entry.computed else {worker.name for worker in able[False]}
+  for target in able[True]:
+    if sources != {target.name} or (Role.BOTH in target.spec.roles and not entry.computed):
+      return None
+  return (
+    f'only worker {able[True][0].name!r} could decode it, and its prompt could be nowhere else; give another worker '
+    "room for it, or that one the role 'both'."
+  )
 
 
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
@@ -105,10 +123,7 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     PolicyError: if it is no sequence of actions.
   """
   answer = policy.decide(view)
-  name, expected = (
-    f'policy {type(policy).__name__}',
-    'expected a list of Step, Transfer, Cancel, Reject, Preempt or WakeAt',
-  )
+  name, expected = f'policy {type(policy).__name__}', f'expected a list of {NAMED_ACTIONS}'
   if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
   actions = list(answer if isinstance(answer, Sized) else itertools.islice(answer, MOST_YIELDED + 1))
@@ -151,6 +166,16 @@ def check_up(action: Action, worker: WorkerView) -> None:
   """Raise `PolicyError` if a worker is lost."""
   if not worker.up:
     raise PolicyError(f'{action!r}: worker {worker.name!r} is lost ({worker.lost}); wait until it is back.')
+
+
+def check_takes_new(action: Action, worker: WorkerView) -> None:
+  """Raise `PolicyError` if a worker is lost, or draining."""
+  check_up(action, worker)
+  if worker.draining:
+    raise PolicyError(
+      f'{action!r}: worker {worker.name!r} is draining to become {worker.draining.value}, so it takes no new request; '
+      'name another.'
+    )
 
 
 def describe_needs(view: ClusterView, request: str, worker: str, *, decodes: bool) -> str:
@@ -205,8 +230,8 @@ def check_step(view: ClusterView, step: Step) -> list[str] | None:
       f'{step!r}: {len(step.chunks)} chunks with {tokens} tokens, but worker {worker.name!r} takes '
       f'{spec.max_chunks} chunks and {spec.max_step_tokens} tokens in one step.'
     )
-  if step.chunks and not spec.role.prefills:
-    raise PolicyError(f'{step!r}: worker {worker.name!r} has role {spec.role.value}, so it takes no chunks.')
+  if step.chunks and not worker.role.prefills:
+    raise PolicyError(f'{step!r}: worker {worker.name!r} has role {worker.role.value}, so it takes no chunks.')
   for chunk in step.chunks:
     _check_chunk(view, step, chunk, worker)
   _check_room(view, step, worker)
@@ -227,9 +252,11 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView
   sent_to = None if entry.target == worker.name else entry.target
   if entry.started and chunk.send_to != sent_to:
     raise PolicyError(f'{step!r}: earlier chunks of {chunk.request!r} were sent to {sent_to!r}; treat this one alike.')
+  check = check_up if entry.started else check_takes_new
+  check(step, worker)
   if chunk.send_to is not None:
     target = find_worker(view, step, chunk.send_to)
-    check_up(step, target)
+    check(step, target)
     if not target.role.decodes or target is worker:
       raise PolicyError(
         f'{step!r}: {chunk.request!r} cannot be sent to {chunk.send_to!r}; name another worker that decodes.'

@@ -9,6 +9,7 @@ import numpy as np
 from pdjax.serving.batch import NOBODY, Batch
 from pdjax.serving.orders import Order
 from pdjax.types.request import FinishReason, Request, TokenLogprob
+from pdjax.types.worker import Role
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -343,6 +344,25 @@ class Preempted:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RoleChanged:
+  """A worker was empty and has the role now that a policy asked for.
+
+  Attributes:
+    now_s: The time of the turn.
+    worker: The worker.
+    role: Its role from now on.
+    before: The role that it had.
+    asked_s: The time from which on it took nothing new.
+  """
+
+  now_s: float
+  worker: str
+  role: Role
+  before: Role
+  asked_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
   """A request ended, for whatever reason; `tokens` are all it got."""
 
@@ -389,6 +409,7 @@ Event = (
   | WorkerLost
   | WorkerBack
   | Preempted
+  | RoleChanged
   | Finished
   | Occupancy
 )

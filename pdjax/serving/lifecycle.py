@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pdjax.serving.actions import Cancel, Reject
 from pdjax.serving.books import Books
-from pdjax.serving.checks import PolicyError, find_request, why_unfit
+from pdjax.serving.checks import PolicyError, find_request, why_unfit, why_without_place
 from pdjax.serving.events import Finished, Result
 from pdjax.serving.orders import EndOrder
 from pdjax.serving.requests import Phase, RequestState, Samples, add_tokens, enter, give_up_row
@@ -82,7 +82,9 @@ def settle(books: Books, entry: RequestState) -> None:
     return
   if entry.target is None:
     enter(entry, Phase.PREFILLED)
-    if not any(worker.given_up for worker in books.decode_workers) or not refuse_unfit(books, entry):
+    assert entry.worker is not None
+    is_as_before = not any(worker.given_up for worker in books.workers.values())
+    if (is_as_before and not books.workers[entry.worker].spec.ever_decodes) or not refuse_unfit(books, entry):
       file(books.prefilled, entry)
   elif entry.transfers or entry.request.id in books.due:
     enter(entry, Phase.MOVING)
@@ -109,7 +111,7 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
 
 def refuse_unfit(books: Books, entry: RequestState) -> bool:
   """End a request with an error if nobody is left who can serve it; return whether it was ended."""
-  problem = why_unfit(ClusterView(books), entry, finds_stops=books.finds_stops)
+  problem = why_without_place(ClusterView(books), entry)
   if problem is not None:
     finish_all(books, entry, problem)
   return problem is not None

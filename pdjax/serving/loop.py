@@ -112,8 +112,7 @@ def serve(
       num_started = 0
       for action in actions:
         orders = state.start(action)
-        yield from state.take_caught_up()
-        yield from state.take_preempted()
+        yield from state.take_told()
         backend.submit(orders)
         num_started += len(orders)
         for order in orders:
@@ -126,7 +125,7 @@ def serve(
         break  # it wants nothing more until then
       num_idle += not num_started
       check_idle(policy, num_idle, actions)
-    yield from state.take_caught_up()  # of what it looked at
+    yield from state.take_told()  # of what it looked at
     if occupancy := state.take_occupancy(now_s):
       yield occupancy
 
@@ -136,8 +135,7 @@ def _happened(events: Sequence[Event], now_s: float, state: ClusterState, finish
   for event in events:
     if state.apply(event, now_s):  # what comes too late, or twice, counts for nothing and is in no log
       yield event
-    yield from state.take_delivered()
-    yield from state.take_caught_up()
+    yield from state.take_told()
     if ended := state.take_finished():
       finished += ended
       yield from ended

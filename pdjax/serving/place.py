@@ -8,7 +8,7 @@ from pdjax.serving.actions import Step
 from pdjax.serving.batch import NOBODY, Joining, TokenRows
 from pdjax.serving.page_allocator import PlacePages, Staging
 from pdjax.serving.requests import RequestState, StepInFlight, begin_steps, take_row
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 
 class Decoding:
@@ -146,7 +146,9 @@ class WorkerState:
     number: Its position in the config.
     spec: The worker as the config has it.
     name: Its name.
-    role: Its role.
+    role: Its role now; `spec` has the one that it began with.
+    draining: The role that it is to have once it is empty; until then it takes no new request. None if it keeps its
+      own.
     page_size: Tokens per page.
     num_pages: Pages in all, free or not.
     prefilling: Prompts begun here with tokens left to hand over, in order.
@@ -156,6 +158,7 @@ class WorkerState:
     up: Whether it takes orders: it was not lost, or is back.
     lost: The reason why it is not up.
     given_up: Whether nobody waits for it to come back any more.
+    drains_from_s: The time from which on it has been draining, if it is.
   """
 
   def __init__(self, spec: WorkerSpec, holdings: Holdings, number: int):
@@ -164,6 +167,8 @@ class WorkerState:
     self.spec = spec
     self.name = spec.name
     self.role = spec.role
+    self.draining: Role | None = None
+    self.drains_from_s = 0.0
     self.page_size = spec.page_size
     self.num_pages = holdings.pages.num_pages
     self._holdings = holdings
@@ -204,6 +209,11 @@ class WorkerState:
   def free_slots(self) -> int:
     """Slots in which no sequence stands."""
     return len(self._holdings.slots)
+
+  @property
+  def is_empty(self) -> bool:
+    """Whether nothing is left here: no page is held, for a request or for a transfer, and no step is in flight."""
+    return not self._holdings.steps and not self._holdings.pages.used_bytes
 
   def decodable(self) -> list[str]:
     """Sequences that another decode step can bring a token, and that have a page for it."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pdjax.serving.actions import Chunk, Resend, Transfer
 from pdjax.serving.books import Books
-from pdjax.serving.checks import PolicyError, check_up, describe_needs, find_request, find_worker
+from pdjax.serving.checks import PolicyError, check_takes_new, describe_needs, find_request, find_worker
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter
@@ -136,7 +136,7 @@ def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[T
     raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
   if not target.role.decodes:
     raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
-  check_up(action, target)
+  check_takes_new(action, target)
   room = view.room()
   if not room.fits(action.request, target.name, decodes=True):
     raise PolicyError(

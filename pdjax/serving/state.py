@@ -1,41 +1,45 @@
 """ClusterState: hands events and actions on to the files that know what they mean for the books."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pdjax.serving import growth, lifecycle, recovery, sending, steps, tasks
-from pdjax.serving.actions import Abandon, Action, Cancel, Leave, Preempt, Reject, Resend, Step, Transfer, WakeAt
+from pdjax.serving import growth, lifecycle, progress, recovery, roles, sending, steps, tasks
+from pdjax.serving.actions import (
+  Abandon,
+  Action,
+  Cancel,
+  Leave,
+  Preempt,
+  Reject,
+  Resend,
+  Step,
+  SwitchRole,
+  Transfer,
+  WakeAt,
+)
 from pdjax.serving.books import Books
-from pdjax.serving.checks import MOST_IDLE_WAKES, PolicyError
+from pdjax.serving.checks import NAMED_ACTIONS, PolicyError
 from pdjax.serving.events import (
   Arrived,
-  Delivered,
   Done,
   Event,
   Failed,
   Finished,
   Occupancy,
-  Preempted,
   TimerDue,
   Withdrawn,
   WorkerBack,
   WorkerLost,
 )
 from pdjax.serving.occupancy import OccupancyWatch
-from pdjax.serving.orders import AbandonOrder, EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.view import ClusterView
-from pdjax.types.checks import is_number
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
-
-
-class StuckError(RuntimeError):
-  """Requests wait for what can never come."""
 
 
 class ClusterState:
@@ -118,15 +122,13 @@ class ClusterState:
     self.books.now_s = now_s
     return self.books.timers.take(now_s)
 
-  def take_delivered(self) -> tuple[Delivered, ...]:
-    """The results that reached their requests since the last call."""
-    delivered, self.books.delivered = tuple(self.books.delivered), []
-    return delivered
-
-  def take_preempted(self) -> tuple[Preempted, ...]:
-    """The requests that were preempted since the last call."""
-    preempted, self.books.preempted = tuple(self.books.preempted), []
-    return preempted
+  def take_told(self) -> list[Event]:
+    """What came of events and actions since the last call: what was delivered, who was preempted, new roles."""
+    books = self.books
+    told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
+    if told:
+      books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
+    return told
 
   def take_finished(self) -> tuple[Finished, ...]:
     """The requests that ended since the last call."""
@@ -146,24 +148,7 @@ class ClusterState:
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    books, view = self.books, self.view
-    if books.in_flight or not books.requests:
-      return
-    if books.transfers or (math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES):
-      return
-    if not all(worker.up or worker.given_up for worker in self.workers.values()):
-      return
-    decoder = books.decode_workers[0].name
-    waits = ', '.join(
-      f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
-      for name, entry in list(books.requests.items())[:8]
-    )
-    free = ', '.join(f'{worker.name} {worker.free_pages}/{worker.num_pages}' for worker in self.workers.values())
-    woken = f' (the policy was woken {books.idle_wakes:,} times and did nothing)' if books.idle_wakes else ''
-    raise StuckError(
-      f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
-      f'Free pages: {free}. The policy must start, move, preempt, reject or cancel them.'
-    )
+    progress.check(self.books, self.view)
 
   def expect(self, output_len: Callable[[str], int | None]) -> None:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
@@ -181,11 +166,6 @@ class ClusterState:
       self._done(event)
       books.caught_up += [event, *books.delivered]
       books.delivered = before
-
-  def take_caught_up(self) -> tuple[Event, ...]:
-    """What a backend told since the last call when it was asked how far it is."""
-    caught_up, self.books.caught_up = tuple(self.books.caught_up), []
-    return caught_up
 
   def take_wakes(self) -> bool:
     """Whether anything happened since the last call that the policy is to be asked about."""
@@ -220,10 +200,15 @@ class ClusterState:
     return counts
 
   def _look_again(self) -> None:
-    """Put everyone where they belong now, and let those that decode have the pages that they want before others."""
+    """Put everyone where they belong now, and let those that decode have the pages that they want before others.
+
+    A worker that has drained by that gets its role.
+    """
     recovery.look_again(self.books)
     if self.books.growing:
       growth.grow(self.books)
+    if self.books.draining:
+      roles.change_roles(self.books)
 
   def _done(self, event: Done) -> tuple[bool, bool]:
     """Apply it; whether it counts, and whether the policy is to be asked."""
@@ -290,11 +275,15 @@ class ClusterState:
       case Preempt():
         orders = recovery.start_preempt(books, self.view, action)
       case Leave():
-        orders = (LeaveOrder(books.new_order_id(), action.request, action.worker),)
+        orders = (tasks.start_leave(books, action),)
+      case SwitchRole():
+        roles.start_switch(books, self.view, action)
+        orders = ()
       case WakeAt():
-        orders = self._wake_at(action)
+        tasks.start_wake(books, action)
+        orders = ()
       case _:
-        raise PolicyError(f'{action!r} is no action; answer with Step, Transfer, Cancel, Reject, Preempt or WakeAt.')
+        raise PolicyError(f'{action!r} is no action; answer with {NAMED_ACTIONS}.')
     for order in orders:
       books.in_flight[order.id] = order
       if isinstance(order, TransferOrder) and books.transfers.get(order.id) is None:
@@ -303,12 +292,3 @@ class ClusterState:
       books.idle_wakes = 0
     self._look_again()
     return orders
-
-  def _wake_at(self, action: WakeAt) -> tuple[Order, ...]:
-    """Have the policy woken at that time; of the times it named since it was last woken, the earliest counts."""
-    books = self.books
-    at_s = action.at_s
-    if not is_number(at_s) or not books.now_s < at_s < math.inf:
-      raise PolicyError(f'{action!r}: it is {books.now_s!r} s now; name a later time in seconds, and a finite one.')
-    books.timers.set('wake', 'policy', min(float(at_s), books.timers.due_s('wake', 'policy')))
-    return ()

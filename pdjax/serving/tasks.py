@@ -1,11 +1,13 @@
 """Tasks of the books themselves: transfers to give up, and transfers to try again."""
 
 import dataclasses
+import math
 
-from pdjax.serving.actions import Abandon, Resend
+from pdjax.serving.actions import Abandon, Leave, Resend, WakeAt
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError
-from pdjax.serving.orders import AbandonOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, LeaveOrder, TransferOrder
+from pdjax.types.checks import is_number
 
 
 def take_tasks(books: Books) -> list[Abandon | Resend]:
@@ -75,3 +77,20 @@ def start_resend(books: Books, action: Resend) -> TransferOrder:
   books.hold(order)
   books.transfers.begin(order, attempt.number + 1, books.now_s, waits=after is not None)
   return order
+
+
+def start_leave(books: Books, action: Leave) -> LeaveOrder:
+  """The order that tells a worker that a sequence has left its batch."""
+  return LeaveOrder(books.new_order_id(), action.request, action.worker)
+
+
+def start_wake(books: Books, action: WakeAt) -> None:
+  """Have the policy woken at that time; of the times it named since it was last woken, the earliest counts.
+
+  Raises:
+    PolicyError: if it is no later time.
+  """
+  at_s = action.at_s
+  if not is_number(at_s) or not books.now_s < at_s < math.inf:
+    raise PolicyError(f'{action!r}: it is {books.now_s!r} s now; name a later time in seconds, and a finite one.')
+  books.timers.set('wake', 'policy', min(float(at_s), books.timers.due_s('wake', 'policy')))

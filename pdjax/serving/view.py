@@ -106,7 +106,11 @@ class WorkerView(Protocol):
 
   @property
   def role(self) -> Role:
-    """The phases it runs."""
+    """The phases it runs now; `spec` has those that it began with, and which it may take."""
+
+  @property
+  def draining(self) -> Role | None:
+    """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
 
   @property
   def page_size(self) -> int:
@@ -213,7 +217,10 @@ class Room:
     return self._books.workers[worker].queued_tokens + self._tokens.get(worker, 0)
 
   def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
-    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now."""
+    """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now.
+
+    A worker that is lost or draining takes none.
+    """
     return bool(self.fitting(request, (self._view.workers[worker],), decodes=decodes))
 
   def fitting(self, request: str, workers: Iterable[WorkerView], *, decodes: bool) -> list[WorkerView]:
@@ -223,7 +230,9 @@ class Room:
     for worker in workers:
       name = worker.name
       holdings = self._books.holdings[name]
-      if not worker.up or (decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0)):
+      if (
+        not worker.up or worker.draining or (decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0))
+      ):
         continue
       needed = entry.pages_needed(holdings.pages.pools, decodes=decodes)
       taken = self._pages.get(name)
@@ -296,12 +305,12 @@ class ClusterView:
 
   @property
   def prefill_workers(self) -> Sequence[WorkerView]:
-    """Those that prefill."""
+    """Those that prefill now; one that is draining goes on with the prompts it has."""
     return self._books.prefill_workers
 
   @property
   def decode_workers(self) -> Sequence[WorkerView]:
-    """Those that decode."""
+    """Those that decode now; one that is draining goes on with the sequences it has."""
     return self._books.decode_workers
 
   @property

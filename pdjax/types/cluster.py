@@ -41,9 +41,12 @@ def colocated_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
 
 
 def ways(workers: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
-  """The pairs of workers between which KV may travel: from each that prefills to each other that decodes."""
+  """The pairs of workers between which KV may ever travel: from each that prefills to each other that decodes.
+
+  Workers count in every role that they may take.
+  """
   pairs = itertools.permutations(workers, 2)
-  return [(source, target) for source, target in pairs if source.role.prefills and target.role.decodes]
+  return [(source, target) for source, target in pairs if source.ever_prefills and target.ever_decodes]
 
 
 @checks_arguments()
@@ -60,7 +63,10 @@ def parse_split(split: str) -> tuple[int, int]:
 
 
 def split_name(workers: Sequence[WorkerSpec]) -> str:
-  """A cluster in the field's shorthand, such as '2P1D'; workers of both roles count as C (colocated)."""
+  """A cluster in the field's shorthand, such as '2P1D', by the roles that its workers begin with.
+
+  Workers of both roles count as C (colocated).
+  """
   counts = [(role, sum(worker.role is role for worker in workers)) for role in Role]
   letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
   return ''.join(f'{count}{letters[role]}' for role, count in counts if count)

@@ -5,7 +5,7 @@ import itertools
 from typing import ClassVar, Literal
 
 from pdjax.types.checked import Count, Patience, check_fields
-from pdjax.types.worker import Role
+from pdjax.types.worker import Role, WorkerSpec
 
 TransportName = Literal['auto', 'device_put', 'host_staged', 'cross_process']
 GranularityName = Literal['auto', 'request', 'chunk', 'layers']
@@ -69,6 +69,10 @@ class TransferSpec:
     these groups, orders name them, and what travels by layers travels in them.
     """
     return () if self.layered_from is None or role.decodes else self.groups(num_layers)
+
+  def all_step_groups(self, worker: WorkerSpec, num_layers: int) -> tuple[tuple[int, int], ...]:
+    """As `step_groups`, of whichever of the worker's roles has some."""
+    return next(filter(None, (self.step_groups(role, num_layers) for role in worker.roles)), ())
 
   @property
   def layered_from(self) -> int | None:

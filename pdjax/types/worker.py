@@ -1,4 +1,4 @@
-"""WorkerSpec: one worker of a cluster, its role, its mesh, and its room for pages and sequences."""
+"""WorkerSpec: one worker of a cluster, its roles, its mesh, and its room for pages and sequences."""
 
 import dataclasses
 import enum
@@ -38,7 +38,7 @@ class WorkerSpec:
 
   Attributes:
     name: Unique within the cluster.
-    role: The phases it runs.
+    role: The phases it runs as a run begins.
     tp: Devices over which heads and feed-forward columns are cut (tensor parallelism).
     num_pages: Memory for the cache, in pages of what keeps all tokens, of which windows and states take their part (see
       `PoolSpecs`); or 'auto' to fill the device's memory.
@@ -55,6 +55,8 @@ class WorkerSpec:
       Between workers of unlike dtypes pages are converted once, where fewer bytes then travel.
     weights: The dtype of its weights, in which it computes; None is the config's `dtype`. Workers may have unlike ones;
       those with the same devices and the same dtype share one copy.
+    may_become: Other roles that it may take while a run is under way, where a policy answers `SwitchRole`. Programs,
+      ways for pages and memory are prepared for all its roles.
 
   Raises:
     ValueError: if a field is of another type or out of range, or the devices are not `tp` distinct ones.
@@ -75,6 +77,7 @@ class WorkerSpec:
   page_size: PageSize | None = None
   kv_dtype: KVDtypeName | None = None
   weights: DtypeName | None = None
+  may_become: tuple[Role, ...] = ()
 
   def __post_init__(self):
     check_fields(self)
@@ -83,6 +86,27 @@ class WorkerSpec:
         f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
         'counted from 0.'
       )
+
+  @property
+  def roles(self) -> tuple[Role, ...]:
+    """Every role that it may ever have, the first one first."""
+    return tuple(dict.fromkeys((self.role, *self.may_become)))
+
+  @property
+  def ever_prefills(self) -> bool:
+    """Whether it prefills in any of its roles."""
+    return any(role.prefills for role in self.roles)
+
+  @property
+  def ever_decodes(self) -> bool:
+    """Whether it decodes in any of its roles."""
+    return any(role.decodes for role in self.roles)
+
+  @property
+  def phases(self) -> str:
+    """Its roles in words."""
+    others = ' or '.join(role.value for role in self.roles[1:])
+    return f'{self.role.value} (may become {others})' if others else self.role.value
 
   @property
   def cached_dtype(self) -> KVDtypeName:

@@ -23,17 +23,19 @@ from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Offer, Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
-from pdjax.serving.events import Done, Failed, Started, WorkerBack, WorkerLost
+from pdjax.serving.events import Done, Failed, RoleChanged, Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
-from pdjax.types import FaultSpec, SamplingParams, TransferSpec
+from pdjax.types import FaultSpec, Role, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.span import Span
 from pdjax.workload import Listed
 from tests.controller.thread_peers import Processes, ThreadPeer, assert_right_or_failed, plain
+from tests.engine.cluster import compiled
 from tests.engine.plain import generate
+from tests.switching import EITHER, TakeTurns, under_load
 from tests.tiny import TINY, TINY_8_2, config, prompt, requests
 
 SPEC = TransferSpec(granularity='chunk', piece_bytes=4096, checksums=True)
@@ -563,3 +565,47 @@ def test_a_session_serves_over_processes_as_over_one():
   for answer in answers:
     assert (answer.token_ids, answer.finish_reason) == generate(TINY, answer.request)
   assert session.report().completed == 3
+
+
+@pytest.fixture(scope='module')
+def changing():
+  """Three processes that take turns at prefill and decode, one of them of two devices."""
+  run = config('1P2D', 1, 2, model=TINY_8_2)
+  workers = [dataclasses.replace(one, may_become=EITHER) for one in run.workers]
+  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=SPEC, policy=TakeTurns()))
+  yield built
+  built.built.backend.close()
+
+
+def changes_of(served) -> list[RoleChanged]:
+  return [event for event in served.events if isinstance(event, RoleChanged)]
+
+
+def test_roles_change_under_load_though_no_process_is_told_of_roles(changing):
+  """The ways lead both ways; orders alone say what is to be done."""
+  compiled_before = len(compiled)
+  served = changing.serve(under_load(100))
+  assert len(compiled) == compiled_before, 'something was compiled after the warm-up'
+  assert served.tokens() == plain(served, TINY_8_2)
+  assert len(changes_of(served)) >= 5 and {change.role for change in changes_of(served)} == {Role.PREFILL, Role.DECODE}
+
+
+def test_a_process_that_is_killed_while_it_drains_comes_back_with_its_new_role(changing):
+  killed: list[tuple[str, Role]] = []
+
+  class Killing(TakeTurns):
+    def decide(self, view):
+      for worker in view.workers.values():
+        if worker.draining and worker.used_bytes and not killed:
+          killed.append((worker.name, worker.draining))
+          changing.peers[worker.name].kill()
+      return super().decide(view)
+
+  served = changing.changed(policy=Killing()).serve(under_load(60))
+  assert served.tokens() == plain(served, TINY_8_2)
+  ((name, role),) = killed
+  lost = next(index for index, event in enumerate(served.events) if isinstance(event, WorkerLost))
+  assert served.events[lost].worker == name
+  after = next(event for event in served.events[lost:] if isinstance(event, RoleChanged))
+  assert (after.worker, after.role) == (name, role)
+  assert [event.worker for event in served.events if isinstance(event, WorkerBack)] == [name]

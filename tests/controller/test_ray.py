@@ -20,13 +20,15 @@ from pdjax.controller.processes import build_processes
 from pdjax.controller.ray_peer import RayPeer
 from pdjax.controller.ray_workers import RayProcesses, import_ray
 from pdjax.engine.ray_worker import RayWorker
-from pdjax.serving.events import WorkerBack, WorkerLost
+from pdjax.serving.events import RoleChanged, WorkerBack, WorkerLost
 from pdjax.serving.peers import Pull, StartClock, Submit
 from pdjax.types import FaultSpec, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
 from tests.compiling import CACHE, quick_environment
+from tests.controller.counting_worker import NUM_COMPILED, CountingWorker
 from tests.controller.thread_peers import Processes, assert_right_or_failed, plain
 from tests.engine.plain import generate
+from tests.switching import EITHER, TakeTurns, under_load
 from tests.tiny import TINY, config, requests
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -266,6 +268,31 @@ def test_all_that_a_cluster_started_here_listens_at_can_be_kept_on_loopback(tmp_
   heard = [address for some in facts['listening'].values() for address in some]
   assert len(heard) > 6
   assert {address.rpartition(':')[0] for address in heard} <= {'127.0.0.1', '::ffff:127.0.0.1', '::1'}
+
+
+@pytest.mark.slow
+def test_on_ray_ten_changes_of_roles_under_load_lose_nobody_change_no_token_and_compile_nothing():
+  """Three actors that count what they compile; the controller tells them orders, and nothing of roles."""
+  run = dataclasses.replace(config('1P2D'), transfer=RUN.transfer, processes=RUN.processes, policy=TakeTurns())
+  workers = [dataclasses.replace(one, may_become=EITHER) for one in run.workers]
+  run = dataclasses.replace(run, workers=workers, compilation_cache=os.environ.get(CACHE))
+  processes = RayProcesses(run.processes, run.workers, run.platform, CountingWorker)
+  try:
+    built = build_processes(run, run.model, processes.peers, closed=processes.close)
+  except BaseException:
+    processes.close()
+    raise
+  try:
+    cluster = Processes(run, processes.peers, built, deadline_s=240.0)
+    at_warm_up = {name: peer.ask(NUM_COMPILED) for name, peer in cluster.peers.items()}
+    served = cluster.serve(under_load())
+    assert {name: peer.ask(NUM_COMPILED) for name, peer in cluster.peers.items()} == at_warm_up
+  finally:
+    built.backend.close()
+  assert all(at_warm_up.values()), 'what is compiled was not counted'
+  assert served.tokens() == plain(served)
+  changes = [event for event in served.events if isinstance(event, RoleChanged)]
+  assert len(changes) >= 10 and {change.worker for change in changes} == {worker.name for worker in workers}
 
 
 @pytest.mark.slow

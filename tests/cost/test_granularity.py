@@ -31,6 +31,11 @@ def test_chunks_travel_whole_where_no_length_would_gain():
   assert choose_granularity(TransferSpec(), MODEL, colocated_pool(2, page_size=1), _cost(0.0)).granularity == 'chunk'
 
 
+def test_workers_that_may_come_to_prefill_count():
+  workers = colocated_pool(2, page_size=1, may_become=('prefill',))
+  assert choose_granularity(TransferSpec(), MODEL, workers, _cost(5e-6, 10e-6)) == TransferSpec(layers_from=128)
+
+
 @pytest.mark.parametrize('spec', [TransferSpec(granularity='layers'), TransferSpec(layers_from=7)])
 def test_what_the_config_says_is_kept(spec):
   assert choose_granularity(spec, MODEL, ONE_OF_EACH, _cost(1.0)) == spec

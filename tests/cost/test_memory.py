@@ -78,6 +78,16 @@ def test_room_for_what_travels_is_kept_though_the_others_are_sized_elsewhere():
   assert alone.num_pages - among.num_pages == 100
 
 
+def test_room_for_what_travels_is_kept_for_every_role_that_a_worker_may_take():
+  cluster = (WorkerSpec('p', 'prefill', page_size=16, kv_dtype='bfloat16'), WorkerSpec('d', 'decode'))
+  either = tuple(dataclasses.replace(worker, may_become=('prefill', 'decode')) for worker in cluster)
+  (one_way,), (two_ways,) = (
+    _size(workers[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE, cluster=workers)
+    for workers in (cluster, either)
+  )
+  assert one_way.num_pages - two_ways.num_pages == 100
+
+
 def test_unlike_meshes_on_one_device_each_bring_their_weights():
   workers = (WorkerSpec('a', devices=(0,)), WorkerSpec('b', tp=2, devices=(0, 1)))
   with pytest.raises(ValueError, match=r'needs 24\.1 GB of weights, but 19\.3 GB may be filled on device 0'):

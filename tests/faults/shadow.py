@@ -126,10 +126,11 @@ class ShadowSimulator(Simulator):
 
     self._push(order.id, end)
 
-  def _transfer_done(self, order: TransferOrder, began_s: float) -> Done:
+  def _transfer_done(self, order: TransferOrder, began_s: float) -> Done | Failed:
     contents = self._contents.pop(order.id, None)
-    present = self.incarnations[order.source], self.incarnations[order.target]
-    if contents is not None and order.incarnations == present:  # a transfer of a lost worker is over, at either end
+    if order.incarnations != (self.incarnations[order.source], self.incarnations[order.target]):
+      return Failed(order.id, self._ends_s.pop(order.id), 'one of its workers is gone')  # its pages are others' by now
+    if contents is not None:
       size, layers = self._page_sizes[order.target], slice(*(order.span.layers or (0, None)))
       for position, sent in enumerate(contents, order.span.start):
         page = order.span.target_pages[position // size - order.span.start // size]

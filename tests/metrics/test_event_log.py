@@ -24,6 +24,7 @@ from pdjax.serving.events import (
   Finished,
   Occupancy,
   Result,
+  RoleChanged,
   Started,
   Trip,
   Turn,
@@ -45,6 +46,7 @@ from pdjax.serving.orders import (
 from pdjax.types.json_text import json_text
 from pdjax.types.request import SLO, Request, SamplingParams, TokenLogprob
 from pdjax.types.span import Span
+from pdjax.types.worker import Role
 
 FORMAT = '{"event": "Log", "version": 2}\n'
 
@@ -60,6 +62,7 @@ def _everything(disaggregated, stamps):
     Failed(10, 3.0, 'boom'),
     WorkerLost('p', 3.0, 'boom'),
     WorkerBack('p', 3.5, 2),
+    RoleChanged(3.75, 'p', Role.DECODE, Role.PREFILL, 3.5),
     WorkerBack('p', 9.5, 3, Comeback(2, 1.0, 0.5, 0.75, 3.0, 0.25)),
     Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
   ]

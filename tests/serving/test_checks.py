@@ -85,7 +85,10 @@ MISUSES: dict[str, tuple[object, str]] = {
   'reject after the start': (Reject('p', 'why'), 'only a waiting one can be rejected, cancel it'),
   'cancel of a cancelled request': (Cancel('e'), 'is being ended already'),
   'reject of a cancelled request': (Reject('e', 'why'), 'is being ended already'),
-  'no action at all': ('decode, please', 'is no action; answer with Step, Transfer, Cancel, Reject, Preempt or WakeAt'),
+  'no action at all': (
+    'decode, please',
+    'is no action; answer with Step, Transfer, Cancel, Reject, Preempt, SwitchRole or WakeAt',
+  ),
 }
 
 

@@ -78,7 +78,7 @@ def test_the_oldest_goes_on_and_whoever_lacks_a_page_waits_until_some_are_freed(
   ):
     cluster.start(Step('both0', decodes=('a',)))
   assert cluster.start(Preempt('b')) == ()
-  assert [one.request for one in cluster.state.take_preempted()] == ['b']
+  assert [one.request for one in cluster.state.take_told() if isinstance(one, Preempted)] == ['b']
   assert list(cluster.view.waiting) == ['b'] and worker.decodable() == ['a'] and not worker.is_short
   assert held(cluster, 'a') == 4
 
@@ -89,7 +89,7 @@ def test_a_preempted_request_waits_in_its_old_place_with_its_tokens_and_computes
   decode(cluster)
   cluster.arrive('late', prompt_len=3)
   cluster.start(Preempt('a'))
-  (event,) = cluster.state.take_preempted()
+  (event,) = [one for one in cluster.state.take_told() if isinstance(one, Preempted)]
   assert event == Preempted(cluster.now_s, 'a', 'both0', 5)
   entry = cluster.view.requests['a']
   assert list(cluster.view.waiting) == ['a', 'late'] and entry.phase is Phase.WAITING

@@ -59,8 +59,8 @@ def test_what_several_steps_brought_is_kept_until_it_is_taken():
   first, second = *cluster.start(Step('both0', (Chunk('a', 0, 6),))), *cluster.start(Step('both0', decodes=ALL))
   cluster.end(first, {'a': 1})
   cluster.end(second, {'a': 1})
-  assert [one.order for one in cluster.state.take_delivered()] == [first.id, second.id]
-  assert cluster.state.take_delivered() == ()
+  assert [one.order for one in cluster.state.take_told()] == [first.id, second.id]
+  assert cluster.state.take_told() == []
 
 
 def test_room_counts_what_a_decision_took():

@@ -118,7 +118,7 @@ def test_what_is_withdrawn_while_the_policy_wants_to_be_woken_is_ended_in_that_t
 
 
 def test_a_policy_that_is_woken_over_and_over_and_does_nothing_is_stuck(monkeypatch):
-  monkeypatch.setattr('pdjax.serving.state.MOST_IDLE_WAKES', 50)
+  monkeypatch.setattr('pdjax.serving.progress.MOST_IDLE_WAKES', 50)
 
   class Dozing:
     def decide(self, view):
@@ -140,7 +140,7 @@ def test_a_policy_that_is_woken_over_and_over_and_does_nothing_is_stuck(monkeypa
 
 
 def test_a_policy_that_polls_while_a_transfer_waits_to_be_tried_again_is_not_stuck(monkeypatch):
-  monkeypatch.setattr('pdjax.serving.state.MOST_IDLE_WAKES', 20)
+  monkeypatch.setattr('pdjax.serving.progress.MOST_IDLE_WAKES', 20)
   faults = FaultSpec(transfer='retry', backoff_s=30.0)
   cluster = Driver(faults=faults)
   cluster.arrive('a')

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.types import Role, TransferSpec, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
-from pdjax.types.cluster import carve_devices, devices_needed
+from pdjax.types.cluster import carve_devices, devices_needed, ways
 from pdjax.types.worker import bucket_for, buckets
 
 
@@ -43,6 +43,41 @@ def test_a_role_may_be_given_as_text():
   assert worker.role is Role.DECODE and worker.role.decodes and not worker.role.prefills
   with pytest.raises(ValueError, match='translate'):
     WorkerSpec('w', 'translate')
+
+
+def test_a_worker_names_all_its_roles_once_and_the_first_first():
+  worker = WorkerSpec('w', 'prefill', may_become=['decode', Role.PREFILL, 'decode'])
+  assert worker.roles == (Role.PREFILL, Role.DECODE) and worker.phases == 'prefill (may become decode)'
+  assert WorkerSpec('w', 'decode').roles == (Role.DECODE,) and WorkerSpec('w', 'decode').phases == 'decode'
+
+
+@pytest.mark.parametrize(
+  'role, may_become, prefills, decodes',
+  [
+    ('prefill', (), True, False), ('decode', (), False, True), ('both', (), True, True),
+    ('prefill', ('decode',), True, True), ('decode', ('both',), True, True), ('decode', ('decode',), False, True),
+  ],
+)  # fmt: skip
+def test_what_a_worker_ever_does_follows_from_all_its_roles(role, may_become, prefills, decodes):
+  worker = WorkerSpec('w', role, may_become=may_become)
+  assert (worker.ever_prefills, worker.ever_decodes) == (prefills, decodes)
+
+
+def test_there_is_a_way_between_workers_in_any_of_their_roles():
+  workers = prefill_pool(1, may_become=('decode',)) + prefill_pool(2)[1:] + decode_pool(1)
+  assert [(source.name, target.name) for source, target in ways(workers)] == [
+    ('prefill0', 'decode0'),
+    ('prefill1', 'prefill0'),
+    ('prefill1', 'decode0'),
+  ]
+
+
+def test_steps_run_in_groups_of_layers_where_any_role_of_a_worker_has_some():
+  spec = TransferSpec(granularity='layers', layer_groups=2)
+  groups = {role: spec.all_step_groups(WorkerSpec('w', role), 4) for role in Role}
+  assert groups == {Role.PREFILL: ((0, 2), (2, 4)), Role.DECODE: (), Role.BOTH: ()}
+  assert spec.all_step_groups(WorkerSpec('w', 'decode', may_become=('both', 'prefill')), 4) == ((0, 2), (2, 4))
+  assert TransferSpec(granularity='chunk').all_step_groups(WorkerSpec('w', 'prefill'), 4) == ()
 
 
 def test_both_roles_are_filled_by_a_colocated_worker_alone():

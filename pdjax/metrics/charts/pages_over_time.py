@@ -13,27 +13,32 @@ from pdjax.types.worker import Role
 if TYPE_CHECKING:
   import altair as alt
 
-_ROLES = {Role.PREFILL: PHASES['prefill'], Role.DECODE: PHASES['decode'], Role.BOTH: PHASES['fused']}
 _WAITING = 'waiting'
+_COLOURS = {
+  Role.PREFILL.value: PHASES['prefill'],
+  Role.DECODE.value: PHASES['decode'],
+  Role.BOTH.value: PHASES['fused'],
+  _WAITING: WAITING,
+}
 
 
 def pages(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
   """The KV pages that every worker had in use; a row is as high as the fullest pool ever was. Zooms like `gantt`.
 
-  The last row, if any prompt ever had to wait, shows how many waited to be begun. Of a long run every slot of time
-  shows its peak. Runs that stand `beside` it share its seconds and heights.
+  A bar has the colour of the worker's role at that time. The last row, if any prompt ever had to wait, shows how many
+  waited to be begun. Of a long run every slot of time shows its peak. Runs that stand `beside` it share its seconds and
+  heights.
   """
   import altair as alt
 
   bars, labels = _page_bars(report, beside)
-  colours = {worker.name: _ROLES[worker.role] for worker in report.workers} | {_WAITING: WAITING}
-  scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+  scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
   chart = (
     alt.Chart(table(bars))
     .mark_rect(clip=True, opacity=1, strokeWidth=0.5)
     .encode(
       x=time_axis([report, *beside]), x2='b', y=lane_axis(len(labels), labels), y2='hi',
-      color=alt.Color('worker:N', scale=scale, legend=None), stroke=alt.Stroke('worker:N', scale=scale, legend=None),
+      color=alt.Color('role:N', scale=scale, legend=None), stroke=alt.Stroke('role:N', scale=scale, legend=None),
       tooltip=[
         alt.Tooltip('worker:N'), alt.Tooltip('a:Q', title='from (s)', format=SECONDS),
         alt.Tooltip('b:Q', title='to (s)', format=SECONDS),
@@ -66,7 +71,7 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
   peaks = _peaks(report)
   if not peaks[_WAITING]:
     del changes[_WAITING]
-  sizes = _pool_sizes(report)
+  sizes, workers = _pool_sizes(report), {worker.name: worker for worker in report.workers}
   together = [report, *beside]
   shares = (_peaks(run)[name] / size for run in together for name, size in _pool_sizes(run).items())
   fullest = max(shares, default=0.0) or 1.0
@@ -77,9 +82,11 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
     highest = size * fullest if size is not None else most_waiting if name == _WAITING else peaks[name]
     labels.append([name, f'peak {peaks[name]:,}' + (f' of {size:,}' if size is not None else '')])
     for level in _highest(_levels(seen, end_s), MAX_BARS // len(changes)):
+      role = _WAITING if name == _WAITING else report.timeline.role(workers[name], level.at_s).value
       bar = {
-        'worker': name, 'a': rounded(level.at_s - start_s), 'b': rounded(level.until_s - start_s), 'count': level.count,
-        'lo': round(row + 0.94 - 0.84 * level.count / highest, 4), 'hi': row + 0.94, 'decoding': level.decoding,
+        'worker': name, 'role': role, 'a': rounded(level.at_s - start_s), 'b': rounded(level.until_s - start_s),
+        'count': level.count, 'lo': round(row + 0.94 - 0.84 * level.count / highest, 4), 'hi': row + 0.94,
+        'decoding': level.decoding,
       }  # fmt: skip
       bars.append(bar if size is None else bar | {'share': round(level.count / size, 4)})
   return bars, labels

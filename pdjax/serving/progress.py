@@ -1,0 +1,38 @@
+"""Progress: whether anything can still change where requests wait."""
+
+import math
+
+from pdjax.serving.books import Books
+from pdjax.serving.checks import MOST_IDLE_WAKES
+from pdjax.serving.view import ClusterView
+
+
+class StuckError(RuntimeError):
+  """Requests wait for what can never come."""
+
+
+def check(books: Books, view: ClusterView) -> None:
+  """Raise if requests are left although nothing is under way or due; see `ClusterState.check_progress`.
+
+  Raises:
+    StuckError: naming the requests and the pages they need.
+  """
+  if books.in_flight or not books.requests:
+    return
+  if books.transfers or (math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES):
+    return
+  workers = books.workers.values()
+  if not all(worker.up or worker.given_up for worker in workers):
+    return
+  decoder = books.decode_workers[0].name
+  waits = ', '.join(
+    f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
+    for name, entry in list(books.requests.items())[:8]
+  )
+  free = ', '.join(f'{worker.name} {worker.free_pages}/{worker.num_pages}' for worker in workers)
+  woken = f' (the policy was woken {books.idle_wakes:,} times and did nothing)' if books.idle_wakes else ''
+  other_roles = ', or give a worker another role' if any(len(worker.spec.roles) > 1 for worker in workers) else ''
+  raise StuckError(
+    f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
+    f'Free pages: {free}. The policy must start, move, preempt, reject or cancel them{other_roles}.'
+  )

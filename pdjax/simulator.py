@@ -210,7 +210,7 @@ class Simulator:
     return done
 
   def _first(self, chunk: ChunkOrder) -> Result:
-    """What comes of the last chunk of a prompt."""
+    """The outcome of the last chunk of a prompt."""
     return Result(chunk.request.id, (PLACEHOLDER_TOKEN,), 'length' if chunk.limit == 1 else None)
 
   def _tokens(self, order: StepOrder, before: int, after: int) -> np.ndarray:
@@ -293,7 +293,7 @@ class Simulator:
       self._push_next(run)
 
   def catch_up(self, worker: str) -> list[Done]:
-    """What has ended of the standing orders of a worker and was not told yet."""
+    """The steps of standing orders of a worker that have ended and were not told yet."""
     return [
       self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told
     ]  # fmt: skip

@@ -21,14 +21,15 @@ LEVELS = {
   'pdjax.reporting': 6, 'pdjax.run_folder': 6, 'pdjax.recording': 6,
   'pdjax.engine': 5, 'pdjax.controller': 5, 'configs': 5,
   'pdjax.config': 4, 'pdjax.overrides': 4, 'pdjax.dtypes': 4,
-  'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
+  'pdjax.policies': 3, 'pdjax.simulator': 3, 'pdjax.standing_run': 3, 'pdjax.metrics': 3, 'pdjax.model': 3,
   'pdjax.kv': 3, 'pdjax.workload': 3,
   'pdjax.serving': 2, 'pdjax.cost': 2, 'pdjax.sharding': 2,
   'pdjax.host': 2,
   'pdjax.types': 1, 'pdjax.program_folder': 1, 'pallas_kernels': 1,
 }  # fmt: skip
 DECIDES = {
-  'pdjax.serving', 'pdjax.policies', 'pdjax.cost', 'pdjax.workload', 'pdjax.metrics', 'pdjax.simulator', 'pdjax.config',
+  'pdjax.serving', 'pdjax.policies', 'pdjax.cost', 'pdjax.workload', 'pdjax.metrics', 'pdjax.simulator',
+  'pdjax.standing_run', 'pdjax.config',
   'pdjax.overrides', 'pdjax.controller', 'pdjax.dtypes', 'configs',
 }  # fmt: skip
 COMPUTES = {'pdjax.engine', 'pdjax.model', 'pdjax.kv', 'pdjax.sharding', 'pallas_kernels'}
@@ -221,7 +222,7 @@ def test_long_files_hold_one_idea_each():
 
 
 def test_the_engine_takes_no_decisions():
-  told = {f'pdjax.serving.{name}' for name in ('orders', 'events', 'mailbox', 'built', 'peers')}
+  told = {f'pdjax.serving.{name}' for name in ('orders', 'batch', 'bounds', 'events', 'mailbox', 'built', 'peers')}
   sizes = {'pdjax.cost.memory', 'pdjax.cost.granularity', 'pdjax.cost.roofline', 'pdjax.dtypes'}
   for module in _of({'pdjax.engine'}):
     seen = {name for name in OURS[module] if _unit(name) in DECIDES}

@@ -236,15 +236,16 @@ def _decode(context: Context, engine: Engine, model: ModelSpec, batch: int) -> N
   prompt, steps = _tokens(model, sizes.decode_context, batch), 2 * sizes.decode_steps
   sampling = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
   requests = [Request(f'd{next(_numbers)}', prompt, sampling) for _ in range(batch)]
-  orders, whole = [], NOBODY
-  for step in range(steps):
-    joins = []
-    for slot, request in enumerate(requests if not step else ()):
-      own = {KV: tuple(order[slot * each : (slot + 1) * each].tolist())}
-      admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens)
-      joins.append(Join(request.id, slot, sizes.decode_context, sampling.max_tokens - 1, admission=admission))
-    whole = whole.changed((), joins)
-    orders.append(StepOrder(next(_numbers), 'decode0', joins=tuple(joins), decodes=True, batch=whole))
+  orders, joins = [], []
+  for slot, request in enumerate(requests):
+    own = {KV: tuple(order[slot * each : (slot + 1) * each].tolist())}
+    admission = Admission(request, own, (prompt[slot % len(prompt)],), sampling.max_tokens)
+    joins.append(Join(request.id, slot, sizes.decode_context, sampling.max_tokens - 1, admission=admission))
+  everyone = NOBODY.changed((), joins)
+  for step in range(steps):  # half of them after the clock began anew, which nobody outlives but in the slots
+    begins = step in (0, sizes.decode_steps)
+    joining = tuple(dataclasses.replace(one, admission=None if step else one.admission) for one in joins if begins)
+    orders.append(StepOrder(next(_numbers), 'decode0', joins=joining, decodes=True, batch=everyone))
   step_s = _per_step_s(_ends_s(engine, orders[: sizes.decode_steps]))
   waited_s = _per_step_s(_ends_s(engine, orders[sizes.decode_steps :], each=True))
   for name, seconds, done in (('', step_s, 1), (', each begun when the last has ended', waited_s, 3)):

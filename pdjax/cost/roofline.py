@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pdjax.cost.cost_model import CostBase, RunSeconds
+from pdjax.cost.decode_runs import decode_run
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
@@ -84,7 +85,7 @@ class Roofline(CostBase):
     bytes_per_s = self.chip.memory_bytes_per_s * self.chip.memory_efficiency * devices
     weight_bytes = self.dtype_bytes if worker.weights is None else DTYPE_BYTES[worker.weights]
     row_flops, read_params = model.token_flops() + model.unembed_flops(), functools.lru_cache(4096)(model.read_params)
-    run = model.decode_run(worker.cached_dtype, min(worker.tp, model.kv_heads))
+    run = decode_run(model, worker.cached_dtype, min(worker.tp, model.kv_heads))
 
     def seconds(contexts: Sequence[int], steps: int) -> np.ndarray:
       batch = len(contexts)

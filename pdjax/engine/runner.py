@@ -39,10 +39,18 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Ran:
-  """A step of one of a worker's incarnations has ended well; of what standing order it was, if of any."""
+  """A step of a worker has ended well.
+
+  Attributes:
+    worker: The worker.
+    epoch: The run and incarnation that it was of, counted together.
+    done: Its end.
+    batch: The sequences that it decoded.
+    standing: The standing order that it was of, if of any.
+  """
 
   worker: str
-  incarnation: int
+  epoch: int
   done: Done
   batch: Batch
   standing: Standing | None = None
@@ -77,14 +85,17 @@ class Runner:
     self._mailbox = mailbox
     self._waiter = Waiter(f'{worker.spec.name}-steps', crash_poster(mailbox))
     self._free_from_s = 0.0
+    self._epoch = 0
     self._begin_anew()
 
   def _begin_anew(self) -> None:
+    self._epoch += 1
     self._bounds = Bounds()
     self._standing: Standing | None = None
 
   def end_run(self) -> None:
     """Wait for steps under way, and let go of their requests; what is posted by now is of no run any more."""
+    self.halt()
     self._waiter.drain()
     self.worker.forget_all()
     self._free_from_s = 0.0
@@ -115,8 +126,8 @@ class Runner:
     self.worker.forget(request)
 
   def hear(self, ran: Ran) -> list[Event]:
-    """The events of a step's end: none, if it was a step of an earlier incarnation; a standing order goes on."""
-    if ran.incarnation != self.worker.incarnation:
+    """The events of a step's end: none, if it was of an earlier run or incarnation; a standing order goes on."""
+    if ran.epoch != self._epoch:
       return []
     standing = ran.standing
     ended = ran.done.ended(ran.batch)
@@ -151,8 +162,8 @@ class Runner:
     except Exception as error:
       self._leave_out(order, describe(error))
       return False
-    incarnation = self.worker.incarnation
-    self._waiter.add(functools.partial(self._collect, incarnation, order, pending, dispatched_s, standing))
+    incarnation, epoch = self.worker.incarnation, self._epoch
+    self._waiter.add(functools.partial(self._collect, incarnation, epoch, order, pending, dispatched_s, standing))
     return True
 
   def restart(self, broken: Broken) -> list[Event]:
@@ -198,7 +209,13 @@ class Runner:
       self._waiter.add(job)
 
   def _collect(
-    self, incarnation: int, order: StepOrder, pending: Pending, dispatched_s: float, standing: Standing | None
+    self,
+    incarnation: int,
+    epoch: int,
+    order: StepOrder,
+    pending: Pending,
+    dispatched_s: float,
+    standing: Standing | None,
   ) -> None:
     """On the waiting thread: block until a step has ended and post its outcome."""
     try:
@@ -211,7 +228,7 @@ class Runner:
     def ran(ended_s: float) -> Ran:
       self._free_from_s = ended_s
       done = Done(order.id, began_s, ended_s, results, decoded, wasted_tokens=wasted)
-      return Ran(order.worker, incarnation, done, order.batch, standing)
+      return Ran(order.worker, epoch, done, order.batch, standing)
 
     self._mailbox.post(ran)
 

@@ -36,7 +36,7 @@ class Batch:
 
 
 class Joining(Protocol):
-  """Who joins a batch."""
+  """A sequence that joins a batch."""
 
   @property
   def request(self) -> str:
@@ -89,7 +89,7 @@ class TokenRows:
 
     Args:
       batch: The batch of the step.
-      owners: What `owners` said of it when the order was given.
+      owners: The answer of `owners` for it when the order was given.
       tokens: `[T, B]`, those of a sequence first in its column.
       counts: `[B]` of how many each got.
 

@@ -59,7 +59,7 @@ class Books:
     growing: Workers where sequences may take more pages than they have.
     preempted: Requests that were preempted since the loop last took them.
     gone: Sequences that left a worker's batch, of which it is to be told.
-    caught_up: What a backend told when it was asked how far a standing step is, since the loop last took it.
+    caught_up: The events that a backend told when it was asked how far a standing step is, until the loop takes them.
     catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
     wakes: Whether anything happened that the policy is to be asked about.
     touched: Workers about which something changed since their use was last told.
@@ -268,7 +268,7 @@ class Books:
       self.gone.append(Leave(entry.request.id, entry.target))
 
   def catch_up_on(self, worker: str) -> Callable[[], None] | None:
-    """What catches up on the standing steps of a worker, if the backend does not tell each."""
+    """A function that catches up on the standing steps of a worker; None if the backend tells each."""
     return None if self.catches_up is None else functools.partial(self.catches_up, worker)
 
   def leave(self, entry: RequestState, worker: str | None) -> None:

@@ -1,4 +1,4 @@
-"""How far the sequences of a worker's batch may go: what a backend keeps of it beside their bytes."""
+"""The bounds of the sequences of a worker's batch: all that a backend keeps of it beside their bytes."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ _NEVER = math.inf
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Bound:
-  """How far a sequence may go; the decode steps of a worker are counted on from its first.
+  """The bounds of a sequence; the decode steps of a worker are counted on from its first.
 
   Attributes:
     base: The tokens that it would have cached before the first step of all.

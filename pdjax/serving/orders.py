@@ -77,7 +77,7 @@ class Join:
     context: The most tokens it has cached when the step begins.
     left: The most tokens that it gets from there on.
     reach: Tokens for which it has pages; None if it has all that it may ever need.
-    admission: What fills the slot, if it is new there.
+    admission: The content of the slot, if it is new there.
   """
 
   request: str
@@ -119,7 +119,7 @@ class StepOrder:
     standing: Whether steps follow one another until one of the sequences ends, be it with a step before them, one
       lacks a page, none gets more tokens, or another order for the worker comes. Steps that are with the worker by
       then, at most `LOOKAHEAD`, are run all the same.
-    incarnation: That of the worker.
+    incarnation: The incarnation of the worker that is to run it.
     layer_groups: The groups of layers it runs in, as (first, one after the last); none on workers whose steps run
       whole.
     batch: The sequences that it decodes: what both sides know, and no message need say.

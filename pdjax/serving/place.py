@@ -120,7 +120,7 @@ class Holdings:
     steps: Steps in flight with the ids of their orders, oldest first.
     prefilling: Prompts begun here with tokens left to hand over, in order.
     decoding: Sequences in its slots.
-    batch: Which of them its steps decode.
+    batch: The same, and those of them that its steps decode.
     wanted: Pages, by cache kind, that these would take if they were free.
     grows: Whether sequences take pages as they grow, and not all at once.
   """

@@ -49,7 +49,7 @@ class StepInFlight:
     order: The id of its order.
     step: The step as the policy asked for it.
     batch: The sequences that it decodes.
-    owners: Who had their rows then, see `TokenRows.owners`.
+    owners: The owners of their rows then, see `TokenRows.owners`.
     ahead: Decode steps of it that have not ended; of one that stands, those that are with the worker.
     standing: Whether it stands, or stood.
   """

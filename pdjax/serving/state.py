@@ -123,7 +123,7 @@ class ClusterState:
     return self.books.timers.take(now_s)
 
   def take_told(self) -> list[Event]:
-    """What came of events and actions since the last call: what was delivered, who was preempted, new roles."""
+    """The events that came of others and of actions since the last call: deliveries, preemptions, new roles."""
     books = self.books
     told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
     if told:

@@ -243,7 +243,7 @@ class Room:
     return found
 
   def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
-    """What `make` answers, made once until something more is taken; for what a decision works out again and again."""
+    """The answer of `make`, made once until something more is taken; for what a decision needs again and again."""
     if key not in self._kept:
       self._kept[key] = make()
     return self._kept[key]

@@ -284,13 +284,14 @@ def test_a_wrong_token_is_found(soak, monkeypatch):
   wrong = []
 
   def lie(worker, order, pending):
-    results, wasted = collect(worker, order, pending)
-    if worker.spec.name == 'decode1' and results and not wrong:
-      first, *rest = results
-      tokens = ((first.tokens[0] + 1) % MODEL.vocab_size, *first.tokens[1:])
-      wrong.append(first.request)
-      results = (type(first)(first.request, tokens, first.finish_reason, first.text, first.logprobs), *rest)
-    return results, wasted
+    collected = collect(worker, order, pending)
+    decoded = collected.decoded
+    if worker.spec.name == 'decode1' and decoded is not None and decoded.counts.any() and not wrong:
+      row, tokens = int(decoded.counts.argmax()), decoded.tokens.copy()
+      tokens[0, row] = (tokens[0, row] + 1) % MODEL.vocab_size
+      wrong.append(order.batch.requests[row])
+      return collected._replace(decoded=dataclasses.replace(decoded, tokens=tokens))
+    return collected
 
   monkeypatch.setattr(Worker, 'collect', lie)
   tally = waves(soak(kinds=()), 4).tally
@@ -351,14 +352,14 @@ def test_a_wrong_log_probability_is_found(soak, monkeypatch):
   wrong = []
 
   def lie(worker, order, pending):
-    results, wasted = collect(worker, order, pending)
-    for place, one in enumerate(results):
-      if worker.spec.name != 'both0' and one.logprobs and not wrong:
-        wrong.append(one.request)
-        first = dataclasses.replace(one.logprobs[0], logprob=one.logprobs[0].logprob - 0.01)
-        changed = dataclasses.replace(one, logprobs=(first, *one.logprobs[1:]))
-        results = (*results[:place], changed, *results[place + 1 :])
-    return results, wasted
+    collected = collect(worker, order, pending)
+    decoded = collected.decoded
+    if worker.spec.name != 'both0' and decoded is not None and decoded.logprobs and not wrong:
+      row, (told, *others) = next(iter(decoded.logprobs.items()))
+      wrong.append(order.batch.requests[row])
+      logprobs = {**decoded.logprobs, row: (dataclasses.replace(told, logprob=told.logprob - 0.01), *others)}
+      return collected._replace(decoded=dataclasses.replace(decoded, logprobs=logprobs))
+    return collected
 
   monkeypatch.setattr(Worker, 'collect', lie)
   tally = waves(soak(kinds=()), 4).tally

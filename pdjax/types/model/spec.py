@@ -1,10 +1,8 @@
 """ModelSpec: a language model as its parts say it, and what follows from them: parameters, bytes, FLOPs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
-
-import numpy as np
 
 from pdjax.types.cache import CacheKind, KVDtypeName
 from pdjax.types.checked import SOME, Index, Positive, Size, check_fields, refusal
@@ -347,44 +345,6 @@ class ModelSpec(Presets):
         pairs = sum(min(context + 1, window) for context in contexts)
       total += layers * self.attention.flops(pairs, seen)
     return total
-
-  def decode_run(
-    self, kv_dtype: KVDtypeName, shards: int = 1
-  ) -> Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]:
-    """`decode_attention_flops` and `read_bytes` of decode steps in a row, in each of which all sequences get a token.
-
-    Args:
-      kv_dtype: Of the cache.
-      shards: Devices that cut the heads.
-
-    Returns:
-      Takes the cached tokens of each sequence when the first step begins, and the number of steps; gives two `[steps]`.
-    """
-    layers_of, reads = caching.attention_layers(self), caching.cache_bytes(self, kv_dtype, shards)
-    has_windows = any(window is not None for window, _ in (*layers_of, *reads.by_window))
-
-    def run(contexts: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-      batch, ahead = len(contexts), np.arange(steps)
-      total = batch * ahead + sum(contexts)
-      rows = np.array(contexts, np.int64) + ahead[:, None] if has_windows else total
-
-      def seen(window: int | None, more: int = 0) -> np.ndarray:
-        return total + more * batch if window is None else np.minimum(rows + more, window).sum(axis=1)
-
-      flops, size = np.zeros(steps, np.int64), np.full(steps, 2 * reads.state * batch, np.int64)
-      for window, layers in layers_of:
-        flops = flops + layers * self._attention_flops(seen(window, 1), seen(window))
-      for window, token in reads.by_window:
-        size = size + token * seen(window)
-      return flops, size
-
-    return run
-
-  def _attention_flops(self, pairs: np.ndarray, cached: np.ndarray) -> np.ndarray:
-    if isinstance(self.attention, GQA):
-      return pairs * self.attention.pair_flops
-    both = zip(pairs.tolist(), cached.tolist(), strict=True)
-    return np.array([self.attention.flops(*one) for one in both], np.int64)
 
   def unembed_flops(self) -> int:
     """FLOPs of one row of logits."""

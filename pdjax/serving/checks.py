@@ -1,7 +1,8 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Set, Sized
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
 from pdjax.serving.actions import (
@@ -22,6 +23,7 @@ from pdjax.serving.actions import (
 )
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
+from pdjax.types.checks import is_number
 from pdjax.types.request import MAX_STOP_TOKENS
 from pdjax.types.worker import Role
 
@@ -135,6 +137,31 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     if not isinstance(action, _ACTIONS):
       raise PolicyError(f'{name} answered {answer!r:.200} with {action!r:.200} in it, {expected}.')
   return actions
+
+
+def waiting_key(policy: Any) -> Callable[[RequestView], tuple[float, ...]] | None:
+  """The key by which a policy wants requests that wait to be ordered; None if it names none.
+
+  Raises:
+    PolicyError: if it is no method, and later if an answer is no tuple of finite numbers.
+  """
+  key = getattr(policy, 'waiting_key', None)
+  name = type(policy).__name__
+  if key is None:
+    return None
+  if not callable(key):
+    raise PolicyError(f'policy {name} has waiting_key={key!r}, expected a method that takes a request; make it one.')
+
+  def checked(entry: RequestView) -> tuple[float, ...]:
+    answer = key(entry.request)
+    if not isinstance(answer, tuple) or not all(is_number(one) and math.isfinite(one) for one in answer):
+      raise PolicyError(
+        f'policy {name} answered waiting_key of request {entry.request.id!r} with {answer!r:.200}, expected a tuple of '
+        'finite numbers; answer so.'
+      )
+    return tuple(map(float, answer))
+
+  return checked
 
 
 def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:

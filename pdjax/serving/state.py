@@ -19,7 +19,7 @@ from pdjax.serving.actions import (
   WakeAt,
 )
 from pdjax.serving.books import Books
-from pdjax.serving.checks import NAMED_ACTIONS, PolicyError
+from pdjax.serving.checks import NAMED_ACTIONS, PolicyError, waiting_key
 from pdjax.serving.events import (
   Arrived,
   Done,
@@ -32,6 +32,7 @@ from pdjax.serving.events import (
   WorkerBack,
   WorkerLost,
 )
+from pdjax.serving.keyed_queue import KeyedQueue
 from pdjax.serving.occupancy import OccupancyWatch
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
@@ -153,6 +154,12 @@ class ClusterState:
   def expect(self, output_len: Callable[[str], int | None]) -> None:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
     self.books.output_len = output_len
+
+  def order_waiting(self, policy: Any) -> None:
+    """Keep the requests that wait in the order of the key that a policy names, if it names one."""
+    key = waiting_key(policy)
+    if key is not None:
+      self.books.waiting = KeyedQueue(key)
 
   def catch_up_with(self, backend: Any) -> None:
     """Have a backend that leaps over steps asked how far it is, whenever somebody looks at what they bring."""

@@ -67,6 +67,8 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
   """The reason there is no worker that could ever serve the request, in any role that it may take; or None."""
   request, slots = entry.request, view.slots_needed(entry.request.id)
   must_decode = entry.limit > 1 or slots > 1
+  if must_decode and not entry.computed and _has_two_places(view, entry, slots):
+    return None
   able: dict[bool, list[WorkerView]] = {}  # by whether they decode it
   for decodes in [False] * (not entry.computed) + [True] * must_decode:
     there = [one for one in view.workers.values() if (one.spec.ever_decodes if decodes else one.spec.ever_prefills)]
@@ -106,6 +108,21 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
   )
 
 
+def _has_two_places(view: ClusterView, entry: RequestView, slots: int) -> bool:
+  """Whether one worker could prefill a request and another decode it, as far as a look at few of them tells."""
+
+  def first(decodes: bool, least: int) -> WorkerView | None:
+    for one in view.workers.values():
+      able = one.spec.ever_decodes if decodes else one.spec.ever_prefills
+      is_there = able and not one.given_up and one.spec.max_sequences >= least
+      if is_there and view.could_fit(entry.request.id, one.name, decodes=decodes):
+        return one
+    return None
+
+  source, target = first(False, 0), first(True, slots)
+  return source is not None and target is not None and source is not target
+
+
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
   """The index of the first entry of `prompt` that is no token id, or None.
 
@@ -125,6 +142,8 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     PolicyError: if it is no sequence of actions.
   """
   answer = policy.decide(view)
+  if type(answer) is list and all(isinstance(action, _ACTIONS) for action in answer):  # as nearly all are
+    return answer
   name, expected = f'policy {type(policy).__name__}', f'expected a list of {NAMED_ACTIONS}'
   if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')

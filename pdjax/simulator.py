@@ -120,9 +120,11 @@ class Simulator:
 
   def _ended(self, now_s: float) -> list[Event]:
     """Everything on the heap that ends up to now."""
-    events = []
-    while self._next_s() <= now_s:
-      events.append(heapq.heappop(self._heap)[3]())
+    events, heap = [], self._heap
+    while heap and heap[0][0] <= now_s:
+      _, _, _, event, counts = heapq.heappop(heap)
+      if counts():
+        events.append(event())
     return events
 
   def _next_s(self) -> float:

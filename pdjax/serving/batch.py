@@ -98,7 +98,7 @@ class TokenRows:
     """
     slots = self._slots_of(batch)
     here = self._owners[slots] == owners
-    all_here = bool(here.all())
+    all_here = np.count_nonzero(here) == len(here)
     if not all_here:
       counts = np.where(here, counts, 0)  # what is written behind a row's tokens counts for nothing
     first = self._counts[slots]

@@ -110,7 +110,11 @@ class ClusterState:
     books.gone.clear()
     if books.staging_freed and not actions:
       books.staging_freed = False
-      return [Transfer(name, entry.target) for name, entry in books.due.items() if entry.target is not None]
+      return [
+        Transfer(name, entry.target)
+        for name, entry in books.due.items()
+        if entry.target and sending.has_staging(books, entry)
+      ]
     return actions
 
   @property
@@ -126,9 +130,10 @@ class ClusterState:
   def take_told(self) -> list[Event]:
     """The events that came of others and of actions since the last call: deliveries, preemptions, new roles."""
     books = self.books
+    if not (books.delivered or books.caught_up or books.preempted or books.roles_changed):
+      return []
     told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
-    if told:
-      books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
+    books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
     return told
 
   def take_finished(self) -> tuple[Finished, ...]:
@@ -211,11 +216,13 @@ class ClusterState:
 
     A worker that has drained by that gets its role.
     """
-    recovery.look_again(self.books)
-    if self.books.growing:
-      growth.grow(self.books)
-    if self.books.draining:
-      roles.change_roles(self.books)
+    books = self.books
+    if books.unsettled:
+      recovery.look_again(books)
+    if books.growing:
+      growth.grow(books)
+    if books.draining:
+      roles.change_roles(books)
 
   def _done(self, event: Done) -> tuple[bool, bool]:
     """Apply it; whether it counts, and whether the policy is to be asked."""

@@ -48,6 +48,7 @@ class Simulator:
     self._workers = {worker.name: worker for worker in workers}
     self._cost = as_cost(cost)
     self._leaps = leaps
+    self._is_leaping = False
     devices = collections.Counter(device for worker in workers for device in worker.devices or ())
     shared = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
     self._run_seconds = {
@@ -247,7 +248,7 @@ class Simulator:
 
   def _push_next(self, run: StandingRun) -> None:
     """Have the next step of a run told that must be, or without leaps the next."""
-    step = run.next_told() if self._leaps and run.can_leap else run.told + 1
+    step = run.next_told() if self._is_leaping and run.can_leap else run.told + 1
     self._know(run, step)
     run.version += 1
     version = run.version
@@ -298,11 +299,18 @@ class Simulator:
         self._dispatch(run)
       self._push_next(run)
 
-  def catch_up(self, worker: str) -> list[Done]:
-    """The steps of standing orders of a worker that have ended and were not told yet."""
-    return [
-      self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told
-    ]  # fmt: skip
+  def leap(self) -> Callable[[str], list[Done]] | None:
+    """Let steps at which nothing changes be told at once from now on, unless this simulator is not to.
+
+    Returns:
+      Gives the steps of standing orders of a worker that have ended and were not told yet; whoever looks at what they
+      bring must ask first.
+    """
+    self._is_leaping = self._leaps
+    return self._catch_up if self._leaps else None
+
+  def _catch_up(self, worker: str) -> list[Done]:
+    return [self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told]
 
 
 class Replay(Simulator):
@@ -336,9 +344,8 @@ class Replay(Simulator):
     for told in self._outcomes.get(order.id, ()):
       self._push_at(told.ended_s, order.id, functools.partial(lambda event: event, told))
 
-  def catch_up(self, worker: str) -> list[Done]:
-    """Nothing: every turn begins with all that was told up to it."""
-    return []
+  def leap(self) -> None:
+    """Tell what was recorded: every turn begins with all that was told up to it."""
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move to the recorded turn.

@@ -178,3 +178,19 @@ def test_a_policy_is_not_asked_at_the_steps_of_one_that_stands():
     steps = sum(one.num_steps for one in events if isinstance(one, Done) and one.decoded is not None)
     assert steps >= 59 > 2 * len(set(times))
   assert asked[True] == asked[False]
+
+
+def test_a_backend_that_hides_the_leaps_of_another_has_none():
+  class Hiding:
+    def __init__(self, backend: Simulator):
+      self.submit, self.wait = backend.submit, backend.wait
+
+  workers = prefill_pool(1, num_pages=64, max_step_tokens=64) + decode_pool(1, num_pages=64)
+  requests = [Request('r', RandomTokens(20, 90, 1), SamplingParams(max_tokens=60))]
+  told = {}
+  for wrap in (Hiding, lambda backend: backend):
+    state = ClusterState(MODEL, workers, 16)
+    events = list(serve(Listed(requests), Disaggregated(), wrap(Simulator(MODEL, workers, COST)), state))
+    told[wrap] = [event.num_steps for event in events if isinstance(event, Done) and event.decoded is not None]
+  hidden, leaping = told.values()
+  assert set(hidden) == {1} and sum(hidden) == sum(leaping) == 59 and max(leaping) > 50

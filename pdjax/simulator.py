@@ -59,6 +59,7 @@ class Simulator:
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s, with nothing under way."""
     self._now_s = 0.0
+    self._answered_s = -math.inf  # the time of the turn before
     self._heap: list[tuple[float, int, int, Callable[[], Event], Callable[[], bool]]] = []
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
@@ -66,6 +67,7 @@ class Simulator:
     self._began_s: dict[int, float] = {}  # of steps
     self._bounds = {name: Bounds() for name in self._workers}
     self._runs: dict[str, list[StandingRun]] = {name: [] for name in self._workers}  # of standing orders in flight
+    self._waiting: dict[str, None] = {}  # workers where another step may follow once what was told is answered
 
   def close(self) -> None:
     """Nothing runs that would have to end."""
@@ -113,6 +115,8 @@ class Simulator:
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move the clock to the next end, or to `until_s` if that comes first."""
+    self._answered_s = self._now_s
+    self._top_up()
     if (next_s := self._next_s()) <= until_s and math.isfinite(next_s):
       self._now_s = max(self._now_s, next_s)
     elif math.isfinite(until_s):
@@ -185,6 +189,7 @@ class Simulator:
       self._runs[order.worker].append(run)
       self._dispatch(run)
       self._push_next(run)
+      self._waiting[order.worker] = None
       return
     seconds = self._step_seconds(order, [row.base + batch.steps for row in rows if row.ends_at > batch.steps])
     if order.layer_groups:  # a program for each, and one before and after them
@@ -211,6 +216,7 @@ class Simulator:
     results = tuple(map(self._first, (chunk for chunk in order.chunks if chunk.is_last)))
     done = Done(order.id, began_s, self._ends_s.pop(order.id), results, decoded, wasted_tokens=wasted)
     self._halt_those_with(done.ended(order.batch), order.worker)
+    self._waiting[order.worker] = None
     return done
 
   def _first(self, chunk: ChunkOrder) -> Result:
@@ -227,8 +233,18 @@ class Simulator:
   # -------------------------------------------------------------------------- steps that stand
 
   def _dispatch(self, run: StandingRun) -> None:
-    """Steps of a run are with the worker now, up to `run.with_worker()`."""
-    self._know(run, run.with_worker())
+    """Steps of a run are with the worker now, up to `run.given`."""
+    self._know(run, run.given)
+
+  def _top_up(self) -> None:
+    """Let steps of standing orders follow, now that what was told is answered."""
+    for worker in self._waiting:
+      runs = self._runs[worker]
+      if runs and runs[0].last is None and runs[0].began_s <= self._now_s:  # behind others it has its first step there
+        run = runs[0]
+        run.given = max(run.given, min(run.told + LOOKAHEAD, run.most))
+        self._dispatch(run)
+    self._waiting.clear()
 
   def _know(self, run: StandingRun, step: int) -> None:
     """Work out the ends of a run's steps up to this one."""
@@ -263,8 +279,8 @@ class Simulator:
       self._runs[run.order.worker].remove(run)
       self._halt_those_with(done.ended(run.order.batch), run.order.worker)
     else:
-      self._dispatch(run)
       self._push_next(run)
+    self._waiting[run.order.worker] = None
     return done
 
   def _done_of(self, run: StandingRun, step: int) -> Done:
@@ -280,8 +296,9 @@ class Simulator:
 
   def _settle(self, run: StandingRun, last: int) -> None:
     """Let a step be the last of a run, so that what comes behind it begins at its end."""
-    run.last = last
-    self._know(run, last)
+    assert last >= run.given, 'a step is with its worker that is none'
+    run.last = run.given = last
+    self._dispatch(run)
     self._occupy(run.order.worker, run.end_s(last))
     self._bounds[run.order.worker].steps = run.before + last
 
@@ -295,8 +312,7 @@ class Simulator:
     for run in self._runs[worker]:
       run.replaced = run.replaced or replaced
       if run.last is None:
-        self._settle(run, min(run.ended_by(self._now_s) + LOOKAHEAD, run.most))
-        self._dispatch(run)
+        self._settle(run, run.given_by(self._now_s, self._answered_s))
       self._push_next(run)
 
   def leap(self) -> Callable[[str], list[Done]] | None:

@@ -35,6 +35,7 @@ class StandingRun:
     last: Its last step, once that is known.
     replaced: Whether another step is behind it.
     told: Steps that were told.
+    given: Steps that are or were with the worker.
     version: Counts how often another step was chosen to be told next.
   """
 
@@ -48,6 +49,7 @@ class StandingRun:
     self.last: int | None = None
     self.replaced = False
     self.told = 0
+    self.given = 1
     self.version = 0
     self._cached = [row.base + before for row in rows]  # tokens of each when the first step begins
     self._ends = [row.ends_at - before for row in rows]  # steps after which each gets no more tokens
@@ -107,6 +109,19 @@ class StandingRun:
     """Steps that have ended."""
     return bisect.bisect_right(self._ends_s, now_s)
 
+  def given_by(self, now_s: float, answered_s: float) -> int:
+    """Steps that are or were with the worker.
+
+    Args:
+      now_s: The time of the turn.
+      answered_s: That of the turn before: a step that ends now lets another follow when this turn is answered, or if it
+        was at this time too, has let it.
+    """
+    if now_s <= self.began_s:
+      return self.given
+    count = bisect.bisect_right if answered_s == now_s else bisect.bisect_left
+    return min(count(self._ends_s, now_s) + LOOKAHEAD, self.most)
+
   def next_told(self) -> int:
     """The next step that must be told of: with it a sequence ends, or it is the last or the one before."""
     if self.last is None:
@@ -114,7 +129,3 @@ class StandingRun:
     if self.replaced:
       return min(self.until_change(self.told), self.last)
     return min(self.until_change(self.told), max(self.last - 1, self.told + 1))
-
-  def with_worker(self) -> int:
-    """The last of the steps that are with the worker."""
-    return min(self.told + LOOKAHEAD, self.most) if self.last is None else self.last

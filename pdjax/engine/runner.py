@@ -90,6 +90,7 @@ class Runner:
 
   def _begin_anew(self) -> None:
     self._epoch += 1
+    self._in_flight = 0
     self._bounds = Bounds()
     self._standing: Standing | None = None
 
@@ -102,7 +103,7 @@ class Runner:
     self._begin_anew()
 
   def run(self, order: StepOrder, after: After = lambda group: None) -> None:
-    """Dispatch a step, or the first steps of one that stands; what goes wrong is posted."""
+    """Dispatch a step, or the first of one that stands; what goes wrong is posted."""
     self.halt()
     bounds = self._bounds.change(order)
     if not order.standing:
@@ -112,7 +113,15 @@ class Runner:
     self._standing = standing = Standing(order, most_steps(bounds, self._bounds.steps))
     self._go_on(standing)
     standing.order = dataclasses.replace(order, joins=(), leaves=(), growth=())
-    self._go_on(standing)
+
+  def top_up(self) -> None:
+    """Let steps of a standing order follow until so many are with the worker as are to be.
+
+    To be called when all that is known was told and answered: an answer may let another step follow instead.
+    """
+    standing = self._standing
+    while standing is not None and standing.goes_on and self._in_flight < LOOKAHEAD:
+      self._go_on(standing)
 
   def halt(self) -> None:
     """Let no more steps of a standing order follow."""
@@ -129,6 +138,7 @@ class Runner:
     """The events of a step's end: none, if it was of an earlier run or incarnation; a standing order goes on."""
     if ran.epoch != self._epoch:
       return []
+    self._in_flight -= 1
     standing = ran.standing
     ended = ran.done.ended(ran.batch)
     if self._standing is not None and any(name in self._standing.order.batch.requests for name in ended):
@@ -136,9 +146,9 @@ class Runner:
     if standing is None:
       return [ran.done]
     standing.in_flight -= 1
-    if ended:
+    if ended or standing.given == standing.most:
       standing.goes_on = False
-    while standing.goes_on and standing.in_flight < LOOKAHEAD:
+    if standing.goes_on and not standing.in_flight:  # the loop was late: an order that goes on has a step in flight
       self._go_on(standing)
     return [dataclasses.replace(ran.done, to_come=None if standing.goes_on else standing.in_flight)]
 
@@ -146,7 +156,6 @@ class Runner:
     """Dispatch another step of a standing order, if there is to be one."""
     if standing.given == standing.most:
       standing.goes_on = False
-    if not standing.goes_on:
       return
     standing.given += 1
     standing.in_flight += 1
@@ -162,6 +171,7 @@ class Runner:
     except Exception as error:
       self._leave_out(order, describe(error))
       return False
+    self._in_flight += 1
     incarnation, epoch = self.worker.incarnation, self._epoch
     self._waiter.add(functools.partial(self._collect, incarnation, epoch, order, pending, dispatched_s, standing))
     return True

@@ -60,7 +60,7 @@ class Simulator:
     """Let a run begin now, at 0 s, with nothing under way."""
     self._now_s = 0.0
     self._answered_s = -math.inf  # the time of the turn before
-    self._heap: list[tuple[float, int, int, Callable[[], Event], Callable[[], bool]]] = []
+    self._heap: list[tuple[float, int, int, Callable[[], Event], StandingRun | None, int]] = []
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
@@ -125,18 +125,41 @@ class Simulator:
 
   def _ended(self, now_s: float) -> list[Event]:
     """Everything on the heap that ends up to now."""
-    events, heap = [], self._heap
-    while heap and heap[0][0] <= now_s:
-      _, _, _, event, counts = heapq.heappop(heap)
-      if counts():
-        events.append(event())
+    if self._is_leaping:
+      return self._ended_and_beside(now_s)
+    events: list[Event] = []
+    while self._next_s() <= now_s:
+      events.append(heapq.heappop(self._heap)[3]())
     return events
+
+  def _ended_and_beside(self, now_s: float) -> list[Event]:
+    """As `_ended`; where several end at one time, each run tells of its steps up to then, as without leaps."""
+    ended: list[tuple[int, Event]] = []
+    before: list[Event] = []
+    while self._next_s() <= now_s:
+      _, order, _, event, run, _ = heapq.heappop(self._heap)
+      if run is not None and (ended or self._next_s() <= now_s):
+        before += self._caught_up(run, run.ended_before(now_s))
+      ended.append((order, event()))
+    beside = [
+      run for runs in self._runs.values() for run in runs if run.has_end_at(now_s) and run.told < run.chosen - 1
+    ]
+    for run in beside:
+      before += self._caught_up(run, run.ended_before(now_s))
+      ended += [(run.order.id, done) for done in self._caught_up(run, run.ended_by(now_s))]
+    if beside:
+      ended.sort(key=lambda one: one[0])
+    return [*before, *(event for _, event in ended)]
 
   def _next_s(self) -> float:
     """The time of the next end; infinity if there is none."""
-    while self._heap and not self._heap[0][4]():
+    while self._heap and not self._counts(*self._heap[0][4:]):
       heapq.heappop(self._heap)
     return self._heap[0][0] if self._heap else math.inf
+
+  def _counts(self, run: StandingRun | None, version: int) -> bool:
+    """Whether an end is still to be told: another step of its run may have been chosen since."""
+    return run is None or run.version == version
 
   def _begin(self, lanes: Sequence[object], seconds: float, order: int, ready_s: float = 0.0) -> float:
     """Queue behind what occupies the lanes; say when it begins and note when it ends."""
@@ -149,10 +172,10 @@ class Simulator:
     self._push_at(self._ends_s[order], order, event)
 
   def _push_at(
-    self, time_s: float, order: int, event: Callable[[], Event], counts: Callable[[], bool] = lambda: True
+    self, time_s: float, order: int, event: Callable[[], Event], run: StandingRun | None = None, version: int = 0
   ) -> None:
-    """Have an event of an order happen then, if it still counts."""
-    heapq.heappush(self._heap, (time_s, order, next(self._sequence), event, counts))
+    """Have an event of an order happen then; one of a run, if no other step of it was chosen by then."""
+    heapq.heappush(self._heap, (time_s, order, next(self._sequence), event, run, version))
 
   def _ready_s(self, order: TransferOrder) -> float:
     """The time its tokens are computed: at the end of their step, or in the middle of it for the first layers."""
@@ -266,9 +289,8 @@ class Simulator:
     """Have the next step of a run told that must be, or without leaps the next."""
     step = run.next_told() if self._is_leaping and run.can_leap else run.told + 1
     self._know(run, step)
-    run.version += 1
-    version = run.version
-    self._push_at(run.end_s(step), run.order.id, lambda: self._tell(run, step), lambda: run.version == version)
+    run.version, run.chosen = run.version + 1, step
+    self._push_at(run.end_s(step), run.order.id, lambda: self._tell(run, step), run, run.version)
 
   def _tell(self, run: StandingRun, step: int) -> Done:
     """The steps of a run up to this one have ended."""
@@ -277,9 +299,9 @@ class Simulator:
     done = self._done_of(run, step)
     if step == run.last:
       self._runs[run.order.worker].remove(run)
-      self._halt_those_with(done.ended(run.order.batch), run.order.worker)
     else:
       self._push_next(run)
+    self._halt_those_with(done.ended(run.order.batch), run.order.worker, run)
     self._waiting[run.order.worker] = None
     return done
 
@@ -287,9 +309,8 @@ class Simulator:
     before, run.told = run.told, step
     counts, ended = run.outcome(before, step)
     ends_s = run.ends_between(before, step)
-    decoded = Decoded(
-      self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if len(ends_s) > 1 else ()
-    )  # fmt: skip
+    told_late = len(ends_s) > 1 or ends_s[-1] < self._now_s
+    decoded = Decoded(self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if told_late else ())
     to_come = None if run.last is None else run.last - step
     wasted = (step - before) * len(counts) - decoded.num_tokens()
     return Done(run.order.id, run.begin_s(before + 1), ends_s[-1], (), decoded, to_come, wasted)
@@ -302,10 +323,12 @@ class Simulator:
     self._occupy(run.order.worker, run.end_s(last))
     self._bounds[run.order.worker].steps = run.before + last
 
-  def _halt_those_with(self, ended: Sequence[str], worker: str) -> None:
+  def _halt_those_with(self, ended: Sequence[str], worker: str, told: StandingRun | None = None) -> None:
     """Let standing orders end of whose sequences one ended with a step before them."""
-    if any(name in run.order.batch.requests for run in self._runs[worker] for name in ended):
-      self._halt(worker, replaced=False)
+    for run in [run for run in self._runs[worker] if run is not told] if ended else ():
+      if run.last is None and any(name in run.order.batch.requests for name in ended):
+        self._settle(run, run.given_by(self._now_s, self._answered_s))
+        self._push_next(run)
 
   def _halt(self, worker: str, *, replaced: bool) -> None:
     """Let no more steps follow of a standing order: those that are with the worker are its last."""
@@ -326,7 +349,12 @@ class Simulator:
     return self._catch_up if self._leaps else None
 
   def _catch_up(self, worker: str) -> list[Done]:
-    return [self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told]
+    return [done for run in self._runs[worker] for done in self._caught_up(run, run.ended_by(self._now_s))]
+
+  def _caught_up(self, run: StandingRun, step: int) -> list[Done]:
+    """The steps of a run up to this one that were not told, but for the one that is chosen to be told as it ends."""
+    step = min(step, run.chosen - 1)
+    return [self._done_of(run, step)] if step > run.told else []
 
 
 class Replay(Simulator):

@@ -1,6 +1,7 @@
 """The steps of an order that stands, in virtual time."""
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,6 +37,7 @@ class StandingRun:
     replaced: Whether another step is behind it.
     told: Steps that were told.
     given: Steps that are or were with the worker.
+    chosen: The step that is to be told next.
     version: Counts how often another step was chosen to be told next.
   """
 
@@ -50,12 +52,14 @@ class StandingRun:
     self.replaced = False
     self.told = 0
     self.given = 1
+    self.chosen = 1
     self.version = 0
     self._cached = [row.base + before for row in rows]  # tokens of each when the first step begins
     self._ends = [row.ends_at - before for row in rows]  # steps after which each gets no more tokens
     self._ends_at = np.array(self._ends, np.int64)
     self._changes = sorted({end for end in self._ends if end > 0})
     self._ends_s: list[float] = []
+    self._next_end_s = math.inf  # the first that no time asked about has reached
     self._begins_s: list[float] = []  # where they are not the ends of the steps before
 
   @property
@@ -88,6 +92,7 @@ class StandingRun:
   def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:
     """Note the ends of the steps that follow, and where it is not the end before, when the first begins."""
     self._ends_s += ends_s
+    self._next_end_s = min(self._next_end_s, ends_s[0])
     if began_s is not None:
       self._begins_s.append(began_s)
 
@@ -108,6 +113,20 @@ class StandingRun:
   def ended_by(self, now_s: float) -> int:
     """Steps that have ended."""
     return bisect.bisect_right(self._ends_s, now_s)
+
+  def has_end_at(self, now_s: float) -> bool:
+    """Whether a step ends at this very time, asked of times that never fall."""
+    if now_s < self._next_end_s:
+      return False
+    place = bisect.bisect_left(self._ends_s, now_s)
+    is_end = place < len(self._ends_s) and self._ends_s[place] == now_s
+    place += is_end
+    self._next_end_s = self._ends_s[place] if place < len(self._ends_s) else math.inf
+    return is_end
+
+  def ended_before(self, now_s: float) -> int:
+    """Steps that had ended before a time."""
+    return bisect.bisect_left(self._ends_s, now_s)
 
   def given_by(self, now_s: float, answered_s: float) -> int:
     """Steps that are or were with the worker.

@@ -174,6 +174,19 @@ def test_one_that_ended_with_a_step_before_it_ends_the_next_order_too(side):
   assert to_come(side.end()) == [0]
 
 
+def test_an_order_that_was_given_before_anyone_there_knew_of_an_end_has_its_first_step_alone(side):
+  side.run(standing(7, 9, 9))
+  batch = side.worker.given[0].batch
+  side.worker.ends = {0: (0,)}
+  assert to_come(side.end()) == [1]
+  side.run(standing(8, 9, before=batch))  # with the sequence that has ended, as nobody there has heard
+  assert [order.id for order in side.worker.given] == [7, 7, 8]
+  assert [to_come(side.end()) for _ in range(2)] == [[0], [0]]
+  left = dataclasses.replace(standing(9), leaves=(0,), batch=side.worker.given[-1].batch.changed((0,), ()))
+  side.run(left)
+  assert [order.id for order in side.worker.given] == [7, 7, 8, 9, 9]
+
+
 def test_whoever_leaves_is_let_go_of_and_none_follows(side):
   side.run(standing(7, 9, 9))
   side.runner.leave('r7.0')

@@ -5,9 +5,12 @@ import random
 import numpy as np
 import pytest
 
+from pdjax.serving import ALL, STANDING, Cancel, Chunk, PolicyError, Step
 from pdjax.serving.batch import NOBODY, TokenRows
 from pdjax.serving.bounds import Bounds, most_steps
 from pdjax.serving.orders import Growth, Join, StepOrder
+from pdjax.types import colocated_pool
+from tests.serving.driver import SIZES, Driver
 
 
 def joins(*slots: int, left: int = 9, reach: int | None = None) -> tuple[Join, ...]:
@@ -105,3 +108,18 @@ def test_bounds_count_on_from_the_first_step_of_all_and_pages_widen_them():
   assert most_steps(bounds.change(grown), bounds.steps) == 3
   whole = StepOrder(2, 'w', leaves=(1,), growth=(Growth(0, {'kv': (4, (9,))}, None),), batch=batch.changed((1,), ()))
   assert most_steps(bounds.change(whole), bounds.steps) == 7
+
+
+def test_no_order_stands_of_which_nobody_is_left():
+  cluster = Driver(colocated_pool(1, **SIZES))
+  cluster.arrive('a', prompt_len=4, max_tokens=9)
+  cluster.end(cluster.start(Step('both0', (Chunk('a', 0, 4),)))[0], {'a': 1})
+  cluster.start(Step('both0', decodes=ALL, steps=STANDING))
+  assert cluster.view.workers['both0'].is_standing
+  ends = cluster.start(Cancel('a'))
+  assert not cluster.view.workers['both0'].is_standing
+  with pytest.raises(PolicyError, match='nothing to do'):
+    cluster.start(Step('both0', decodes=ALL, steps=STANDING))
+  (leave,) = cluster.must()
+  assert (leave.request, leave.worker) == ('a', 'both0')
+  assert [one.request for one in ends] == ['a']

@@ -37,11 +37,12 @@ def own_notes(
   requests = timeline.requests
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
   if others:
-    if any(request.completed for request in requests):
+    if requests.completed.any():
       yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
     else:
       yield f'No request completed ({others}).'
-    errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
+    told = (error for number, error in requests.errors.items() if not requests.completed[number])
+    errors = dict.fromkeys(filter(None, told))
     for error in itertools.islice(errors, _MOST_ERRORS):
       yield f'Error: {_shortened(error)}'
     if len(errors) > _MOST_ERRORS:

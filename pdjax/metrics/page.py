@@ -236,7 +236,7 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
   titles = [(run, '') for run in reports]
   if beside:
     titles = [(report, report.split), (beside.baseline, f'{beside.name}: {beside.detail}'.removesuffix(': '))]
-  kinds = {span.kind for run in reports for span in run.timeline.spans}
+  kinds = {kind for run in reports for kind in run.timeline.spans.kinds}
   if kinds:
     yield {
       'id': 'workers', 'title': 'What each worker did', 'over_time': True,
@@ -257,7 +257,7 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
       'legend': systems if beside else [],
       'charts': [
         _chart(charts.latency(*reports, metric=metric, names=[name for _, name in runs]), title)
-        for metric, (title, _) in charts.METRICS.items()
+        for metric, title in charts.METRICS.items()
       ],
     }  # fmt: skip
   if beside and beside.rows:

@@ -1,5 +1,6 @@
 """Numbers that come one by one and lie in arrays: what a long run keeps takes as few bytes as can be."""
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
@@ -20,7 +21,8 @@ class Column:
   def __init__(self, dtype: DTypeLike):
     self._dtype = np.dtype(dtype)
     self._blocks: list[np.ndarray] = []
-    self._packed = 0  # rows in those
+    self._ends: list[int] = []  # of those
+    self._first = 0  # row that was not dropped
     self._tail: list[Any] = []
 
   def append(self, row: Any) -> None:
@@ -38,16 +40,24 @@ class Column:
   def __len__(self) -> int:
     return self._packed + len(self._tail)
 
-  def at(self, index: int) -> Any:
-    """The row of an index; one of the last is found at once."""
-    if index >= self._packed:
-      return self._tail[index - self._packed]
-    end = self._packed
-    for block in reversed(self._blocks):
-      if index >= end - len(block):
-        return block[index - end + len(block)].item()
-      end -= len(block)
-    raise IndexError(index)
+  def part(self, start: int, stop: int) -> np.ndarray:
+    """The rows from `start` to before `stop`."""
+    packed, found = self._packed, []
+    block = bisect.bisect_right(self._ends, start)
+    while start < min(stop, packed):
+      begin = self._ends[block] - len(self._blocks[block])
+      found.append(self._blocks[block][start - begin : stop - begin])
+      start, block = self._ends[block], block + 1
+    if stop > packed:
+      found.append(np.array(self._tail[max(start - packed, 0) : stop - packed], self._dtype))
+    return found[0] if len(found) == 1 else np.concatenate([np.empty(0, self._dtype), *found])
+
+  def drop(self, before: int) -> None:
+    """Let go of rows before one, as far as no other lies in a block with them."""
+    count = bisect.bisect_right(self._ends, before)
+    if count:
+      self._first = self._ends[count - 1]
+      self._blocks, self._ends = self._blocks[count:], self._ends[count:]
 
   @property
   def array(self) -> np.ndarray:
@@ -56,19 +66,24 @@ class Column:
       self._pack()
     if len(self._blocks) != 1:
       whole = np.concatenate(self._blocks) if self._blocks else np.empty(0, self._dtype)
-      self._blocks = [whole]
+      self._blocks, self._ends = [whole], [self._first + len(whole)]
     view = self._blocks[0].view()
     view.flags.writeable = False
     return view
 
   @property
   def nbytes(self) -> int:
-    """Bytes of the rows."""
-    return len(self) * self._dtype.itemsize
+    """Bytes of the rows that it has."""
+    return (len(self) - self._first) * self._dtype.itemsize
+
+  @property
+  def _packed(self) -> int:
+    return self._ends[-1] if self._ends else self._first
 
   def _pack(self) -> None:
-    self._blocks.append(np.array(self._tail, self._dtype))
-    self._packed += len(self._tail)
+    block = np.array(self._tail, self._dtype)
+    self._ends.append(self._packed + len(block))
+    self._blocks.append(block)
     self._tail = []
 
 
@@ -95,6 +110,9 @@ class Read(Sequence[_T]):
     if not isinstance(other, Sequence) or len(self) != len(other):
       return False
     return all(one == another for one, another in zip(self, other, strict=True))
+
+  def __repr__(self) -> str:
+    return repr(tuple(self))
 
   __hash__ = None  # type: ignore[assignment]
 

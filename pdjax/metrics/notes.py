@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+from pdjax.metrics.request_rows import MOST_GAPS
 from pdjax.metrics.timeline import Timeline
 from pdjax.types.worker import WorkerSpec
 
@@ -34,7 +35,11 @@ def own_notes(
     yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
   for absence in timeline.absences:
     yield _shortened(str(absence))
+  if not timeline.spans.are_traced:
+    yield f'There is no trace.json: {len(timeline.spans):,} steps and transfers are more than a viewer opens.'
   requests = timeline.requests
+  if not requests.gaps_are_told:
+    yield f'report.json has no single gaps between deltas (itls): they are more than {MOST_GAPS:,}.'
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
   if others:
     if requests.completed.any():

@@ -301,10 +301,11 @@ def _about_gantt(reports: Sequence[Report]) -> list[str]:
   slots_s = [slot_s for slot_s in map(charts.slot_seconds, reports) if slot_s is not None]
   if slots_s:
     orders = max(len(report.timeline.spans) for report in reports)
+    are_traced = all(report.timeline.spans.are_traced for report in reports)
+    traced = ' Every step is in trace.json, which ui.perfetto.dev opens.' if are_traced else ''
     lines.append(
       f'There were {orders:,} steps and transfers, too many to draw one by one: neighbours are merged into slots of '
-      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every step is in '
-      'trace.json, which ui.perfetto.dev opens.'
+      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent.{traced}'
     )
   lines += [f'{line}.' for report in reports for line in report.return_lines()]
   return lines

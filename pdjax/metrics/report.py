@@ -136,7 +136,7 @@ class Report:
   @classmethod
   def from_events(
     cls,
-    events: Iterable[Event],
+    events: Iterable[Event] | Timeline,
     *,
     workers: Sequence[WorkerSpec],
     slo: SLO | None = None,
@@ -158,7 +158,7 @@ class Report:
     """Make the report of a run out of its log.
 
     Args:
-      events: The log.
+      events: The log, or the timeline of one that was followed as it came.
       workers: The cluster; each gets a line of utilisation.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
       notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
@@ -177,7 +177,7 @@ class Report:
       generated_texts: The text of each request's answer, by its id.
       date: The time it is made, by default now.
     """
-    timeline = read_timeline(events)
+    timeline = events if isinstance(events, Timeline) else read_timeline(events)
     requests = timeline.requests
     done = int(requests.completed.sum())
     duration_s = timeline.duration_s

@@ -15,6 +15,7 @@ from pdjax.serving.orders import StepOrder, TransferOrder
 SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']
 KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
 TRANSFER = KINDS.index('transfer')
+MOST_TRACED = 200_000  # spans that are drawn one by one; a viewer hardly opens more
 MOST_NAMED = 1 << 24  # members of batches; of spans behind that, those that only decode are not kept
 _NONE = -1
 _UNKNOWN = -2
@@ -171,6 +172,11 @@ class SpanRows(Read[BusySpan]):
   def first_named(self, rows: np.ndarray) -> np.ndarray:
     """The number of the request of each of some transfers, given their rows."""
     return self._named[rows['named']]
+
+  @property
+  def are_traced(self) -> bool:
+    """Whether they are few enough to be drawn one by one."""
+    return len(self) <= MOST_TRACED
 
   @property
   def are_named(self) -> bool:

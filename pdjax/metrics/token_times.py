@@ -1,6 +1,6 @@
 """The time each token was delivered: the ends of a worker's steps, kept once for all who got one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -124,11 +124,22 @@ class TokenTimes:
 
   def last_s(self, pieces: Pieces) -> float:
     """The time of the last token, once they are settled."""
-    return self._columns[pieces.flat[-3]].at(pieces.flat[-1] - 1)
+    return float(self._columns[pieces.flat[-3]].part(pieces.flat[-1] - 1, pieces.flat[-1])[0])
 
   def times_s(self, flat: Sequence[int]) -> np.ndarray:
     """The time of each token of settled pieces."""
-    return take(self.columns, flat)
+    parts = [self._columns[flat[i]].part(flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+  def drop(self, but: Iterable[Pieces]) -> None:
+    """Let go of the times of all sequences but some."""
+    least = [len(column) for column in self._columns]
+    for pieces in but:
+      for i in range(0, len(pieces.flat), 3):
+        column, start = pieces.flat[i], pieces.flat[i + 1]
+        least[column] = min(least[column], start)
+    for times_s, before in zip(self._columns, least, strict=True):
+      times_s.drop(before)
 
   @property
   def columns(self) -> list[np.ndarray]:

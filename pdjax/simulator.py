@@ -21,6 +21,7 @@ from pdjax.types.model import ModelSpec
 from pdjax.types.worker import WorkerSpec
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
+_BLANK = np.broadcast_to(np.int32(PLACEHOLDER_TOKEN), (1 << 12, 1 << 12))  # one number, whatever part is taken
 _MOST_KNOWN = 256  # steps of a run whose ends are worked out at once
 
 
@@ -119,9 +120,11 @@ class Simulator:
 
   def _ended(self, now_s: float) -> list[Event]:
     """Everything on the heap that ends up to now."""
-    events = []
-    while self._next_s() <= now_s:
-      events.append(heapq.heappop(self._heap)[3]())
+    events, heap = [], self._heap
+    while heap and heap[0][0] <= now_s:
+      _, _, _, event, counts = heapq.heappop(heap)
+      if counts():
+        events.append(event())
     return events
 
   def _next_s(self) -> float:
@@ -215,7 +218,10 @@ class Simulator:
 
   def _tokens(self, order: StepOrder, before: int, after: int) -> np.ndarray:
     """The tokens of decode steps of an order, all that follow `before` of them up to `after`, `[T, B]`."""
-    return np.broadcast_to(np.int32(PLACEHOLDER_TOKEN), (after - before, len(order.batch)))
+    steps, rows = after - before, len(order.batch)
+    if steps <= _BLANK.shape[0] and rows <= _BLANK.shape[1]:
+      return _BLANK[:steps, :rows]
+    return np.broadcast_to(_BLANK[0, 0], (steps, rows))
 
   # -------------------------------------------------------------------------- steps that stand
 

@@ -20,8 +20,7 @@ def outcome(ends: np.ndarray, before: int, after: int) -> tuple[np.ndarray, tupl
     after: The other.
   """
   counts = np.minimum(np.maximum(ends - before, 0), after - before)
-  ended = np.flatnonzero((ends > before) & (ends <= after)).tolist()
-  return counts, tuple([Ended(row, 'length') for row in ended])
+  return counts, tuple([Ended(row, 'length') for row, end in enumerate(ends.tolist()) if before < end <= after])
 
 
 class StandingRun:
@@ -52,6 +51,7 @@ class StandingRun:
     self.version = 0
     self._cached = [row.base + before for row in rows]  # tokens of each when the first step begins
     self._ends = [row.ends_at - before for row in rows]  # steps after which each gets no more tokens
+    self._ends_at = np.array(self._ends, np.int64)
     self._changes = sorted({end for end in self._ends if end > 0})
     self._ends_s: list[float] = []
     self._begins_s: list[float] = []  # where they are not the ends of the steps before
@@ -78,7 +78,10 @@ class StandingRun:
 
   def outcome(self, before: int, step: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
     """Tokens of each sequence in the steps behind one up to another, `[B]`, and those that end there."""
-    return outcome(np.array(self._ends), before, step)
+    if step < self.until_change(before):
+      counts = np.minimum(np.maximum(self._ends_at - before, 0), step - before)
+      return counts, ()
+    return outcome(self._ends_at, before, step)
 
   def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:
     """Note the ends of the steps that follow, and where it is not the end before, when the first begins."""

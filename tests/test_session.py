@@ -22,6 +22,7 @@ from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
 from pdjax.engine.runner import Runner
 from pdjax.engine.worker import Worker
+from pdjax.metrics.event_log import read_events
 from pdjax.opened_model import OpenedModel
 from pdjax.policies import Disaggregated
 from pdjax.serving import PolicyError, StuckError
@@ -631,7 +632,7 @@ def test_the_report_can_be_had_at_any_time_and_the_folder_has_the_last(begin, tm
   report = session.report()
   assert (report.completed, report.backend, report.num_transfers > 0) == (2, 'engine', True)
   assert json.loads((tmp_path / 'report.json').read_text())['completed'] == 2
-  assert len((tmp_path / 'events.jsonl').read_text().splitlines()) == len(session.events)
+  assert len(list(read_events(tmp_path / 'events.jsonl'))) == len(session.events)
   rows = read_answers(tmp_path / 'answers.jsonl')
   assert sorted((row['id'], tuple(row['output_token_ids'])) for row in rows) == sorted(
     (one.request.id, one.token_ids) for one in complete(session.events, has_text=True)

@@ -8,6 +8,8 @@ from pdjax.types.cache import KVDtypeName
 from pdjax.types.model import ModelSpec, caching
 from pdjax.types.model.parts import GQA
 
+_AHEAD = np.arange(1024)
+
 DecodeRun = Callable[[Sequence[int], int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -23,12 +25,21 @@ def decode_run(model: ModelSpec, kv_dtype: KVDtypeName, shards: int = 1) -> Deco
     Takes the cached tokens of each sequence when the first step begins, and the number of steps; gives two `[steps]`.
   """
   layers_of, reads = caching.attention_layers(model), caching.cache_bytes(model, kv_dtype, shards)
-  has_windows = any(window is not None for window, _ in (*layers_of, *reads.by_window))
+  if isinstance(model.attention, GQA) and all(window is None for window, _ in (*layers_of, *reads.by_window)):
+    pair_flops = model.attention.pair_flops * sum(layers for _, layers in layers_of)
+    token_bytes = sum(size for _, size in reads.by_window)
+
+    def straight(contexts: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+      batch, total = len(contexts), sum(contexts)
+      ahead = _AHEAD[:steps] if steps <= len(_AHEAD) else np.arange(steps)
+      flops = ahead * (pair_flops * batch) + pair_flops * (total + batch)
+      return flops, ahead * (token_bytes * batch) + (token_bytes * total + 2 * reads.state * batch)
+
+    return straight
 
   def run(contexts: Sequence[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
     batch, ahead = len(contexts), np.arange(steps)
-    total = batch * ahead + sum(contexts)
-    rows = np.array(contexts, np.int64) + ahead[:, None] if has_windows else total
+    total, rows = batch * ahead + sum(contexts), np.array(contexts, np.int64) + ahead[:, None]
 
     def seen(window: int | None, more: int = 0) -> np.ndarray:
       return total + more * batch if window is None else np.minimum(rows + more, window).sum(axis=1)

@@ -1,8 +1,10 @@
 """The event log: every event of a run, in memory and, if wanted, as JSON lines in a file."""
 
-import collections
+import dataclasses
+import functools
 import json
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,16 @@ from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.events import Event, Turn
 
 VERSION = 2
-_MOST_PENDING = 1 << 16  # events that wait to be written; whoever adds more writes them
+_PIECE = 256  # events that are made lines of at once; fewer, if no more come within half a second
+
+
+@dataclasses.dataclass
+class _Piece:
+  """Lines of events, the time of each turn and where its lines begin, and the error of an event that is no line."""
+
+  text: str
+  times: list[tuple[int, float]]
+  error: Exception | None = None
 
 
 class EventLog:
@@ -33,8 +44,10 @@ class EventLog:
   def __init__(self, path: str | os.PathLike | None = None, keep: bool = True):
     self._keep = keep
     self._events: list[Event] = []
-    self._pending: collections.deque[Event] = collections.deque()
-    self._is_asked = False  # whether the file will ask for what is pending
+    self._pending: list[Event] = []
+    self._lock = threading.Lock()  # of what is pending
+    self._is_asked = False  # whether the thread that writes will ask for what is pending
+    self._begun = self._added = 0  # pieces that were made here, and those that the file has
     self._now_s = 0.0  # of the events that the file has got
     self._file = None if path is None else LinesFile(path, yields=True)
     if self._file is not None:
@@ -46,34 +59,67 @@ class EventLog:
       self._events.append(event)
     if self._file is None or self._file.ended:
       return
-    self._pending.append(event)
-    if not self._is_asked:
+    with self._lock:
+      self._pending.append(event)
+      is_piece, is_first = len(self._pending) >= _PIECE, not self._is_asked
       self._is_asked = True
-      self._file.add(self._take_lines, self._now_s)
-    elif len(self._pending) > _MOST_PENDING:
-      for line, time_s in self._take_lines():
-        self._file.add(line, time_s)
-
-  def _take_lines(self) -> list[tuple[str, float]]:
-    """The lines of what is pending, each with the time of its turn; on the thread that writes, mostly."""
-    self._is_asked = False
-    lines: list[tuple[str, float]] = []
-    for _ in range(len(self._pending)):
-      event = self._pending.popleft()
-      if isinstance(event, Turn) and isinstance(event.now_s, float):
-        self._now_s = event.now_s
-      try:
-        lines.append((event_text(event), self._now_s))
-      except Exception as error:  # an event of somebody else's making: nobody's answer depends on it
-        assert self._file is not None
-        self._file.end(error, self._now_s)
-        break
-    return lines
+    if is_piece:
+      self._flush()
+    elif is_first:
+      self._ask()
 
   def close(self) -> None:
     """Write what is still buffered; nothing more goes into the file after this."""
     if self._file is not None:
+      self._flush()
       self._file.close()
+
+  def _flush(self) -> None:
+    """Hand a piece of lines to the file: made here, that costs less than on two threads that wait for each other."""
+    assert self._file is not None
+    with self._lock:
+      self._begun += 1
+      piece = self._take()
+    if piece.text:
+      self._file.add(piece.text, piece.times)
+    if piece.error is not None:
+      self._file.end(piece.error, self._now_s)
+    self._added += 1
+
+  def _ask(self) -> None:
+    """Have the thread that writes ask for what is pending when it comes to it."""
+    assert self._file is not None
+    self._file.add(functools.partial(self._asked, self._added), self._now_s)
+
+  def _asked(self, added: int) -> str:
+    """On the thread that writes: what is pending, unless pieces before it are on their way; then it asks again."""
+    assert self._file is not None
+    with self._lock:
+      if added == self._added == self._begun:
+        self._is_asked = False
+        piece = self._take()
+        if piece.error is not None:
+          self._file.end(piece.error, self._now_s)
+        return piece.text
+    self._ask()
+    return ''
+
+  def _take(self) -> '_Piece':
+    """The lines of what is pending, the lock held."""
+    events, self._pending = self._pending, []
+    lines: list[str] = []
+    size, times, problem = 0, [(0, self._now_s)], None
+    for event in events:
+      if isinstance(event, Turn) and isinstance(event.now_s, float):
+        self._now_s = event.now_s
+        times.append((size, event.now_s))
+      try:
+        lines.append(event_text(event))
+      except Exception as error:  # an event of somebody else's making: nobody's answer depends on it
+        problem = error
+        break
+      size += len(lines[-1]) + 1
+    return _Piece('\n'.join(lines), times, problem)
 
   @property
   def notes(self) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
-Line = str | Callable[[], str | list[tuple[str, float]]]  # text, or what makes some, or several with their times
+Line = str | Callable[[], str]
+Times = float | Sequence[tuple[int, float]]  # of a line, or of several: the characters from which on, and the time
 
 _DELAY_S = 0.5  # what comes meanwhile is written at once
 _AGAIN_S = 1.0  # until what could not be written is tried again
@@ -51,21 +52,22 @@ class LinesFile:
     self._insist = insist
     self._yields = yields
     self._changed = threading.Condition()
-    self._lines: list[tuple[Line, float]] = []
+    self._lines: list[tuple[Line, Times]] = []
     self._waiting = 0  # characters of lines that are not written yet; those that are made late do not count
     self._written = 0  # steps forward, of whatever size
-    self._unwritten: list[tuple[bytes, float]] = []  # what the thread could not write and will try again
+    self._unwritten: list[tuple[bytes, Times]] = []  # what the thread could not write and will try again
     self._missing: tuple[float, str] | None = None  # from when on lines are not in the file, and why
     self._lost = False  # whether one of them never will be
     self._told = self._ended = self._closing = False
     self._thread: threading.Thread | None = None
 
-  def add(self, line: Line, time_s: float = 0.0) -> None:
+  def add(self, line: Line, time_s: Times = 0.0) -> None:
     """Have a line written, or what a function makes of it by then.
 
     Args:
-      line: Without its end; a function is called on the thread that writes, and may make several, with their times.
-      time_s: The time of the event that it tells of, seconds after the start of the run.
+      line: Without its end, or several at once; a function is called on the thread that writes, and one that makes no
+        text adds none.
+      time_s: The time of the event that it tells of, seconds after the start of the run; of several, see `Times`.
     """
     with self._changed:
       if self._ended or self._closing:
@@ -74,7 +76,7 @@ class LinesFile:
         self._start_thread()
         self._wait_for_room()
       except (RuntimeError, TimeoutError) as error:
-        self._end(error, time_s)
+        self._end(error, _time_at(time_s))
       if self.ended:  # while room was waited for, too: nothing comes behind what is missing
         return
       self._lines.append((line, time_s))
@@ -157,20 +159,20 @@ class LinesFile:
         self._close_file()  # here, as `close` may have given up
         return
 
-  def _encoded(self, lines: list[tuple[Line, float]]) -> list[tuple[bytes, float]]:
+  def _encoded(self, lines: list[tuple[Line, Times]]) -> list[tuple[bytes, Times]]:
     found = []
     for line, time_s in lines:
       self._written += 1
       try:
-        made = line if isinstance(line, str) else line()
-        several = [(made, time_s)] if isinstance(made, str) else made
-        found += [(one.encode() + b'\n', one_s) for one, one_s in several]
+        text = line if isinstance(line, str) else line()
+        if text:
+          found.append((text.encode() + b'\n', time_s))
       except Exception as error:  # one line less; the others have their place
         self._lost = True
-        self._lack(error, time_s)
+        self._lack(error, _time_at(time_s))
     return found
 
-  def _write(self, lines: list[tuple[bytes, float]]) -> None:
+  def _write(self, lines: list[tuple[bytes, Times]]) -> None:
     """Write these, and keep or drop what cannot be written."""
     self._unwritten = []
     data = memoryview(b''.join(line for line, _ in lines))
@@ -198,18 +200,24 @@ class LinesFile:
     if disk.total > 0 and disk.free - size < min(_FREE_BYTES, disk.total * _FREE_SHARE):
       raise OSError(errno.ENOSPC, f'{os.strerror(errno.ENOSPC)} but what is kept for answers and reports')
 
-  def _keep_whole_lines(self, lines: list[tuple[bytes, float]], place: int, error: Exception) -> None:
+  def _keep_whole_lines(self, lines: list[tuple[bytes, Times]], place: int, error: Exception) -> None:
     whole = 0
     while whole < len(lines) and place >= len(lines[whole][0]):
       place -= len(lines[whole][0])
       self._size += len(lines[whole][0])
       whole += 1
+    torn = None
+    if whole < len(lines):  # of several lines at once, those that are there stay
+      text, times = lines[whole]
+      kept = text.rfind(b'\n', 0, place) + 1
+      self._size += kept
+      torn = text[kept:], _time_at(times, kept)
     with contextlib.suppress(Exception):  # of the torn one that follows; a device cannot be cut
       self._file.truncate(self._size)
       self._file.seek(self._size)
-    first_s = lines[whole][1] if whole < len(lines) else 0.0
+    first_s = _time_at(torn[1]) if torn is not None else 0.0
     if self._insist:
-      self._unwritten = lines[whole:]
+      self._unwritten = [] if torn is None else [torn, *lines[whole + 1 :]]
       self._lack(error, first_s)
       return
     with self._changed:
@@ -237,7 +245,14 @@ class LinesFile:
       self._lack(error, 0.0)
 
   def _first_waiting_s(self) -> float:
-    return next((time_s for _, time_s in (*self._unwritten, *self._lines)), 0.0)
+    return next((_time_at(time_s) for _, time_s in (*self._unwritten, *self._lines)), 0.0)
+
+
+def _time_at(times: Times, place: int = 0) -> float:
+  """The time of what stands at a place of a line, or of several."""
+  if not isinstance(times, Sequence):
+    return times
+  return next((time_s for begin, time_s in reversed(times) if begin <= place), 0.0)
 
 
 def _mend_last_line(path: pathlib.Path) -> None:

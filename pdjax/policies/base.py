@@ -1,7 +1,7 @@
 """The base class of policies: what a cluster must know of one before it is asked, with defaults."""
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from pdjax.serving.actions import Action
@@ -14,10 +14,13 @@ class PolicyBase(abc.ABC):
   Attributes:
     moves_kv: Whether it may send KV from worker to worker; if not, no ways between workers are prepared.
     decode_steps: Most decode steps that it asks for at once, which workers must be able to fuse.
+    waiting_key: A method that gives the key of a `Request`, a tuple, by which `view.waiting` is ordered; None for the
+      order of arrival. It is asked once a request, so that ageing must be linear in the arrival.
   """
 
   moves_kv: ClassVar[bool] = True
   decode_steps: int = 1
+  waiting_key: ClassVar[Callable[..., tuple[Any, ...]] | None] = None
 
   @abc.abstractmethod
   def decide(self, view: ClusterView) -> Iterable[Action]:
@@ -34,7 +37,7 @@ class _Completed(PolicyBase):
 
   def __init__(self, policy: Any):
     self._policy = policy
-    for name in ('moves_kv', 'decode_steps'):
+    for name in ('moves_kv', 'decode_steps', 'waiting_key'):
       setattr(self, name, getattr(policy, name, getattr(PolicyBase, name)))
 
   def decide(self, view: ClusterView) -> Iterable[Action]:

@@ -95,7 +95,7 @@ def preempt_newest(view: ClusterView) -> list[Preempt]:
   So the oldest always goes on, and what is thrown away is little (as in vLLM, Kwon et al. 2023).
   """
   found = []
-  for worker in view.decode_workers if view.grows else ():
+  for worker in view.decode_workers:
     if worker.up and worker.is_short:
       able = [entry for entry in worker.decoding.values() if entry.preemptions < view.max_preemptions]
       if able:

@@ -37,9 +37,8 @@ class Colocated(PolicyBase):
     check_fields(self)
 
   def decide(self, view: ClusterView) -> list[Action]:
-    if preempted := preempt_newest(view):
+    if view.grows and (preempted := preempt_newest(view)):
       return [*preempted]
-    room = view.room()
     if not any(Role.BOTH in worker.spec.roles for worker in view.workers.values()):
       raise PolicyError(
         f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
@@ -48,6 +47,7 @@ class Colocated(PolicyBase):
     workers = [worker for worker in view.able_to_prefill if worker.role.decodes]
     if not workers:
       return []
+    room = view.room()
     prompts = view.waiting or any(worker.prefilling for worker in workers)  # else nobody asks for the budgets
     budgets = {
       worker.name: max(self.token_budget - len(worker.decodable()), 0) if prompts else self.token_budget

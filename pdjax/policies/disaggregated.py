@@ -35,8 +35,10 @@ class Disaggregated(PolicyBase):
     check_fields(self)
 
   def decide(self, view: ClusterView) -> list[Action]:
-    if preempted := preempt_newest(view):
+    if view.grows and (preempted := preempt_newest(view)):
       return [*preempted]
+    if not (view.prefilled or view.waiting or view.begun):
+      return [*self._decodes(view, set())]
     room = view.room()
     transfers = self._transfers(view, room)
     prefills = self._prefills(view, room)

@@ -98,15 +98,15 @@ class TokenRows:
     """
     slots = self._slots_of(batch)
     here = self._owners[slots] == owners
-    late = None if here.all() else here
-    if late is not None:
-      slots, tokens, counts = slots[here], tokens[:, here], counts[here]
+    all_here = np.count_nonzero(here) == len(here)
+    if not all_here:
+      counts = np.where(here, counts, 0)  # what is written behind a row's tokens counts for nothing
     first = self._counts[slots]
-    if not self._is_blank or any(tokens.strides) or (tokens.size and tokens[0, 0]):
+    if not self._is_blank or tokens.strides != (0, 0) or (tokens.size and tokens[0, 0]):
       self._write(slots, first, tokens)
     self._counts[slots] = first + counts
     self._left[slots] -= counts
-    return late
+    return None if all_here else here
 
   def _write(self, slots: np.ndarray, first: np.ndarray, tokens: np.ndarray) -> None:
     if self._is_blank:

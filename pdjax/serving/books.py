@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
@@ -36,7 +36,7 @@ class Books:
     prefill_workers: Those that prefill now.
     decode_workers: Those that decode now.
     requests: Each unfinished request by id.
-    waiting: Those of which nothing was started, in order of arrival.
+    waiting: Those of which nothing was started, in order of arrival, or of the key that a policy names.
     begun: Those whose prompt was begun and has tokens left to hand over, wherever it is.
     prefilled: Those whose prompt is computed and whose KV has nowhere to go yet, in order.
     samples: The samples of a prompt, by the id of each, ended or not.
@@ -104,7 +104,7 @@ class Books:
     self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
     self._check_staging()
     self.requests: dict[str, RequestState] = {}
-    self.waiting: dict[str, RequestState] = {}
+    self.waiting: MutableMapping[str, RequestState] = {}
     self.begun: dict[str, RequestState] = {}
     self.prefilled: dict[str, RequestState] = {}
     self.samples: dict[str, Samples] = {}

@@ -1,7 +1,8 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Set, Sized
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
 from pdjax.serving.actions import (
@@ -22,6 +23,7 @@ from pdjax.serving.actions import (
 )
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
+from pdjax.types.checks import is_number
 from pdjax.types.request import MAX_STOP_TOKENS
 from pdjax.types.worker import Role
 
@@ -65,6 +67,8 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
   """The reason there is no worker that could ever serve the request, in any role that it may take; or None."""
   request, slots = entry.request, view.slots_needed(entry.request.id)
   must_decode = entry.limit > 1 or slots > 1
+  if must_decode and not entry.computed and _has_two_places(view, entry, slots):
+    return None
   able: dict[bool, list[WorkerView]] = {}  # by whether they decode it
   for decodes in [False] * (not entry.computed) + [True] * must_decode:
     there = [one for one in view.workers.values() if (one.spec.ever_decodes if decodes else one.spec.ever_prefills)]
@@ -104,6 +108,21 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
   )
 
 
+def _has_two_places(view: ClusterView, entry: RequestView, slots: int) -> bool:
+  """Whether one worker could prefill a request and another decode it, as far as a look at few of them tells."""
+
+  def first(decodes: bool, least: int) -> WorkerView | None:
+    for one in view.workers.values():
+      able = one.spec.ever_decodes if decodes else one.spec.ever_prefills
+      is_there = able and not one.given_up and one.spec.max_sequences >= least
+      if is_there and view.could_fit(entry.request.id, one.name, decodes=decodes):
+        return one
+    return None
+
+  source, target = first(False, 0), first(True, slots)
+  return source is not None and target is not None and source is not target
+
+
 def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
   """The index of the first entry of `prompt` that is no token id, or None.
 
@@ -123,6 +142,8 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     PolicyError: if it is no sequence of actions.
   """
   answer = policy.decide(view)
+  if type(answer) is list and all(isinstance(action, _ACTIONS) for action in answer):  # as nearly all are
+    return answer
   name, expected = f'policy {type(policy).__name__}', f'expected a list of {NAMED_ACTIONS}'
   if isinstance(answer, str | bytes | Mapping | Set) or not isinstance(answer, Iterable):  # sets have no order
     raise PolicyError(f'{name} answered {answer!r:.200}, {expected}; answer with [] where nothing is to be done.')
@@ -135,6 +156,31 @@ def ask(policy: Any, view: ClusterView) -> list[Action]:
     if not isinstance(action, _ACTIONS):
       raise PolicyError(f'{name} answered {answer!r:.200} with {action!r:.200} in it, {expected}.')
   return actions
+
+
+def waiting_key(policy: Any) -> Callable[[RequestView], tuple[float, ...]] | None:
+  """The key by which a policy wants requests that wait to be ordered; None if it names none.
+
+  Raises:
+    PolicyError: if it is no method, and later if an answer is no tuple of finite numbers.
+  """
+  key = getattr(policy, 'waiting_key', None)
+  name = type(policy).__name__
+  if key is None:
+    return None
+  if not callable(key):
+    raise PolicyError(f'policy {name} has waiting_key={key!r}, expected a method that takes a request; make it one.')
+
+  def checked(entry: RequestView) -> tuple[float, ...]:
+    answer = key(entry.request)
+    if not isinstance(answer, tuple) or not all(is_number(one) and math.isfinite(one) for one in answer):
+      raise PolicyError(
+        f'policy {name} answered waiting_key of request {entry.request.id!r} with {answer!r:.200}, expected a tuple of '
+        'finite numbers; answer so.'
+      )
+    return tuple(map(float, answer))
+
+  return checked
 
 
 def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:

@@ -1,11 +1,12 @@
 """A request's way: it arrives, is put where it belongs, hands its prompt on, and ends once."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from pdjax.serving.actions import Cancel, Reject
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, find_request, why_unfit, why_without_place
 from pdjax.serving.events import Finished, Result
+from pdjax.serving.keyed_queue import KeyedQueue
 from pdjax.serving.orders import EndOrder
 from pdjax.serving.requests import Phase, RequestState, Samples, add_tokens, enter, give_up_row
 from pdjax.serving.tasks import give_up
@@ -48,8 +49,11 @@ def arrive(books: Books, request: Request) -> None:
     books.waiting[request.id] = entry
 
 
-def file(queue: dict[str, RequestState], entry: RequestState) -> None:
+def file(queue: MutableMapping[str, RequestState], entry: RequestState) -> None:
   """Put a request into a queue; one that was begun again before those that came after it."""
+  if isinstance(queue, KeyedQueue):
+    queue[entry.request.id] = entry
+    return
   is_new = entry.attempts == 1 and not entry.preemptions
   later = [] if is_new else [other for other in queue.values() if other.number > entry.number]
   queue[entry.request.id] = entry

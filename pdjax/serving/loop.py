@@ -37,11 +37,15 @@ class Policy(Protocol):
   """The rule that chooses what is done next, a pure function of the view.
 
   A policy that never sends KV may say so with a class attribute `moves_kv = False`; then no ways between workers
-  are prepared.
+  are prepared. One that has a method `waiting_key(request) -> tuple` finds `view.waiting` in the order of that key,
+  which is asked for once a request: ageing that is linear in the arrival is such a key.
   """
 
   def decide(self, view: ClusterView) -> Iterable[Action]:
     """The actions to start now, in order; it is asked again, with these started, until it wants nothing but `WakeAt`.
+
+    It is asked where something may change its answer: at arrivals, at the end or failure of an order, where a sequence
+    of a standing step ends or lacks a page, and when its `WakeAt` is due; never at a standing step between these.
 
     It may `yield` its actions; all are taken before the first is done.
     """
@@ -87,6 +91,7 @@ def serve(
   """
   state.expect(arrivals.output_len)
   state.catch_up_with(backend)
+  state.order_waiting(policy)
   now_s, longest_s = 0.0, 0.0 if waits else math.inf  # of the waits that were told
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()

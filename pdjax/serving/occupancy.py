@@ -16,7 +16,10 @@ class OccupancyWatch:
   def take(self, now_s: float) -> Occupancy | None:
     """The use of the cluster, if any of it changed since the last call."""
     books, changed = self._books, []
-    for name in sorted(books.touched, key=lambda name: books.workers[name].number):
+    touched = (
+      books.touched if len(books.touched) < 2 else sorted(books.touched, key=lambda name: books.workers[name].number)
+    )
+    for name in touched:
       worker = books.workers[name]
       use = worker.num_pages - worker.free_pages, len(worker.decoding)
       if use != self._uses[name]:

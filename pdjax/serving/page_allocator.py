@@ -126,8 +126,9 @@ class PlacePages:
 
   def could_fit(self, needed: Mapping[str, int]) -> bool:
     """Whether so many pages of each kind fit where nothing else is held."""
-    if any(count > self.by_kind[name].num_pages for name, count in needed.items()):
-      return False
+    for name, count in needed.items():
+      if count > self.by_kind[name].num_pages:
+        return False
     return self.pools.device_bytes(needed) <= self._num_bytes
 
   def take(self, needed: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

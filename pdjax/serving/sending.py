@@ -88,6 +88,13 @@ def _fitting(
   return parts, left
 
 
+def has_staging(books: Books, entry: RequestState) -> bool:
+  """Whether staging has room for some of what of a request is due."""
+  assert entry.worker is not None and entry.target is not None
+  free = min(books.holdings[entry.worker].staging_out.free_bytes, books.holdings[entry.target].staging_in.free_bytes)
+  return any(lane.unit_bytes <= free for lane in books.lanes(entry.worker, entry.target))
+
+
 def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:
   """Whether staging is for a transfer that is to be tried again: what is new would take its room for ever."""
   again = [books.transfers.get_again(task.transfer) for task in books.tasks if isinstance(task, Resend)]

@@ -19,7 +19,7 @@ from pdjax.serving.actions import (
   WakeAt,
 )
 from pdjax.serving.books import Books
-from pdjax.serving.checks import NAMED_ACTIONS, PolicyError
+from pdjax.serving.checks import NAMED_ACTIONS, PolicyError, waiting_key
 from pdjax.serving.events import (
   Arrived,
   Done,
@@ -32,6 +32,7 @@ from pdjax.serving.events import (
   WorkerBack,
   WorkerLost,
 )
+from pdjax.serving.keyed_queue import KeyedQueue
 from pdjax.serving.occupancy import OccupancyWatch
 from pdjax.serving.orders import AbandonOrder, EndOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.place import WorkerState
@@ -109,7 +110,11 @@ class ClusterState:
     books.gone.clear()
     if books.staging_freed and not actions:
       books.staging_freed = False
-      return [Transfer(name, entry.target) for name, entry in books.due.items() if entry.target is not None]
+      return [
+        Transfer(name, entry.target)
+        for name, entry in books.due.items()
+        if entry.target and sending.has_staging(books, entry)
+      ]
     return actions
 
   @property
@@ -125,9 +130,10 @@ class ClusterState:
   def take_told(self) -> list[Event]:
     """The events that came of others and of actions since the last call: deliveries, preemptions, new roles."""
     books = self.books
+    if not (books.delivered or books.caught_up or books.preempted or books.roles_changed):
+      return []
     told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
-    if told:
-      books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
+    books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
     return told
 
   def take_finished(self) -> tuple[Finished, ...]:
@@ -153,6 +159,12 @@ class ClusterState:
   def expect(self, output_len: Callable[[str], int | None]) -> None:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""
     self.books.output_len = output_len
+
+  def order_waiting(self, policy: Any) -> None:
+    """Keep the requests that wait in the order of the key that a policy names, if it names one."""
+    key = waiting_key(policy)
+    if key is not None:
+      self.books.waiting = KeyedQueue(key)
 
   def catch_up_with(self, backend: Any) -> None:
     """Have a backend that leaps over steps asked how far it is, whenever somebody looks at what they bring."""
@@ -204,11 +216,13 @@ class ClusterState:
 
     A worker that has drained by that gets its role.
     """
-    recovery.look_again(self.books)
-    if self.books.growing:
-      growth.grow(self.books)
-    if self.books.draining:
-      roles.change_roles(self.books)
+    books = self.books
+    if books.unsettled:
+      recovery.look_again(books)
+    if books.growing:
+      growth.grow(books)
+    if books.draining:
+      roles.change_roles(books)
 
   def _done(self, event: Done) -> tuple[bool, bool]:
     """Apply it; whether it counts, and whether the policy is to be asked."""

@@ -279,7 +279,6 @@ class ClusterView:
     self._books = books
     self._workers: Mapping[str, WorkerView] = types.MappingProxyType(books.workers)
     self._requests: Mapping[str, RequestView] = types.MappingProxyType(books.requests)
-    self._waiting: Mapping[str, RequestView] = types.MappingProxyType(books.waiting)
     self._begun: Mapping[str, RequestView] = types.MappingProxyType(books.begun)
     self._prefilled: Mapping[str, RequestView] = types.MappingProxyType(books.prefilled)
 
@@ -330,8 +329,8 @@ class ClusterView:
 
   @property
   def waiting(self) -> Mapping[str, RequestView]:
-    """Those of which nothing was started, in order of arrival."""
-    return self._waiting
+    """Those of which nothing was started, in order of arrival, or of the `waiting_key` that the policy names."""
+    return types.MappingProxyType(self._books.waiting)
 
   @property
   def begun(self) -> Mapping[str, RequestView]:

@@ -93,7 +93,7 @@ class PoolSpecs:
 
   def device_bytes(self, pages: Mapping[str, int]) -> int:
     """Bytes on each device of so many pages of each kind."""
-    return sum(count * self.by_kind[name].device_bytes for name, count in pages.items())
+    return sum([count * self.by_kind[name].device_bytes for name, count in pages.items()])
 
   def describe(self, pages: Mapping[str, int]) -> str:
     """So many pages of each kind in words, such as '61 (kv 32, state 24, window 5)'; the first is of `num_pages`."""

@@ -245,8 +245,8 @@ def test_withdrawing_a_request_or_a_sample(cluster, names, gone):
 
 def test_policies_know_nothing_of_samples(one_and_one, colocated):
   class ShortestFirst(Disaggregated):
-    def order(self, waiting):
-      return sorted(waiting, key=lambda entry: entry.request.prompt_len)
+    def waiting_key(self, request):
+      return (request.prompt_len,)
 
   assert_equal_to_plain(one_and_one, sampled(2), ShortestFirst(max_prefill_tokens=9))
   assert_equal_to_plain(colocated, sampled(2), Colocated(token_budget=8, decode_steps=3))

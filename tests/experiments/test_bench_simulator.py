@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.bench_simulator import check_equal, serve_simulated, speed
+from experiments.simulated_speed import check_equal, serve_simulated, speed
 from pdjax.config import ServingConfig
 from pdjax.workload import Lognormal, WorkloadContext
 

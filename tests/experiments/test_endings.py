@@ -354,7 +354,7 @@ def test_a_full_disk_ends_nothing_and_is_named(tmp_path, kilobytes, code):
     assert done.stderr.count(f'{out / name} ') == 1, done.stderr
   assert f'{out / "events.jsonl"} ends early: it has nothing from ' in done.stderr and 'File too large' in done.stderr
   assert '120 of 120 requests completed' in done.stdout and 'ends early' in done.stdout  # n=2 is two
-  assert [event['event'] for event in read(out / 'events.jsonl')][:2] == ['Turn', 'Arrived']
+  assert [event['event'] for event in read(out / 'events.jsonl')][:3] == ['Log', 'Turn', 'Arrived']
   for path in out.iterdir():
     if path.suffix in ('.json', '.jsonl'):
       assert path.read_text().endswith('\n'), f'{path} is torn'

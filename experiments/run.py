@@ -479,6 +479,7 @@ def _compare(config: ServingConfig, opened: OpenedModel, console: Console, signa
         calibrate=_CALIBRATE.value,
         opened=opened,
         over=signals.hold,
+        log='full' if _LOG.value == 'full' else 'summary',
       )
     except BaseException as error:
       ended = None if path is None or not (path / CASES).is_file() else path / CASES
@@ -527,6 +528,8 @@ def _config() -> ServingConfig:
     raise ValueError('--calibrate goes with --backend=simulator; the engine is measured anyway.')
   if _COMPARE.value and (_PROMPT.value is not None or _REQUESTS.value is not None):
     raise ValueError("--compare serves the config's workload; leave --prompt and --requests out.")
+  if _COMPARE.value and _LOG.value == 'off':
+    raise ValueError('--log=off leaves answers alone, and --compare has none; use --log=summary.')
   for flag in ('rates', 'splits', 'budgets'):
     if FLAGS[flag].value is not None and not _COMPARE.value:
       raise ValueError(f'--{flag} goes with --compare; a single run takes it from the config.')

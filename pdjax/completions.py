@@ -74,7 +74,7 @@ class Completions(Read[Completion]):
   """Completions in the order of arrival, each made as it is read.
 
   Args:
-    ended: What they are made of, or they themselves.
+    ended: Those that ended, or completions as they are.
   """
 
   def __init__(self, ended: Sequence[Ended | Completion]):
@@ -162,7 +162,7 @@ class Drafts:
         self._under_way[result.request].results.append(result)
 
   def _ended(self, draft: '_Draft', tokens: tuple[int, ...] | None, reason: FinishReason, error: str | None) -> Ended:
-    """What a draft has come to with these tokens; None takes all that came."""
+    """A draft as one that has ended, with these tokens; None takes all that came."""
     self._times.settle(draft.pieces)
     if tokens is None:
       tokens = draft.tokens(self._placeholder)

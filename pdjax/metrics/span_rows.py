@@ -198,7 +198,7 @@ class SpanColumns:
     most_named: Most members of batches that are kept.
   """
 
-  def __init__(self, workers: dict[str, int], requests: dict[str, int], most_named: int = MOST_NAMED):
+  def __init__(self, workers: dict[str, int], requests: dict[str, int], most_named: int):
     self._workers = workers
     self._requests = requests
     self._most_named = most_named

@@ -12,8 +12,8 @@ from pdjax.metrics.request_rows import DTYPE, NEVER, NOBODY, REASONS, RequestRow
 from pdjax.metrics.request_rows import HandOff as HandOff
 from pdjax.metrics.request_rows import RequestTimeline as RequestTimeline
 from pdjax.metrics.returns import WorkerAbsence, WorkerReturn
+from pdjax.metrics.span_rows import MOST_NAMED, SpanColumns, SpanRows
 from pdjax.metrics.span_rows import BusySpan as BusySpan
-from pdjax.metrics.span_rows import SpanColumns, SpanRows
 from pdjax.metrics.span_rows import SpanKind as SpanKind
 from pdjax.metrics.token_times import Pieces, TokenTimes
 from pdjax.serving.events import (
@@ -125,7 +125,7 @@ class Summary:
     self._orders: dict[int, tuple[Started, list[_Draft]]] = {}  # with those whose chunks or pages they are
     self._last_step: tuple[StepOrder, Done] | None = None
     self._late: set[int] = set()
-    self._spans = SpanColumns(self._workers, self._numbers)
+    self._spans = SpanColumns(self._workers, self._numbers, MOST_NAMED)
     self._occupancy = OccupancyColumns(self._workers)
     self._host_lags_s = Column(np.float64)
     self._wasted_tokens = 0

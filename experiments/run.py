@@ -11,9 +11,12 @@ python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simu
     --compare --rates=8,16,24,32 --splits=2P1D,1P2D --budgets=128,256,512
 
 With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
-`report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, either side
-with several sizes of a step, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how. What an
-earlier run left in the folder is moved to one beside it, `out.1` or the next number; nothing is overwritten.
+`report.json`, `metrics.prom` and `events.jsonl`. --log=summary leaves out `events.jsonl`, --log=off the report's files
+as well; answers are written all the same. Events of fewer than 20,000 requests stay in memory, of more only their
+summary, and with more than 200,000 steps and transfers there is no `trace.json`. With --compare the same workload also
+runs colocated on the same devices, either side with several sizes of a step, and the page and `compare.json` say who
+wins where; `pdjax/comparison/` says how. What an earlier run left in the folder is moved to one beside it, `out.1` or
+the next number; nothing is overwritten.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats. Without, it has the requests of the workload

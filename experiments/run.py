@@ -11,9 +11,12 @@ python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simu
     --compare --rates=8,16,24,32 --splits=2P1D,1P2D --budgets=128,256,512
 
 With --workdir a run leaves `report.html`, one page to open in a browser, `trace.json` for ui.perfetto.dev,
-`report.json` and `events.jsonl`. With --compare the same workload also runs colocated on the same devices, either side
-with several sizes of a step, and the page and `compare.json` say who wins where; `pdjax/comparison/` says how. What an
-earlier run left in the folder is moved to one beside it, `out.1` or the next number; nothing is overwritten.
+`report.json`, `metrics.prom` and `events.jsonl`. --log=summary leaves out `events.jsonl`, --log=off the report's files
+as well; answers are written all the same. Events of fewer than 20,000 requests stay in memory, of more only their
+summary, and with more than 200,000 steps and transfers there is no `trace.json`. With --compare the same workload also
+runs colocated on the same devices, either side with several sizes of a step, and the page and `compare.json` say who
+wins where; `pdjax/comparison/` says how. What an earlier run left in the folder is moved to one beside it, `out.1` or
+the next number; nothing is overwritten.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats. Without, it has the requests of the workload
@@ -43,6 +46,7 @@ if __name__ == '__main__':  # until all the rest is there, which takes a second
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 import signal
@@ -60,6 +64,7 @@ from pdjax import comparison, launch
 from pdjax.answers import Answers
 from pdjax.config import KEEP_NO_PROGRAMS, ServingConfig
 from pdjax.metrics import charts, print_report
+from pdjax.metrics.run_log import LogName
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.overrides import apply_overrides
 from pdjax.recording import RunResult
@@ -98,6 +103,12 @@ _REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests i
 _GOODPUT = flags.DEFINE_string(
   'goodput', None, 'Latency limits in ms that goodput is counted against, "ttft:500 tpot:50".'
 )
+_LOG = flags.DEFINE_enum(
+  'log',
+  'full',
+  ['full', 'summary', 'off'],
+  'What --workdir gets: events and report, the report alone, or only answers.',
+)
 _CALIBRATE = flags.DEFINE_bool(
   'calibrate', False, 'Measure this machine before simulating, instead of trusting the config.'
 )
@@ -115,7 +126,7 @@ _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compi
 # What `run.json` keeps of the command, for --resume.
 _KEPT = (
   'config', 'set', 'backend', 'requests', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
-  'compilation_cache',
+  'compilation_cache', 'log',
 )  # fmt: skip
 _PATHS = ('config', 'requests', 'compilation_cache')
 _EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
@@ -266,11 +277,11 @@ class _Run:
       if _BACKEND.value == 'engine':
         return launch.run(
           self._config, workdir=self._folder, say=self._console.print, watch=follow, opened=self._opened,
-          notes=self._notes(), answers=self._answers, over=self._signals.hold,
+          notes=self._notes(), answers=self._answers, over=self._signals.hold, log=_log(),
         )  # fmt: skip
       return launch.simulate(
         self._config, workdir=self._folder, watch=follow, calibrate=_CALIBRATE.value, opened=self._opened,
-        notes=self._notes(), answers=self._answers, over=self._signals.hold,
+        notes=self._notes(), answers=self._answers, over=self._signals.hold, log=_log(),
       )  # fmt: skip
 
   def _notes(self) -> list[str]:
@@ -306,8 +317,8 @@ class _Run:
 
   def _show(self, ends: Sequence[Completion | Refused], result: RunResult | None) -> None:
     """Print answers, refusals and figures."""
-    _show_answers(self._console, [one for one in ends if isinstance(one, Completion)], _PROMPT.value is not None)
-    refused = [one for one in ends if isinstance(one, Refused)]
+    _show_answers(self._console, (one for one in ends if isinstance(one, Completion)), _PROMPT.value is not None)
+    refused = [] if self._rows is None else [one for one in ends if isinstance(one, Refused)]
     for one in refused[:_SHOWN]:
       self._console.print(f'{one.id} was refused: {one.error}', markup=False)
     if len(refused) > _SHOWN:
@@ -471,6 +482,7 @@ def _compare(config: ServingConfig, opened: OpenedModel, console: Console, signa
         calibrate=_CALIBRATE.value,
         opened=opened,
         over=signals.hold,
+        log='full' if _LOG.value == 'full' else 'summary',
       )
     except BaseException as error:
       ended = None if path is None or not (path / CASES).is_file() else path / CASES
@@ -495,6 +507,10 @@ def _show_workdir(console: Console) -> None:
     console.print(f'\nIn {_WORKDIR.value}: {", ".join(names)}', markup=False)
 
 
+def _log() -> LogName:
+  return 'full' if _LOG.value == 'full' else 'summary' if _LOG.value == 'summary' else 'off'
+
+
 def _config() -> ServingConfig:
   """The run that the flags ask for.
 
@@ -515,6 +531,8 @@ def _config() -> ServingConfig:
     raise ValueError('--calibrate goes with --backend=simulator; the engine is measured anyway.')
   if _COMPARE.value and (_PROMPT.value is not None or _REQUESTS.value is not None):
     raise ValueError("--compare serves the config's workload; leave --prompt and --requests out.")
+  if _COMPARE.value and _LOG.value == 'off':
+    raise ValueError('--log=off leaves answers alone, and --compare has none; use --log=summary.')
   for flag in ('rates', 'splits', 'budgets'):
     if FLAGS[flag].value is not None and not _COMPARE.value:
       raise ValueError(f'--{flag} goes with --compare; a single run takes it from the config.')
@@ -553,8 +571,8 @@ def _draw(result: RunResult, console: Console) -> None:
     console.print(f'\n{charts.save(charts.overview(result.report), _FIGURE.value)} is drawn', markup=False)
 
 
-def _show_answers(console: Console, completions: Sequence[Completion], only_text: bool = False) -> None:
-  for completion in completions[: None if only_text else _SHOWN]:
+def _show_answers(console: Console, completions: Iterable[Completion], only_text: bool = False) -> None:
+  for completion in itertools.islice(completions, None if only_text else _SHOWN):
     if completion.error:
       console.print(f'{completion.request.id} {completion.finish_reason}: {completion.error}', markup=False)
     elif completion.text is not None:
@@ -608,8 +626,8 @@ class Follow:
         self._progress.start()
       self._progress.start_task(self._task)
     match event:
-      case Delivered(results=results):
-        self._tokens += sum(len(result.tokens) for result in results)
+      case Delivered():
+        self._tokens += event.num_tokens
         self._progress.update(self._task, tokens=self._tokens)
       case Finished():
         self._progress.advance(self._task)

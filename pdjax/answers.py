@@ -23,7 +23,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pdjax.completions import Drafts
+from pdjax.completions import Completions, Drafts, Ended
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.events import Arrived, Event, Finished, Withdrawn
 from pdjax.serving.loop import Arrivals
@@ -77,7 +77,7 @@ class Answers:
     self._earlier_ids = {identity[0] for identity in self._earlier}
     self._expected: dict[str, None] = {}
     self._requests: dict[str, Request] = {}  # each sample that came, or is known to have come earlier, in that order
-    self._completions: dict[str, Completion] = {}
+    self._ended: dict[str, Ended | Completion] = {}  # completions, if they were there earlier
     self._now_s = 0.0
     self.num_earlier = 0
     self.unwritten: tuple[str, ...] = ()
@@ -104,10 +104,11 @@ class Answers:
     """Take notice of what happened next."""
     if isinstance(event, Arrived):
       self._requests |= {sample.id: sample for sample in event.request.samples()}
-    if (one := self._drafts.note(event)) is not None:
+    if (one := self._drafts.follow(event)) is not None:
       assert isinstance(event, Finished)
       self._now_s = event.now_s
       self._keep(one, event.now_s)
+      self._drafts.forget(event.request)
 
   def catch_up(self, events: Iterable[Event]) -> None:
     """Keep the missing answers of a log: an exception, such as that of a signal, may come in the middle of `note`."""
@@ -115,9 +116,16 @@ class Answers:
     for event in events:
       missed.note(event)
     self._requests |= missed._requests
-    for one in missed.completions:
-      if one.request.id not in self._completions:
-        self._keep(one, self._now_s)
+    for name in missed._names():
+      if name in missed._ended and name not in self._ended:
+        self._keep(missed._ended[name], self._now_s)
+
+  def note_again(self, event: Event) -> None:
+    """As `catch_up`, where the last event is all that there is of a log."""
+    if isinstance(event, Arrived) and event.request.id not in self._requests:
+      self.note(event)
+    if isinstance(event, Finished) and event.request not in self._ended:
+      self.note(event)
 
   def close(self) -> None:
     """Have the last lines on disk."""
@@ -132,6 +140,11 @@ class Answers:
       self._file.close()
 
   # -------------------------------------------------------------------------- what came of it
+
+  @property
+  def has_text(self) -> bool:
+    """Whether an answer without text is an empty one."""
+    return self._has_text
 
   @property
   def has_earlier(self) -> bool:
@@ -149,14 +162,15 @@ class Answers:
     return len(self._requests) > self.num_earlier
 
   @property
-  def completions(self) -> tuple[Completion, ...]:
+  def completions(self) -> Completions:
     """The completions of all samples that have ended, earlier ones included, in the order in which they came."""
-    return tuple(self._completions[name] for name in self._names() if name in self._completions)
+    return Completions([self._ended[name] for name in self._names() if name in self._ended])
 
   @property
-  def everyone(self) -> tuple[Completion, ...]:
+  def everyone(self) -> Completions:
     """The same with those that have not ended, whose error says so, with the tokens that they had by then."""
-    return tuple(self._completions.get(name) or self._drafts.unfinished(self._requests[name]) for name in self._names())
+    names = self._names()
+    return Completions([self._ended.get(name) or self._drafts.unfinished(self._requests[name]) for name in names])
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -176,10 +190,11 @@ class Answers:
       *(name for name in self._requests if name not in self._expected),
     ]
 
-  def _keep(self, one: Completion, now_s: float) -> None:
+  def _keep(self, one: Ended | Completion, now_s: float) -> None:
     if self._file is not None:  # the text is made on the thread that writes: a long answer takes milliseconds
-      self._file.add(functools.partial(answer_line, one), now_s)
-    self._completions[one.request.id] = one  # last: what `catch_up` finds here is in the file
+      whole = one.completion() if isinstance(one, Ended) else one
+      self._file.add(functools.partial(answer_line, whole), now_s)
+    self._ended[one.request.id] = one  # last: what `catch_up` finds here is in the file
 
   def _recall(self, sample: Request) -> Completion | None:
     """The earlier completion of a sample, counted from now on as an answer of this run; None if there is none."""
@@ -188,9 +203,11 @@ class Answers:
       return None
     if sample.id not in self._requests:
       self.num_earlier += 1
-      self._completions[sample.id] = _completion(sample, row)
-      self._requests[sample.id] = self._completions[sample.id].request
-    return self._completions[sample.id]
+      earlier = _completion(sample, row)
+      self._ended[sample.id] = earlier
+      self._requests[sample.id] = earlier.request
+    found = self._ended[sample.id]
+    return found.completion() if isinstance(found, Ended) else found
 
 
 # ---------------------------------------------------------------------------- the file

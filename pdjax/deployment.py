@@ -5,14 +5,14 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from pdjax.config import ServingConfig
 from pdjax.cost import Roofline, as_cost, size_pools
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE
-from pdjax.metrics import EventLog, Report
+from pdjax.metrics import EventLog, Report, RunLog, Timeline
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import make_report
 from pdjax.serving.built import Built
@@ -55,7 +55,7 @@ class Deployment:
     """Whether time is virtual, and tokens are placeholders."""
     return self.built.warm_up is None
 
-  def serve(self, arrivals: Arrivals, log: EventLog | None = None) -> Iterator[Event]:
+  def serve(self, arrivals: Arrivals, log: EventLog | RunLog | None = None) -> Iterator[Event]:
     """Start the clock, and serve requests with nothing left of earlier ones.
 
     An earlier service must have ended, or be closed (`Generator.close`); nothing that it left under way is heard or
@@ -91,7 +91,7 @@ class Deployment:
     return state
 
   def report(
-    self, events: Sequence[Event], completions: Sequence[Completion] = (), notes: Sequence[str] = ()
+    self, events: Iterable[Event] | Timeline, completions: Sequence[Completion] = (), notes: Sequence[str] = ()
   ) -> Report:
     """The report of what was served here, with the texts of its completions and these notes among its own."""
     return make_report(events, completions, self.config, self.opened, self.built, notes)
@@ -101,7 +101,7 @@ class Deployment:
     self.built.backend.close()
 
 
-def _logged(events: Iterator[Event], log: EventLog) -> Iterator[Event]:
+def _logged(events: Iterator[Event], log: EventLog | RunLog) -> Iterator[Event]:
   for event in events:
     log.append(event)
     yield event

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pdjax.answers import Answers
 from pdjax.config import ServingConfig
 from pdjax.deployment import BackendName, Say, calibrated, deploy
+from pdjax.metrics.run_log import LogName
 from pdjax.opened_model import OpenedModel, open_model
 from pdjax.recording import Recording, RunResult, Watch
 from pdjax.run_folder import ANSWERS, RunFolder, open_folder
@@ -27,6 +28,8 @@ def run(
   notes: Sequence[str] = (),
   answers: Answers | None = None,
   over: Callable[[], None] = lambda: None,
+  log: LogName = 'full',
+  keep_events: bool | None = None,
 ) -> RunResult:
   """Serve a config's workload on devices.
 
@@ -46,6 +49,10 @@ def run(
     notes: Sentences for the report, beside its own.
     answers: Collects what ends; None makes one, with the files `answers.jsonl` and in the end `requests.jsonl`.
     over: Called once the serving is over, well or not, before anything is closed or reported.
+    log: The part of the log that `workdir` gets: 'full' is `events.jsonl` and the files of the report (`report.json`,
+      `report.html`, `trace.json`, `metrics.prom`), 'summary' the report's alone, 'off' neither of them. `run.json`,
+      `answers.jsonl` and `requests.jsonl` are written all the same, and the result has a report.
+    keep_events: Keep all events in memory, as `RunResult.events`. None keeps those of fewer than 20,000 requests.
 
   Raises:
     ValueError: if the config does not fit the model, the devices or their memory, or has no workload, or if `workdir`
@@ -63,7 +70,7 @@ def run(
     if folder is not None and folder.resumed and arrivals.closed:
       folder = None  # nothing is left, and what is there is the run's
     deployment = deploy(config, opened, 'engine', say)
-    with Recording(deployment, folder, answers, notes, watch, over) as recording:
+    with Recording(deployment, folder, answers, notes, watch, over, log, keep_events) as recording:
       recording.follow(arrivals)
     return recording.result()
 
@@ -80,6 +87,8 @@ def simulate(
   notes: Sequence[str] = (),
   answers: Answers | None = None,
   over: Callable[[], None] = lambda: None,
+  log: LogName = 'full',
+  keep_events: bool | None = None,
 ) -> RunResult:
   """Serve a config's workload in virtual time, with the same loop, policy and state as `run`.
 
@@ -93,6 +102,8 @@ def simulate(
     notes: Sentences for the report, beside its own.
     answers: Collects what ends; None makes one without a file, as tokens of a simulation say nothing.
     over: Called once the run is over, well or not, before anything is reported.
+    log: The part of the log that `workdir` gets, as for `run`.
+    keep_events: Keep all events in memory, as for `run`.
 
   Raises:
     ValueError: if the config does not fit the model or the memory, or has no workload, or if `workdir` cannot be used.
@@ -104,7 +115,7 @@ def simulate(
       config = calibrated(config)
     arrivals = answers.left(opened.arrivals(config))
     deployment = deploy(config, opened, 'simulator', say)
-    with Recording(deployment, folder, answers, notes, watch, over) as recording:
+    with Recording(deployment, folder, answers, notes, watch, over, log, keep_events) as recording:
       recording.follow(arrivals)
     return recording.result()
 

@@ -8,12 +8,12 @@ import math
 import pathlib
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pdjax.config import ServingConfig
 from pdjax.cost import as_cost
-from pdjax.metrics import Report, draw
+from pdjax.metrics import Report, Timeline, draw
 from pdjax.metrics.counters import prometheus_text
 from pdjax.metrics.saving import write_each
 from pdjax.opened_model import OpenedModel
@@ -24,7 +24,7 @@ from pdjax.workload import Given
 
 
 def make_report(
-  events: Sequence[Event],
+  events: Iterable[Event] | Timeline,
   completions: Sequence[Completion],
   config: ServingConfig,
   opened: OpenedModel,
@@ -34,7 +34,7 @@ def make_report(
   """Every figure of a log.
 
   Args:
-    events: The log.
+    events: The log, or the timeline of one that was followed.
     completions: The completions of its requests, whose texts the report has.
     config: The run, its workload too.
     opened: The model.

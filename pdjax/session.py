@@ -7,24 +7,29 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pdjax.answers import answer_line
 from pdjax.completions import Drafts, complete
 from pdjax.config import ServingConfig
 from pdjax.deployment import Deployment, Say, choose_config, deploy
-from pdjax.metrics import EventLog, Report
+from pdjax.metrics import Report, RunLog, Timeline
 from pdjax.metrics.lines_file import LinesFile
+from pdjax.metrics.request_rows import NOBODY
+from pdjax.metrics.run_log import LogName
 from pdjax.opened_model import Prompt, open_model
 from pdjax.reporting import save_report
 from pdjax.run_folder import ANSWERS, EVENTS, RunFolder, open_folder
-from pdjax.serving.events import Arrived, Delivered, Event, Finished
+from pdjax.serving.events import Delivered, Event, Finished
 from pdjax.types.checked import Seed, checks_arguments
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
-from pdjax.workload import Given, Live, Seeded
+from pdjax.workload import Live, Seeded, Submitted
 
 _T = TypeVar('_T')
 
@@ -249,9 +254,12 @@ class Session:
       report, as from `run`; an earlier run in it is moved to the folder's name with a number. None writes nothing. What
       cannot be written, as on a full disk, is told in the log and in the report, and the session goes on.
     seed: The seed from which requests without one draw theirs, in the order of arrival; None takes the config's.
-    keep_events: Keep the log in memory, which `report` and `events` need. It grows by some hundred bytes a token, so a
-      session that runs for days rather does without; `events.jsonl` and `answers.jsonl` are written all the same. An id
-      is kept for ever, some hundred bytes a request, so that none is used twice.
+    log: The part of the log that there is. 'full' has a report, and `workdir` gets `events.jsonl` beside it; 'summary'
+      has a report, which takes some hundred bytes a request and eight bytes a step; 'off' has none of them, as a
+      session may that runs for days. `run.json` and `answers.jsonl` are written all the same. An id is kept for ever,
+      some hundred bytes a request, so that none is used twice.
+    keep_events: Keep all events in memory, for `events`; the texts of answers in the report are of them. None keeps
+      them, unless `log` is 'off', until 20,000 requests have come.
     say: Told in a line what is being done before the clock runs.
   """
 
@@ -263,13 +271,15 @@ class Session:
     checkpoint: str | None = None,
     workdir: str | pathlib.Path | None = None,
     seed: Seed | None = None,
-    keep_events: bool = True,
+    log: LogName = 'full',
+    keep_events: bool | None = None,
     say: Say = lambda line: None,
   ):
     self._config = config
     self._checkpoint = checkpoint
     self._workdir = workdir
     self._seed = seed
+    self._log_name = log
     self._keep_events = keep_events
     self._say = say
     self._lock = threading.Lock()
@@ -306,9 +316,10 @@ class Session:
       path = None
       if self._workdir is not None:
         folder = opened.enter_context(contextlib.closing(self._open_folder(self._workdir)))
-        path = folder.path / EVENTS
+        path = folder.path / EVENTS if self._log_name == 'full' else None
         self._answers = opened.enter_context(contextlib.closing(LinesFile(folder.path / ANSWERS, insist=True)))
-      self._log = opened.enter_context(contextlib.closing(EventLog(path, keep=self._keep_events)))
+      log = RunLog(path, self._keep_events, summarises=self._log_name != 'off')
+      self._log = opened.enter_context(contextlib.closing(log))
       self._deployment = self._deploy()
       self._live = Live(self._deployment.built.backend.interrupt)
       self._drafts = Drafts(self._has_text)
@@ -403,17 +414,17 @@ class Session:
 
   @property
   def events(self) -> tuple[Event, ...]:
-    """The log so far; empty with `keep_events=False`."""
-    return () if self._thread is None else tuple(self._log)
+    """The log so far; empty if it is not kept in memory, see `keep_events`."""
+    return () if self._thread is None else self._log.events
 
   def report(self) -> Report:
     """Every figure so far, or of the whole once it is closed; requests under way count as unfinished.
 
     Raises:
-      SessionError: if the session has not begun or keeps no events.
+      SessionError: if the session has not begun or has no log.
     """
-    if self._thread is None or not self._keep_events:
-      why = 'has not begun' if self._thread is None else 'keeps no events (keep_events=False)'
+    if self._thread is None or self._log_name == 'off':
+      why = 'has not begun' if self._thread is None else "has no log (log='off')"
       raise SessionError(f'the session {why}, so there is nothing to report.')
     return self._report()
 
@@ -506,17 +517,24 @@ class Session:
       entry.stream.cancel()
 
   def _report(self) -> Report:
-    deployment, events = self._deployment, self.events
-    requests = tuple(event.request for event in events if isinstance(event, Arrived))
-    config = dataclasses.replace(deployment.config, workload=Given(requests))  # what a simulation would be given
-    completions = complete(events, self._has_text)
+    timeline = self._log.timeline()
+    config = dataclasses.replace(self._deployment.config, workload=_submitted(timeline))
+    completions = complete(self._log.events, self._has_text)
     notes = (*self._log.notes, *(() if self._answers is None else self._answers.notes))
-    return dataclasses.replace(deployment, config=config).report(events, completions, notes)
+    return dataclasses.replace(self._deployment, config=config).report(timeline, completions, notes)
 
   def _save_report(self) -> None:
-    if self._workdir is not None and self._keep_events:
+    if self._workdir is not None and self._log_name != 'off':
       save_report(self._report(), self._workdir)
 
   def _close_at_exit(self) -> None:
     with contextlib.suppress(SessionError):
       self.close(cancel=True)
+
+
+def _submitted(timeline: Timeline) -> Submitted:
+  """The requests of a session, as a report tells of a workload."""
+  rows = timeline.requests.rows
+  times_s = rows['arrival_s'][rows['sample_of'] == NOBODY]
+  span_s = float(np.ptp(times_s)) if len(times_s) else 0.0
+  return Submitted(len(times_s), (len(times_s) - 1) / span_s if span_s else math.inf)

@@ -236,6 +236,11 @@ CARELESS = [
   ('a prompt of None', lambda: pdjax.generate([None], CONFIG), 'prompt 0: the prompt is None, expected a text'),
   ('a session of a path', lambda: pdjax.Session('smollm2'), r"Session\(\) is given config='smollm2', expected Serving"),
   ('events by a word', lambda: pdjax.Session(keep_events='no'), "keep_events='no', expected True or False"),
+  ('a log by another name', lambda: pdjax.simulate(CONFIG, log='x'), r"log='x', expected one of 'full', 'summary'"),
+  ('events of yes', lambda: pdjax.simulate(CONFIG, keep_events='yes'), "keep_events='yes', expected True or False"),
+  ('a log of nothing', lambda: pdjax.run(CONFIG, log=None), r"run\(\) is given log=None, expected one of 'full'"),
+  ('a session with half a log', lambda: pdjax.Session(log='half'), r"Session\(\) is given log='half', expected one of"),
+  ('a comparison without a log', lambda: pdjax.compare(CONFIG, log='off'), "log='off', expected one of 'full', 'sum"),
   ('a checkpoint by number', lambda: pdjax.load(5), r'open_checkpoint\(\) is given path=5, expected a text'),
   ('one override', lambda: apply_overrides(CONFIG, 'page_size=8'), r"overrides='page_size=8', .*; write \('page_size="),
   # sizes, with what they would take and what there is

@@ -22,6 +22,7 @@ from pdjax.engine.build import Built
 from pdjax.engine.engine import Engine
 from pdjax.engine.runner import Runner
 from pdjax.engine.worker import Worker
+from pdjax.metrics import run_log
 from pdjax.metrics.event_log import read_events
 from pdjax.opened_model import OpenedModel
 from pdjax.policies import Disaggregated
@@ -639,15 +640,36 @@ def test_the_report_can_be_had_at_any_time_and_the_folder_has_the_last(begin, tm
   )
 
 
-def test_a_session_without_a_log_in_memory_serves_and_writes_its_file(begin, tmp_path):
-  with begin(workdir=tmp_path, keep_events=False) as session:
+@pytest.mark.parametrize('log', ['full', 'summary', 'off'])
+def test_a_session_that_keeps_no_events_serves_and_has_of_its_log_what_was_asked_for(begin, tmp_path, log):
+  with begin(workdir=tmp_path, log=log, keep_events=False) as session:
     stream = session.submit(ask('a'))
     assert stream.result(WAIT_S).token_ids == expected(stream.request)
     assert session._open == {}
-  assert session.events == () and not (tmp_path / 'report.json').exists()
-  with pytest.raises(pdjax.SessionError, match='keeps no events'):
-    session.report()
-  assert '"Finished"' in (tmp_path / 'events.jsonl').read_text()
+  assert session.events == ()
+  found = {path.name for path in tmp_path.iterdir()}
+  reports = {'report.json', 'report.html', 'trace.json', 'metrics.prom'}
+  left = {'full': {'events.jsonl', *reports}, 'summary': reports, 'off': set()}[log]
+  assert found == {'run.json', 'answers.jsonl', *left}
+  if log == 'off':
+    with pytest.raises(pdjax.SessionError, match='has no log'):
+      session.report()
+  else:
+    assert session.report().completed == json.loads((tmp_path / 'report.json').read_text())['completed'] == 1
+  if log == 'full':
+    assert '"Finished"' in (tmp_path / 'events.jsonl').read_text()
+
+
+def test_a_session_lets_go_of_its_events_once_many_requests_have_come(begin, monkeypatch):
+  monkeypatch.setattr(run_log, 'MOST_KEPT', 3)
+  with begin() as session:
+    for name in 'ab':
+      session.submit(ask(name)).result(WAIT_S)
+    assert session.report().completed == 2 and session.events
+    session.submit(ask('c')).result(WAIT_S)
+    assert session.events == ()
+  report = session.report()
+  assert report.completed == 3 and report.timeline.requests.ids == ['a', 'b', 'c']
 
 
 @pytest.mark.parametrize('keep', [True, False])

@@ -9,7 +9,6 @@ import numpy as np
 from pdjax.comparison.systems import System
 from pdjax.metrics import Report
 from pdjax.metrics.wording import percent, short
-from pdjax.types.request import SLO
 
 RESAMPLES = 1000  # of the requests, to tell a difference from chance
 BLOCKS = 10  # of neighbours, that a resampled set is made of
@@ -31,15 +30,14 @@ class Outcomes:
 
   @classmethod
   def of(cls, report: Report) -> 'Outcomes':
-    done = [request if request.completed else None for request in report.timeline.requests]
+    requests = report.timeline.requests
 
-    def seconds(field: str) -> np.ndarray:
-      values = [None if request is None else getattr(request, field) for request in done]
-      return np.array([math.nan if value is None else value for value in values], np.float64)
+    def seconds(values_s: np.ndarray) -> np.ndarray:
+      return np.where(requests.completed, values_s, math.nan)
 
-    good = [request is not None and request.meets(request.slo or report.slo or SLO()) for request in done]
-    ids = tuple(request.id for request in report.timeline.requests)
-    return cls(ids, seconds('ttft_s'), seconds('tpot_s'), seconds('e2el_s'), np.array(good, np.float64))
+    good = requests.meets(report.slo).astype(np.float64)
+    ids = tuple(requests.ids)
+    return cls(ids, seconds(requests.ttft_s), seconds(requests.tpot_s), seconds(requests.e2el_s), good)
 
   def of_requests(self, ids: Sequence[str]) -> 'Outcomes':
     """Those of some of the requests, in this order."""

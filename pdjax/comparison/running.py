@@ -8,13 +8,14 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 from pdjax.comparison.contest import Case, Outcomes
 from pdjax.comparison.systems import System, at_rate, baselines, by_cluster, disaggregated_systems, with_split
 from pdjax.comparison.verdict import Comparison, case_json, places
 from pdjax.config import ServingConfig
 from pdjax.deployment import BackendName, Say, calibrated, deploy
-from pdjax.metrics import Report, Timeline
+from pdjax.metrics import Report, RunLog, Timeline
 from pdjax.metrics.event_log import EventLog
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.metrics.saving import write_each
@@ -47,6 +48,7 @@ def compare(
   calibrate: bool = False,
   opened: OpenedModel | None = None,
   over: Callable[[], None] = lambda: None,
+  log: Literal['full', 'summary'] = 'full',
 ) -> Comparison:
   """Serve a workload disaggregated and colocated, on the same devices and with the same KV memory.
 
@@ -63,12 +65,14 @@ def compare(
     splits: Splits to try instead of the config's own, see `with_split`. Each is compared with the baseline on as many
       devices as it takes.
     budgets: Tokens of one step to try, on both sides; see `colocated_systems`.
-    workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows; `cases.jsonl` gets the
-      figures of each case as it ends, and has them whatever becomes of the others.
+    workdir: Gets the files of `Comparison.save`, and the event logs of the two runs it shows, see `log`; `cases.jsonl`
+      gets the figures of each case as it ends, and has them whatever becomes of the others.
     say: Told in a line what is being done.
     calibrate: Measure this machine first and simulate with that (loads JAX).
     opened: The answer of `open_model`, if it was asked before.
     over: Called once the last case has ended, before anything is written but `cases.jsonl`.
+    log: With 'full' the two runs shown leave their `events.jsonl`, if they have fewer than 20,000 requests: all cases
+      are over before it is known which these are, and until then their events are in memory.
 
   Raises:
     ValueError: if a rate or split is not one, the workload has no rate, the config is colocated and there are no
@@ -87,13 +91,14 @@ def compare(
   theirs, missing = baselines(ours, opened.model, budgets)
   own = _rate(whole)
   shown = min(workloads, key=lambda workload: _distance(_rate(workload), own))
+  keeps = log == 'full' and workdir is not None
   cases: list[Case] = []
   full: dict[tuple[bool, int], tuple[int, Case, tuple[Event, ...]]] = {}  # the best of a side and number of devices
   with contextlib.ExitStack() as stack:
     ended = None if workdir is None else stack.enter_context(contextlib.closing(LinesFile(places(workdir)[0] / CASES)))
     for cluster in by_cluster([*ours, *theirs]):
       try:
-        for system, workload, report, events in _run_cluster(cluster, workloads, backend, opened, say):
+        for system, workload, report, events in _run_cluster(cluster, workloads, backend, opened, say, keeps):
           case = Case(system, _rate(workload), report, Outcomes.of(report))
           say(f'{system.name}{_at(case.rate)}: {_line(case)}')
           if ended is not None:
@@ -118,6 +123,8 @@ def compare(
   unwritten = list(comparison.save(workdir))
   for case, folder in zip(comparison.pair(_rate(shown)), places(workdir), strict=True):
     events = full[case.system.colocated, case.system.devices][2]
+    if not events:
+      continue
     unwritten += write_each({folder / EVENTS: functools.partial(_write_log, events)})
   return dataclasses.replace(comparison, unwritten=tuple(unwritten))
 
@@ -157,9 +164,14 @@ def _check_baselines(cases: Sequence[Case], missing: dict[str, str]) -> None:
 
 
 def _run_cluster(
-  cluster: Sequence[System], workloads: Sequence[Workload], backend: BackendName, opened: OpenedModel, say: Say
+  cluster: Sequence[System],
+  workloads: Sequence[Workload],
+  backend: BackendName,
+  opened: OpenedModel,
+  say: Say,
+  keeps: bool,
 ) -> Iterator[Run]:
-  """Serve every workload with every policy of a cluster, which is built once."""
+  """Serve every workload with every policy of a cluster, which is built once; of short runs the events may be kept."""
   try:
     one = deployment = deploy(cluster[0].config, opened, backend, say)
   except ValueError as error:
@@ -168,8 +180,10 @@ def _run_cluster(
     for workload in workloads:
       for system in cluster:
         one = dataclasses.replace(deployment, config=dataclasses.replace(system.config, workload=workload))
-        events = tuple(one.serve(opened.arrivals(one.config)))
-        yield system, workload, one.report(events), events
+        log = RunLog(keep_events=None if keeps else False, expected=workload.num_requests)
+        for event in one.serve(opened.arrivals(one.config)):
+          log.append(event)
+        yield system, workload, one.report(log.timeline()), log.events
   finally:
     deployment.close()
     del deployment, one

@@ -9,12 +9,14 @@ from pdjax.metrics.page import OverRate as OverRate
 from pdjax.metrics.page import save_html as save_html
 from pdjax.metrics.perfetto import save_trace as save_trace
 from pdjax.metrics.report import Report as Report
+from pdjax.metrics.run_log import RunLog as RunLog
 from pdjax.metrics.stats import Stats as Stats
 from pdjax.metrics.table import print_report as print_report
 from pdjax.metrics.table import render as render
 from pdjax.metrics.timeline import BusySpan as BusySpan
 from pdjax.metrics.timeline import HandOff as HandOff
 from pdjax.metrics.timeline import RequestTimeline as RequestTimeline
+from pdjax.metrics.timeline import Summary as Summary
 from pdjax.metrics.timeline import Timeline as Timeline
 from pdjax.metrics.timeline import read_timeline as read_timeline
 from pdjax.metrics.utilisation import Utilisation as Utilisation

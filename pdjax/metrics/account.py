@@ -1,12 +1,12 @@
 """The account of a run's time: the parts of the time to the first and to the second token, which sum to the whole."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from pdjax.metrics.numbers import digits_below
-from pdjax.metrics.timeline import RequestTimeline
+from pdjax.metrics.request_rows import RequestRows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,18 +31,13 @@ class Account:
   handoff_closes_s: float | None = None
 
   @classmethod
-  def of(cls, requests: Iterable[RequestTimeline]) -> 'Account':
-    """The account of these requests."""
-    ttfts: list[tuple[float, ...]] = []  # the parts, then the whole, in seconds
-    handoffs: list[tuple[float, ...]] = []
-    for request in requests:
-      if request.ttft_s is not None and request.queue_s is not None and request.prefill_s is not None:
-        ttfts.append((request.queue_s, request.prefill_s, request.ttft_s))
-      parts = request.handoff
-      if parts is not None and request.handoff_s is not None:
-        handoffs.append((parts.wait_s, parts.wire_s, parts.admit_s, parts.step_s, request.handoff_s))
-    queue, prefill, _, ttft_closes_s = _means(ttfts)
-    wait, wire, admit, step, _, handoff_closes_s = _means(handoffs, columns=5)
+  def of(cls, requests: RequestRows) -> 'Account':
+    """The account of those that completed."""
+    done = requests.completed
+    ttfts = np.stack([requests.queue_s, requests.prefill_s, requests.ttft_s], axis=1)
+    handoffs = np.column_stack([requests.handoff_parts_s, requests.handoff_s])
+    queue, prefill, _, ttft_closes_s = _means(ttfts[done])
+    wait, wire, admit, step, _, handoff_closes_s = _means(handoffs[done])
     return cls(queue, prefill, wait, wire, admit, step, ttft_closes_s, handoff_closes_s)
 
 
@@ -53,10 +48,10 @@ def sum_line(name: str, whole_ms: float | None, parts_ms: Mapping[str, float | N
   return f'{name} {figures[0]} = {" + ".join(map(" ".join, zip(parts_ms, figures[1:], strict=True)))} ms'
 
 
-def _means(rows: Sequence[tuple[float, ...]], columns: int = 3) -> tuple[float | None, ...]:
+def _means(table_s: np.ndarray) -> tuple[float | None, ...]:
   """Mean of each column in ms; then the largest amount by which the last is not the sum of the others, in s."""
-  if not rows:
-    return (None,) * (columns + 1)
-  table = np.asarray(rows, np.float64)
-  closes_s = np.abs(table[:, :-1].sum(axis=1) - table[:, -1]).max()
-  return (*(float(mean) * 1e3 for mean in table.mean(axis=0)), float(closes_s))
+  table_s = table_s[~np.isnan(table_s).any(axis=1)]
+  if not len(table_s):
+    return (None,) * (table_s.shape[1] + 1)
+  closes_s = np.abs(table_s[:, :-1].sum(axis=1) - table_s[:, -1]).max()
+  return (*(float(mean) * 1e3 for mean in table_s.mean(axis=0)), float(closes_s))

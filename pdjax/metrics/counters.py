@@ -19,7 +19,9 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `pdjax:kv_transfer_hidden_seconds_total` | seconds on the wire while the source computed prompts |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+
+import numpy as np
 
 from pdjax.metrics.timeline import Timeline
 from pdjax.metrics.transfers import TransferFigures
@@ -37,40 +39,39 @@ def counters(timeline: Timeline) -> dict[str, float]:
 
 def _series(timeline: Timeline) -> Iterator[tuple[str, float]]:
   figures = TransferFigures.of(timeline)
-  trips = [(span, span.trip) for span in timeline.spans if span.kind == 'transfer' and span.trip is not None]
-  wire_s = [trip.arrived_s - trip.wire_began_s for _, trip in trips]
-  yield from _summary('vllm:nixl_bytes_transferred', [span.wire_bytes for span, _ in trips])
-  yield from _summary('vllm:nixl_num_descriptors', [trip.pieces for _, trip in trips])
-  yield from _summary('vllm:nixl_xfer_time_seconds', wire_s)
-  yield from _summary('vllm:nixl_post_time_seconds', [trip.wire_began_s - span.began_s for span, trip in trips])
+  rows = timeline.spans.rows[timeline.spans.is_transfer]
+  rows = rows[rows['trip'] >= 0]
+  trips = timeline.spans.trips[rows['trip']]
+  began_s, ended_s = trips['wire_began_s'], trips['arrived_s']
+  yield from _summary('vllm:nixl_bytes_transferred', rows['wire_bytes'])
+  yield from _summary('vllm:nixl_num_descriptors', trips['pieces'])
+  yield from _summary('vllm:nixl_xfer_time_seconds', ended_s - began_s)
+  yield from _summary('vllm:nixl_post_time_seconds', began_s - rows['began_s'])
   yield 'vllm:nixl_num_failed_transfers_total', figures.failed
   yield 'vllm:num_preemptions_total', len(timeline.preemptions)
-  wires: dict[str, list[tuple[float, float]]] = {}
-  sizes: dict[str, int] = {}
-  for span, trip in trips:
-    name = span.requests[0]
-    wires.setdefault(name, []).append((trip.wire_began_s, trip.arrived_s))
-    sizes[name] = sizes.get(name, 0) + span.wire_bytes
-  latencies_s = {name: _covered_s(wire) for name, wire in wires.items()}
-  yield from _summary('sglang:kv_transfer_latency_ms', [1e3 * seconds for seconds in latencies_s.values()])
-  yield from _summary('sglang:kv_transfer_total_mb', [1e-6 * size for size in sizes.values()])
-  speeds = [1e-9 * sizes[name] / seconds for name, seconds in latencies_s.items() if seconds > 0]
-  yield from _summary('sglang:kv_transfer_speed_gb_s', speeds)
+  requests, which = np.unique(timeline.spans.first_named(rows), return_inverse=True)
+  latencies_s = _covered_s(which, began_s, ended_s, len(requests))
+  sizes = np.bincount(which, rows['wire_bytes'], len(requests))
+  yield from _summary('sglang:kv_transfer_latency_ms', 1e3 * latencies_s)
+  yield from _summary('sglang:kv_transfer_total_mb', 1e-6 * sizes)
+  yield from _summary('sglang:kv_transfer_speed_gb_s', 1e-9 * sizes[latencies_s > 0] / latencies_s[latencies_s > 0])
   yield 'sglang:num_transfer_failed_reqs_total', len(set(timeline.failed_transfers))
-  yield from _summary('pdjax:kv_transfer_queued_seconds', [span.began_s - span.submitted_s for span, _ in trips])
-  yield from _summary('pdjax:kv_transfer_admitting_seconds', [span.ended_s - trip.arrived_s for span, trip in trips])
+  yield from _summary('pdjax:kv_transfer_queued_seconds', rows['began_s'] - rows['submitted_s'])
+  yield from _summary('pdjax:kv_transfer_admitting_seconds', rows['ended_s'] - ended_s)
   yield 'pdjax:kv_transfer_hidden_seconds_total', figures.hidden_s
 
 
-def _covered_s(intervals: Sequence[tuple[float, float]]) -> float:
-  """Seconds that lie in any of the intervals."""
-  covered_s, until_s = 0.0, float('-inf')
-  for began_s, ended_s in sorted(intervals):
-    covered_s += max(0.0, ended_s - max(began_s, until_s))
-    until_s = max(until_s, ended_s)
-  return covered_s
+def _covered_s(which: np.ndarray, began_s: np.ndarray, ended_s: np.ndarray, count: int) -> np.ndarray:
+  """Seconds that lie in any of the intervals of each of so many requests; `which` is the one of an interval."""
+  order = np.lexsort((ended_s, began_s, which))
+  covered_s, owner, until_s = [0.0] * count, -1, 0.0
+  for one, start_s, stop_s in zip(which[order].tolist(), began_s[order].tolist(), ended_s[order].tolist(), strict=True):
+    until_s = until_s if one == owner else float('-inf')
+    covered_s[one] += max(0.0, stop_s - max(start_s, until_s))
+    owner, until_s = one, max(until_s, stop_s)
+  return np.array(covered_s)
 
 
-def _summary(name: str, values: Sequence[float]) -> Iterator[tuple[str, float]]:
-  yield f'{name}_sum', sum(values)
+def _summary(name: str, values: np.ndarray) -> Iterator[tuple[str, float]]:
+  yield f'{name}_sum', sum(values.tolist())
   yield f'{name}_count', len(values)

@@ -15,12 +15,14 @@ from pdjax.metrics.saving import write_each
 
 
 def draw(report: Report, folder: str | os.PathLike, beside: Beside | None = None) -> None:
-  """Write `report.html` and `trace.json` into a folder; where one cannot be made, warn and go on without it."""
+  """Write `report.html` and `trace.json` into a folder; where one cannot be made, warn and go on without it.
+
+  Of more steps and transfers than `MOST_TRACED` there is no trace, which a note of the report says.
+  """
   folder = pathlib.Path(folder)
-  saves: dict[str, Callable[[pathlib.Path], Any]] = {
-    'trace.json': lambda path: save_trace(report, path),
-    'report.html': lambda path: save_html(report, path, beside),
-  }
+  saves: dict[str, Callable[[pathlib.Path], Any]] = {'report.html': lambda path: save_html(report, path, beside)}
+  if report.timeline.spans.are_traced:
+    saves = {'trace.json': lambda path: save_trace(report, path), **saves}
   write_each({folder / name: functools.partial(_draw, save) for name, save in saves.items()})
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+from pdjax.metrics.request_rows import MOST_GAPS
 from pdjax.metrics.timeline import Timeline
 from pdjax.types.worker import WorkerSpec
 
@@ -34,14 +35,19 @@ def own_notes(
     yield 'Uncalibrated estimate: times rest on data sheets or guesses, not on measurements of this machine.'
   for absence in timeline.absences:
     yield _shortened(str(absence))
+  if not timeline.spans.are_traced:
+    yield f'There is no trace.json: {len(timeline.spans):,} steps and transfers are more than a viewer opens.'
   requests = timeline.requests
+  if not requests.gaps_are_told:
+    yield f'report.json has no single gaps between deltas (itls): they are more than {MOST_GAPS:,}.'
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))
   if others:
-    if any(request.completed for request in requests):
+    if requests.completed.any():
       yield f'Not every request completed ({others}); latencies and throughput are of those that did.'
     else:
       yield f'No request completed ({others}).'
-    errors = dict.fromkeys(request.error for request in requests if request.error and not request.completed)
+    told = (error for number, error in requests.errors.items() if not requests.completed[number])
+    errors = dict.fromkeys(filter(None, told))
     for error in itertools.islice(errors, _MOST_ERRORS):
       yield f'Error: {_shortened(error)}'
     if len(errors) > _MOST_ERRORS:

@@ -236,7 +236,7 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
   titles = [(run, '') for run in reports]
   if beside:
     titles = [(report, report.split), (beside.baseline, f'{beside.name}: {beside.detail}'.removesuffix(': '))]
-  kinds = {span.kind for run in reports for span in run.timeline.spans}
+  kinds = {kind for run in reports for kind in run.timeline.spans.kinds}
   if kinds:
     yield {
       'id': 'workers', 'title': 'What each worker did', 'over_time': True,
@@ -257,7 +257,7 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
       'legend': systems if beside else [],
       'charts': [
         _chart(charts.latency(*reports, metric=metric, names=[name for _, name in runs]), title)
-        for metric, (title, _) in charts.METRICS.items()
+        for metric, title in charts.METRICS.items()
       ],
     }  # fmt: skip
   if beside and beside.rows:
@@ -301,10 +301,11 @@ def _about_gantt(reports: Sequence[Report]) -> list[str]:
   slots_s = [slot_s for slot_s in map(charts.slot_seconds, reports) if slot_s is not None]
   if slots_s:
     orders = max(len(report.timeline.spans) for report in reports)
+    are_traced = all(report.timeline.spans.are_traced for report in reports)
+    traced = ' Every step is in trace.json, which ui.perfetto.dev opens.' if are_traced else ''
     lines.append(
       f'There were {orders:,} steps and transfers, too many to draw one by one: neighbours are merged into slots of '
-      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent. Every step is in '
-      'trace.json, which ui.perfetto.dev opens.'
+      f'{max(slots_s):.2g} s, and the height of a bar is the share of its slot that was spent.{traced}'
     )
   lines += [f'{line}.' for report in reports for line in report.return_lines()]
   return lines

@@ -27,6 +27,7 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   worker that takes another role has an instant there. For every transfer an arrow (a flow) leads from the step that
   computed the pages over the transfer to the first step that decodes the request.
   """
+  spans = list(report.timeline.spans)
   processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
   names = [_name('process_name', _REQUESTS, 0, 'requests')]
   for worker in report.workers:
@@ -34,20 +35,20 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
     label = f'{worker.name} ({worker.role.value}{" at first" if changes else ""}, tp={worker.tp})'
     names.append(_name('process_name', processes[worker.name], 0, label))
     names.append(_name('thread_name', processes[worker.name], _STEPS, 'steps'))
-  tracks = {span.order: (processes[span.worker], _STEPS) for span in report.timeline.spans if span.kind != 'transfer'}
+  tracks = {span.order: (processes[span.worker], _STEPS) for span in spans if span.kind != 'transfer'}
   threads = dict.fromkeys(processes, _STEPS)  # of each worker the last
-  for (source, target), lanes in _links(report.timeline.spans).items():
+  for (source, target), lanes in _links(spans).items():
     for number, lane in enumerate(lanes):
       threads[source] += 1
       thread = threads[source]
       label = f'KV to {target}' + (f' ({number + 1})' if number else '')
       names.append(_name('thread_name', processes[source], thread, label))
       tracks |= {span.order: (processes[source], thread) for span in lane}
-  events = [_slice(span, *tracks[span.order]) for span in report.timeline.spans]
+  events = [_slice(span, *tracks[span.order]) for span in spans]
   events += _counters(report, processes)
   events += [_instant(change, processes[change.worker]) for change in report.role_changes]
   slices = {event['args']['order']: event for event in events if event['ph'] == 'X'}
-  events += _flows(report.timeline.spans, slices)
+  events += _flows(spans, slices)
   return names + sorted(events, key=lambda event: event['ts'])
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from pdjax.metrics.account import Account, sum_line
 from pdjax.metrics.notes import own_notes
 from pdjax.metrics.numbers import number
+from pdjax.metrics.request_rows import NOBODY, RequestRows
 from pdjax.metrics.returns import WorkerReturn
 from pdjax.metrics.stats import Stats, ratio
-from pdjax.metrics.timeline import RequestTimeline, Timeline, read_timeline
+from pdjax.metrics.timeline import Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
 from pdjax.metrics.utilisation import Utilisation
 from pdjax.serving.events import Event, RoleChanged
@@ -135,7 +136,7 @@ class Report:
   @classmethod
   def from_events(
     cls,
-    events: Iterable[Event],
+    events: Iterable[Event] | Timeline,
     *,
     workers: Sequence[WorkerSpec],
     slo: SLO | None = None,
@@ -157,7 +158,7 @@ class Report:
     """Make the report of a run out of its log.
 
     Args:
-      events: The log.
+      events: The log, or the timeline of one that was followed as it came.
       workers: The cluster; each gets a line of utilisation.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
       notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
@@ -176,46 +177,45 @@ class Report:
       generated_texts: The text of each request's answer, by its id.
       date: The time it is made, by default now.
     """
-    timeline = read_timeline(events)
-    done = [request for request in timeline.requests if request.completed]
-    failed = len(timeline.requests) - len(done)
+    timeline = events if isinstance(events, Timeline) else read_timeline(events)
+    requests = timeline.requests
+    done = int(requests.completed.sum())
     duration_s = timeline.duration_s
-    prompts = {request.sample_of or request.id: request.prompt_len for request in done}  # samples share theirs
-    input_tokens, output_tokens = sum(prompts.values()), sum(request.num_tokens for request in done)
-    good = _num_good(done, timeline.requests, slo)
-    most_pieces, most_requests = _peaks(done)
-    finish_reasons = _finish_reasons(timeline.requests)
+    input_tokens, output_tokens = _input_tokens(requests), int(requests.rows['num_tokens'][requests.completed].sum())
+    good = _num_good(requests, slo)
+    most_pieces, most_requests = _peaks(requests)
+    finish_reasons = requests.finish_reasons()
     return cls(
       date=date or datetime.datetime.now().strftime('%Y%m%d-%H%M%S'),
       backend=backend,
       model_id=model_id,
       tokenizer_id=tokenizer_id,
-      num_prompts=len(timeline.requests),
+      num_prompts=len(requests),
       request_rate=request_rate,
       burstiness=burstiness,
       max_concurrency=max_concurrency,
       duration_s=duration_s,
-      completed=len(done),
-      failed=failed,
+      completed=done,
+      failed=len(requests) - done,
       total_input_tokens=input_tokens,
       total_output_tokens=output_tokens,
-      request_throughput=ratio(len(done), duration_s),
+      request_throughput=ratio(done, duration_s),
       request_goodput=None if good is None else ratio(good, duration_s),
-      goodput_share=None if good is None else ratio(good, len(timeline.requests)),
+      goodput_share=None if good is None else ratio(good, len(requests)),
       output_throughput=ratio(output_tokens, duration_s),
       total_token_throughput=ratio(input_tokens + output_tokens, duration_s),
       max_output_tokens_per_s=most_pieces,
       max_concurrent_requests=most_requests,
-      ttft=_stats(request.ttft_s for request in done),
-      tpot=_stats(request.tpot_s for request in done),
-      itl=_stats(itl for request in done for itl in request.itls_s),
-      e2el=_stats(request.e2el_s for request in done),
-      handoff=_stats(request.handoff_s for request in done),
-      account=Account.of(done),
-      host_lag=_stats(timeline.host_lags_s),
+      ttft=requests.distribution('ttft').stats,
+      tpot=requests.distribution('tpot').stats,
+      itl=requests.distribution('itl').stats,
+      e2el=requests.distribution('e2el').stats,
+      handoff=requests.distribution('handoff').stats,
+      account=Account.of(requests),
+      host_lag=Stats.of_seconds(timeline.host_lags_s),
       utilisation=tuple(Utilisation.of(worker, timeline) for worker in workers),
-      wire_bytes=sum(request.wire_bytes for request in timeline.requests),
-      num_transfers=sum(request.num_transfers for request in timeline.requests),
+      wire_bytes=int(requests.rows['wire_bytes'].sum()),
+      num_transfers=int(requests.rows['num_transfers'].sum()),
       transfers=TransferFigures.of(timeline),
       wasted_tokens=timeline.wasted_tokens,
       num_preemptions=len(timeline.preemptions),
@@ -288,7 +288,7 @@ class Report:
     Beyond these keys come the hand-off like any other latency, `account`, `utilisation` and what else the attributes
     name. An infinite rate is `'Infinity'`, as in every JSON file here, where vLLM writes `'inf'`.
     """
-    requests = self.timeline.requests
+    requests, rows = self.timeline.requests, self.timeline.requests.rows
     figures: dict[str, Any] = {
       'date': self.date,
       'backend': self.backend,
@@ -337,13 +337,13 @@ class Report:
       'notes': self.notes,
       'environment': self.environment,
       'config': self.config,
-      'input_lens': [request.prompt_len for request in requests],
-      'output_lens': [request.num_tokens if request.completed else 0 for request in requests],
-      'start_times': [request.arrival_s for request in requests],
-      'ttfts': [request.ttft_s or 0.0 for request in requests],
-      'itls': [request.itls_s for request in requests],
-      'generated_texts': [self.generated_texts.get(request.id, '') for request in requests],
-      'errors': [_error(request) for request in requests],
+      'input_lens': rows['prompt_len'].tolist(),
+      'output_lens': np.where(requests.completed, rows['num_tokens'], 0).tolist(),
+      'start_times': rows['arrival_s'].tolist(),
+      'ttfts': np.nan_to_num(requests.ttft_s).tolist(),
+      'itls': requests.all_itls_s(),
+      'generated_texts': [self.generated_texts.get(name, '') for name in requests.ids],
+      'errors': requests.reasons_of_failure(),
     }
     return plain_data(figures)
 
@@ -374,48 +374,44 @@ class Report:
     return '\n'.join([*lines, *self.return_lines(), *(f'note: {note}' for note in self.notes)])
 
 
-def _stats(values_s: Iterable[float | None]) -> Stats:
-  return Stats.of_seconds([value for value in values_s if value is not None])
+def _input_tokens(requests: RequestRows) -> int:
+  """Prompt tokens of those that completed, those of several samples counted once."""
+  done = requests.rows[requests.completed]
+  if (done['sample_of'] == NOBODY).all():
+    return int(done['prompt_len'].sum())
+  return sum({one.sample_of or one.id: one.prompt_len for one in requests if one.completed}.values())
 
 
-def _num_good(done: Sequence[RequestTimeline], everyone: Sequence[RequestTimeline], slo: SLO | None) -> int | None:
-  if slo is None and all(request.slo is None for request in everyone):
+def _num_good(requests: RequestRows, slo: SLO | None) -> int | None:
+  if slo is None and (requests.rows['slo'] == NOBODY).all():
     return None
-  return sum(request.meets(request.slo or slo or SLO()) for request in done)
+  return int(requests.meets(slo).sum())
 
 
-def _peaks(done: Sequence[RequestTimeline]) -> tuple[float, int]:
+def _peaks(requests: RequestRows) -> tuple[float, int]:
   """Most deltas in one second and most requests present during one, in whole seconds from the first arrival."""
-  done = [request for request in done if request.token_times_s]
-  if not done:
+  which = np.flatnonzero(requests.completed & (requests.rows['num_tokens'] > 0))
+  if not len(which):
     return 0.0, 0
-  start_s = min(request.arrival_s for request in done)
-  begins = np.floor([request.arrival_s - start_s for request in done])
-  ends = np.floor([request.token_times_s[-1] - start_s for request in done])
-  deltas = np.floor([time_s - start_s for request in done for time_s in request.delta_times_s])
+  done = requests.rows[which]
+  start_s = done['arrival_s'].min()
+  begins, ends = np.floor(done['arrival_s'] - start_s), np.floor(done['last_s'] - start_s)
   # Only seconds in which something changes: a run may have arrivals years apart.
-  seconds, which = np.unique(np.concatenate([begins, ends + 1]), return_inverse=True)
-  changes = np.bincount(which[: len(done)], minlength=len(seconds)) - np.bincount(
-    which[len(done) :], minlength=len(seconds)
+  seconds, place = np.unique(np.concatenate([begins, ends + 1]), return_inverse=True)
+  changes = np.bincount(place[: len(done)], minlength=len(seconds)) - np.bincount(
+    place[len(done) :], minlength=len(seconds)
   )
-  return float(np.unique(deltas, return_counts=True)[1].max()), int(np.cumsum(changes).max())
+  deltas, counts = np.empty(0), np.empty(0, np.int64)
+  for times_s, _ in requests.delta_times_s(which):
+    found, more = np.unique(np.floor(times_s - start_s), return_counts=True)
+    deltas, place = np.unique(np.concatenate([deltas, found]), return_inverse=True)
+    counts = np.bincount(place, np.concatenate([counts, more]), len(deltas)).astype(np.int64)
+  return float(counts.max()), int(np.cumsum(changes).max())
 
 
 def _role_change(change: RoleChanged) -> dict[str, Any]:
   drained_s = change.now_s - change.asked_s
   return {'worker': change.worker, 'at': change.now_s, 'drained': drained_s, 'from': change.before, 'to': change.role}
-
-
-def _finish_reasons(requests: Iterable[RequestTimeline]) -> dict[str, int]:
-  counts: dict[str, int] = {}
-  for request in requests:
-    reason = request.finish_reason or 'unfinished'
-    counts[reason] = counts.get(reason, 0) + 1
-  return counts
-
-
-def _error(request: RequestTimeline) -> str:
-  return '' if request.completed else request.error or request.finish_reason or 'unfinished'
 
 
 def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The time that transfers took and the part of it that was hidden, from the timeline of a run."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from pdjax.metrics.span_rows import SpanRows
 from pdjax.metrics.stats import Stats
-from pdjax.metrics.timeline import BusySpan, Timeline
+from pdjax.metrics.timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,36 +48,35 @@ class TransferFigures:
   @classmethod
   def of(cls, timeline: Timeline) -> 'TransferFigures':
     """The figures of a run."""
-    spans = [span for span in timeline.spans if span.kind == 'transfer' and span.trip is not None]
-    trips = [(span, span.trip) for span in spans if span.trip is not None]
+    rows = timeline.spans.rows[timeline.spans.is_transfer]
+    rows = rows[rows['trip'] >= 0]
+    trips = timeline.spans.trips[rows['trip']]
+    wire_s = trips['arrived_s'] - trips['wire_began_s']
     return cls(
-      count=len(spans),
+      count=len(rows),
       failed=len(timeline.failed_transfers),
-      bytes=sum(span.wire_bytes for span in spans),
-      pieces=sum(trip.pieces for _, trip in trips),
-      queued=Stats.of_seconds([span.began_s - span.submitted_s for span in spans]),
-      posted=Stats.of_seconds([trip.wire_began_s - span.began_s for span, trip in trips]),
-      wire=Stats.of_seconds([trip.arrived_s - trip.wire_began_s for _, trip in trips]),
-      admitting=Stats.of_seconds([span.ended_s - trip.arrived_s for span, trip in trips]),
-      wire_s=sum(trip.arrived_s - trip.wire_began_s for _, trip in trips),
-      hidden_s=_hidden_s(spans, timeline.spans),
+      bytes=int(rows['wire_bytes'].sum()),
+      pieces=int(trips['pieces'].sum()),
+      queued=Stats.of_seconds(rows['began_s'] - rows['submitted_s']),
+      posted=Stats.of_seconds(trips['wire_began_s'] - rows['began_s']),
+      wire=Stats.of_seconds(wire_s),
+      admitting=Stats.of_seconds(rows['ended_s'] - trips['arrived_s']),
+      wire_s=sum(wire_s.tolist()),
+      hidden_s=_hidden_s(rows, trips, timeline.spans),
     )
 
 
-def _hidden_s(transfers: Sequence[BusySpan], spans: Iterable[BusySpan]) -> float:
+def _hidden_s(transfers: np.ndarray, trips: np.ndarray, spans: SpanRows) -> float:
   """Seconds on the wire in which the source of a transfer computed prompts; steps of one worker never overlap."""
-  computing: dict[str, list[tuple[float, float]]] = {}
-  for span in spans:
-    if span.kind in ('prefill', 'fused'):
-      computing.setdefault(span.worker, []).append((span.began_s, span.ended_s))
-  wires: dict[str, list[tuple[float, float]]] = {}
-  for span in transfers:
-    if span.trip is not None and span.worker in computing:
-      wires.setdefault(span.worker, []).append((span.trip.wire_began_s, span.trip.arrived_s))
+  computing = spans.rows[spans.of_kind('prefill') | spans.of_kind('fused')]
   hidden_s = 0.0
-  for worker, wire in wires.items():
-    edges_s = np.sort(np.array(computing[worker]), axis=0).ravel()  # begin, end, begin, end ...
+  for worker in dict.fromkeys(transfers['worker'].tolist()):
+    own = computing[computing['worker'] == worker]
+    if not len(own):
+      continue
+    wires = trips[transfers['worker'] == worker]
+    edges_s = np.sort(np.stack([own['began_s'], own['ended_s']], axis=1), axis=0).ravel()  # begin, end, begin ...
     busy_s = np.concatenate([[0.0], np.cumsum(np.diff(edges_s) * (np.arange(len(edges_s) - 1) % 2 == 0))])
-    began_s, arrived_s = (np.interp(times_s, edges_s, busy_s) for times_s in np.array(wire).T)
+    began_s, arrived_s = (np.interp(wires[name], edges_s, busy_s) for name in ('wire_began_s', 'arrived_s'))
     hidden_s += float((arrived_s - began_s).sum())
   return hidden_s

@@ -1,10 +1,11 @@
 """The time that each worker of a run was busy."""
 
 import dataclasses
-from collections.abc import Iterable
+
+import numpy as np
 
 from pdjax.metrics.stats import ratio
-from pdjax.metrics.timeline import BusySpan, Timeline
+from pdjax.metrics.timeline import Timeline
 from pdjax.types.worker import Role, WorkerSpec
 
 
@@ -27,27 +28,30 @@ class Utilisation:
   @classmethod
   def of(cls, worker: WorkerSpec, timeline: Timeline) -> 'Utilisation':
     """The utilisation of this worker."""
-    steps = [span for span in timeline.spans if span.worker == worker.name and span.kind != 'transfer']
-    transfers = [s for s in timeline.spans if s.kind == 'transfer' and worker.name in (s.worker, s.target)]
+    spans = timeline.spans
+    steps = spans.of_worker(worker.name) & ~spans.is_transfer
+    transfers = (spans.of_worker(worker.name) & spans.is_transfer) | spans.to_worker(worker.name)
 
-    def share(spans: Iterable[BusySpan]) -> float | None:
-      return ratio(_covered_s(spans, timeline.start_s, timeline.end_s), timeline.duration_s)
+    def share(which: np.ndarray) -> float | None:
+      rows = spans.rows[which]
+      covered_s = _covered_s(rows['began_s'], rows['ended_s'], timeline.start_s, timeline.end_s)
+      return ratio(covered_s, timeline.duration_s)
 
     return cls(
       worker=worker.name,
       role=worker.role,
       busy=share(steps),
-      prefill=share(span for span in steps if span.kind == 'prefill'),
-      decode=share(span for span in steps if span.kind == 'decode'),
-      fused=share(span for span in steps if span.kind == 'fused'),
+      prefill=share(steps & spans.of_kind('prefill')),
+      decode=share(steps & spans.of_kind('decode')),
+      fused=share(steps & spans.of_kind('fused')),
       transfer=share(transfers),
     )
 
 
-def _covered_s(spans: Iterable[BusySpan], start_s: float, end_s: float) -> float:
+def _covered_s(began_s: np.ndarray, ended_s: np.ndarray, start_s: float, end_s: float) -> float:
   """Seconds between start and end that lie in at least one span."""
-  covered_s, reached_s = 0.0, start_s
-  for began_s, ended_s in sorted((span.began_s, min(span.ended_s, end_s)) for span in spans):
-    covered_s += max(0.0, ended_s - max(began_s, reached_s))
-    reached_s = max(reached_s, ended_s)
-  return covered_s
+  ended_s = np.minimum(ended_s, end_s)
+  order = np.lexsort((ended_s, began_s))
+  began_s, ended_s = began_s[order], ended_s[order]
+  reached_s = np.maximum.accumulate(np.concatenate([[start_s], ended_s]))[:-1]
+  return float(np.cumsum(np.concatenate([[0.0], np.maximum(0.0, ended_s - np.maximum(began_s, reached_s))]))[-1])

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from pdjax.metrics.numbers import number as number
 from pdjax.metrics.numbers import percent as percent
 from pdjax.metrics.numbers import plain as plain
@@ -79,8 +81,8 @@ def sentences(report: Report) -> Iterator[str]:
   if report.completed >= 100:
     slow = f'one in a hundred took more than {short(report.ttft.p99_ms)} ms'
   else:
-    first_s = [request.ttft_s for request in report.timeline.requests if request.completed]
-    slow = f'the slowest took {short(max(seconds for seconds in first_s if seconds is not None) * 1e3)} ms'
+    requests = report.timeline.requests
+    slow = f'the slowest took {short(float(np.nanmax(requests.ttft_s[requests.completed])) * 1e3)} ms'
   further = (
     '' if report.tpot.p50_ms is None else f'; each further token took {short(report.tpot.p50_ms)} ms in the median'
   )

@@ -218,6 +218,13 @@ class Delivered:
     return (*self.late_firsts, *(result for row, result in decoded if row in self.late_rows))
 
   @property
+  def num_tokens(self) -> int:
+    """Tokens that were delivered."""
+    decoded = 0 if self.decoded is None else self.decoded.num_tokens()
+    late_rows = 0 if self.decoded is None else sum(int(self.decoded.counts[row]) for row in self.late_rows)
+    return sum(len(result.tokens) for result in self.firsts) + decoded - late_rows
+
+  @property
   def num_late_tokens(self) -> int:
     """Tokens that came too late."""
     return sum(len(result.tokens) for result in self.late)

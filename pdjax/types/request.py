@@ -143,6 +143,7 @@ class SLO:
 
 
 _NOTHING = object()
+_SEQUENCES: set[type] = set()  # without a dtype, whose tokens are not looked at: what holds of one holds of all
 _walked: Any = _NOTHING  # the prompt that was looked through last: copies of a request have the same one
 
 
@@ -161,6 +162,8 @@ def _fit_prompt(prompt: Any) -> Sequence[int]:
       raise Misfit(prompt, 'at least one token', remedy='give it some text')
     _walked = prompt if isinstance(prompt, tuple) else _NOTHING
     return prompt
+  if type(prompt) in _SEQUENCES and len(prompt):
+    return prompt
   if isinstance(prompt, str):
     raise Misfit(prompt, 'a sequence of token ids', remedy='tokenize it first')
   dtype = getattr(prompt, 'dtype', None)
@@ -173,6 +176,8 @@ def _fit_prompt(prompt: Any) -> Sequence[int]:
     raise Misfit(prompt, 'a sequence of token ids')
   if len(prompt) == 0:
     raise Misfit(prompt, 'at least one token', remedy='give it some text')
+  if dtype is None:
+    _SEQUENCES.add(type(prompt))
   return prompt
 
 
@@ -217,7 +222,8 @@ class Request:
 
   def __post_init__(self):
     check_fields(self)
-    check_text(self.id, 'the id of a request')
+    if not self.id.isascii():
+      check_text(self.id, 'the id of a request')
     if self.session is not None:
       check_text(self.session, 'the session of a request')
 

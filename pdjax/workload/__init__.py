@@ -15,11 +15,11 @@ from pdjax.workload.requests_file import (
 from pdjax.workload.seeds import Seeded
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson
 from pdjax.workload.tokens import RandomTokens
-from pdjax.workload.workload import Given, Workload, WorkloadContext
+from pdjax.workload.workload import Given, Submitted, Workload, WorkloadContext
 
 __all__ = [
   'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed',
   'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row', 'Seeded',
-  'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'outcomes', 'read_requests', 'read_rows',
+  'Submitted', 'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'outcomes', 'read_requests', 'read_rows',
   'write_completions',
 ]  # fmt: skip

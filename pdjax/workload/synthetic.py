@@ -99,6 +99,12 @@ class _Sampled:
       )
 
 
+def _seed_of(sampling: SamplingParams) -> int:
+  """The seed of a request, which its prompt shares."""
+  assert sampling.seed is not None
+  return sampling.seed
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Independent(_Sampled):
   """Requests that have nothing to do with each other.
@@ -128,7 +134,7 @@ class _Independent(_Sampled):
     requests, output_lens = [], {}
     for index, arrival_s in enumerate(arrivals_s):
       sampling = self._random_sampling(index)
-      prompt = RandomTokens(self.prompt.sample(prompt_rng), context.vocab_size, self._request_seed(index))
+      prompt = RandomTokens(self.prompt.sample(prompt_rng), context.vocab_size, _seed_of(sampling))
       requests.append(Request(f'request-{index}', prompt, sampling, arrival_s, self.slo))
       output_lens[requests[-1].id] = self.output.sample(output_rng)
     return requests, output_lens
@@ -272,7 +278,7 @@ class MultiTurn(_Sampled):
       for turn in range(num_turns):
         length = (self.user if turn else self.prompt).sample(prompt_rng)
         sampling = self._random_sampling(index)
-        user = RandomTokens(length, context.vocab_size, self._request_seed(index))
+        user = RandomTokens(length, context.vocab_size, _seed_of(sampling))
         turns.append(ChatTurn(user, sampling, self.output.sample(output_rng)))
         index += 1
       chats.append(Chat(f'chat-{chat}', tuple(turns), start_s, self.slo))

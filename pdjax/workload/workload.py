@@ -104,5 +104,33 @@ class Given:
     return Listed(self.requests)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submitted:
+  """Requests that came as somebody submitted them, of which no more is known than a report says.
+
+  Attributes:
+    num_requests: The number of them.
+    request_rate: Requests per second between the first and the last; infinite if all came at once.
+  """
+
+  num_requests: int
+  request_rate: float
+
+  @property
+  def burstiness(self) -> None:
+    return None
+
+  @property
+  def max_concurrency(self) -> None:
+    return None
+
+  @property
+  def seed(self) -> None:
+    return None
+
+  def arrivals(self, context: WorkloadContext) -> Arrivals:
+    raise ValueError('requests that were submitted do not come again; give them as Given(requests).')
+
+
 def _shortened(text: str, width: int = 40) -> str:
   return text if len(text) <= width else text[: width - 1] + '…'

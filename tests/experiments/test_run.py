@@ -110,6 +110,22 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
   assert 'Uncalibrated estimate' in done.stdout
 
 
+@pytest.mark.parametrize('log', ['full', 'summary', 'off'])
+def test_the_log_that_was_asked_for_is_left_and_no_other(answered, tmp_path, log):
+  file = tmp_path / 'in.jsonl'
+  file.write_text('{"prompt_token_ids": [3], "max_tokens": 4}\n')
+  config = '--config=tests/experiments/tiny_config.py'
+  status, said, printed = answered(
+    config, '--backend=simulator', f'--requests={file}', f'--workdir={tmp_path / "out"}', f'--log={log}'
+  )
+  assert status == 0, said
+  found = {path.name for path in (tmp_path / 'out').iterdir()}
+  reports = {'report.json', 'report.html', 'trace.json', 'metrics.prom'}
+  left = {'full': {'events.jsonl', *reports}, 'summary': reports, 'off': set()}[log]
+  assert found == {'run.json', 'answers.jsonl', 'requests.jsonl', *left} and '1 of 1 requests completed' in printed
+  assert json.loads((tmp_path / 'out' / 'run.json').read_text())['command']['log'] == log
+
+
 @pytest.mark.parametrize(
   ('arguments', 'words'),
   [
@@ -146,6 +162,8 @@ def test_a_simulation_runs_from_the_command_line_and_says_that_it_is_uncalibrate
     ([*SIMULATED, '--compare', '--rates=1,fast'], ['--rates=1,fast', 'numbers']),
     ([*SIMULATED, '--rates=1,2'], ['--rates', '--compare']),
     (['--config=configs/smollm2_cpu.py', '--compare', '--prompt=Hi'], ['--compare', '--prompt']),
+    ([*SIMULATED, '--log=half'], ['--log=half', 'full|summary|off']),
+    ([*SIMULATED, '--compare', '--log=off'], ['--log=off', '--log=summary']),
   ],
 )
 def test_bad_input_is_answered_in_one_clear_line(answered, arguments, words):

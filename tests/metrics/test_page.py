@@ -1,5 +1,6 @@
 """The page: what is on it, how large it is, and that a browser shows it without a complaint."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -73,8 +74,9 @@ def test_charts_over_time_move_together(window, long_page):
 
 @pytest.mark.parametrize('longer_first', [True, False])
 def test_the_whole_run_is_that_of_the_longest(window, few_requests, colocated, tmp_path, longer_first):
-  late = colocated.timeline.requests[-1].finished_s + 7.0
-  requests = (*colocated.timeline.requests[:-1], dataclasses.replace(colocated.timeline.requests[-1], finished_s=late))
+  requests = copy.copy(colocated.timeline.requests)
+  requests.rows = requests.rows.copy()
+  requests.rows['finished_s'][-1] += 7.0
   timeline = dataclasses.replace(colocated.timeline, requests=requests)
   longer = dataclasses.replace(colocated, timeline=timeline, duration_s=timeline.duration_s)
   runs = (longer, few_requests) if longer_first else (few_requests, longer)

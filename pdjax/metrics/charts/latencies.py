@@ -1,6 +1,6 @@
 """Latencies as curves: the share of requests, or of gaps, that took at most so long."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,20 +10,17 @@ from pdjax.metrics.charts.rows import table, to_digits
 from pdjax.metrics.charts.style import FIGURE, finish
 from pdjax.metrics.charts.systems import named, system_scales
 from pdjax.metrics.report import Report
-from pdjax.metrics.timeline import RequestTimeline
 
 if TYPE_CHECKING:
   import altair as alt
 
-METRICS: dict[str, tuple[str, Callable[[RequestTimeline], Iterable[float | None]]]] = {
-  'ttft': ('Time to first token', lambda request: (request.ttft_s,)),
-  'tpot': ('Time per output token', lambda request: (request.tpot_s,)),
-  'itl': ('Inter-token latency: delta to delta', lambda request: request.itls_s),
-  'e2el': ('End-to-end latency', lambda request: (request.e2el_s,)),
-  'handoff': ('Hand-off: first to second token', lambda request: (request.handoff_s,)),
+METRICS = {
+  'ttft': 'Time to first token',
+  'tpot': 'Time per output token',
+  'itl': 'Inter-token latency: delta to delta',
+  'e2el': 'End-to-end latency',
+  'handoff': 'Hand-off: first to second token',
 }
-
-_MAX_POINTS = 200  # of one curve
 
 
 def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -> 'alt.LayerChart':
@@ -41,18 +38,18 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
 
   if metric not in METRICS:
     raise ValueError(f'metric {metric!r} is unknown; choose one of {", ".join(METRICS)}.')
-  title, _ = METRICS[metric]
   curves, dots = [], []
   systems = named(reports, names)
   for name, report in systems.items():
-    values_ms = _values_ms(report, metric)
-    if not len(values_ms):
+    found = report.timeline.requests.distribution(metric)
+    if not len(found.curve_ms):
       continue
-    shares = np.linspace(0, 1, max(min(len(values_ms), _MAX_POINTS), 2))
-    points = np.quantile(values_ms, shares)
-    curves += [{'system': name, 'ms': to_digits(x), 'share': round(y, 4)} for x, y in zip(points, shares, strict=True)]
+    shares = np.linspace(0, 1, len(found.curve_ms))
+    curves += [
+      {'system': name, 'ms': to_digits(x), 'share': round(y, 4)} for x, y in zip(found.curve_ms, shares, strict=True)
+    ]
     for percent in (50, 90, 99):
-      value = float(np.percentile(values_ms, percent))
+      value = getattr(found.stats, f'p{percent}_ms')
       dots.append({'system': name, 'ms': to_digits(value), 'share': percent / 100, 'percentile': f'p{percent}'})
   longest = _longest_ms(reports, metric)
   x = alt.X('ms:Q', title='ms', scale=alt.Scale(domain=[0, longest], nice=False), axis=alt.Axis(tickCount=5))
@@ -81,7 +78,7 @@ def latency(*reports: Report, metric: str = 'ttft', names: Sequence[str] = ()) -
   if limit is not None and drawn:
     rule = alt.Chart(table([{'ms': limit, 'what': f'limit {wording.plain(limit)} ms'}]))
     layers.append(rule.mark_rule(strokeDash=[3, 3]).encode(x='ms:Q', tooltip=alt.Tooltip('what:N', title='limit')))
-  return finish(alt.layer(*layers), title, height=170)
+  return finish(alt.layer(*layers), METRICS[metric], height=170)
 
 
 def limit_ms(*reports: Report, metric: str) -> tuple[float | None, bool]:
@@ -92,11 +89,5 @@ def limit_ms(*reports: Report, metric: str) -> tuple[float | None, bool]:
 
 def _longest_ms(reports: Iterable[Report], metric: str) -> float:
   """The end of the axis of a latency: a little beyond the longest p99."""
-  every = [values_ms for report in reports if len(values_ms := _values_ms(report, metric))]
-  return max((float(np.percentile(values_ms, 99)) * 1.08 for values_ms in every), default=0.0) or 1.0
-
-
-def _values_ms(report: Report, metric: str) -> np.ndarray:
-  done = [request for request in report.timeline.requests if request.completed]
-  _, of = METRICS[metric]
-  return np.sort([value * 1e3 for request in done for value in of(request) if value is not None])
+  every = [report.timeline.requests.distribution(metric).stats.p99_ms for report in reports]
+  return max((p99_ms * 1.08 for p99_ms in every if p99_ms is not None), default=0.0) or 1.0

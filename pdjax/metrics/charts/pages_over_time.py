@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pdjax.metrics.charts.rows import rounding, table
 from pdjax.metrics.charts.style import MAX_BARS, SECONDS, finish, lane_axis, time_axis, zoom_parameters
 from pdjax.metrics.colours import PHASES, WAITING
+from pdjax.metrics.occupancy_rows import OccupancyRows
 from pdjax.metrics.report import Report
 from pdjax.types.worker import Role
 
@@ -63,25 +64,22 @@ class _Level:
 def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str, Any]], list[list[str]]]:
   """The rectangles of pages in use, and each row's label in lines."""
   start_s, end_s, rounded = report.timeline.start_s, report.timeline.end_s, rounding(report)
-  changes: dict[str, list[tuple[float, int, int | None]]] = {worker.name: [] for worker in report.workers}
-  changes[_WAITING] = [(now.now_s, now.waiting, None) for now in report.timeline.occupancy]
-  for now in report.timeline.occupancy:
-    for use in now.workers:
-      changes[use.worker].append((now.now_s, use.pages, use.decoding))
+  occupancy = report.timeline.occupancy
+  names = [worker.name for worker in report.workers]
   peaks = _peaks(report)
-  if not peaks[_WAITING]:
-    del changes[_WAITING]
+  if peaks[_WAITING]:
+    names.append(_WAITING)
   sizes, workers = _pool_sizes(report), {worker.name: worker for worker in report.workers}
   together = [report, *beside]
   shares = (_peaks(run)[name] / size for run in together for name, size in _pool_sizes(run).items())
   fullest = max(shares, default=0.0) or 1.0
   most_waiting = max(_peaks(run)[_WAITING] for run in together)
   bars, labels = [], []
-  for row, (name, seen) in enumerate(changes.items()):
+  for row, name in enumerate(names):
     size = sizes.get(name)
     highest = size * fullest if size is not None else most_waiting if name == _WAITING else peaks[name]
     labels.append([name, f'peak {peaks[name]:,}' + (f' of {size:,}' if size is not None else '')])
-    for level in _highest(_levels(seen, end_s), MAX_BARS // len(changes)):
+    for level in _highest(_levels(_changes(occupancy, name), end_s), MAX_BARS // len(names)):
       role = _WAITING if name == _WAITING else report.timeline.role(workers[name], level.at_s).value
       bar = {
         'worker': name, 'role': role, 'a': rounded(level.at_s - start_s), 'b': rounded(level.until_s - start_s),
@@ -94,12 +92,17 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
 
 def _peaks(report: Report) -> dict[str, int]:
   """The most pages that each worker ever had in use, and the most prompts that ever waited."""
-  peaks = dict.fromkeys([*(worker.name for worker in report.workers), _WAITING], 0)
-  for now in report.timeline.occupancy:
-    peaks[_WAITING] = max(peaks[_WAITING], now.waiting)
-    for use in now.workers:
-      peaks[use.worker] = max(peaks[use.worker], use.pages)
-  return peaks
+  occupancy = report.timeline.occupancy
+  pages = {worker.name: occupancy.of_worker(worker.name)['pages'] for worker in report.workers}
+  most = {name: int(used.max(initial=0)) for name, used in pages.items()}
+  return most | {_WAITING: int(occupancy.rows['waiting'].max(initial=0))}
+
+
+def _changes(occupancy: OccupancyRows, name: str) -> list[tuple[float, int, int | None]]:
+  """The changes of a worker's pages, or of the prompts that waited: time, number, and sequences that decode."""
+  if name == _WAITING:
+    return [(now_s, waiting, None) for now_s, waiting, _ in occupancy.rows.tolist()]
+  return [(now_s, pages, decoding) for now_s, _, pages, decoding in occupancy.of_worker(name).tolist()]
 
 
 def _pool_sizes(report: Report) -> dict[str, int]:

@@ -10,12 +10,12 @@ from pdjax.metrics.charts.rows import rounding, some_of, table, to_digits
 from pdjax.metrics.charts.style import FIGURE, MAX_BARS, SECONDS, finish, lane_axis, time_axis, zoom_parameters
 from pdjax.metrics.colours import PHASES
 from pdjax.metrics.report import Report
-from pdjax.metrics.timeline import BusySpan
+from pdjax.metrics.span_rows import SpanKind, SpanRows
 
 if TYPE_CHECKING:
   import altair as alt
 
-_STACK = ('prefill', 'fused', 'decode')
+_STACK: tuple[SpanKind, ...] = ('prefill', 'fused', 'decode')
 
 
 def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
@@ -73,12 +73,12 @@ def slot_seconds(report: Report) -> float | None:
 
 
 def _num_bars(report: Report) -> int:
-  return sum(2 if span.kind == 'transfer' else 1 for span in report.timeline.spans)
+  spans = report.timeline.spans
+  return len(spans) + int(spans.is_transfer.sum())
 
 
 def _num_slots(report: Report) -> int:
-  kinds = {span.kind for span in report.timeline.spans}
-  return max(MAX_BARS // (len(report.workers) * max(len(kinds), 1)), 100)
+  return max(MAX_BARS // (len(report.workers) * max(len(report.timeline.spans.kinds), 1)), 100)
 
 
 def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -116,20 +116,21 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """The same for a long run: per slot of time and phase one rectangle as high as the share of time it took."""
   edges_s = np.linspace(report.timeline.start_s, report.timeline.end_s, _num_slots(report) + 1)
   width_s = edges_s[1] - edges_s[0]
+  spans = report.timeline.spans
   steps, transfers = [], []
   for row, worker in enumerate(report.workers):
     base = np.full(len(edges_s) - 1, row + 0.72)
     for kind in _STACK:
-      spans = [span for span in report.timeline.spans if span.worker == worker.name and span.kind == kind]
-      for slot, share, bar in _shares(spans, edges_s):
+      which = np.flatnonzero(spans.of_worker(worker.name) & spans.of_kind(kind))
+      for slot, share, bar in _shares(spans, which, edges_s):
         top = base[slot] - 0.62 * share
         steps.append(bar | {'worker': worker.name, 'kind': kind, 'lo': round(top, 4), 'hi': round(base[slot], 4)})
         base[slot] = top
-    for way, spans in (
-      (f'{worker.name} →', [s for s in report.timeline.spans if s.kind == 'transfer' and s.worker == worker.name]),
-      (f'→ {worker.name}', [s for s in report.timeline.spans if s.kind == 'transfer' and s.target == worker.name]),
+    for way, moved in (
+      (f'{worker.name} →', spans.of_worker(worker.name) & spans.is_transfer),
+      (f'→ {worker.name}', spans.to_worker(worker.name)),
     ):
-      for _, share, bar in _shares(spans, edges_s):
+      for _, share, bar in _shares(spans, np.flatnonzero(moved), edges_s):
         low = round(row + 0.92 - 0.05 - 0.09 * share, 4)
         transfers.append(bar | {'way': way, 'kind': 'transfer', 'lo': low, 'hi': row + 0.92})
   start_s, rounded = edges_s[0], rounding(report)
@@ -142,31 +143,29 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   return steps, transfers
 
 
-def _shares(spans: Sequence[BusySpan], edges_s: np.ndarray) -> Iterable[tuple[int, float, dict[str, Any]]]:
+def _shares(spans: SpanRows, which: np.ndarray, edges_s: np.ndarray) -> Iterable[tuple[int, float, dict[str, Any]]]:
   """For each slot of time in which some of the spans lie: its number, their share of it, and what they did in all."""
-  if not spans:
+  if not len(which):
     return
-  spans = sorted(spans, key=lambda span: span.began_s)
-  began_s = np.array([span.began_s for span in spans])
-  ended_s = np.maximum.accumulate([span.ended_s for span in spans])
-  began_s = np.maximum(began_s, np.concatenate([[-np.inf], ended_s[:-1]]))  # what overlaps counts once
+  which = which[np.argsort(spans.rows['began_s'][which], kind='stable')]
+  rows = spans.rows[which]
+  ended_s = np.maximum.accumulate(rows['ended_s'])
+  began_s = np.maximum(rows['began_s'], np.concatenate([[-np.inf], ended_s[:-1]]))  # what overlaps counts once
   corners_s = np.stack([began_s, np.maximum(ended_s, began_s)], axis=1).ravel()
   spent_s = np.repeat(np.cumsum(corners_s[1::2] - corners_s[::2]), 2)
   spent_s = np.concatenate([[0.0], spent_s[:-1]])
   share = np.diff(np.interp(edges_s, corners_s, spent_s)) / np.diff(edges_s)
-  slots = np.clip(np.searchsorted(edges_s, [span.began_s for span in spans], 'right') - 1, 0, len(share) - 1)
+  slots = np.clip(np.searchsorted(edges_s, rows['began_s'], 'right') - 1, 0, len(share) - 1)
 
-  def total(values: Sequence[int]) -> np.ndarray:
-    return np.bincount(slots, values, len(share)).astype(np.int64)
+  def total(field: str) -> np.ndarray:
+    return np.bincount(slots, rows[field], len(share)).astype(np.int64)
 
-  counts, prompt = total([span.steps for span in spans]), total([span.prompt_tokens for span in spans])
-  output, wire = total([span.output_tokens for span in spans]), total([span.wire_bytes for span in spans])
-  requests: dict[int, dict[str, None]] = {}
-  for slot, span in zip(slots.tolist(), spans, strict=True):
-    requests.setdefault(slot, {}).update(dict.fromkeys(span.requests))
+  counts, prompt, output, wire = map(total, ('steps', 'prompt_tokens', 'output_tokens', 'wire_bytes'))
+  ends = np.searchsorted(slots, np.arange(len(share)), 'right')
   for slot in np.flatnonzero(share > 1e-4).tolist():
+    here = which[ends[slot - 1] if slot else 0 : ends[slot]]
     yield slot, min(float(share[slot]), 1.0), {
       'a': edges_s[slot], 'b': edges_s[slot + 1], 'share': round(min(float(share[slot]), 1.0), 4),
       'count': int(counts[slot]), 'prompt': int(prompt[slot]), 'output': int(output[slot]),
-      'kilobytes': round(int(wire[slot]) / 1e3), 'requests': some_of(tuple(requests.get(slot, ()))),
+      'kilobytes': round(int(wire[slot]) / 1e3), 'requests': some_of(spans.everyone(here)),
     }  # fmt: skip

@@ -217,7 +217,8 @@ class Summary:
     self._orders[order.id] = started, drafts
 
   def _done(self, done: Done) -> None:
-    self._host_lags_s.append(self._now_s - done.ended_s)
+    if done.decoded is None or not done.decoded.ends_s:  # a simulator that leaps tells late, and no host is late
+      self._host_lags_s.append(self._now_s - done.ended_s)
     self._wasted_tokens += done.wasted_tokens
     started, drafts = self._orders.pop(done.order) if done.to_come == 0 else self._orders[done.order]
     order = started.order

@@ -48,6 +48,7 @@ class Simulator:
     self._workers = {worker.name: worker for worker in workers}
     self._cost = as_cost(cost)
     self._leaps = leaps
+    self._is_leaping = False
     devices = collections.Counter(device for worker in workers for device in worker.devices or ())
     shared = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
     self._run_seconds = {
@@ -58,13 +59,15 @@ class Simulator:
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s, with nothing under way."""
     self._now_s = 0.0
-    self._heap: list[tuple[float, int, int, Callable[[], Event], Callable[[], bool]]] = []
+    self._answered_s = -math.inf  # the time of the turn before
+    self._heap: list[tuple[float, int, int, Callable[[], Event], StandingRun | None, int]] = []
     self._sequence = itertools.count()
     self._busy_until_s: dict[object, float] = {}  # by lane: a device, a worker with devices of its own, a way out
     self._ends_s: dict[int, float] = {}
     self._began_s: dict[int, float] = {}  # of steps
     self._bounds = {name: Bounds() for name in self._workers}
     self._runs: dict[str, list[StandingRun]] = {name: [] for name in self._workers}  # of standing orders in flight
+    self._waiting: dict[str, None] = {}  # workers where another step may follow once what was told is answered
 
   def close(self) -> None:
     """Nothing runs that would have to end."""
@@ -112,6 +115,8 @@ class Simulator:
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move the clock to the next end, or to `until_s` if that comes first."""
+    self._answered_s = self._now_s
+    self._top_up()
     if (next_s := self._next_s()) <= until_s and math.isfinite(next_s):
       self._now_s = max(self._now_s, next_s)
     elif math.isfinite(until_s):
@@ -120,18 +125,41 @@ class Simulator:
 
   def _ended(self, now_s: float) -> list[Event]:
     """Everything on the heap that ends up to now."""
-    events, heap = [], self._heap
-    while heap and heap[0][0] <= now_s:
-      _, _, _, event, counts = heapq.heappop(heap)
-      if counts():
-        events.append(event())
+    if self._is_leaping:
+      return self._ended_and_beside(now_s)
+    events: list[Event] = []
+    while self._next_s() <= now_s:
+      events.append(heapq.heappop(self._heap)[3]())
     return events
+
+  def _ended_and_beside(self, now_s: float) -> list[Event]:
+    """As `_ended`; where several end at one time, each run tells of its steps up to then, as without leaps."""
+    ended: list[tuple[int, Event]] = []
+    before: list[Event] = []
+    while self._next_s() <= now_s:
+      _, order, _, event, run, _ = heapq.heappop(self._heap)
+      if run is not None and (ended or self._next_s() <= now_s):
+        before += self._caught_up(run, run.ended_before(now_s))
+      ended.append((order, event()))
+    beside = [
+      run for runs in self._runs.values() for run in runs if run.has_end_at(now_s) and run.told < run.chosen - 1
+    ]
+    for run in beside:
+      before += self._caught_up(run, run.ended_before(now_s))
+      ended += [(run.order.id, done) for done in self._caught_up(run, run.ended_by(now_s))]
+    if beside:
+      ended.sort(key=lambda one: one[0])
+    return [*before, *(event for _, event in ended)]
 
   def _next_s(self) -> float:
     """The time of the next end; infinity if there is none."""
-    while self._heap and not self._heap[0][4]():
+    while self._heap and not self._counts(*self._heap[0][4:]):
       heapq.heappop(self._heap)
     return self._heap[0][0] if self._heap else math.inf
+
+  def _counts(self, run: StandingRun | None, version: int) -> bool:
+    """Whether an end is still to be told: another step of its run may have been chosen since."""
+    return run is None or run.version == version
 
   def _begin(self, lanes: Sequence[object], seconds: float, order: int, ready_s: float = 0.0) -> float:
     """Queue behind what occupies the lanes; say when it begins and note when it ends."""
@@ -144,10 +172,10 @@ class Simulator:
     self._push_at(self._ends_s[order], order, event)
 
   def _push_at(
-    self, time_s: float, order: int, event: Callable[[], Event], counts: Callable[[], bool] = lambda: True
+    self, time_s: float, order: int, event: Callable[[], Event], run: StandingRun | None = None, version: int = 0
   ) -> None:
-    """Have an event of an order happen then, if it still counts."""
-    heapq.heappush(self._heap, (time_s, order, next(self._sequence), event, counts))
+    """Have an event of an order happen then; one of a run, if no other step of it was chosen by then."""
+    heapq.heappush(self._heap, (time_s, order, next(self._sequence), event, run, version))
 
   def _ready_s(self, order: TransferOrder) -> float:
     """The time its tokens are computed: at the end of their step, or in the middle of it for the first layers."""
@@ -184,6 +212,7 @@ class Simulator:
       self._runs[order.worker].append(run)
       self._dispatch(run)
       self._push_next(run)
+      self._waiting[order.worker] = None
       return
     seconds = self._step_seconds(order, [row.base + batch.steps for row in rows if row.ends_at > batch.steps])
     if order.layer_groups:  # a program for each, and one before and after them
@@ -210,6 +239,7 @@ class Simulator:
     results = tuple(map(self._first, (chunk for chunk in order.chunks if chunk.is_last)))
     done = Done(order.id, began_s, self._ends_s.pop(order.id), results, decoded, wasted_tokens=wasted)
     self._halt_those_with(done.ended(order.batch), order.worker)
+    self._waiting[order.worker] = None
     return done
 
   def _first(self, chunk: ChunkOrder) -> Result:
@@ -226,8 +256,18 @@ class Simulator:
   # -------------------------------------------------------------------------- steps that stand
 
   def _dispatch(self, run: StandingRun) -> None:
-    """Steps of a run are with the worker now, up to `run.with_worker()`."""
-    self._know(run, run.with_worker())
+    """Steps of a run are with the worker now, up to `run.given`."""
+    self._know(run, run.given)
+
+  def _top_up(self) -> None:
+    """Let steps of standing orders follow, now that what was told is answered."""
+    for worker in self._waiting:
+      runs = self._runs[worker]
+      if runs and runs[0].last is None and runs[0].began_s <= self._now_s:  # behind others it has its first step there
+        run = runs[0]
+        run.given = max(run.given, min(run.told + LOOKAHEAD, run.most))
+        self._dispatch(run)
+    self._waiting.clear()
 
   def _know(self, run: StandingRun, step: int) -> None:
     """Work out the ends of a run's steps up to this one."""
@@ -247,11 +287,10 @@ class Simulator:
 
   def _push_next(self, run: StandingRun) -> None:
     """Have the next step of a run told that must be, or without leaps the next."""
-    step = run.next_told() if self._leaps and run.can_leap else run.told + 1
+    step = run.next_told() if self._is_leaping and run.can_leap else run.told + 1
     self._know(run, step)
-    run.version += 1
-    version = run.version
-    self._push_at(run.end_s(step), run.order.id, lambda: self._tell(run, step), lambda: run.version == version)
+    run.version, run.chosen = run.version + 1, step
+    self._push_at(run.end_s(step), run.order.id, lambda: self._tell(run, step), run, run.version)
 
   def _tell(self, run: StandingRun, step: int) -> Done:
     """The steps of a run up to this one have ended."""
@@ -260,49 +299,62 @@ class Simulator:
     done = self._done_of(run, step)
     if step == run.last:
       self._runs[run.order.worker].remove(run)
-      self._halt_those_with(done.ended(run.order.batch), run.order.worker)
     else:
-      self._dispatch(run)
       self._push_next(run)
+    self._halt_those_with(done.ended(run.order.batch), run.order.worker, run)
+    self._waiting[run.order.worker] = None
     return done
 
   def _done_of(self, run: StandingRun, step: int) -> Done:
     before, run.told = run.told, step
     counts, ended = run.outcome(before, step)
     ends_s = run.ends_between(before, step)
-    decoded = Decoded(
-      self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if len(ends_s) > 1 else ()
-    )  # fmt: skip
+    told_late = len(ends_s) > 1 or ends_s[-1] < self._now_s
+    decoded = Decoded(self._tokens(run.order, before, step), counts, ended, ends_s=ends_s if told_late else ())
     to_come = None if run.last is None else run.last - step
     wasted = (step - before) * len(counts) - decoded.num_tokens()
     return Done(run.order.id, run.begin_s(before + 1), ends_s[-1], (), decoded, to_come, wasted)
 
   def _settle(self, run: StandingRun, last: int) -> None:
     """Let a step be the last of a run, so that what comes behind it begins at its end."""
-    run.last = last
-    self._know(run, last)
+    assert last >= run.given, 'a step is with its worker that is none'
+    run.last = run.given = last
+    self._dispatch(run)
     self._occupy(run.order.worker, run.end_s(last))
     self._bounds[run.order.worker].steps = run.before + last
 
-  def _halt_those_with(self, ended: Sequence[str], worker: str) -> None:
+  def _halt_those_with(self, ended: Sequence[str], worker: str, told: StandingRun | None = None) -> None:
     """Let standing orders end of whose sequences one ended with a step before them."""
-    if any(name in run.order.batch.requests for run in self._runs[worker] for name in ended):
-      self._halt(worker, replaced=False)
+    for run in [run for run in self._runs[worker] if run is not told] if ended else ():
+      if run.last is None and any(name in run.order.batch.requests for name in ended):
+        self._settle(run, run.given_by(self._now_s, self._answered_s))
+        self._push_next(run)
 
   def _halt(self, worker: str, *, replaced: bool) -> None:
     """Let no more steps follow of a standing order: those that are with the worker are its last."""
     for run in self._runs[worker]:
       run.replaced = run.replaced or replaced
       if run.last is None:
-        self._settle(run, min(run.ended_by(self._now_s) + LOOKAHEAD, run.most))
-        self._dispatch(run)
+        self._settle(run, run.given_by(self._now_s, self._answered_s))
       self._push_next(run)
 
-  def catch_up(self, worker: str) -> list[Done]:
-    """The steps of standing orders of a worker that have ended and were not told yet."""
-    return [
-      self._done_of(run, step) for run in self._runs[worker] if (step := run.ended_by(self._now_s)) > run.told
-    ]  # fmt: skip
+  def leap(self) -> Callable[[str], list[Done]] | None:
+    """Let steps at which nothing changes be told at once from now on, unless this simulator is not to.
+
+    Returns:
+      Gives the steps of standing orders of a worker that have ended and were not told yet; whoever looks at what they
+      bring must ask first.
+    """
+    self._is_leaping = self._leaps
+    return self._catch_up if self._leaps else None
+
+  def _catch_up(self, worker: str) -> list[Done]:
+    return [done for run in self._runs[worker] for done in self._caught_up(run, run.ended_by(self._now_s))]
+
+  def _caught_up(self, run: StandingRun, step: int) -> list[Done]:
+    """The steps of a run up to this one that were not told, but for the one that is chosen to be told as it ends."""
+    step = min(step, run.chosen - 1)
+    return [self._done_of(run, step)] if step > run.told else []
 
 
 class Replay(Simulator):
@@ -336,9 +388,8 @@ class Replay(Simulator):
     for told in self._outcomes.get(order.id, ()):
       self._push_at(told.ended_s, order.id, functools.partial(lambda event: event, told))
 
-  def catch_up(self, worker: str) -> list[Done]:
-    """Nothing: every turn begins with all that was told up to it."""
-    return []
+  def leap(self) -> None:
+    """Tell what was recorded: every turn begins with all that was told up to it."""
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Move to the recorded turn.

@@ -1,6 +1,7 @@
 """The steps of an order that stands, in virtual time."""
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,8 @@ class StandingRun:
     last: Its last step, once that is known.
     replaced: Whether another step is behind it.
     told: Steps that were told.
+    given: Steps that are or were with the worker.
+    chosen: The step that is to be told next.
     version: Counts how often another step was chosen to be told next.
   """
 
@@ -48,12 +51,15 @@ class StandingRun:
     self.last: int | None = None
     self.replaced = False
     self.told = 0
+    self.given = 1
+    self.chosen = 1
     self.version = 0
     self._cached = [row.base + before for row in rows]  # tokens of each when the first step begins
     self._ends = [row.ends_at - before for row in rows]  # steps after which each gets no more tokens
     self._ends_at = np.array(self._ends, np.int64)
     self._changes = sorted({end for end in self._ends if end > 0})
     self._ends_s: list[float] = []
+    self._next_end_s = math.inf  # the first that no time asked about has reached
     self._begins_s: list[float] = []  # where they are not the ends of the steps before
 
   @property
@@ -86,6 +92,7 @@ class StandingRun:
   def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:
     """Note the ends of the steps that follow, and where it is not the end before, when the first begins."""
     self._ends_s += ends_s
+    self._next_end_s = min(self._next_end_s, ends_s[0])
     if began_s is not None:
       self._begins_s.append(began_s)
 
@@ -107,6 +114,33 @@ class StandingRun:
     """Steps that have ended."""
     return bisect.bisect_right(self._ends_s, now_s)
 
+  def has_end_at(self, now_s: float) -> bool:
+    """Whether a step ends at this very time, asked of times that never fall."""
+    if now_s < self._next_end_s:
+      return False
+    place = bisect.bisect_left(self._ends_s, now_s)
+    is_end = place < len(self._ends_s) and self._ends_s[place] == now_s
+    place += is_end
+    self._next_end_s = self._ends_s[place] if place < len(self._ends_s) else math.inf
+    return is_end
+
+  def ended_before(self, now_s: float) -> int:
+    """Steps that had ended before a time."""
+    return bisect.bisect_left(self._ends_s, now_s)
+
+  def given_by(self, now_s: float, answered_s: float) -> int:
+    """Steps that are or were with the worker.
+
+    Args:
+      now_s: The time of the turn.
+      answered_s: That of the turn before: a step that ends now lets another follow when this turn is answered, or if it
+        was at this time too, has let it.
+    """
+    if now_s <= self.began_s:
+      return self.given
+    count = bisect.bisect_right if answered_s == now_s else bisect.bisect_left
+    return min(count(self._ends_s, now_s) + LOOKAHEAD, self.most)
+
   def next_told(self) -> int:
     """The next step that must be told of: with it a sequence ends, or it is the last or the one before."""
     if self.last is None:
@@ -114,7 +148,3 @@ class StandingRun:
     if self.replaced:
       return min(self.until_change(self.told), self.last)
     return min(self.until_change(self.told), max(self.last - 1, self.told + 1))
-
-  def with_worker(self) -> int:
-    """The last of the steps that are with the worker."""
-    return min(self.told + LOOKAHEAD, self.most) if self.last is None else self.last

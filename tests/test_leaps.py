@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pdjax.cost import Roofline
+from pdjax.cost import CostBase, Roofline
+from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import Cancel, ClusterState, ClusterView, serve
 from pdjax.serving.events import Decoded, Delivered, Done, Event, Started, Turn
@@ -42,12 +43,14 @@ class Cluster:
     ahead: Pages that sequences take ahead as they grow.
     looks: Whether the policy looks at every token in every decision.
     windows: Whether layers attend over a window.
+    whole: Whether all takes whole seconds, so that much ends at one time.
   """
 
   seed: int
   ahead: Any = 'all'
   looks: bool = False
   windows: bool = False
+  whole: bool = False
 
   def run(self, *, leaps: bool) -> list[Event]:
     """All that happens."""
@@ -59,7 +62,8 @@ class Cluster:
     state = ClusterState(model, workers, rng.choice((4, 16)), pages_ahead=self.ahead)
     if self.looks:
       policy = Looking(policy)
-    return list(serve(arrivals, policy, Simulator(model, workers, COST, leaps=leaps), state))
+    cost = WholeSeconds() if self.whole else COST
+    return list(serve(arrivals, policy, Simulator(model, workers, cost, leaps=leaps), state))
 
   def _workers(self, rng: random.Random, sizes: dict[str, Any]) -> tuple[tuple[WorkerSpec, ...], Policy]:
     if rng.random() < 0.3:
@@ -71,7 +75,7 @@ class Cluster:
   def _requests(self, rng: random.Random) -> list[Request]:
     requests, now_s = [], 0.0
     for index in range(30):
-      now_s += rng.expovariate(1 / rng.choice((1e-4, 2e-3)))
+      now_s += rng.choice((0, 1, 4)) if self.whole else rng.expovariate(1 / rng.choice((1e-4, 2e-3)))
       sampling = SamplingParams(max_tokens=rng.choice((1, 2, 3, 20, 90)), n=rng.choice((1, 1, 1, 2)))
       requests.append(Request(f'r{index}', RandomTokens(rng.randint(1, 60), 90, index), sampling, arrival_s=now_s))
     return requests
@@ -79,6 +83,22 @@ class Cluster:
   def _lengths(self) -> dict[str, int]:
     rng = random.Random(-self.seed)
     return {f'r{index}': rng.randint(1, 30) for index in range(0, 30, 3)}
+
+
+class WholeSeconds(CostBase):
+  """A step takes a second, or three with many sequences, a chunk two, a transfer one."""
+
+  def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
+    return 2.0 if chunks else float(steps * self._seconds(contexts))
+
+  def transfer_seconds(self, model, source, target, num_bytes) -> float:
+    return 1.0
+
+  def runs(self, model, worker):
+    return lambda contexts, steps: np.arange(1, steps + 1) * float(self._seconds(contexts))
+
+  def _seconds(self, contexts) -> int:
+    return 3 if len(contexts) > 4 else 1
 
 
 class Looking:
@@ -133,14 +153,20 @@ def _dones(events: Iterable[Event]) -> list[Done]:
 
 
 CASES = [
-  Cluster(seed, ahead, looks, windows)
-  for seed, (ahead, looks, windows) in enumerate(
-    [('all', False, False), (1, False, False), ('all', True, False), (0, True, False), ('all', False, True)] * 8
+  Cluster(seed, *fields)
+  for seed, fields in enumerate(
+    [
+      ('all', False, False), (1, False, False), ('all', True, False), (0, True, False), ('all', False, True),
+      ('all', False, False, True), (1, False, False, True), (0, True, False, True), ('all', True, False, True),
+    ]
+    * 8
   )
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize('cluster', CASES, ids=lambda one: f'{one.seed}-{one.ahead}-{one.looks}-{one.windows}')
+@pytest.mark.parametrize(
+  'cluster', CASES, ids=lambda one: f'{one.seed}-{one.ahead}-{one.looks}-{one.windows}-{one.whole}'
+)
 def test_leaps_unfold_to_the_single_steps(cluster):
   leaps, single = cluster.run(leaps=True), cluster.run(leaps=False)
   folded = [event for event in leaps if isinstance(event, Done) and event.num_steps > 1]
@@ -160,6 +186,7 @@ def test_leaps_unfold_to_the_single_steps(cluster):
     )  # fmt: skip
     assert one.decoded == other.decoded and one.results == other.results
     assert one.to_come == other.to_come or other.to_come == 1  # which a leap to the last step passes over
+  assert read_timeline(leaps).requests == read_timeline(single).requests  # each time of each token among it
 
 
 def test_a_policy_is_not_asked_at_the_steps_of_one_that_stands():
@@ -178,3 +205,19 @@ def test_a_policy_is_not_asked_at_the_steps_of_one_that_stands():
     steps = sum(one.num_steps for one in events if isinstance(one, Done) and one.decoded is not None)
     assert steps >= 59 > 2 * len(set(times))
   assert asked[True] == asked[False]
+
+
+def test_a_backend_that_hides_the_leaps_of_another_has_none():
+  class Hiding:
+    def __init__(self, backend: Simulator):
+      self.submit, self.wait = backend.submit, backend.wait
+
+  workers = prefill_pool(1, num_pages=64, max_step_tokens=64) + decode_pool(1, num_pages=64)
+  requests = [Request('r', RandomTokens(20, 90, 1), SamplingParams(max_tokens=60))]
+  told = {}
+  for wrap in (Hiding, lambda backend: backend):
+    state = ClusterState(MODEL, workers, 16)
+    events = list(serve(Listed(requests), Disaggregated(), wrap(Simulator(MODEL, workers, COST)), state))
+    told[wrap] = [event.num_steps for event in events if isinstance(event, Done) and event.decoded is not None]
+  hidden, leaping = told.values()
+  assert set(hidden) == {1} and sum(hidden) == sum(leaping) == 59 and max(leaping) > 50

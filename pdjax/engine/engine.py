@@ -77,6 +77,8 @@ class Engine:
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
     """Wait until an order ended, an interrupt or `until_s` has come; pieces that landed are written on the way."""
     while True:
+      for runner in self._runners.values():
+        runner.top_up()
       now_s, items = self._mailbox.collect(until_s)
       events: list[Event] = []
       interrupted = False

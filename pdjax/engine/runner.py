@@ -9,7 +9,7 @@ import jax
 
 from pdjax.engine.waiters import Waiter
 from pdjax.engine.worker import Pending, Worker
-from pdjax.serving.batch import LOOKAHEAD, Batch
+from pdjax.serving.batch import LOOKAHEAD
 from pdjax.serving.bounds import Bounds, most_steps
 from pdjax.serving.events import Done, Event, Failed, WorkerBack, WorkerLost
 from pdjax.serving.mailbox import Mailbox
@@ -45,14 +45,14 @@ class Ran:
     worker: The worker.
     epoch: The run and incarnation that it was of, counted together.
     done: Its end.
-    batch: The sequences that it decoded.
+    order: Its order.
     standing: The standing order that it was of, if of any.
   """
 
   worker: str
   epoch: int
   done: Done
-  batch: Batch
+  order: StepOrder
   standing: Standing | None = None
 
 
@@ -90,6 +90,8 @@ class Runner:
 
   def _begin_anew(self) -> None:
     self._epoch += 1
+    self._in_flight = 0
+    self._ended: set[str] = set()  # in the batch, though they ended here: the books are told, and may not have heard
     self._bounds = Bounds()
     self._standing: Standing | None = None
 
@@ -102,9 +104,12 @@ class Runner:
     self._begin_anew()
 
   def run(self, order: StepOrder, after: After = lambda group: None) -> None:
-    """Dispatch a step, or the first steps of one that stands; what goes wrong is posted."""
+    """Dispatch a step, or the first of one that stands; what goes wrong is posted."""
     self.halt()
     bounds = self._bounds.change(order)
+    if self._ended and order.decodes:  # who has left by now may come again
+      self._ended &= set(order.batch.requests)
+      self._ended -= {join.request for join in order.joins if join.admission is not None}
     if not order.standing:
       self._bounds.steps += order.steps if order.decodes else 0
       self._dispatch(order, after)
@@ -112,7 +117,21 @@ class Runner:
     self._standing = standing = Standing(order, most_steps(bounds, self._bounds.steps))
     self._go_on(standing)
     standing.order = dataclasses.replace(order, joins=(), leaves=(), growth=())
-    self._go_on(standing)
+    if self._has_ended(order):  # it was given before anyone there knew
+      self.halt()
+
+  def _has_ended(self, order: StepOrder) -> bool:
+    """Whether one of the sequences of an order has ended here."""
+    return not self._ended.isdisjoint(order.batch.requests)
+
+  def top_up(self) -> None:
+    """Let steps of a standing order follow until so many are with the worker as are to be.
+
+    To be called when all that is known was told and answered: an answer may let another step follow instead.
+    """
+    standing = self._standing
+    while standing is not None and standing.goes_on and self._in_flight < LOOKAHEAD:
+      self._go_on(standing)
 
   def halt(self) -> None:
     """Let no more steps of a standing order follow."""
@@ -129,16 +148,19 @@ class Runner:
     """The events of a step's end: none, if it was of an earlier run or incarnation; a standing order goes on."""
     if ran.epoch != self._epoch:
       return []
+    self._in_flight -= 1
     standing = ran.standing
-    ended = ran.done.ended(ran.batch)
-    if self._standing is not None and any(name in self._standing.order.batch.requests for name in ended):
+    ended = ran.done.ended(ran.order.batch)
+    stay = {*ran.order.batch.requests, *(chunk.request.id for chunk in ran.order.chunks if chunk.slot is not None)}
+    self._ended |= stay.intersection(ended)
+    if self._standing is not None and self._has_ended(self._standing.order):
       self.halt()
     if standing is None:
       return [ran.done]
     standing.in_flight -= 1
-    if ended:
+    if ended or standing.given == standing.most:
       standing.goes_on = False
-    while standing.goes_on and standing.in_flight < LOOKAHEAD:
+    if standing.goes_on and not standing.in_flight:  # the loop was late: an order that goes on has a step in flight
       self._go_on(standing)
     return [dataclasses.replace(ran.done, to_come=None if standing.goes_on else standing.in_flight)]
 
@@ -146,7 +168,6 @@ class Runner:
     """Dispatch another step of a standing order, if there is to be one."""
     if standing.given == standing.most:
       standing.goes_on = False
-    if not standing.goes_on:
       return
     standing.given += 1
     standing.in_flight += 1
@@ -162,6 +183,7 @@ class Runner:
     except Exception as error:
       self._leave_out(order, describe(error))
       return False
+    self._in_flight += 1
     incarnation, epoch = self.worker.incarnation, self._epoch
     self._waiter.add(functools.partial(self._collect, incarnation, epoch, order, pending, dispatched_s, standing))
     return True
@@ -228,7 +250,7 @@ class Runner:
     def ran(ended_s: float) -> Ran:
       self._free_from_s = ended_s
       done = Done(order.id, began_s, ended_s, results, decoded, wasted_tokens=wasted)
-      return Ran(order.worker, epoch, done, order.batch, standing)
+      return Ran(order.worker, epoch, done, order, standing)
 
     self._mailbox.post(ran)
 

@@ -96,6 +96,7 @@ class WorkerEngine:
   def wait(self, until_s: float) -> tuple[float, Sequence[News]]:
     """Wait until there is news or `until_s` has come, doing on the way what was asked for."""
     while True:
+      self._runner.top_up()
       now_s, items = self._mailbox.collect(until_s)
       news: list[News] = []
       for item in items:

@@ -86,10 +86,10 @@ class EventLog:
       self._file.end(piece.error, self._now_s)
     self._added += 1
 
-  def _ask(self) -> None:
+  def _ask(self, *, waits: bool = True) -> None:
     """Have the thread that writes ask for what is pending when it comes to it."""
     assert self._file is not None
-    self._file.add(functools.partial(self._asked, self._added), self._now_s)
+    self._file.add(functools.partial(self._asked, self._added), self._now_s, waits=waits)
 
   def _asked(self, added: int) -> str:
     """On the thread that writes: what is pending, unless pieces before it are on their way; then it asks again."""
@@ -101,7 +101,7 @@ class EventLog:
         if piece.error is not None:
           self._file.end(piece.error, self._now_s)
         return piece.text
-    self._ask()
+    self._ask(waits=False)
     return ''
 
   def _take(self) -> '_Piece':

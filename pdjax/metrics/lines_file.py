@@ -61,20 +61,22 @@ class LinesFile:
     self._told = self._ended = self._closing = False
     self._thread: threading.Thread | None = None
 
-  def add(self, line: Line, time_s: Times = 0.0) -> None:
+  def add(self, line: Line, time_s: Times = 0.0, *, waits: bool = True) -> None:
     """Have a line written, or what a function makes of it by then.
 
     Args:
       line: Without its end, or several at once; a function is called on the thread that writes, and one that makes no
         text adds none.
       time_s: The time of the event that it tells of, seconds after the start of the run; of several, see `Times`.
+      waits: Whether to wait while too much is waiting; the thread that writes would wait for itself.
     """
     with self._changed:
       if self._ended or self._closing:
         return
       try:
         self._start_thread()
-        self._wait_for_room()
+        if waits:
+          self._wait_for_room()
       except (RuntimeError, TimeoutError) as error:
         self._end(error, _time_at(time_s))
       if self.ended:  # while room was waited for, too: nothing comes behind what is missing

@@ -56,7 +56,8 @@ class Backend(Protocol):
 
   Every order ends once, with `Done` or `Failed`, or with `WorkerLost` of a worker that it names; later news of it
   counts for nothing. An `AbandonOrder` ends well whatever its transfer does, and soon. Once a transfer is
-  over, in any of these ways, none of its pages is read or written for it any more.
+  over, in any of these ways, none of its pages is read or written for it any more. A standing step tells of its steps
+  one by one, the last with `to_come` 0; a backend with a method `leap`, see `Simulator.leap`, may tell several at once.
   """
 
   def submit(self, orders: Sequence[Order]) -> None:

@@ -230,7 +230,8 @@ class WorkerState:
   @property
   def is_standing(self) -> bool:
     """Whether a standing step goes on here until something changes."""
-    return self._holdings.batch.standing is not None
+    batch = self._holdings.batch
+    return batch.standing is not None and bool(batch.members)
 
   @property
   def is_short(self) -> bool:

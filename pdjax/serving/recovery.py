@@ -9,7 +9,7 @@ from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.requests import Phase, RequestState, enter, give_up_row, leave_steps
 from pdjax.serving.sending import transfer_ended
 from pdjax.serving.steps import step_ended
-from pdjax.serving.tasks import abandon, give_up
+from pdjax.serving.tasks import abandon, give_up, start_leave
 from pdjax.serving.view import ClusterView
 
 
@@ -32,7 +32,7 @@ def timer_due(books: Books, event: TimerDue) -> bool:
     case TimerDue(_, 'deadline', int(order)):
       return abandon(books, order, f'the transfer did not end within {books.transfer.deadline_s:g} s')
     case TimerDue(_, 'wake'):
-      pass  # the policy is asked in every turn
+      pass  # the policy is asked, as something happened
     case TimerDue(_, 'retry', int(order)):
       books.tasks.append(Resend(order))
     case TimerDue(_, 'patience', str(name)):
@@ -194,11 +194,10 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
     entry.pages_ahead = None  # so that it ends the next time
   leaves = Leave(action.request, entry.target)
   unschedule(books, entry)
-  if leaves not in books.gone:  # else nobody would tell the worker if it goes on elsewhere
-    books.gone.append(leaves)
+  books.gone = [one for one in books.gone if one != leaves]  # it is told now, before the request may begin again there
   enter(entry, Phase.RESTARTING)
   begin_again(books, entry)
-  return ()
+  return (start_leave(books, leaves),)
 
 
 def begin_again(books: Books, entry: RequestState) -> None:

@@ -61,6 +61,10 @@ class RequestView(Protocol):
     """Tokens generated and delivered."""
 
   @property
+  def num_tokens(self) -> int:
+    """The number of `tokens`, for which none is taken out of where steps bring them."""
+
+  @property
   def delivered(self) -> Sequence[int]:
     """The tokens it had when it was last begun again."""
 

@@ -186,7 +186,7 @@ class ShadowSimulator(Simulator):
 
   def _dispatch(self, run: StandingRun) -> None:
     super()._dispatch(run)
-    self._compute(run.order, run.with_worker())
+    self._compute(run.order, run.given)
 
   def _tokens(self, order: StepOrder, before: int, after: int) -> np.ndarray:
     if not order.standing:

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from pdjax.metrics.event_json import event_to_json
 from pdjax.metrics.event_log import EventLog, read_events
 from pdjax.metrics.event_text import event_text
+from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.batch import Batch
 from pdjax.serving.events import (
   Arrived,
@@ -214,3 +216,18 @@ def test_text_and_log_probabilities_are_written(tmp_path):
 def test_metrics_import_no_jax():
   code = "import sys, pdjax.metrics; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_a_slow_disk_is_waited_for_and_nothing_is_lost(tmp_path, monkeypatch):
+  """So slow that much is waiting, while the thread that writes asks for what is pending."""
+  monkeypatch.setattr('pdjax.metrics.lines_file._MOST_WAITING', 1 << 12)
+  monkeypatch.setattr('pdjax.metrics.lines_file._STALL_S', 1.0)
+  monkeypatch.setattr('pdjax.metrics.lines_file._DELAY_S', 0.001)
+  monkeypatch.setattr('pdjax.metrics.event_log._PIECE', 8)
+  write = LinesFile._write
+  monkeypatch.setattr(LinesFile, '_write', lambda *args: (time.sleep(0.003), write(*args))[1])
+  with EventLog(tmp_path / 'events.jsonl', keep=False) as log:
+    for number in range(20_000):
+      log.append(Turn(float(number)))
+  assert log.notes == ()
+  assert [event['now_s'] for event in read_events(tmp_path / 'events.jsonl')] == list(range(20_000))

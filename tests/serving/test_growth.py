@@ -77,7 +77,12 @@ def test_the_oldest_goes_on_and_whoever_lacks_a_page_waits_until_some_are_freed(
     PolicyError, match="'a' has no page for its next token on worker 'both0'; wait for one, or preempt"
   ):
     cluster.start(Step('both0', decodes=('a',)))
-  assert cluster.start(Preempt('b')) == ()
+  (leave,) = cluster.start(Preempt('b'))
+  assert (leave.request, leave.worker) == (
+    'b',
+    'both0',
+  )  # told first: it may begin again there
+  cluster.end(leave)
   assert [one.request for one in cluster.state.take_told() if isinstance(one, Preempted)] == ['b']
   assert list(cluster.view.waiting) == ['b'] and worker.decodable() == ['a'] and not worker.is_short
   assert held(cluster, 'a') == 4

@@ -8,7 +8,7 @@ from absl import logging
 from pdjax.answers import Answers
 from pdjax.deployment import Deployment
 from pdjax.metrics import Report, RunLog
-from pdjax.metrics.run_log import LogName
+from pdjax.metrics.run_log import MOST_KEPT, LogName
 from pdjax.reporting import save_report
 from pdjax.run_folder import EVENTS, RunFolder
 from pdjax.serving.events import Event
@@ -26,7 +26,7 @@ class RunResult:
 
   Attributes:
     report: Every figure; print it, or read its fields.
-    completions: The completion of each request, in the order of arrival; each is made as it is read.
+    completions: The completion of each request, in the order of arrival; of 20,000 or more each is made as it is read.
     events: The log that the report was computed from; empty if it was not kept in memory (`keep_events`), and then
       `events.jsonl` has it.
     workers: The cluster as it ran, `num_pages` filled in.
@@ -124,7 +124,10 @@ class Recording:
     answers, built = self._answers, self._deployment.built
     unwritten = (*answers.unwritten, *self._unwritten)
     model = self._deployment.opened.model
-    return RunResult(self._report, answers.completions, self._log.events, built.workers, model, unwritten)
+    completions: Sequence[Completion] = answers.completions
+    if len(completions) < MOST_KEPT:
+      completions = tuple(completions)
+    return RunResult(self._report, completions, self._log.events, built.workers, model, unwritten)
 
 
 def _broken_off(error: BaseException) -> str:

@@ -133,8 +133,8 @@ class StandingRun:
 
     Args:
       now_s: The time of the turn.
-      answered_s: That of the turn before: a step that ends now lets another follow when this turn is answered, or if it
-        was at this time too, has let it.
+      answered_s: The time of the turn before: a step that ends now lets another follow when this turn is answered,
+        or if it was at this time too, has let it.
     """
     if now_s <= self.began_s:
       return self.given

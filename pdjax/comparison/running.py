@@ -169,7 +169,7 @@ def _run_cluster(
   backend: BackendName,
   opened: OpenedModel,
   say: Say,
-  keeps: bool,
+  keeps: bool = True,
 ) -> Iterator[Run]:
   """Serve every workload with every policy of a cluster, which is built once; of short runs the events may be kept."""
   try:

@@ -88,8 +88,12 @@ def _fitting(
   return parts, left
 
 
-def has_staging(books: Books, entry: RequestState) -> bool:
-  """Whether staging has room for some of what of a request is due."""
+def sendable(books: Books) -> list[Transfer]:
+  """The transfers due of requests, as far as staging has room for some of each."""
+  return [Transfer(name, entry.target) for name, entry in books.due.items() if entry.target and _has_room(books, entry)]
+
+
+def _has_room(books: Books, entry: RequestState) -> bool:
   assert entry.worker is not None and entry.target is not None
   free = min(books.holdings[entry.worker].staging_out.free_bytes, books.holdings[entry.target].staging_in.free_bytes)
   return any(lane.unit_bytes <= free for lane in books.lanes(entry.worker, entry.target))

@@ -99,22 +99,14 @@ class ClusterState:
     return bool(self.books.requests or self.books.in_flight)
 
   def must(self) -> list[Action]:
-    """The actions due whatever the policy: refuse what can never run, end what was withdrawn, give transfers up or
-    try them again, send on.
-    """
+    """The actions due whatever the policy: refusals, ends of what was withdrawn, transfers tried again or sent on."""
     books = self.books
-    if not (books.tasks or books.must or books.gone or books.staging_freed):
-      return []
     actions: list[Action] = [*tasks.take_tasks(books), *books.must.values(), *books.gone]
     books.must.clear()
     books.gone.clear()
     if books.staging_freed and not actions:
       books.staging_freed = False
-      return [
-        Transfer(name, entry.target)
-        for name, entry in books.due.items()
-        if entry.target and sending.has_staging(books, entry)
-      ]
+      return [*sending.sendable(books)]
     return actions
 
   @property
@@ -275,7 +267,7 @@ class ClusterState:
       PolicyError: if the cluster cannot do it; nothing is reserved then.
     """
     books = self.books
-    orders: tuple[Order, ...]
+    orders: tuple[Order, ...] = ()
     match action:
       case Step():
         orders = steps.start_step(books, self.view, action)
@@ -293,10 +285,8 @@ class ClusterState:
         orders = (tasks.start_leave(books, action),)
       case SwitchRole():
         roles.start_switch(books, self.view, action)
-        orders = ()
       case WakeAt():
         tasks.start_wake(books, action)
-        orders = ()
       case _:
         raise PolicyError(f'{action!r} is no action; answer with {NAMED_ACTIONS}.')
     for order in orders:

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
   from pdjax.model.checkpoint import load
   from pdjax.policies import Colocated, Disaggregated
   from pdjax.recording import RunResult
-  from pdjax.serving import ALL, Cancel, Chunk, ClusterView, Preempt, Reject, Step, SwitchRole, Transfer, WakeAt
+  from pdjax.serving import (
+    ALL,
+    STANDING,
+    Cancel,
+    Chunk,
+    ClusterView,
+    Preempt,
+    Reject,
+    Step,
+    SwitchRole,
+    Transfer,
+    WakeAt,
+  )
   from pdjax.session import Delta, RequestError, Session, SessionError, Stream
   from pdjax.types import (
     SLO,
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
     LinkSpec,
     ModelSpec,
     Request,
+    Role,
     SamplingParams,
     WorkerSpec,
     colocated_pool,
@@ -57,11 +70,12 @@ _HOMES = {
   'pdjax.generation': ['generate'],
   'pdjax.launch': ['run', 'simulate'],
   'pdjax.serving': [
-    'ALL', 'Cancel', 'Chunk', 'ClusterView', 'Preempt', 'Reject', 'Step', 'SwitchRole', 'Transfer', 'WakeAt',
+    'ALL', 'STANDING', 'Cancel', 'Chunk', 'ClusterView', 'Preempt', 'Reject', 'Step', 'SwitchRole', 'Transfer',
+    'WakeAt',
   ],
   'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
-    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'SamplingParams', 'WorkerSpec',
+    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'Role', 'SamplingParams', 'WorkerSpec',
     'colocated_pool', 'decode_pool', 'prefill_pool',
   ],
   'pdjax.workload': [
@@ -72,12 +86,12 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-  'ALL', 'SLO', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
+  'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
   'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec',
-  'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'Reject', 'Report', 'Request', 'RequestError',
-  'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream', 'SwitchRole',
-  'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load',
-  'prefill_pool', 'run', 'simulate',
+  'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'Reject', 'Report', 'Request', 'RequestError', 'Role',
+  'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream',
+  'SwitchRole', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate',
+  'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

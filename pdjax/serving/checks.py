@@ -23,7 +23,7 @@ from pdjax.serving.actions import (
 )
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
-from pdjax.types.checks import is_number
+from pdjax.types.checks import is_integer, is_number
 from pdjax.types.request import MAX_STOP_TOKENS
 from pdjax.types.worker import Role
 
@@ -194,15 +194,17 @@ def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:
 
 def find_request(view: ClusterView, action: Action, request: str) -> RequestView:
   """The request that an action names; raises `PolicyError` if there is none."""
-  entry = view.requests.get(request)
+  entry = view.requests.get(request) if isinstance(request, str) else None
   if entry is None:
+    if not isinstance(request, str):
+      raise PolicyError(f'{action!r}: request {request!r:.200} is no id; name a request by its id, a text.')
     raise PolicyError(f'{action!r}: request {request!r} is unknown or finished.')
   return entry
 
 
 def find_worker(view: ClusterView, action: Action, name: str) -> WorkerView:
   """The worker that an action names; raises `PolicyError` if there is none."""
-  worker = view.workers.get(name)
+  worker = view.workers.get(name) if isinstance(name, str) else None
   if worker is None:
     raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(view.workers)}.')
   return worker
@@ -238,6 +240,7 @@ def check_step(view: ClusterView, step: Step) -> list[str] | None:
   """
   worker = find_worker(view, step, step.worker)
   check_up(step, worker)
+  _check_fields(step)
   if worker.num_steps >= MAX_ORDERS:
     raise PolicyError(
       f'{step!r}: worker {worker.name!r} has {MAX_ORDERS} steps in flight already; wait for one to end.'
@@ -246,10 +249,12 @@ def check_step(view: ClusterView, step: Step) -> list[str] | None:
   if step.steps is STANDING:
     if step.chunks:
       raise PolicyError(f'{step!r}: chunks are one step, and none that stands; leave out steps, or the chunks.')
-  elif not isinstance(step.steps, int) or not 1 <= step.steps <= most:
+  elif not is_integer(step.steps):
+    raise PolicyError(f'{step!r}: steps={step.steps!r}, expected an integer or STANDING.')
+  elif not 1 <= step.steps <= most:
     raise PolicyError(
       f'{step!r}: steps={step.steps}, but worker {worker.name!r} takes 1 to {most}'
-      f'{" beside chunks" if step.chunks else ""}; lower it or raise max_fused_steps.'
+      f'{" beside chunks" if step.chunks else ""}; name one of these, or raise max_fused_steps.'
     )
   decodes: list[str] | None = None
   if isinstance(step.decodes, All):
@@ -282,6 +287,16 @@ def check_step(view: ClusterView, step: Step) -> list[str] | None:
     _check_chunk(view, step, chunk, worker)
   _check_room(view, step, worker)
   return decodes
+
+
+def _check_fields(step: Step) -> None:
+  if not isinstance(step.decodes, All | tuple | list):
+    raise PolicyError(f'{step!r}: decodes={step.decodes!r}, expected ALL or a tuple of ids.')
+  if not isinstance(step.chunks, tuple | list) or not all(isinstance(chunk, Chunk) for chunk in step.chunks):
+    raise PolicyError(f'{step!r}: chunks={step.chunks!r}, expected a tuple of Chunk.')
+  for chunk in step.chunks:
+    if not is_integer(chunk.start) or not is_integer(chunk.length):
+      raise PolicyError(f'{step!r}: {chunk!r} needs integers for start and length.')
 
 
 def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView) -> None:

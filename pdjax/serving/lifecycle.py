@@ -1,6 +1,7 @@
 """A request's way: it arrives, is put where it belongs, hands its prompt on, and ends once."""
 
 from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 from pdjax.serving.actions import Cancel, Reject
 from pdjax.serving.books import Books
@@ -196,8 +197,10 @@ def start_end(books: Books, action: Cancel | Reject) -> tuple[EndOrder, ...]:
   return tuple(EndOrder(books.new_order_id(), entry.request.id, reason, action.reason) for entry in entries)
 
 
-def _meant_by(books: Books, name: str) -> list[RequestState]:
+def _meant_by(books: Books, name: Any) -> list[RequestState]:
   """The request of this id, or all its samples, that have not ended."""
+  if not isinstance(name, str):
+    return []
   samples = books.samples.get(name)
   if samples is not None and name == samples.ids[0]:
     return list(samples.living.values())

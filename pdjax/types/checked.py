@@ -83,7 +83,11 @@ def checks_arguments(*but: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-      bound = signature.bind(*args, **kwargs)
+      try:
+        bound = signature.bind(*args, **kwargs)
+      except TypeError as error:
+        takes = ', '.join(name for name in signature.parameters if name != 'self')
+        raise TypeError(f'{_called(function)}(): {error}; it takes {takes}') from None
       for name, value in bound.arguments.items():
         if name in but or name not in fits() or value is signature.parameters[name].default:
           continue
@@ -108,8 +112,13 @@ def _fit_argument(function: Callable[..., Any], name: str, value: Any, fits: Cal
   try:
     return fits(value)
   except Misfit as misfit:
-    called = function.__qualname__.rpartition('<locals>.')[2].removesuffix('.__init__')
-    raise ValueError(misfit.says(f'{called}() is given {name}{misfit.place}={shown(misfit.value)}')) from None
+    raise ValueError(
+      misfit.says(f'{_called(function)}() is given {name}{misfit.place}={shown(misfit.value)}')
+    ) from None
+
+
+def _called(function: Callable[..., Any]) -> str:
+  return function.__qualname__.rpartition('<locals>.')[2].removesuffix('.__init__')
 
 
 def as_path(value: Any) -> Any:

@@ -25,6 +25,11 @@ def check_text(text: str, place: str) -> str:
   return text
 
 
+def is_integer(value: object) -> bool:
+  """Whether it is an integer, Python's or NumPy's; a truth value is none."""
+  return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
 def is_number(value: object) -> bool:
   """Whether it is a real number that a float can hold; a truth value is none."""
   if type(value) is float:

@@ -5,7 +5,7 @@ from collections import UserList
 
 import pytest
 
-from pdjax.serving import ALL, Cancel, Chunk, PolicyError, Reject, Step, Transfer
+from pdjax.serving import ALL, Cancel, Chunk, PolicyError, Preempt, Reject, Step, SwitchRole, Transfer
 from pdjax.serving.actions import Action
 from pdjax.types import Role, WorkerSpec, colocated_pool, decode_pool, prefill_pool
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver, snapshot
@@ -59,7 +59,7 @@ MISUSES: dict[str, tuple[object, str]] = {
   'sent to a prefill worker': (_chunk('prefill1', 'w', 0, 6, 'prefill0'), "cannot be sent to 'prefill0'"),
   'too many tokens': (_chunk('prefill1', 'long', 0, 33), '1 chunks with 33 tokens, .* 4 chunks and 32 tokens'),
   'no steps': (Step('decode0', decodes=ALL, steps=0), "steps=0, but worker 'decode0' takes 1 to 16"),
-  'too many steps': (Step('decode0', decodes=ALL, steps=17), 'steps=17, .* takes 1 to 16; lower it'),
+  'too many steps': (Step('decode0', decodes=ALL, steps=17), 'steps=17, .* takes 1 to 16; name one of these'),
   'steps beside chunks': (
     Step('both0', (Chunk('w', 0, 6),), steps=2),
     "steps=2, but worker 'both0' takes 1 to 1 beside chunks",
@@ -85,6 +85,23 @@ MISUSES: dict[str, tuple[object, str]] = {
   'reject after the start': (Reject('p', 'why'), 'only a waiting one can be rejected, cancel it'),
   'cancel of a cancelled request': (Cancel('e'), 'is being ended already'),
   'reject of a cancelled request': (Reject('e', 'why'), 'is being ended already'),
+  'a chunk that begins in no whole token': (_chunk('prefill1', 'w', 0.0, 6), 'needs integers for start and length'),
+  'a chunk of half a token': (_chunk('prefill1', 'w', 0, 1.5), 'needs integers for start and length'),
+  'a chunk of a text': (_chunk('prefill1', 'w', 0, '5'), 'needs integers for start and length'),
+  'a chunk of a truth value': (_chunk('prefill1', 'w', False, 5), 'needs integers for start and length'),
+  'no tuple of chunks': (Step('prefill1', chunks=5), 'chunks=5, expected a tuple of Chunk'),
+  'names for chunks': (Step('prefill1', chunks=('w',)), r"chunks=\('w',\), expected a tuple of Chunk"),
+  'no decodes': (Step('decode0', decodes=None), 'decodes=None, expected ALL or a tuple of ids'),
+  'all as a text': (Step('decode0', decodes='all'), "decodes='all', expected ALL or a tuple of ids"),
+  'standing as a text': (Step('decode0', decodes=ALL, steps='standing'), "'standing', expected an integer or STANDING"),
+  'a step and a half': (Step('decode0', decodes=ALL, steps=1.5), 'steps=1.5, expected an integer or STANDING'),
+  'whether to step': (Step('decode0', decodes=ALL, steps=True), 'steps=True, expected an integer or STANDING'),
+  'a list for a worker': (Step(['decode0'], decodes=ALL), r"worker \['decode0'\] is unknown"),
+  'a list for a request': (Transfer(['f'], 'decode0'), r"request \['f'\] is no id; name a request by its id"),
+  'a list for who is cancelled': (Cancel(['f']), r"request \['f'\] is no id"),
+  'a list for who is refused': (Reject(['w'], 'why'), r"request \['w'\] is no id"),
+  'a list for who changes': (SwitchRole(['prefill0'], Role.DECODE), r"worker \['prefill0'\] is unknown"),
+  'a list for who gives way': (Preempt(['d']), r"request \['d'\] is no id"),
   'no action at all': (
     'decode, please',
     'is no action; answer with Step, Transfer, Cancel, Reject, Preempt, SwitchRole or WakeAt',

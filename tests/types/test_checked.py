@@ -278,6 +278,18 @@ def test_arguments_are_checked_before_a_function_does_anything():
   assert done == [2]
 
 
+def test_an_unknown_argument_is_told_with_the_function_and_what_it_takes():
+  class Served:
+    @checks_arguments()
+    def __init__(self, count: Count, *, seed: int = 0):
+      """Take them."""
+
+  with pytest.raises(TypeError, match=r"^Served\(\): got an unexpected keyword argument 'sed'; it takes count, seed$"):
+    Served(1, sed=2)
+  with pytest.raises(TypeError, match=r'^Served\(\): too many positional arguments; it takes count, seed$'):
+    Served(1, 2)
+
+
 def test_a_constructor_is_named_by_its_class():
   class Box:
     @checks_arguments()

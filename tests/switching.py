@@ -53,6 +53,22 @@ class TakeTurns(PolicyBase):
 
 
 @dataclasses.dataclass(frozen=True)
+class Swapped(PolicyBase):
+  """Two workers have each other's role before anything is served."""
+
+  prefills: str
+  decodes: str
+  policy: PolicyBase = Disaggregated(max_prefill_tokens=16)
+
+  def decide(self, view: ClusterView) -> Iterable[Action]:
+    for name, role in ((self.decodes, Role.PREFILL), (self.prefills, Role.DECODE)):
+      worker = view.workers[name]
+      if worker.role is not role:
+        return [] if worker.draining else [SwitchRole(name, role)]
+    return self.policy.decide(view)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomRoles(PolicyBase):
   """Whenever so many more have ended, each worker wants any of its roles, and gets it where that is allowed.
 

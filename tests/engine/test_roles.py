@@ -17,7 +17,7 @@ from pdjax.workload import Listed
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import SMALL_PIECES, build
 from tests.engine.plain import generate
-from tests.switching import EITHER, RandomRoles, SwitchByLoad, TakeTurns, under_load
+from tests.switching import EITHER, RandomRoles, Swapped, SwitchByLoad, TakeTurns, under_load
 from tests.tiny import TINY, TINY_8_2, config
 
 ANY = tuple(Role)
@@ -84,8 +84,11 @@ def test_roles_change_between_meshes_and_page_sizes_that_are_unlike():
   cluster = build('1P2D', 1, 2, TINY_8_2, differing=[one | {'may_become': EITHER} for one in unlike])
   served = cluster.serve(under_load(80, seed=6), TakeTurns())
   assert_exact(cluster, served)
-  ways = {(order.source, order.target) for order, _ in served.transfers()}
-  assert changes(served) and any((target, source) in ways for source, target in ways), ways
+  swapped = cluster.serve(under_load(24, seed=8), Swapped('prefill0', 'decode0'))
+  assert_exact(cluster, swapped)
+  assert changes(served) and len(changes(swapped)) == 2
+  ways = {(order.source, order.target) for one in (served, swapped) for order, _ in one.transfers()}
+  assert {('prefill0', 'decode0'), ('decode0', 'prefill0')} <= ways
 
 
 def test_workers_of_any_role_in_groups_of_layers_and_fused_change_no_token():

@@ -192,12 +192,17 @@ def check_idle(policy: Any, num_idle: int, last: Sequence[Action]) -> None:
     )
 
 
+def check_id(action: Action, request: str) -> None:
+  """Raise `PolicyError` if what an action names as a request is no id."""
+  if not isinstance(request, str):
+    raise PolicyError(f'{action!r}: request {request!r:.200} is no id; name a request by its id, a text.')
+
+
 def find_request(view: ClusterView, action: Action, request: str) -> RequestView:
   """The request that an action names; raises `PolicyError` if there is none."""
-  entry = view.requests.get(request) if isinstance(request, str) else None
+  check_id(action, request)
+  entry = view.requests.get(request)
   if entry is None:
-    if not isinstance(request, str):
-      raise PolicyError(f'{action!r}: request {request!r:.200} is no id; name a request by its id, a text.')
     raise PolicyError(f'{action!r}: request {request!r} is unknown or finished.')
   return entry
 

@@ -1,11 +1,10 @@
 """A request's way: it arrives, is put where it belongs, hands its prompt on, and ends once."""
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
 
 from pdjax.serving.actions import Cancel, Reject
 from pdjax.serving.books import Books
-from pdjax.serving.checks import PolicyError, find_request, why_unfit, why_without_place
+from pdjax.serving.checks import PolicyError, check_id, find_request, why_unfit, why_without_place
 from pdjax.serving.events import Finished, Result
 from pdjax.serving.keyed_queue import KeyedQueue
 from pdjax.serving.orders import EndOrder
@@ -179,6 +178,7 @@ def start_end(books: Books, action: Cancel | Reject) -> tuple[EndOrder, ...]:
     PolicyError: if there is no such request, it is ending already, or is refused although it was begun.
   """
   reason: FinishReason = 'cancelled' if isinstance(action, Cancel) else 'rejected'
+  check_id(action, action.request)
   entries = _meant_by(books, action.request)
   if not entries:
     find_request(ClusterView(books), action, action.request)
@@ -197,10 +197,8 @@ def start_end(books: Books, action: Cancel | Reject) -> tuple[EndOrder, ...]:
   return tuple(EndOrder(books.new_order_id(), entry.request.id, reason, action.reason) for entry in entries)
 
 
-def _meant_by(books: Books, name: Any) -> list[RequestState]:
+def _meant_by(books: Books, name: str) -> list[RequestState]:
   """The request of this id, or all its samples, that have not ended."""
-  if not isinstance(name, str):
-    return []
   samples = books.samples.get(name)
   if samples is not None and name == samples.ids[0]:
     return list(samples.living.values())

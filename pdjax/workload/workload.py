@@ -68,8 +68,26 @@ class Workload(Protocol):
     """A fresh source of these requests, the same every time."""
 
 
+class _Ready:
+  """Requests that are there already: nothing is drawn, and no number in flight is asked for."""
+
+  __slots__ = ()
+
+  @property
+  def burstiness(self) -> None:
+    return None
+
+  @property
+  def max_concurrency(self) -> None:
+    return None
+
+  @property
+  def seed(self) -> None:
+    return None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class Given:
+class Given(_Ready):
   """Ready requests, at the times they name."""
 
   requests: tuple[Request, ...]
@@ -88,24 +106,12 @@ class Given:
     span_s = max(times_s) - min(times_s)
     return (len(times_s) - 1) / span_s if span_s else math.inf
 
-  @property
-  def burstiness(self) -> None:
-    return None
-
-  @property
-  def max_concurrency(self) -> None:
-    return None
-
-  @property
-  def seed(self) -> None:
-    return None
-
   def arrivals(self, context: WorkloadContext) -> Listed:
     return Listed(self.requests)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(_Ready):
   """Requests that came as somebody submitted them, of which no more is known than a report says.
 
   Attributes:
@@ -115,18 +121,6 @@ class Submitted:
 
   num_requests: int
   request_rate: float
-
-  @property
-  def burstiness(self) -> None:
-    return None
-
-  @property
-  def max_concurrency(self) -> None:
-    return None
-
-  @property
-  def seed(self) -> None:
-    return None
 
   def arrivals(self, context: WorkloadContext) -> Arrivals:
     raise ValueError('requests that were submitted do not come again; give them as Given(requests).')

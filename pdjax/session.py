@@ -7,13 +7,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
-
-import numpy as np
 
 from pdjax.answers import answer_line
 from pdjax.completions import Drafts, complete
@@ -30,6 +27,7 @@ from pdjax.serving.events import Delivered, Event, Finished
 from pdjax.types.checked import Seed, checks_arguments
 from pdjax.types.request import Completion, FinishReason, Request, SamplingParams, TokenLogprob
 from pdjax.workload import Live, Seeded, Submitted
+from pdjax.workload.workload import mean_rate
 
 _T = TypeVar('_T')
 
@@ -535,6 +533,5 @@ class Session:
 def _submitted(timeline: Timeline) -> Submitted:
   """The requests of a session, as a report tells of a workload."""
   rows = timeline.requests.rows
-  times_s = rows['arrival_s'][rows['sample_of'] == NOBODY]
-  span_s = float(np.ptp(times_s)) if len(times_s) else 0.0
-  return Submitted(len(times_s), (len(times_s) - 1) / span_s if span_s else math.inf)
+  times_s = rows['arrival_s'][rows['sample_of'] == NOBODY].tolist()
+  return Submitted(len(times_s), mean_rate(times_s))

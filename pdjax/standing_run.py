@@ -20,8 +20,12 @@ def outcome(ends: np.ndarray, before: int, after: int) -> tuple[np.ndarray, tupl
     before: The one number.
     after: The other.
   """
-  counts = np.minimum(np.maximum(ends - before, 0), after - before)
-  return counts, tuple([Ended(row, 'length') for row, end in enumerate(ends.tolist()) if before < end <= after])
+  ended = tuple([Ended(row, 'length') for row, end in enumerate(ends.tolist()) if before < end <= after])
+  return _counts(ends, before, after), ended
+
+
+def _counts(ends: np.ndarray, before: int, after: int) -> np.ndarray:
+  return np.minimum(np.maximum(ends - before, 0), after - before)
 
 
 class StandingRun:
@@ -85,8 +89,7 @@ class StandingRun:
   def outcome(self, before: int, step: int) -> tuple[np.ndarray, tuple[Ended, ...]]:
     """Tokens of each sequence in the steps behind one up to another, `[B]`, and those that end there."""
     if step < self.until_change(before):
-      counts = np.minimum(np.maximum(self._ends_at - before, 0), step - before)
-      return counts, ()
+      return _counts(self._ends_at, before, step), ()
     return outcome(self._ends_at, before, step)
 
   def add(self, ends_s: Sequence[float], began_s: float | None = None) -> None:

@@ -102,9 +102,7 @@ class Given(_Ready):
   @property
   def request_rate(self) -> float:
     """Requests per second between the first and the last; infinite if all come at once."""
-    times_s = [request.arrival_s for request in self.requests] or [0.0]
-    span_s = max(times_s) - min(times_s)
-    return (len(times_s) - 1) / span_s if span_s else math.inf
+    return mean_rate([request.arrival_s for request in self.requests])
 
   def arrivals(self, context: WorkloadContext) -> Listed:
     return Listed(self.requests)
@@ -124,6 +122,12 @@ class Submitted(_Ready):
 
   def arrivals(self, context: WorkloadContext) -> Arrivals:
     raise ValueError('requests that were submitted do not come again; give them as Given(requests).')
+
+
+def mean_rate(times_s: Sequence[float]) -> float:
+  """Requests per second between the first and the last of some arrivals; infinite if all come at once."""
+  span_s = max(times_s, default=0.0) - min(times_s, default=0.0)
+  return (len(times_s) - 1) / span_s if span_s else math.inf
 
 
 def _shortened(text: str, width: int = 40) -> str:

@@ -1,5 +1,6 @@
 """The event log: every event of a run, in memory and, if wanted, as JSON lines in a file."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -44,8 +45,8 @@ class EventLog:
   def __init__(self, path: str | os.PathLike | None = None, keep: bool = True):
     self._keep = keep
     self._events: list[Event] = []
-    self._pending: list[Event] = []
-    self._lock = threading.Lock()  # of what is pending
+    self._pending: collections.deque[Event] = collections.deque()
+    self._lock = threading.Lock()  # of those who take what is pending
     self._is_asked = False  # whether the thread that writes will ask for what is pending
     self._begun = self._added = 0  # pieces that were made here, and those that the file has
     self._now_s = 0.0  # of the events that the file has got
@@ -59,13 +60,11 @@ class EventLog:
       self._events.append(event)
     if self._file is None or self._file.ended:
       return
-    with self._lock:
-      self._pending.append(event)
-      is_piece, is_first = len(self._pending) >= _PIECE, not self._is_asked
-      self._is_asked = True
-    if is_piece:
+    self._pending.append(event)
+    if len(self._pending) >= _PIECE:
       self._flush()
-    elif is_first:
+    elif not self._is_asked:
+      self._is_asked = True
       self._ask()
 
   def close(self) -> None:
@@ -96,7 +95,7 @@ class EventLog:
     assert self._file is not None
     with self._lock:
       if added == self._added == self._begun:
-        self._is_asked = False
+        self._is_asked = False  # before anything is taken: whoever adds an event behind that asks again
         piece = self._take()
         if piece.error is not None:
           self._file.end(piece.error, self._now_s)
@@ -106,10 +105,9 @@ class EventLog:
 
   def _take(self) -> '_Piece':
     """The lines of what is pending, the lock held."""
-    events, self._pending = self._pending, []
     lines: list[str] = []
     size, times, problem = 0, [(0, self._now_s)], None
-    for event in events:
+    for event in [self._pending.popleft() for _ in range(len(self._pending))]:
       if isinstance(event, Turn) and isinstance(event.now_s, float):
         self._now_s = event.now_s
         times.append((size, event.now_s))

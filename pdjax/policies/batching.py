@@ -12,12 +12,12 @@ class ChunkBatches:
 
   def __init__(self, workers: Sequence[WorkerView], budgets: dict[str, int]):
     self.chunks: dict[str, list[Chunk]] = {worker.name: [] for worker in workers}
-    self._workers = workers
     self._budgets = {worker.name: min(budgets[worker.name], worker.spec.max_step_tokens) for worker in workers}
+    self._open = [worker for worker in workers if self.takes_more(worker)]
 
-  def open(self) -> list[WorkerView]:
+  def open(self) -> Sequence[WorkerView]:
     """Workers whose step can take another chunk."""
-    return [worker for worker in self._workers if self.takes_more(worker)]
+    return self._open
 
   def takes_more(self, worker: WorkerView) -> bool:
     """Whether the worker's step can take another chunk."""
@@ -28,6 +28,8 @@ class ChunkBatches:
     length = min(entry.prompt_left, self._budgets[worker.name])
     self._budgets[worker.name] -= length
     self.chunks[worker.name].append(Chunk(entry.request.id, entry.started, length, send_to))
+    if not self.takes_more(worker):
+      self._open = [other for other in self._open if other is not worker]
 
 
 def fill_prefills(
@@ -65,18 +67,18 @@ def fill_prefills(
     request = entry.request.id
     open_workers = batches.open()
     targets = {worker.name: target_of(entry, worker) for worker in open_workers}
-    stays = {worker.name: targets[worker.name] is None and worker.role.decodes for worker in open_workers}
-    fits = {
-      worker.name
-      for decodes in set(stays.values())
-      for worker in room.fitting(request, [one for one in open_workers if stays[one.name] == decodes], decodes=decodes)
-    }
-    able = [worker for worker in open_workers if worker.name in fits]
+    staying = [worker for worker in open_workers if targets[worker.name] is None and worker.role.decodes]
+    if staying:
+      leaving = [worker for worker in open_workers if worker not in staying]
+      fits = [*room.fitting(request, leaving, decodes=False), *room.fitting(request, staying, decodes=True)]
+      able = [worker for worker in open_workers if worker in fits]
+    else:
+      able = room.fitting(request, open_workers, decodes=False)
     if not able:
       break
     worker = placement.choose(entry, able, room)
     send_to = targets[worker.name]
-    room.take(request, worker.name, decodes=stays[worker.name])
+    room.take(request, worker.name, decodes=worker in staying)
     if send_to is not None:
       room.take(request, send_to, decodes=True)
     batches.add(entry, worker, send_to)

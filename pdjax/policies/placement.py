@@ -19,7 +19,10 @@ class FewestQueuedTokens:
   """The worker with the fewest prompt tokens still to compute; of equals, the one with the most free slots."""
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
-    return min(workers, key=lambda worker: (room.queued_tokens(worker.name), -room.slots(worker.name)))
+    tokens = [room.queued_tokens(worker.name) for worker in workers]
+    fewest = min(tokens)
+    equal = [worker for worker, count in zip(workers, tokens, strict=True) if count == fewest]
+    return equal[0] if len(equal) == 1 else MostFreeSlots().choose(request, equal, room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,4 +38,5 @@ class MostFreeSlots:
   """The worker with the most free slots, so that batches stay even; the first of equals."""
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
-    return max(workers, key=lambda worker: room.slots(worker.name))
+    slots = [room.slots(worker.name) for worker in workers]
+    return workers[slots.index(max(slots))]

@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
+from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
 from pdjax.serving.events import Delivered, Done, Finished, Preempted, RoleChanged
-from pdjax.serving.orders import MAX_ORDERS, Order, PageNumbers, TransferOrder
+from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
 from pdjax.serving.requests import RequestState, Samples
@@ -63,8 +64,8 @@ class Books:
     catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
     wakes: Whether anything happened that the policy is to be asked about.
     touched: Workers about which something changed since their use was last told.
-    may_prefill: Workers that may be able to prefill: all but those found unable since something about them changed.
-    may_decode: The same of decoding.
+    able_to_prefill: Workers that prefill and can be given another step.
+    able_to_decode: Workers that decode and can be given another step that brings somebody a token.
     draining: Workers that are to have another role once they are empty.
     roles_changed: Workers whose role changed since the loop last took them.
   """
@@ -90,8 +91,8 @@ class Books:
     self.max_preemptions = max_preemptions
     self.now_s = 0.0
     self.touched: dict[str, None] = {}
-    self.may_prefill: dict[str, None] = {}
-    self.may_decode: dict[str, None] = {}
+    self.able_to_prefill = AbleWorkers(lambda worker: worker.role.prefills)
+    self.able_to_decode = AbleWorkers(lambda worker: worker.role.decodes and worker.has_work)
     self._pools: dict[tuple[Any, ...], PoolSpecs] = {}
     self.workers: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
@@ -151,26 +152,10 @@ class Books:
 
   def look_at(self, worker: str) -> None:
     """Note that something about a worker changed, so that it may have to do."""
-    self.touched[worker] = self.may_prefill[worker] = self.may_decode[worker] = None
-
-  def able_to_prefill(self) -> tuple[WorkerState, ...]:
-    """Workers that prefill and can be given another step, in the order of the config."""
-    return self._able(self.may_prefill, lambda worker: worker.role.prefills)
-
-  def able_to_decode(self) -> tuple[WorkerState, ...]:
-    """Workers that decode and can be given another step that brings somebody a token, in the order of the config."""
-    return self._able(self.may_decode, lambda worker: worker.role.decodes and worker.has_work)
-
-  def _able(self, candidates: dict[str, None], has_to_do: Callable[[WorkerState], bool]) -> tuple[WorkerState, ...]:
-    """Those of some workers that are able; the others are looked at again once something about them changes."""
-    able = []
-    for name in list(candidates):
-      worker = self.workers[name]
-      if worker.up and worker.num_steps < MAX_ORDERS and has_to_do(worker):
-        able.append(worker)
-      else:
-        del candidates[name]
-    return tuple(sorted(able, key=lambda worker: worker.number) if len(able) > 1 else able)
+    state = self.workers[worker]
+    self.touched[worker] = None
+    self.able_to_prefill.look_at(state)
+    self.able_to_decode.look_at(state)
 
   def sides(self) -> tuple[tuple[WorkerState, ...], tuple[WorkerState, ...]]:
     """Those that prefill and those that decode, by their roles now."""

@@ -71,7 +71,7 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
     return None
   able: dict[bool, list[WorkerView]] = {}  # by whether they decode it
   for decodes in [False] * (not entry.computed) + [True] * must_decode:
-    there = [one for one in view.workers.values() if (one.spec.ever_decodes if decodes else one.spec.ever_prefills)]
+    there = [one for one in view.workers.values() if (one.ever_decodes if decodes else one.ever_prefills)]
     workers = [worker for worker in there if not worker.given_up]
     if not workers:
       lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
@@ -113,9 +113,9 @@ def _has_two_places(view: ClusterView, entry: RequestView, slots: int) -> bool:
 
   def first(decodes: bool, least: int) -> WorkerView | None:
     for one in view.workers.values():
-      able = one.spec.ever_decodes if decodes else one.spec.ever_prefills
-      is_there = able and not one.given_up and one.spec.max_sequences >= least
-      if is_there and view.could_fit(entry.request.id, one.name, decodes=decodes):
+      if not (one.ever_decodes if decodes else one.ever_prefills) or one.given_up:
+        continue
+      if one.spec.max_sequences >= least and view.could_fit(entry.request.id, one.name, decodes=decodes):
         return one
     return None
 

@@ -88,7 +88,7 @@ def settle(books: Books, entry: RequestState) -> None:
     enter(entry, Phase.PREFILLED)
     assert entry.worker is not None
     is_as_before = not any(worker.given_up for worker in books.workers.values())
-    if (is_as_before and not books.workers[entry.worker].spec.ever_decodes) or not refuse_unfit(books, entry):
+    if (is_as_before and not books.workers[entry.worker].ever_decodes) or not refuse_unfit(books, entry):
       file(books.prefilled, entry)
   elif entry.transfers or entry.request.id in books.due:
     enter(entry, Phase.MOVING)

@@ -80,6 +80,7 @@ class PlacePages:
       most = grown_pages(pool.kind, worker) if grows else self._num_bytes // pool.device_bytes
       self.by_kind[name] = PageAllocator(most)
     self._sized = [(one, pools.by_kind[name]) for name, one in self.by_kind.items()]
+    self._by_kind = {name: (one, pools.by_kind[name].device_bytes) for name, one in self.by_kind.items()}
 
   @property
   def _free_bytes(self) -> int:
@@ -111,12 +112,13 @@ class PlacePages:
     """Whether so many pages of each kind are free, beside others that are as good as taken."""
     num_bytes = 0
     for name, count in needed.items():
+      kind, device_bytes = self._by_kind[name]
       if beside:
         count += beside[name]
-      if count > self.by_kind[name].num_free:
+      if count > len(kind._free):
         return False
-      num_bytes += count * self.pools.by_kind[name].device_bytes
-    return num_bytes <= self._free_bytes
+      num_bytes += count * device_bytes
+    return num_bytes <= (self._free_bytes if self._free is None else self._free)
 
   @property
   def capacity(self) -> str:

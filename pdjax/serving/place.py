@@ -147,6 +147,8 @@ class WorkerState:
     spec: The worker as the config has it.
     name: Its name.
     role: Its role now; `spec` has the one that it began with.
+    ever_prefills: Whether it prefills in any of its roles.
+    ever_decodes: Whether it decodes in any of its roles.
     draining: The role that it is to have once it is empty; until then it takes no new request. None if it keeps its
       own.
     page_size: Tokens per page.
@@ -167,6 +169,7 @@ class WorkerState:
     self.spec = spec
     self.name = spec.name
     self.role = spec.role
+    self.ever_prefills, self.ever_decodes = spec.ever_prefills, spec.ever_decodes
     self.draining: Role | None = None
     self.drains_from_s = 0.0
     self.page_size = spec.page_size

@@ -68,6 +68,7 @@ def lose(books: Books, event: WorkerLost) -> None:
   """Take note that a worker's pages are gone, and see to all that were there."""
   worker = books.workers[event.worker]
   worker.up, worker.lost = False, event.error
+  books.look_at(worker.name)
   if event.returning:
     books.timers.cancel('patience', worker.name)
   else:

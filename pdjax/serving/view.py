@@ -113,6 +113,14 @@ class WorkerView(Protocol):
     """The phases it runs now; `spec` has those that it began with, and which it may take."""
 
   @property
+  def ever_prefills(self) -> bool:
+    """Whether it prefills in any of its roles."""
+
+  @property
+  def ever_decodes(self) -> bool:
+    """Whether it decodes in any of its roles."""
+
+  @property
   def draining(self) -> Role | None:
     """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
 
@@ -229,16 +237,19 @@ class Room:
 
   def fitting(self, request: str, workers: Iterable[WorkerView], *, decodes: bool) -> list[WorkerView]:
     """Those of some workers that have room, as `fits` says."""
-    entry, found = self._books.requests[request], []
+    entry, found, all_holdings, pools = self._books.requests[request], [], self._books.holdings, None
     slots_needed = entry.slots_needed if decodes else 0
+    needed: Mapping[str, int] = {}
     for worker in workers:
-      name = worker.name
-      holdings = self._books.holdings[name]
-      if (
-        not worker.up or worker.draining or (decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0))
-      ):
+      if not worker.up or worker.draining:
         continue
-      needed = entry.pages_needed(holdings.pages.pools, decodes=decodes)
+      name = worker.name
+      holdings = all_holdings[name]
+      if decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0):
+        continue
+      if holdings.pages.pools is not pools:  # one object for all workers that are alike
+        pools = holdings.pages.pools
+        needed = entry.pages_needed(pools, decodes=decodes)
       taken = self._pages.get(name)
       if holdings.wanted:  # by those that decode there
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
@@ -319,12 +330,12 @@ class ClusterView:
   @property
   def able_to_prefill(self) -> Sequence[WorkerView]:
     """Those that prefill and can be given another step, in the order of the config; kept, not searched."""
-    return self._books.able_to_prefill()
+    return self._books.able_to_prefill.found()
 
   @property
   def able_to_decode(self) -> Sequence[WorkerView]:
     """Those that decode and can be given another step that brings a sequence a token; as `able_to_prefill`."""
-    return self._books.able_to_decode()
+    return self._books.able_to_decode.found()
 
   @property
   def requests(self) -> Mapping[str, RequestView]:

@@ -533,6 +533,8 @@ def _config() -> ServingConfig:
     raise ValueError("--compare serves the config's workload; leave --prompt and --requests out.")
   if _COMPARE.value and _LOG.value == 'off':
     raise ValueError('--log=off leaves answers alone, and --compare has none; use --log=summary.')
+  if FLAGS['log'].present and _WORKDIR.value is None:
+    raise ValueError(f'--log={_LOG.value} says what --workdir gets, and there is none; give --workdir too.')
   for flag in ('rates', 'splits', 'budgets'):
     if FLAGS[flag].value is not None and not _COMPARE.value:
       raise ValueError(f'--{flag} goes with --compare; a single run takes it from the config.')

@@ -50,8 +50,8 @@ def run(
     answers: Collects what ends; None makes one, with the files `answers.jsonl` and in the end `requests.jsonl`.
     over: Called once the serving is over, well or not, before anything is closed or reported.
     log: The part of the log that `workdir` gets: 'full' is `events.jsonl` and the files of the report (`report.json`,
-      `report.html`, `trace.json`, `metrics.prom`), 'summary' the report's alone, 'off' neither of them. `run.json`,
-      `answers.jsonl` and `requests.jsonl` are written all the same, and the result has a report.
+      `report.html`, `trace.json`, `metrics.prom`), 'summary' the report's alone, 'off' neither of them.
+      `run.json`, `answers.jsonl` and `requests.jsonl` are written all the same, and the result has a report.
     keep_events: Keep all events in memory, as `RunResult.events`. None keeps those of fewer than 20,000 requests.
 
   Raises:

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import enum
 import inspect
 import typing
 from collections.abc import Iterable
@@ -17,8 +18,8 @@ from pdjax.types.checked import checks_arguments
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
   """A copy of the config with fields replaced, each override written `name.of.field=value`.
 
-  A value is a Python literal, or else text. Items of a tuple go by index, workers also by name:
-  `workers.decode0.tp=3`.
+  A value is a Python literal, or else text; roles have commas between: `workers.decode0.may_become=prefill,both`. Items
+  of a tuple go by index, workers also by name: `workers.decode0.tp=3`.
 
   Raises:
     ValueError: if an override is malformed, names an unknown field or has a value of another type; the message lists
@@ -112,7 +113,9 @@ def _meant(value: Any, hint: Any) -> Any:
       return float(value)
     if str in kinds:
       return str(value)
+  items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), None)
   if isinstance(value, list | tuple):
-    items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), None)
     return value if items is None else tuple(_meant(item, items[0]) for item in value)
+  if isinstance(value, str) and items is not None and isinstance(items[0], type) and issubclass(items[0], enum.Enum):
+    return tuple(name.strip() for name in value.split(','))
   return value

@@ -102,7 +102,7 @@ CARELESS = [
   ('half a device', worker(tp=1.5), "worker 'w' has tp=1.5, expected an integer"),
   ('no device', worker(tp=0), "worker 'w' has tp=0, expected at least 1"),
   ('a role that is none', worker(role='decoder'), "role='decoder', expected one of 'prefill', 'decode', 'both'"),
-  ('one role bare', worker(may_become='decode'), "worker 'w' has may_become='decode', expected a tuple of Role"),
+  ('one role bare', worker(may_become='decode'), r"tuple of Role, each one of 'prefill', .*; write \('decode',\)"),
   ('a role to become that is none', worker(may_become=('decoder',)), r"may_become\[0\]='decoder', expected one of"),
   ('no roles to become', worker(may_become=None), 'may_become=None, expected a tuple of Role'),
   ('pages as text', worker(num_pages='64'), "num_pages='64', expected a positive count or 'auto'"),

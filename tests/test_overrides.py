@@ -35,6 +35,8 @@ def _raises(words: str):
     ('workers.1.num_pages=128', 'workers.1.num_pages', 128),
     ('workers.decode0.num_pages=auto', 'workers.1.num_pages', 'auto'),
     ('workers.decode0.role=both', 'workers.1.role', Role.BOTH),
+    ('workers.decode0.may_become=prefill', 'workers.1.may_become', (Role.PREFILL,)),
+    ('workers.decode0.may_become=prefill, both', 'workers.1.may_become', (Role.PREFILL, Role.BOTH)),
     ('workers.decode0.devices=(2,3)', 'workers.1.devices', (2, 3)),
     ('workers.decode0.devices=[2,3]', 'workers.1.devices', (2, 3)),
     ('workers.decode0.devices=None', 'workers.1.devices', None),
@@ -61,7 +63,8 @@ def test_an_override_sets_one_field_and_leaves_the_rest(override, path, value):
   config = apply_overrides(CONFIG, [override])
   found = _get(config, path)
   assert found == value and type(found) is type(value)
-  with_old = apply_overrides(config, [f'{path}={_get(CONFIG, path)!r}']) if path != 'workers.1.role' else CONFIG
+  is_of_roles = path.endswith(('role', 'may_become'))  # which are no literals
+  with_old = CONFIG if is_of_roles else apply_overrides(config, [f'{path}={_get(CONFIG, path)!r}'])
   assert with_old == CONFIG
 
 
@@ -111,6 +114,8 @@ def test_no_override_is_the_same_config():
     ('workers.0.role=translate', "role is 'translate', expected one of 'prefill', 'decode', 'both'"),
     ('workers.0=5', '0 is 5, expected WorkerSpec(...)'),
     ('workers=3', 'workers is 3, expected a tuple of WorkerSpec'),
+    ('workers.0.may_become=(3,)', "may_become[0] is 3, expected one of 'prefill', 'decode', 'both'"),
+    ('workers.0.may_become=translate', "may_become[0] is 'translate', expected one of 'prefill', 'decode', 'both'"),
     ('workers=(1, 2)', 'workers[0] is 1, expected WorkerSpec(...)'),
     ('workers.1.devices=(0, "b")', "devices[1] is 'b', expected an integer"),
     ('policy=Colocated', "policy is 'Colocated', expected a Policy"),

@@ -158,8 +158,14 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
       {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
 
   Raises:
+    FileNotFoundError: if there is no such file.
     ValueError: if the first line names another format, or none.
   """
+  if not os.path.exists(path):
+    raise FileNotFoundError(
+      f'found no events at {os.fspath(path)!r}, expected the events.jsonl of a run; check the path, or run again with '
+      "log='full', as 'summary' and 'off' keep no events."
+    )
   with open(path, encoding='utf-8') as file:
     _check_version(path, file.readline())
     for line in file:

@@ -1,5 +1,6 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
@@ -24,6 +25,7 @@ from pdjax.serving.actions import (
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.view import ClusterView, Phase, RequestView, WorkerView
 from pdjax.types.checks import is_integer, is_number
+from pdjax.types.fitting import shown
 from pdjax.types.request import MAX_STOP_TOKENS
 from pdjax.types.worker import Role
 
@@ -63,15 +65,28 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
   return why_without_place(view, entry)
 
 
-def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
-  """The reason there is no worker that could ever serve the request, in any role that it may take; or None."""
+def _runs(worker: WorkerView, *, decodes: bool, now: bool) -> bool:
+  """Whether a worker runs a phase, in any of its roles or in that of now."""
+  if now:
+    return worker.role.decodes if decodes else worker.role.prefills
+  return worker.ever_decodes if decodes else worker.ever_prefills
+
+
+def why_without_place(view: ClusterView, entry: RequestView, *, now: bool = False) -> str | None:
+  """The reason there is no worker that could ever serve the request; or None.
+
+  Args:
+    view: The cluster.
+    entry: The request.
+    now: Whether workers keep the roles that they have now; else any that they may take counts.
+  """
   request, slots = entry.request, view.slots_needed(entry.request.id)
   must_decode = entry.limit > 1 or slots > 1
-  if must_decode and not entry.computed and _has_two_places(view, entry, slots):
+  if must_decode and not entry.computed and _has_two_places(view, entry, slots, now=now):
     return None
   able: dict[bool, list[WorkerView]] = {}  # by whether they decode it
   for decodes in [False] * (not entry.computed) + [True] * must_decode:
-    there = [one for one in view.workers.values() if (one.ever_decodes if decodes else one.ever_prefills)]
+    there = [one for one in view.workers.values() if _runs(one, decodes=decodes, now=now)]
     workers = [worker for worker in there if not worker.given_up]
     if not workers:
       lost = ', '.join(f'{worker.name!r} ({worker.lost})' for worker in there)
@@ -100,7 +115,8 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
     return None
   sources = {entry.worker} if entry.computed else {worker.name for worker in able[False]}
   for target in able[True]:
-    if sources != {target.name} or (Role.BOTH in target.spec.roles and not entry.computed):
+    is_both = target.role is Role.BOTH if now else Role.BOTH in target.spec.roles
+    if sources != {target.name} or (is_both and not entry.computed):
       return None
   return (
     f'only worker {able[True][0].name!r} could decode it, and its prompt could be nowhere else; give another worker '
@@ -108,12 +124,12 @@ def why_without_place(view: ClusterView, entry: RequestView) -> str | None:
   )
 
 
-def _has_two_places(view: ClusterView, entry: RequestView, slots: int) -> bool:
+def _has_two_places(view: ClusterView, entry: RequestView, slots: int, *, now: bool) -> bool:
   """Whether one worker could prefill a request and another decode it, as far as a look at few of them tells."""
 
   def first(decodes: bool, least: int) -> WorkerView | None:
     for one in view.workers.values():
-      if not (one.ever_decodes if decodes else one.ever_prefills) or one.given_up:
+      if one.given_up or not _runs(one, decodes=decodes, now=now):
         continue
       if one.spec.max_sequences >= least and view.could_fit(entry.request.id, one.name, decodes=decodes):
         return one
@@ -133,6 +149,23 @@ def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
     return None
   known = (hasattr(token, '__index__') and 0 <= token < vocab_size for token in prompt)
   return next((place for place, one in enumerate(known) if not one), None)
+
+
+def check_policy(policy: Any) -> None:
+  """Raise `PolicyError` unless a policy has a method `decide` that takes a view."""
+  name, decide = type(policy).__name__, getattr(policy, 'decide', None)
+  if not callable(decide):
+    raise PolicyError(f'policy {name} has no method decide(self, view); define it, see pdjax.serving.Policy.')
+  try:
+    signature = inspect.signature(decide)
+  except (TypeError, ValueError):  # of a function that does not say what it takes
+    return
+  try:
+    signature.bind(None)
+  except TypeError:
+    raise PolicyError(
+      f'policy {name}: decide takes {signature}, expected one argument, the view; define decide(self, view).'
+    ) from None
 
 
 def ask(policy: Any, view: ClusterView) -> list[Action]:
@@ -172,10 +205,16 @@ def waiting_key(policy: Any) -> Callable[[RequestView], tuple[float, ...]] | Non
     raise PolicyError(f'policy {name} has waiting_key={key!r}, expected a method that takes a request; make it one.')
 
   def checked(entry: RequestView) -> tuple[float, ...]:
-    answer = key(entry.request)
+    try:
+      answer = key(entry.request)
+    except Exception as error:
+      raise PolicyError(
+        f'policy {name}: waiting_key of request {entry.request.id!r} raised {type(error).__name__}: {error}; it takes '
+        'a request and answers a tuple of numbers.'
+      ) from error
     if not isinstance(answer, tuple) or not all(is_number(one) and math.isfinite(one) for one in answer):
       raise PolicyError(
-        f'policy {name} answered waiting_key of request {entry.request.id!r} with {answer!r:.200}, expected a tuple of '
+        f'policy {name} answered waiting_key of request {entry.request.id!r} with {shown(answer)}, expected a tuple of '
         'finite numbers; answer so.'
       )
     return tuple(map(float, answer))

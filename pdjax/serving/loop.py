@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from pdjax.serving.actions import Action, WakeAt
-from pdjax.serving.checks import ask, check_idle
+from pdjax.serving.checks import ask, check_idle, check_policy
 from pdjax.serving.events import Arrived, Event, Finished, Started, Turn, Withdrawn
 from pdjax.serving.orders import Order
 from pdjax.serving.state import ClusterState
@@ -87,9 +87,11 @@ def serve(
     waits: Whether somebody waits while its clock runs, and is told where the next request is long in coming.
 
   Raises:
-    PolicyError: if an action cannot be done, an answer is no sequence of actions, or answers start nothing without end.
+    PolicyError: if `policy` has no `decide` that takes a view, an action cannot be done, an answer is no sequence of
+      actions, or answers start nothing without end.
     StuckError: if requests wait for what can never come.
   """
+  check_policy(policy)
   state.expect(arrivals.output_len)
   state.catch_up_with(backend)
   state.order_waiting(policy)
@@ -97,8 +99,8 @@ def serve(
   while not arrivals.closed or state.unfinished:
     arrives_s = arrivals.next_s()
     next_s = min(arrives_s, state.next_timer_s)
-    if math.isinf(arrives_s):
-      state.check_progress()
+    if math.isinf(arrives_s) and state.check_progress():
+      next_s = now_s
     if not state.unfinished and longest_s < arrives_s - now_s < math.inf and tell_of_long_wait(now_s, arrives_s):
       longest_s = arrives_s - now_s
     now_s, events = backend.wait(next_s)

@@ -2,8 +2,11 @@
 
 import math
 
+from pdjax.serving.actions import Reject
 from pdjax.serving.books import Books
-from pdjax.serving.checks import MOST_IDLE_WAKES
+from pdjax.serving.checks import MOST_IDLE_WAKES, why_without_place
+from pdjax.serving.lifecycle import finish_all
+from pdjax.serving.requests import Phase
 from pdjax.serving.view import ClusterView
 
 
@@ -11,19 +14,24 @@ class StuckError(RuntimeError):
   """Requests wait for what can never come."""
 
 
-def check(books: Books, view: ClusterView) -> None:
+def check(books: Books, view: ClusterView) -> bool:
   """Raise if requests are left although nothing is under way or due; see `ClusterState.check_progress`.
+
+  Returns:
+    Whether requests were ended, or are to be, that only a worker of another role could take.
 
   Raises:
     StuckError: naming the requests and the pages they need.
   """
   if books.in_flight or not books.requests:
-    return
+    return False
   if books.transfers or (math.isfinite(books.timers.next_s) and books.idle_wakes < MOST_IDLE_WAKES):
-    return
+    return False
   workers = books.workers.values()
   if not all(worker.up or worker.given_up for worker in workers):
-    return
+    return False
+  if _refuse_those_without_place(books, view):
+    return True
   decoder = books.decode_workers[0].name
   waits = ', '.join(
     f'{name} ({entry.phase.value}, {view.describe_pages(name, decoder, decodes=True)} pages)'
@@ -36,3 +44,22 @@ def check(books: Books, view: ClusterView) -> None:
     f'{len(books.requests)} requests wait and no order is under way, so nothing can change{woken}: {waits}. '
     f'Free pages: {free}. The policy must start, move, preempt, reject or cancel them{other_roles}.'
   )
+
+
+def _refuse_those_without_place(books: Books, view: ClusterView) -> bool:
+  """Refuse requests that no worker could take in the role it has now, so that those that fit go on."""
+  others = [worker.name for worker in books.workers.values() if len(worker.spec.roles) > 1]
+  if not others:
+    return False
+  found = False
+  for entry in [*books.waiting.values(), *books.prefilled.values()]:
+    problem = why_without_place(view, entry, now=True)
+    if problem is None:
+      continue
+    found = True
+    error = f'{problem} Or let the policy give {" or ".join(others)} another role (SwitchRole).'
+    if entry.phase is Phase.WAITING:
+      books.must[entry.request.id] = Reject(entry.request.id, error)
+    else:
+      finish_all(books, entry, error)
+  return found

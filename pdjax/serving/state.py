@@ -137,16 +137,16 @@ class ClusterState:
     """The use of pages and slots and the length of the queue, if any changed since the last call."""
     return self._occupancy.take(now_s)
 
-  def check_progress(self) -> None:
+  def check_progress(self) -> bool:
     """Raise if requests are left although nothing is under way or due, so that nothing can ever change.
 
     To be asked when no request is known to come. A policy that has itself woken over and over, and then does nothing,
-    is taken to have nothing to do in the end.
+    is taken to have nothing to do. If only workers of other roles could take some, they are refused; whether any are.
 
     Raises:
       StuckError: naming the requests and the pages they need.
     """
-    progress.check(self.books, self.view)
+    return progress.check(self.books, self.view)
 
   def expect(self, output_len: Callable[[str], int | None]) -> None:
     """Have orders say how many tokens a request really generates, where a trace knows that, by its id."""

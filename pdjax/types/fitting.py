@@ -134,7 +134,8 @@ def expected_of(hint: Any) -> str:
     if origin is tuple and args[-1:] != (...,):
       return f'a tuple of {len(args)}'
     named = 'tuple' if origin is tuple else 'sequence'
-    return f'a {named} of {_plural(args[0])}'
+    is_enum = isinstance(args[0], type) and issubclass(args[0], enum.Enum)
+    return f'a {named} of {_plural(args[0])}{f", each {expected_of(args[0])}" if is_enum else ""}'
   if origin in (list, collections.abc.Iterable):
     return f'a list of {_plural(args[0])}'
   if origin is collections.abc.Mapping or origin is dict:
@@ -380,7 +381,7 @@ def _several(hint: Any, origin: Any, args: tuple[Any, ...]) -> Callable[[Any], A
   def several(value: Any) -> Any:
     if isinstance(value, str):
       short = value if len(value) <= 20 else f'{value[:20]}…'
-      raise Misfit(value, expected, remedy=f'write ({short!r},)' if args[0] is str else '')
+      raise Misfit(value, expected, remedy=f'write ({short!r},)' if _is_item(value, args[0]) else '')
     if isinstance(value, type | bytes | bytearray | Mapping | collections.abc.Set):
       raise _misfit(value, expected)
     if origin is tuple or isinstance(value, tuple | list):
@@ -395,6 +396,17 @@ def _several(hint: Any, origin: Any, args: tuple[Any, ...]) -> Callable[[Any], A
     return value
 
   return several
+
+
+def _is_item(text: str, hint: Any) -> bool:
+  """Whether a text alone is what the items of a tuple are."""
+  if not (hint is str or typing.get_origin(hint) is Literal or (isinstance(hint, type) and issubclass(hint, str))):
+    return False
+  try:
+    fit(text, hint)
+  except Misfit:
+    return False
+  return True
 
 
 def _whole(value: Any, expected: str) -> tuple[Any, ...]:

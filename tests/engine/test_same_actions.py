@@ -11,9 +11,9 @@ import pytest
 from pdjax.engine.worker import Worker
 from pdjax.kv.transfer import Parcel
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import serve
+from pdjax.serving import Cancel, Phase, serve
 from pdjax.serving.events import Done, Event, Started
-from pdjax.serving.orders import Order, StepOrder, TransferOrder
+from pdjax.serving.orders import EndOrder, LeaveOrder, Order, StepOrder, TransferOrder
 from pdjax.simulator import Simulator
 from pdjax.types import Request, SamplingParams
 from pdjax.workload import Listed
@@ -33,6 +33,21 @@ class OneByOne(Disaggregated):
 
   def target_of(self, view, room, entry, worker):
     return None
+
+
+class Cancels:
+  """Another policy that cancels a long request in the middle of its tokens, once the last prompt is computed."""
+
+  decode_steps = 1
+
+  def __init__(self, policy):
+    self._policy = policy
+
+  def decide(self, view):
+    long, last = view.requests.get('r2'), view.requests.get('r4')
+    if long is not None and long.phase is Phase.DECODING and last is not None and last.computed:
+      return [Cancel('r2')]
+    return self._policy.decide(view)
 
 
 class Recorded:
@@ -55,7 +70,8 @@ class Recorded:
       way.sort()  # as they were handed over
 
   def step_seconds(self, model, worker, chunks, contexts, steps) -> float:
-    return self.steps[worker.name].popleft()
+    left = self.steps[worker.name]
+    return left.popleft() if left else DECODE_S  # where the host was late, there was another step fewer
 
   def transfer_seconds(self, model, source, target, num_bytes) -> float:
     return self.transfers[source.name, target.name].pop(0)[1]
@@ -76,9 +92,9 @@ def slow_down(monkeypatch) -> None:
   monkeypatch.setattr(Parcel, 'wait', wait_late)
 
 
-def requests() -> list[Request]:
+def requests(longest: int = 7) -> list[Request]:
   """Prompts that all wait from the start."""
-  lengths = ((9, 12), (5, 3), (14, 7), (6, 1), (11, 9))
+  lengths = ((9, 12), (5, 3), (14, longest), (6, 1), (11, 9))
   return [
     Request(f'r{i}', prompt(length, seed=i), SamplingParams(max_tokens=most, ignore_eos=True))
     for i, (length, most) in enumerate(lengths)
@@ -102,14 +118,23 @@ def _without_tokens(order: Order) -> Order:
   return dataclasses.replace(order, joins=joins)
 
 
-def both(cluster: Cluster, policy) -> tuple[list[Order], list[Order]]:
-  """The orders of a run on devices, and those of a simulation at its costs."""
-  served = cluster.serve(requests(), policy)
+def both(cluster: Cluster, policy, **lengths) -> tuple[list[Order], list[Order]]:
+  """The orders of a run on devices, and those of a simulation at its costs; of several tries, the first alike."""
+  for _ in range(MOST_TRIES):
+    real, simulated = try_both(cluster, policy, **lengths)
+    if real == simulated:
+      break
+  return real, simulated
+
+
+def try_both(cluster: Cluster, policy, **lengths) -> tuple[list[Order], list[Order]]:
+  """As `both`, a single try."""
+  served = cluster.serve(requests(**lengths), policy)
   state = cluster.empty_state()
   for name, worker in state.workers.items():
     worker.incarnation = served.incarnations[name]
   simulator = Simulator(cluster.model, cluster.specs, Recorded(served.events))
-  return actions(served.events), actions(serve(Listed(requests()), policy, simulator, state))
+  return actions(served.events), actions(serve(Listed(requests(**lengths)), policy, simulator, state))
 
 
 @pytest.mark.parametrize(
@@ -124,10 +149,24 @@ def both(cluster: Cluster, policy) -> tuple[list[Order], list[Order]]:
 def test_the_simulator_decides_as_the_engine_did_at_the_same_costs(workers, policy, request, monkeypatch):
   cluster = request.getfixturevalue(workers)
   slow_down(monkeypatch)
-  for tries in range(MOST_TRIES):
-    real, simulated = both(cluster, policy)
-    if real == simulated or tries == MOST_TRIES - 1:
-      break
+  real, simulated = both(cluster, policy)
   assert simulated == real
   standing = [order for order in real if isinstance(order, StepOrder) and order.standing]
   assert bool(standing) == (policy.decode_steps == 1)
+
+
+@pytest.mark.parametrize('ahead', ['all', 0])
+@pytest.mark.parametrize(
+  ('workers', 'policy'),
+  [('one_and_one', OneByOne(max_prefill_tokens=16)), ('colocated', Colocated(token_budget=12))],
+  ids=['disaggregated', 'colocated'],
+)
+def test_with_growth_and_a_cancel_it_does_too(workers, policy, ahead, request, monkeypatch):
+  cluster = request.getfixturevalue(workers).changed(pages_ahead=ahead)
+  slow_down(monkeypatch)
+  real, simulated = both(cluster, Cancels(policy), longest=20)
+  assert simulated == real
+  ended = [order.request for order in real if isinstance(order, EndOrder)]
+  left = [order.request for order in real if isinstance(order, LeaveOrder)]
+  assert ended == left == ['r2']
+  assert any(isinstance(order, StepOrder) and order.growth for order in real) == (ahead == 0)

@@ -96,6 +96,11 @@ def test_a_file_of_another_format_is_refused(line, found, tmp_path):
     list(read_events(path))
 
 
+def test_a_run_that_kept_no_events_has_none_to_read(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"found no events at .*, expected the events.jsonl .* log='full'"):
+    list(read_events(tmp_path / 'events.jsonl'))
+
+
 @pytest.mark.parametrize('begun', ['', '{"event": "Lo'])
 def test_a_file_that_was_cut_short_at_once_has_no_events(begun, tmp_path):
   path = tmp_path / 'events.jsonl'

@@ -340,6 +340,21 @@ def test_an_answer_that_is_no_sequence_of_actions_is_an_error_that_names_policy_
   assert backend.orders == []
 
 
+@pytest.mark.parametrize(
+  ('decide', 'words'),
+  [
+    (lambda self: [], r'decide takes \(\), expected one argument, the view; define decide\(self, view\)'),
+    (lambda self, view, now_s: [], r'decide takes \(view, now_s\), expected one argument'),
+    (lambda self, *, view: [], r'decide takes \(\*, view\), expected one argument'),
+    (None, r'has no method decide\(self, view\)'),
+  ],
+)
+def test_a_policy_that_takes_no_view_is_told_so_before_anything_is_served(decide, words):
+  policy = type('Careless', (), {} if decide is None else {'decide': decide})()
+  with pytest.raises(PolicyError, match=f'policy Careless.* {words}'):
+    list(serve(Listed([_request('a')]), policy, ScriptedBackend(), ClusterState(TINY, WORKERS, 4)))
+
+
 def test_a_policy_that_yields_its_actions_serves_like_one_that_lists_them():
   class Yielding(Colocated):
     def decide(self, view):

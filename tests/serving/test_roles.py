@@ -20,8 +20,8 @@ from pdjax.serving import (
   Transfer,
   serve,
 )
-from pdjax.serving.events import Failed, RoleChanged, TimerDue, Turn, Withdrawn, WorkerBack, WorkerLost
-from pdjax.simulator import Replay
+from pdjax.serving.events import Failed, Finished, RoleChanged, TimerDue, Turn, Withdrawn, WorkerBack, WorkerLost
+from pdjax.simulator import Replay, Simulator
 from pdjax.types import (
   FaultSpec,
   Request,
@@ -346,8 +346,6 @@ def test_a_request_waits_for_a_worker_that_has_another_role_now():
   assert cluster.phase('long') is Phase.PREFILLED
   with pytest.raises(PolicyError, match="worker 'decode1' has role prefill; name one that decodes"):
     cluster.start(Transfer('long', 'decode1'))
-  with pytest.raises(StuckError, match='or cancel them, or give a worker another role'):
-    cluster.state.check_progress()
   switch(cluster, 'decode1', DECODE)
   (transfer,) = cluster.start(Transfer('long', 'decode1'))
   cluster.end(transfer)
@@ -363,6 +361,51 @@ def test_a_request_is_refused_where_one_worker_alone_has_room_and_never_both_rol
   cluster = Driver((both, *workers[1:]))
   cluster.arrive('long', prompt_len=30, max_tokens=8)
   assert not cluster.must()
+
+
+def only_another_role_has_room(cluster: Driver) -> None:
+  """A prompt waits and another is computed, which decode0 has no pages for; prefill0 might decode them."""
+  for name in ('long', 'later'):
+    cluster.arrive(name, prompt_len=30, max_tokens=40)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('long', 0, 30),)))[0], {'long': 1})
+
+
+def test_where_nothing_can_change_requests_that_only_another_role_could_take_are_refused():
+  """They would keep those behind them waiting for ever, as no policy gives that role."""
+  large = SIZES | {'num_pages': 64}
+  cluster = Driver(prefill_pool(2, **large | {'may_become': (DECODE,)}) + decode_pool(1, **SIZES | {'num_pages': 12}))
+  only_another_role_has_room(cluster)
+  cluster.arrive('short')
+  assert not cluster.must()
+  assert cluster.state.check_progress()
+  (computed,) = cluster.state.take_finished()
+  waiting = cluster.reject_unfit()
+  assert (computed.request, computed.finish_reason) == ('long', 'error')
+  assert (waiting.request, waiting.finish_reason) == ('later', 'rejected')
+  for ended in (computed, waiting):
+    assert "'decode0', has 12 in all" in ended.error
+    assert 'let the policy give prefill0 or prefill1 another role (SwitchRole)' in ended.error
+  assert [*cluster.view.waiting] == ['short']
+  with pytest.raises(StuckError, match='or give a worker another role'):  # that is the policy's own doing
+    cluster.state.check_progress()
+
+
+def test_a_run_goes_on_behind_requests_that_only_another_role_could_take():
+  large = SIZES | {'num_pages': 64}
+  workers = prefill_pool(2, **large | {'may_become': (DECODE,)}) + decode_pool(1, **SIZES | {'num_pages': 12})
+  requests = [
+    Request(f'r{index}', tuple(range(2, 2 + length)), SamplingParams(max_tokens=limit))
+    for index, (length, limit) in enumerate([(6, 4), (30, 40), (6, 4), (30, 1), (30, 40), (7, 3)])
+  ]
+  state = ClusterState(TINY, workers, 4)
+  simulator = Simulator(TINY, workers, HandCost())
+  events = [*serve(Listed(requests), Disaggregated(), simulator, state)]
+  ends = {event.request: event for event in events if isinstance(event, Finished)}
+  assert {name: one.finish_reason for name, one in ends.items()} == {
+    'r0': 'length', 'r1': 'error', 'r2': 'length', 'r3': 'length', 'r4': 'error', 'r5': 'length',
+  }  # fmt: skip
+  again = Replay(TINY, workers, events)
+  assert [*serve(Listed(requests), Disaggregated(), again, ClusterState(TINY, workers, 4))] == events
 
 
 # ---------------------------------------------------------------------------- bundled policies

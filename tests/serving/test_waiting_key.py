@@ -91,6 +91,12 @@ def test_of_equal_keys_the_first_comes_first_and_one_begun_again_has_its_old_pla
     (lambda request: (None,), r"of request 'r0' with \(None,\), expected a tuple of finite numbers"),
     (lambda request: (1, math.nan), r'with \(1, nan\), expected a tuple of finite numbers'),
     (lambda request: ('a',), 'expected a tuple of finite numbers'),
+    (lambda request: (10**400,), 'expected a tuple of finite numbers'),
+    (
+      lambda request: 1 / 0,
+      "waiting_key of request 'r0' raised ZeroDivisionError: .*; it takes a request",
+    ),
+    (lambda: (1,), "waiting_key of request 'r0' raised TypeError: .*; it takes a request and answers a tuple"),
   ],
 )
 def test_what_is_no_key_is_refused(key, message):

@@ -180,12 +180,12 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
 def step_ended(books: Books, order: StepOrder) -> None:
   """Take note that a step is over, however it went."""
   worker, holdings = books.workers[order.worker], books.holdings[order.worker]
-  books.look_at(worker.name)
   first = holdings.steps.popleft()
   assert first.order == order.id, f'order {order.id} of {worker.name!r} ended before order {first.order}'
   first.ahead = 0
   if holdings.batch.standing == order.id:
-    holdings.batch.standing = None
+    _stands_no_more(books, worker.name)
+  books.look_at(worker.name)
   if not any(one.standing for one in holdings.steps):
     holdings.batch.rows.catch_up = None
   books.transfers.step_ended(order.id, books.now_s)
@@ -194,6 +194,13 @@ def step_ended(books: Books, order: StepOrder) -> None:
     worker.queued_tokens -= chunk.length
     if chunk.is_last and (entry := books.requests.get(chunk.request.id)):
       entry.first_in_flight = False
+
+
+def _stands_no_more(books: Books, worker: str) -> None:
+  """The standing step of a worker is over, or is to end: it may be given another, and its sequences pages."""
+  books.holdings[worker].batch.standing = None
+  books.look_at(worker)
+  books.may_grow(worker)
 
 
 def step_done(books: Books, order: StepOrder, event: Done) -> bool:
@@ -210,16 +217,13 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
   else:
     step.ahead = LOOKAHEAD if event.to_come is None else event.to_come
     if event.to_come is not None and holdings.batch.standing == order.id:
-      holdings.batch.standing = None
-      books.look_at(order.worker)
-      books.may_grow(order.worker)
+      _stands_no_more(books, order.worker)
   late_rows: frozenset[int] = frozenset()
   if event.decoded is not None:
     late_rows = _take(books, holdings.batch, step, event.decoded)
   batch, standing = holdings.batch, holdings.batch.standing
   if standing is not None and standing != order.id and any(map(batch.has, event.ended(step.batch))):
-    batch.standing = None  # the worker lets it end, as one of its sequences has
-    books.look_at(order.worker)
+    _stands_no_more(books, order.worker)  # the worker lets it end, as one of its sequences has
   in_time: list[Result] = []
   late: list[Result] = []
   for result in event.results:

@@ -1,7 +1,7 @@
 """The holders of each page of one place, kind by kind, and a budget of bytes on their way out of it and into it."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pdjax.types.pools import PoolSpecs, grown_pages
 from pdjax.types.worker import WorkerSpec
@@ -10,47 +10,123 @@ from pdjax.types.worker import WorkerSpec
 class PageAllocator:
   """Hands out the pages `0 ... num_pages - 1`, counting how many hold each.
 
-  A request holds its pages, and so does every transfer that has not ended: whichever lets go last frees them.
+  A request holds its pages, and so does every transfer that has not ended: whichever lets go last frees them. A page
+  that is cached keeps its content then, and may be held again, until no page without content is free: of those the
+  oldest goes first.
+
+  Attributes:
+    num_pages: All pages.
+    num_free: Pages that nobody holds.
+    num_cached: Those of them that are cached.
+    forget: Told the cached pages that are given to somebody else.
   """
 
   def __init__(self, num_pages: int):
-    self.num_pages = num_pages
-    self._free = deque(range(num_pages))
+    self.num_pages = self.num_free = num_pages
+    self.num_cached = 0
+    self.forget: Callable[[Sequence[int]], None] = lambda pages: None
     self._holders = [0] * num_pages
+    self._is_cached = bytearray(num_pages)
+    # Two lines, of pages without content and of cached ones, that nobody holds: arrays, as a dict takes ten times that.
+    self._blank, self._kept = num_pages, num_pages + 1
+    self._next = array.array('i', range(1, num_pages + 3))
+    self._before = array.array('i', range(-1, num_pages + 1))
+    self._link(num_pages - 1 if num_pages else self._blank, self._blank)
+    self._link(self._blank, 0 if num_pages else self._blank)
+    self._link(self._kept, self._kept)
 
-  @property
-  def num_free(self) -> int:
-    """Pages that nobody holds."""
-    return len(self._free)
+  def _link(self, page: int, following: int) -> None:
+    self._next[page], self._before[following] = following, page
+
+  def _append(self, line: int, pages: Iterable[int]) -> None:
+    following, before = self._next, self._before
+    last = before[line]
+    for page in pages:
+      following[last], before[page] = page, last
+      last = page
+    following[last], before[line] = line, last
+
+  def _remove(self, page: int) -> None:
+    self._link(self._before[page], self._next[page])
+
+  def free(self) -> list[int]:
+    """The pages that nobody holds, the next to be taken first."""
+    found = []
+    for line in (self._blank, self._kept):
+      page = self._next[line]
+      while page != line:
+        found.append(page)
+        page = self._next[page]
+    return found
 
   def take(self, count: int) -> tuple[int, ...]:
-    """Take `count` free pages, the longest free first.
+    """Take `count` free pages, the longest free first, cached ones last.
 
     Raises:
       ValueError: if fewer are free.
     """
-    if count > len(self._free):
-      raise ValueError(f'{count} pages wanted, {len(self._free)} of {self.num_pages} free.')
-    take = self._free.popleft
-    pages = tuple([take() for _ in range(count)])
-    self.hold(pages)
-    return pages
+    if count > self.num_free:
+      raise ValueError(f'{count} pages wanted, {self.num_free} of {self.num_pages} free.')
+    following, before, holders = self._next, self._before, self._holders
+    num_kept = max(count - (self.num_free - self.num_cached), 0)
+    pages: list[int] = []
+    for line, some in ((self._blank, count - num_kept), (self._kept, num_kept)):
+      page = following[line]
+      for _ in range(some):
+        pages.append(page)
+        holders[page] = 1
+        page = following[page]
+      following[line], before[page] = page, line
+    self.num_free -= count
+    if num_kept:
+      self.num_cached -= num_kept
+      forgotten = pages[-num_kept:]
+      for page in forgotten:
+        self._is_cached[page] = 0
+      self.forget(forgotten)
+    return tuple(pages)
 
   def hold(self, pages: Iterable[int]) -> None:
-    """Keep pages from being freed until a matching `drop`."""
+    """Keep pages from being freed until a matching `drop`; a cached one that is free may be held."""
     holders = self._holders
     for page in pages:
+      if not holders[page]:
+        assert self._is_cached[page], f'page {page} is free and has no content'
+        self._remove(page)
+        self.num_free -= 1
+        self.num_cached -= 1
       holders[page] += 1
 
   def drop(self, pages: Iterable[int]) -> None:
     """Let go of pages; those that nobody else holds become free."""
-    holders = self._holders
+    holders, is_cached = self._holders, self._is_cached
+    blank, kept = [], []
     for page in pages:
       left = holders[page] - 1
       assert left >= 0, f'page {page} is free already'
       holders[page] = left
       if not left:
-        self._free.append(page)
+        (kept if is_cached[page] else blank).append(page)
+    self._append(self._blank, blank)
+    if kept:
+      kept.reverse()  # what is behind others is of no use without them, so that it goes first
+      self._append(self._kept, kept)
+    self.num_free += len(blank) + len(kept)
+    self.num_cached += len(kept)
+
+  def cache(self, pages: Iterable[int]) -> None:
+    """Note that pages which somebody holds have content that is found again."""
+    for page in pages:
+      assert self._holders[page], f'page {page} is held by nobody'
+      self._is_cached[page] = 1
+
+  def forget_all(self) -> None:
+    """Let no page be cached any more."""
+    kept = self.free()[self.num_free - self.num_cached :]
+    self._append(self._blank, kept)
+    self._link(self._kept, self._kept)
+    self.num_cached = 0
+    self._is_cached = bytearray(self.num_pages)
 
 
 class PlacePages:
@@ -115,7 +191,7 @@ class PlacePages:
       kind, device_bytes = self._by_kind[name]
       if beside:
         count += beside[name]
-      if count > len(kind._free):
+      if count > kind.num_free:
         return False
       num_bytes += count * device_bytes
     return num_bytes <= (self._free_bytes if self._free is None else self._free)

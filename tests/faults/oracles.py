@@ -27,7 +27,7 @@ def assert_held(state: ClusterState) -> None:
   for order in state.books.in_flight.values():
     if isinstance(order, TransferOrder):
       for worker, pages in ((order.source, order.span.source_pages), (order.target, order.span.target_pages)):
-        free = state.books.holdings[worker].pages.by_kind[order.span.kind]._free
+        free = state.books.holdings[worker].pages.by_kind[order.span.kind].free()
         assert not set(pages) & set(free), f'{order} lost pages on {worker}'
 
 

@@ -102,7 +102,7 @@ def snapshot(state: ClusterState) -> dict:
   """Everything a state holds, to compare before and after."""
   workers = {
     name: (
-      tuple(state.books.holdings[name].pages.by_kind['kv']._free),
+      tuple(state.books.holdings[name].pages.by_kind['kv'].free()),
       tuple(state.books.holdings[name].pages.by_kind['kv']._holders),
       tuple(state.books.holdings[name].slots),
       tuple((one.order, one.step, one.batch.requests, one.ahead) for one in state.books.holdings[name].steps),

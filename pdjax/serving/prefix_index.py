@@ -1,0 +1,200 @@
+"""The index of cached blocks over all places: which pages of which place hold a block, found by its key."""
+
+import array
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pdjax.serving.block_keys import as_pairs
+
+_EMPTY, _GONE = 0, -1  # in the table; above 0 is a block, counted from 1
+_FULLEST = 0.7  # of the table, blocks that are gone counted
+
+
+class _Place:
+  """The blocks of one place.
+
+  Attributes:
+    page_of: `[blocks]`, the page of each block there, counted from 1; 0 of one that is not there.
+    blocks_of: `[pages, blocks of a page]`, the blocks of each page, counted from 1.
+    blocks_per_page: Blocks of a page.
+  """
+
+  def __init__(self, num_pages: int, blocks_per_page: int, num_blocks: int):
+    self.page_of = np.zeros(num_blocks, np.int32)
+    self.blocks_of = np.zeros((num_pages, blocks_per_page), np.int32)
+    self.blocks_per_page = blocks_per_page
+    self.num_blocks = 0
+
+
+class PrefixIndex:
+  """Finds blocks by their keys, and the pages of each place that hold them.
+
+  It is made of arrays (an open table of hashes, and a row a block), some 40 bytes a block and 8 more for each place,
+  since a dict of keys takes several times that. A page holds some blocks in a row of one sequence; a block has one page
+  at a place at most.
+
+  Args:
+    places: For each place its pages, and the blocks of a page.
+  """
+
+  def __init__(self, places: Mapping[str, tuple[int, int]]):
+    most = sum(pages * blocks for pages, blocks in places.values())
+    self._places = {name: _Place(pages, blocks, most) for name, (pages, blocks) in places.items()}
+    self._keys = np.zeros((most, 2), np.uint64)
+    self._holders = np.zeros(most, np.int8 if len(places) < 128 else np.int32)  # places that have each block
+    self._used = 0  # rows from the first one on that were ever taken
+    self._free = array.array('i')  # rows of these that are free
+    self._num_gone = 0
+    self._table = np.zeros(1 << max(most * 2 - 1, 15).bit_length(), np.int32)
+    self._mask = np.int64(len(self._table) - 1)
+
+  def __len__(self) -> int:
+    """Blocks that some place holds."""
+    return self._used - len(self._free)
+
+  def num_blocks(self, place: str) -> int:
+    """Blocks that a place holds."""
+    return self._places[place].num_blocks
+
+  # -------------------------------------------------------------------------- finding
+
+  def find(self, keys: bytes) -> np.ndarray:
+    """The blocks of some keys, `[N]` int32; -1 where no place has one. They stay the same while some place has them."""
+    pairs = as_pairs(keys)
+    slots = self._first_slots(pairs)
+    found = np.full(len(pairs), -1, np.int32)
+    table, rows, left = self._table, self._keys, np.arange(len(pairs))
+    while len(left):
+      at = table[slots[left]]
+      here = rows[at - 1] == pairs[left]
+      same = (at > 0) & here[:, 0] & here[:, 1]
+      found[left[same]] = at[same] - 1
+      left = left[~same & (at != _EMPTY)]
+      slots[left] = (slots[left] + 1) & self._mask
+    return found
+
+  def _first_slots(self, pairs: np.ndarray) -> np.ndarray:
+    return pairs[:, 0].astype(np.int64) & self._mask
+
+  def hit(self, place: str, blocks: np.ndarray) -> int:
+    """The number of leading blocks that a place holds."""
+    held = self._places[place].page_of[blocks]
+    missing = np.flatnonzero((held == 0) | (blocks < 0))
+    return int(missing[0]) if len(missing) else len(blocks)
+
+  def pages(self, place: str, blocks: np.ndarray) -> tuple[int, ...]:
+    """The pages of leading blocks that a place holds, in order, those of the last blocks of each.
+
+    A page with a block of a sequence has all that is before it in that page.
+    """
+    of = self._places[place]
+    last = np.minimum(np.arange(0, len(blocks), of.blocks_per_page) + of.blocks_per_page, len(blocks)) - 1
+    return tuple((of.page_of[blocks[last]] - 1).tolist())
+
+  # -------------------------------------------------------------------------- storing
+
+  def store(
+    self, place: str, keys: bytes, pages: Sequence[int], first: int = 0, known: np.ndarray | None = None
+  ) -> np.ndarray:
+    """Note that pages of a place hold blocks; those that it holds already stay where they are.
+
+    Args:
+      place: The place.
+      keys: Their keys.
+      pages: The pages of the sequence from the one of its first block on.
+      first: The number of the first of these blocks in the first of these pages.
+      known: The answer of `find` for them, if it was asked and nothing was stored since.
+
+    Returns:
+      `[N]` of whether each is new there.
+    """
+    of = self._places[place]
+    blocks = self.find(keys) if known is None or (known >= 0).any() else known.copy()  # others may have gone meanwhile
+    new = (blocks < 0) | (of.page_of[blocks] == 0)
+    if not new.any():
+      return new
+    if (unknown := np.flatnonzero(blocks < 0)).size:
+      blocks[unknown] = self._insert(as_pairs(keys)[unknown])
+    at = np.arange(first, first + len(blocks))[new]
+    where = np.asarray(pages, np.int32)[at // of.blocks_per_page]
+    stored = blocks[new]
+    of.page_of[stored] = where + 1
+    of.blocks_of[where, at % of.blocks_per_page] = stored + 1
+    of.num_blocks += len(stored)
+    self._holders[stored] += 1
+    return new
+
+  def _insert(self, pairs: np.ndarray) -> np.ndarray:
+    """Rows for keys that are in none; each is there once."""
+    count = len(pairs)
+    again = self._free[max(len(self._free) - count, 0) :]
+    del self._free[len(self._free) - len(again) :]
+    fresh = count - len(again)
+    rows = np.concatenate([np.array(again, np.int32), np.arange(self._used, self._used + fresh, dtype=np.int32)])
+    self._used += fresh
+    self._keys[rows] = pairs
+    if len(self) + self._num_gone > _FULLEST * len(self._table):
+      self._sweep()
+    else:
+      self._enter(rows, pairs)
+    return rows
+
+  def _enter(self, rows: np.ndarray, pairs: np.ndarray) -> None:
+    """Put rows into the table, each into the first place that is free behind where it belongs."""
+    slots, table, left = self._first_slots(pairs), self._table, np.arange(len(pairs))
+    while len(left):
+      before = table[slots[left]]
+      able, was = left[before <= 0], before[before <= 0]
+      table[slots[able]] = rows[able] + 1
+      won = table[slots[able]] == rows[able] + 1  # of several that want one slot, the last has it
+      self._num_gone -= int(np.count_nonzero(was[won] == _GONE))
+      left = np.concatenate([left[before > 0], able[~won]])
+      slots[left] = (slots[left] + 1) & self._mask
+
+  def _sweep(self) -> None:
+    """Make the table anew, without those that are gone."""
+    self._table[:] = _EMPTY
+    self._num_gone = 0
+    free = np.zeros(self._used, bool)
+    free[self._free] = True
+    rows = np.flatnonzero(~free).astype(np.int32)
+    self._enter(rows, self._keys[rows])
+
+  # -------------------------------------------------------------------------- forgetting
+
+  def forget_pages(self, place: str, pages: Sequence[int]) -> bytes:
+    """Note that pages of a place hold nothing any more; the keys of the blocks that they held."""
+    of = self._places[place]
+    blocks = of.blocks_of[np.asarray(pages, np.int64)]
+    of.blocks_of[np.asarray(pages, np.int64)] = 0
+    return self._forget(of, blocks[blocks > 0] - 1)
+
+  def forget_place(self, place: str) -> int:
+    """Note that a place holds nothing any more; the number of blocks that it held."""
+    of = self._places[place]
+    held = np.flatnonzero(of.page_of).astype(np.int32)
+    of.blocks_of[:] = 0
+    self._forget(of, held)
+    return len(held)
+
+  def _forget(self, of: _Place, blocks: np.ndarray) -> bytes:
+    of.page_of[blocks] = 0
+    of.num_blocks -= len(blocks)
+    self._holders[blocks] -= 1
+    keys = self._keys[blocks]
+    gone = self._holders[blocks] == 0
+    if gone.any():
+      rows = blocks[gone]
+      self._table[self._slots_of(rows, keys[gone])] = _GONE
+      self._num_gone += len(rows)
+      self._free.frombytes(rows.astype(np.int32).tobytes())
+    return keys.tobytes()
+
+  def _slots_of(self, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """The slots of rows that are in the table."""
+    slots, left = self._first_slots(pairs), np.arange(len(rows))
+    while len(left):
+      left = left[self._table[slots[left]] != rows[left] + 1]
+      slots[left] = (slots[left] + 1) & self._mask
+    return slots

@@ -15,6 +15,7 @@ from pdjax.types.faults import FaultSpec
 from pdjax.types.fitting import Must, Remedy, at_least
 from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 from pdjax.types.model import ModelSpec
+from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.types.transfer import TransferSpec
@@ -50,6 +51,7 @@ class ServingConfig:
     pages_ahead: Pages that a decoding sequence takes ahead of its tokens as it grows; 'all' takes at once all that it
       may ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
     max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
+    prefix_cache: Keeps pages of prompts and answers for prompts that begin alike; None keeps none.
     transfer: The way of KV between workers.
     faults: The remedies for requests when a transfer or a worker fails.
     cost: The model of costs, by which the simulator says how long things take.
@@ -82,6 +84,7 @@ class ServingConfig:
   max_context: Tokens | None = None
   pages_ahead: Index | Literal['all'] = 'all'
   max_preemptions: Count = 8
+  prefix_cache: PrefixCache | None = None
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()

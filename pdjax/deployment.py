@@ -85,6 +85,7 @@ class Deployment:
       faults=config.faults,
       pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions,
+      prefix_cache=config.prefix_cache,
     )
     for name, worker in built.backend.workers.items():
       state.workers[name].incarnation = worker.incarnation

@@ -342,7 +342,16 @@ CLASSES = checked_classes()
 
 def test_all_that_users_write_checks():
   written = {*GOOD, 'FaultSpec', 'LinkSpec', 'TransferSpec', 'RayCluster', 'SamplingParams', 'SLO', 'Roofline'}
-  written |= {'Disaggregated', 'Colocated', 'Poisson', 'Bursty', 'Constant', 'ClosedLoopWorkload', 'MultiTurn'}
+  written |= {
+    'PrefixCache',
+    'Disaggregated',
+    'Colocated',
+    'Poisson',
+    'Bursty',
+    'Constant',
+    'ClosedLoopWorkload',
+    'MultiTurn',
+  }
   assert written == CLASSES.keys()
   public = {name: getattr(pdjax, name) for name in pdjax.__all__}
   made = {name for name, one in public.items() if inspect.isclass(one) and dataclasses.is_dataclass(one)}

@@ -3,9 +3,9 @@
 from pdjax.policies.base import PolicyBase, as_policy
 from pdjax.policies.colocated import Colocated
 from pdjax.policies.disaggregated import Disaggregated
-from pdjax.policies.placement import FewestQueuedTokens, MostFreePages, MostFreeSlots, Placement
+from pdjax.policies.placement import FewestQueuedTokens, LongestPrefix, MostFreePages, MostFreeSlots, Placement
 
 __all__ = [
-  'Colocated', 'Disaggregated', 'FewestQueuedTokens', 'MostFreePages', 'MostFreeSlots', 'Placement', 'PolicyBase',
-  'as_policy',
+  'Colocated', 'Disaggregated', 'FewestQueuedTokens', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Placement',
+  'PolicyBase', 'as_policy',
 ]  # fmt: skip

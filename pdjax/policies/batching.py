@@ -23,11 +23,11 @@ class ChunkBatches:
     """Whether the worker's step can take another chunk."""
     return self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
 
-  def add(self, entry: RequestView, worker: WorkerView, send_to: str | None) -> None:
-    """Add as much of a prompt as the budget allows."""
-    length = min(entry.prompt_left, self._budgets[worker.name])
+  def add(self, entry: RequestView, worker: WorkerView, send_to: str | None, start: int) -> None:
+    """Add as much of a prompt from a token on as the budget allows."""
+    length = min(entry.prefill_len - start, self._budgets[worker.name])
     self._budgets[worker.name] -= length
-    self.chunks[worker.name].append(Chunk(entry.request.id, entry.started, length, send_to))
+    self.chunks[worker.name].append(Chunk(entry.request.id, start, length, send_to))
     if not self.takes_more(worker):
       self._open = [other for other in self._open if other is not worker]
 
@@ -62,7 +62,7 @@ def fill_prefills(
     for entry in worker.prefilling.values():
       if not batches.takes_more(worker):
         break
-      batches.add(entry, worker, entry.target if entry.target != worker.name else None)
+      batches.add(entry, worker, entry.target if entry.target != worker.name else None, entry.started)
   for entry in waiting:
     request = entry.request.id
     open_workers = batches.open()
@@ -81,8 +81,9 @@ def fill_prefills(
     room.take(request, worker.name, decodes=worker in staying)
     if send_to is not None:
       room.take(request, send_to, decodes=True)
-    batches.add(entry, worker, send_to)
-    room.take_tokens(worker.name, entry.prefill_len)
+    cached = view.cached_tokens(request, worker.name)
+    batches.add(entry, worker, send_to, cached)
+    room.take_tokens(worker.name, entry.prefill_len - cached)
   return batches.chunks
 
 

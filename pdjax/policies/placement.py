@@ -26,6 +26,17 @@ class FewestQueuedTokens:
 
 
 @dataclasses.dataclass(frozen=True)
+class LongestPrefix:
+  """The worker that holds most of the prompt's beginning; of equals, the one with the fewest queued tokens."""
+
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
+    cached = [room.cached_tokens(request.request.id, worker.name) for worker in workers]
+    most = max(cached)
+    equal = [worker for worker, count in zip(workers, cached, strict=True) if count == most]
+    return equal[0] if len(equal) == 1 else FewestQueuedTokens().choose(request, equal, room)
+
+
+@dataclasses.dataclass(frozen=True)
 class MostFreePages:
   """The worker with the most free pages; the first of equals."""
 

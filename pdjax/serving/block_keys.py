@@ -19,7 +19,7 @@ class BlockHasher:
 
   Args:
     block_tokens: Tokens of a block.
-    made: What made the blocks, such as the model, its weights and the dtypes that their numbers went through.
+    made: The way in which the blocks are made: the model, its weights and the dtypes that their numbers went through.
     salt: The tenant, or whatever else is to keep blocks apart.
   """
 
@@ -48,6 +48,26 @@ class BlockHasher:
       parent = block.digest()
       found.append(parent)
     return b''.join(found)
+
+
+def stand_ins(block_hashes: Sequence[int], block_size: int, num_tokens: int) -> np.ndarray:
+  """Tokens in place of those that nobody knows: equal where the blocks are, and unlike any others.
+
+  Args:
+    block_hashes: The id of each block, each of 64 bits.
+    block_size: Tokens of a block.
+    num_tokens: Tokens in all; those behind the last block have none.
+
+  Returns:
+    `[N]` int32, at most `num_tokens`.
+  """
+  ids = np.array(block_hashes, np.uint64)
+  tokens = np.empty((len(ids), block_size), np.int32)
+  tokens[:] = -1 - np.arange(block_size, dtype=np.int32)  # no token is negative
+  tokens[:, 0] = ids.view(np.int32)[::2]
+  if block_size > 1:
+    tokens[:, 1] = ids.view(np.int32)[1::2]
+  return tokens.reshape(-1)[:num_tokens]
 
 
 def as_pairs(keys: bytes) -> np.ndarray:

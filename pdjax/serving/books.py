@@ -12,6 +12,7 @@ from pdjax.serving.events import Delivered, Done, Finished, Preempted, RoleChang
 from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
+from pdjax.serving.prefixes import Prefixes
 from pdjax.serving.requests import RequestState, Samples
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
@@ -19,6 +20,7 @@ from pdjax.types.cluster import ways
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.pools import Lane, PoolSpecs, lanes
+from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
 
@@ -68,6 +70,7 @@ class Books:
     able_to_decode: Workers that decode and can be given another step that brings somebody a token.
     draining: Workers that are to have another role once they are empty.
     roles_changed: Workers whose role changed since the loop last took them.
+    prefixes: The cached beginnings of prompts; None where nothing is kept.
   """
 
   def __init__(
@@ -81,6 +84,7 @@ class Books:
     finds_stops: bool,
     pages_ahead: int | None = None,
     max_preemptions: int = 0,
+    prefix_cache: PrefixCache | None = None,
   ):
     """Open them with every page free; see `ClusterState`."""
     self.model = model
@@ -104,6 +108,10 @@ class Books:
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
     self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
     self._check_staging()
+    self.prefixes: Prefixes | None = None
+    if prefix_cache is not None:
+      specs = {name: worker.spec for name, worker in self.workers.items()}
+      self.prefixes = Prefixes(model, prefix_cache, specs, {name: one.pages for name, one in self.holdings.items()})
     self.requests: dict[str, RequestState] = {}
     self.waiting: MutableMapping[str, RequestState] = {}
     self.begun: dict[str, RequestState] = {}
@@ -194,11 +202,18 @@ class Books:
 
   # -------------------------------------------------------------------------- take, hold, let go
 
-  def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool) -> None:
-    """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it."""
+  def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool, cached: int = 0) -> None:
+    """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it.
+
+    Args:
+      entry: The request.
+      worker: The worker.
+      decodes: Whether it decodes there.
+      cached: Tokens of it that are cached there, in whole pages, which it is to use.
+    """
     holdings = self.holdings[worker.name]
     own = entry.own_pages(holdings.pages.pools, decodes=decodes)
-    taken = holdings.pages.take(own)
+    taken = self._take_behind(entry, worker.name, own, cached) if cached else holdings.pages.take(own)
     if not decodes:
       entry.pages[worker.name] = taken
       return
@@ -206,6 +221,18 @@ class Books:
     entry.target, entry.slot = worker.name, holdings.slots.popleft()
     for other in entry.followers.values():
       self._reserve_beside(entry, other, own, worker)
+
+  def _take_behind(self, entry: RequestState, worker: str, own: dict[str, int], cached: int) -> PageNumbers:
+    """Hold the pages that are cached of a request's beginning, and take the others that it needs."""
+    assert self.prefixes is not None and len(own) == 1
+    (kind,) = own
+    held = self.prefixes.hold(entry, worker, entry.worker or worker, cached)
+    taken = self.holdings[worker].pages.take({kind: own[kind] - len(held)})
+    return {kind: (*held, *taken[kind])}
+
+  def cached_at(self, entry: RequestState, target: str) -> int:
+    """Tokens of a prompt that the worker to which it is sent holds already, in whole pages."""
+    return 0 if self.prefixes is None else self.prefixes.hit(entry, target, entry.worker)
 
   def _reserve_beside(self, entry: RequestState, other: RequestState, own: dict[str, int], worker: WorkerState) -> None:
     """Take the pages and slot of a further sample beside those of the one that carries its prompt."""
@@ -264,6 +291,7 @@ class Books:
       entry.target = None
     if worker in entry.pages:
       self.drop(worker, entry.pages.pop(worker))
+      entry.stored.pop(worker, None)
 
   def drop(self, worker: str, pages: PageNumbers) -> None:
     """Let go of pages on a worker, where sequences may grow into them."""

@@ -349,9 +349,11 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView
     raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
   if entry.worker not in (None, worker.name):
     raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
-  if chunk.start != entry.started or not 1 <= chunk.length <= entry.prompt_left:
+  cached = entry.started or view.cached_tokens(chunk.request, worker.name)
+  if chunk.start not in (entry.started, cached) or not 1 <= chunk.length <= entry.prefill_len - chunk.start:
+    first = f'{cached}' if cached == entry.started else f'{cached}, behind what is cached, or at {entry.started}'
     raise PolicyError(
-      f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
+      f'{step!r}: the next chunk of {chunk.request!r} starts at {first} and has 1 to {entry.prefill_len - cached} '
       'tokens.'
     )
   sent_to = None if entry.target == worker.name else entry.target

@@ -11,7 +11,7 @@ from pdjax.serving.orders import EndOrder
 from pdjax.serving.requests import Phase, RequestState, Samples, add_tokens, enter, give_up_row
 from pdjax.serving.tasks import give_up
 from pdjax.serving.view import ClusterView
-from pdjax.types.request import FinishReason, Request
+from pdjax.types.request import SERVED, FinishReason, Request
 
 # ---------------------------------------------------------------------------- arriving
 
@@ -107,7 +107,17 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
     holdings.batch.enter(entry, holdings.steps)
     books.may_grow(entry.target)
   if entry.worker is not None and entry.worker != entry.target:
+    if books.prefixes is not None and entry.computed:
+      books.prefixes.note_computed(entry, entry.target, entry.worker, entry.prefill_len)
     books.leave(entry, entry.worker)
+
+
+def note_decoded(books: Books, entry: RequestState) -> None:
+  """Let others find what a request leaves behind where it decoded, its row given up."""
+  if books.prefixes is not None and entry.phase is Phase.DECODING and entry.computed and entry.worker is not None:
+    assert entry.target is not None
+    if entry.target in entry.pages:
+      books.prefixes.note_decoded(entry, entry.target, entry.worker)
 
 
 # ---------------------------------------------------------------------------- ending
@@ -133,6 +143,8 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   name = entry.request.id
   unschedule(books, entry)
   give_up_row(entry)
+  if reason in SERVED:
+    note_decoded(books, entry)
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():

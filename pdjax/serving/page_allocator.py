@@ -100,7 +100,8 @@ class PageAllocator:
   def drop(self, pages: Iterable[int]) -> None:
     """Let go of pages; those that nobody else holds become free."""
     holders, is_cached = self._holders, self._is_cached
-    blank, kept = [], []
+    blank: list[int] = []
+    kept: list[int] = []
     for page in pages:
       left = holders[page] - 1
       assert left >= 0, f'page {page} is free already'
@@ -221,9 +222,13 @@ class PlacePages:
     return {name: self.by_kind[name].take(count) for name, count in needed.items()}
 
   def hold(self, pages: Mapping[str, Iterable[int]]) -> None:
-    """Keep pages of each kind from being freed until a matching `drop`."""
+    """Keep pages of each kind from being freed until a matching `drop`; cached ones that are free may be held."""
     for name, numbers in pages.items():
-      self.by_kind[name].hold(numbers)
+      allocator = self.by_kind[name]
+      free = allocator.num_free
+      allocator.hold(numbers)
+      if allocator.num_free != free:
+        self._note_change()
 
   def drop(self, pages: Mapping[str, Iterable[int]]) -> None:
     """Let go of pages of each kind; those that nobody else holds become free."""

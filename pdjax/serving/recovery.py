@@ -68,6 +68,8 @@ def lose(books: Books, event: WorkerLost) -> None:
   """Take note that a worker's pages are gone, and see to all that were there."""
   worker = books.workers[event.worker]
   worker.up, worker.lost = False, event.error
+  if books.prefixes is not None:
+    books.prefixes.lose(worker.name)
   books.look_at(worker.name)
   if event.returning:
     books.timers.cancel('patience', worker.name)
@@ -214,6 +216,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
   for place in list(entry.pages):
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
+  entry.stored, entry.hits = {}, {}
   leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}

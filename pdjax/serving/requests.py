@@ -93,6 +93,10 @@ class RequestState:
     pages_ahead: Pages that it takes ahead of its tokens as it grows; None takes all that it may ever need.
     reach: Tokens for which it has pages where it decodes.
     growth: Pages that it got since its last order, by cache kind: the place of the first in the sequence, and all.
+    keys: The keys of its blocks, by what makes them, with the number of delivered tokens among them.
+    hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
+    cached_tokens: Tokens of its prompt that were not computed, as they were cached.
+    stored: Blocks of it that the index was told of, by worker.
     number: Its position in the order of arrival.
     prompt_len: Tokens of its prompt.
   """
@@ -122,6 +126,10 @@ class RequestState:
   pages_ahead: int | None = None
   reach: int = 0
   growth: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+  keys: dict[tuple[str, ...], tuple[int, bytes]] = dataclasses.field(default_factory=dict, repr=False)
+  hits: dict[tuple[str, str | None], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
+  stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  cached_tokens: int = 0
   number: int = 0
   prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly
   _tokens: list[int] = dataclasses.field(default_factory=list)  # those that are in no row

@@ -15,6 +15,15 @@ from pdjax.types.span import Span
 LayerGroup = tuple[int, int]  # the first, and the one after the last
 
 
+def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> None:
+  """Take pages and a slot where a prompt that another worker computes is to decode; what is there is not sent."""
+  cached = books.cached_at(entry, target.name)
+  books.reserve(entry, target, decodes=True, cached=cached)
+  if cached:
+    (kind,) = entry.pages[target.name]
+    entry.sent[kind] = cached
+
+
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
   """The transfers of what a chunk completes: units of both page sizes, once they are to travel."""
   if chunk.send_to is None:
@@ -157,7 +166,7 @@ def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[T
   del books.prefilled[action.request]
   enter(entry, Phase.MOVING)
   entry.tokens_due = entry.prefill_len
-  books.reserve(entry, target, decodes=True)
+  reserve_target(books, entry, target)
   return tuple(send_due(books, entry, None))
 
 

@@ -39,6 +39,7 @@ from pdjax.serving.place import WorkerState
 from pdjax.serving.view import ClusterView
 from pdjax.types.faults import FaultSpec
 from pdjax.types.model import ModelSpec
+from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
 
@@ -62,6 +63,7 @@ class ClusterState:
     faults: FaultSpec = FaultSpec(),
     pages_ahead: int | Literal['all'] = 'all',
     max_preemptions: int = 8,
+    prefix_cache: PrefixCache | None = None,
   ):
     """Start with every page free.
 
@@ -74,6 +76,7 @@ class ClusterState:
       faults: The answers to failures.
       pages_ahead: Pages that a sequence takes ahead of its tokens as it grows, or 'all' that it may ever need.
       max_preemptions: Most times that one request is preempted.
+      prefix_cache: The settings of the prefix cache; None keeps nothing.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -82,6 +85,7 @@ class ClusterState:
     self.books = Books(
       model, workers, page_size, transfer, faults, finds_stops=finds_stops,
       pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
+      prefix_cache=prefix_cache,
     )  # fmt: skip
     self.view = ClusterView(self.books)
     self._occupancy = OccupancyWatch(self.books)
@@ -122,9 +126,9 @@ class ClusterState:
   def take_told(self) -> list[Event]:
     """The events that came of others and of actions since the last call: deliveries, preemptions, new roles."""
     books = self.books
-    if not (books.delivered or books.caught_up or books.preempted or books.roles_changed):
-      return []
     told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
+    if not told:
+      return told
     books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
     return told
 
@@ -160,8 +164,7 @@ class ClusterState:
 
   def catch_up_with(self, backend: Any) -> None:
     """Have a backend that leaps over steps asked how far it is, whenever somebody looks at what they bring."""
-    leap = getattr(backend, 'leap', None)  # one that hides it leaps over nothing
-    tell = None if leap is None else leap()
+    tell = getattr(backend, 'leap', lambda: None)()  # one that hides it leaps over nothing
     self.books.catches_up = None if tell is None else functools.partial(self._catch_up, tell)
 
   def _catch_up(self, tell: Callable[[str], Sequence[Done]], worker: str) -> None:
@@ -205,10 +208,7 @@ class ClusterState:
     return counts
 
   def _look_again(self) -> None:
-    """Put everyone where they belong now, and let those that decode have the pages that they want before others.
-
-    A worker that has drained by that gets its role.
-    """
+    """Put everyone where they belong, give those that decode pages before others, and drained workers their role."""
     books = self.books
     if books.unsettled:
       recovery.look_again(books)

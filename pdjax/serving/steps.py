@@ -155,12 +155,12 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
   if entry.phase is Phase.WAITING:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
-    entry.worker = worker.name
+    entry.worker, entry.started, entry.cached_tokens = worker.name, chunk.start, min(chunk.start, entry.prompt_len)
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
-    books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None)
+    books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None, cached=chunk.start)
     if chunk.send_to is not None:
-      books.reserve(entry, books.workers[chunk.send_to], decodes=True)
+      sending.reserve_target(books, entry, books.workers[chunk.send_to])
   stays = entry.target == worker.name
   entry.started += chunk.length
   slot = None
@@ -239,6 +239,8 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
         lifecycle.finish(books, entry, end.finish_reason, end.error)
   for chunk in order.chunks:
     entry = books.requests.get(chunk.request.id)
+    if entry is not None and books.prefixes is not None and order.worker in entry.pages:
+      books.prefixes.note_computed(entry, order.worker, order.worker, chunk.start + chunk.length)
     if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
       entry.computed = entry.computed or chunk.restores
       books.unsettled.append(entry)

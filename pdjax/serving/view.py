@@ -224,6 +224,10 @@ class Room:
     place = self._books.workers[worker]
     return MAX_ORDERS - place.num_steps if place.up else 0
 
+  def cached_tokens(self, request: str, worker: str) -> int:
+    """Tokens at the beginning of a request that a worker holds; see `ClusterView.cached_tokens`."""
+    return self._view.cached_tokens(request, worker)
+
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
     return self._books.workers[worker].queued_tokens + self._tokens.get(worker, 0)
@@ -372,6 +376,17 @@ class ClusterView:
     """
     pools = self._books.holdings[worker].pages.pools
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
+
+  def cached_tokens(self, request: str, worker: str, source: str | None = None) -> int:
+    """Tokens at the beginning of a request that a worker holds, in whole pages; its first chunk may start behind them.
+
+    Args:
+      request: The request.
+      worker: The worker.
+      source: The worker that prefills it, where it is another.
+    """
+    prefixes = self._books.prefixes
+    return 0 if prefixes is None else prefixes.hit(self._books.requests[request], worker, source)
 
   @property
   def grows(self) -> bool:

@@ -188,6 +188,9 @@ def _is_token(value: Any) -> bool:
 TokenIds = Annotated[Sequence[int], Fits(_fit_prompt)]  # of a prompt
 
 
+BlockHash = Annotated[int, Must(lambda value: 0 <= value < 2**64, 'an id from 0 to 2**64 - 1')]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
   """One prompt to be continued.
@@ -202,11 +205,18 @@ class Request:
     sample_of: The request that it is a further sample of, if it is one.
     end_token_ids: Tokens that end it besides the model's own, unless `sampling.ignore_eos`: for a chat, what its
       template puts behind an answer.
+    tenant: The user or group that it is served for, if that is told.
+    cache_salt: Requests of another salt share no cached pages with it; None takes `tenant`.
+    block_hashes: Of a simulated request, whose tokens nobody knows, an id for each block of its prompt; those with equal
+      ids, up to the first that is unlike, begin alike. A prompt that is longer shares nothing behind its last block.
+    block_size: Tokens of each of these blocks, of which the last may be cut short.
+    cache_prefix: Whether it uses what is cached of its prompt, and leaves its own pages to others
+      (`ServingConfig.prefix_cache`).
 
   Raises:
-    ValueError: if the prompt is empty or no sequence, the id or the session is no text that UTF-8 can hold, the arrival
-      time is negative or infinite, `prompt` or `end_token_ids` are no token ids, or `sampling` or `slo` is of another
-      kind.
+    ValueError: if the prompt is empty or no sequence, an id, session, tenant or salt is no text that UTF-8 can hold,
+      the arrival time is negative or infinite, `prompt` or `end_token_ids` are no token ids, `block_hashes` are more
+      than the prompt has, or `sampling` or `slo` is of another kind.
   """
 
   _said: ClassVar[str] = 'request {name} has {field}={value}'
@@ -219,18 +229,39 @@ class Request:
   session: str | None = None
   sample_of: str | None = None
   end_token_ids: tuple[TokenId, ...] = ()
+  tenant: str | None = None
+  cache_salt: str | None = None
+  cache_prefix: bool = True
+  block_hashes: tuple[BlockHash, ...] = ()
+  block_size: Annotated[int, Must(lambda size: size >= 1, 'at least 1 token')] | None = None
 
   def __post_init__(self):
     check_fields(self)
+    if (self.block_size is None) == bool(self.block_hashes):
+      raise ValueError(
+        f'request {self.id!r} has {len(self.block_hashes)} block_hashes and block_size={self.block_size}; give both or '
+        'neither.'
+      )
+    if self.block_size is not None and (len(self.block_hashes) - 1) * self.block_size >= len(self.prompt):
+      raise ValueError(
+        f'request {self.id!r} has {len(self.block_hashes)} block_hashes of {self.block_size} tokens, which are more than '
+        f'its prompt of {len(self.prompt)}; leave out those behind it.'
+      )
     if not self.id.isascii():
       check_text(self.id, 'the id of a request')
-    if self.session is not None:
-      check_text(self.session, 'the session of a request')
+    for name in ('session', 'tenant', 'cache_salt'):
+      if (text := getattr(self, name)) is not None:
+        check_text(text, f'the {name} of a request')
 
   @property
   def prompt_len(self) -> int:
     """Tokens in the prompt."""
     return len(self.prompt)
+
+  @property
+  def salt(self) -> str:
+    """The text that keeps its cached pages apart from those of others; empty for those that all share."""
+    return self.cache_salt if self.cache_salt is not None else self.tenant or ''
 
   def stop_tokens(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
     """The tokens that end it, each once, in a model that ends its sequences with these."""

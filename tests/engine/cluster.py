@@ -92,7 +92,7 @@ class Cluster:
     config = self.config
     return ClusterState(
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-      max_preemptions=config.max_preemptions,
+      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache,
     )  # fmt: skip
 
   def serve(

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from pdjax.serving.block_keys import NO_PARENT, BlockHasher, as_pairs
+from pdjax.serving.block_keys import NO_PARENT, BlockHasher, as_pairs, stand_ins
 
 TOKENS = [5, 70_000, 2**31 - 1, 0, 9, 8, 7, 6, 1]
 
@@ -43,8 +43,8 @@ def test_any_sequence_of_tokens_has_the_same_keys(tokens):
 
 def test_whatever_is_unlike_has_other_keys():
   hashers = [
-    BlockHasher(4), BlockHasher(4, ('a',)), BlockHasher(4, ('a', 'b')), BlockHasher(4, ('ab',)), BlockHasher(4, (), 'a'),
-    BlockHasher(4, ('a',), 'b'), BlockHasher(4, ('a',), 'b\ud800'),
+    BlockHasher(4), BlockHasher(4, ('a',)), BlockHasher(4, ('a', 'b')), BlockHasher(4, ('ab',)),
+    BlockHasher(4, (), 'a'), BlockHasher(4, ('a',), 'b'), BlockHasher(4, ('a',), 'b\ud800'),
   ]  # fmt: skip
   keys = [hasher.keys(TOKENS)[:16] for hasher in hashers]
   assert len({*keys}) == len(hashers)
@@ -67,3 +67,13 @@ def test_keys_as_pairs_of_numbers():
     list(struct.unpack('<2Q', bytes(range(16)))),
     list(struct.unpack('<2Q', bytes(range(16, 32)))),
   ]
+
+
+def test_stand_ins_are_equal_up_to_the_first_block_that_is_unlike():
+  hasher = BlockHasher(4)
+  one = split(hasher.keys(stand_ins([7, 2**64 - 1, 9], 8, 24)))
+  other = split(hasher.keys(stand_ins([7, 2**64 - 1, 8, 9], 8, 27)))
+  assert len(one) == 6 and len(other) == 6 and one[:4] == other[:4]
+  assert not {*one[4:]} & {*other}
+  assert len({*one, *other}) == 8  # no block stands for another
+  assert stand_ins([1, 2**31], 1, 2).tolist() == [1, -(2**31)] and stand_ins([3], 16, 5).shape == (5,)

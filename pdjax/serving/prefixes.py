@@ -1,0 +1,213 @@
+"""Cached prefixes: what places hold of the beginning of a prompt, and what becomes of the pages of those that end."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, stand_ins
+from pdjax.serving.page_allocator import PlacePages
+from pdjax.serving.prefix_index import PrefixIndex
+from pdjax.serving.requests import RequestState
+from pdjax.types.cache import KVDtypeName, wire_dtype
+from pdjax.types.model import ModelSpec
+from pdjax.types.prefix_cache import PrefixCache
+from pdjax.types.worker import WorkerSpec
+
+_MOST_HASHERS = 4096  # of tenants and ways of making; more are made anew
+
+
+class Prefixes:
+  """Finds the pages that a place holds of a sequence, and notes those that are filled.
+
+  A place takes only blocks that the same request would have brought it without a cache: made with the weights of the
+  worker that prefills it, and gone through the same dtypes on the way. What decode made counts for a prompt where that
+  is the same.
+
+  Attributes:
+    index: The blocks of all places.
+  """
+
+  def __init__(
+    self, model: ModelSpec, settings: PrefixCache, workers: Mapping[str, WorkerSpec], pages: Mapping[str, PlacePages]
+  ):
+    """Begin with nothing cached.
+
+    Args:
+      model: The model served.
+      settings: The settings.
+      workers: Each worker, its page size filled in.
+      pages: The pages of each.
+
+    Raises:
+      ValueError: if the model has other caches than one of all tokens, or a page is not made of whole blocks.
+    """
+    kinds = ', '.join(f'{kind.name!r} of {"all tokens" if kind.grows else kind.reach}' for kind in model.cache)
+    if len(model.cache) != 1 or not model.cache[0].grows:
+      raise ValueError(
+        f'prefix_cache is set, but {model.name} caches {kinds}, expected one kind that keeps all tokens; leave '
+        'prefix_cache out.'
+      )
+    (kind,) = model.cache
+    self._kind = kind.name
+    self._model = model
+    self._settings = settings
+    self._workers = workers
+    self._pages = pages
+    self._page_tokens: dict[str, int] = {}
+    places = {}
+    for name, worker in workers.items():
+      assert worker.page_size is not None
+      self._page_tokens[name] = size = kind.entries_per_page(worker.page_size)
+      if size % settings.block_tokens:
+        raise ValueError(
+          f'prefix_cache.block_tokens is {settings.block_tokens}, which does not divide the page size of worker '
+          f'{name!r}, {size}; set it to a number that divides every page size.'
+        )
+      places[name] = pages[name].by_kind[kind.name].num_pages, size // settings.block_tokens
+    self.index = PrefixIndex(places)
+    self._version = 0  # counts the changes of the index
+    self._made: dict[tuple[str, str], tuple[str, ...]] = {}
+    self._hashers: dict[tuple[tuple[str, ...], str], BlockHasher] = {}
+    for name, place in pages.items():
+      place.by_kind[kind.name].forget = functools.partial(self._forget, name)
+
+  def _forget(self, worker: str, pages: Sequence[int]) -> None:
+    self.index.forget_pages(worker, pages)
+    self._version += 1
+
+  # -------------------------------------------------------------------------- keys
+
+  def made_of(self, source: str, target: str) -> tuple[str, ...]:
+    """The way in which the blocks of a place are made: model, weights, and every dtype in which they lose something.
+
+    Args:
+      source: The worker that computes them.
+      target: The place; the same, or one that they are sent to.
+    """
+    way = source, target
+    if way not in self._made:
+      ours, theirs = self._workers[source], self._workers[target]
+      if self._settings.lossy:
+        made: tuple[str, ...] = (self._model.name,)
+      else:
+        weights = str(ours.weights or ours.cached_dtype)
+        made = (self._model.name, weights, *_losses(weights, ours.cached_dtype, theirs.cached_dtype))
+      self._made[way] = made
+    return self._made[way]
+
+  def _hasher(self, made: tuple[str, ...], salt: str) -> BlockHasher:
+    hasher = self._hashers.get((made, salt))
+    if hasher is None:
+      if len(self._hashers) >= _MOST_HASHERS:
+        self._hashers.clear()
+      hasher = self._hashers[made, salt] = BlockHasher(self._settings.block_tokens, made, salt)
+    return hasher
+
+  def _keys(self, entry: RequestState, made: tuple[str, ...]) -> bytes:
+    """The keys of the whole blocks of what is to be computed of a request before it decodes."""
+    known, keys = entry.keys.get(made, (-1, b''))
+    if known != len(entry.delivered):
+      request = entry.request
+      if request.block_size is not None:
+        tokens = stand_ins(request.block_hashes, request.block_size, request.prompt_len)
+      else:
+        tokens = np.asarray(request.prompt, np.int32)
+      if entry.delivered and len(tokens) == request.prompt_len:
+        tokens = np.concatenate([tokens, np.asarray(entry.delivered[:-1], np.int32)])
+      keys = self._hasher(made, entry.request.salt).keys(tokens)
+      entry.keys[made] = len(entry.delivered), keys
+    return keys
+
+  # -------------------------------------------------------------------------- hits
+
+  def hit(self, entry: RequestState, worker: str, source: str | None = None) -> int:
+    """Tokens of a request's beginning that a worker holds, in whole pages.
+
+    Args:
+      entry: The request.
+      worker: The worker.
+      source: The worker that computes the prompt; None for the same, which has to compute a token at least.
+    """
+    if not entry.request.cache_prefix:
+      return 0
+    version, tokens = entry.hits.get((worker, source), (-1, 0))
+    if version != self._version:
+      is_computed_here = source is None or source == worker
+      most = entry.prefill_len - is_computed_here
+      keys = self._keys(entry, self.made_of(source or worker, worker))
+      found = self.index.find(keys[: most // self._settings.block_tokens * KEY_BYTES])
+      size = self._page_tokens[worker]
+      tokens = self.index.hit(worker, found) * self._settings.block_tokens // size * size
+      entry.hits[worker, source] = self._version, tokens
+    return tokens
+
+  def hold(self, entry: RequestState, worker: str, source: str, tokens: int) -> tuple[int, ...]:
+    """Hold the pages of so many tokens that are hit; their numbers."""
+    if not tokens:
+      return ()
+    keys = self._keys(entry, self.made_of(source, worker))
+    pages = self.index.pages(worker, self.index.find(keys[: tokens // self._settings.block_tokens * KEY_BYTES]))
+    self._pages[worker].hold({self._kind: pages})
+    return pages
+
+  # -------------------------------------------------------------------------- what is filled
+
+  def note_computed(self, entry: RequestState, worker: str, source: str, tokens: int) -> None:
+    """Note that a worker holds so many tokens of what a request has computed before it decodes.
+
+    Args:
+      entry: The request.
+      worker: The worker.
+      source: The worker that computed them; the same, or the one that sent them.
+      tokens: The number of them.
+    """
+    if entry.request.cache_prefix:
+      keys = self._keys(entry, self.made_of(source, worker))
+      self._store(entry, worker, keys[: tokens // self._settings.block_tokens * KEY_BYTES])
+
+  def note_decoded(self, entry: RequestState, worker: str, source: str) -> None:
+    """Note what a request leaves behind where it decoded: the tokens that it generated but the last.
+
+    Not where a prompt with these tokens would be made in another way.
+    """
+    made = self.made_of(source, worker)
+    is_known = entry.request.block_size is None  # else nobody can say what is asked with these tokens
+    if not (entry.request.cache_prefix and is_known and made == self.made_of(worker, worker)):
+      return
+    size, keys = self._settings.block_tokens, self._keys(entry, made)
+    first = len(keys) // KEY_BYTES * size
+    sequence = [*entry.request.prompt[first:], *entry.tokens[max(first - entry.prompt_len, 0) : -1]]
+    parent = keys[-KEY_BYTES:] or NO_PARENT
+    self._store(entry, worker, keys + self._hasher(made, entry.request.salt).keys(sequence, parent))
+
+  def _store(self, entry: RequestState, worker: str, keys: bytes) -> None:
+    """Note that the pages of a request hold the blocks of these keys."""
+    first = entry.stored.get(worker, 0)
+    if len(keys) <= first * KEY_BYTES:
+      return
+    per_page = self._page_tokens[worker] // self._settings.block_tokens
+    pages = entry.pages[worker][self._kind][first // per_page :]
+    new = self.index.store(worker, keys[first * KEY_BYTES :], pages, first % per_page)
+    entry.stored[worker] = len(keys) // KEY_BYTES
+    if new.any():
+      at = (np.flatnonzero(new) + first % per_page) // per_page
+      self._pages[worker].by_kind[self._kind].cache({pages[place] for place in at.tolist()})
+      self._version += 1
+
+  def lose(self, worker: str) -> None:
+    """Note that a worker's pages are gone."""
+    self.index.forget_place(worker)
+    self._pages[worker].by_kind[self._kind].forget_all()
+    self._version += 1
+
+
+def _losses(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:
+  """The dtypes on the way from where keys and values are computed to where they are held that change the numbers."""
+  now: str = computed
+  losses: list[str] = []
+  for dtype in (source, wire_dtype(source, target), target):
+    if dtype not in (now, 'float32'):
+      now = dtype
+      losses.append(dtype)
+  return losses

@@ -1,0 +1,28 @@
+"""PrefixCache: the settings of the cache of prompts' prefixes."""
+
+import dataclasses
+from typing import ClassVar
+
+from pdjax.types.checked import Count, check_fields
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixCache:
+  """Pages of prompts and answers stay where they are until others need them, and are used by prompts that begin alike.
+
+  Attributes:
+    block_tokens: Tokens of a block, the least that is found again; it divides the page size of every worker.
+    lossy: Whether a place takes blocks too that other weights or dtypes have made than would have without a cache; then
+      tokens may differ.
+
+  Raises:
+    ValueError: if a field is of another type or out of range.
+  """
+
+  _said: ClassVar[str] = '{kind}.{field} is {value}'
+
+  block_tokens: Count = 16
+  lossy: bool = False
+
+  def __post_init__(self):
+    check_fields(self)

@@ -1,0 +1,170 @@
+"""The prefix cache on devices: what is cached is not computed and not sent again, and no token changes."""
+
+import dataclasses
+import random
+
+import pytest
+
+from pdjax.policies import Colocated, Disaggregated, LongestPrefix
+from pdjax.serving.events import Started
+from pdjax.serving.orders import StepOrder
+from pdjax.types import PrefixCache, Request, SamplingParams
+from tests.engine.cluster import Cluster, Served
+from tests.engine.conftest import build
+from tests.engine.plain import generate
+from tests.tiny import prompt
+
+GAP_S = 0.25  # between requests, each of which is to find what those before it left
+
+
+def cached(cluster: Cluster, block_tokens: int = 4) -> Cluster:
+  """The same workers, which keep what they have computed."""
+  return cluster.changed(prefix_cache=PrefixCache(block_tokens=block_tokens))
+
+
+def in_turns(*requests: Request) -> list[Request]:
+  """Requests that come one after another."""
+  return [dataclasses.replace(one, arrival_s=GAP_S * number) for number, one in enumerate(requests)]
+
+
+def ask(name: str, tokens, max_tokens: int = 6, seed: int = 7, **options) -> Request:
+  sampling = {key: options.pop(key) for key in (*options,) if key in SamplingParams.__dataclass_fields__}
+  return Request(name, tuple(tokens), SamplingParams(max_tokens=max_tokens, seed=seed, **sampling), **options)
+
+
+def computed(served: Served) -> dict[str, int]:
+  """Prompt tokens that were computed, by request."""
+  found: dict[str, int] = {}
+  for event in served.events:
+    if isinstance(event, Started) and isinstance(event.order, StepOrder):
+      for chunk in event.order.chunks:
+        found[chunk.request.id] = found.get(chunk.request.id, 0) + chunk.length
+  return found
+
+
+def moved(served: Served) -> dict[str, int]:
+  """Tokens that were sent, those that fill pages up too, by request."""
+  found: dict[str, int] = {}
+  for order, _ in served.transfers():
+    found[order.request] = found.get(order.request, 0) + order.span.tokens
+  return found
+
+
+def assert_exact(cluster: Cluster, requests, policy=None) -> Served:
+  served = cluster.serve(requests, policy)
+  assert served.tokens() == {request.id: generate(cluster.model, request) for request in requests}
+  return served
+
+
+SYSTEM = prompt(32, seed=1)
+
+
+def chat(cluster: Cluster, turns: int, **sampling) -> list[Request]:
+  """Turns of a chat, each of which begins with all that was said before."""
+  said = SYSTEM[:11]
+  requests = []
+  for turn in range(turns):
+    request = ask(f'turn-{turn}', said, **sampling)
+    requests.append(request)
+    said = (*said, *generate(cluster.model, request)[0], *prompt(5, seed=turn))
+  return in_turns(*requests)
+
+
+def test_a_prompt_that_begins_like_another_is_computed_and_sent_from_there_on(one_and_one):
+  requests = in_turns(
+    ask('first', (*SYSTEM, 3, 4, 5)), ask('second', (*SYSTEM, 9, 8, 7, 6, 5)), ask('shorter', (*SYSTEM[:18], 1)),
+    ask('other', prompt(20, seed=2)), ask('same', (*SYSTEM, 3, 4, 5)),
+  )  # fmt: skip
+  served = assert_exact(cached(one_and_one), requests)
+  assert computed(served) == {'first': 35, 'second': 5, 'shorter': 3, 'other': 20, 'same': 3}
+  assert moved(served) == {'first': 36, 'second': 8, 'shorter': 4, 'other': 20, 'same': 4}
+
+
+def test_a_prompt_of_whole_blocks_that_is_all_cached_has_its_last_block_computed_and_nothing_sent(one_and_one):
+  requests = in_turns(ask('first', SYSTEM), ask('again', SYSTEM), ask('one token', SYSTEM, max_tokens=1))
+  served = assert_exact(cached(one_and_one), requests)
+  assert computed(served) == {'first': 32, 'again': 4, 'one token': 4}
+  assert moved(served) == {'first': 32}
+
+
+@pytest.mark.parametrize('sampling', [{}, {'temperature': 0.9}, {'repetition_penalty': 1.3}, {'logprobs': 3}], ids=str)
+def test_a_chat_is_exact_and_decode_is_sent_what_it_has_not_made_itself(one_and_one, sampling):
+  requests = chat(one_and_one, 4, **sampling)
+  served = assert_exact(cached(one_and_one), requests)
+  tokens, sent = computed(served), moved(served)
+  lengths = [request.prompt_len for request in requests]  # 11, 22, 33, 44: six tokens are generated, five are added
+  assert lengths == [11, 22, 33, 44]
+  whole = [0, *(length // 4 * 4 for length in lengths[:-1])]  # the prefill worker has only prompts
+  assert tokens == {f'turn-{turn}': lengths[turn] - whole[turn] for turn in range(4)}
+  left = [0, *((length + 6 - 1) // 4 * 4 for length in lengths[:-1])]  # and the decode worker its own tokens too
+  assert sent == {f'turn-{turn}': -(-lengths[turn] // 4) * 4 - left[turn] for turn in range(4)}
+
+
+@pytest.mark.parametrize('block_tokens', [4, 8, 16])
+def test_colocated_chats_are_exact(colocated, block_tokens):
+  requests = chat(colocated, 4)
+  served = assert_exact(cached(colocated, block_tokens), requests)
+  assert computed(served) == {'turn-0': 11, 'turn-1': 22 - 16, 'turn-2': 33 - 16, 'turn-3': 44 - 32}  # pages of 16
+
+
+@pytest.mark.parametrize('tps, page_sizes', [((1, 2), (4, 16)), ((2, 1), (16, 4))], ids=str)
+def test_unequal_meshes_and_page_sizes_are_exact(tps, page_sizes):
+  sizes = [{'tp': tp, 'page_size': size} for tp, size in zip(tps, page_sizes, strict=True)]
+  cluster = cached(build('1P1D', differing=sizes))
+  requests = chat(cluster, 4)
+  served = assert_exact(cluster, requests)
+  ours, theirs = page_sizes
+  assert computed(served)['turn-3'] == 44 - 33 // ours * ours
+  assert moved(served)['turn-3'] == 44 - 38 // theirs * theirs
+
+
+@pytest.mark.parametrize('policy', [Disaggregated(max_prefill_tokens=16), Disaggregated(place_prefill=LongestPrefix())])
+def test_branches_on_two_and_two_are_exact_and_nothing_is_computed_twice_where_it_is(two_and_two, policy):
+  rng = random.Random(5)
+  requests = [
+    ask(f'r{number}', (*SYSTEM[: rng.randrange(4, 33)], *prompt(rng.randrange(1, 9), seed=number)))
+    for number in range(24)
+  ]
+  requests = [dataclasses.replace(one, arrival_s=0.03 * number) for number, one in enumerate(requests)]
+  served = assert_exact(cached(two_and_two), requests, policy)
+  tokens = computed(served)
+  assert sum(tokens.values()) < sum(request.prompt_len for request in requests)
+  assert all(0 < tokens[request.id] <= request.prompt_len for request in requests)
+
+
+def test_samples_of_a_prompt_count_a_hit_once(one_and_one, colocated):
+  for cluster in (one_and_one, colocated):
+    requests = in_turns(ask('first', (*SYSTEM, 1, 2)), ask('second', (*SYSTEM, 5), temperature=1.1))
+    several = dataclasses.replace(requests[1], sampling=SamplingParams(6, 1.1, seed=7, n=2))
+    served = cached(cluster).serve([requests[0], several])
+    alone = [generate(cluster.model, sample) for sample in several.samples()]
+    assert [served.tokens()[sample.id] for sample in several.samples()] == alone
+    assert computed(served) == {'first': 34, 'second': 1}
+
+
+def test_who_asks_not_to_be_cached_leaves_nothing_and_finds_nothing(one_and_one):
+  requests = in_turns(
+    ask('private', SYSTEM, cache_prefix=False), ask('first', SYSTEM), ask('private again', SYSTEM, cache_prefix=False)
+  )
+  assert computed(assert_exact(cached(one_and_one), requests)) == {'private': 32, 'first': 32, 'private again': 32}
+
+
+def test_tenants_share_nothing_unless_their_salt_is_one(one_and_one):
+  requests = in_turns(
+    ask('ann', SYSTEM, tenant='ann'), ask('bob', SYSTEM, tenant='bob'), ask('nobody', SYSTEM),
+    ask('cat', SYSTEM, tenant='cat', cache_salt='ann'), ask('ann again', SYSTEM, tenant='ann'),
+  )  # fmt: skip
+  served = assert_exact(cached(one_and_one), requests)
+  assert computed(served) == {'ann': 32, 'bob': 32, 'nobody': 32, 'cat': 4, 'ann again': 4}
+
+
+def test_few_pages_are_given_to_whoever_needs_them_and_no_token_changes(colocated):
+  """Of 40 prompts of 4 families more pages are left behind than there are."""
+  requests = [
+    ask(f'r{number}', (*prompt(24, seed=number % 4), *prompt(6, seed=100 + number)), arrival_s=0.02 * number)
+    for number in range(40)
+  ]
+  served = assert_exact(cached(colocated), requests, Colocated(token_budget=32))
+  place = served.state.books.holdings['both0'].pages.by_kind['kv']
+  assert 0 < place.num_cached <= place.num_pages == place.num_free
+  assert served.state.books.prefixes.index.num_blocks('both0') <= place.num_pages * 4

@@ -55,7 +55,7 @@ def stand_ins(block_hashes: Sequence[int], block_size: int, num_tokens: int) -> 
 
   Args:
     block_hashes: The id of each block, each of 64 bits.
-    block_size: Tokens of a block.
+    block_size: Tokens of a block, two at least.
     num_tokens: Tokens in all; those behind the last block have none.
 
   Returns:
@@ -64,9 +64,7 @@ def stand_ins(block_hashes: Sequence[int], block_size: int, num_tokens: int) -> 
   ids = np.array(block_hashes, np.uint64)
   tokens = np.empty((len(ids), block_size), np.int32)
   tokens[:] = -1 - np.arange(block_size, dtype=np.int32)  # no token is negative
-  tokens[:, 0] = ids.view(np.int32)[::2]
-  if block_size > 1:
-    tokens[:, 1] = ids.view(np.int32)[1::2]
+  tokens[:, :2] = ids.view(np.int32).reshape(-1, 2)
   return tokens.reshape(-1)[:num_tokens]
 
 

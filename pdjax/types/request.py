@@ -207,8 +207,8 @@ class Request:
       template puts behind an answer.
     tenant: The user or group that it is served for, if that is told.
     cache_salt: Requests of another salt share no cached pages with it; None takes `tenant`.
-    block_hashes: Of a simulated request, whose tokens nobody knows, an id for each block of its prompt; those with equal
-      ids, up to the first that is unlike, begin alike. A prompt that is longer shares nothing behind its last block.
+    block_hashes: Of a simulated request, whose tokens nobody knows, an id for each block of its prompt; those with
+      equal ids, up to the first that is unlike, begin alike. A longer prompt shares nothing behind its last block.
     block_size: Tokens of each of these blocks, of which the last may be cut short.
     cache_prefix: Whether it uses what is cached of its prompt, and leaves its own pages to others
       (`ServingConfig.prefix_cache`).
@@ -233,7 +233,7 @@ class Request:
   cache_salt: str | None = None
   cache_prefix: bool = True
   block_hashes: tuple[BlockHash, ...] = ()
-  block_size: Annotated[int, Must(lambda size: size >= 1, 'at least 1 token')] | None = None
+  block_size: Annotated[int, Must(lambda size: size >= 2, 'at least 2 tokens')] | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -244,8 +244,8 @@ class Request:
       )
     if self.block_size is not None and (len(self.block_hashes) - 1) * self.block_size >= len(self.prompt):
       raise ValueError(
-        f'request {self.id!r} has {len(self.block_hashes)} block_hashes of {self.block_size} tokens, which are more than '
-        f'its prompt of {len(self.prompt)}; leave out those behind it.'
+        f'request {self.id!r} has {len(self.block_hashes)} block_hashes of {self.block_size} tokens, which are more '
+        f'than its prompt of {len(self.prompt)}; leave out those behind it.'
       )
     if not self.id.isascii():
       check_text(self.id, 'the id of a request')

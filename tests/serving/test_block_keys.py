@@ -76,4 +76,4 @@ def test_stand_ins_are_equal_up_to_the_first_block_that_is_unlike():
   assert len(one) == 6 and len(other) == 6 and one[:4] == other[:4]
   assert not {*one[4:]} & {*other}
   assert len({*one, *other}) == 8  # no block stands for another
-  assert stand_ins([1, 2**31], 1, 2).tolist() == [1, -(2**31)] and stand_ins([3], 16, 5).shape == (5,)
+  assert stand_ins([1, 2**63 + 5], 2, 4).tolist() == [1, 0, 5, -(2**31)] and stand_ins([3], 16, 5).shape == (5,)

@@ -280,6 +280,7 @@ def _completion(sample: Request, row: Mapping[str, Any]) -> Completion:
     text=row['text'],
     token_times_s=tuple(row['token_times_s']),
     logprobs=tuple(logprobs),
+    cached_tokens=row.get('cached_tokens') or 0,
   )
 
 

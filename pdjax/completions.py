@@ -35,7 +35,7 @@ class Ended:
     reason: The reason it ended.
   """
 
-  __slots__ = ('_error', '_logprobs', '_pieces', '_text', '_times', '_tokens', 'reason', 'request')
+  __slots__ = ('_cached_tokens', '_error', '_logprobs', '_pieces', '_text', '_times', '_tokens', 'reason', 'request')
 
   def __init__(
     self,
@@ -47,10 +47,12 @@ class Ended:
     logprobs: tuple[TokenLogprob, ...],
     pieces: Sequence[int],
     times: TokenTimes,
+    cached_tokens: int,
   ):
     self.request = request
     self.reason = reason
     self._error = error
+    self._cached_tokens = cached_tokens
     self._text = text
     self._logprobs = logprobs
     self._tokens: tuple[int, int] | array.array[int]
@@ -63,7 +65,9 @@ class Ended:
     tokens = (self._tokens[0],) * self._tokens[1] if isinstance(self._tokens, tuple) else tuple(self._tokens)
     times_s = self._times.times_s(self._pieces)[: len(tokens)]
     logprobs = self._logprobs[: len(tokens)]
-    return Completion(self.request, tokens, self.reason, self._error, self._text, tuple(times_s.tolist()), logprobs)
+    return Completion(
+      self.request, tokens, self.reason, self._error, self._text, tuple(times_s.tolist()), logprobs, self._cached_tokens
+    )  # fmt: skip
 
 
 def _are_alike(tokens: Sequence[int]) -> bool:
@@ -134,7 +138,7 @@ class Drafts:
       case Arrived(request):
         self._under_way.update((sample.id, _Draft(sample)) for sample in request.samples())
       case Finished(_, name) if draft := self._under_way.get(name):
-        return self._ended(draft, event.tokens, event.finish_reason, event.error)
+        return self._ended(draft, event.tokens, event.finish_reason, event.error, event.cached_tokens)
     return None
 
   def forget(self, name: str) -> None:
@@ -161,14 +165,21 @@ class Drafts:
       if row not in event.late_rows:
         self._under_way[result.request].results.append(result)
 
-  def _ended(self, draft: '_Draft', tokens: tuple[int, ...] | None, reason: FinishReason, error: str | None) -> Ended:
+  def _ended(
+    self,
+    draft: '_Draft',
+    tokens: tuple[int, ...] | None,
+    reason: FinishReason,
+    error: str | None,
+    cached_tokens: int = 0,
+  ) -> Ended:
     """A draft as one that has ended, with these tokens; None takes all that came."""
     self._times.settle(draft.pieces)
     if tokens is None:
       tokens = draft.tokens(self._placeholder)
     text = ''.join(result.text for result in draft.results) if self._has_text else None
     logprobs = tuple(logprob for result in draft.results for logprob in result.logprobs)
-    return Ended(draft.sample, tokens, reason, error, text, logprobs, draft.pieces.flat, self._times)
+    return Ended(draft.sample, tokens, reason, error, text, logprobs, draft.pieces.flat, self._times, cached_tokens)
 
 
 class _Draft:

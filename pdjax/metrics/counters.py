@@ -10,6 +10,8 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `vllm:nixl_post_time_seconds` | seconds from gathered to leaving, a transfer |
 | `vllm:nixl_num_failed_transfers_total` | transfers that did not end well |
 | `vllm:num_preemptions_total` | times that a request was preempted |
+| `vllm:prefix_cache_queries_total` | tokens of prompts of requests that were served |
+| `vllm:prefix_cache_hits_total` | those of them that were cached, and so not computed |
 | `sglang:kv_transfer_latency_ms` | milliseconds in which any of its pages were on the wire, a request |
 | `sglang:kv_transfer_total_mb` | megabytes, a request |
 | `sglang:kv_transfer_speed_gb_s` | gigabytes a second on the wire, a request |
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pdjax.metrics.request_rows import NOBODY
 from pdjax.metrics.timeline import Timeline
 from pdjax.metrics.transfers import TransferFigures
 
@@ -49,6 +52,9 @@ def _series(timeline: Timeline) -> Iterator[tuple[str, float]]:
   yield from _summary('vllm:nixl_post_time_seconds', began_s - rows['began_s'])
   yield 'vllm:nixl_num_failed_transfers_total', figures.failed
   yield 'vllm:num_preemptions_total', len(timeline.preemptions)
+  served = timeline.requests.rows[timeline.requests.completed]
+  yield 'vllm:prefix_cache_queries_total', int(served['prompt_len'][served['sample_of'] == NOBODY].sum())
+  yield 'vllm:prefix_cache_hits_total', timeline.cached_tokens
   requests, which = np.unique(timeline.spans.first_named(rows), return_inverse=True)
   latencies_s = _covered_s(which, began_s, ended_s, len(requests))
   sizes = np.bincount(which, rows['wire_bytes'], len(requests))

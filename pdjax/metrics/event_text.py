@@ -93,7 +93,8 @@ def _finished(event: Finished) -> str:
   error = 'null' if event.error is None else json_text(event.error)
   return (
     f'{{"event": "Finished", "now_s": {_float(event.now_s)}, "request": {_name(event.request)}, '
-    f'"finish_reason": "{event.finish_reason}", "tokens": {_ints(event.tokens)}, "error": {error}}}'
+    f'"finish_reason": "{event.finish_reason}", "tokens": {_ints(event.tokens)}, "error": {error}, '
+    f'"cached_tokens": {event.cached_tokens}}}'
   )
 
 

@@ -68,6 +68,7 @@ class Report:
     num_transfers: Transfers that ended well.
     transfers: The time they took, and the part of it that was hidden.
     wasted_tokens: Tokens computed and thrown away.
+    cached_tokens: Tokens of prompts that were cached, and so not computed.
     num_preemptions: Times that a request was preempted.
     recomputed_tokens: Cached tokens that were to be computed anew for that.
     role_changes: Each time that a worker took another role, in order.
@@ -117,6 +118,7 @@ class Report:
   num_transfers: int
   transfers: TransferFigures
   wasted_tokens: int
+  cached_tokens: int
   num_preemptions: int
   recomputed_tokens: int
   role_changes: tuple[RoleChanged, ...]
@@ -218,6 +220,7 @@ class Report:
       num_transfers=int(requests.rows['num_transfers'].sum()),
       transfers=TransferFigures.of(timeline),
       wasted_tokens=timeline.wasted_tokens,
+      cached_tokens=timeline.cached_tokens,
       num_preemptions=len(timeline.preemptions),
       recomputed_tokens=sum(one.tokens for one in timeline.preemptions),
       role_changes=timeline.role_changes,
@@ -324,6 +327,7 @@ class Report:
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
       'wasted_tokens': self.wasted_tokens,
+      'cached_tokens': self.cached_tokens,
       'num_preemptions': self.num_preemptions,
       'recomputed_tokens': self.recomputed_tokens,
       'role_changes': [_role_change(one) for one in self.role_changes],

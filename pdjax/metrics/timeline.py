@@ -33,7 +33,7 @@ from pdjax.serving.events import (
   WorkerLost,
 )
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
-from pdjax.types.request import SLO, Request
+from pdjax.types.request import SERVED, SLO, Request
 from pdjax.types.worker import Role, WorkerSpec
 
 
@@ -47,6 +47,7 @@ class Timeline:
     occupancy: The use of the cluster, whenever that changed.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
+    cached_tokens: Tokens of prompts that were cached, and so not computed, of requests that were served.
     failed_transfers: The request of each transfer that failed, had no end by its deadline, or was lost with a worker.
     returns: Each return of a worker that was lost, in order.
     absences: Each worker that was lost and did not return, in the order of the losses.
@@ -59,6 +60,7 @@ class Timeline:
   occupancy: OccupancyRows = dataclasses.field(default_factory=OccupancyRows)
   host_lags_s: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0), compare=False)
   wasted_tokens: int = 0
+  cached_tokens: int = 0
   failed_transfers: tuple[str, ...] = ()
   returns: tuple[WorkerReturn, ...] = ()
   absences: tuple[WorkerAbsence, ...] = ()
@@ -128,7 +130,7 @@ class Summary:
     self._spans = SpanColumns(self._workers, self._numbers, MOST_NAMED)
     self._occupancy = OccupancyColumns(self._workers)
     self._host_lags_s = Column(np.float64)
-    self._wasted_tokens = 0
+    self._wasted_tokens = self._cached_tokens = 0
     self._failed_transfers: list[str] = []
     self._losses: dict[str, WorkerLost] = {}  # of workers that are not back
     self._last_words: dict[str, WorkerLost] = {}  # of the same
@@ -183,6 +185,7 @@ class Summary:
       occupancy=self._occupancy.rows(workers),
       host_lags_s=self._host_lags_s.array,
       wasted_tokens=self._wasted_tokens,
+      cached_tokens=self._cached_tokens,
       failed_transfers=tuple(self._failed_transfers),
       returns=tuple(self._returns),
       absences=tuple(
@@ -248,6 +251,7 @@ class Summary:
   def _finish(self, event: Finished) -> None:
     draft = self._open[event.request]
     draft.finished = event
+    self._cached_tokens += event.cached_tokens if event.finish_reason in SERVED else 0
     if len(self._rows) <= draft.number:
       self._rows = _with_room(self._rows, draft.number + 1)
     self._times.settle(draft.pieces)

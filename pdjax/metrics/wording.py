@@ -48,6 +48,9 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'output throughput', f'{number(report.output_throughput)} tok/s'
   yield 'total throughput', f'{number(report.total_token_throughput)} tok/s'
   yield 'input tokens', f'{report.total_input_tokens:,}'
+  if report.cached_tokens:
+    share = percent(report.cached_tokens / report.total_input_tokens)
+    yield 'cached input tokens', f'{report.cached_tokens:,}, {share}'
   yield 'output tokens', f'{report.total_output_tokens:,}'
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   if report.num_preemptions:

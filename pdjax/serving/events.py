@@ -371,13 +371,24 @@ class RoleChanged:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-  """A request ended, for whatever reason; `tokens` are all it got."""
+  """A request ended.
+
+  Attributes:
+    now_s: The time of the turn.
+    request: The request.
+    finish_reason: The reason.
+    tokens: All tokens it got.
+    error: The error it ended with, if any.
+    cached_tokens: Tokens of its prompt that were cached and so not computed, as it was begun last; of several samples
+      the one that carried the prompt has them.
+  """
 
   now_s: float
   request: str
   finish_reason: FinishReason
   tokens: tuple[int, ...]
   error: str | None = None
+  cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
     give_up(books, name, error or reason)
   if entry.samples is not None:
     _sample_ended(books, name, entry.samples)
-  books.finished.append(Finished(books.now_s, name, reason, tuple(entry.tokens), error))
+  books.finished.append(Finished(books.now_s, name, reason, tuple(entry.tokens), error, entry.cached_tokens))
 
 
 def _sample_ended(books: Books, name: str, samples: Samples) -> None:

@@ -49,6 +49,15 @@ class PageAllocator:
   def _remove(self, page: int) -> None:
     self._link(self._before[page], self._next[page])
 
+  @property
+  def holders(self) -> Sequence[int]:
+    """The number of holders of each page."""
+    return self._holders
+
+  def is_cached(self, page: int) -> bool:
+    """Whether a page has content that is found again."""
+    return bool(self._is_cached[page])
+
   def free(self) -> list[int]:
     """The pages that nobody holds, the next to be taken first."""
     found = []

@@ -21,8 +21,8 @@ class _Place:
   """
 
   def __init__(self, num_pages: int, blocks_per_page: int, num_blocks: int):
-    self.page_of = np.zeros(num_blocks, np.int32)
-    self.blocks_of = np.zeros((num_pages, blocks_per_page), np.int32)
+    self.page_of: np.ndarray = np.zeros(num_blocks, np.int32)
+    self.blocks_of: np.ndarray = np.zeros((num_pages, blocks_per_page), np.int32)
     self.blocks_per_page = blocks_per_page
     self.num_blocks = 0
 
@@ -42,7 +42,9 @@ class PrefixIndex:
     most = sum(pages * blocks for pages, blocks in places.values())
     self._places = {name: _Place(pages, blocks, most) for name, (pages, blocks) in places.items()}
     self._keys = np.zeros((most, 2), np.uint64)
-    self._holders = np.zeros(most, np.int8 if len(places) < 128 else np.int32)  # places that have each block
+    self._holders: np.ndarray = np.zeros(
+      most, np.int8 if len(places) < 128 else np.int32
+    )  # places that have each block
     self._used = 0  # rows from the first one on that were ever taken
     self._free = array.array('i')  # rows of these that are free
     self._num_gone = 0
@@ -177,6 +179,18 @@ class PrefixIndex:
     of.blocks_of[:] = 0
     self._forget(of, held)
     return len(held)
+
+  def check(self, place: str) -> set[int]:
+    """The pages of a place that hold blocks; raises AssertionError where the two sides of that differ."""
+    of = self._places[place]
+    held = np.flatnonzero(of.page_of)
+    of_pages: np.ndarray = of.blocks_of[np.nonzero(of.blocks_of)] - 1
+    assert sorted(of_pages.tolist()) == held.tolist(), f'{place}: pages name other blocks than are there'
+    pages = np.nonzero(of.blocks_of)[0]
+    assert (of.page_of[of_pages] == pages + 1).all(), f'{place}: a block is of another page than says so'
+    assert len(held) == of.num_blocks and (self._holders[held] > 0).all(), f'{place}: blocks are counted wrongly'
+    assert (self.find(self._keys[held].tobytes()) == held).all(), f'{place}: a block is not found by its key'
+    return {*pages.tolist()}
 
   def _forget(self, of: _Place, blocks: np.ndarray) -> bytes:
     of.page_of[blocks] = 0

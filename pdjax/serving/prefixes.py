@@ -26,6 +26,7 @@ class Prefixes:
 
   Attributes:
     index: The blocks of all places.
+    kind: The cache kind that is kept.
   """
 
   def __init__(
@@ -49,7 +50,7 @@ class Prefixes:
         'prefix_cache out.'
       )
     (kind,) = model.cache
-    self._kind = kind.name
+    self.kind = kind.name
     self._model = model
     self._settings = settings
     self._workers = workers
@@ -148,7 +149,7 @@ class Prefixes:
       return ()
     keys = self._keys(entry, self.made_of(source, worker))
     pages = self.index.pages(worker, self.index.find(keys[: tokens // self._settings.block_tokens * KEY_BYTES]))
-    self._pages[worker].hold({self._kind: pages})
+    self._pages[worker].hold({self.kind: pages})
     return pages
 
   # -------------------------------------------------------------------------- what is filled
@@ -187,18 +188,18 @@ class Prefixes:
     if len(keys) <= first * KEY_BYTES:
       return
     per_page = self._page_tokens[worker] // self._settings.block_tokens
-    pages = entry.pages[worker][self._kind][first // per_page :]
+    pages = entry.pages[worker][self.kind][first // per_page :]
     new = self.index.store(worker, keys[first * KEY_BYTES :], pages, first % per_page)
     entry.stored[worker] = len(keys) // KEY_BYTES
     if new.any():
       at = (np.flatnonzero(new) + first % per_page) // per_page
-      self._pages[worker].by_kind[self._kind].cache({pages[place] for place in at.tolist()})
+      self._pages[worker].by_kind[self.kind].cache({pages[place] for place in at.tolist()})
       self._version += 1
 
   def lose(self, worker: str) -> None:
     """Note that a worker's pages are gone."""
     self.index.forget_place(worker)
-    self._pages[worker].by_kind[self._kind].forget_all()
+    self._pages[worker].by_kind[self.kind].forget_all()
     self._version += 1
 
 

@@ -167,7 +167,10 @@ def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[T
   enter(entry, Phase.MOVING)
   entry.tokens_due = entry.prefill_len
   reserve_target(books, entry, target)
-  return tuple(send_due(books, entry, None))
+  orders = tuple(send_due(books, entry, None))
+  if not orders and action.request not in books.due:  # all of it is there already
+    books.unsettled.append(entry)
+  return orders
 
 
 def transfer_ended(books: Books, order: TransferOrder) -> RequestState | None:

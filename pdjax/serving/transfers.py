@@ -58,6 +58,10 @@ class Transfers:
       if name in self._under_way and not self._under_way[name].abandoned:
         self._timers.set('deadline', name, now_s + self._deadline_s)
 
+  def orders_under_way(self) -> list[TransferOrder]:
+    """The orders of transfers that are not over."""
+    return [attempt.order for attempt in self._under_way.values()]
+
   def get(self, order: int) -> Attempt | None:
     """A transfer under way."""
     return self._under_way.get(order)

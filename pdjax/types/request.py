@@ -363,6 +363,7 @@ class Completion:
       is no tokenizer. Of a request that was cancelled or failed, as much as was sure.
     token_times_s: The time each token was delivered, seconds after the start of the run.
     logprobs: The log probabilities of each token, if they were asked for.
+    cached_tokens: Tokens of the prompt that were cached, and so not computed.
   """
 
   request: Request
@@ -372,6 +373,7 @@ class Completion:
   text: str | None = None
   token_times_s: tuple[float, ...] = ()
   logprobs: tuple[TokenLogprob, ...] = ()
+  cached_tokens: int = 0
 
   @classmethod
   def unfinished(cls, request: Request) -> 'Completion':

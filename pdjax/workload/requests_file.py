@@ -62,6 +62,7 @@ first with its own id and the others with `id#1`, `id#2` and so on:
 | `e2el_s`           | from arrival to the last token; null unless it ended with `stop` or `length` |
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
 | `seed`             | what the random numbers came from; null for a line that was refused |
+| `cached_tokens`    | tokens of the prompt that were cached, and so not computed |
 | `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
 
 The text is what decoding prompt and output adds to decoding the prompt's last tokens, special tokens left out of both:
@@ -220,6 +221,7 @@ def completion_row(outcome: Completion | Refused) -> dict[str, Any]:
     e2el_s=times_s[-1] - request.arrival_s if times_s and outcome.served else None,
     token_times_s=list(times_s),
     seed=request.sampling.seed,
+    cached_tokens=outcome.cached_tokens,
     logprobs=None if request.sampling.logprobs is None else [_told(one) for one in outcome.logprobs],
   )
 
@@ -316,6 +318,7 @@ def _output_row(row_id: str, prompt: Sequence[int], finish_reason: str, **known:
     'e2el_s': None,
     'token_times_s': [],
     'seed': None,
+    'cached_tokens': 0,
     'logprobs': None,
   }
   return row | known

@@ -5,6 +5,8 @@ import random
 
 import pytest
 
+from pdjax.metrics.counters import counters
+from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
 from pdjax.serving.events import Started
 from pdjax.serving.orders import StepOrder
@@ -14,6 +16,7 @@ from tests.engine.conftest import build
 from tests.engine.plain import generate
 from tests.tiny import prompt
 
+HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
 GAP_S = 0.25  # between requests, each of which is to find what those before it left
 
 
@@ -53,6 +56,10 @@ def moved(served: Served) -> dict[str, int]:
 def assert_exact(cluster: Cluster, requests, policy=None) -> Served:
   served = cluster.serve(requests, policy)
   assert served.tokens() == {request.id: generate(cluster.model, request) for request in requests}
+  hits = {name: one.cached_tokens for name, one in served.by_id.items()}
+  assert computed(served) == {request.id: request.prompt_len - hits[request.id] for request in requests}
+  assert served.report.cached_tokens == sum(hits.values()) == counters(read_timeline(served.events))[HITS]
+  assert counters(read_timeline(served.events))[QUERIES] == sum(request.prompt_len for request in requests)
   return served
 
 
@@ -140,6 +147,7 @@ def test_samples_of_a_prompt_count_a_hit_once(one_and_one, colocated):
     alone = [generate(cluster.model, sample) for sample in several.samples()]
     assert [served.tokens()[sample.id] for sample in several.samples()] == alone
     assert computed(served) == {'first': 34, 'second': 1}
+    assert [served.by_id[sample.id].cached_tokens for sample in several.samples()] == [32, 0]
 
 
 def test_who_asks_not_to_be_cached_leaves_nothing_and_finds_nothing(one_and_one):

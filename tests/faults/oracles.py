@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pdjax.serving import ClusterState
 from pdjax.serving.events import Delivered, Event, Finished, Turn
+from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
 from pdjax.types import Request
 from tests.engine.cluster import assert_all_is_free
@@ -19,6 +20,7 @@ def watched(events: Iterable[Event], state: ClusterState, most_turns: int) -> It
       turns += 1
       assert turns <= most_turns, f'{turns} turns, and no end'
       assert_held(state)
+      check(state.books)
     yield event
 
 

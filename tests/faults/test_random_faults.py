@@ -11,10 +11,19 @@ import pytest
 from experiments.faults.chaos import Breakable, Chaos, End, Fault
 from pdjax.policies import Colocated, Disaggregated
 from pdjax.serving import ClusterState, serve
-from pdjax.serving.events import Failed, Started, TimerDue, Withdrawn, WorkerLost
+from pdjax.serving.events import Failed, Finished, Started, TimerDue, Withdrawn, WorkerLost
 from pdjax.serving.orders import AbandonOrder
 from pdjax.simulator import Replay
-from pdjax.types import FaultSpec, Request, SamplingParams, TransferSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import (
+  FaultSpec,
+  PrefixCache,
+  Request,
+  SamplingParams,
+  TransferSpec,
+  colocated_pool,
+  decode_pool,
+  prefill_pool,
+)
 from tests.faults.injection import Again, Asking
 from tests.faults.oracles import assert_right, watched
 from tests.faults.shadow import ShadowSimulator
@@ -24,6 +33,7 @@ from tests.tiny import SIZES, TINY, prompt
 
 SHARE = 0.05
 DEADLINE_S = 100.0
+CACHE = PrefixCache(block_tokens=4)
 PAGE_BYTES = 4 * TINY.cached_token_bytes('float32')
 CLUSTERS = {  # workers, policy, and how KV travels
   '2P2D': (prefill_pool(2, **SIZES) + decode_pool(2, **SIZES), Disaggregated(max_prefill_tokens=24), TransferSpec()),
@@ -109,12 +119,12 @@ def some_requests(
 
 
 @pytest.mark.parametrize('name', CLUSTERS)
-@pytest.mark.parametrize(('seed', 'ahead'), [(0, 'all'), (1, 1)])
-def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed, ahead):
+@pytest.mark.parametrize(('seed', 'ahead', 'cache'), [(0, 'all', None), (1, 1, None), (2, 'all', CACHE), (3, 1, CACHE)])
+def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed, ahead, cache):
   rng = random.Random(seed)
   workers, policy, transfer = CLUSTERS[name]
   workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
-  arrivals = Leaving(some_requests(500, rng), rng, within_s=300.0)
+  arrivals = Leaving(some_requests(500, rng, unlike=500 if cache is None else 5), rng, within_s=300.0)
   sizes = {worker.name: worker.page_size for worker in workers}
   simulator = ShadowSimulator(TINY, workers, HandCost(), page_sizes=sizes, slow_s=30.0)
   backend = Dying(simulator, rng, late_s=130.0, workers=simulator.incarnations, down_s=50.0)
@@ -122,12 +132,13 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed, ahead
   def empty_state() -> ClusterState:
     travels = dataclasses.replace(transfer, deadline_s=DEADLINE_S, checksums=True)
     faults = FaultSpec(corruption='retry', max_attempts=20, backoff_s=1.0)
-    return ClusterState(TINY, workers, 4, travels, faults=faults, pages_ahead=ahead)
+    return ClusterState(TINY, workers, 4, travels, faults=faults, pages_ahead=ahead, prefix_cache=cache)
 
   state = empty_state()
   events = list(watched(serve(arrivals, policy, backend, state), state, most_turns=100_000))
   ends = Counter(assert_right(events, arrivals.requests.values(), state, plain).values())
   assert set(ends) <= {'length', 'cancelled'} and ends['length'] > 0.9 * ends.total()
+  assert (sum(event.cached_tokens for event in events if isinstance(event, Finished)) > 1000) == (cache is not None)
   happened = Counter(type(event) for event in events)
   assert happened[WorkerLost] >= 10
   if name != '2C':

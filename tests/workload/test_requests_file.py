@@ -325,7 +325,7 @@ def test_a_completion_is_written_with_its_times():
   assert completion_row(Completion(request.seeded(0, 0), (7, 8), 'stop', text='hi', token_times_s=(1.5, 1.75))) == {
     'id': 'x', 'prompt_token_ids': [1, 2], 'output_token_ids': [7, 8], 'text': 'hi', 'finish_reason': 'stop',
     'error': None, 'arrival_s': 1.0, 'ttft_s': 0.5, 'e2el_s': 0.75, 'token_times_s': [1.5, 1.75],
-    'seed': request.seeded(0, 0).sampling.seed, 'logprobs': None,
+    'seed': request.seeded(0, 0).sampling.seed, 'cached_tokens': 0, 'logprobs': None,
   }  # fmt: skip
 
 

@@ -3,7 +3,20 @@
 import dataclasses
 from typing import Any
 
-from pdjax.serving.events import Arrived, Decoded, Delivered, Done, Event, Occupancy, Result, Started, WorkerBack
+from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT
+from pdjax.serving.events import (
+  Arrived,
+  BlockRemoved,
+  BlockStored,
+  Decoded,
+  Delivered,
+  Done,
+  Event,
+  Occupancy,
+  Result,
+  Started,
+  WorkerBack,
+)
 from pdjax.serving.orders import (
   AbandonOrder,
   Admission,
@@ -38,8 +51,20 @@ def event_to_json(event: Event) -> dict[str, Any]:
       return {'event': kind, **_fields(event), 'comeback': event.comeback and _fields(event.comeback)}
     case Occupancy():
       return {'event': kind, **_fields(event), 'workers': [_fields(use) for use in event.workers]}
+    case BlockStored():
+      parent = None if event.parent == NO_PARENT else event.parent.hex()
+      return {
+        'event': kind, 'now_s': event.now_s, 'block_hashes': _hashes(event.keys), 'parent_block_hash': parent,
+        'token_ids': event.token_ids, 'block_size': event.block_size, 'lora_id': None, 'medium': event.medium,
+      }  # fmt: skip
+    case BlockRemoved():
+      return {'event': kind, 'now_s': event.now_s, 'block_hashes': _hashes(event.keys), 'medium': event.medium}
     case _:
       return {'event': kind, **_fields(event)}
+
+
+def _hashes(keys: bytes) -> list[str]:
+  return [keys[start : start + KEY_BYTES].hex() for start in range(0, len(keys), KEY_BYTES)]
 
 
 def _request(request: Request) -> dict[str, Any]:
@@ -50,6 +75,7 @@ def _request(request: Request) -> dict[str, Any]:
     'arrival_s': request.arrival_s,
     'slo': request.slo and _fields(request.slo),
     'session': request.session,
+    'tenant': request.tenant,
     'end_token_ids': request.end_token_ids,
   }
 

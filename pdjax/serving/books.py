@@ -8,7 +8,7 @@ from typing import Any
 
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
-from pdjax.serving.events import Delivered, Done, Finished, Preempted, RoleChanged
+from pdjax.serving.events import Delivered, Done, Event, Finished
 from pdjax.serving.orders import Order, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -60,7 +60,7 @@ class Books:
     pages_ahead: Pages that a sequence takes ahead of its tokens as it grows; None takes all that it may ever need.
     max_preemptions: Most times that a request is preempted; from then on it takes all pages that it may ever need.
     growing: Workers where sequences may take more pages than they have.
-    preempted: Requests that were preempted since the loop last took them.
+    told: The events that came of actions, and of the cache, since the loop last took them.
     gone: Sequences that left a worker's batch, of which it is to be told.
     caught_up: The events that a backend told when it was asked how far a standing step is, until the loop takes them.
     catches_up: Asks the backend for what it has not told yet of a worker's standing steps; None if it tells each.
@@ -69,7 +69,6 @@ class Books:
     able_to_prefill: Workers that prefill and can be given another step.
     able_to_decode: Workers that decode and can be given another step that brings somebody a token.
     draining: Workers that are to have another role once they are empty.
-    roles_changed: Workers whose role changed since the loop last took them.
     prefixes: The cached beginnings of prompts; None where nothing is kept.
   """
 
@@ -108,10 +107,12 @@ class Books:
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
     self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
     self._check_staging()
+    self.told: list[Event] = []
     self.prefixes: Prefixes | None = None
     if prefix_cache is not None:
       specs = {name: worker.spec for name, worker in self.workers.items()}
-      self.prefixes = Prefixes(model, prefix_cache, specs, {name: one.pages for name, one in self.holdings.items()})
+      pages = {name: one.pages for name, one in self.holdings.items()}
+      self.prefixes = Prefixes(model, prefix_cache, specs, pages, lambda: self.now_s, self.told)
     self.requests: dict[str, RequestState] = {}
     self.waiting: MutableMapping[str, RequestState] = {}
     self.begun: dict[str, RequestState] = {}
@@ -131,13 +132,11 @@ class Books:
     self.transfers = Transfers(self.timers, transfer.deadline_s, faults)
     self.idle_wakes = 0
     self.growing: dict[str, None] = {}
-    self.preempted: list[Preempted] = []
     self.gone: list[Leave] = []
     self.caught_up: list[Done | Delivered] = []
     self.catches_up: Callable[[str], None] | None = None
     self.wakes = True
     self.draining: dict[str, None] = {}
-    self.roles_changed: list[RoleChanged] = []
     self._next_order = 0
     self._next_number = 0
 

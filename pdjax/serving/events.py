@@ -370,6 +370,55 @@ class RoleChanged:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class BlockStored:
+  """A place holds more blocks of a sequence, one behind the other, as vLLM's event of that name says.
+
+  Attributes:
+    now_s: The time of the turn.
+    medium: The place.
+    keys: Their keys, 16 bytes each.
+    parent: The key of the block before them; zeros before the first of a sequence.
+    block_size: Tokens of each.
+    token_ids: Their tokens, if they are asked for (`PrefixCache.log_tokens`).
+  """
+
+  now_s: float
+  medium: str
+  keys: bytes
+  parent: bytes
+  block_size: int
+  token_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockRemoved:
+  """A place holds blocks no more: their pages were given to others.
+
+  Attributes:
+    now_s: The time of the turn.
+    medium: The place.
+    keys: Their keys, 16 bytes each.
+  """
+
+  now_s: float
+  medium: str
+  keys: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AllBlocksCleared:
+  """A place that was lost holds no block.
+
+  Attributes:
+    now_s: The time of the turn.
+    medium: The place.
+  """
+
+  now_s: float
+  medium: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
   """A request ended.
 
@@ -428,6 +477,9 @@ Event = (
   | WorkerBack
   | Preempted
   | RoleChanged
+  | BlockStored
+  | BlockRemoved
+  | AllBlocksCleared
   | Finished
   | Occupancy
 )

@@ -1,11 +1,12 @@
 """Cached prefixes: what places hold of the beginning of a prompt, and what becomes of the pages of those that end."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, stand_ins
+from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.prefix_index import PrefixIndex
 from pdjax.serving.requests import RequestState
@@ -30,7 +31,13 @@ class Prefixes:
   """
 
   def __init__(
-    self, model: ModelSpec, settings: PrefixCache, workers: Mapping[str, WorkerSpec], pages: Mapping[str, PlacePages]
+    self,
+    model: ModelSpec,
+    settings: PrefixCache,
+    workers: Mapping[str, WorkerSpec],
+    pages: Mapping[str, PlacePages],
+    now_s: Callable[[], float],
+    told: list[Event],
   ):
     """Begin with nothing cached.
 
@@ -39,6 +46,8 @@ class Prefixes:
       settings: The settings.
       workers: Each worker, its page size filled in.
       pages: The pages of each.
+      now_s: Tells the time of the turn.
+      told: Gets an event for what is stored or forgotten.
 
     Raises:
       ValueError: if the model has other caches than one of all tokens, or a page is not made of whole blocks.
@@ -55,6 +64,8 @@ class Prefixes:
     self._settings = settings
     self._workers = workers
     self._pages = pages
+    self._now_s = now_s
+    self._told = told
     self._page_tokens: dict[str, int] = {}
     places = {}
     for name, worker in workers.items():
@@ -74,7 +85,8 @@ class Prefixes:
       place.by_kind[kind.name].forget = functools.partial(self._forget, name)
 
   def _forget(self, worker: str, pages: Sequence[int]) -> None:
-    self.index.forget_pages(worker, pages)
+    if keys := self.index.forget_pages(worker, pages):
+      self._told.append(BlockRemoved(self._now_s(), worker, keys))
     self._version += 1
 
   # -------------------------------------------------------------------------- keys
@@ -165,7 +177,7 @@ class Prefixes:
     """
     if entry.request.cache_prefix:
       keys = self._keys(entry, self.made_of(source, worker))
-      self._store(entry, worker, keys[: tokens // self._settings.block_tokens * KEY_BYTES])
+      self._store(entry, worker, keys[: tokens // self._settings.block_tokens * KEY_BYTES], ())
 
   def note_decoded(self, entry: RequestState, worker: str, source: str) -> None:
     """Note what a request leaves behind where it decoded: the tokens that it generated but the last.
@@ -180,9 +192,10 @@ class Prefixes:
     first = len(keys) // KEY_BYTES * size
     sequence = [*entry.request.prompt[first:], *entry.tokens[max(first - entry.prompt_len, 0) : -1]]
     parent = keys[-KEY_BYTES:] or NO_PARENT
-    self._store(entry, worker, keys + self._hasher(made, entry.request.salt).keys(sequence, parent))
+    keys += self._hasher(made, entry.request.salt).keys(sequence, parent)
+    self._store(entry, worker, keys, entry.tokens)
 
-  def _store(self, entry: RequestState, worker: str, keys: bytes) -> None:
+  def _store(self, entry: RequestState, worker: str, keys: bytes, generated: Sequence[int]) -> None:
     """Note that the pages of a request hold the blocks of these keys."""
     first = entry.stored.get(worker, 0)
     if len(keys) <= first * KEY_BYTES:
@@ -195,10 +208,24 @@ class Prefixes:
       at = (np.flatnonzero(new) + first % per_page) // per_page
       self._pages[worker].by_kind[self.kind].cache({pages[place] for place in at.tolist()})
       self._version += 1
+      self._tell(entry, worker, keys, np.flatnonzero(new) + first, generated)
+
+  def _tell(self, entry: RequestState, worker: str, keys: bytes, stored: np.ndarray, generated: Sequence[int]) -> None:
+    """Tell of the blocks of a sequence that are new at a worker, an event for each run of them."""
+    size = self._settings.block_tokens
+    tokens: tuple[int, ...] = ()
+    if self._settings.log_tokens and entry.request.block_size is None:
+      tokens = (*entry.request.prompt, *(generated or entry.delivered))
+    for run in np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
+      start, stop = int(run[0]), int(run[-1]) + 1
+      parent = keys[(start - 1) * KEY_BYTES : start * KEY_BYTES] if start else NO_PARENT
+      told = keys[start * KEY_BYTES : stop * KEY_BYTES], parent, size, tokens[start * size : stop * size]
+      self._told.append(BlockStored(self._now_s(), worker, *told))
 
   def lose(self, worker: str) -> None:
     """Note that a worker's pages are gone."""
-    self.index.forget_place(worker)
+    if self.index.forget_place(worker):
+      self._told.append(AllBlocksCleared(self._now_s(), worker))
     self._pages[worker].by_kind[self.kind].forget_all()
     self._version += 1
 

@@ -191,7 +191,7 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
       'preempt another, or raise that.'
     )
   assert entry.target is not None
-  books.preempted.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + entry.num_tokens - 1))
+  books.told.append(Preempted(books.now_s, action.request, entry.target, entry.prompt_len + entry.num_tokens - 1))
   entry.preemptions += 1
   if entry.preemptions == books.max_preemptions:
     entry.pages_ahead = None  # so that it ends the next time

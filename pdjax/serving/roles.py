@@ -68,4 +68,4 @@ def change_roles(books: Books) -> None:
     books.prefill_workers, books.decode_workers = books.sides()
     books.wakes = True
     books.look_at(name)
-    books.roles_changed.append(RoleChanged(books.now_s, name, worker.role, before, worker.drains_from_s))
+    books.told.append(RoleChanged(books.now_s, name, worker.role, before, worker.drains_from_s))

@@ -124,12 +124,12 @@ class ClusterState:
     return self.books.timers.take(now_s)
 
   def take_told(self) -> list[Event]:
-    """The events that came of others and of actions since the last call: deliveries, preemptions, new roles."""
+    """The events that came of others and of actions since the last call: deliveries, preemptions, new roles, blocks."""
     books = self.books
-    told: list[Event] = [*books.delivered, *books.caught_up, *books.preempted, *books.roles_changed]
-    if not told:
-      return told
-    books.delivered, books.caught_up, books.preempted, books.roles_changed = [], [], [], []
+    told: list[Event] = [*books.delivered, *books.caught_up, *books.told]
+    if told:
+      books.delivered, books.caught_up = [], []
+      books.told.clear()
     return told
 
   def take_finished(self) -> tuple[Finished, ...]:

@@ -12,6 +12,7 @@ class PrefixCache:
 
   Attributes:
     block_tokens: Tokens of a block, the least that is found again; it divides the page size of every worker.
+    log_tokens: Whether the log has the tokens of the blocks that are stored, which may be private, beside their keys.
     lossy: Whether a place takes blocks too that other weights or dtypes have made than would have without a cache; then
       tokens may differ.
 
@@ -22,6 +23,7 @@ class PrefixCache:
   _said: ClassVar[str] = '{kind}.{field} is {value}'
 
   block_tokens: Count = 16
+  log_tokens: bool = False
   lossy: bool = False
 
   def __post_init__(self):

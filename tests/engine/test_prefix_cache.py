@@ -8,7 +8,7 @@ import pytest
 from pdjax.metrics.counters import counters
 from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
-from pdjax.serving.events import Started
+from pdjax.serving.events import BlockStored, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.types import PrefixCache, Request, SamplingParams
 from tests.engine.cluster import Cluster, Served
@@ -176,3 +176,16 @@ def test_few_pages_are_given_to_whoever_needs_them_and_no_token_changes(colocate
   place = served.state.books.holdings['both0'].pages.by_kind['kv']
   assert 0 < place.num_cached <= place.num_pages == place.num_free
   assert served.state.books.prefixes.index.num_blocks('both0') <= place.num_pages * 4
+
+
+def test_blocks_are_told_with_their_tokens_where_these_are_asked_for(one_and_one):
+  cluster = one_and_one.changed(prefix_cache=PrefixCache(block_tokens=4, log_tokens=True))
+  served = cluster.serve([ask('a', SYSTEM[:9], max_tokens=5)])
+  told = [event for event in served.events if isinstance(event, BlockStored)]
+  said = (*SYSTEM[:9], *served.by_id['a'].token_ids)
+  assert [(one.medium, one.token_ids) for one in told] == [
+    ('prefill0', said[:8]), ('decode0', said[:8]), ('decode0', said[8:12]),
+  ]  # fmt: skip
+  assert told[2].parent == told[1].keys[16:] and told[0].keys == told[1].keys
+  private = cached(one_and_one).serve([ask('a', SYSTEM[:9], max_tokens=5)])
+  assert [one.token_ids for one in private.events if isinstance(one, BlockStored)] == [(), (), ()]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from pdjax.serving import ClusterState
-from pdjax.serving.events import Delivered, Event, Finished, Turn
+from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Delivered, Event, Finished, Turn
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
 from pdjax.types import Request
@@ -31,6 +31,32 @@ def assert_held(state: ClusterState) -> None:
       for worker, pages in ((order.source, order.span.source_pages), (order.target, order.span.target_pages)):
         free = state.books.holdings[worker].pages.by_kind[order.span.kind].free()
         assert not set(pages) & set(free), f'{order} lost pages on {worker}'
+
+
+def assert_blocks(events: Iterable[Event], state: ClusterState) -> None:
+  """Whoever follows the events of blocks knows what each place holds."""
+  prefixes = state.books.prefixes
+  assert prefixes is not None
+  held: dict[str, set[bytes]] = {name: set() for name in state.workers}
+  for event in events:
+    match event:
+      case BlockStored(_, place, keys, parent):
+        new = _split(keys)
+        assert not held[place] & {*new}, 'a block is stored twice'
+        assert parent == bytes(16) or parent not in new
+        held[place] |= {*new}
+      case BlockRemoved(_, place, keys):
+        assert held[place] >= {*_split(keys)}
+        held[place] -= {*_split(keys)}
+      case AllBlocksCleared(_, place):
+        held[place].clear()
+  for name, keys in held.items():
+    assert prefixes.index.num_blocks(name) == len(keys)
+    assert prefixes.index.hit(name, prefixes.index.find(b''.join(keys))) == len(keys)
+
+
+def _split(keys: bytes) -> list[bytes]:
+  return [keys[start : start + 16] for start in range(0, len(keys), 16)]
 
 
 def assert_right(

@@ -25,7 +25,7 @@ from pdjax.types import (
   prefill_pool,
 )
 from tests.faults.injection import Again, Asking
-from tests.faults.oracles import assert_right, watched
+from tests.faults.oracles import assert_blocks, assert_right, watched
 from tests.faults.shadow import ShadowSimulator
 from tests.faults.test_matrix_simulated import plain
 from tests.test_simulator import HandCost
@@ -139,6 +139,8 @@ def test_five_percent_of_500_requests_are_hit_and_all_end_well(name, seed, ahead
   ends = Counter(assert_right(events, arrivals.requests.values(), state, plain).values())
   assert set(ends) <= {'length', 'cancelled'} and ends['length'] > 0.9 * ends.total()
   assert (sum(event.cached_tokens for event in events if isinstance(event, Finished)) > 1000) == (cache is not None)
+  if cache is not None:
+    assert_blocks(events, state)
   happened = Counter(type(event) for event in events)
   assert happened[WorkerLost] >= 10
   if name != '2C':

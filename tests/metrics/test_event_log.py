@@ -16,7 +16,10 @@ from pdjax.metrics.event_text import event_text
 from pdjax.metrics.lines_file import LinesFile
 from pdjax.serving.batch import Batch
 from pdjax.serving.events import (
+  AllBlocksCleared,
   Arrived,
+  BlockRemoved,
+  BlockStored,
   Comeback,
   Decoded,
   Delivered,
@@ -130,10 +133,25 @@ def test_the_text_of_an_event_is_its_data(disaggregated, stamps):
     Delivered(1.0, 3, (Result('r', (5,)),), (Result('s', (6,)),)),
     Delivered(1.0, 3, batch=Batch(('r', 's'), (0, 1)), decoded=decoded, late_rows=frozenset({1})),
     Finished(1.0, 'r', 'error', (1, 2), 'a "quoted" one'), Finished(1.0, 'r', 'stop', ()),
-    Occupancy(math.nan, 0, ()),
+    Occupancy(math.nan, 0, ()), BlockStored(1.0, 'd', bytes(range(32)), bytes(16), 16, (5, 6)),
+    BlockRemoved(1.0, 'd', bytes(range(16))), AllBlocksCleared(2.0, 'd'),
   ]  # fmt: skip
   for event in events:
     assert json.loads(event_text(event)) == json.loads(json_text(event_to_json(event))), event
+
+
+def test_events_of_blocks_have_the_fields_of_vllm():
+  stored = BlockStored(1.0, 'decode0', bytes(range(32)), bytes(range(16, 32)), 16)
+  assert event_to_json(stored) == {
+    'event': 'BlockStored', 'now_s': 1.0, 'token_ids': (), 'block_size': 16, 'lora_id': None, 'medium': 'decode0',
+    'block_hashes': ['000102030405060708090a0b0c0d0e0f', '101112131415161718191a1b1c1d1e1f'],
+    'parent_block_hash': '101112131415161718191a1b1c1d1e1f',
+  }  # fmt: skip
+  assert event_to_json(dataclasses.replace(stored, parent=bytes(16)))['parent_block_hash'] is None
+  assert event_to_json(BlockRemoved(1.0, 'decode0', bytes(16))) == {
+    'event': 'BlockRemoved', 'now_s': 1.0, 'block_hashes': ['00' * 16], 'medium': 'decode0',
+  }  # fmt: skip
+  assert event_to_json(AllBlocksCleared(2.0, 'd')) == {'event': 'AllBlocksCleared', 'now_s': 2.0, 'medium': 'd'}
 
 
 def test_the_file_holds_what_memory_holds(disaggregated, stamps, tmp_path):

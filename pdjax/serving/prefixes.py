@@ -1,5 +1,6 @@
 """Cached prefixes: what places hold of the beginning of a prompt, and what becomes of the pages of those that end."""
 
+import array
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -125,9 +126,9 @@ class Prefixes:
       if request.block_size is not None:
         tokens = stand_ins(request.block_hashes, request.block_size, request.prompt_len)
       else:
-        tokens = np.asarray(request.prompt, np.int32)
+        tokens = _as_array(request.prompt)
       if entry.delivered and len(tokens) == request.prompt_len:
-        tokens = np.concatenate([tokens, np.asarray(entry.delivered[:-1], np.int32)])
+        tokens = np.concatenate([tokens, _as_array(entry.delivered[:-1])])
       keys = self._hasher(made, entry.request.salt).keys(tokens)
       entry.keys[made] = len(entry.delivered), keys
     return keys
@@ -160,8 +161,10 @@ class Prefixes:
     if not tokens:
       return ()
     keys = self._keys(entry, self.made_of(source, worker))
-    pages = self.index.pages(worker, self.index.find(keys[: tokens // self._settings.block_tokens * KEY_BYTES]))
+    count = tokens // self._settings.block_tokens
+    pages = self.index.pages(worker, self.index.find(keys[: count * KEY_BYTES]))
     self._pages[worker].hold({self.kind: pages})
+    entry.stored[worker] = count
     return pages
 
   # -------------------------------------------------------------------------- what is filled
@@ -228,6 +231,13 @@ class Prefixes:
       self._told.append(AllBlocksCleared(self._now_s(), worker))
     self._pages[worker].by_kind[self.kind].forget_all()
     self._version += 1
+
+
+def _as_array(tokens: Sequence[int]) -> np.ndarray:
+  """Token ids as `[N]` int32, of a tuple or a list at a third of what NumPy takes."""
+  if isinstance(tokens, tuple | list):
+    return np.frombuffer(array.array('i', tokens), np.int32)
+  return np.asarray(tokens, np.int32)
 
 
 def _losses(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:

@@ -41,6 +41,8 @@ def serve_prompts(blocks: int, prompts: int, places: int, shared: bool) -> dict[
   import gc
   import os
   import time
+  from collections.abc import Sequence
+  from typing import cast
 
   import numpy as np
 
@@ -64,7 +66,7 @@ def serve_prompts(blocks: int, prompts: int, places: int, shared: bool) -> dict[
     prompt = rng.integers(0, 49_000, tokens, dtype=np.int32)
     if shared:
       prompt[: len(systems[0])] = systems[number % 8]
-    return RequestState(Request(f'r{number}', prompt, sampling), limit=1)
+    return RequestState(Request(f'r{number}', cast(Sequence[int], prompt), sampling), limit=1)
 
   gc.collect()
   before = resident()
@@ -78,11 +80,11 @@ def serve_prompts(blocks: int, prompts: int, places: int, shared: bool) -> dict[
     missed = 0
     for worker in books.workers.values():
       entry.worker = worker.name
-      cached = prefixes.hit(entry, worker.name)
-      books.reserve(entry, worker, decodes=False, cached=cached)
+      found = books.hold_cached(entry, worker.name, entry.prompt_len)
+      books.reserve(entry, worker, decodes=False, found=found)
       prefixes.note_computed(entry, worker.name, worker.name, entry.prompt_len)
       books.leave(entry, worker.name)
-      missed += (entry.prompt_len - cached) // 64
+      missed += (entry.prompt_len - found.tokens) // 64
     books.told.clear()
     return missed
 

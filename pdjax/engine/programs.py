@@ -241,7 +241,7 @@ class Copy(Program):
 
   @classmethod
   def all_of(cls, spec: WorkerSpec, groups: Sequence[Group]) -> list[Program]:
-    return [cls()] if spec.ever_decodes else []
+    return [cls()]
 
   def function(self, steps: Steps) -> Callable[..., Any]:
     return copy

@@ -37,7 +37,7 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
 from pdjax.serving.batch import NOBODY, Batch
 from pdjax.serving.events import Decoded, Ended, Result
-from pdjax.serving.orders import Admission, StepOrder
+from pdjax.serving.orders import Admission, PageCopies, StepOrder
 from pdjax.sharding import replicated
 from pdjax.types.cache import KV
 from pdjax.types.model import ModelSpec
@@ -218,6 +218,7 @@ class Worker:
     for arguments in self.packing.grown([(one.slot, one.pages) for one in order.growth]):
       self.run(Grow(), *arguments)
     for row, chunk in enumerate(order.chunks):
+      self._copy(chunk.copies)
       if chunk.is_last:
         self.followed.follow(chunk.request, (), chunk.limit)
         self._remember(chunk.request, (), self.packing.num_slots + row)
@@ -341,13 +342,17 @@ class Worker:
   def _admit(self, admitted: Sequence[tuple[int, Admission]]) -> None:
     """Fill slots with sequences that arrive, and follow them."""
     for slot, admission in admitted:
-      assert admission.copies.keys() <= {KV}, 'no other kind is copied here'
-      for pair in admission.copies.get(KV, ()):
-        self.run(Copy(), *map(np.int32, pair))
+      self._copy(admission.copies)
       self.followed.follow(admission.request, admission.tokens, admission.limit)
       self._remember(admission.request, admission.tokens, slot)
     rows = self.packing.admitted([admission for _, admission in admitted])
     self.run(Admit(), *self.packing.slots([slot for slot, _ in admitted], rows))
+
+  def _copy(self, copies: PageCopies) -> None:
+    """Copy pages over others."""
+    assert copies.keys() <= {KV}, 'no other kind is copied here'
+    for pair in copies.get(KV, ()):
+      self.run(Copy(), *map(np.int32, pair))
 
   def _remember(self, request: Request, tokens: Sequence[int], row: int) -> None:
     """Note a sequence's past in a row of the history, if its penalties ask for it."""

@@ -9,10 +9,10 @@ from typing import Any
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
 from pdjax.serving.events import Delivered, Done, Event, Finished
-from pdjax.serving.orders import Order, PageNumbers, TransferOrder
+from pdjax.serving.orders import Order, PageCopies, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
-from pdjax.serving.prefixes import Prefixes
+from pdjax.serving.prefixes import NOTHING, Found, Prefixes
 from pdjax.serving.requests import RequestState, Samples
 from pdjax.serving.timers import Timers
 from pdjax.serving.transfers import Transfers
@@ -201,37 +201,53 @@ class Books:
 
   # -------------------------------------------------------------------------- take, hold, let go
 
-  def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool, cached: int = 0) -> None:
+  def reserve(self, entry: RequestState, worker: WorkerState, *, decodes: bool, found: Found = NOTHING) -> PageCopies:
     """Take a request's pages on a worker, and if it decodes there its slot and those of the samples that follow it.
 
     Args:
       entry: The request.
       worker: The worker.
       decodes: Whether it decodes there.
-      cached: Tokens of it that are cached there, in whole pages, which it is to use.
+      found: The beginning of it that is cached there, held.
+
+    Returns:
+      The page that it begins by copying, as it has only its beginning in common; held until `release` of it.
     """
     holdings = self.holdings[worker.name]
     own = entry.own_pages(holdings.pages.pools, decodes=decodes)
-    taken = self._take_behind(entry, worker.name, own, cached) if cached else holdings.pages.take(own)
+    copies: PageCopies = {}
+    if found.tokens:
+      taken, copies = self._take_behind(worker.name, own, found)
+    else:
+      taken = holdings.pages.take(own)
     if not decodes:
       entry.pages[worker.name] = taken
-      return
+      return copies
     self.settle_pages(entry, worker.name, taken)
     entry.target, entry.slot = worker.name, holdings.slots.popleft()
     for other in entry.followers.values():
       self._reserve_beside(entry, other, own, worker)
+    return copies
 
-  def _take_behind(self, entry: RequestState, worker: str, own: dict[str, int], cached: int) -> PageNumbers:
-    """Hold the pages that are cached of a request's beginning, and take the others that it needs."""
-    assert self.prefixes is not None and len(own) == 1
+  def _take_behind(self, worker: str, own: dict[str, int], found: Found) -> tuple[PageNumbers, PageCopies]:
+    """Take the pages that a request needs beside those that are cached of its beginning."""
     (kind,) = own
-    held = self.prefixes.hold(entry, worker, entry.worker or worker, cached)
-    taken = self.holdings[worker].pages.take({kind: own[kind] - len(held)})
-    return {kind: (*held, *taken[kind])}
+    pages = self.holdings[worker].pages
+    whole = found.tokens // pages.pools.by_kind[kind].page_size
+    taken = pages.take({kind: own[kind] - whole})[kind]
+    copies = {kind: tuple(zip(found.pages[whole:], taken, strict=False))} if len(found.pages) > whole else {}
+    return {kind: (*found.pages[:whole], *taken)}, copies
 
-  def cached_at(self, entry: RequestState, target: str) -> int:
-    """Tokens of a prompt that the worker to which it is sent holds already, in whole pages."""
-    return 0 if self.prefixes is None else self.prefixes.hit(entry, target, entry.worker)
+  def hold_cached(self, entry: RequestState, worker: str, most: int, source: str | None = None) -> Found:
+    """Hold what a worker has cached of a request's beginning, up to so many tokens; `source` computes it."""
+    if self.prefixes is None:
+      return NOTHING
+    return self.prefixes.hold(entry, worker, source or worker, min(self.prefixes.hit(entry, worker, source), most))
+
+  def release(self, worker: str, copies: PageCopies) -> None:
+    """Let go of pages that were held to be copied."""
+    if copies:
+      self.drop(worker, {name: tuple(source for source, _ in pairs) for name, pairs in copies.items()})
 
   def _reserve_beside(self, entry: RequestState, other: RequestState, own: dict[str, int], worker: WorkerState) -> None:
     """Take the pages and slot of a further sample beside those of the one that carries its prompt."""
@@ -260,8 +276,7 @@ class Books:
     """Let go of the pages that a sample begins by copying."""
     if entry.copies:
       assert entry.target is not None
-      copied = {name: tuple(source for source, _ in pairs) for name, pairs in entry.copies.items()}
-      self.drop(entry.target, copied)
+      self.release(entry.target, entry.copies)
       entry.copies = {}
 
   def release_slot(self, entry: RequestState) -> None:

@@ -349,12 +349,11 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView
     raise PolicyError(f'{step!r}: request {chunk.request!r} is {entry.phase.value}, so it takes no chunk.')
   if entry.worker not in (None, worker.name):
     raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
-  cached = entry.started or view.cached_tokens(chunk.request, worker.name)
-  if chunk.start not in (entry.started, cached) or not 1 <= chunk.length <= entry.prefill_len - chunk.start:
-    first = f'{cached}' if cached == entry.started else f'{cached}, behind what is cached, or at {entry.started}'
+  may_start = chunk.start == entry.started or (not entry.started and view.may_be_cached(chunk.start))
+  if not may_start or not 1 <= chunk.length <= entry.prefill_len - chunk.start:
     raise PolicyError(
-      f'{step!r}: the next chunk of {chunk.request!r} starts at {first} and has 1 to {entry.prefill_len - cached} '
-      'tokens.'
+      f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
+      f'tokens{", fewer behind what is cached of it" if view.may_be_cached(0) and not entry.started else ""}.'
     )
   sent_to = None if entry.target == worker.name else entry.target
   if entry.started and chunk.send_to != sent_to:

@@ -21,6 +21,8 @@ class ChunkOrder:
   Of a kind that keeps all tokens, page `i` holds tokens `i·page_size` and up.
   `limit` is the most tokens that the request generates, wherever it does.
   `slot` is where the sequence goes on decoding on this worker; None if it is not the last chunk or it moves away.
+  `copies` says by cache kind which pages are copied over which of its own before that: a cached page of which it has
+  only the beginning in common.
   `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
   prompt, as if they were part of it, and no token comes of that; the sequence is admitted with them.
   """
@@ -32,6 +34,7 @@ class ChunkOrder:
   limit: int
   slot: int | None = None
   delivered: tuple[int, ...] = ()
+  copies: PageCopies = dataclasses.field(default_factory=dict)
 
   @property
   def is_last(self) -> bool:

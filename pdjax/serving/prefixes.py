@@ -1,6 +1,7 @@
 """Cached prefixes: what places hold of the beginning of a prompt, and what becomes of the pages of those that end."""
 
 import array
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +20,22 @@ from pdjax.types.worker import WorkerSpec
 _MOST_HASHERS = 4096  # of tenants and ways of making; more are made anew
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+  """The beginning of a request that a place holds.
+
+  Attributes:
+    tokens: The tokens of it.
+    pages: Their pages, which are held; that of a page with only its beginning in common is the last.
+  """
+
+  tokens: int = 0
+  pages: tuple[int, ...] = ()
+
+
+NOTHING = Found()
+
+
 class Prefixes:
   """Finds the pages that a place holds of a sequence, and notes those that are filled.
 
@@ -29,6 +46,7 @@ class Prefixes:
   Attributes:
     index: The blocks of all places.
     kind: The cache kind that is kept.
+    block_tokens: Tokens of a block.
   """
 
   def __init__(
@@ -79,6 +97,7 @@ class Prefixes:
         )
       places[name] = pages[name].by_kind[kind.name].num_pages, size // settings.block_tokens
     self.index = PrefixIndex(places)
+    self.block_tokens = settings.block_tokens
     self._version = 0  # counts the changes of the index
     self._made: dict[tuple[str, str], tuple[str, ...]] = {}
     self._hashers: dict[tuple[tuple[str, ...], str], BlockHasher] = {}
@@ -136,7 +155,7 @@ class Prefixes:
   # -------------------------------------------------------------------------- hits
 
   def hit(self, entry: RequestState, worker: str, source: str | None = None) -> int:
-    """Tokens of a request's beginning that a worker holds, in whole pages.
+    """Tokens of a request's beginning that a worker holds: in whole blocks where it computes the prompt, else in pages.
 
     Args:
       entry: The request.
@@ -151,21 +170,28 @@ class Prefixes:
       most = entry.prefill_len - is_computed_here
       keys = self._keys(entry, self.made_of(source or worker, worker))
       found = self.index.find(keys[: most // self._settings.block_tokens * KEY_BYTES])
+      tokens = self.index.hit(worker, found) * self._settings.block_tokens
       size = self._page_tokens[worker]
-      tokens = self.index.hit(worker, found) * self._settings.block_tokens // size * size
+      pages = self._pages[worker].by_kind[self.kind].num_pages
+      if not is_computed_here or -(-entry.most_tokens // size) >= pages:  # no page is left for one that is copied
+        tokens -= tokens % size
       entry.hits[worker, source] = self._version, tokens
     return tokens
 
-  def hold(self, entry: RequestState, worker: str, source: str, tokens: int) -> tuple[int, ...]:
-    """Hold the pages of so many tokens that are hit; their numbers."""
+  def copied(self, entry: RequestState, worker: str) -> int:
+    """Pages that a request holds for a while beside its own as it begins at a worker: one with only its beginning."""
+    return int(self.hit(entry, worker) % self._page_tokens[worker] > 0)
+
+  def hold(self, entry: RequestState, worker: str, source: str, tokens: int) -> Found:
+    """Hold the pages of so many tokens that are hit, until they are the request's."""
     if not tokens:
-      return ()
+      return NOTHING
     keys = self._keys(entry, self.made_of(source, worker))
     count = tokens // self._settings.block_tokens
     pages = self.index.pages(worker, self.index.find(keys[: count * KEY_BYTES]))
     self._pages[worker].hold({self.kind: pages})
     entry.stored[worker] = count
-    return pages
+    return Found(tokens, pages)
 
   # -------------------------------------------------------------------------- what is filled
 

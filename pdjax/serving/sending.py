@@ -17,11 +17,11 @@ LayerGroup = tuple[int, int]  # the first, and the one after the last
 
 def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> None:
   """Take pages and a slot where a prompt that another worker computes is to decode; what is there is not sent."""
-  cached = books.cached_at(entry, target.name)
-  books.reserve(entry, target, decodes=True, cached=cached)
-  if cached:
+  found = books.hold_cached(entry, target.name, entry.prefill_len, entry.worker)
+  books.reserve(entry, target, decodes=True, found=found)
+  if found.tokens:
     (kind,) = entry.pages[target.name]
-    entry.sent[kind] = cached
+    entry.sent[kind] = found.tokens
 
 
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:

@@ -10,8 +10,9 @@ from pdjax.serving.batch import LOOKAHEAD, NOBODY
 from pdjax.serving.books import Books
 from pdjax.serving.checks import check_step
 from pdjax.serving.events import Decoded, Delivered, Done, Result
-from pdjax.serving.orders import Admission, ChunkOrder, Growth, Join, Order, StepOrder
+from pdjax.serving.orders import Admission, ChunkOrder, Growth, Join, Order, PageCopies, StepOrder
 from pdjax.serving.place import Decoding, Holdings, WorkerState
+from pdjax.serving.prefixes import NOTHING, Found
 from pdjax.serving.requests import Phase, RequestState, StepInFlight, enter
 from pdjax.serving.view import ClusterView
 
@@ -33,8 +34,9 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
     steps = _fitting_steps(books, holdings.batch, joining, steps, step_id, stands=stands)
   chunk_orders = []
   transfers = []
-  for chunk in step.chunks:
-    chunk_orders.append(_start_chunk(books, chunk, worker))
+  found = [_hold_cached(books, chunk, worker) for chunk in step.chunks]  # before any takes pages from them
+  for chunk, one in zip(step.chunks, found, strict=True):
+    chunk_orders.append(_start_chunk(books, chunk, worker, one))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
   groups = books.transfer.step_groups(worker.role, books.model.num_layers) if step.chunks else ()
   order = _order_of(books, holdings, step_id, step, tuple(chunk_orders), joining, steps, stands, groups)
@@ -150,18 +152,26 @@ def _reach(entry: RequestState) -> int | None:
   return None if entry.reach >= entry.most_tokens else entry.reach
 
 
-def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
+def _hold_cached(books: Books, chunk: Chunk, worker: WorkerState) -> Found:
+  """Hold what is cached of a request that a chunk begins, as far as the chunk starts behind it."""
+  entry = books.requests[chunk.request]
+  return books.hold_cached(entry, worker.name, chunk.start) if entry.phase is Phase.WAITING and chunk.start else NOTHING
+
+
+def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) -> ChunkOrder:
   entry, holdings = books.requests[chunk.request], books.holdings[worker.name]
+  copies: PageCopies = {}
   if entry.phase is Phase.WAITING:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
-    entry.worker, entry.started, entry.cached_tokens = worker.name, chunk.start, min(chunk.start, entry.prompt_len)
+    entry.worker, entry.started, entry.cached_tokens = worker.name, found.tokens, min(found.tokens, entry.prompt_len)
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
-    books.reserve(entry, worker, decodes=worker.role.decodes and chunk.send_to is None, cached=chunk.start)
+    decodes = worker.role.decodes and chunk.send_to is None
+    copies = books.reserve(entry, worker, decodes=decodes, found=found)
     if chunk.send_to is not None:
       sending.reserve_target(books, entry, books.workers[chunk.send_to])
-  stays = entry.target == worker.name
+  stays, start = entry.target == worker.name, entry.started
   entry.started += chunk.length
   slot = None
   if entry.prompt_left == 0:
@@ -174,7 +184,8 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState) -> ChunkOrder:
       books.may_grow(worker.name)
   pages, limit = entry.pages[worker.name], books.true_limit(entry)
   entry.growth = {}
-  return ChunkOrder(entry.request, chunk.start, chunk.length, pages, limit, slot, entry.delivered)
+  books.release(worker.name, copies)  # whatever is written there from now on is written after the copy
+  return ChunkOrder(entry.request, start, chunk.length, pages, limit, slot, entry.delivered, copies)
 
 
 def step_ended(books: Books, order: StepOrder) -> None:

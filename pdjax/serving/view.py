@@ -244,6 +244,7 @@ class Room:
     entry, found, all_holdings, pools = self._books.requests[request], [], self._books.holdings, None
     slots_needed = entry.slots_needed if decodes else 0
     needed: Mapping[str, int] = {}
+    prefixes = self._books.prefixes
     for worker in workers:
       if not worker.up or worker.draining:
         continue
@@ -254,6 +255,11 @@ class Room:
       if holdings.pages.pools is not pools:  # one object for all workers that are alike
         pools = holdings.pages.pools
         needed = entry.pages_needed(pools, decodes=decodes)
+      if prefixes is not None and (copied := prefixes.copied(entry, name)):
+        needed, pools = (
+          {kind: count + copied for kind, count in entry.pages_needed(pools, decodes=decodes).items()},
+          None,
+        )
       taken = self._pages.get(name)
       if holdings.wanted:  # by those that decode there
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
@@ -270,9 +276,10 @@ class Room:
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
     self._kept.clear()
-    taken = self._pages.setdefault(worker, {})
+    taken, prefixes = self._pages.setdefault(worker, {}), self._books.prefixes
+    copied = 0 if prefixes is None else prefixes.copied(self._books.requests[request], worker)
     for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
-      taken[kind] = taken.get(kind, 0) + pages
+      taken[kind] = taken.get(kind, 0) + pages + copied
     if decodes:
       self._slots[worker] = self._slots.get(worker, 0) + self._view.slots_needed(request)
 
@@ -378,7 +385,9 @@ class ClusterView:
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
 
   def cached_tokens(self, request: str, worker: str, source: str | None = None) -> int:
-    """Tokens at the beginning of a request that a worker holds, in whole pages; its first chunk may start behind them.
+    """Tokens at the beginning of a request that a worker holds; its first chunk may start behind them.
+
+    Where others took some of these pages before that chunk is started, it starts at what is left, with as many tokens.
 
     Args:
       request: The request.
@@ -387,6 +396,11 @@ class ClusterView:
     """
     prefixes = self._books.prefixes
     return 0 if prefixes is None else prefixes.hit(self._books.requests[request], worker, source)
+
+  def may_be_cached(self, tokens: int) -> bool:
+    """Whether so many tokens of a beginning may be found: prefixes are kept, and they are whole blocks."""
+    prefixes = self._books.prefixes
+    return prefixes is not None and tokens % prefixes.block_tokens == 0
 
   @property
   def grows(self) -> bool:

@@ -13,7 +13,8 @@ from pdjax.types.request import SamplingParams
 
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-_KEYS = (*_PROMPT_KEYS, *SAMPLING_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
+CACHE_KEYS = ('tenant', 'cache_salt', 'cache_prefix')
+_KEYS = (*_PROMPT_KEYS, *SAMPLING_KEYS, *CACHE_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
 
 
 class Refusal(Exception):
@@ -157,6 +158,9 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'logprobs': (_is_int, 'an integer or null'),
   'n': (_is_int, 'an integer'),
   'arrival_s': (_is_number, 'a number of seconds'),
+  'tenant': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
+  'cache_salt': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
+  'cache_prefix': (_is_bool, 'true or false'),
   'id': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
 }
 

@@ -31,14 +31,14 @@ def anew(cluster: Cluster, name: str, transfer: TransferSpec | None = None) -> W
 
 def test_the_table_of_a_role_has_exactly_its_buckets():
   decodes = ['decodex1', 'decodex8', 'decodex12']
-  assert table('prefill') == ['remember', 'prefillx32', 'prefillx64']
+  assert table('prefill') == ['remember', 'copy', 'prefillx32', 'prefillx64']
   assert table('decode') == ['remember', 'admit', 'grow', 'copy', *decodes]
   assert table('both') == ['remember', 'admit', 'grow', 'copy', 'fusedx32x12', 'fusedx64x12', *decodes]
 
 
 def test_a_prefill_in_groups_of_layers_has_a_program_for_each_that_differs_and_none_of_a_whole_step():
   assert table('prefill', PAIR) == [
-    'remember', 'beginx32', 'beginx64', 'layersx32x0x1', 'layersx64x0x1', 'finishx32', 'finishx64',
+    'remember', 'copy', 'beginx32', 'beginx64', 'layersx32x0x1', 'layersx64x0x1', 'finishx32', 'finishx64',
   ]  # fmt: skip
   uneven = layer_groups(dataclasses.replace(TINY, num_layers=5), ((0, 1), (1, 3), (3, 5)))
   assert uneven == (Group(0, 1, 0), Group(1, 3, 1), Group(3, 5, 1))

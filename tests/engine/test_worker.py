@@ -172,7 +172,7 @@ def test_steps_give_the_buffers_of_their_pool_back(one_and_one):
 
 def test_a_worker_compiles_every_bucket_of_its_role(two_and_two, colocated_pair):
   programs = {name for name in two_and_two.warm_up.program_s if '→' not in name}
-  expected = {f'prefill{i}/{program}' for i in range(2) for program in ('remember', 'prefillx32')}
+  expected = {f'prefill{i}/{program}' for i in range(2) for program in ('remember', 'copy', 'prefillx32')}
   expected |= {
     f'decode{i}/{program}'
     for i in range(2)

@@ -168,6 +168,8 @@ class ShadowSimulator(Simulator):
         assert first == len(sequence.pages), f'{growth} leaves out pages'
         sequence.pages = (*sequence.pages, *pages)
     for chunk in order.chunks:
+      for pair in chunk.copies.get('kv', ()):
+        self._copy(name, *pair)
       for position, token in enumerate(chunk.token_ids, chunk.start):
         self._write(name, chunk.pages['kv'], position, token)
       if chunk.is_last:

@@ -118,7 +118,7 @@ def test_the_text_of_an_event_is_its_data(disaggregated, stamps):
     ('a"\n', 'é'), {1: told}, (0.5, math.nan),
   )  # fmt: skip
   request = Request('odd "id" ☃', (1, 2))
-  chunk = ChunkOrder(request, 0, 2, {'kv': (0, 1), 'state': (3,)}, 4, 1, (5, 6))
+  chunk = ChunkOrder(request, 0, 2, {'kv': (0, 1), 'state': (3,)}, 4, 1, (5, 6), {'kv': ((7, 1),)})
   admission = Admission(request, {'kv': (1,)}, (7,), 9, {'kv': ((0, 1),)})
   joins = Join('r', 0, 4, 9), Join('s', 1, 5, 8, 12, admission)
   step = StepOrder(
@@ -192,6 +192,7 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
     'limit': 4,
     'slot': None,
     'delivered': [],
+    'copies': {},
   }
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
   assert decode['joins'][0]['admission'] == {

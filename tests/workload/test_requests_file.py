@@ -197,10 +197,25 @@ def test_a_default_id_is_one_that_nobody_took(read, lines, names):
   assert all(isinstance(row, Request) for row in rows) and [row.id for row in rows] == names
 
 
+def test_a_line_may_say_whose_it_is_and_what_it_shares(read):
+  rows = read(
+    {'prompt': 'a', 'tenant': 'ann'}, {'prompt': 'a', 'tenant': 'bob', 'cache_salt': 'both', 'cache_prefix': False},
+    {'prompt': 'a', 'tenant': 7}, {'prompt': 'a', 'cache_salt': ''}, {'prompt': 'a', 'cache_prefix': 'no'},
+  )  # fmt: skip
+  assert [(row.tenant, row.salt, row.cache_prefix) for row in rows[:2]] == [
+    ('ann', 'ann', True),
+    ('bob', 'both', False),
+  ]
+  problems = ('tenant is 7', 'cache_salt is ""', 'cache_prefix is "no"')
+  for row, words in zip(rows[2:], problems, strict=True):
+    assert isinstance(row, Refused) and words in row.error
+
+
 OPTIONAL = (
   'id', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty',
   'presence_penalty', 'frequency_penalty', 'seed', 'stop', 'stop_token_ids', 'ignore_eos', 'logprobs', 'n', 'arrival_s',
-  'tools', 'logit_bias', 'response_format', 'prompt_token_ids', 'messages', 'tool_choice', 'stream',
+  'tools', 'tenant', 'cache_salt', 'cache_prefix', 'logit_bias', 'response_format', 'prompt_token_ids', 'messages',
+  'tool_choice', 'stream',
 )  # fmt: skip
 
 

@@ -197,7 +197,7 @@ class _Fields:
     return value
 
   def ids(self, key: str) -> list[int]:
-    value = self.values.get(key)
+    value: Any = self.values.get(key)
     are_ints = isinstance(value, list) and {*map(type, value)} <= {int}
     if not are_ints or min(value, default=0) < 0 or max(value, default=0) >= _IDS:
       self.refuse(key, 'a list of ids from 0 to 2**64 - 1')

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from typing import ClassVar
 
 from pdjax.types.checked import Count, Positive, as_path, check_fields
@@ -72,10 +71,11 @@ class TraceWorkload:
 
   @property
   def _trace(self) -> Trace:
-    return _read(os.path.abspath(self.path), self.format, pathlib.Path(self.path).stat().st_mtime_ns)
+    stat = os.stat(self.path)
+    return _read(os.path.abspath(self.path), self.format, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: str, format: TraceFormat | None, mtime_ns: int) -> Trace:
+def _read(path: str, format: TraceFormat | None, mtime_ns: int, num_bytes: int) -> Trace:
   """A trace that was read, until its file changes: a report asks for its figures one by one."""
   return read_trace(path, format)

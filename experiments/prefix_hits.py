@@ -97,7 +97,11 @@ def replay_lru(prompts: Prompts, num_pages: int) -> list[int]:
   """The leading blocks of each prompt that a cache of so many pages holds, a block a page."""
   num_pages = min(num_pages, prompts.num_distinct)
   index, allocator = PrefixIndex({'cache': (num_pages, 1)}), PageAllocator(num_pages)
-  allocator.forget = lambda pages: index.forget_pages('cache', pages)
+
+  def forget(pages: Sequence[int]) -> None:
+    index.forget_pages('cache', pages)
+
+  allocator.forget = forget
   hits = []
   for blocks in prompts.blocks:
     numbers = blocks.astype('<u8')
@@ -194,7 +198,7 @@ def over_capacity(
   most = alt.Chart(table([{'rate': attainable}]))
   rule = most.mark_rule(strokeWidth=1, strokeDash=[2, 2], color=LIGHT['soft']).encode(y=y)
   titled = alt.TitleParams(title, subtitle=[subtitle, f'dotted: a cache without end, {attainable:.1%} of input tokens'])
-  return finish(alt.layer(rule, lines, points), titled, height=240)
+  return finish(alt.layer(rule, lines, points), title, height=240).properties(title=titled)
 
 
 def replay(trace: Trace, capacities: Sequence[float]) -> tuple[HitRate, dict[float, dict[str, HitRate]], Prompts]:

@@ -9,6 +9,7 @@ What is counted, and what is best, `experiments/prefix_hits.py` says. The unit i
 
 import math
 import re
+from typing import cast
 
 from absl import app, flags
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.table import Table
 from experiments.prefix_hits import LRU, OPTIMUM, WAYS, over_capacity, replay
 from experiments.rows import row, save_rows
 from pdjax.metrics import charts
-from pdjax.workload import read_trace
+from pdjax.workload import TraceFormat, read_trace
 
 _TRACE = flags.DEFINE_string('trace', None, 'The trace, plain or compressed with gzip.')
 _FORMAT = flags.DEFINE_enum('format', None, ['mooncake', 'bailian', 'weka'], 'Its format; told from its first line.')
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     capacities = sorted({parse_capacity(text) for text in _CAPACITIES.value})
     if not capacities or (_PLOT.value is not None and capacities == [math.inf]):
       raise ValueError(f'--capacities is {_CAPACITIES.value}, expected numbers of tokens such as 500k,3M,inf.')
-    trace = read_trace(_TRACE.value, _FORMAT.value)
+    trace = read_trace(_TRACE.value, cast(TraceFormat | None, _FORMAT.value))
     attainable, found, prompts = replay(trace, capacities)
   except (OSError, ValueError) as error:
     raise app.UsageError(str(error)) from error

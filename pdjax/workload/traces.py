@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import os
 import pathlib
 import zlib
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 from pdjax.types.checked import checks_arguments
+from pdjax.types.checks import is_whole
 from pdjax.types.request import Request, SamplingParams
 from pdjax.workload.request_fields import described
 from pdjax.workload.tokens import RandomTokens
@@ -33,6 +33,7 @@ _GZIP = b'\x1f\x8b'
 _VOCABULARY = 256  # of the random tokens of prompts
 _MOST_TOKENS = 2**31 - 1
 _IDS = 2**64
+_LATEST = 1e18
 _NO_CHAT = -1
 _SECOND = datetime.timedelta(seconds=1)
 _MOONCAKE_BLOCK, _BAILIAN_BLOCK = 512, 16
@@ -161,7 +162,7 @@ def _lines(path: pathlib.Path) -> Iterator[_Line]:
 
 
 class _Fields:
-  """What a line, or an entry in it, has by name, each looked at as it is read."""
+  """The fields of a line, or of an entry in it, each looked at as it is read."""
 
   def __init__(self, line: _Line, values: Any, place: str = ''):
     self._line, self._place = line, place
@@ -186,14 +187,14 @@ class _Fields:
 
   def seconds(self, key: str) -> float:
     value = self.values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-      self.refuse(key, 'a time of 0 or more')
-    return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LATEST:
+      self.refuse(key, f'a time from 0 to {_LATEST:g}')
+    return float(value)
 
   def name(self, key: str) -> str:
     value = self.values.get(key)
-    if not isinstance(value, str) or not value:
-      self.refuse(key, 'a text that is not empty')
+    if not isinstance(value, str) or not value or not is_whole(value):
+      self.refuse(key, 'a text of whole characters that is not empty')
     return value
 
   def ids(self, key: str) -> list[int]:
@@ -214,7 +215,7 @@ class _Fields:
 def _parsed(line: _Line) -> _Fields:
   try:
     return _Fields(line, json.loads(line.text))
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:  # of an integer of thousands of digits, too
     line.refuse(f'found {described(line.text)}, which is no JSON ({error})', 'a JSON object')
 
 
@@ -309,9 +310,13 @@ def _read_weka(rows: Iterable[_Fields]) -> Iterator[_Recorded]:
     scope = row.values.get('hash_id_scope', 'local')
     if scope not in ('local', 'global'):
       row.refuse('hash_id_scope', "'local' or 'global'")
-    hashed = hashlib.blake2b(session.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+    hashed = hashlib.blake2b(session.encode(), digest_size=8).digest()
     known = everywhere if scope == 'global' else _Ids(int.from_bytes(hashed, 'little'))
-    for index, (arrival_s, entry) in enumerate(_agents(row, 0.0)):
+    try:
+      entries = [*_agents(row, 0.0)]
+    except RecursionError:
+      row.refuse('requests', 'subagents that nest some hundred deep at most')
+    for index, (arrival_s, entry) in enumerate(entries):
       input_len = entry.count('in', 1)
       hashes = entry.ids('hash_ids')[: -(-input_len // block_size)]
       yield _Recorded(

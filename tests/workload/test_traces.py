@@ -148,6 +148,12 @@ def test_a_request_may_generate_what_the_longest_does_and_ends_at_its_own_length
 
 # ---------------------------------------------------------------------------- careless input
 
+
+def nested(depth):
+  """A session whose subagents have subagents, as text: to write it, too, takes a deep stack."""
+  return '{"id": "s", "block_size": 64, "requests": [' + '{"t": 1, "requests": [' * depth + ']}' * depth + ']}'
+
+
 HEAD = 'TIMESTAMP,ContextTokens,GeneratedTokens'
 WRONG = [
   ('nothing', [], r'trace is empty, expected a request a line'),
@@ -167,9 +173,15 @@ WRONG = [
   ('a length as text', [MOONCAKE | {'output_length': '5'}], r'line 1: output_length is "5", expected an integer of at'),
   ('a truth', [MOONCAKE | {'output_length': True}], r'line 1: output_length is true, expected an integer'),
   ('a huge prompt', [MOONCAKE | {'input_length': 2**31}], r'input_length is 2147483648, expected an integer from 1 to'),
-  ('no time', [MOONCAKE | {'timestamp': None}], r'line 1: timestamp is null, expected a time of 0 or more'),
-  ('before the start', [MOONCAKE | {'timestamp': -1}], r'line 1: timestamp is -1, expected a time of 0 or more'),
+  ('no time', [MOONCAKE | {'timestamp': None}], r'line 1: timestamp is null, expected a time from 0 to 1e\+18'),
+  ('before the start', [MOONCAKE | {'timestamp': -1}], r'line 1: timestamp is -1, expected a time from 0 to 1e\+18'),
   ('a time without end', [MOONCAKE | {'timestamp': float('inf')}], r'timestamp is Infinity, expected a time'),
+  ('a time beyond all', ['{"timestamp": 1' + '0' * 400 + '}'], r'line 1: found .*begins no known format'),
+  ('a time that no float holds', [MOONCAKE | {'timestamp': 10**400}], r'timestamp is 10+…, expected a time from 0 to'),
+  ('thousands of digits', [MOONCAKE, '{"timestamp": 1' + '0' * 5000 + '}'], r'line 2: found .*, which is no JSON'),
+  ('half a character', [WEKA | {'id': '\ud800'}], r'line 1: id is "\\ud800", expected a text of whole characters'),
+  ('deep subagents', [nested(980)], r'line 1: (requests is|found) .*, expected'),
+  ('no end of subagents', [nested(100_000)], r'line 1: found .*, which is no JSON'),
   ('an id', [MOONCAKE | {'hash_ids': 7}], r'line 1: hash_ids is 7, expected a list of ids from 0 to 2\*\*64 - 1'),
   ('ids as texts', [MOONCAKE | {'hash_ids': ['a']}], r'line 1: hash_ids is \["a"\], expected a list of ids'),
   ('an id below 0', [MOONCAKE | {'hash_ids': [-1]}], r'hash_ids is \[-1\], expected a list of ids'),

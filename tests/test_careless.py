@@ -33,7 +33,7 @@ from pdjax.types import (
   parse_split,
 )
 from pdjax.types.model import GQA, MLA, Experts, Gated, Plain
-from pdjax.workload import Chat, Chats, ChatTurn, ClosedLoop, Listed, RandomTokens
+from pdjax.workload import Chat, Chats, ChatTurn, ClosedLoop, Listed, RandomTokens, TraceWorkload, read_trace
 from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.config(), checkpoint=None)
@@ -211,6 +211,10 @@ CARELESS = [
   ('a chat without turns', lambda: Chat('c', (1,)), r'turns\[0\]=1, expected ChatTurn\(\.\.\.\)'),
   ('users as text', lambda: ClosedLoop([REQUEST], '2'), r"ClosedLoop\(\) is given max_concurrency='2', expected an in"),
   ('chats that are requests', lambda: Chats([REQUEST], 99), r'Chats\(\) is given chats\[0\]=Request.*expected Chat\('),
+  ('a trace by number', lambda: TraceWorkload(path=7), 'TraceWorkload has path=7, expected a text'),
+  ('a format of its own', lambda: TraceWorkload(path='a', format='csv'), "format='csv', expected one of 'mooncake'"),
+  ('a pace of 0', lambda: TraceWorkload(path='a', rate=0), 'TraceWorkload has rate=0, expected a positive number'),
+  ('a trace of None', lambda: read_trace(None), r'read_trace\(\) is given path=None, expected a text or a PathLike'),
   ('a list of nothing', lambda: Listed(None), r'Listed\(\) is given requests=None, expected a list of Request'),
   # policies
   ('no decode steps', lambda: pdjax.Disaggregated(decode_steps=0), 'Disaggregated has decode_steps=0, expected at lea'),
@@ -309,6 +313,7 @@ GOOD = {  # what makes one of a class whose fields have no defaults
   'Empirical': lambda: pdjax.Empirical((3,)),
   'RandomTokens': lambda: RandomTokens(3, 9),
   'Given': lambda: pdjax.Given((REQUEST,)),
+  'TraceWorkload': lambda: TraceWorkload(path='trace.jsonl'),
   'ChatTurn': lambda: ChatTurn((1,)),
   'Chat': lambda: Chat('c', (ChatTurn((1,)),)),
 }

@@ -41,10 +41,11 @@ class PrefixIndex:
   def __init__(self, places: Mapping[str, tuple[int, int]]):
     most = sum(pages * blocks for pages, blocks in places.values())
     self._places = {name: _Place(pages, blocks, most) for name, (pages, blocks) in places.items()}
-    self._keys = np.zeros((most, 2), np.uint64)
-    self._holders: np.ndarray = np.zeros(
-      most, np.int8 if len(places) < 128 else np.int32
-    )  # places that have each block
+    self._keys: np.ndarray = np.zeros(
+      (max(most, 2), 2), np.uint64
+    )  # `find` looks at two rows, if only to pass over them
+    counts = np.int8 if len(places) < 128 else np.int32
+    self._holders: np.ndarray = np.zeros(most, counts)  # places that have each block
     self._used = 0  # rows from the first one on that were ever taken
     self._free = array.array('i')  # rows of these that are free
     self._num_gone = 0

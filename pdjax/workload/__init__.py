@@ -1,4 +1,4 @@
-"""The requests of a run and their times: synthetic arrivals and lengths, request files, closed loops and chats."""
+"""The requests of a run and their times: synthetic arrivals and lengths, traces, request files, users and chats."""
 
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed
 from pdjax.workload.lengths import Empirical, Fixed, Length, Lognormal, Uniform
@@ -15,11 +15,13 @@ from pdjax.workload.requests_file import (
 from pdjax.workload.seeds import Seeded
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson
 from pdjax.workload.tokens import RandomTokens
+from pdjax.workload.trace_workload import TraceWorkload
+from pdjax.workload.traces import Trace, TraceFormat, read_trace
 from pdjax.workload.workload import Given, Submitted, Workload, WorkloadContext
 
 __all__ = [
   'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed',
   'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row', 'Seeded',
-  'Submitted', 'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'outcomes', 'read_requests', 'read_rows',
-  'write_completions',
+  'Submitted', 'Trace', 'TraceFormat', 'TraceWorkload', 'Uniform', 'Workload', 'WorkloadContext', 'completion_row',
+  'outcomes', 'read_requests', 'read_rows', 'read_trace', 'write_completions',
 ]  # fmt: skip

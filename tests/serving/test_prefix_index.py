@@ -32,6 +32,14 @@ def test_a_block_is_found_where_it_was_stored():
   assert len(index) == 3 and index.num_blocks('a') == index.num_blocks('b') == 3
 
 
+def test_an_index_of_one_block_or_none_looks_for_others_too():
+  index, keys = PrefixIndex({'a': (1, 1)}), keys_of(1, 2, 3, 4)
+  index.store('a', keys[:16], (0,))
+  assert index.forget_pages('a', [0]) == keys[:16]
+  assert index.find(keys).tolist() == [-1, -1]  # where the block that is gone was, too
+  assert PrefixIndex({'a': (0, 1)}).find(keys).tolist() == [-1, -1]
+
+
 def test_pages_of_unlike_sizes_share_the_index():
   index = PrefixIndex({'small': (8, 1), 'large': (4, 4)})
   keys = keys_of(*range(12))

@@ -1,0 +1,81 @@
+"""A workload that replays a trace, faster or slower than it was recorded if that is asked for."""
+
+import dataclasses
+import functools
+import os
+from typing import ClassVar
+
+from pdjax.types.checked import Count, Positive, as_path, check_fields
+from pdjax.types.request import SLO, SamplingParams
+from pdjax.workload.arrivals import Listed
+from pdjax.workload.tokens import RandomTokens
+from pdjax.workload.traces import Trace, TraceFormat, read_trace
+from pdjax.workload.workload import WorkloadContext, mean_rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceWorkload:
+  """The requests of a trace, each at its recorded time whatever becomes of the others, with random tokens.
+
+  What is shared of their prompts, ids of blocks alone tell (`Request.block_hashes`), so that a prefix cache is true to
+  a trace in the simulator only.
+
+  Attributes:
+    path: The file, see `read_trace`.
+    format: Its format; None tells it from the first line.
+    rate: The pace: 2 lets requests come twice as fast as they were recorded.
+    max_requests: The first of them only, if given.
+    sampling: Temperature and the like. Requests end at their recorded lengths; `max_tokens` is the length of the
+      longest answer of the file, and `ignore_eos` is set.
+    slo: Latency limits of every request.
+  """
+
+  path: str
+  format: TraceFormat | None = None
+  rate: Positive = 1.0
+  max_requests: Count | None = None
+  sampling: SamplingParams = SamplingParams()
+  slo: SLO | None = None
+  burstiness: ClassVar[None] = None
+  max_concurrency: ClassVar[None] = None
+  seed: ClassVar[None] = None
+
+  def __post_init__(self):
+    object.__setattr__(self, 'path', as_path(self.path))
+    check_fields(self)
+
+  @property
+  def num_requests(self) -> int:
+    return len(self._trace.requests[: self.max_requests])
+
+  @property
+  def request_rate(self) -> float:
+    """Requests per second between the first and the last; infinite if all come at once."""
+    return mean_rate([request.arrival_s / self.rate for request in self._trace.requests[: self.max_requests]])
+
+  def arrivals(self, context: WorkloadContext) -> Listed:
+    trace = self._trace
+    max_tokens = trace.requests[0].sampling.max_tokens
+    sampling = dataclasses.replace(self.sampling, max_tokens=max_tokens, ignore_eos=True)
+    requests = [
+      dataclasses.replace(
+        request,
+        prompt=RandomTokens(request.prompt_len, context.vocab_size, index),
+        sampling=sampling,
+        arrival_s=request.arrival_s / self.rate,
+        slo=self.slo,
+      )
+      for index, request in enumerate(trace.requests[: self.max_requests])
+    ]
+    return Listed(requests, trace.output_lens)
+
+  @property
+  def _trace(self) -> Trace:
+    stat = os.stat(self.path)
+    return _read(os.path.abspath(self.path), self.format, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: str, format: TraceFormat | None, mtime_ns: int, num_bytes: int) -> Trace:
+  """A trace that was read, until its file changes: a report asks for its figures one by one."""
+  return read_trace(path, format)

@@ -244,10 +244,10 @@ def simulated(workload) -> tuple[pdjax.RunResult, dict[str, int]]:
 
 
 def hits_without_end(requests) -> dict[str, int]:
-  """Tokens of whole pages that came before, of each prompt but its last token."""
+  """Tokens of whole blocks of 16 that came before, of each prompt but its last token."""
   hits = replay_optimum(Prompts.of(requests), 10**9)
   return {
-    one.id: min(hit * one.block_size, one.prompt_len - 1) // 64 * 64 for one, hit in zip(requests, hits, strict=True)
+    one.id: min(hit * one.block_size, one.prompt_len - 1) // 16 * 16 for one, hit in zip(requests, hits, strict=True)
   }
 
 

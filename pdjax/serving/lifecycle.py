@@ -114,9 +114,10 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
 
 def note_decoded(books: Books, entry: RequestState) -> None:
   """Let others find what a request leaves behind where it decoded, its row given up."""
-  if books.prefixes is not None and entry.phase is Phase.DECODING and entry.computed and entry.worker is not None:
-    assert entry.target is not None
-    if entry.target in entry.pages:
+  decoded = entry.phase is Phase.DECODING or entry.keeps
+  if books.prefixes is not None and decoded and entry.computed and None not in (entry.worker, entry.target):
+    assert entry.worker is not None and entry.target is not None
+    if entry.target in entry.pages and books.workers[entry.target].up:
       books.prefixes.note_decoded(entry, entry.target, entry.worker)
 
 

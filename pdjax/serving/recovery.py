@@ -4,7 +4,7 @@ from pdjax.serving.actions import Leave, Preempt, Resend
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, find_request
 from pdjax.serving.events import Preempted, TimerDue, WorkerBack, WorkerLost
-from pdjax.serving.lifecycle import file, finish, finish_all, refuse_unfit, settle, unschedule
+from pdjax.serving.lifecycle import file, finish, finish_all, note_decoded, refuse_unfit, settle, unschedule
 from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.requests import Phase, RequestState, enter, give_up_row, leave_steps
 from pdjax.serving.sending import transfer_ended
@@ -197,6 +197,7 @@ def start_preempt(books: Books, view: ClusterView, action: Preempt) -> tuple[Ord
     entry.pages_ahead = None  # so that it ends the next time
   leaves = Leave(action.request, entry.target)
   unschedule(books, entry)
+  entry.keeps = True
   books.gone = [one for one in books.gone if one != leaves]  # it is told now, before the request may begin again there
   enter(entry, Phase.RESTARTING)
   begin_again(books, entry)
@@ -212,6 +213,9 @@ def begin_again(books: Books, entry: RequestState) -> None:
   if entry.transfers or steps:
     return
   give_up_row(entry)
+  if entry.keeps:
+    note_decoded(books, entry)
+    entry.keeps = False
   books.leave(entry, entry.target)
   for place in list(entry.pages):
     books.leave(entry, place)

@@ -95,6 +95,7 @@ class RequestState:
     growth: Pages that it got since its last order, by cache kind: the place of the first in the sequence, and all.
     keys: The keys of its blocks, by what makes them, with the number of delivered tokens among them.
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
+    keeps: Whether what it has computed where it decodes stays cached as it begins again: it was preempted there.
     cached_tokens: Tokens of its prompt that were not computed, as they were cached.
     stored: Blocks of it that the index was told of, by worker.
     number: Its position in the order of arrival.
@@ -129,6 +130,7 @@ class RequestState:
   keys: dict[tuple[str, ...], tuple[int, bytes]] = dataclasses.field(default_factory=dict, repr=False)
   hits: dict[tuple[str, str | None], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
   stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  keeps: bool = False
   cached_tokens: int = 0
   number: int = 0
   prompt_len: int = dataclasses.field(init=False, repr=False)  # asked for in every step; some prompts count slowly

@@ -23,10 +23,11 @@ from pdjax.kv.transfer import Parcel
 from pdjax.kv.transfer.cross_process import Offer, Server, describe_pool
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
-from pdjax.serving.events import Done, Failed, RoleChanged, Started, WorkerBack, WorkerLost
+from pdjax.policies import Disaggregated
+from pdjax.serving.events import AllBlocksCleared, Done, Failed, RoleChanged, Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
-from pdjax.types import FaultSpec, Role, SamplingParams, TransferSpec
+from pdjax.types import FaultSpec, PrefixCache, Request, Role, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
@@ -546,6 +547,44 @@ def test_clocks_of_other_hosts_are_compared_by_the_quickest_answer():
       return time.perf_counter() + 100.0
 
   assert clock_offset(Far(), 'elsewhere') == pytest.approx(100.0, abs=5e-3)
+
+
+# ---------------------------------------------------------------------------- what is cached
+
+
+def alike(*lengths: int) -> list[Request]:
+  """Prompts that begin alike, one after another, of these lengths."""
+  sampling = SamplingParams(max_tokens=5, seed=3)
+  return [
+    Request(f'r{index}', prompt(length, seed=1), sampling, arrival_s=0.4 * index)
+    for index, length in enumerate(lengths)
+  ]
+
+
+def test_what_processes_have_cached_is_neither_computed_nor_sent_again(processes):
+  cached = processes.changed(prefix_cache=PrefixCache(block_tokens=4))
+  served = cached.serve(alike(16, 18, 21))
+  assert served.tokens() == plain(served)
+  assert [served.by_id[f'r{index}'].cached_tokens for index in range(3)] == [0, 16, 16]
+  assert {order.request: order.span.tokens for order, _ in served.transfers()} == {'r0': 16, 'r1': 4, 'r2': 8}
+
+
+@pytest.mark.parametrize('worker', ['prefill0', 'decode0'])
+def test_a_process_that_is_killed_has_nothing_cached_when_it_is_back(processes, worker):
+  """It dies between the prompt that leaves something there and those that would find it."""
+  requests, died = alike(16, 18, 21), []
+
+  class Killing(Disaggregated):
+    def decide(self, view):
+      if 'r1' in view.requests and not died:
+        died.append(worker)
+        processes.peers[worker].kill()
+      return super().decide(view)
+
+  cached = processes.changed(prefix_cache=PrefixCache(block_tokens=4), policy=Killing())
+  served = cached.serve(requests)
+  assert served.tokens() == plain(served) and died == [worker]
+  assert [event.medium for event in served.events if isinstance(event, AllBlocksCleared)] == [worker]
 
 
 # ---------------------------------------------------------------------------- a session

@@ -113,8 +113,9 @@ class Processes:
     requests = tuple(requests)
     built, engine = self.built, self.built.backend
     state = ClusterState(
-      self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults
-    )
+      self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults,
+      prefix_cache=self.config.prefix_cache,
+    )  # fmt: skip
     try:
       engine.start_clock()
       incarnations = {name: worker.incarnation for name, worker in engine.workers.items()}

@@ -1,8 +1,12 @@
 """The prefix cache on devices: what is cached is not computed and not sent again, and no token changes."""
 
 import dataclasses
+import functools
+import math
 import random
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pdjax.metrics.counters import counters
@@ -190,3 +194,21 @@ def test_blocks_are_told_with_their_tokens_where_these_are_asked_for(one_and_one
   assert told[2].parent == told[1].keys[16:] and told[0].keys == told[1].keys
   private = cached(one_and_one).serve([ask('a', SYSTEM[:9], max_tokens=5)])
   assert [one.token_ids for one in private.events if isinstance(one, BlockStored)] == [(), (), ()]
+
+
+def test_pages_full_of_nan_change_no_token(one_and_one, colocated):
+  """Whatever lies in free pages, and behind the last token of a page, is never looked at."""
+
+  def fill(cluster: Cluster, value: float) -> None:
+    for worker in cluster.workers.values():
+      full = functools.partial(jnp.full_like, fill_value=value)
+      worker.pages = jax.tree.map(lambda leaf, full=full: jax.device_put(full(leaf), leaf.sharding), worker.pages)
+
+  for cluster in (one_and_one, colocated):
+    requests = chat(cluster, 4)
+    fill(cluster, math.nan)
+    try:
+      served = assert_exact(cached(cluster), requests)
+      assert served.report.cached_tokens > 40
+    finally:
+      fill(cluster, 0.0)

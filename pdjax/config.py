@@ -52,6 +52,8 @@ class ServingConfig:
       may ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
     max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
     prefix_cache: Keeps pages of prompts and answers for prompts that begin alike; None keeps none.
+    check_invariants: Whether all pages and their holders are looked at after every turn, which takes its time; what is
+      wrong ends the run with an AssertionError.
     transfer: The way of KV between workers.
     faults: The remedies for requests when a transfer or a worker fails.
     cost: The model of costs, by which the simulator says how long things take.
@@ -85,6 +87,7 @@ class ServingConfig:
   pages_ahead: Index | Literal['all'] = 'all'
   max_preemptions: Count = 8
   prefix_cache: PrefixCache | None = None
+  check_invariants: bool = False
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
   cost: CostModel = Roofline()

@@ -15,8 +15,9 @@ from pdjax.cost.memory import ACCELERATOR_SHARE
 from pdjax.metrics import EventLog, Report, RunLog, Timeline
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import make_report
+from pdjax.serving import invariants
 from pdjax.serving.built import Built
-from pdjax.serving.events import Event
+from pdjax.serving.events import Event, Turn
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
@@ -70,7 +71,10 @@ class Deployment:
     """
     self.built.backend.start_clock()
     policy, backend = self.config.policy, self.built.backend
-    events = serve(arrivals, policy, backend, self.empty_state(), waits=not self.is_simulated)
+    state = self.empty_state()
+    events = serve(arrivals, policy, backend, state, waits=not self.is_simulated)
+    if self.config.check_invariants:
+      events = _checked(events, state)
     return events if log is None else _logged(events, log)
 
   def empty_state(self) -> ClusterState:
@@ -100,6 +104,13 @@ class Deployment:
   def close(self) -> None:
     """Wait for what is under way, and end what serves."""
     self.built.backend.close()
+
+
+def _checked(events: Iterator[Event], state: ClusterState) -> Iterator[Event]:
+  for event in events:
+    if isinstance(event, Turn):
+      invariants.check(state.books)
+    yield event
 
 
 def _logged(events: Iterator[Event], log: EventLog | RunLog) -> Iterator[Event]:

@@ -51,7 +51,7 @@ def make_report(
     events,
     workers=built.workers,
     slo=config.slo,
-    notes=(*notes, *_rate_notes(config, built)),
+    notes=(*notes, *_rate_notes(config, built), *_cache_notes(config)),
     config=describe(served),
     environment=environment,
     seed=config.seed if workload.seed is None else workload.seed,
@@ -75,6 +75,13 @@ def _rate_notes(config: ServingConfig, built: Built) -> list[str]:
     return []
   own = ', '.join(f'{worker.name} {worker.weights}' for worker in others)
   return [f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({own}).']
+
+
+def _cache_notes(config: ServingConfig) -> list[str]:
+  """A sentence if prompts may have used what was computed in another way."""
+  if config.prefix_cache is None or not config.prefix_cache.lossy:
+    return []
+  return ['The prefix cache took blocks of other weights and dtypes (lossy=True), so tokens may differ.']
 
 
 def save_report(report: Report, workdir: str | pathlib.Path) -> tuple[str, ...]:

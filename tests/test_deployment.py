@@ -16,10 +16,12 @@ from pdjax.metrics import EventLog
 from pdjax.model.checkpoint import RandomCheckpoint
 from pdjax.opened_model import OpenedModel
 from pdjax.reporting import describe
+from pdjax.serving import invariants
 from pdjax.serving.events import Done, Finished, Started, Turn, WorkerLost
 from pdjax.serving.orders import TransferOrder
-from pdjax.types import RayCluster
-from pdjax.workload import Listed
+from pdjax.serving.page_allocator import PageAllocator
+from pdjax.types import PrefixCache, RayCluster
+from pdjax.workload import Fixed, Listed, Poisson
 from tests.engine.plain import generate
 from tests.tiny import TINY, config, prompt
 
@@ -151,3 +153,25 @@ def test_processes_are_given_the_checkpoint_by_the_name_under_which_all_find_the
   with pytest.raises(RuntimeError, match='as far as'):
     deploy(asked, opened)
   assert given == ['owner/name@0123abc']
+
+
+def test_the_books_are_looked_at_after_every_turn_where_that_is_asked_for(monkeypatch):
+  """With and without a prefix cache; what is wrong with them ends the run."""
+  run = config('1P1D', workload=Poisson(requests_per_s=5.0, num_requests=4, prompt=Fixed(9), output=Fixed(4)))
+  run = dataclasses.replace(run, check_invariants=True, prefix_cache=PrefixCache(block_tokens=4))
+  looked = []
+  check = invariants.check
+  monkeypatch.setattr(invariants, 'check', lambda books: looked.append(check(books)))
+  report = pdjax.simulate(run).report
+  assert report.completed == 4 and len(looked) > 10
+  drop = PageAllocator.drop
+  monkeypatch.setattr(PageAllocator, 'drop', lambda place, pages: drop(place, [*pages][1:]))
+  with pytest.raises(AssertionError, match=r'pages .* have .* holders and'):
+    pdjax.simulate(run)
+
+
+def test_a_cache_that_takes_what_was_made_in_another_way_is_told_in_the_report():
+  run = config('1P1D', workload=Poisson(requests_per_s=5.0, num_requests=2, prompt=Fixed(9), output=Fixed(4)))
+  caches = [PrefixCache(block_tokens=4, lossy=lossy) for lossy in (False, True)]
+  told = [pdjax.simulate(dataclasses.replace(run, prefix_cache=cache)).report.notes for cache in caches]
+  assert [any('lossy=True' in note for note in notes) for notes in told] == [False, True]

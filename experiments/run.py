@@ -7,6 +7,8 @@ python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.js
 python -m experiments.run --resume=out
 python -m experiments.run --config=configs/smollm2_ray.py --ray_address=10.0.0.1:6379
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator
+python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --trace=conversation.jsonl \
+    --set=prefix_cache.block_tokens=16
 python -m experiments.run --config=configs/llama3_8b_simulated.py --backend=simulator --workdir=out \
     --compare --rates=8,16,24,32 --splits=2P1D,1P2D --budgets=128,256,512
 
@@ -17,6 +19,9 @@ summary, and with more than 200,000 steps and transfers there is no `trace.json`
 runs colocated on the same devices, either side with several sizes of a step, and the page and `compare.json` say who
 wins where; `pdjax/comparison/` says how. What an earlier run left in the folder is moved to one beside it, `out.1` or
 the next number; nothing is overwritten.
+
+With --trace, a recorded trace is replayed (`pdjax/workload/traces.py` names the formats), `--set=workload.rate=2` twice
+as fast; what its prompts share, the prefix cache finds in the simulator.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats. Without, it has the requests of the workload
@@ -84,7 +89,7 @@ from pdjax.serving import StuckError
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.events import Delivered, Event, Finished, WorkerBack, WorkerLost
 from pdjax.types import SLO, Completion, DeviceError, RayCluster, Request, SamplingParams
-from pdjax.workload import Given, Refused, Row, outcomes, read_rows
+from pdjax.workload import Given, Refused, Row, TraceWorkload, outcomes, read_rows
 
 FLAGS = flags.FLAGS
 _SHOWN = 12  # answers, and refused lines, that are printed
@@ -100,6 +105,7 @@ _RESUME = flags.DEFINE_string('resume', None, 'Go on with the run in this work d
 _PROMPT = flags.DEFINE_string('prompt', None, 'Serve this prompt instead of the workload, and print the answer.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 128, 'Most tokens of the answer to --prompt.')
 _REQUESTS = flags.DEFINE_string('requests', None, 'Serve this file of requests instead of the workload.')
+_TRACE = flags.DEFINE_string('trace', None, 'Replay this recorded trace instead of the workload.')
 _GOODPUT = flags.DEFINE_string(
   'goodput', None, 'Latency limits in ms that goodput is counted against, "ttft:500 tpot:50".'
 )
@@ -125,10 +131,10 @@ _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compi
 
 # What `run.json` keeps of the command, for --resume.
 _KEPT = (
-  'config', 'set', 'backend', 'requests', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
+  'config', 'set', 'backend', 'requests', 'trace', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
   'compilation_cache', 'log',
 )  # fmt: skip
-_PATHS = ('config', 'requests', 'compilation_cache')
+_PATHS = ('config', 'requests', 'trace', 'compilation_cache')
 _EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
 
 
@@ -540,7 +546,12 @@ def _config() -> ServingConfig:
       raise ValueError(f'--{flag} goes with --compare; a single run takes it from the config.')
   if _FIGURE.value is not None and (_COMPARE.value or pathlib.Path(_FIGURE.value).suffix not in ('.svg', '.png')):
     raise ValueError(f'--figure={_FIGURE.value} wants a single run, and a name that ends in .svg or .png.')
-  config = apply_overrides(load_config(_CONFIG.value), _SET.value)
+  if _TRACE.value is not None and (_PROMPT.value is not None or _REQUESTS.value is not None):
+    raise ValueError('--trace replaces the workload, as --prompt and --requests do; give one of them.')
+  config = load_config(_CONFIG.value)
+  if _TRACE.value is not None:
+    config = dataclasses.replace(config, workload=TraceWorkload(path=_TRACE.value))
+  config = apply_overrides(config, _SET.value)
   if _GOODPUT.value is not None:
     config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))
   if _RAY_ADDRESS.value is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
   from pdjax.launch import run, simulate
   from pdjax.metrics import Report
   from pdjax.model.checkpoint import load
-  from pdjax.policies import Colocated, Disaggregated
+  from pdjax.policies import Colocated, Disaggregated, LongestPrefix
   from pdjax.recording import RunResult
   from pdjax.serving import (
     ALL,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Completion,
     LinkSpec,
     ModelSpec,
+    PrefixCache,
     Request,
     Role,
     SamplingParams,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     Lognormal,
     MultiTurn,
     Poisson,
+    TraceWorkload,
     Uniform,
   )
 
@@ -65,7 +67,7 @@ _HOMES = {
   'pdjax.cost': ['Roofline'],
   'pdjax.metrics': ['Report'],
   'pdjax.model.checkpoint': ['load'],
-  'pdjax.policies': ['Colocated', 'Disaggregated'],
+  'pdjax.policies': ['Colocated', 'Disaggregated', 'LongestPrefix'],
   'pdjax.recording': ['RunResult'],
   'pdjax.generation': ['generate'],
   'pdjax.launch': ['run', 'simulate'],
@@ -75,12 +77,12 @@ _HOMES = {
   ],
   'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
-    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'Request', 'Role', 'SamplingParams', 'WorkerSpec',
-    'colocated_pool', 'decode_pool', 'prefill_pool',
+    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'PrefixCache', 'Request', 'Role', 'SamplingParams',
+    'WorkerSpec', 'colocated_pool', 'decode_pool', 'prefill_pool',
   ],
   'pdjax.workload': [
     'Bursty', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed', 'Given', 'Lognormal', 'MultiTurn', 'Poisson',
-    'Uniform',
+    'TraceWorkload', 'Uniform',
   ],
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -88,10 +90,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
   'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
   'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec',
-  'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'Reject', 'Report', 'Request', 'RequestError', 'Role',
-  'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session', 'SessionError', 'Step', 'Stream',
-  'SwitchRole', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate',
-  'load', 'prefill_pool', 'run', 'simulate',
+  'Lognormal', 'LongestPrefix', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject', 'Report',
+  'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session',
+  'SessionError', 'Step', 'Stream', 'SwitchRole', 'TraceWorkload', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec',
+  'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'input tokens', f'{report.total_input_tokens:,}'
   if report.cached_tokens:
     share = percent(report.cached_tokens / report.total_input_tokens)
-    yield 'cached input tokens', f'{report.cached_tokens:,}, {share}'
+    yield 'cached tokens', f'{report.cached_tokens:,}, {share}'
   yield 'output tokens', f'{report.total_output_tokens:,}'
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   if report.num_preemptions:

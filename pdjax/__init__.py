@@ -14,7 +14,7 @@ if TYPE_CHECKING:
   from pdjax.launch import run, simulate
   from pdjax.metrics import Report
   from pdjax.model.checkpoint import load
-  from pdjax.policies import Colocated, Disaggregated, LongestPrefix
+  from pdjax.policies import Colocated, Disaggregated
   from pdjax.recording import RunResult
   from pdjax.serving import (
     ALL,
@@ -67,7 +67,7 @@ _HOMES = {
   'pdjax.cost': ['Roofline'],
   'pdjax.metrics': ['Report'],
   'pdjax.model.checkpoint': ['load'],
-  'pdjax.policies': ['Colocated', 'Disaggregated', 'LongestPrefix'],
+  'pdjax.policies': ['Colocated', 'Disaggregated'],
   'pdjax.recording': ['RunResult'],
   'pdjax.generation': ['generate'],
   'pdjax.launch': ['run', 'simulate'],
@@ -90,7 +90,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
   'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
   'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec',
-  'Lognormal', 'LongestPrefix', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject', 'Report',
+  'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject', 'Report',
   'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session',
   'SessionError', 'Step', 'Stream', 'SwitchRole', 'TraceWorkload', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec',
   'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',

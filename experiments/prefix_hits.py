@@ -67,7 +67,10 @@ class Prompts:
     sizes = sorted({request.block_size for request in requests if request.block_size is not None})
     if len(sizes) != 1:
       found = f'blocks of {" and ".join(map(str, sizes))} tokens' if sizes else 'no ids of blocks'
-      raise ValueError(f'the trace has {found}, expected ids of blocks that are all of one size.')
+      raise ValueError(
+        f'the trace has {found}, expected ids of blocks that are all of one size, as traces of mooncake, '
+        'bailian and weka have them.'
+      )
     numbers: dict[tuple[int, int], int] = {}
     blocks = []
     for request in requests:

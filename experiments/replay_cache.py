@@ -8,6 +8,7 @@ What is counted, and what is best, `experiments/prefix_hits.py` says. The unit i
 """
 
 import math
+import pathlib
 import re
 from typing import cast
 
@@ -56,8 +57,13 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'--figure={_PLOT.value} wants a name that ends in .svg or .png.')
   try:
     capacities = sorted({parse_capacity(text) for text in _CAPACITIES.value})
-    if not capacities or (_PLOT.value is not None and capacities == [math.inf]):
+    if not capacities:
       raise ValueError(f'--capacities is {_CAPACITIES.value}, expected numbers of tokens such as 500k,3M,inf.')
+    if _PLOT.value is not None and capacities == [math.inf]:
+      raise ValueError(f'--figure draws hits by size, and --capacities is {_CAPACITIES.value}; name a finite one too.')
+    for flag, path in (('json', _JSON.value), ('figure', _PLOT.value)):  # before minutes are spent
+      if path is not None and (pathlib.Path(path).is_dir() or not pathlib.Path(path).absolute().parent.is_dir()):
+        raise ValueError(f'--{flag}={path} is no file in a folder that is there; name another, or make the folder.')
     trace = read_trace(_TRACE.value, cast(TraceFormat | None, _FORMAT.value))
     attainable, found, prompts = replay(trace, capacities)
   except (OSError, ValueError) as error:

@@ -351,9 +351,17 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView
     raise PolicyError(f'{step!r}: request {chunk.request!r} is being prefilled on {entry.worker!r}.')
   may_start = chunk.start == entry.started or (not entry.started and view.may_be_cached(chunk.start))
   if not may_start or not 1 <= chunk.length <= entry.prefill_len - chunk.start:
+    cached = (
+      ''
+      if entry.started or not view.may_be_cached(0)
+      else (
+        f'; or at view.cached_tokens({chunk.request!r}, {worker.name!r}), which is '
+        f'{view.cached_tokens(chunk.request, worker.name)} now, with that many fewer'
+      )
+    )
     raise PolicyError(
       f'{step!r}: the next chunk of {chunk.request!r} starts at {entry.started} and has 1 to {entry.prompt_left} '
-      f'tokens{", fewer behind what is cached of it" if view.may_be_cached(0) and not entry.started else ""}.'
+      f'tokens{cached}.'
     )
   sent_to = None if entry.target == worker.name else entry.target
   if entry.started and chunk.send_to != sent_to:

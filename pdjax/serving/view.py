@@ -387,20 +387,27 @@ class ClusterView:
   def cached_tokens(self, request: str, worker: str, source: str | None = None) -> int:
     """Tokens at the beginning of a request that a worker holds; its first chunk may start behind them.
 
-    Where others took some of these pages before that chunk is started, it starts at what is left, with as many tokens.
+    A chunk that starts further on starts at what is cached, with as many tokens: others may have taken some of the
+    pages since a policy looked.
 
     Args:
       request: The request.
       worker: The worker.
       source: The worker that prefills it, where it is another.
+
+    Raises:
+      KeyError: if there is no such request or worker.
     """
-    prefixes = self._books.prefixes
-    return 0 if prefixes is None else prefixes.hit(self._books.requests[request], worker, source)
+    prefixes, entry = self._books.prefixes, self._books.requests.get(request)
+    if entry is None or worker not in self._workers or (source is not None and source not in self._workers):
+      known = 'an unfinished request' if entry is None else f'workers, which are {", ".join(self._workers)}'
+      raise KeyError(f'cached_tokens({request!r:.80}, {worker!r:.80}, {source!r:.80}), expected the name of {known}.')
+    return 0 if prefixes is None else prefixes.hit(entry, worker, source)
 
   def may_be_cached(self, tokens: int) -> bool:
     """Whether so many tokens of a beginning may be found: prefixes are kept, and they are whole blocks."""
     prefixes = self._books.prefixes
-    return prefixes is not None and tokens % prefixes.block_tokens == 0
+    return prefixes is not None and tokens >= 0 and tokens % prefixes.block_tokens == 0
 
   @property
   def grows(self) -> bool:

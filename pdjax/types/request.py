@@ -188,6 +188,7 @@ def _is_token(value: Any) -> bool:
 TokenIds = Annotated[Sequence[int], Fits(_fit_prompt)]  # of a prompt
 
 
+_NAMED = Must(lambda text: text != '', 'a text that is not empty; None is nobody')
 BlockHash = Annotated[int, Must(lambda value: 0 <= value < 2**64, 'an id from 0 to 2**64 - 1')]
 
 
@@ -229,8 +230,8 @@ class Request:
   session: str | None = None
   sample_of: str | None = None
   end_token_ids: tuple[TokenId, ...] = ()
-  tenant: str | None = None
-  cache_salt: str | None = None
+  tenant: Annotated[str, _NAMED] | None = None
+  cache_salt: Annotated[str, _NAMED] | None = None
   cache_prefix: bool = True
   block_hashes: tuple[BlockHash, ...] = ()
   block_size: Annotated[int, Must(lambda size: size >= 2, 'at least 2 tokens')] | None = None
@@ -363,7 +364,8 @@ class Completion:
       is no tokenizer. Of a request that was cancelled or failed, as much as was sure.
     token_times_s: The time each token was delivered, seconds after the start of the run.
     logprobs: The log probabilities of each token, if they were asked for.
-    cached_tokens: Tokens of the prompt that were cached, and so not computed.
+    cached_tokens: Tokens of the prompt that were cached, and so not computed; of several samples the one that carried
+      the prompt has them.
   """
 
   request: Request

@@ -65,7 +65,7 @@ first with its own id and the others with `id#1`, `id#2` and so on:
 | `e2el_s`           | from arrival to the last token; null unless it ended with `stop` or `length` |
 | `token_times_s`    | when each token was delivered, seconds after the start of the run |
 | `seed`             | what the random numbers came from; null for a line that was refused |
-| `cached_tokens`    | tokens of the prompt that were cached, and so not computed |
+| `cached_tokens`    | tokens of the prompt that were cached, and so not computed; of `n` samples the first has them |
 | `logprobs`         | for each token `{"logprob": ..., "top": [[token id, logprob], ...]}`; null if not asked for |
 
 The text is what decoding prompt and output adds to decoding the prompt's last tokens, special tokens left out of both:

@@ -82,10 +82,13 @@ def read_trace(path: str | os.PathLike[str], format: TraceFormat | None = None) 
     format: Its format; None tells it from the first line.
 
   Raises:
-    OSError: if the file cannot be read.
+    OSError: if there is no such file, or it cannot be read.
     ValueError: if it is empty or of another format, or a line lacks something or has it of another kind.
   """
   path = pathlib.Path(path)
+  if not path.is_file():
+    kind = 'a folder' if path.is_dir() else 'no file'
+    raise FileNotFoundError(f'the trace {str(path)!r} is {kind}, expected a file of requests; check the path.')
   lines = _lines(path)
   try:
     first = next(lines)

@@ -21,7 +21,7 @@ from tests.engine.plain import generate
 from tests.tiny import prompt
 
 HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
-GAP_S = 0.25  # between requests, each of which is to find what those before it left
+GAP_S = 0.15  # between requests, each of which is to find what those before it left
 
 
 def cached(cluster: Cluster, block_tokens: int = 4) -> Cluster:

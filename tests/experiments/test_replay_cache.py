@@ -200,7 +200,7 @@ def test_what_the_command_cannot_do_is_said():
   trace = f'--trace={TRACES / CUTS[0]}'
   cases = [
     ([], '--trace is missing'),
-    (['--trace=none'], 'No such file'),
+    (['--trace=none'], "the trace 'none' is no file, expected a file"),
     ([f'--trace={TRACES / "azure_code_2023.csv"}'], 'the trace has no ids of blocks, expected ids of blocks'),
     ([trace, '--format=weka'], 'line 1: there is no id'),
     ([trace, '--capacities=511'], 'the capacity 511 is below the 512 tokens of one block'),
@@ -208,7 +208,8 @@ def test_what_the_command_cannot_do_is_said():
     ([trace, '--capacities=-1'], "the capacity '-1' is not understood"),
     ([trace, '--capacities='], 'expected numbers of tokens such as 500k,3M,inf'),
     ([trace, '--figure=a.jpg'], 'wants a name that ends in .svg or .png'),
-    ([trace, '--figure=a.svg', '--capacities=inf'], 'expected numbers of tokens such as 500k'),
+    ([trace, '--figure=a.svg', '--capacities=inf'], '--figure draws hits by size'),
+    ([trace, '--json=nowhere/a.json'], '--json=nowhere/a.json is no file in a folder that is there'),
   ]
   said = command(*(arguments for arguments, _ in cases)).splitlines()
   assert len(said) == len(cases)

@@ -34,6 +34,7 @@ class Found:
 
 
 NOTHING = Found()
+_NO_BLOCKS = np.zeros(0, np.int32)
 
 
 class Prefixes:
@@ -162,14 +163,13 @@ class Prefixes:
       worker: The worker.
       source: The worker that computes the prompt; None for the same, which has to compute a token at least.
     """
-    if not entry.request.cache_prefix:
+    if not entry.request.cache_prefix or not self.index.num_blocks(worker):
       return 0
     version, tokens = entry.hits.get((worker, source), (-1, 0))
     if version != self._version:
       is_computed_here = source is None or source == worker
       most = entry.prefill_len - is_computed_here
-      keys = self._keys(entry, self.made_of(source or worker, worker))
-      found = self.index.find(keys[: most // self._settings.block_tokens * KEY_BYTES])
+      found = self._find(entry, self.made_of(source or worker, worker))[: most // self._settings.block_tokens]
       tokens = self.index.hit(worker, found) * self._settings.block_tokens
       size = self._page_tokens[worker]
       pages = self._pages[worker].by_kind[self.kind].num_pages
@@ -177,6 +177,14 @@ class Prefixes:
         tokens -= tokens % size
       entry.hits[worker, source] = self._version, tokens
     return tokens
+
+  def _find(self, entry: RequestState, made: tuple[str, ...]) -> np.ndarray:
+    """The blocks of a request's beginning that some place holds, looked up once until the index changes."""
+    version, found = entry.found.get(made, (-1, _NO_BLOCKS))
+    if version != self._version:
+      found = self.index.find(self._keys(entry, made))
+      entry.found[made] = self._version, found
+    return found
 
   def copied(self, entry: RequestState, worker: str) -> int:
     """Pages that a request holds for a while beside its own as it begins at a worker: one with only its beginning."""
@@ -186,9 +194,8 @@ class Prefixes:
     """Hold the pages of so many tokens that are hit, until they are the request's."""
     if not tokens:
       return NOTHING
-    keys = self._keys(entry, self.made_of(source, worker))
     count = tokens // self._settings.block_tokens
-    pages = self.index.pages(worker, self.index.find(keys[: count * KEY_BYTES]))
+    pages = self.index.pages(worker, self._find(entry, self.made_of(source, worker))[:count])
     self._pages[worker].hold({self.kind: pages})
     entry.stored[worker] = count
     return Found(tokens, pages)

@@ -220,7 +220,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
   for place in list(entry.pages):
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
-  entry.stored, entry.hits = {}, {}
+  entry.stored, entry.hits, entry.found = {}, {}, {}
   leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}

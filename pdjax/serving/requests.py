@@ -94,6 +94,7 @@ class RequestState:
     reach: Tokens for which it has pages where it decodes.
     growth: Pages that it got since its last order, by cache kind: the place of the first in the sequence, and all.
     keys: The keys of its blocks, by what makes them, with the number of delivered tokens among them.
+    found: Its blocks that some place holds, by what makes them, with the state of the index that they are of.
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
     keeps: Whether what it has computed where it decodes stays cached as it begins again: it was preempted there.
     cached_tokens: Tokens of its prompt that were not computed, as they were cached.
@@ -128,6 +129,7 @@ class RequestState:
   reach: int = 0
   growth: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
   keys: dict[tuple[str, ...], tuple[int, bytes]] = dataclasses.field(default_factory=dict, repr=False)
+  found: dict[tuple[str, ...], tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
   hits: dict[tuple[str, str | None], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
   stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
   keeps: bool = False

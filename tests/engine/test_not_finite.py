@@ -183,7 +183,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, share):
     assert notes == [] and kept == text
     return
   now_s = 0.0
-  for event in whole.events[: kept.count('\n')]:  # behind the line that names the format, and up to the first that lacks
+  for event in whole.events[: kept.count('\n')]:  # behind the format's line, up to the first that lacks
     now_s = event.now_s if isinstance(event, Turn) else now_s
   (note,) = notes
   assert f'nothing from {now_s:.3f} s on' in note and 'No space left on device' in note

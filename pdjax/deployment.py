@@ -79,7 +79,7 @@ class Deployment:
 
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
-    config, built = self.config, self.built
+    config, built, cache = self.config, self.built, self.config.prefix_cache
     state = ClusterState(
       self.opened.model,
       built.workers,
@@ -89,7 +89,7 @@ class Deployment:
       faults=config.faults,
       pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions,
-      prefix_cache=config.prefix_cache,
+      prefix_cache=cache and dataclasses.replace(cache, trusts_block_hashes=self.is_simulated),
     )
     for name, worker in built.backend.workers.items():
       state.workers[name].incarnation = worker.incarnation
@@ -108,9 +108,10 @@ class Deployment:
 
 def _checked(events: Iterator[Event], state: ClusterState) -> Iterator[Event]:
   for event in events:
-    if isinstance(event, Turn):
+    if isinstance(event, Turn):  # the one before is over
       invariants.check(state.books)
     yield event
+  invariants.check(state.books)
 
 
 def _logged(events: Iterator[Event], log: EventLog | RunLog) -> Iterator[Event]:

@@ -239,10 +239,8 @@ class Books:
     return {kind: (*found.pages[:whole], *taken)}, copies
 
   def hold_cached(self, entry: RequestState, worker: str, most: int, source: str | None = None) -> Found:
-    """Hold what a worker has cached of a request's beginning, up to so many tokens; `source` computes it."""
-    if self.prefixes is None:
-      return NOTHING
-    return self.prefixes.hold(entry, worker, source or worker, min(self.prefixes.hit(entry, worker, source), most))
+    """Hold whole pages that a worker has of a request's beginning, up to so many tokens; `source` computes it."""
+    return NOTHING if self.prefixes is None else self.prefixes.hold(entry, worker, most, source)
 
   def release(self, worker: str, copies: PageCopies) -> None:
     """Let go of pages that were held to be copied."""

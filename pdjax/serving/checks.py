@@ -66,9 +66,10 @@ def why_unfit(view: ClusterView, entry: RequestView, *, finds_stops: bool) -> st
 
 
 def _runs(worker: WorkerView, *, decodes: bool, now: bool) -> bool:
-  """Whether a worker runs a phase, in any of its roles or in that of now."""
+  """Whether a worker runs a phase: in any of its roles, or in that of now, or that it drains for."""
   if now:
-    return worker.role.decodes if decodes else worker.role.prefills
+    role = worker.draining or worker.role
+    return role.decodes if decodes else role.prefills
   return worker.ever_decodes if decodes else worker.ever_prefills
 
 

@@ -341,7 +341,8 @@ class Preempted:
     now_s: The time of the turn.
     request: The request.
     worker: The worker on which it decoded.
-    tokens: Cached tokens that are computed anew when it begins again, those of steps under way not counted.
+    tokens: Tokens that its pages hold, those of steps under way not counted: they are computed anew when it begins
+      again, but for those that the prefix cache still has.
   """
 
   now_s: float
@@ -428,7 +429,7 @@ class Finished:
     finish_reason: The reason.
     tokens: All tokens it got.
     error: The error it ended with, if any.
-    cached_tokens: Tokens of its prompt that were cached and so not computed, as it was begun last; of several samples
+    cached_tokens: Tokens of its prompt that were cached and so not computed, as it was begun first; of several samples
       the one that carried the prompt has them.
   """
 

@@ -114,11 +114,11 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
 
 def note_decoded(books: Books, entry: RequestState) -> None:
   """Let others find what a request leaves behind where it decoded, its row given up."""
-  decoded = entry.phase is Phase.DECODING or entry.keeps
-  if books.prefixes is not None and decoded and entry.computed and None not in (entry.worker, entry.target):
-    assert entry.worker is not None and entry.target is not None
-    if entry.target in entry.pages and books.workers[entry.target].up:
-      books.prefixes.note_decoded(entry, entry.target, entry.worker)
+  source = entry.worker if entry.samples is None else entry.samples.carrier.worker
+  if books.prefixes is None or source is None or not (entry.phase is Phase.DECODING or entry.keeps):
+    return
+  if entry.target is not None and entry.target in entry.pages and books.workers[entry.target].up:
+    books.prefixes.note_decoded(entry, entry.target, source)
 
 
 # ---------------------------------------------------------------------------- ending

@@ -97,9 +97,7 @@ class PrefixIndex:
 
   # -------------------------------------------------------------------------- storing
 
-  def store(
-    self, place: str, keys: bytes, pages: Sequence[int], first: int = 0, known: np.ndarray | None = None
-  ) -> np.ndarray:
+  def store(self, place: str, keys: bytes, pages: Sequence[int], first: int = 0) -> np.ndarray:
     """Note that pages of a place hold blocks; those that it holds already stay where they are.
 
     Args:
@@ -107,13 +105,12 @@ class PrefixIndex:
       keys: Their keys.
       pages: The pages of the sequence from the one of its first block on.
       first: The number of the first of these blocks in the first of these pages.
-      known: The answer of `find` for them, if it was asked and nothing was stored since.
 
     Returns:
       `[N]` of whether each is new there.
     """
     of = self._places[place]
-    blocks = self.find(keys) if known is None or (known >= 0).any() else known.copy()  # others may have gone meanwhile
+    blocks = self.find(keys)
     new = (blocks < 0) | (of.page_of[blocks] == 0)
     if not new.any():
       return new

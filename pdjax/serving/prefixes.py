@@ -113,7 +113,7 @@ class Prefixes:
   # -------------------------------------------------------------------------- keys
 
   def made_of(self, source: str, target: str) -> tuple[str, ...]:
-    """The way in which the blocks of a place are made: model, weights, and every dtype in which they lose something.
+    """The way in which the blocks of a place are made: model, weights, cache, and dtypes in which they lose something.
 
     Args:
       source: The worker that computes them.
@@ -126,7 +126,7 @@ class Prefixes:
         made: tuple[str, ...] = (self._model.name,)
       else:
         weights = str(ours.weights or ours.cached_dtype)
-        made = (self._model.name, weights, *_losses(weights, ours.cached_dtype, theirs.cached_dtype))
+        made = (self._model.name, weights, *_dtypes(weights, ours.cached_dtype, theirs.cached_dtype))
       self._made[way] = made
     return self._made[way]
 
@@ -138,18 +138,22 @@ class Prefixes:
       hasher = self._hashers[made, salt] = BlockHasher(self._settings.block_tokens, made, salt)
     return hasher
 
+  def _has_hashes(self, entry: RequestState) -> bool:
+    """Whether ids of blocks stand for the tokens of a request."""
+    return self._settings.trusts_block_hashes and entry.request.block_size is not None
+
   def _keys(self, entry: RequestState, made: tuple[str, ...]) -> bytes:
     """The keys of the whole blocks of what is to be computed of a request before it decodes."""
     known, keys = entry.keys.get(made, (-1, b''))
     if known != len(entry.delivered):
       request = entry.request
-      if request.block_size is not None:
+      if self._has_hashes(entry):
+        assert request.block_size is not None
         tokens = stand_ins(request.block_hashes, request.block_size, request.prompt_len)
+        keys = self._hasher((*made, f'ids of {request.block_size} tokens'), request.salt).keys(tokens)
       else:
-        tokens = _as_array(request.prompt)
-      if entry.delivered and len(tokens) == request.prompt_len:
-        tokens = np.concatenate([tokens, _as_array(entry.delivered[:-1])])
-      keys = self._hasher(made, entry.request.salt).keys(tokens)
+        tokens = np.concatenate([_as_array(request.prompt), _as_array(entry.delivered[:-1])])
+        keys = self._hasher(made, request.salt).keys(tokens)
       entry.keys[made] = len(entry.delivered), keys
     return keys
 
@@ -171,10 +175,8 @@ class Prefixes:
       most = entry.prefill_len - is_computed_here
       found = self._find(entry, self.made_of(source or worker, worker))[: most // self._settings.block_tokens]
       tokens = self.index.hit(worker, found) * self._settings.block_tokens
-      size = self._page_tokens[worker]
-      pages = self._pages[worker].by_kind[self.kind].num_pages
-      if not is_computed_here or -(-entry.most_tokens // size) >= pages:  # no page is left for one that is copied
-        tokens -= tokens % size
+      if not is_computed_here:
+        tokens -= tokens % self._page_tokens[worker]
       entry.hits[worker, source] = self._version, tokens
     return tokens
 
@@ -186,19 +188,48 @@ class Prefixes:
       entry.found[made] = self._version, found
     return found
 
-  def copied(self, entry: RequestState, worker: str) -> int:
-    """Pages that a request holds for a while beside its own as it begins at a worker: one with only its beginning."""
-    return int(self.hit(entry, worker) % self._page_tokens[worker] > 0)
+  def hold(self, entry: RequestState, worker: str, most: int, source: str | None = None) -> Found:
+    """Hold the whole pages that a worker has of a request's beginning, of at most so many tokens.
 
-  def hold(self, entry: RequestState, worker: str, source: str, tokens: int) -> Found:
-    """Hold the pages of so many tokens that are hit, until they are the request's."""
+    Args:
+      entry: The request.
+      worker: The worker.
+      most: The tokens.
+      source: The worker that computes the prompt, where it is another.
+    """
+    tokens = min(self.hit(entry, worker, source), most)
+    tokens -= tokens % self._page_tokens[worker]
     if not tokens:
       return NOTHING
-    count = tokens // self._settings.block_tokens
-    pages = self.index.pages(worker, self._find(entry, self.made_of(source, worker))[:count])
+    pages = self._pages_of(entry, worker, source, tokens)
     self._pages[worker].hold({self.kind: pages})
-    entry.stored[worker] = count
+    entry.stored[worker] = tokens // self.block_tokens
     return Found(tokens, pages)
+
+  def hold_part(self, entry: RequestState, worker: str, found: Found, most: int, spare: int) -> Found:
+    """Hold the page behind those that were found too, of which only the beginning is in common, until it is copied.
+
+    Args:
+      entry: The request, which the worker computes.
+      worker: The worker.
+      found: The whole pages, which are held.
+      most: Tokens that are to be found in all, at most.
+      spare: Pages that nobody needs meanwhile; without any, only a page that others hold will do.
+    """
+    tokens = min(self.hit(entry, worker), most, found.tokens + self._page_tokens[worker] - 1)
+    tokens -= tokens % self.block_tokens
+    if tokens <= found.tokens:
+      return found
+    *_, page = self._pages_of(entry, worker, None, tokens)
+    if spare < 1 and not self._pages[worker].by_kind[self.kind].holders[page]:
+      return found
+    self._pages[worker].hold({self.kind: (page,)})
+    entry.stored[worker] = tokens // self.block_tokens
+    return Found(tokens, (*found.pages, page))
+
+  def _pages_of(self, entry: RequestState, worker: str, source: str | None, tokens: int) -> tuple[int, ...]:
+    found = self._find(entry, self.made_of(source or worker, worker))
+    return self.index.pages(worker, found[: tokens // self.block_tokens])
 
   # -------------------------------------------------------------------------- what is filled
 
@@ -221,8 +252,9 @@ class Prefixes:
     Not where a prompt with these tokens would be made in another way.
     """
     made = self.made_of(source, worker)
-    is_known = entry.request.block_size is None  # else nobody can say what is asked with these tokens
-    if not (entry.request.cache_prefix and is_known and made == self.made_of(worker, worker)):
+    if not entry.request.cache_prefix or made != self.made_of(worker, worker):
+      return
+    if self._has_hashes(entry):  # nobody can say what is asked with these tokens
       return
     size, keys = self._settings.block_tokens, self._keys(entry, made)
     first = len(keys) // KEY_BYTES * size
@@ -250,7 +282,7 @@ class Prefixes:
     """Tell of the blocks of a sequence that are new at a worker, an event for each run of them."""
     size = self._settings.block_tokens
     tokens: tuple[int, ...] = ()
-    if self._settings.log_tokens and entry.request.block_size is None:
+    if self._settings.log_tokens and not self._has_hashes(entry):
       tokens = (*entry.request.prompt, *(generated or entry.delivered))
     for run in np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
       start, stop = int(run[0]), int(run[-1]) + 1
@@ -273,12 +305,10 @@ def _as_array(tokens: Sequence[int]) -> np.ndarray:
   return np.asarray(tokens, np.int32)
 
 
-def _losses(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:
-  """The dtypes on the way from where keys and values are computed to where they are held that change the numbers."""
-  now: str = computed
-  losses: list[str] = []
-  for dtype in (source, wire_dtype(source, target), target):
-    if dtype not in (now, 'float32'):
-      now = dtype
-      losses.append(dtype)
-  return losses
+def _dtypes(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:
+  """The dtype of the cache that later tokens attend to as they are computed, and those on the way that change them."""
+  dtypes = [computed if source in (computed, 'float32') else source]
+  for dtype in (wire_dtype(source, target), target):
+    if dtype not in (dtypes[-1], 'float32'):
+      dtypes.append(dtype)
+  return dtypes

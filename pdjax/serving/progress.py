@@ -7,6 +7,7 @@ from pdjax.serving.books import Books
 from pdjax.serving.checks import MOST_IDLE_WAKES, why_without_place
 from pdjax.serving.lifecycle import finish_all
 from pdjax.serving.requests import Phase
+from pdjax.serving.roles import change_roles
 from pdjax.serving.view import ClusterView
 
 
@@ -51,15 +52,16 @@ def _refuse_those_without_place(books: Books, view: ClusterView) -> bool:
   others = [worker.name for worker in books.workers.values() if len(worker.spec.roles) > 1]
   if not others:
     return False
-  found = False
-  for entry in [*books.waiting.values(), *books.prefilled.values()]:
-    problem = why_without_place(view, entry, now=True)
-    if problem is None:
-      continue
-    found = True
-    error = f'{problem} Or let the policy give {" or ".join(others)} another role (SwitchRole).'
-    if entry.phase is Phase.WAITING:
-      books.must[entry.request.id] = Reject(entry.request.id, error)
-    else:
-      finish_all(books, entry, error)
-  return found
+  for entries in ([*books.prefilled.values()], [*books.waiting.values()]):  # an end may let a worker have its new role
+    problems = [(entry, why_without_place(view, entry, now=True)) for entry in entries]
+    for entry, problem in problems:
+      error = f'{problem} Or let the policy give {" or ".join(others)} another role (SwitchRole).'
+      if problem is not None and entry.phase is Phase.WAITING:
+        books.must[entry.request.id] = Reject(entry.request.id, error)
+      elif problem is not None:
+        finish_all(books, entry, error)
+    if any(problem is not None for _, problem in problems):
+      change_roles(books)
+      books.wakes = True
+      return True
+  return False

@@ -52,6 +52,7 @@ class StepInFlight:
     owners: The owners of their rows then, see `TokenRows.owners`.
     ahead: Decode steps of it that have not ended; of one that stands, those that are with the worker.
     standing: Whether it stands, or stood.
+    computing: The requests of its chunks.
   """
 
   order: int
@@ -60,6 +61,7 @@ class StepInFlight:
   owners: np.ndarray
   ahead: int
   standing: bool = False
+  computing: 'tuple[RequestState, ...]' = ()
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,7 +99,8 @@ class RequestState:
     found: Its blocks that some place holds, by what makes them, with the state of the index that they are of.
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
     keeps: Whether what it has computed where it decodes stays cached as it begins again: it was preempted there.
-    cached_tokens: Tokens of its prompt that were not computed, as they were cached.
+    computed_to: Tokens, from the first one on, that its worker has computed or found.
+    cached_tokens: Tokens of its prompt that were not computed as it was begun first, as they were cached.
     stored: Blocks of it that the index was told of, by worker.
     number: Its position in the order of arrival.
     prompt_len: Tokens of its prompt.
@@ -132,6 +135,7 @@ class RequestState:
   found: dict[tuple[str, ...], tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
   hits: dict[tuple[str, str | None], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
   stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  computed_to: int = 0
   keeps: bool = False
   cached_tokens: int = 0
   number: int = 0

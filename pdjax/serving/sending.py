@@ -18,7 +18,8 @@ LayerGroup = tuple[int, int]  # the first, and the one after the last
 def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> None:
   """Take pages and a slot where a prompt that another worker computes is to decode; what is there is not sent."""
   found = books.hold_cached(entry, target.name, entry.prefill_len, entry.worker)
-  books.reserve(entry, target, decodes=True, found=found)
+  copies = books.reserve(entry, target, decodes=True, found=found)
+  assert not copies, 'what is sent has whole pages'
   if found.tokens:
     (kind,) = entry.pages[target.name]
     entry.sent[kind] = found.tokens

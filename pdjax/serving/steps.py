@@ -16,6 +16,8 @@ from pdjax.serving.prefixes import NOTHING, Found
 from pdjax.serving.requests import Phase, RequestState, StepInFlight, enter
 from pdjax.serving.view import ClusterView
 
+_OVER = (Phase.RESTARTING, Phase.ENDING, Phase.FINISHED)
+
 
 def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]:
   """The order of a step and the transfers that leave with it.
@@ -34,12 +36,13 @@ def start_step(books: Books, view: ClusterView, step: Step) -> tuple[Order, ...]
     steps = _fitting_steps(books, holdings.batch, joining, steps, step_id, stands=stands)
   chunk_orders = []
   transfers = []
-  found = [_hold_cached(books, chunk, worker) for chunk in step.chunks]  # before any takes pages from them
+  found = _hold_cached(books, step, worker)  # before any takes pages from them
   for chunk, one in zip(step.chunks, found, strict=True):
     chunk_orders.append(_start_chunk(books, chunk, worker, one))
     transfers += sending.send_chunk(books, chunk, worker, step_id)
   groups = books.transfer.step_groups(worker.role, books.model.num_layers) if step.chunks else ()
   order = _order_of(books, holdings, step_id, step, tuple(chunk_orders), joining, steps, stands, groups)
+  holdings.steps[-1].computing = tuple(books.requests[chunk.request] for chunk in step.chunks)
   return order, *transfers
 
 
@@ -152,10 +155,30 @@ def _reach(entry: RequestState) -> int | None:
   return None if entry.reach >= entry.most_tokens else entry.reach
 
 
-def _hold_cached(books: Books, chunk: Chunk, worker: WorkerState) -> Found:
-  """Hold what is cached of a request that a chunk begins, as far as the chunk starts behind it."""
-  entry = books.requests[chunk.request]
-  return books.hold_cached(entry, worker.name, chunk.start) if entry.phase is Phase.WAITING and chunk.start else NOTHING
+def _hold_cached(books: Books, step: Step, worker: WorkerState) -> list[Found]:
+  """Hold what is cached of each request that a step begins, as far as its chunk starts behind it.
+
+  A page with only its beginning in common is held too where all that the step takes leaves one over.
+  """
+  found = []
+  prefixes, entries = books.prefixes, [books.requests[chunk.request] for chunk in step.chunks]
+  for chunk, entry in zip(step.chunks, entries, strict=True):
+    begins = entry.phase is Phase.WAITING and chunk.start > 0
+    found.append(books.hold_cached(entry, worker.name, chunk.start) if begins else NOTHING)
+  if prefixes is None or all(one.tokens == chunk.start for chunk, one in zip(step.chunks, found, strict=True)):
+    return found
+  pages = books.holdings[worker.name].pages
+  spare = pages.by_kind[prefixes.kind].num_free
+  for chunk, entry, one in zip(step.chunks, entries, found, strict=True):
+    if entry.phase is Phase.WAITING:
+      decodes = worker.role.decodes and chunk.send_to is None
+      spare -= entry.pages_needed(pages.pools, decodes=decodes)[prefixes.kind] - len(one.pages)
+  for index, (chunk, entry) in enumerate(zip(step.chunks, entries, strict=True)):
+    if entry.phase is Phase.WAITING and chunk.start > found[index].tokens:
+      before = pages.by_kind[prefixes.kind].num_free
+      found[index] = prefixes.hold_part(entry, worker.name, found[index], chunk.start, spare)
+      spare -= before - pages.by_kind[prefixes.kind].num_free
+  return found
 
 
 def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) -> ChunkOrder:
@@ -164,7 +187,9 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
   if entry.phase is Phase.WAITING:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
-    entry.worker, entry.started, entry.cached_tokens = worker.name, found.tokens, min(found.tokens, entry.prompt_len)
+    entry.worker, entry.started, entry.computed_to = worker.name, found.tokens, found.tokens
+    if entry.attempts == 1 and not entry.preemptions:  # what it has computed itself is no hit
+      entry.cached_tokens = found.tokens
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     decodes = worker.role.decodes and chunk.send_to is None
@@ -235,6 +260,8 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
   batch, standing = holdings.batch, holdings.batch.standing
   if standing is not None and standing != order.id and any(map(batch.has, event.ended(step.batch))):
     _stands_no_more(books, order.worker)  # the worker lets it end, as one of its sequences has
+  for chunk, computing in zip(order.chunks, step.computing, strict=True):
+    _note_computed(books, chunk, computing, order.worker)
   in_time: list[Result] = []
   late: list[Result] = []
   for result in event.results:
@@ -250,8 +277,6 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
         lifecycle.finish(books, entry, end.finish_reason, end.error)
   for chunk in order.chunks:
     entry = books.requests.get(chunk.request.id)
-    if entry is not None and books.prefixes is not None and order.worker in entry.pages:
-      books.prefixes.note_computed(entry, order.worker, order.worker, chunk.start + chunk.length)
     if entry is not None and (chunk.restores or entry.phase is Phase.RESTARTING):
       entry.computed = entry.computed or chunk.restores
       books.unsettled.append(entry)
@@ -260,6 +285,15 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
     holdings.batch.leaving.clear()
   was_replaced = len(holdings.steps) > 1
   return is_last or event.decoded is None or bool(event.decoded.ended) or not (event.to_come is None or was_replaced)
+
+
+def _note_computed(books: Books, chunk: ChunkOrder, entry: RequestState, worker: str) -> None:
+  """Note what a chunk has brought into the pages of a request, if all before it is there and it goes on."""
+  if entry.worker != worker or entry.computed_to != chunk.start or entry.phase in _OVER:
+    return
+  entry.computed_to += chunk.length
+  if books.prefixes is not None and worker in entry.pages:
+    books.prefixes.note_computed(entry, worker, worker, entry.computed_to)
 
 
 def _take(books: Books, batch: Decoding, step: StepInFlight, decoded: Decoded) -> frozenset[int]:

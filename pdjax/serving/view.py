@@ -225,8 +225,11 @@ class Room:
     return MAX_ORDERS - place.num_steps if place.up else 0
 
   def cached_tokens(self, request: str, worker: str) -> int:
-    """Tokens at the beginning of a request that a worker holds; see `ClusterView.cached_tokens`."""
-    return self._view.cached_tokens(request, worker)
+    """Tokens at the beginning of a request that a worker holds; see `ClusterView.cached_tokens`.
+
+    Of one whose prompt is computed, those that need not be sent there.
+    """
+    return self._view.cached_tokens(request, worker, self._books.requests[request].worker)
 
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
@@ -244,7 +247,6 @@ class Room:
     entry, found, all_holdings, pools = self._books.requests[request], [], self._books.holdings, None
     slots_needed = entry.slots_needed if decodes else 0
     needed: Mapping[str, int] = {}
-    prefixes = self._books.prefixes
     for worker in workers:
       if not worker.up or worker.draining:
         continue
@@ -255,11 +257,6 @@ class Room:
       if holdings.pages.pools is not pools:  # one object for all workers that are alike
         pools = holdings.pages.pools
         needed = entry.pages_needed(pools, decodes=decodes)
-      if prefixes is not None and (copied := prefixes.copied(entry, name)):
-        needed, pools = (
-          {kind: count + copied for kind, count in entry.pages_needed(pools, decodes=decodes).items()},
-          None,
-        )
       taken = self._pages.get(name)
       if holdings.wanted:  # by those that decode there
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
@@ -276,10 +273,9 @@ class Room:
   def take(self, request: str, worker: str, *, decodes: bool) -> None:
     """Count the request's pages, and its slots if it decodes there, as taken."""
     self._kept.clear()
-    taken, prefixes = self._pages.setdefault(worker, {}), self._books.prefixes
-    copied = 0 if prefixes is None else prefixes.copied(self._books.requests[request], worker)
+    taken = self._pages.setdefault(worker, {})
     for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
-      taken[kind] = taken.get(kind, 0) + pages + copied
+      taken[kind] = taken.get(kind, 0) + pages
     if decodes:
       self._slots[worker] = self._slots.get(worker, 0) + self._view.slots_needed(request)
 

@@ -13,6 +13,8 @@ class PrefixCache:
   Attributes:
     block_tokens: Tokens of a block, the least that is found again; it divides the page size of every worker.
     log_tokens: Whether the log has the tokens of the blocks that are stored, which may be private, beside their keys.
+    trusts_block_hashes: Whether `Request.block_hashes` stand for the tokens of a prompt, which nobody knows; set in
+      simulations. On devices the tokens that are computed count.
     lossy: Whether a place takes blocks too that other weights or dtypes have made than would have without a cache; then
       tokens may differ.
 
@@ -24,6 +26,7 @@ class PrefixCache:
 
   block_tokens: Count = 16
   log_tokens: bool = False
+  trusts_block_hashes: bool = False
   lossy: bool = False
 
   def __post_init__(self):

@@ -9,6 +9,7 @@ from pdjax.serving.orders import EndOrder, Order, StepOrder, TransferOrder
 from pdjax.types import (
   FaultSpec,
   ModelSpec,
+  PrefixCache,
   Request,
   SamplingParams,
   TransferSpec,
@@ -39,8 +40,9 @@ class Driver:
     model: ModelSpec = TINY,
     transfer: TransferSpec = TransferSpec(),
     faults: FaultSpec = ALL_FAIL,
+    prefix_cache: PrefixCache | None = None,
   ):
-    self.state = ClusterState(model, workers, page_size, transfer, faults=faults)
+    self.state = ClusterState(model, workers, page_size, transfer, faults=faults, prefix_cache=prefix_cache)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 

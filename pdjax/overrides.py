@@ -102,6 +102,10 @@ def _fit(value: Any, hint: Any, what: str) -> Any:
   try:
     return fitting.fit(_meant(value, hint), hint)
   except fitting.Misfit as misfit:
+    objects = [kind for kind in fitting.alternatives(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    if objects:
+      field, path = dataclasses.fields(objects[0])[0].name, what.rpartition(': ')[2]
+      misfit.remedy = f'set its fields one by one, such as {path}.{field}'
     raise ValueError(misfit.says(f'{what}{misfit.place} is {fitting.shown(misfit.value)}')) from None
 
 

@@ -375,6 +375,8 @@ class Report:
     latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
     lines.append('p50/p99 ms: ' + ', '.join(f'{name} {number(s.p50_ms)}/{number(s.p99_ms)}' for name, s in latencies))
     lines += [self.ttft_account(), self.handoff_account()]
+    if self.cached_tokens:
+      lines.append(f'{self.cached_tokens:,} of {self.total_input_tokens:,} input tokens were cached')
     return '\n'.join([*lines, *self.return_lines(), *(f'note: {note}' for note in self.notes)])
 
 

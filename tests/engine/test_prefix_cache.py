@@ -87,6 +87,7 @@ def test_a_prompt_that_begins_like_another_is_computed_and_sent_from_there_on(on
     ask('other', prompt(20, seed=2)), ask('same', (*SYSTEM, 3, 4, 5)),
   )  # fmt: skip
   served = assert_exact(cached(one_and_one), requests)
+  assert '80 of 146 input tokens were cached' in str(served.report)
   assert computed(served) == {'first': 35, 'second': 5, 'shorter': 3, 'other': 20, 'same': 3}
   assert moved(served) == {'first': 36, 'second': 8, 'shorter': 4, 'other': 20, 'same': 4}
 

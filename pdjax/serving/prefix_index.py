@@ -12,40 +12,50 @@ _FULLEST = 0.7  # of the table, blocks that are gone counted
 
 
 class _Place:
-  """The blocks of one place.
+  """The part of the slots that is one place's: a slot for each block that each of its pages has room for.
 
   Attributes:
-    page_of: `[blocks]`, the page of each block there, counted from 1; 0 of one that is not there.
-    blocks_of: `[pages, blocks of a page]`, the blocks of each page, counted from 1.
+    start: Its first slot.
+    stop: The one behind its last.
     blocks_per_page: Blocks of a page.
+    num_blocks: Blocks that it holds.
   """
 
-  def __init__(self, num_pages: int, blocks_per_page: int, num_blocks: int):
-    self.page_of: np.ndarray = np.zeros(num_blocks, np.int32)
-    self.blocks_of: np.ndarray = np.zeros((num_pages, blocks_per_page), np.int32)
+  def __init__(self, start: int, num_pages: int, blocks_per_page: int):
+    self.start = start
+    self.stop = start + num_pages * blocks_per_page
     self.blocks_per_page = blocks_per_page
     self.num_blocks = 0
+
+  def slots(self, pages: Sequence[int]) -> np.ndarray:
+    """The slots of some pages."""
+    first = self.start + np.asarray(pages, np.int64) * self.blocks_per_page
+    return (first[:, None] + np.arange(self.blocks_per_page)).reshape(-1)
 
 
 class PrefixIndex:
   """Finds blocks by their keys, and the pages of each place that hold them.
 
-  It is made of arrays (an open table of hashes, and a row a block), some 40 bytes a block and 8 more for each place,
-  since a dict of keys takes several times that. A page holds some blocks in a row of one sequence; a block has one page
-  at a place at most.
+  It is made of arrays (an open table of hashes, a row a block, a slot for each block that a page has room for), some 36
+  bytes a block and 8 more for each place that holds it, since a dict of keys takes several times that. A page holds
+  some blocks in a row of one sequence; a block has one page at a place at most. The slots that hold a block are a chain.
 
   Args:
     places: For each place its pages, and the blocks of a page.
   """
 
   def __init__(self, places: Mapping[str, tuple[int, int]]):
-    most = sum(pages * blocks for pages, blocks in places.values())
-    self._places = {name: _Place(pages, blocks, most) for name, (pages, blocks) in places.items()}
+    self._places: dict[str, _Place] = {}
+    most = 0
+    for name, (pages, blocks) in places.items():
+      self._places[name] = _Place(most, pages, blocks)
+      most = self._places[name].stop
     self._keys: np.ndarray = np.zeros(
       (max(most, 2), 2), np.uint64
     )  # `find` looks at two rows, if only to pass over them
-    counts = np.int8 if len(places) < 128 else np.int32
-    self._holders: np.ndarray = np.zeros(most, counts)  # places that have each block
+    self._first: np.ndarray = np.zeros(max(most, 1), np.int32)  # slot of each block, counted from 1; 0 is none
+    self._next: np.ndarray = np.zeros(most, np.int32)  # slot behind each that holds the same block, counted likewise
+    self._block: np.ndarray = np.zeros(most, np.int32)  # block in each slot, counted from 1; 0 is none
     self._used = 0  # rows from the first one on that were ever taken
     self._free = array.array('i')  # rows of these that are free
     self._num_gone = 0
@@ -80,10 +90,22 @@ class PrefixIndex:
   def _first_slots(self, pairs: np.ndarray) -> np.ndarray:
     return pairs[:, 0].astype(np.int64) & self._mask
 
+  def _slots_at(self, of: _Place, blocks: np.ndarray) -> np.ndarray:
+    """The slots of a place that hold some blocks, `[N]`; -1 of one that it does not hold, or that is none."""
+    slots = np.where(blocks < 0, 0, self._first[blocks]) - 1
+    found, left = np.full(len(blocks), -1, np.int64), np.flatnonzero(slots >= 0)
+    while len(left):
+      at = slots[left]
+      here = (at >= of.start) & (at < of.stop)
+      found[left[here]] = at[here]
+      left = left[~here]
+      slots[left] = self._next[slots[left]] - 1
+      left = left[slots[left] >= 0]
+    return found
+
   def hit(self, place: str, blocks: np.ndarray) -> int:
     """The number of leading blocks that a place holds."""
-    held = self._places[place].page_of[blocks]
-    missing = np.flatnonzero((held == 0) | (blocks < 0))
+    missing = np.flatnonzero(self._slots_at(self._places[place], blocks) < 0)
     return int(missing[0]) if len(missing) else len(blocks)
 
   def pages(self, place: str, blocks: np.ndarray) -> tuple[int, ...]:
@@ -93,7 +115,7 @@ class PrefixIndex:
     """
     of = self._places[place]
     last = np.minimum(np.arange(0, len(blocks), of.blocks_per_page) + of.blocks_per_page, len(blocks)) - 1
-    return tuple((of.page_of[blocks[last]] - 1).tolist())
+    return tuple(((self._slots_at(of, blocks[last]) - of.start) // of.blocks_per_page).tolist())
 
   # -------------------------------------------------------------------------- storing
 
@@ -111,18 +133,18 @@ class PrefixIndex:
     """
     of = self._places[place]
     blocks = self.find(keys)
-    new = (blocks < 0) | (of.page_of[blocks] == 0)
+    new = self._slots_at(of, blocks) < 0
     if not new.any():
       return new
     if (unknown := np.flatnonzero(blocks < 0)).size:
       blocks[unknown] = self._insert(as_pairs(keys)[unknown])
-    at = np.arange(first, first + len(blocks))[new]
-    where = np.asarray(pages, np.int32)[at // of.blocks_per_page]
-    stored = blocks[new]
-    of.page_of[stored] = where + 1
-    of.blocks_of[where, at % of.blocks_per_page] = stored + 1
+    at, stored = np.arange(first, first + len(blocks))[new], blocks[new]
+    where = np.asarray(pages, np.int64)[at // of.blocks_per_page]
+    slots = of.start + where * of.blocks_per_page + at % of.blocks_per_page
+    self._block[slots] = stored + 1
+    self._next[slots] = self._first[stored]
+    self._first[stored] = slots + 1
     of.num_blocks += len(stored)
-    self._holders[stored] += 1
     return new
 
   def _insert(self, pairs: np.ndarray) -> np.ndarray:
@@ -166,42 +188,52 @@ class PrefixIndex:
   def forget_pages(self, place: str, pages: Sequence[int]) -> bytes:
     """Note that pages of a place hold nothing any more; the keys of the blocks that they held."""
     of = self._places[place]
-    blocks = of.blocks_of[np.asarray(pages, np.int64)]
-    of.blocks_of[np.asarray(pages, np.int64)] = 0
-    return self._forget(of, blocks[blocks > 0] - 1)
+    return self._forget(of, of.slots(pages))
 
   def forget_place(self, place: str) -> int:
     """Note that a place holds nothing any more; the number of blocks that it held."""
     of = self._places[place]
-    held = np.flatnonzero(of.page_of).astype(np.int32)
-    of.blocks_of[:] = 0
-    self._forget(of, held)
-    return len(held)
+    count = of.num_blocks
+    self._forget(of, np.arange(of.start, of.stop))
+    return count
 
   def check(self, place: str) -> set[int]:
     """The pages of a place that hold blocks; raises AssertionError where the two sides of that differ."""
     of = self._places[place]
-    held = np.flatnonzero(of.page_of)
-    of_pages: np.ndarray = of.blocks_of[np.nonzero(of.blocks_of)] - 1
-    assert sorted(of_pages.tolist()) == held.tolist(), f'{place}: pages name other blocks than are there'
-    pages = np.nonzero(of.blocks_of)[0]
-    assert (of.page_of[of_pages] == pages + 1).all(), f'{place}: a block is of another page than says so'
-    assert len(held) == of.num_blocks and (self._holders[held] > 0).all(), f'{place}: blocks are counted wrongly'
+    slots = of.start + np.flatnonzero(self._block[of.start : of.stop])
+    held: np.ndarray = self._block[slots] - 1
+    assert (self._slots_at(of, held) == slots).all(), f'{place}: a block is of another slot than says so'
+    assert len(slots) == len({*held.tolist()}) == of.num_blocks, f'{place}: blocks are counted wrongly'
     assert (self.find(self._keys[held].tobytes()) == held).all(), f'{place}: a block is not found by its key'
-    return {*pages.tolist()}
+    return {*((slots - of.start) // of.blocks_per_page).tolist()}
 
-  def _forget(self, of: _Place, blocks: np.ndarray) -> bytes:
-    of.page_of[blocks] = 0
-    of.num_blocks -= len(blocks)
-    self._holders[blocks] -= 1
+  def _forget(self, of: _Place, slots: np.ndarray) -> bytes:
+    """Empty slots of a place; the keys of the blocks that were in them."""
+    slots = slots[self._block[slots] > 0]
+    blocks: np.ndarray = self._block[slots] - 1
     keys = self._keys[blocks]
-    gone = self._holders[blocks] == 0
+    self._unchain(slots, blocks)
+    self._block[slots] = self._next[slots] = 0
+    of.num_blocks -= len(slots)
+    gone = self._first[blocks] == 0
     if gone.any():
       rows = blocks[gone]
       self._table[self._slots_of(rows, keys[gone])] = _GONE
       self._num_gone += len(rows)
       self._free.frombytes(rows.astype(np.int32).tobytes())
     return keys.tobytes()
+
+  def _unchain(self, slots: np.ndarray, blocks: np.ndarray) -> None:
+    """Take slots out of the chains of their blocks, each of another."""
+    before = self._first[blocks].astype(np.int64) - 1
+    is_first = before == slots
+    self._first[blocks[is_first]] = self._next[slots[is_first]]
+    slots, before = slots[~is_first], before[~is_first]
+    while len(slots):
+      following = self._next[before] - 1
+      found = following == slots
+      self._next[before[found]] = self._next[slots[found]]
+      slots, before = slots[~found], following[~found].astype(np.int64)
 
   def _slots_of(self, rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """The slots of rows that are in the table."""

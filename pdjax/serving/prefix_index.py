@@ -36,8 +36,8 @@ class _Place:
 class PrefixIndex:
   """Finds blocks by their keys, and the pages of each place that hold them.
 
-  It is made of arrays (an open table of hashes, a row a block, a slot for each block that a page has room for), some 36
-  bytes a block and 8 more for each place that holds it, since a dict of keys takes several times that. A page holds some
+  It is made of arrays (an open table of hashes, a row a block, a slot for each block that a page has room for): some 36
+  bytes a block and 8 more for each place that holds it, as a dict of keys takes several times that. A page holds some
   blocks in a row of one sequence; a block has one page at a place at most. The slots that hold a block are a chain.
 
   Args:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT
+from pdjax.serving.block_keys import NO_PARENT, split
 from pdjax.serving.events import (
   Arrived,
   BlockRemoved,
@@ -64,7 +64,7 @@ def event_to_json(event: Event) -> dict[str, Any]:
 
 
 def _hashes(keys: bytes) -> list[str]:
-  return [keys[start : start + KEY_BYTES].hex() for start in range(0, len(keys), KEY_BYTES)]
+  return [key.hex() for key in split(keys)]
 
 
 def _request(request: Request) -> dict[str, Any]:

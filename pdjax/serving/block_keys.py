@@ -1,5 +1,6 @@
 """Keys of blocks of tokens: two are equal where the tokens, all before them, and what made them are equal."""
 
+import array
 import hashlib
 import json
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class BlockHasher:
     """
     if not len(tokens):
       return b''
-    data = np.asarray(tokens, '<i4').tobytes()
+    data = np.asarray(as_array(tokens), '<i4').tobytes()
     size = 4 * self.block_tokens
     begin_anew, found = self._empty.copy, []
     for start in range(0, len(data) - size + 1, size):
@@ -66,6 +67,18 @@ def stand_ins(block_hashes: Sequence[int], block_size: int, num_tokens: int) -> 
   tokens[:] = -1 - np.arange(block_size, dtype=np.int32)  # no token is negative
   tokens[:, :2] = ids.view(np.int32).reshape(-1, 2)
   return tokens.reshape(-1)[:num_tokens]
+
+
+def as_array(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+  """Token ids as `[N]` int32, of a tuple or a list at a third of what NumPy takes."""
+  if isinstance(tokens, tuple | list):
+    return np.frombuffer(array.array('i', tokens), np.int32)
+  return np.asarray(tokens, np.int32)
+
+
+def split(keys: bytes) -> list[bytes]:
+  """Keys one by one."""
+  return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
 
 def as_pairs(keys: bytes) -> np.ndarray:

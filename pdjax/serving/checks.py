@@ -378,13 +378,18 @@ def _check_chunk(view: ClusterView, step: Step, chunk: Chunk, worker: WorkerView
       )
 
 
+def decodes_there(worker: WorkerView, chunk: Chunk) -> bool:
+  """Whether the request of a chunk goes on to decode where it is prefilled."""
+  return worker.role.decodes and chunk.send_to is None
+
+
 def _check_room(view: ClusterView, step: Step, worker: WorkerView) -> None:
   """Raise unless every worker has the pages and slots that the step's new requests need."""
   room = view.room()
   for chunk in step.chunks:
     if view.requests[chunk.request].started:
       continue
-    stays = worker.role.decodes and chunk.send_to is None
+    stays = decodes_there(worker, chunk)
     places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
     for place, decodes in places:
       if not room.fits(chunk.request, place, decodes=decodes):

@@ -165,13 +165,12 @@ class PlacePages:
       grows = pool.kind.grows
       most = grown_pages(pool.kind, worker) if grows else self._num_bytes // pool.device_bytes
       self.by_kind[name] = PageAllocator(most)
-    self._sized = [(one, pools.by_kind[name]) for name, one in self.by_kind.items()]
-    self._by_kind = {name: (one, pools.by_kind[name].device_bytes) for name, one in self.by_kind.items()}
+    self._sized = {name: (one, pools.by_kind[name]) for name, one in self.by_kind.items()}
 
   @property
   def _free_bytes(self) -> int:
     if self._free is None:
-      used = [(one.num_pages - one.num_free) * spec.device_bytes for one, spec in self._sized]
+      used = [(one.num_pages - one.num_free) * spec.device_bytes for one, spec in self._sized.values()]
       self._free = self._num_bytes - sum(used)
     return self._free
 
@@ -187,7 +186,7 @@ class PlacePages:
   @property
   def used_bytes(self) -> int:
     """Bytes of all pages that somebody holds, over all devices, copies counted once."""
-    return sum((one.num_pages - one.num_free) * spec.page_bytes for one, spec in self._sized)
+    return sum((one.num_pages - one.num_free) * spec.page_bytes for one, spec in self._sized.values())
 
   @property
   def num_bytes(self) -> int:
@@ -198,12 +197,12 @@ class PlacePages:
     """Whether so many pages of each kind are free, beside others that are as good as taken."""
     num_bytes = 0
     for name, count in needed.items():
-      kind, device_bytes = self._by_kind[name]
+      kind, spec = self._sized[name]
       if beside:
         count += beside[name]
       if count > kind.num_free:
         return False
-      num_bytes += count * device_bytes
+      num_bytes += count * spec.device_bytes
     return num_bytes <= (self._free_bytes if self._free is None else self._free)
 
   @property

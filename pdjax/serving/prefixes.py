@@ -1,13 +1,12 @@
 """Cached prefixes: what places hold of the beginning of a prompt, and what becomes of the pages of those that end."""
 
-import array
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, stand_ins
+from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, as_array, stand_ins
 from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.prefix_index import PrefixIndex
@@ -135,7 +134,7 @@ class Prefixes:
     if hasher is None:
       if len(self._hashers) >= _MOST_HASHERS:
         self._hashers.clear()
-      hasher = self._hashers[made, salt] = BlockHasher(self._settings.block_tokens, made, salt)
+      hasher = self._hashers[made, salt] = BlockHasher(self.block_tokens, made, salt)
     return hasher
 
   def _has_hashes(self, entry: RequestState) -> bool:
@@ -152,7 +151,9 @@ class Prefixes:
         tokens = stand_ins(request.block_hashes, request.block_size, request.prompt_len)
         keys = self._hasher((*made, f'ids of {request.block_size} tokens'), request.salt).keys(tokens)
       else:
-        tokens = np.concatenate([_as_array(request.prompt), _as_array(entry.delivered[:-1])])
+        tokens = as_array(request.prompt)
+        if entry.delivered:
+          tokens = np.concatenate([tokens, as_array(entry.delivered[:-1])])
         keys = self._hasher(made, request.salt).keys(tokens)
       entry.keys[made] = len(entry.delivered), keys
     return keys
@@ -173,8 +174,8 @@ class Prefixes:
     if version != self._version:
       is_computed_here = source is None or source == worker
       most = entry.prefill_len - is_computed_here
-      found = self._find(entry, self.made_of(source or worker, worker))[: most // self._settings.block_tokens]
-      tokens = self.index.hit(worker, found) * self._settings.block_tokens
+      found = self._find(entry, self.made_of(source or worker, worker))[: most // self.block_tokens]
+      tokens = self.index.hit(worker, found) * self.block_tokens
       if not is_computed_here:
         tokens -= tokens % self._page_tokens[worker]
       entry.hits[worker, source] = self._version, tokens
@@ -244,7 +245,7 @@ class Prefixes:
     """
     if entry.request.cache_prefix:
       keys = self._keys(entry, self.made_of(source, worker))
-      self._store(entry, worker, keys[: tokens // self._settings.block_tokens * KEY_BYTES], ())
+      self._store(entry, worker, keys[: tokens // self.block_tokens * KEY_BYTES], entry.delivered)
 
   def note_decoded(self, entry: RequestState, worker: str, source: str) -> None:
     """Note what a request leaves behind where it decoded: the tokens that it generated but the last.
@@ -256,7 +257,7 @@ class Prefixes:
       return
     if self._has_hashes(entry):  # nobody can say what is asked with these tokens
       return
-    size, keys = self._settings.block_tokens, self._keys(entry, made)
+    size, keys = self.block_tokens, self._keys(entry, made)
     first = len(keys) // KEY_BYTES * size
     sequence = [*entry.request.prompt[first:], *entry.tokens[max(first - entry.prompt_len, 0) : -1]]
     parent = keys[-KEY_BYTES:] or NO_PARENT
@@ -268,22 +269,23 @@ class Prefixes:
     first = entry.stored.get(worker, 0)
     if len(keys) <= first * KEY_BYTES:
       return
-    per_page = self._page_tokens[worker] // self._settings.block_tokens
+    per_page = self._page_tokens[worker] // self.block_tokens
     pages = entry.pages[worker][self.kind][first // per_page :]
     new = self.index.store(worker, keys[first * KEY_BYTES :], pages, first % per_page)
     entry.stored[worker] = len(keys) // KEY_BYTES
     if new.any():
-      at = (np.flatnonzero(new) + first % per_page) // per_page
-      self._pages[worker].by_kind[self.kind].cache({pages[place] for place in at.tolist()})
+      stored = np.flatnonzero(new) + first
+      places = stored // per_page - first // per_page
+      self._pages[worker].by_kind[self.kind].cache({pages[place] for place in places.tolist()})
       self._version += 1
-      self._tell(entry, worker, keys, np.flatnonzero(new) + first, generated)
+      self._tell(entry, worker, keys, stored, generated)
 
   def _tell(self, entry: RequestState, worker: str, keys: bytes, stored: np.ndarray, generated: Sequence[int]) -> None:
     """Tell of the blocks of a sequence that are new at a worker, an event for each run of them."""
-    size = self._settings.block_tokens
+    size = self.block_tokens
     tokens: tuple[int, ...] = ()
     if self._settings.log_tokens and not self._has_hashes(entry):
-      tokens = (*entry.request.prompt, *(generated or entry.delivered))
+      tokens = (*entry.request.prompt, *generated)
     for run in np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
       start, stop = int(run[0]), int(run[-1]) + 1
       parent = keys[(start - 1) * KEY_BYTES : start * KEY_BYTES] if start else NO_PARENT
@@ -296,13 +298,6 @@ class Prefixes:
       self._told.append(AllBlocksCleared(self._now_s(), worker))
     self._pages[worker].by_kind[self.kind].forget_all()
     self._version += 1
-
-
-def _as_array(tokens: Sequence[int]) -> np.ndarray:
-  """Token ids as `[N]` int32, of a tuple or a list at a third of what NumPy takes."""
-  if isinstance(tokens, tuple | list):
-    return np.frombuffer(array.array('i', tokens), np.int32)
-  return np.asarray(tokens, np.int32)
 
 
 def _dtypes(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:

@@ -8,7 +8,7 @@ from pdjax.serving import lifecycle, sending
 from pdjax.serving.actions import STANDING, Chunk, Step
 from pdjax.serving.batch import LOOKAHEAD, NOBODY
 from pdjax.serving.books import Books
-from pdjax.serving.checks import check_step
+from pdjax.serving.checks import check_step, decodes_there
 from pdjax.serving.events import Decoded, Delivered, Done, Result
 from pdjax.serving.orders import Admission, ChunkOrder, Growth, Join, Order, PageCopies, StepOrder
 from pdjax.serving.place import Decoding, Holdings, WorkerState
@@ -171,8 +171,8 @@ def _hold_cached(books: Books, step: Step, worker: WorkerState) -> list[Found]:
   spare = pages.by_kind[prefixes.kind].num_free
   for chunk, entry, one in zip(step.chunks, entries, found, strict=True):
     if entry.phase is Phase.WAITING:
-      decodes = worker.role.decodes and chunk.send_to is None
-      spare -= entry.pages_needed(pages.pools, decodes=decodes)[prefixes.kind] - len(one.pages)
+      needed = entry.pages_needed(pages.pools, decodes=decodes_there(worker, chunk))
+      spare -= needed[prefixes.kind] - len(one.pages)
   for index, (chunk, entry) in enumerate(zip(step.chunks, entries, strict=True)):
     if entry.phase is Phase.WAITING and chunk.start > found[index].tokens:
       before = pages.by_kind[prefixes.kind].num_free
@@ -192,8 +192,7 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
       entry.cached_tokens = found.tokens
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
-    decodes = worker.role.decodes and chunk.send_to is None
-    copies = books.reserve(entry, worker, decodes=decodes, found=found)
+    copies = books.reserve(entry, worker, decodes=decodes_there(worker, chunk), found=found)
     if chunk.send_to is not None:
       sending.reserve_target(books, entry, books.workers[chunk.send_to])
   stays, start = entry.target == worker.name, entry.started

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from pdjax.serving import ClusterState
+from pdjax.serving.block_keys import split
 from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Delivered, Event, Finished, Turn
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
@@ -41,22 +42,18 @@ def assert_blocks(events: Iterable[Event], state: ClusterState) -> None:
   for event in events:
     match event:
       case BlockStored(_, place, keys, parent):
-        new = _split(keys)
+        new = split(keys)
         assert not held[place] & {*new}, 'a block is stored twice'
         assert parent == bytes(16) or parent not in new
         held[place] |= {*new}
       case BlockRemoved(_, place, keys):
-        assert held[place] >= {*_split(keys)}
-        held[place] -= {*_split(keys)}
+        assert held[place] >= {*split(keys)}
+        held[place] -= {*split(keys)}
       case AllBlocksCleared(_, place):
         held[place].clear()
   for name, keys in held.items():
     assert prefixes.index.num_blocks(name) == len(keys)
     assert prefixes.index.hit(name, prefixes.index.find(b''.join(keys))) == len(keys)
-
-
-def _split(keys: bytes) -> list[bytes]:
-  return [keys[start : start + 16] for start in range(0, len(keys), 16)]
 
 
 def assert_right(

@@ -8,13 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from pdjax.serving.block_keys import NO_PARENT, BlockHasher, as_pairs, stand_ins
+from pdjax.serving.block_keys import NO_PARENT, BlockHasher, as_pairs, split, stand_ins
 
 TOKENS = [5, 70_000, 2**31 - 1, 0, 9, 8, 7, 6, 1]
-
-
-def split(keys: bytes) -> list[bytes]:
-  return [keys[start : start + 16] for start in range(0, len(keys), 16)]
 
 
 def test_a_key_is_a_keyed_hash_of_its_parent_and_its_tokens():

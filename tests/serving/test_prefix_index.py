@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from pdjax.serving.block_keys import BlockHasher
+from pdjax.serving.block_keys import BlockHasher, split
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.serving.prefix_index import PrefixIndex
 
@@ -113,27 +113,27 @@ def test_it_says_what_a_model_of_dicts_says(seed):
     place = rng.choice('abc')
     allocator, (_, per_page) = allocators[place], sizes[place]
     keys = keys_of(*sequence())
-    split = [keys[start : start + 16] for start in range(0, len(keys), 16)]
+    split_keys = split(keys)
     blocks = index.find(keys)
     hit = index.hit(place, blocks)
-    assert hit == naive.hit(place, split)
+    assert hit == naive.hit(place, split_keys)
     pages = index.pages(place, blocks[:hit])
-    last = [split[min(start + per_page, hit) - 1] for start in range(0, hit, per_page)]
+    last = [split_keys[min(start + per_page, hit) - 1] for start in range(0, hit, per_page)]
     assert pages == tuple(naive.page_of[place][key] for key in last)
     match rng.randrange(10):
       case 0 | 1 | 2 | 3 | 4:  # a request begins with the whole pages that are hit
         whole = pages[: hit // per_page]
         allocator.hold(whole)
-        lacking = -(-len(split) // per_page) - len(whole)
+        lacking = -(-len(split_keys) // per_page) - len(whole)
         if lacking > allocator.num_free:
           allocator.drop(whole)
           continue
         own = (*whole, *allocator.take(lacking))
         first = len(whole) * per_page
         new = index.store(place, keys[16 * first :], own[len(whole) :])
-        fresh = [key for key in split[first:] if key not in naive.page_of[place]]
+        fresh = [key for key in split_keys[first:] if key not in naive.page_of[place]]
         assert int(new.sum()) == len(fresh)
-        naive.store(place, split[first:], own[len(whole) :], 0, per_page)
+        naive.store(place, split_keys[first:], own[len(whole) :], 0, per_page)
         allocator.cache([page for page in own if page in naive.page_of[place].values()])
         held.append((place, own))
       case 5 | 6 | 7 | 8:

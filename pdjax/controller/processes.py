@@ -23,7 +23,7 @@ from pdjax.host import node_name
 from pdjax.serving.built import Built, WarmUp
 from pdjax.serving.events import Comeback
 from pdjax.serving.peers import Assignment, Loaded, PeerLost
-from pdjax.types.cluster import DeviceError, ways
+from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
@@ -147,7 +147,7 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
     memory = min(machines[one.name].memory_bytes for one in workers)
     for spec in size_pools(
       workers, devices, model, memory, one_memory=on_cpu, staging_bytes=config.staging_bytes,
-      cluster=config.cluster,
+      pairs=config.ways(config.cluster),
     ):  # fmt: skip
       sized[spec.name] = spec
   return {worker.name: sized[worker.name] for worker in config.workers}
@@ -191,7 +191,7 @@ class Handshake:
     self._say = say
     self.specs = {spec.name: spec for spec in config.workers}
     self.transfer = config.transfer
-    pairs = ways(config.workers) if config.moves_kv else []
+    pairs = config.ways(config.workers)
     self.ways: Sequence[tuple[str, str]] = [(source.name, target.name) for source, target in pairs]
     self._lock = threading.Lock()
     self._machines: dict[str, Machine] = {}  # of workers that are there

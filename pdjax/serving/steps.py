@@ -16,6 +16,7 @@ from pdjax.serving.prefixes import NOTHING, Found
 from pdjax.serving.requests import Phase, RequestState, StepInFlight, enter
 from pdjax.serving.view import ClusterView
 
+_LEFT = (Phase.RESTARTING, Phase.LEAVING)
 _OVER = (Phase.RESTARTING, Phase.ENDING, Phase.FINISHED)
 
 
@@ -280,7 +281,7 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
       entry.computed = entry.computed or chunk.restores
       books.unsettled.append(entry)
   if is_last:
-    books.unsettled.extend(one for one in holdings.batch.leaving.values() if one.phase is Phase.RESTARTING)
+    books.unsettled.extend(one for one in holdings.batch.leaving.values() if one.phase in _LEFT)
     holdings.batch.leaving.clear()
   was_replaced = len(holdings.steps) > 1
   return is_last or event.decoded is None or bool(event.decoded.ended) or not (event.to_come is None or was_replaced)

@@ -89,9 +89,9 @@ def test_what_decode_makes_is_a_prompts_only_where_it_is_made_alike(ours, theirs
   workers = prefill_pool(1, **SIZES, **ours) + decode_pool(1, **SIZES, **theirs)
   workers = tuple(dataclasses.replace(one, weights=one.weights or 'float32') for one in workers)
   prefixes = cluster_of(workers).state.books.prefixes
-  assert (prefixes.made_of('prefill0', 'decode0') == prefixes.made_of('decode0', 'decode0')) == alike
+  assert (prefixes.making.made_of('prefill0', 'decode0') == prefixes.making.made_of('decode0', 'decode0')) == alike
   loose = cluster_of(workers, prefix_cache=dataclasses.replace(CACHE, lossy=True)).state.books.prefixes
-  assert loose.made_of('prefill0', 'decode0') == loose.made_of('decode0', 'decode0')
+  assert loose.making.made_of('prefill0', 'decode0') == loose.making.made_of('decode0', 'decode0')
 
 
 def test_a_chunk_may_start_anywhere_up_to_what_is_cached_in_whole_blocks():

@@ -11,7 +11,7 @@ from pdjax.types.cache import wire_dtype
 from pdjax.types.model import ModelSpec
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.request import Request
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 Made = tuple[str, ...]
 
@@ -58,6 +58,7 @@ class BlockMaking:
     self._places = places
     self._made: dict[tuple[str, str], Made] = {}
     self._sent_on: dict[tuple[Made, str, str], Made] = {}
+    self._asked: dict[str, frozenset[Made]] = {}  # by place
     self._hashers: dict[tuple[Made, str], BlockHasher] = {}
 
   # -------------------------------------------------------------------------- what makes a block
@@ -92,6 +93,17 @@ class BlockMaking:
         dtype = other
       self._sent_on[way] = tuple(on_the_way)
     return self._sent_on[way]
+
+  def is_useful(self, made: Made, target: str) -> bool:
+    """Whether a request could go on from blocks that are made so at a place, or they could be sent on from there."""
+    place = self._places[target]
+    if place.role is Role.HOLD or self._settings.lossy:
+      return True
+    if target not in self._asked:
+      prefills = [name for name, one in self._places.items() if one.ever_prefills]
+      sources = prefills if place.ever_decodes else [target]
+      self._asked[target] = frozenset(self.made_of(source, target) for source in sources)
+    return made in self._asked[target]
 
   def _hasher(self, made: Made, salt: str) -> BlockHasher:
     hasher = self._hashers.get((made, salt))

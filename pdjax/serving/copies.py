@@ -3,6 +3,7 @@
 import dataclasses
 
 from pdjax.serving.actions import SendOn, Transfer
+from pdjax.serving.block_keys import KEY_BYTES
 from pdjax.serving.block_making import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, check_takes_new, check_up, find_place, find_way
@@ -26,7 +27,7 @@ class Copy:
     sent: The token behind the last that was sent on.
     under_way: Its transfers that are not over.
     failed_at: The first token that did not arrive; None while none is known.
-    entry: The request that waits for it, if one does.
+    entries: The requests that wait for it.
   """
 
   blocks: Blocks
@@ -37,7 +38,7 @@ class Copy:
   sent: int
   under_way: int = 0
   failed_at: int | None = None
-  entry: RequestState | None = None
+  entries: list[RequestState] = dataclasses.field(default_factory=list)
 
   @property
   def is_over(self) -> bool:
@@ -48,7 +49,8 @@ class Copy:
 def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[TransferOrder, ...]:
   """The orders that copy what a place holds of blocks to where they are not, as far as staging has room now.
 
-  As many from the first one on as the target has free pages for; none if it has all that the source holds.
+  As many from the first one on as the target has free pages for; none if it has all that the source holds, or another
+  copy brings it.
 
   Raises:
     PolicyError: if nothing is cached, a place is unknown, lost or draining, or there is no way between the two.
@@ -65,6 +67,11 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   plan = prefixes.plan_copy(blocks, source.name, target.name)
   if plan is None:
     return ()
+  entry = books.requests.get(blocks.request) or books.ended.get(blocks.request)
+  for copy in books.copies.values():
+    if copy.target == target.name and copy.failed_at is None and _brings(copy, plan, prefixes.block_tokens):
+      _wait_for(copy, entry)
+      return ()
   ours, theirs = books.holdings[source.name].pages, books.holdings[target.name].pages
   theirs.hold({prefixes.kind: plan.before})  # before others take their place
   free = theirs.by_kind[prefixes.kind].num_free - books.holdings[target.name].wanted.get(prefixes.kind, 0)
@@ -76,13 +83,23 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   plan = dataclasses.replace(plan, end=end)
   ours.hold({prefixes.kind: plan.source_pages})
   pages = theirs.take({prefixes.kind: -(-(end - plan.start) // size)})[prefixes.kind]
-  entry = books.requests.get(blocks.request)
-  copy = Copy(blocks, plan, source.name, target.name, pages, plan.start, entry=entry)
+  copy = Copy(blocks, plan, source.name, target.name, pages, plan.start)
   books.copies[number := books.new_order_id()] = copy
-  if entry is not None:
-    entry.fetches[target.name] = entry.fetches.get(target.name, 0) + 1
-    entry.fetching += 1
+  _wait_for(copy, entry)
   return _send(books, number)
+
+
+def _brings(copy: Copy, plan: CopyPlan, block_tokens: int) -> bool:
+  """Whether a copy that is under way brings all that another would."""
+  size = plan.end // block_tokens * KEY_BYTES
+  return copy.plan.start <= plan.start and plan.end <= copy.plan.end and copy.plan.keys[:size] == plan.keys[:size]
+
+
+def _wait_for(copy: Copy, entry: RequestState | None) -> None:
+  if entry is not None:
+    entry.fetches[copy.target] = entry.fetches.get(copy.target, 0) + 1
+    entry.fetching += 1
+    copy.entries.append(entry)
 
 
 def send_on(books: Books, action: SendOn) -> tuple[TransferOrder, ...]:
@@ -171,5 +188,5 @@ def _end(books: Books, number: int) -> None:
   prefixes.note_copied(copy.blocks, plan, copy.target, copy.pages, end)
   books.drop(copy.source, {prefixes.kind: plan.source_pages})
   books.drop(copy.target, {prefixes.kind: (*plan.before, *copy.pages)})
-  if copy.entry is not None:
-    copy.entry.fetching -= 1
+  for entry in copy.entries:
+    entry.fetching -= 1

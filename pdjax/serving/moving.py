@@ -11,7 +11,6 @@ from pdjax.serving.checks import (
 )
 from pdjax.serving.lifecycle import file, note_decoded, unschedule
 from pdjax.serving.orders import LeaveOrder, StepOrder
-from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter, give_up_row, leave_steps
 from pdjax.serving.tasks import start_leave
 from pdjax.serving.view import ClusterView
@@ -21,7 +20,7 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   """Have a request that decodes leave its batch, to go on at another worker.
 
   Raises:
-    PolicyError: if that worker does not decode or is the same, there is no way to it, or it has no room.
+    PolicyError: if that worker does not decode or is the same, there is no way to it, or it could never have room.
   """
   target = books.workers[action.target]
   assert entry.target is not None
@@ -30,10 +29,9 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   check_decodes(action, target)
   check_takes_new(action, target)
   find_way(view, action, entry.target, target.name)
-  if not _fits(books, entry, target):
+  if not view.could_fit(entry.request.id, target.name, decodes=True):
     raise PolicyError(
-      f'{action!r}: {target.name!r} has {target.free_pages} pages and {target.free_slots} slots left, too few for '
-      f'its {entry.prompt_len + entry.num_tokens} tokens and those to come; name another worker.'
+      f'{action!r}: {target.name!r} has {view.capacity(target.name)} pages in all, too few for it; name another worker.'
     )
   leaves = Leave(entry.request.id, entry.target)
   unschedule(books, entry)
@@ -42,14 +40,6 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   enter(entry, Phase.LEAVING)
   leave_now(books, entry)
   return (start_leave(books, leaves),)
-
-
-def _fits(books: Books, entry: RequestState, target: WorkerState) -> bool:
-  """Whether a worker has a slot and pages for a request as it is now."""
-  holdings = books.holdings[target.name]
-  needed = entry.pages_ahead_of(holdings.pages.pools, entry.next_tokens)
-  beside = {kind: holdings.wanted.get(kind, 0) for kind in needed}
-  return bool(holdings.slots) and holdings.pages.fits(needed, beside)
 
 
 def leave_now(books: Books, entry: RequestState) -> bool:

@@ -296,13 +296,15 @@ class Prefixes:
     return tokens
 
   def plan_copy(self, blocks: Blocks, source: str, target: str) -> CopyPlan | None:
-    """The blocks of a sequence that a place has and another lacks; None if there are none."""
+    """The blocks of a sequence that a place has, another lacks and somebody there could use; None if there are none."""
     size, longest, best = self.block_tokens, 0, None
-    useful = self.making.made_of(target, target)
     for made in self._chains[source]:
+      sent_on = self.making.sent_on(made, source, target)
+      if not self.making.is_useful(sent_on, target):
+        continue
       found = self.index.find(self.making.keys_of(blocks, made))
-      held, sent_on = self.index.hit(source, found), self.making.sent_on(made, source, target)
-      if best is None or (held, sent_on == useful) > (longest, best[1] == useful):
+      held = self.index.hit(source, found)
+      if held > longest:
         longest, best = held, (found, sent_on)
     if best is None:
       return None

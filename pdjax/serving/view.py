@@ -455,6 +455,11 @@ class ClusterView:
     """Whether pages may travel from one place to another."""
     return self._books.is_way(source, target)
 
+  @property
+  def caches(self) -> bool:
+    """Whether prefixes are kept (`ServingConfig.prefix_cache`)."""
+    return self._books.prefixes is not None
+
   def may_be_cached(self, tokens: int) -> bool:
     """Whether so many tokens of a beginning may be found: prefixes are kept, and they are whole blocks."""
     prefixes = self._books.prefixes

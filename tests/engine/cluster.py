@@ -40,7 +40,7 @@ class Served:
   report: Report
   requests: tuple[Request, ...]
   policy: Policy
-  incarnations: dict[str, int]  # of the workers, as it began
+  incarnations: dict[str, int]  # of the places, as it began
   state: ClusterState
 
   @functools.cached_property
@@ -68,12 +68,15 @@ class Cluster:
     built.backend.close()
     self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
     self.workers = built.backend.workers
+    self.holders = built.places
+    self.places = {spec.name: built.backend.places[spec.name] for spec in built.places}
     self.transports = built.backend._transports
 
   def only(self, *names: str) -> 'Cluster':
     """Some of the workers as a cluster of their own."""
     part = object.__new__(Cluster)
     part.__dict__ |= self.__dict__
+    part.holders, part.places = (), {}
     part.specs = tuple(spec for spec in self.specs if spec.name in names)
     part.workers = {name: self.workers[name] for name in names}
     part.transports = {way: one for way, one in self.transports.items() if set(way[:2]) <= set(names)}
@@ -92,7 +95,8 @@ class Cluster:
     config = self.config
     return ClusterState(
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache,
+      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache, places=self.holders,
+      moves_anywhere=config.moves_anywhere,
     )  # fmt: skip
 
   def serve(
@@ -110,11 +114,11 @@ class Cluster:
     requests = tuple(requests)
     policy = policy or self.config.policy
     state = self.empty_state()
-    engine = Engine(list(self.workers.values()), self.transports)
-    incarnations = {name: worker.incarnation for name, worker in self.workers.items()}
-    for name, worker in self.workers.items():
-      worker.forget_all()
-      state.workers[name].incarnation = worker.incarnation
+    engine = Engine(list(self.workers.values()), self.transports, list(self.places.values()))
+    incarnations = {name: place.incarnation for name, place in engine.places.items()}
+    for name, place in engine.places.items():
+      place.forget_all()
+      state.books.places[name].incarnation = place.incarnation
     compiled_before = len(compiled)
     try:
       prepare(engine)
@@ -133,7 +137,7 @@ class Cluster:
     return served
 
   def _check_bytes(self, served: Served) -> None:
-    specs = {spec.name: spec for spec in self.specs}
+    specs = {spec.name: spec for spec in (*self.specs, *self.holders)}
     moved = []
     for order, done in served.transfers():
       dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)

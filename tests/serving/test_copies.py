@@ -114,6 +114,19 @@ def test_a_target_with_few_pages_takes_the_beginning_and_gives_up_what_is_oldest
   assert cluster.view.fetchable_tokens('b', 'host0', 'prefill0') == 0  # the oldest made room
 
 
+def test_two_that_want_the_same_wait_for_one_copy():
+  cluster = cluster_of()
+  compute(cluster, 'a', 17)
+  for name, length in (('b', 17), ('c', 9), ('d', 9)):
+    cluster.arrive(name, length)
+  (order,) = copy(cluster, 'b', 'prefill0', 'host0')
+  assert copy(cluster, 'c', 'prefill0', 'host0') == ()
+  assert [cluster.view.requests[name].fetching for name in 'bcd'] == [1, 1, 0]
+  cluster.arrive('e', prompt=(*range(2, 10), 90), max_tokens=1)
+  end(cluster, order)
+  assert [cluster.view.requests[name].fetching for name in 'bcd'] == [0, 0, 0]
+
+
 @pytest.mark.parametrize('ends', ['fails', 'is given up'])
 def test_a_copy_that_fails_leaves_nothing_and_harms_nobody(ends):
   cluster = cluster_of()

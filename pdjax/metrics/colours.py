@@ -17,7 +17,6 @@ PARTS = {
 }
 WAITING = '#8b949e'
 BASELINE = '#8b949e'
-OTHERS = '#6e7781'
 SYSTEMS = ('#7a62d3', '#168aad', '#b5542a', '#7f8b1f', '#c4609c', '#0f9d76')
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'

@@ -1,6 +1,5 @@
 """The hits of the prefix cache over time, by the place that had what was found."""
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from pdjax.metrics.charts.rows import rounding, table
 from pdjax.metrics.charts.style import SECONDS, finish, lane_axis, time_axis, zoom_parameters
-from pdjax.metrics.colours import BASELINE, OTHERS, SYSTEMS
+from pdjax.metrics.colours import BASELINE, SYSTEMS
 from pdjax.metrics.hit_rows import SIDES
 from pdjax.metrics.numbers import percent
 from pdjax.metrics.report import Report
@@ -58,9 +57,8 @@ def prefix_hits(report: Report, *, zoom: bool = True, beside: Sequence[Report] =
 def place_colours(reports: Sequence[Report]) -> list[tuple[str, str]]:
   """The colour of each place where anything was found, of those with few hits together, and of what was asked for."""
   shown, others = _places(reports)
-  return [
-    *zip(shown, itertools.cycle(SYSTEMS), strict=False), *([(_OTHERS, OTHERS)] if others else []), (_ASKED, BASELINE)
-  ]  # fmt: skip
+  names = [*shown, _OTHERS] if others else shown
+  return [*zip(names, SYSTEMS, strict=False), (_ASKED, BASELINE)]
 
 
 def interval_s(reports: Sequence[Report]) -> float:
@@ -71,14 +69,15 @@ def interval_s(reports: Sequence[Report]) -> float:
 
 
 def _places(reports: Sequence[Report]) -> tuple[list[str], list[str]]:
-  """The places with most hits, as many as there are colours, and the others."""
+  """The places that have a colour each, if there are too many those with most hits, and the others."""
   counts: dict[str, int] = {worker.name: 0 for report in reports for worker in report.workers}
   for report in reports:
     for found in report.prefix_hits.values():
       for place, tokens in found.items():
         counts[place] = counts.get(place, 0) + tokens
   some = [place for place, tokens in counts.items() if tokens]
-  most = sorted(some, key=lambda place: -counts[place])[: len(SYSTEMS)]
+  number = len(SYSTEMS) - (len(some) > len(SYSTEMS))
+  most = sorted(some, key=lambda place: -counts[place])[:number]
   return [place for place in some if place in most], [place for place in some if place not in most]
 
 

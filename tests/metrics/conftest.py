@@ -168,7 +168,7 @@ def _chats(seed: int) -> tuple[pdjax.Request, ...]:
   return tuple(
     pdjax.Request(
       f'r{i}', (*tiny.prompt(24, seed)[: 8 * (1 + i % 3)], *tiny.prompt(5, 40 + i)),
-      pdjax.SamplingParams(max_tokens=4), i // 2 * 0.01,
+      pdjax.SamplingParams(max_tokens=4), i // 2 * 0.001,
     )
     for i in range(24)
   )  # fmt: skip

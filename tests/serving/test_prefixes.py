@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated, FewestQueuedTokens, LongestPrefix
-from pdjax.serving import Cancel, Chunk, ClusterState, PolicyError, Step, Transfer, serve
+from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, Transfer, serve
 from pdjax.serving.events import Event, Finished, PrefixHit, Started, WorkerLost, WorkerUse
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
@@ -221,6 +221,19 @@ def test_of_what_is_begun_again_nothing_is_told():
   cluster.arrive('b', 12)
   prefill(cluster, 'b', 12, start=10)
   assert take_hits(cluster) == [('b', 'prefill0', 10, 'prefill')]
+
+
+def test_of_what_is_sent_again_nothing_is_told():
+  """A decode worker holds all of a prompt, as it was sent there before a step failed."""
+  cluster = cluster_of(faults=FaultSpec(max_attempts=3))
+  cluster.arrive('a', 12)
+  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 12, 'decode0'),)))
+  cluster.end(step, {'a': 1})
+  cluster.end(transfer)
+  fail(cluster, cluster.start(Step('decode0', decodes=ALL))[0])
+  assert cluster.view.requests['a'].attempts == 2 and hit(cluster, 'a', 'decode0', 'prefill0') == 12
+  _, *transfers = cluster.start(Step('prefill0', (Chunk('a', 10, 2, 'decode0'),)))
+  assert transfers == [] and take_hits(cluster) == []
 
 
 def test_cached_pages_are_told_apart_from_those_that_are_held():

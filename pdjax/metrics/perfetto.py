@@ -11,7 +11,7 @@ from typing import Any
 
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
-from pdjax.serving.events import RoleChanged
+from pdjax.serving.events import PrefixHit, RoleChanged
 from pdjax.types.json_text import json_text
 
 _REQUESTS = 1  # the process of all that belongs to no worker; to viewers 0 is the idle task
@@ -23,8 +23,9 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   """The run as trace events, times in microseconds and ascending, names of tracks first.
 
   Each worker is a process with a thread `steps` and one for each worker that it sends KV to, or several where
-  transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. A
-  worker that takes another role has an instant there. For every transfer an arrow (a flow) leads from the step that
+  transfers overlap. Counters say how many pages are in use, how many others are cached, how many sequences decode and
+  how many prompts wait. A worker that takes another role has an instant there, and so has what was found in the prefix
+  cache. For every transfer an arrow (a flow) leads from the step that
   computed the pages over the transfer to the first step that decodes the request.
   """
   spans = list(report.timeline.spans)
@@ -47,6 +48,7 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   events = [_slice(span, *tracks[span.order]) for span in spans]
   events += _counters(report, processes)
   events += [_instant(change, processes[change.worker]) for change in report.role_changes]
+  events += [_hit(hit, processes.get(hit.place, _REQUESTS)) for hit in report.timeline.hits]
   slices = {event['args']['order']: event for event in events if event['ph'] == 'X'}
   events += _flows(spans, slices)
   return names + sorted(events, key=lambda event: event['ts'])
@@ -118,6 +120,8 @@ def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, A
     counts = [('prompts waiting', _REQUESTS, {'prompts': now.waiting})]
     for use in now.workers:
       counts.append(('pages in use', processes[use.worker], {'pages': use.pages}))
+      if use.cached or ('pages cached', processes[use.worker]) in before:
+        counts.append(('pages cached', processes[use.worker], {'pages': use.cached}))
       counts.append(('sequences decoding', processes[use.worker], {'sequences': use.decoding}))
     for name, process, values in counts:
       if before.get((name, process)) != values:
@@ -130,6 +134,15 @@ def _instant(change: RoleChanged, process: int) -> dict[str, Any]:
   return {
     'ph': 'i', 'name': f'becomes {change.role.value}', 'cat': _CATEGORY, 's': 'p', 'pid': process, 'tid': _STEPS,
     'ts': _microseconds(change.now_s), 'args': {'asked_us': _microseconds(change.asked_s)},
+  }  # fmt: skip
+
+
+def _hit(hit: PrefixHit, process: int) -> dict[str, Any]:
+  """A mark where a request found something; at a place that is no worker, among what belongs to none."""
+  return {
+    'ph': 'i', 'name': f'prefix hit, {hit.side}', 'cat': _CATEGORY, 's': 't', 'pid': process,
+    'tid': 0 if process == _REQUESTS else _STEPS, 'ts': _microseconds(hit.now_s),
+    'args': {'request': hit.request, 'place': hit.place, 'tokens': hit.tokens},
   }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
-from pdjax.serving.events import Delivered, Done, Event, Finished
+from pdjax.serving.events import Delivered, Done, Event, Finished, HitSide, PrefixHit
 from pdjax.serving.orders import Order, PageCopies, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -258,6 +258,11 @@ class Books:
   def hold_cached(self, entry: RequestState, worker: str, most: int, source: str | None = None) -> Found:
     """Hold whole pages that a worker has of a request's beginning, up to so many tokens; `source` computes it."""
     return NOTHING if self.prefixes is None else self.prefixes.hold(entry, worker, most, source)
+
+  def tell_hit(self, entry: RequestState, place: str, tokens: int, side: HitSide) -> None:
+    """Tell that a request which is new takes so many tokens that a place holds."""
+    if tokens and entry.is_new:
+      self.told.append(PrefixHit(self.now_s, entry.request.id, place, tokens, side))
 
   def release(self, worker: str, copies: PageCopies) -> None:
     """Let go of pages that were held to be copied."""

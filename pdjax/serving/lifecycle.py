@@ -56,8 +56,7 @@ def file(queue: MutableMapping[str, RequestState], entry: RequestState) -> None:
   if isinstance(queue, KeyedQueue):
     queue[entry.request.id] = entry
     return
-  is_new = entry.attempts == 1 and not entry.preemptions
-  later = [] if is_new else [other for other in queue.values() if other.number > entry.number]
+  later = [] if entry.is_new else [other for other in queue.values() if other.number > entry.number]
   queue[entry.request.id] = entry
   for other in later:
     queue[other.request.id] = queue.pop(other.request.id)

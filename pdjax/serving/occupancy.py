@@ -10,7 +10,7 @@ class OccupancyWatch:
   def __init__(self, books: Books):
     """Watch these books, in which nothing is used yet."""
     self._books = books
-    self._uses = dict.fromkeys(books.places, (0, 0))
+    self._uses = dict.fromkeys(books.places, (0, 0, 0))
     self._num_waiting = 0
 
   def take(self, now_s: float) -> Occupancy | None:
@@ -21,7 +21,7 @@ class OccupancyWatch:
     )
     for name in touched:
       worker = books.places[name]
-      use = worker.num_pages - worker.free_pages, len(worker.decoding)
+      use = worker.num_pages - worker.free_pages, len(worker.decoding), worker.cached_pages
       if use != self._uses[name]:
         self._uses[name] = use
         changed.append(WorkerUse(name, *use))

@@ -195,6 +195,11 @@ class RequestState:
     return count
 
   @property
+  def is_new(self) -> bool:
+    """Whether it was never begun again: what it has computed itself is no hit."""
+    return self.attempts == 1 and not self.preemptions
+
+  @property
   def prefill_len(self) -> int:
     """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
     return self.prompt_len + max(len(self.delivered) - 1, 0)

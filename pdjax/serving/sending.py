@@ -34,6 +34,7 @@ def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> No
   if found.tokens:
     (kind,) = entry.pages[target.name]
     entry.sent[kind] = found.tokens
+    books.tell_hit(entry, target.name, found.tokens, 'decode')
 
 
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:

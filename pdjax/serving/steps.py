@@ -189,8 +189,9 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
     entry.worker, entry.started, entry.computed_to = worker.name, found.tokens, found.tokens
-    if entry.attempts == 1 and not entry.preemptions:  # what it has computed itself is no hit
+    if entry.is_new:
       entry.cached_tokens = found.tokens
+      books.tell_hit(entry, worker.name, found.tokens, 'prefill')
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     copies = books.reserve(entry, worker, decodes=decodes_there(worker, chunk), found=found)

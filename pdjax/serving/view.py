@@ -106,7 +106,39 @@ class RequestView(Protocol):
     """Slots where it decodes: one, and one for each further sample that follows it."""
 
 
-class WorkerView(Protocol):
+class PagesView(Protocol):
+  """The pages and slots of a worker, as a policy sees them."""
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in all, free or not."""
+
+  @property
+  def free_pages(self) -> int:
+    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
+
+  @property
+  def cached_pages(self) -> int:
+    """Pages that nobody holds and whose content is found again; they count as free."""
+
+  @property
+  def used_bytes(self) -> int:
+    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+
+  @property
+  def free_slots(self) -> int:
+    """Slots in which no sequence stands."""
+
+
+class WorkerView(PagesView, Protocol):
   """A worker as a policy sees it: the books' own object, to be read."""
 
   @property
@@ -132,30 +164,6 @@ class WorkerView(Protocol):
   @property
   def draining(self) -> Role | None:
     """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
-
-  @property
-  def page_size(self) -> int:
-    """Tokens per page."""
-
-  @property
-  def num_pages(self) -> int:
-    """Pages in all, free or not."""
-
-  @property
-  def free_pages(self) -> int:
-    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
-
-  @property
-  def used_bytes(self) -> int:
-    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
-
-  @property
-  def num_bytes(self) -> int:
-    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
-
-  @property
-  def free_slots(self) -> int:
-    """Slots in which no sequence stands."""
 
   @property
   def steps(self) -> Sequence[Step]:

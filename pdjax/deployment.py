@@ -91,7 +91,7 @@ class Deployment:
       max_preemptions=config.max_preemptions,
       prefix_cache=cache and dataclasses.replace(cache, trusts_block_hashes=self.is_simulated),
       places=built.places,
-      moves_anywhere=config.moves_anywhere,
+      between=[(source.name, target.name) for source, target in config.ways((*built.workers, *built.places))],
     )
     for name, place in built.backend.places.items():
       state.books.places[name].incarnation = place.incarnation

@@ -171,7 +171,8 @@ def _transfer(order: TransferOrder) -> str:
     f'{{"order": "TransferOrder", "id": {order.id}, "request": {_name(order.request)}, '
     f'"source": {_name(order.source)}, "target": {_name(order.target)}, "after": {_optional(order.after)}, '
     f'"incarnations": {_ints(order.incarnations)}, "num_bytes": {order.num_bytes}, '
-    f'"source_pages": {_ints(span.source_pages)}, "target_pages": {_ints(span.target_pages)}, "start": {span.start}, '
+    f'"copy": {_optional(order.copy)}, "source_pages": {_ints(span.source_pages)}, '
+    f'"target_pages": {_ints(span.target_pages)}, "start": {span.start}, '
     f'"tokens": {span.tokens}, "layers": {layers}, "kind": {_name(span.kind)}}}'
   )
 

@@ -22,21 +22,22 @@ _CATEGORY = 'pdjax'
 def trace_events(report: Report) -> list[dict[str, Any]]:
   """The run as trace events, times in microseconds and ascending, names of tracks first.
 
-  Each worker is a process with a thread `steps` and one for each worker that it sends KV to, or several where
-  transfers overlap. Counters say how many pages are in use, how many others are cached, how many sequences decode and
-  how many prompts wait. A worker that takes another role has an instant there, and so has what was found in the prefix
-  cache. For every transfer an arrow (a flow) leads from the step that
-  computed the pages over the transfer to the first step that decodes the request.
+  Each worker is a process with a thread `steps` and one for each place that it sends KV to, or several where transfers
+  overlap; places that only hold pages are processes too. Counters say how many pages are in use, how many others are
+  cached, how many sequences decode and how many prompts wait. A worker that takes another role has an instant there,
+  and so has what was found in the prefix cache. For every transfer of a request an arrow (a flow) leads from the step
+  that computed the pages over the transfer to the first step that decodes the request.
   """
   spans = list(report.timeline.spans)
-  processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
+  processes = {worker.name: number for number, worker in enumerate(report.all_places, start=_REQUESTS + 1)}
   names = [_name('process_name', _REQUESTS, 0, 'requests')]
   for worker in report.workers:
     changes = any(change.worker == worker.name for change in report.role_changes)
     label = f'{worker.name} ({worker.role.value}{" at first" if changes else ""}, tp={worker.tp})'
     names.append(_name('process_name', processes[worker.name], 0, label))
     names.append(_name('thread_name', processes[worker.name], _STEPS, 'steps'))
-  tracks = {span.order: (processes[span.worker], _STEPS) for span in spans if span.kind != 'transfer'}
+  names += [_name('process_name', processes[place.name], 0, f'{place.name} (holds pages)') for place in report.places]
+  tracks = {span.order: (processes[span.worker], _STEPS) for span in spans if not span.moves}
   threads = dict.fromkeys(processes, _STEPS)  # of each worker the last
   for (source, target), lanes in _links(spans).items():
     for number, lane in enumerate(lanes):
@@ -78,7 +79,7 @@ def _links(spans: Sequence[BusySpan]) -> dict[tuple[str, str], list[list[BusySpa
   """The transfers of each (source, target), dealt out to lanes in which none overlaps another."""
   links: dict[tuple[str, str], list[list[BusySpan]]] = {}
   for span in sorted(spans, key=lambda span: span.began_s):
-    if span.kind != 'transfer':
+    if not span.moves:
       continue
     assert span.target is not None
     lanes = links.setdefault((span.worker, span.target), [])
@@ -92,7 +93,7 @@ def _links(spans: Sequence[BusySpan]) -> dict[tuple[str, str], list[list[BusySpa
 
 def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
   args: dict[str, Any] = {'order': span.order}
-  if span.kind == 'transfer':
+  if span.moves:
     args |= {'request': span.requests[0], 'target': span.target, 'wire_bytes': span.wire_bytes}
     if span.trip is not None:
       stamps = (span.submitted_s, span.began_s, span.trip.wire_began_s, span.trip.arrived_s, span.ended_s)
@@ -155,7 +156,7 @@ def _flows(spans: Sequence[BusySpan], slices: dict[int, dict[str, Any]]) -> Iter
   prefills: dict[str, list[int]] = {}  # orders with prompt tokens, by request
   decodes: dict[tuple[str, str], int] = {}  # the first order that decodes a request on a worker
   for span in spans:
-    if span.kind == 'transfer':
+    if span.moves:
       continue
     for request in span.requests[: span.num_prompts]:
       prefills.setdefault(request, []).append(span.order)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pdjax.metrics.account import Account, sum_line
+from pdjax.metrics.copies import CopiedBlocks, copied_blocks
 from pdjax.metrics.notes import own_notes
 from pdjax.metrics.numbers import number, percent
 from pdjax.metrics.request_rows import NOBODY, RequestRows
@@ -67,6 +68,8 @@ class Report:
     wire_bytes: Bytes that transfers put onto target devices.
     num_transfers: Transfers that ended well.
     transfers: The time they took, and the part of it that was hidden.
+    copies: The cached blocks that were copied from place to place, by way; `wire_bytes` and `transfers` are without
+      them.
     wasted_tokens: Tokens computed and thrown away.
     cached_tokens: Tokens of prompts that were cached, and so not computed.
     caches: Whether there was a prefix cache.
@@ -87,6 +90,7 @@ class Report:
     generated_texts: The text of each request's answer, by its id.
     timeline: The times of every request and worker.
     workers: The cluster.
+    places: The places that only hold pages.
   """
 
   date: str
@@ -120,6 +124,7 @@ class Report:
   wire_bytes: int
   num_transfers: int
   transfers: TransferFigures
+  copies: tuple[CopiedBlocks, ...]
   wasted_tokens: int
   cached_tokens: int
   caches: bool
@@ -140,6 +145,7 @@ class Report:
   generated_texts: Mapping[str, str] = dataclasses.field(repr=False)
   timeline: Timeline = dataclasses.field(repr=False)
   workers: tuple[WorkerSpec, ...] = dataclasses.field(repr=False)
+  places: tuple[WorkerSpec, ...] = dataclasses.field(default=(), repr=False)
 
   @classmethod
   def from_events(
@@ -147,6 +153,7 @@ class Report:
     events: Iterable[Event] | Timeline,
     *,
     workers: Sequence[WorkerSpec],
+    places: Sequence[WorkerSpec] = (),
     slo: SLO | None = None,
     notes: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
@@ -168,6 +175,7 @@ class Report:
     Args:
       events: The log, or the timeline of one that was followed as it came.
       workers: The cluster; each gets a line of utilisation.
+      places: The places that only hold pages.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
       notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
         that did not come back are noted anyway.
@@ -225,6 +233,7 @@ class Report:
       wire_bytes=int(requests.rows['wire_bytes'].sum()),
       num_transfers=int(requests.rows['num_transfers'].sum()),
       transfers=TransferFigures.of(timeline),
+      copies=copied_blocks(timeline.spans),
       wasted_tokens=timeline.wasted_tokens,
       cached_tokens=timeline.cached_tokens,
       caches=timeline.caches or bool(timeline.hits) or bool((config or {}).get('prefix_cache')),
@@ -245,7 +254,13 @@ class Report:
       generated_texts=dict(generated_texts or {}),
       timeline=timeline,
       workers=tuple(workers),
+      places=tuple(places),
     )
+
+  @property
+  def all_places(self) -> tuple[WorkerSpec, ...]:
+    """The workers, and behind them the places that only hold pages."""
+    return (*self.workers, *self.places)
 
   @property
   def split(self) -> str:
@@ -348,6 +363,7 @@ class Report:
       'wire_bytes': self.wire_bytes,
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
+      'copies': [dataclasses.asdict(one) for one in self.copies],
       'wasted_tokens': self.wasted_tokens,
       'cached_tokens': self.cached_tokens,
       'begun_tokens': self.begun_tokens,

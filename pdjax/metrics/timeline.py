@@ -35,7 +35,7 @@ from pdjax.serving.events import (
   WorkerBack,
   WorkerLost,
 )
-from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.types.request import SERVED, SLO, Request
 from pdjax.types.worker import Role, WorkerSpec
 
@@ -166,8 +166,7 @@ class Summary:
       case Failed():
         self._host_lags_s.append(self._now_s - event.ended_s)
         failed, _ = self._orders.pop(event.order, (None, ()))
-        if failed is not None and isinstance(failed.order, TransferOrder):
-          self._failed_transfers.append(failed.order.request)
+        self._note_failed(None if failed is None else failed.order)
       case TimerDue(_, 'deadline', int(overdue)):
         self._late.add(overdue)
       case WorkerLost():
@@ -216,6 +215,10 @@ class Summary:
     """Samples and orders under way, which it keeps as they came."""
     return len(self._open) + len(self._samples) + len(self._orders)
 
+  def _note_failed(self, order: Order | None) -> None:
+    if isinstance(order, TransferOrder) and order.copy is None:  # without a copy nobody lacks anything
+      self._failed_transfers.append(order.request)
+
   # -------------------------------------------------------------------------- requests
 
   def _arrive(self, request: Request) -> None:
@@ -231,7 +234,7 @@ class Summary:
       for chunk in order.chunks:
         self._open[chunk.request.id].begin(started.now_s)
         drafts += self._samples.get(chunk.request.id) or [self._open[chunk.request.id]]
-    elif isinstance(order, TransferOrder):
+    elif isinstance(order, TransferOrder) and order.copy is None:
       drafts.append(self._open[order.request])
     self._orders[order.id] = started, drafts
 
@@ -248,8 +251,7 @@ class Summary:
       self._spans.add_transfer(order, done, started.now_s)
     elif isinstance(order, AbandonOrder) and order.transfer in self._late:
       given_up, _ = self._orders.pop(order.transfer, (None, ()))  # none if it has ended after all
-      if given_up is not None and isinstance(given_up.order, TransferOrder):
-        self._failed_transfers.append(given_up.order.request)
+      self._note_failed(None if given_up is None else given_up.order)
     for draft in drafts:
       draft.computed(done) if isinstance(order, StepOrder) else draft.moved(done)
       if draft.finished is not None:
@@ -311,7 +313,7 @@ class Summary:
     self._last_words[name] = event
     open_orders = [one.order for one, _ in self._orders.values() if isinstance(one.order, TransferOrder)]
     for lost in [order for order in open_orders if name in (order.source, order.target)]:
-      self._failed_transfers.append(lost.request)
+      self._note_failed(lost)
       del self._orders[lost.id]
 
 

@@ -62,7 +62,7 @@ class Transfer:
 
   A request whose prompt is computed is moved with all its KV, and decodes at `target`. So is one that decodes already:
   it leaves its batch, its KV travels once steps in flight have ended, and it goes on at `target`. If there is no room
-  by then, it waits in `view.prefilled` like one whose prompt was just computed.
+  by then, it waits in `view.prefilled` like one whose prompt was just computed, and may also go on where it is.
 
   Of `Blocks` (`view.blocks`) the target gets what it lacks of those that the source holds, as far as it has free pages;
   they are cached there once they have arrived. Nobody waits for that: a chunk may start behind them from then on.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pdjax.serving.able import AbleWorkers
@@ -92,7 +92,7 @@ class Books:
     max_preemptions: int = 0,
     prefix_cache: PrefixCache | None = None,
     places: Sequence[WorkerSpec] = (),
-    moves_anywhere: bool = False,
+    between: Collection[tuple[str, str]] | None = None,
   ):
     """Open them with every page free; see `ClusterState`."""
     self.model = model
@@ -116,7 +116,7 @@ class Books:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
     self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
-    self._check_staging(anywhere=moves_anywhere)
+    self._check_staging(between)
     self.told: list[Event] = []
     self.prefixes: Prefixes | None = None
     if prefix_cache is not None:
@@ -183,8 +183,10 @@ class Books:
     prefills = tuple(worker for worker in workers if worker.role.prefills)
     return prefills, tuple(worker for worker in workers if worker.role.decodes)
 
-  def _check_staging(self, *, anywhere: bool) -> None:
-    for source, target in ways([place.spec for place in self.places.values()], anywhere=anywhere):
+  def _check_staging(self, between: Collection[tuple[str, str]] | None) -> None:
+    specs = {name: place.spec for name, place in self.places.items()}
+    pairs = ways([*specs.values()]) if between is None else [(specs[one], specs[other]) for one, other in between]
+    for source, target in pairs:
       found = self._lanes[source.name, target.name] = lanes(self.model, source, target)
       for lane in found:
         if lane.unit_bytes > self.transfer.staging_bytes:
@@ -235,6 +237,9 @@ class Books:
     copies: PageCopies = {}
     if found.tokens:
       taken, copies = self._take_behind(worker.name, own, found)
+    elif held := entry.pages.get(worker.name):  # it goes on to decode where it is
+      more = holdings.pages.take({kind: max(count - len(held[kind]), 0) for kind, count in own.items()})
+      taken = {kind: (*pages, *more[kind]) for kind, pages in held.items()}
     else:
       taken = holdings.pages.take(own)
     if not decodes:

@@ -115,10 +115,10 @@ def why_without_place(view: ClusterView, entry: RequestView, *, now: bool = Fals
       )
   if not must_decode:
     return None
-  sources = {entry.worker} if entry.computed else {worker.name for worker in able[False]}
+  sources = set() if entry.computed else {worker.name for worker in able[False]}
   for target in able[True]:
     is_both = target.role is Role.BOTH if now else Role.BOTH in target.spec.roles
-    if sources != {target.name} or (is_both and not entry.computed):
+    if entry.computed or sources != {target.name} or is_both:
       return None
   return (
     f'only worker {able[True][0].name!r} could decode it, and its prompt could be nowhere else; give another worker '
@@ -268,7 +268,7 @@ def find_way(view: ClusterView, action: Action, source: str, target: str) -> Non
   """Raise `PolicyError` if there is no way from one place to another."""
   if not view.has_way(source, target):
     raise PolicyError(
-      f'{action!r}: there is no way from {source!r} to {target!r}; a policy that sends between any two places says so '
+      f'{action!r}: there is no way from {source!r} to {target!r}; between any two places there is one for a policy '
       'with moves_anywhere = True.'
     )
 

@@ -64,10 +64,12 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   check_takes_new(action, target)
   find_way(view, action, source.name, target.name)
   blocks = action.request
+  entry = books.requests.get(blocks.request) or books.ended.get(blocks.request)
+  if entry is not None:
+    entry.fetches[target.name] = entry.fetches.get(target.name, 0) + 1
   plan = prefixes.plan_copy(blocks, source.name, target.name)
   if plan is None:
     return ()
-  entry = books.requests.get(blocks.request) or books.ended.get(blocks.request)
   for copy in books.copies.values():
     if copy.target == target.name and copy.failed_at is None and _brings(copy, plan, prefixes.block_tokens):
       _wait_for(copy, entry)
@@ -77,7 +79,7 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   free = theirs.by_kind[prefixes.kind].num_free - books.holdings[target.name].wanted.get(prefixes.kind, 0)
   size = prefixes.page_tokens[target.name]
   end = min(plan.end, plan.start + max(free, 0) * size)
-  if end <= plan.start or end <= len(plan.before) * size:
+  if end <= plan.start or end <= plan.have:
     books.drop(target.name, {prefixes.kind: plan.before})
     return ()
   plan = dataclasses.replace(plan, end=end)
@@ -97,7 +99,6 @@ def _brings(copy: Copy, plan: CopyPlan, block_tokens: int) -> bool:
 
 def _wait_for(copy: Copy, entry: RequestState | None) -> None:
   if entry is not None:
-    entry.fetches[copy.target] = entry.fetches.get(copy.target, 0) + 1
     entry.fetching += 1
     copy.entries.append(entry)
 
@@ -190,3 +191,4 @@ def _end(books: Books, number: int) -> None:
   books.drop(copy.target, {prefixes.kind: (*plan.before, *copy.pages)})
   for entry in copy.entries:
     entry.fetching -= 1
+    entry.fetched[copy.target] = copy.source, plan.have

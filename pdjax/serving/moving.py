@@ -62,7 +62,7 @@ def leave_now(books: Books, entry: RequestState) -> bool:
   books.release_copied(entry)
   books.release_slot(entry)
   leave_steps(entry)
-  entry.worker, entry.target, entry.source, entry.admitted = place, None, None, False
+  entry.worker, entry.target, entry.source, entry.computed, entry.admitted = place, None, None, True, False
   entry.delivered = tuple(entry.tokens)
   entry.started, entry.tokens_due, entry.sent, entry.growth, entry.reach = entry.prefill_len, 0, {}, {}, 0
   entry.found, entry.hits, entry.fetchable = {}, {}, {}

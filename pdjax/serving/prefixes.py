@@ -42,6 +42,7 @@ class CopyPlan:
     keys: The keys of all blocks of the sequence, as they are made at the target.
     made: The way in which they are made there.
     start: The first token that the target lacks, or of the page with its first: of a page of the target.
+    have: Tokens that the target has.
     end: The token behind the last that travels.
     source_pages: The pages of the source that hold these tokens.
     before: The pages of the target that hold what is before them, or some of them.
@@ -50,6 +51,7 @@ class CopyPlan:
   keys: bytes
   made: Made
   start: int
+  have: int
   end: int
   source_pages: tuple[int, ...]
   before: tuple[int, ...]
@@ -318,7 +320,7 @@ class Prefixes:
     if end <= have * size:
       return None
     source_pages = self.index.pages(source, found[: end // size])[start // self.page_tokens[source] :]
-    return CopyPlan(keys, made, start, end, source_pages, self.index.pages(target, there[:have]))
+    return CopyPlan(keys, made, start, have * size, end, source_pages, self.index.pages(target, there[:have]))
 
   def note_copied(self, blocks: Blocks, plan: CopyPlan, target: str, pages: Sequence[int], end: int) -> None:
     """Note what a place holds of blocks that were sent to it: those up to a token, in pages from its first one on."""

@@ -236,7 +236,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
   entry.stored, entry.hits, entry.found, entry.fetchable = {}, {}, {}, {}
-  entry.fetches, entry.goes_to, entry.source, entry.unlike = {}, None, None, False
+  entry.fetches, entry.fetched, entry.goes_to, entry.source, entry.unlike = {}, {}, None, None, False
   leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}

@@ -102,7 +102,9 @@ class RequestState:
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
     fetchable: Tokens of it that a place holds for a worker, by place and worker, with that state.
     fetching: Copies of its blocks that are under way.
-    fetches: Copies of its blocks that were begun, by the place that they go to.
+    fetches: Times that a copy of its blocks was asked for, by the place that it goes to.
+    fetched: The place that a copy of its blocks came from, and the tokens that were there before, by the place that it
+      went to.
     goes_to: The worker that it is to decode at, once it has left the one where it did.
     source: The worker that computed what it began to decode with.
     unlike: Whether its KV is made in more than one way, so that none of it is cached any more.
@@ -147,6 +149,7 @@ class RequestState:
   computed_to: int = 0
   fetching: int = 0
   fetches: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  fetched: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict, repr=False)
   goes_to: str | None = None
   source: str | None = None
   unlike: bool = False

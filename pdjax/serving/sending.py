@@ -189,7 +189,8 @@ def _send_prompt(books: Books, view: ClusterView, action: Transfer, entry: Reque
   assert entry.worker is not None
   check_decodes(action, target)
   check_takes_new(action, target)
-  find_way(view, action, entry.worker, target.name)
+  if target.name != entry.worker:
+    find_way(view, action, entry.worker, target.name)
   room = view.room()
   if not room.fits(name, target.name, decodes=True):
     raise PolicyError(
@@ -199,6 +200,10 @@ def _send_prompt(books: Books, view: ClusterView, action: Transfer, entry: Reque
   del books.prefilled[name]
   enter(entry, Phase.MOVING)
   entry.tokens_due = entry.prefill_len
+  if target.name == entry.worker:
+    books.reserve(entry, target, decodes=True)
+    books.unsettled.append(entry)
+    return ()
   reserve_target(books, entry, target)
   orders = tuple(send_due(books, entry, None))
   if not orders and name not in books.due:  # all of it is there already

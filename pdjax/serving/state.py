@@ -1,7 +1,7 @@
 """ClusterState: hands events and actions on to the files that know what they mean for the books."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from pdjax.serving import copies, growth, lifecycle, progress, recovery, roles, sending, steps, tasks
@@ -67,7 +67,7 @@ class ClusterState:
     max_preemptions: int = 8,
     prefix_cache: PrefixCache | None = None,
     places: Sequence[WorkerSpec] = (),
-    moves_anywhere: bool = False,
+    between: Collection[tuple[str, str]] | None = None,
   ):
     """Start with every page free.
 
@@ -82,7 +82,7 @@ class ClusterState:
       max_preemptions: Most times that one request is preempted.
       prefix_cache: The settings of the prefix cache; None keeps nothing.
       places: Places that only hold pages, `num_pages` filled in.
-      moves_anywhere: Whether pages may travel from any place to any other.
+      between: The places between which pages may travel, by name; None is `ways` of them all.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -91,7 +91,7 @@ class ClusterState:
     self.books = Books(
       model, workers, page_size, transfer, faults, finds_stops=finds_stops,
       pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
-      prefix_cache=prefix_cache, places=places, moves_anywhere=moves_anywhere,
+      prefix_cache=prefix_cache, places=places, between=between,
     )  # fmt: skip
     self.view = ClusterView(self.books)
     self._occupancy = OccupancyWatch(self.books)

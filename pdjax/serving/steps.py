@@ -191,7 +191,9 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
     entry.worker, entry.started, entry.computed_to = worker.name, found.tokens, found.tokens
     if entry.is_new:
       entry.cached_tokens = found.tokens
-      books.tell_hit(entry, worker.name, found.tokens, 'prefill')
+      source, had = entry.fetched.get(worker.name, (worker.name, found.tokens))
+      books.tell_hit(entry, worker.name, min(had, found.tokens), 'prefill')
+      books.tell_hit(entry, source, found.tokens - min(had, found.tokens), 'prefill')
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     copies = books.reserve(entry, worker, decodes=decodes_there(worker, chunk), found=found)

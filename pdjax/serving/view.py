@@ -95,7 +95,7 @@ class RequestView(Protocol):
 
   @property
   def fetches(self) -> Mapping[str, int]:
-    """Copies of its blocks that were begun, by the place that they go to."""
+    """Times that a copy of its blocks was asked for, by the place that it goes to."""
 
   @property
   def number(self) -> int:
@@ -274,10 +274,13 @@ class Room:
       if holdings.pages.pools is not pools:  # one object for all workers that are alike
         pools = holdings.pages.pools
         needed = entry.pages_needed(pools, decodes=decodes)
+      here = needed
+      if held := entry.pages.get(name):  # it would go on where it is
+        here = {kind: max(count - len(held[kind]), 0) for kind, count in needed.items()}
       taken = self._pages.get(name)
       if holdings.wanted:  # by those that decode there
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
-      if holdings.pages.fits(needed, taken):
+      if holdings.pages.fits(here, taken):
         found.append(worker)
     return found
 

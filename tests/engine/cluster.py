@@ -96,7 +96,7 @@ class Cluster:
     return ClusterState(
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache, places=self.holders,
-      moves_anywhere=config.moves_anywhere,
+      between=[(source.name, target.name) for source, target in config.ways((*self.specs, *self.holders))],
     )  # fmt: skip
 
   def serve(
@@ -128,7 +128,7 @@ class Cluster:
       engine.close()
     on = compiled[compiled_before:]
     assert not on, f'something was compiled while the clock ran, on {on}'
-    report = Report.from_events(events, workers=self.specs)
+    report = Report.from_events(events, workers=self.specs, places=self.holders)
     served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations, state)
     assert_all_is_free(state)
     if served.report.failed == 0:
@@ -138,16 +138,19 @@ class Cluster:
 
   def _check_bytes(self, served: Served) -> None:
     specs = {spec.name: spec for spec in (*self.specs, *self.holders)}
-    moved = []
+    moved: list[tuple[int, int]] = []
+    copied = 0
     for order, done in served.transfers():
       dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)
       first, stop = order.span.bounds(self.model.num_layers)
       layer_bytes = self.model.cached_token_bytes(dtype) // self.model.num_layers
       moved.append((order.span.tokens * (stop - first) * layer_bytes, done.wire_bytes))
       assert done.wire_bytes == order.num_bytes
+      copied += done.wire_bytes if order.copy is not None else 0
       assert done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s and done.trip.pieces > 0
     assert all(expected == actual for expected, actual in moved), moved
-    assert served.report.wire_bytes == sum(actual for _, actual in moved)
+    assert served.report.wire_bytes == sum(actual for _, actual in moved) - copied
+    assert sum(one.bytes for one in served.report.copies) == copied
 
 
 def assert_all_is_free(state: ClusterState) -> None:

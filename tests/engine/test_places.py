@@ -53,7 +53,9 @@ def unequal() -> Cluster:
 def test_chats_that_were_given_up_where_they_were_computed_come_back_from_the_host():
   cluster = unequal()
   first = chat(cluster, 3)
-  others = [ask(f'other-{one}', prompt(40, seed=one)) for one in range(3)]  # which take every page of the prefill worker
+  others = [
+    ask(f'other-{one}', prompt(40, seed=one)) for one in range(3)
+  ]  # which take every page of the prefill worker
   said = (*first[-1].prompt, *generate(cluster.model, first[-1])[0])
   requests = in_turns(*first, *others, ask('again', (*said, 3, 4)))
   served = cluster.serve(requests)
@@ -76,7 +78,7 @@ def test_a_replay_of_such_a_run_finds_every_copy_again():
 
 
 def test_a_colocated_cluster_has_its_host_too():
-  cluster = cluster_of('2C', Colocated(token_budget=16, returns_to='host0'), num_pages=24)
+  cluster = cluster_of('2C', Colocated(token_budget=16, returns_to='host0'))
   requests = in_turns(*(ask(f'r{one}', (*SYSTEM, *prompt(5, seed=one))) for one in range(4)))
   together = [dataclasses.replace(one, id=f'{one.id}-too', arrival_s=1.0) for one in requests]
   served = cluster.serve([*requests, *together])

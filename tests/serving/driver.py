@@ -1,5 +1,6 @@
 """A cluster whose every action and event a test makes by hand."""
 
+import itertools
 from collections.abc import Mapping
 
 from pdjax.serving import ALL, Chunk, ClusterState, ClusterView, Phase, Step, Transfer
@@ -41,8 +42,11 @@ class Driver:
     transfer: TransferSpec = TransferSpec(),
     faults: FaultSpec = ALL_FAIL,
     prefix_cache: PrefixCache | None = None,
+    moves_anywhere: bool = False,
     **options,
   ):
+    if moves_anywhere:
+      options['between'] = [*itertools.permutations((one.name for one in (*workers, *options.get('places', ()))), 2)]
     self.state = ClusterState(model, workers, page_size, transfer, faults=faults, prefix_cache=prefix_cache, **options)
     self.now_s = 0.0
     self.finished: list[Finished] = []

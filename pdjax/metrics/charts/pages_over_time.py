@@ -21,6 +21,7 @@ _COLOURS = {
   Role.PREFILL.value: PHASES['prefill'],
   Role.DECODE.value: PHASES['decode'],
   Role.BOTH.value: PHASES['fused'],
+  Role.HOLD.value: PHASES['copy'],
   _WAITING: WAITING,
 }
 
@@ -77,11 +78,11 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
   """The rectangles of pages in use, and each row's label in lines."""
   start_s, end_s, rounded = report.timeline.start_s, report.timeline.end_s, rounding(report)
   occupancy = report.timeline.occupancy
-  names = [worker.name for worker in report.workers]
+  names = [worker.name for worker in report.all_places]
   peaks, fulls = _peaks(report), _peaks(report, full=True)
   if peaks[_WAITING]:
     names.append(_WAITING)
-  sizes, workers = _pool_sizes(report), {worker.name: worker for worker in report.workers}
+  sizes, workers = _pool_sizes(report), {worker.name: worker for worker in report.all_places}
   together = [report, *beside]
   shares = (_peaks(run, full=True)[name] / size for run in together for name, size in _pool_sizes(run).items())
   fullest = max(shares, default=0.0) or 1.0
@@ -114,7 +115,7 @@ def _page_bars(report: Report, beside: Sequence[Report]) -> tuple[list[dict[str,
 def _peaks(report: Report, *, full: bool = False) -> dict[str, int]:
   """The most pages that each worker ever had in use, or `full` in use or cached; the most prompts that ever waited."""
   occupancy = report.timeline.occupancy
-  uses = {worker.name: occupancy.of_worker(worker.name) for worker in report.workers}
+  uses = {worker.name: occupancy.of_worker(worker.name) for worker in report.all_places}
   pages = {name: use['pages'] + use['cached'] if full else use['pages'] for name, use in uses.items()}
   most = {name: int(used.max(initial=0)) for name, used in pages.items()}
   return most | {_WAITING: int(occupancy.rows['waiting'].max(initial=0))}
@@ -123,7 +124,7 @@ def _peaks(report: Report, *, full: bool = False) -> dict[str, int]:
 def _most_cached(report: Report) -> dict[str, int]:
   """The most pages that were ever cached and held by nobody, on workers that had some."""
   occupancy = report.timeline.occupancy
-  most = {worker.name: int(occupancy.of_worker(worker.name)['cached'].max(initial=0)) for worker in report.workers}
+  most = {worker.name: int(occupancy.of_worker(worker.name)['cached'].max(initial=0)) for worker in report.all_places}
   return {name: cached for name, cached in most.items() if cached}
 
 
@@ -136,7 +137,7 @@ def _changes(occupancy: OccupancyRows, name: str) -> list[tuple[float, int, int 
 
 
 def _pool_sizes(report: Report) -> dict[str, int]:
-  return {worker.name: worker.num_pages for worker in report.workers if isinstance(worker.num_pages, int)}
+  return {worker.name: worker.num_pages for worker in report.all_places if isinstance(worker.num_pages, int)}
 
 
 def _levels(changes: Sequence[tuple[float, int, int | None, int]], end_s: float) -> list[_Level]:

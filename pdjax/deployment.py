@@ -173,7 +173,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built
 
   assert config.processes is not None
   with _sigterm_kept():
-    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say)
+    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say, config.places)
 
   def close() -> None:
     with _sigterm_kept():

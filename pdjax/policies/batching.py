@@ -36,7 +36,7 @@ class ChunkBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Prefills:
-  """What is to be prefilled next.
+  """The prompts to be prefilled next, and what is to be fetched for others.
 
   Attributes:
     chunks: The chunks of one step of each worker, by its name; an empty list where there is nothing to do.

@@ -115,10 +115,10 @@ def why_without_place(view: ClusterView, entry: RequestView, *, now: bool = Fals
       )
   if not must_decode:
     return None
-  sources = set() if entry.computed else {worker.name for worker in able[False]}
+  sources = {entry.worker} if entry.computed else {worker.name for worker in able[False]}
   for target in able[True]:
     is_both = target.role is Role.BOTH if now else Role.BOTH in target.spec.roles
-    if entry.computed or sources != {target.name} or is_both:
+    if sources != {target.name} or (target.role.decodes if entry.computed else is_both):
       return None
   return (
     f'only worker {able[True][0].name!r} could decode it, and its prompt could be nowhere else; give another worker '

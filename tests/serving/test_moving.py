@@ -82,6 +82,19 @@ def test_it_waits_for_room_where_others_took_it_meanwhile_and_the_policy_finds_i
   assert cluster.phase('a') is Phase.DECODING
 
 
+def test_one_that_finds_no_room_elsewhere_goes_on_where_it_is():
+  cluster = moving(2)
+  leave(cluster)
+  books = cluster.state.books
+  books.moving.clear()  # as if others had taken the room
+  assert cluster.view.room().fits('a', 'decode0', decodes=True)
+  assert cluster.start(Transfer('a', 'decode0')) == () and cluster.phase('a') is Phase.DECODING
+  assert cluster.free_pages('decode0') == 12
+  (step,) = cluster.start(Step('decode0', decodes=ALL))
+  assert [join.admission.tokens for join in step.joins if join.admission] == [(7, 7)]
+  check(books)
+
+
 def test_a_worker_that_drains_is_empty_once_its_sequences_have_moved_on():
   workers = prefill_pool(2, **SIZES) + tuple(
     WorkerSpec(f'decode{i}', 'decode', may_become=('prefill',), **SIZES) for i in range(2)

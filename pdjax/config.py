@@ -54,7 +54,9 @@ class ServingConfig:
       may ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
     max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
     places: Memory of hosts that holds pages of the prefix cache, beside the workers.
-    prefix_cache: Keeps pages of prompts and answers for prompts that begin alike; None keeps none.
+    prefix_cache: Keeps pages of prompts and answers for prompts that begin alike; None keeps none. 'auto' is
+      `PrefixCache()` where that can be kept (one cache of all tokens, and pages of whole blocks of 16), unless all
+      prompts of the workload are drawn at random, so that none begins like another.
     check_invariants: Whether all pages and their holders are looked at after every turn, which takes its time; what is
       wrong ends the run with an AssertionError.
     transfer: The way of KV between workers.
@@ -90,7 +92,7 @@ class ServingConfig:
   pages_ahead: Index | Literal['all'] = 'all'
   max_preemptions: Count = 8
   places: tuple[HostPlace, ...] = ()
-  prefix_cache: PrefixCache | None = None
+  prefix_cache: PrefixCache | Literal['auto'] | None = 'auto'
   check_invariants: bool = False
   transfer: TransferSpec = TransferSpec()
   faults: FaultSpec = FaultSpec()
@@ -183,12 +185,27 @@ class ServingConfig:
     """The pairs of these workers and places between which the policy may send KV."""
     return ways(places, forward=self.moves_kv, anywhere=self.moves_anywhere)
 
+  def cache_of(self, model: ModelSpec) -> PrefixCache | None:
+    """The prefix cache of a run with this model: as it is set, or what 'auto' stands for."""
+    if self.prefix_cache != 'auto':
+      return self.prefix_cache
+    own = [*(worker.page_size for worker in self.workers), *(place.page_size for place in self.places)]
+    sizes = [size or self.page_size for size in own]
+    fits = PrefixCache().fits(model, sizes) and (self.places or getattr(self.workload, 'repeats', True))
+    return PrefixCache() if fits else None
+
   def holders(self, model: ModelSpec) -> tuple[WorkerSpec, ...]:
     """The places that only hold pages as backends have them, all counts filled in.
 
     Raises:
       ValueError: if a page does not fit.
     """
+    if self.places and self.cache_of(model) is None:
+      raise ValueError(
+        f'the config has places ({", ".join(place.name for place in self.places)}), but no prefixes can be kept of '
+        f'{model.name} in these pages; set prefix_cache=PrefixCache(block_tokens=...) to a number that divides every '
+        'page size, or leave places out.'
+      )
     cluster = self.cluster
     sizes, dtypes = {one.page_size for one in cluster}, {one.cached_dtype for one in cluster}
     size = next(iter(sizes)) if len(sizes) == 1 else None

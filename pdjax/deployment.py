@@ -79,7 +79,7 @@ class Deployment:
 
   def empty_state(self) -> ClusterState:
     """The state of the cluster before anything arrives."""
-    config, built, cache = self.config, self.built, self.config.prefix_cache
+    config, built, cache = self.config, self.built, self.config.cache_of(self.opened.model)
     state = ClusterState(
       self.opened.model,
       built.workers,

@@ -70,7 +70,8 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
   hint = typing.get_type_hints(type(node).__init__)[name]
   if rest:
     child = getattr(node, name)
-    value = _replace(_empty(hint) if child is None else child, rest, value, override)
+    is_unset = child is None or isinstance(child, str)  # as 'auto' is
+    value = _replace(_empty(hint) or child if is_unset else child, rest, value, override)
   else:
     value = _fit(value, hint, f'override {override!r}: {name}')
   try:
@@ -80,7 +81,7 @@ def _replace(node: Any, path: list[str], value: Any, override: str) -> Any:
 
 
 def _empty(hint: Any) -> Any:
-  """The value of a field that is None when something within is set, such as limits of which there were none."""
+  """The value of a field without an object when something within is set, such as limits of which there were none."""
   for kind in typing.get_args(hint):
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
       with contextlib.suppress(TypeError):  # a field has no default

@@ -19,6 +19,7 @@ from pdjax.metrics.saving import write_each
 from pdjax.opened_model import OpenedModel
 from pdjax.serving.built import Built
 from pdjax.serving.events import Event
+from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.request import Completion
 from pdjax.workload import Given
 
@@ -43,7 +44,10 @@ def make_report(
   """
   workload, warm_up = config.workload, built.warm_up
   assert workload is not None
-  served = dataclasses.replace(config, workers=built.workers, transfer=built.transfer, dtype=built.dtype)
+  cache = config.cache_of(opened.model)
+  served = dataclasses.replace(
+    config, workers=built.workers, transfer=built.transfer, dtype=built.dtype, prefix_cache=cache
+  )
   environment = _environment() | {'end_tokens': opened.end_tokens.by_source(), 'devices': built.devices}
   if warm_up is not None:
     environment['warm_up'] = dataclasses.asdict(warm_up)
@@ -52,7 +56,7 @@ def make_report(
     workers=built.workers,
     places=built.places,
     slo=config.slo,
-    notes=(*notes, *_rate_notes(config, built), *_cache_notes(config)),
+    notes=(*notes, *_rate_notes(config, built), *_cache_notes(cache)),
     config=describe(served),
     environment=environment,
     seed=config.seed if workload.seed is None else workload.seed,
@@ -78,9 +82,9 @@ def _rate_notes(config: ServingConfig, built: Built) -> list[str]:
   return [f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({own}).']
 
 
-def _cache_notes(config: ServingConfig) -> list[str]:
+def _cache_notes(cache: PrefixCache | None) -> list[str]:
   """A sentence if prompts may have used what was computed in another way."""
-  if config.prefix_cache is None or not config.prefix_cache.lossy:
+  if cache is None or not cache.lossy:
     return []
   return ['The prefix cache took blocks of other weights and dtypes (lossy=True), so tokens may differ.']
 

@@ -2,12 +2,10 @@
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from pdjax.serving.blocks import Blocks
 from pdjax.types.worker import Role
-
-if TYPE_CHECKING:
-  from pdjax.serving.block_making import Blocks
 
 
 class All(enum.Enum):
@@ -73,7 +71,7 @@ class Transfer:
     source: The place that it comes from; a request is where it is, so that only blocks need one.
   """
 
-  request: 'str | Blocks'
+  request: str | Blocks
   target: str
   source: str | None = None
 

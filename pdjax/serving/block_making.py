@@ -1,11 +1,11 @@
 """The ways in which blocks are made, and the keys that follow: of requests, and of blocks that are sent on."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, as_array, stand_ins
+from pdjax.serving.blocks import Blocks, Made
 from pdjax.serving.requests import RequestState
 from pdjax.types.cache import wire_dtype
 from pdjax.types.model import ModelSpec
@@ -13,28 +13,7 @@ from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.request import Request
 from pdjax.types.worker import Role, WorkerSpec
 
-Made = tuple[str, ...]
-
 _MOST_HASHERS = 4096  # of tenants and ways of making; more are made anew
-
-
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class Blocks:
-  """The whole blocks at the beginning of a sequence, by which pages are named wherever they are.
-
-  `ClusterView.blocks` answers it, and `Transfer` takes it.
-
-  Attributes:
-    request: The request whose sequence it is.
-    tokens: The tokens of them.
-  """
-
-  request: str
-  tokens: int
-  _content: np.ndarray = dataclasses.field(repr=False)  # token ids, or what stands for them
-  _salt: str = dataclasses.field(repr=False)
-  _unit: Made = dataclasses.field(repr=False)  # what the ids stand for, if they are no tokens
-  _keys: dict[Made, bytes] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class BlockMaking:

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Collection, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
+from pdjax.serving.copy_under_way import Copy
 from pdjax.serving.events import Delivered, Done, Event, Finished, HitSide, PrefixHit
 from pdjax.serving.orders import Order, PageCopies, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
@@ -24,9 +25,6 @@ from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
 
-if TYPE_CHECKING:
-  from pdjax.serving.copies import Copy
-
 
 class Books:
   """Requests, places and orders in flight; the functions of the files beside this one advance them.
@@ -39,6 +37,7 @@ class Books:
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
     places: The same, and behind them the places that only hold pages.
+    ways: Each cache kind on its way from one place to another, for those between which KV may travel.
     holdings: The pages, slots and staging of each, by its name.
     prefill_workers: Those that prefill now.
     decode_workers: Those that decode now.
@@ -115,7 +114,7 @@ class Books:
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
-    self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
+    self.ways: dict[tuple[str, str], tuple[Lane, ...]] = {}
     self._check_staging(between)
     self.told: list[Event] = []
     self.prefixes: Prefixes | None = None
@@ -187,7 +186,7 @@ class Books:
     specs = {name: place.spec for name, place in self.places.items()}
     pairs = ways([*specs.values()]) if between is None else [(specs[one], specs[other]) for one, other in between]
     for source, target in pairs:
-      found = self._lanes[source.name, target.name] = lanes(self.model, source, target)
+      found = self.ways[source.name, target.name] = lanes(self.model, source, target)
       for lane in found:
         if lane.unit_bytes > self.transfer.staging_bytes:
           unit = 'state' if lane.kind.has_state else f'unit of {lane.unit} tokens'
@@ -209,14 +208,6 @@ class Books:
   def true_limit(self, entry: RequestState) -> int:
     """Most tokens that a request really generates; what orders say of it."""
     return self.true_limits.get(entry.request.id, entry.limit)
-
-  def is_way(self, source: str, target: str) -> bool:
-    """Whether KV may travel from one place to another."""
-    return (source, target) in self._lanes
-
-  def lanes(self, source: str, target: str) -> tuple[Lane, ...]:
-    """Each cache kind on its way from one worker to another."""
-    return self._lanes[source, target]
 
   # -------------------------------------------------------------------------- take, hold, let go
 

@@ -4,46 +4,15 @@ import dataclasses
 
 from pdjax.serving.actions import SendOn, Transfer
 from pdjax.serving.block_keys import KEY_BYTES
-from pdjax.serving.block_making import Blocks
+from pdjax.serving.blocks import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, check_takes_new, check_up, find_place, find_way
+from pdjax.serving.copy_under_way import Copy
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.prefixes import CopyPlan
 from pdjax.serving.requests import RequestState
 from pdjax.serving.view import ClusterView
 from pdjax.types.span import Span
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Copy:
-  """A copy of blocks that is under way.
-
-  Attributes:
-    blocks: The blocks.
-    plan: Those of them that travel.
-    source: The place that has them; all those pages are held until the copy is over.
-    target: The place that gets them.
-    pages: The pages of the target that they go into, which are held as long, as are those before them.
-    sent: The token behind the last that was sent on.
-    under_way: Its transfers that are not over.
-    failed_at: The first token that did not arrive; None while none is known.
-    entries: The requests that wait for it.
-  """
-
-  blocks: Blocks
-  plan: CopyPlan
-  source: str
-  target: str
-  pages: tuple[int, ...]
-  sent: int
-  under_way: int = 0
-  failed_at: int | None = None
-  entries: list[RequestState] = dataclasses.field(default_factory=list)
-
-  @property
-  def is_over(self) -> bool:
-    """Whether nothing of it is under way or to come."""
-    return not self.under_way and (self.sent >= self.plan.end or self.failed_at is not None)
 
 
 def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[TransferOrder, ...]:
@@ -119,7 +88,7 @@ def waiting_copies(books: Books) -> list[SendOn]:
 
 def _room(books: Books, copy: Copy) -> int:
   """Units that staging has room for now."""
-  (lane,) = books.lanes(copy.source, copy.target)
+  (lane,) = books.ways[copy.source, copy.target]
   free = min(books.holdings[copy.source].staging_out.free_bytes, books.holdings[copy.target].staging_in.free_bytes)
   return free // lane.unit_bytes
 
@@ -127,7 +96,7 @@ def _room(books: Books, copy: Copy) -> int:
 def _send(books: Books, number: int) -> tuple[TransferOrder, ...]:
   """Transfers of what is left of a copy, each of at most half of the staging, while there is room."""
   copy = books.copies[number]
-  plan, (lane,) = copy.plan, books.lanes(copy.source, copy.target)
+  plan, (lane,) = copy.plan, books.ways[copy.source, copy.target]
   source, target = books.places[copy.source], books.places[copy.target]
   most = max(books.transfer.staging_bytes // 2 // lane.unit_bytes, 1)
   orders = []

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT
-from pdjax.serving.block_making import BlockMaking, Blocks, Made
+from pdjax.serving.block_making import BlockMaking
+from pdjax.serving.blocks import Blocks, Made
 from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.prefix_index import PrefixIndex

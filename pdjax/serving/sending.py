@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pdjax.serving.actions import Chunk, Resend, Transfer
-from pdjax.serving.block_making import Blocks
+from pdjax.serving.blocks import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.checks import (
   PolicyError,
@@ -65,7 +65,7 @@ def send_due(
   source, target = books.workers[entry.worker], books.workers[entry.target]
   parts: list[tuple[Lane, int, int]] = []  # of which kind, from which entry on, how many
   is_left = False
-  for lane in books.lanes(source.name, target.name):
+  for lane in books.ways[source.name, target.name]:
     more, left = _fitting(books, entry, source, target, lane, parts)
     parts += more
     is_left = is_left or left > 0
@@ -118,7 +118,7 @@ def sendable(books: Books) -> list[Transfer]:
 def _has_room(books: Books, entry: RequestState) -> bool:
   assert entry.worker is not None and entry.target is not None
   free = min(books.holdings[entry.worker].staging_out.free_bytes, books.holdings[entry.target].staging_in.free_bytes)
-  return any(lane.unit_bytes <= free for lane in books.lanes(entry.worker, entry.target))
+  return any(lane.unit_bytes <= free for lane in books.ways[entry.worker, entry.target])
 
 
 def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:

@@ -2,219 +2,18 @@
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from pdjax.serving.actions import Step
-from pdjax.serving.block_making import Blocks
 from pdjax.serving.books import Books
+from pdjax.serving.cached_view import CachedView
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.requests import Phase, RequestState
+from pdjax.serving.seen import RequestView, WorkerView
 from pdjax.types.model import ModelSpec
-from pdjax.types.request import Request
 from pdjax.types.transfer import TransferSpec
-from pdjax.types.worker import Role, WorkerSpec
 
 Kept = TypeVar('Kept')
-
-
-class RequestView(Protocol):
-  """A request as a policy sees it: the books' own object, to be read."""
-
-  @property
-  def request(self) -> Request:
-    """The request."""
-
-  @property
-  def limit(self) -> int:
-    """Most tokens it may generate: its own `max_tokens`, or what is left of the model's context."""
-
-  @property
-  def phase(self) -> Phase:
-    """The stage it has reached."""
-
-  @property
-  def worker(self) -> str | None:
-    """The worker that prefills it."""
-
-  @property
-  def target(self) -> str | None:
-    """The worker that decodes it; the same as `worker` when nothing moves."""
-
-  @property
-  def pages(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-    """Pages it holds, by worker and cache kind."""
-
-  @property
-  def started(self) -> int:
-    """Prompt tokens handed to the worker."""
-
-  @property
-  def prefill_len(self) -> int:
-    """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
-
-  @property
-  def prompt_left(self) -> int:
-    """Tokens of `prefill_len` that no step was given yet."""
-
-  @property
-  def tokens(self) -> Sequence[int]:
-    """Tokens generated and delivered."""
-
-  @property
-  def num_tokens(self) -> int:
-    """The number of `tokens`, for which none is taken out of where steps bring them."""
-
-  @property
-  def delivered(self) -> Sequence[int]:
-    """The tokens it had when it was last begun again."""
-
-  @property
-  def tokens_left(self) -> int:
-    """Tokens that may still be asked for, those under way not counted."""
-
-  @property
-  def can_step(self) -> bool:
-    """Whether another decode step can bring it a token, and it has a page for that."""
-
-  @property
-  def preemptions(self) -> int:
-    """Times it was preempted."""
-
-  @property
-  def computed(self) -> bool:
-    """Whether its whole prompt is computed."""
-
-  @property
-  def attempts(self) -> int:
-    """Times it was begun, this one counted."""
-
-  @property
-  def fetching(self) -> int:
-    """Copies of its blocks that are under way from place to place."""
-
-  @property
-  def fetches(self) -> Mapping[str, int]:
-    """Times that a copy of its blocks was asked for, by the place that it goes to."""
-
-  @property
-  def number(self) -> int:
-    """Its position in the order of arrival."""
-
-  @property
-  def slots_needed(self) -> int:
-    """Slots where it decodes: one, and one for each further sample that follows it."""
-
-
-class PagesView(Protocol):
-  """The pages and slots of a worker, as a policy sees them."""
-
-  @property
-  def page_size(self) -> int:
-    """Tokens per page."""
-
-  @property
-  def num_pages(self) -> int:
-    """Pages in all, free or not."""
-
-  @property
-  def free_pages(self) -> int:
-    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
-
-  @property
-  def cached_pages(self) -> int:
-    """Pages that nobody holds and whose content is found again; they count as free."""
-
-  @property
-  def used_bytes(self) -> int:
-    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
-
-  @property
-  def num_bytes(self) -> int:
-    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
-
-  @property
-  def free_slots(self) -> int:
-    """Slots in which no sequence stands."""
-
-
-class WorkerView(PagesView, Protocol):
-  """A worker as a policy sees it: the books' own object, to be read."""
-
-  @property
-  def spec(self) -> WorkerSpec:
-    """The worker as the config has it."""
-
-  @property
-  def name(self) -> str:
-    """Its name."""
-
-  @property
-  def role(self) -> Role:
-    """The phases it runs now; `spec` has those that it began with, and which it may take."""
-
-  @property
-  def ever_prefills(self) -> bool:
-    """Whether it prefills in any of its roles."""
-
-  @property
-  def ever_decodes(self) -> bool:
-    """Whether it decodes in any of its roles."""
-
-  @property
-  def draining(self) -> Role | None:
-    """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
-
-  @property
-  def steps(self) -> Sequence[Step]:
-    """Steps in flight, oldest first, as the policy asked for them."""
-
-  @property
-  def num_steps(self) -> int:
-    """The number of steps in flight."""
-
-  @property
-  def prefilling(self) -> Mapping[str, RequestView]:
-    """Prompts begun here with tokens left to hand over, in order."""
-
-  @property
-  def decoding(self) -> Mapping[str, RequestView]:
-    """Sequences in its slots."""
-
-  @property
-  def queued_tokens(self) -> int:
-    """Prompt tokens of requests begun here that are not computed yet."""
-
-  @property
-  def incarnation(self) -> int:
-    """The number of its incarnation, from 1."""
-
-  @property
-  def up(self) -> bool:
-    """Whether it takes orders: it was not lost, or is back."""
-
-  @property
-  def lost(self) -> str:
-    """The error it was lost with; empty while it is up."""
-
-  @property
-  def given_up(self) -> bool:
-    """Whether nobody waits for it to come back any more."""
-
-  def decodable(self) -> list[str]:
-    """Sequences that another decode step can bring a token, and that have a page for it."""
-
-  @property
-  def has_work(self) -> bool:
-    """Whether another step can bring a sequence a token that no step in flight brings it."""
-
-  @property
-  def is_standing(self) -> bool:
-    """Whether a standing step goes on here until something changes."""
-
-  @property
-  def is_short(self) -> bool:
-    """Whether sequences here would decode and none can for want of pages, with no step under way to free some."""
 
 
 class Room:
@@ -334,7 +133,7 @@ class Room:
     return self._view._books.holdings[worker].pages
 
 
-class ClusterView:
+class ClusterView(CachedView):
   """The cluster as a policy sees it: the books as they are now, to be read.
 
   The requests and workers in it are the books' own, no copies, so a view costs nothing and is always up to date. Its
@@ -344,10 +143,7 @@ class ClusterView:
 
   def __init__(self, books: Books):
     """Look at these books."""
-    self._books = books
-    self._workers: Mapping[str, WorkerView] = types.MappingProxyType(books.workers)
-    self._places: Mapping[str, WorkerView] = types.MappingProxyType(books.places)
-    self._ended: Mapping[str, RequestView] = types.MappingProxyType(books.ended)
+    super().__init__(books)
     self._requests: Mapping[str, RequestView] = types.MappingProxyType(books.requests)
     self._begun: Mapping[str, RequestView] = types.MappingProxyType(books.begun)
     self._prefilled: Mapping[str, RequestView] = types.MappingProxyType(books.prefilled)
@@ -371,11 +167,6 @@ class ClusterView:
   def workers(self) -> Mapping[str, WorkerView]:
     """Each worker by name, in the order of the config."""
     return self._workers
-
-  @property
-  def places(self) -> Mapping[str, WorkerView]:
-    """Each place by name: the workers, and behind them those that only hold pages (`ServingConfig.places`)."""
-    return self._places
 
   @property
   def prefill_workers(self) -> Sequence[WorkerView]:
@@ -417,11 +208,6 @@ class ClusterView:
     """Those whose prompt is computed and whose KV has nowhere to go yet, in order."""
     return self._prefilled
 
-  @property
-  def ended(self) -> Mapping[str, RequestView]:
-    """Requests that were served to their end in this turn and left blocks where they were; none without a cache."""
-    return self._ended
-
   def room(self) -> Room:
     """A fresh scratch view of what is free."""
     return Room(self)
@@ -437,70 +223,6 @@ class ClusterView:
     """
     pools = self._books.holdings[worker].pages.pools
     return pools.whole_pages(self.kind_pages_needed(request, worker, decodes=decodes))
-
-  def cached_tokens(self, request: str, worker: str, source: str | None = None) -> int:
-    """Tokens at the beginning of a request that a worker holds; its first chunk may start behind them.
-
-    A chunk that starts further on starts at what is cached, with as many tokens: others may have taken some of the
-    pages since a policy looked.
-
-    Args:
-      request: The request.
-      worker: The worker.
-      source: The worker that prefills it, where it is another.
-
-    Raises:
-      KeyError: if there is no such request or worker.
-    """
-    prefixes, entry = self._books.prefixes, self._books.requests.get(request)
-    if entry is None or worker not in self._workers or (source is not None and source not in self._workers):
-      known = 'an unfinished request' if entry is None else f'workers, which are {", ".join(self._workers)}'
-      raise KeyError(f'cached_tokens({request!r:.80}, {worker!r:.80}, {source!r:.80}), expected the name of {known}.')
-    return 0 if prefixes is None else prefixes.hit(entry, worker, source)
-
-  def fetchable_tokens(self, request: str, place: str, worker: str) -> int:
-    """Tokens at the beginning of a request that a worker could begin behind, were they copied to it from a place.
-
-    Raises:
-      KeyError: if there is no such request, place or worker.
-    """
-    prefixes, entry = self._books.prefixes, self._books.requests.get(request)
-    if entry is None or place not in self._places or worker not in self._workers:
-      raise KeyError(
-        f'fetchable_tokens({request!r:.80}, {place!r:.80}, {worker!r:.80}), expected the names of an unfinished '
-        f'request, a place and a worker, of {", ".join(self._places)}.'
-      )
-    return 0 if prefixes is None or not self.has_way(place, worker) else prefixes.fetchable(entry, place, worker)
-
-  def blocks(self, request: str) -> Blocks:
-    """The blocks of a request that is unfinished, or has `ended`, by which `Transfer` copies what a place holds of it.
-
-    They are those of its prompt and of what it has generated, whoever holds them.
-
-    Raises:
-      KeyError: if there is no such request, or nothing is cached.
-    """
-    entry = self._books.requests.get(request) or self._books.ended.get(request)
-    if entry is None or self._books.prefixes is None:
-      known = (
-        'a request that is unfinished or has ended in this turn' if entry is None else 'a config with prefix_cache'
-      )
-      raise KeyError(f'blocks({request!r:.80}), expected {known}.')
-    return self._books.prefixes.making.blocks(entry)
-
-  def has_way(self, source: str, target: str) -> bool:
-    """Whether pages may travel from one place to another."""
-    return self._books.is_way(source, target)
-
-  @property
-  def caches(self) -> bool:
-    """Whether prefixes are kept (`ServingConfig.prefix_cache`)."""
-    return self._books.prefixes is not None
-
-  def may_be_cached(self, tokens: int) -> bool:
-    """Whether so many tokens of a beginning may be found: prefixes are kept, and they are whole blocks."""
-    prefixes = self._books.prefixes
-    return prefixes is not None and tokens >= 0 and tokens % prefixes.block_tokens == 0
 
   @property
   def grows(self) -> bool:

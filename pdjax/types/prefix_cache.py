@@ -1,9 +1,11 @@
 """PrefixCache: the settings of the cache of prompts' prefixes."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import ClassVar
 
 from pdjax.types.checked import Count, check_fields
+from pdjax.types.model import ModelSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,3 +33,10 @@ class PrefixCache:
 
   def __post_init__(self):
     check_fields(self)
+
+  def fits(self, model: ModelSpec, page_sizes: Iterable[int]) -> bool:
+    """Whether prefixes can be kept: a model has one cache of all tokens, and pages of these sizes are whole blocks."""
+    if len(model.cache) != 1 or not model.cache[0].grows:
+      return False
+    (kind,) = model.cache
+    return all(kind.entries_per_page(size) % self.block_tokens == 0 for size in page_sizes)

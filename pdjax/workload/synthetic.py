@@ -118,6 +118,11 @@ class _Independent(_Sampled):
   num_requests: Count = 64
   prompts: Annotated[tuple[str, ...], SOME, _NO_TEXTS] | None = None
 
+  @property
+  def repeats(self) -> bool:
+    """Whether prompts may begin alike: random ones do not."""
+    return self.prompts is not None
+
   def _requests(
     self, context: WorkloadContext, arrivals_s: Iterable[float] | None = None
   ) -> tuple[list[Request], dict[str, int]]:

@@ -42,7 +42,11 @@ class WorkloadContext:
 
 
 class Workload(Protocol):
-  """All that a config says about the requests of a run; the figures go into the report."""
+  """All that a config says about the requests of a run; the figures go into the report.
+
+  One of which no prompt begins like another may say so with an attribute `repeats = False`; then a `prefix_cache` of
+  'auto' keeps none.
+  """
 
   @property
   def num_requests(self) -> int:

@@ -1,0 +1,26 @@
+"""Blocks: a name for pages, wherever they are."""
+
+import dataclasses
+
+import numpy as np
+
+Made = tuple[str, ...]  # the way in which blocks are made
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Blocks:
+  """The whole blocks at the beginning of a sequence, by which pages are named wherever they are.
+
+  `ClusterView.blocks` answers it, and `Transfer` takes it.
+
+  Attributes:
+    request: The request whose sequence it is.
+    tokens: The tokens of them.
+  """
+
+  request: str
+  tokens: int
+  _content: np.ndarray = dataclasses.field(repr=False)  # token ids, or what stands for them
+  _salt: str = dataclasses.field(repr=False)
+  _unit: Made = dataclasses.field(repr=False)  # what the ids stand for, if they are no tokens
+  _keys: dict[Made, bytes] = dataclasses.field(default_factory=dict, repr=False)

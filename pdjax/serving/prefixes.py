@@ -286,7 +286,8 @@ class Prefixes:
     tokens: tuple[int, ...] = ()
     if self._settings.log_tokens and not self._has_hashes(entry):
       tokens = (*entry.request.prompt, *generated)
-    for run in np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
+    is_one_run = stored[-1] - stored[0] == len(stored) - 1  # mostly; `np.split` takes as long as all the rest
+    for run in [stored] if is_one_run else np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
       start, stop = int(run[0]), int(run[-1]) + 1
       parent = keys[(start - 1) * KEY_BYTES : start * KEY_BYTES] if start else NO_PARENT
       told = keys[start * KEY_BYTES : stop * KEY_BYTES], parent, size, tokens[start * size : stop * size]

@@ -1,19 +1,16 @@
 """The prefix cache on devices: what is cached is not computed and not sent again, and no token changes."""
 
 import dataclasses
-import functools
-import math
 import random
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from pdjax.metrics.counters import counters
 from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
-from pdjax.serving.events import BlockStored, Started
+from pdjax.serving.events import BlockRemoved, BlockStored, Started
 from pdjax.serving.orders import StepOrder
+from pdjax.serving.page_allocator import PageAllocator
 from pdjax.types import PrefixCache, Request, SamplingParams
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import build
@@ -199,22 +196,51 @@ def test_blocks_are_told_with_their_tokens_where_these_are_asked_for(one_and_one
   assert [one.token_ids for one in private.events if isinstance(one, BlockStored)] == [(), (), ()]
 
 
-def test_pages_full_of_nan_change_no_token(one_and_one, colocated):
-  """Whatever lies in free pages, and behind the last token of a page, is never looked at."""
+def families(count: int, gap_s: float = 0.02) -> list[Request]:
+  """Prompts of three families that part within a page or a block, of one or two samples."""
+  rng = random.Random(11)
+  return [
+    Request(
+      f'r{number}', (*prompt(rng.randrange(17, 33), seed=number % 3), *prompt(rng.randrange(1, 9), seed=100 + number)),
+      SamplingParams(max_tokens=rng.choice((2, 9, 14)), seed=number, n=rng.choice((1, 2)), ignore_eos=True),
+      arrival_s=gap_s * number,
+    )
+    for number in range(count)
+  ]  # fmt: skip
 
-  def fill(cluster: Cluster, value: float) -> None:
-    for worker in cluster.workers.values():
-      full = functools.partial(jnp.full_like, fill_value=value)
-      worker.pages = jax.tree.map(lambda leaf, full=full: jax.device_put(full(leaf), leaf.sharding), worker.pages)
 
-  for cluster in (one_and_one, colocated):
-    requests = chat(cluster, 4)
-    fill(cluster, math.nan)
-    try:
-      served = assert_exact(cached(cluster), requests)
-      assert served.report.cached_tokens > 40
-    finally:
-      fill(cluster, 0.0)
+@pytest.mark.parametrize('ahead', ['all', 0])
+@pytest.mark.parametrize('split', ['1P1D', '1C'])
+def test_nan_in_free_pages_reaches_no_token_where_pages_are_hit_in_part_copied_and_grow(
+  one_and_one, colocated, split, ahead
+):
+  """So few pages that some are forgotten, and where they are taken as sequences grow some sequences begin again."""
+  cluster = (colocated if split == '1C' else one_and_one).changed(
+    prefix_cache=PrefixCache(block_tokens=4), pages_ahead=ahead
+  )
+  pages = 12 if split == '1C' else 44
+  cluster.specs = tuple(dataclasses.replace(one, num_pages=pages) for one in cluster.specs)
+  requests = families(16)
+  policy = Colocated(token_budget=32) if split == '1C' else Disaggregated(max_prefill_tokens=32)
+  served = cluster.serve(requests, policy)
+  assert served.tokens() == {
+    sample.id: generate(cluster.model, sample) for request in requests for sample in request.samples()
+  }
+  orders = [event.order for event in served.events if isinstance(event, Started)]
+  steps = [order for order in orders if isinstance(order, StepOrder)]
+  assert served.report.cached_tokens > 60
+  assert any(isinstance(event, BlockRemoved) for event in served.events)
+  assert any(join.admission is not None and join.admission.copies for step in steps for join in step.joins)
+  assert any(chunk.copies for step in steps for chunk in step.chunks) == (split == '1C')  # blocks are pages elsewhere
+  assert any(step.growth for step in steps) == (ahead == 0)
+
+
+def test_nan_in_pages_that_are_hit_would_be_seen(one_and_one, monkeypatch):
+  """What the tests above would say of a page that is free when it is needed."""
+  monkeypatch.setattr(PageAllocator, 'is_cached', lambda place, page: False)
+  monkeypatch.setattr('tests.engine.cluster.check', lambda books: None)
+  served = cached(one_and_one).serve(in_turns(ask('first', SYSTEM), ask('second', (*SYSTEM, 3))))
+  assert served.by_id['first'].error is None and 'not finite' in served.by_id['second'].error
 
 
 def test_ids_of_blocks_say_nothing_where_tokens_are_computed(one_and_one):

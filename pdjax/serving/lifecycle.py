@@ -146,6 +146,8 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   give_up_row(entry)
   if reason in SERVED:
     note_decoded(books, entry)
+  elif reason == 'error' and books.prefixes is not None:
+    books.prefixes.spoil(entry)
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():

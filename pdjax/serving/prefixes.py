@@ -293,6 +293,11 @@ class Prefixes:
       told = keys[start * KEY_BYTES : stop * KEY_BYTES], parent, size, tokens[start * size : stop * size]
       self._told.append(BlockStored(self._now_s(), worker, *told))
 
+  def spoil(self, entry: RequestState) -> None:
+    """Let nobody find what a request holds that ended with an error: there may be numbers in it that are not finite."""
+    for worker, pages in entry.pages.items():
+      self._pages[worker].by_kind[self.kind].spoil(pages[self.kind])
+
   def lose(self, worker: str) -> None:
     """Note that a worker's pages are gone."""
     if self.index.forget_place(worker):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import random
-from collections.abc import Sequence
 
 import pytest
 
@@ -15,11 +14,11 @@ from pdjax.serving.events import BlockRemoved, BlockStored, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.types import FaultSpec, PrefixCache, Request, SamplingParams
-from pdjax.workload import Listed
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import build
 from tests.engine.plain import generate
 from tests.faults.oracles import assert_blocks
+from tests.in_turns import InTurns
 from tests.tiny import prompt
 
 HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
@@ -262,27 +261,6 @@ def test_ids_of_blocks_say_nothing_where_tokens_are_computed(one_and_one):
 
 
 # ---------------------------------------------------------------------------- faults between a hit and its use
-
-
-class InTurns(Listed):
-  """Groups of requests, each of which comes when all of those before it have ended."""
-
-  def __init__(self, *groups: Sequence[Request]):
-    super().__init__(groups[0])
-    self._groups, self._left = [*groups[1:]], len(groups[0])
-
-  @property
-  def closed(self) -> bool:
-    return super().closed and not self._groups
-
-  def due(self, now_s, finished=()):
-    self._left -= len(finished)
-    if not self._left and self._groups:
-      group = self._groups.pop(0)
-      self._left = len(group)
-      for request in group:
-        self._schedule(dataclasses.replace(request, arrival_s=now_s))
-    return super().due(now_s)
 
 
 class Once:

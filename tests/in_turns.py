@@ -1,7 +1,7 @@
 """Requests that come one after another, however long each takes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pdjax.types import Request
 from pdjax.workload import Listed
@@ -10,8 +10,8 @@ from pdjax.workload import Listed
 class InTurns(Listed):
   """Groups of requests, each of which comes when all of those before it have ended."""
 
-  def __init__(self, *groups: Sequence[Request]):
-    super().__init__(groups[0])
+  def __init__(self, *groups: Sequence[Request], output_lens: Mapping[str, int] | None = None):
+    super().__init__(groups[0], output_lens)
     self._groups, self._left = [*groups[1:]], len(groups[0])
 
   @property

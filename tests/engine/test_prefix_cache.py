@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import pathlib
 import random
 
 import pytest
@@ -10,16 +12,20 @@ from experiments.faults.engine_faults import FaultyEngine, FaultyWay, FaultyWork
 from pdjax.metrics.counters import counters
 from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
-from pdjax.serving.events import BlockRemoved, BlockStored, Started
+from pdjax.serving import serve
+from pdjax.serving.events import BlockRemoved, BlockStored, Finished, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.serving.page_allocator import PageAllocator
+from pdjax.simulator import Simulator
 from pdjax.types import FaultSpec, PrefixCache, Request, SamplingParams
+from pdjax.workload import TraceWorkload, WorkloadContext
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import build
 from tests.engine.plain import generate
 from tests.faults.oracles import assert_blocks
 from tests.in_turns import InTurns
-from tests.tiny import prompt
+from tests.test_simulator import HandCost
+from tests.tiny import TINY, prompt
 
 HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
 GAP_S = 0.15  # between requests, each of which is to find what those before it left
@@ -251,6 +257,27 @@ def test_nan_in_pages_that_are_hit_would_be_seen(one_and_one, monkeypatch):
   monkeypatch.setattr('tests.engine.cluster.check', lambda books: None)
   served = cached(one_and_one).serve(in_turns(ask('first', SYSTEM), ask('second', (*SYSTEM, 3))))
   assert served.by_id['first'].error is None and 'not finite' in served.by_id['second'].error
+
+
+def test_a_trace_hits_on_devices_what_it_hits_in_the_simulator(one_and_one, colocated):
+  """Of the made-up chats those that fit, whose tokens follow their ids; in the simulator ids alone count."""
+  path = pathlib.Path(__file__).parents[1] / 'data' / 'traces' / 'bailian_made_up.jsonl'
+  arrivals = TraceWorkload(path=path).arrivals(WorkloadContext(TINY.vocab_size, TINY.context_len, None))
+  asked = [event.request for event in arrivals.due(math.inf) if event.request.prompt_len < 60]
+  lens = {one.id: min(arrivals.output_len(one.id), 10) for one in asked}
+  for cluster, policy in ((one_and_one, Disaggregated(max_prefill_tokens=32)), (colocated, Colocated(token_budget=32))):
+    hits = []
+    on_devices = cached(cluster).serve((), policy, arrivals=InTurns(*[[one] for one in asked], output_lens=lens))
+    trusting = cluster.changed(prefix_cache=PrefixCache(block_tokens=4, trusts_block_hashes=True))
+    simulated = serve(
+      InTurns(*[[one] for one in asked], output_lens=lens), policy, Simulator(TINY, cluster.specs, HandCost()),
+      trusting.empty_state(),
+    )  # fmt: skip
+    for events in (on_devices.events, simulated):
+      ends = [event for event in events if isinstance(event, Finished)]
+      assert {end.request: len(end.tokens) for end in ends} == lens
+      hits.append({end.request: end.cached_tokens for end in ends})
+    assert hits[0] == hits[1] and sorted(hits[0].values()) == [0, 0, 32, 48]
 
 
 def test_ids_of_blocks_say_nothing_where_tokens_are_computed(one_and_one):

@@ -23,7 +23,7 @@ from tests.faults.matrix import CACHE, CACHED_POLICY, COLUMNS, FULL, HIT, VICTIM
 from tests.faults.oracles import assert_blocks, assert_right
 from tests.tiny import TINY
 
-TIMES = Times(deadline_s=0.4, late_s=0.6, down_s=0.1, backoff_s=0.01, later_s=0.2)
+TIMES = Times(deadline_s=0.4, late_s=0.6, down_s=0.1, backoff_s=0.01, later_s=0.1)
 BOUND_S = 20.0
 
 

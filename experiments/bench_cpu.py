@@ -126,9 +126,9 @@ class Timed:
     self.turn_s: list[float] = []
 
   @property
-  def workers(self) -> Mapping[str, Living]:
+  def places(self) -> Mapping[str, Living]:
     """Those of the backend."""
-    return self._backend.workers
+    return self._backend.places
 
   def submit(self, orders: Sequence[Order]) -> None:
     self._backend.submit(orders)

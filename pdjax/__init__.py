@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     SLO,
     ChipSpec,
     Completion,
+    HostPlace,
     LinkSpec,
     ModelSpec,
     PrefixCache,
@@ -77,8 +78,8 @@ _HOMES = {
   ],
   'pdjax.session': ['Delta', 'RequestError', 'Session', 'SessionError', 'Stream'],
   'pdjax.types': [
-    'SLO', 'ChipSpec', 'Completion', 'LinkSpec', 'ModelSpec', 'PrefixCache', 'Request', 'Role', 'SamplingParams',
-    'WorkerSpec', 'colocated_pool', 'decode_pool', 'prefill_pool',
+    'SLO', 'ChipSpec', 'Completion', 'HostPlace', 'LinkSpec', 'ModelSpec', 'PrefixCache', 'Request', 'Role',
+    'SamplingParams', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'prefill_pool',
   ],
   'pdjax.workload': [
     'Bursty', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed', 'Given', 'Lognormal', 'MultiTurn', 'Poisson',
@@ -88,10 +89,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-  'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
-  'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'LinkSpec',
-  'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject', 'Report',
-  'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session',
+  'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView',
+  'Colocated', 'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given',
+  'HostPlace', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject',
+  'Report', 'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session',
   'SessionError', 'Step', 'Stream', 'SwitchRole', 'TraceWorkload', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec',
   'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """ServingConfig: one whole run as a frozen tree."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pdjax.cost.cost_model import CostModel, as_cost
@@ -10,16 +11,17 @@ from pdjax.policies.disaggregated import Disaggregated
 from pdjax.serving.loop import Policy
 from pdjax.types.cache import KVDtypeName
 from pdjax.types.checked import Count, Index, Seed, as_path, check_fields
-from pdjax.types.cluster import split_name
+from pdjax.types.cluster import split_name, ways
 from pdjax.types.faults import FaultSpec
 from pdjax.types.fitting import Must, Remedy, at_least
 from pdjax.types.hardware import DTYPE_BYTES, DtypeName, precision_of
 from pdjax.types.model import ModelSpec
+from pdjax.types.places import HostPlace
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.types.transfer import TransferSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder
@@ -51,6 +53,7 @@ class ServingConfig:
     pages_ahead: Pages that a decoding sequence takes ahead of its tokens as it grows; 'all' takes at once all that it
       may ever need. With fewer, more sequences decode at once, and one may be preempted when no page is free.
     max_preemptions: Most times that one request is preempted; then it takes all the pages that it may ever need.
+    places: Memory of hosts that holds pages of the prefix cache, beside the workers.
     prefix_cache: Keeps pages of prompts and answers for prompts that begin alike; None keeps none.
     check_invariants: Whether all pages and their holders are looked at after every turn, which takes its time; what is
       wrong ends the run with an AssertionError.
@@ -86,6 +89,7 @@ class ServingConfig:
   max_context: Tokens | None = None
   pages_ahead: Index | Literal['all'] = 'all'
   max_preemptions: Count = 8
+  places: tuple[HostPlace, ...] = ()
   prefix_cache: PrefixCache | None = None
   check_invariants: bool = False
   transfer: TransferSpec = TransferSpec()
@@ -101,11 +105,21 @@ class ServingConfig:
     for field in ('checkpoint', 'compilation_cache'):
       object.__setattr__(self, field, as_path(getattr(self, field)))
     check_fields(self)
-    names = [worker.name for worker in self.workers]
+    names = [*(worker.name for worker in self.workers), *(place.name for place in self.places)]
     repeated = {name for name in names if names.count(name) > 1}
-    if not names or repeated:
+    if not self.workers or repeated:
       found = f'the names {sorted(repeated)} more than once' if repeated else 'no worker'
       raise ValueError(f'the config has {found}, expected at least one worker, each with a name of its own.')
+    if holding := [worker.name for worker in self.workers if Role.HOLD in worker.roles]:
+      raise ValueError(
+        f"the workers {', '.join(holding)} have the role 'hold', which runs no steps; make them places: "
+        'places=(HostPlace(name, bytes),).'
+      )
+    if self.places and self.prefix_cache is None:
+      raise ValueError(
+        f'the config has places ({", ".join(one.name for one in self.places)}) and no prefix_cache, whose pages they '
+        'hold; set prefix_cache=PrefixCache(), or leave places out.'
+      )
     if not any(worker.role.prefills for worker in self.workers) or not any(one.role.decodes for one in self.workers):
       roles = ', '.join(f'{worker.name} {worker.role.value}' for worker in self.workers)
       raise ValueError(f'the workers are {roles}, expected one that prefills and one that decodes; add the other role.')
@@ -156,9 +170,30 @@ class ServingConfig:
     return as_policy(self.policy).moves_kv
 
   @property
+  def moves_anywhere(self) -> bool:
+    """Whether the policy may send KV between any two workers."""
+    return as_policy(self.policy).moves_anywhere
+
+  @property
   def staging_bytes(self) -> int:
     """Memory of a worker for what is on its way out of it, and as much for what is on its way in."""
-    return self.transfer.staging_bytes if self.moves_kv else 0
+    return self.transfer.staging_bytes if self.moves_kv or self.moves_anywhere or self.places else 0
+
+  def ways(self, places: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
+    """The pairs of these workers and places between which the policy may send KV."""
+    return ways(places, forward=self.moves_kv, anywhere=self.moves_anywhere)
+
+  def holders(self, model: ModelSpec) -> tuple[WorkerSpec, ...]:
+    """The places that only hold pages as backends have them, all counts filled in.
+
+    Raises:
+      ValueError: if a page does not fit.
+    """
+    cluster = self.cluster
+    sizes, dtypes = {one.page_size for one in cluster}, {one.cached_dtype for one in cluster}
+    size = next(iter(sizes)) if len(sizes) == 1 else None
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else self.kv_dtype or self.definite_dtype
+    return tuple(place.as_spec(model, size or self.page_size, dtype) for place in self.places)
 
   @property
   def cluster(self) -> tuple[WorkerSpec, ...]:

@@ -90,9 +90,11 @@ class Deployment:
       pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions,
       prefix_cache=cache and dataclasses.replace(cache, trusts_block_hashes=self.is_simulated),
+      places=built.places,
+      between=[(source.name, target.name) for source, target in config.ways((*built.workers, *built.places))],
     )
-    for name, worker in built.backend.workers.items():
-      state.workers[name].incarnation = worker.incarnation
+    for name, place in built.backend.places.items():
+      state.books.places[name].incarnation = place.incarnation
     return state
 
   def report(
@@ -171,7 +173,7 @@ def _build_processes(config: ServingConfig, model: ModelSpec, say: Say) -> Built
 
   assert config.processes is not None
   with _sigterm_kept():
-    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say)
+    processes = RayProcesses(config.processes, config.workers, config.platform, RayWorker, say, config.places)
 
   def close() -> None:
     with _sigterm_kept():
@@ -199,6 +201,7 @@ def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
   """No devices, and a virtual clock."""
   cost = as_cost(config.cost)
   carved = carve_devices(config.workers, devices_needed(config.workers))
+  places = config.holders(model)
   workers = size_pools(
     config.cluster,
     carved,
@@ -206,12 +209,13 @@ def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
     math.inf if cost.chip is None else cost.chip.memory_bytes * ACCELERATOR_SHARE,
     one_memory=cost.shared_host,
     staging_bytes=config.staging_bytes,
+    pairs=config.ways((*config.cluster, *places)),
   )
   if isinstance(cost, Roofline):
     cost = dataclasses.replace(cost, dtype_bytes=config.dtype_bytes)
   transfer = choose_granularity(config.transfer, model, workers, cost)
-  simulator = Simulator(model, workers, cost)
-  return Built(simulator, workers, transfer, config.definite_dtype, carved, warm_up=None)
+  simulator = Simulator(model, (*workers, *places), cost)
+  return Built(simulator, workers, transfer, config.definite_dtype, carved, warm_up=None, places=places)
 
 
 # ---------------------------------------------------------------------------- configs of this machine

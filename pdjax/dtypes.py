@@ -20,7 +20,8 @@ def settle_dtype(config: ServingConfig, kinds: Mapping[str, Sequence[DeviceKind]
   """
   if config.dtype == 'auto':
     named = {worker.name for worker in config.workers if worker.weights is not None}
-    left = {name: of_worker for name, of_worker in kinds.items() if name not in named}
+    workers = {worker.name for worker in config.workers}  # a place that only holds pages computes nothing
+    left = {name: of_worker for name, of_worker in kinds.items() if name in workers - named}
     (first, *_) = config.workers  # whose weights the run counts as its own where every worker names some
     dtype = _fastest(left) if left or first.weights is None else first.weights
     config = dataclasses.replace(config, dtype=dtype)

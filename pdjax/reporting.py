@@ -50,6 +50,7 @@ def make_report(
   return Report.from_events(
     events,
     workers=built.workers,
+    places=built.places,
     slo=config.slo,
     notes=(*notes, *_rate_notes(config, built), *_cache_notes(config)),
     config=describe(served),

@@ -18,7 +18,7 @@ from pdjax.serving.orders import AbandonOrder, ChunkOrder, EndOrder, LeaveOrder,
 from pdjax.standing_run import StandingRun, outcome
 from pdjax.types.checks import is_number
 from pdjax.types.model import ModelSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 PLACEHOLDER_TOKEN = 0  # what a simulated request "generates"
 _BLANK = np.broadcast_to(np.int32(PLACEHOLDER_TOKEN), (1 << 12, 1 << 12))  # one number, whatever part is taken
@@ -38,7 +38,8 @@ class Simulator:
 
   Args:
     model: The model.
-    workers: The workers, `num_pages` filled in; their cache is float32 if they do not say otherwise.
+    workers: The workers, and places that only hold pages, `num_pages` filled in; their cache is float32 if they do not
+      say otherwise.
     cost: Says how long things take.
     leaps: Whether several steps may be told of at once; without, each is an event of its own.
   """
@@ -52,7 +53,8 @@ class Simulator:
     devices = collections.Counter(device for worker in workers for device in worker.devices or ())
     shared = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
     self._run_seconds = {
-      worker.name: None if shared[worker.name] else self._cost.runs(model, worker) for worker in workers
+      worker.name: None if shared[worker.name] or worker.role is Role.HOLD else self._cost.runs(model, worker)
+      for worker in workers
     }
     self.start_clock()
 
@@ -77,7 +79,7 @@ class Simulator:
     note(self._now_s)
 
   @property
-  def workers(self) -> Mapping[str, Any]:
+  def places(self) -> Mapping[str, Any]:
     """Those that may be lost and come back, by name: none, as nothing is simulated to fail."""
     return {}
 

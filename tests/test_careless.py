@@ -307,6 +307,7 @@ GOOD = {  # what makes one of a class whose fields have no defaults
   'ServingConfig': lambda: CONFIG,
   'WorkerSpec': worker(),
   'ChipSpec': pdjax.ChipSpec.generic_cpu,
+  'HostPlace': lambda: pdjax.HostPlace('host0', 1),
   'Request': lambda: REQUEST,
   'ModelSpec': lambda: tiny.TINY,
   'RopeScaling': lambda: RopeScaling('linear', 2.0),

@@ -9,6 +9,7 @@ from experiments.faults.engine_faults import FaultyEngine, FaultyWorker, StepFau
 from experiments.faults.kinds import KINDS, TOO_LATE, Dice
 from experiments.faults.losses import Loss, Losses
 from pdjax.engine.engine import Engine
+from pdjax.engine.place import Place
 from pdjax.engine.worker import Worker
 from pdjax.serving.events import Done, Event
 from pdjax.serving.orders import Order, StepOrder, TransferOrder
@@ -86,6 +87,11 @@ class Hostile(Chaos):
   def workers(self) -> Mapping[str, Worker]:
     """Each worker by its name."""
     return self.engine.workers
+
+  @property
+  def places(self) -> Mapping[str, Place]:
+    """Each worker, and each place that only holds pages, by its name."""
+    return self.engine.places
 
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s."""

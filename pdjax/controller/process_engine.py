@@ -136,6 +136,7 @@ class ProcessEngine:
 
   Attributes:
     workers: The workers as the controller knows them, by name.
+    places: The same, and places that only hold pages.
   """
 
   def __init__(
@@ -158,6 +159,7 @@ class ProcessEngine:
       closed: Called when all is over.
     """
     self.workers = {name: Remote(peer, incarnations[name], clocks_s[name]) for name, peer in peers.items()}
+    self.places = self.workers
     self._revive = revive
     self._closed_all = closed
     self._mailbox = Mailbox()

@@ -23,11 +23,11 @@ from pdjax.host import node_name
 from pdjax.serving.built import Built, WarmUp
 from pdjax.serving.events import Comeback
 from pdjax.serving.peers import Assignment, Loaded, PeerLost
-from pdjax.types.cluster import DeviceError, ways
+from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, check_plans, check_together, check_worker
 from pdjax.types.hardware import LinkSpec
 from pdjax.types.model import ModelSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 _LINK_BYTES = 8 * 2**20
 _PINGS = 16  # of which the quickest tells how two clocks differ
@@ -48,7 +48,7 @@ def build_processes(
   Args:
     config: The run.
     model: The model's shape, as it is to be served.
-    peers: An empty process for each worker.
+    peers: An empty process for each worker, and for each place that only holds pages.
     say: Told in a line what is being done.
     closed: Called when the backend is closed, after its processes; also if none comes of it.
     when_lost: Called with the function that is to be told why, once all processes are lost: it ends the run.
@@ -95,18 +95,21 @@ def build_processes(
     begin = time.perf_counter()
     machines: dict[str, Machine] = everywhere(handshake.begin)
     config = handshake.count_on(machines)
-    specs = handshake.specs = _size_pools(config, model, machines)
+    workers = _size_pools(config, model, machines)
+    places = {place.name: place for place in config.holders(model)}
+    specs = handshake.specs = {**workers, **places}
     first, last = (handshake.ways or [(config.workers[0].name, config.workers[-1].name)])[0]
     chip = peers[first].ask('measure', specs[first].weights, specs[first].precision)
     link = handshake.measure_link(first, last)
     measured = time.perf_counter()
     on_cpu = machines[first].platform == 'cpu'
     cost = Roofline(chip, link, config.dtype_bytes, shared_host=on_cpu)
-    handshake.transfer = choose_granularity(config.transfer, model, tuple(specs.values()), cost)
+    handshake.transfer = choose_granularity(config.transfer, model, tuple(workers.values()), cost)
     loaded: dict[str, Loaded] = everywhere(lambda name: handshake.load(name, 1))
     for name, spec in specs.items():
       where = f'{", ".join(machines[name].devices)} of process {machines[name].pid}'
-      say(f'{name}: {spec.phases}, tp={spec.tp} on {where}, {spec.holds}')
+      said = f'holds pages, on {where},' if name in places else f'{spec.phases}, tp={spec.tp} on {where},'
+      say(f'{name}: {said} {spec.holds}')
     handshake.admit([one.hello for one in loaded.values()])
     program_s = {f'{name}/{key}': s for name, one in loaded.items() for key, s in one.program_s.items()}
     load_s = max(one.load_s for one in loaded.values())
@@ -120,7 +123,9 @@ def build_processes(
   engine = ProcessEngine(peers, dict.fromkeys(peers, 1), clocks, handshake.revive, close_all)
   when_lost(engine.fail)
   devices = {name: [f'{device} of process {one.pid}' for device in one.devices] for name, one in machines.items()}
-  return Built(engine, tuple(specs.values()), handshake.transfer, config.definite_dtype, devices, warm_up)
+  return Built(
+    engine, tuple(workers.values()), handshake.transfer, config.definite_dtype, devices, warm_up, tuple(places.values())
+  )
 
 
 @contextlib.contextmanager
@@ -145,9 +150,12 @@ def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, 
     counter = itertools.count()
     devices = {one.name: tuple(itertools.islice(counter, one.tp)) for one in workers}
     memory = min(machines[one.name].memory_bytes for one in workers)
+    if on_cpu:
+      node = machines[workers[0].name].node
+      memory -= sum(place.bytes for place in config.places if machines[place.name].node == node)
     for spec in size_pools(
       workers, devices, model, memory, one_memory=on_cpu, staging_bytes=config.staging_bytes,
-      cluster=config.cluster,
+      pairs=config.ways((*config.cluster, *config.holders(model))),
     ):  # fmt: skip
       sized[spec.name] = spec
   return {worker.name: sized[worker.name] for worker in config.workers}
@@ -189,9 +197,10 @@ class Handshake:
     self._model = model
     self._peers = peers
     self._say = say
-    self.specs = {spec.name: spec for spec in config.workers}
+    holders = config.holders(model)
+    self.specs = {spec.name: spec for spec in (*config.workers, *holders)}
     self.transfer = config.transfer
-    pairs = ways(config.workers) if config.moves_kv else []
+    pairs = config.ways((*config.workers, *holders))
     self.ways: Sequence[tuple[str, str]] = [(source.name, target.name) for source, target in pairs]
     self._lock = threading.Lock()
     self._machines: dict[str, Machine] = {}  # of workers that are there
@@ -205,7 +214,8 @@ class Handshake:
     """Have an empty process make its devices ready."""
     config = self._config
     host = '127.0.0.1' if config.processes is None else config.processes.host
-    return self._peers[name].ask('machine', config.platform, self.specs[name].tp, host)
+    spec = self.specs[name]
+    return self._peers[name].ask('machine', 'cpu' if spec.role is Role.HOLD else config.platform, spec.tp, host)
 
   def count_on(self, machines: Mapping[str, Machine]) -> ServingConfig:
     """Have processes count among those that are there, if they fit them; before anything is loaded or pulled.

@@ -24,6 +24,7 @@ from pdjax.controller.control_service import ControlService
 from pdjax.controller.ray_peer import GROUPS, RayPeer
 from pdjax.host import check_own, own_addresses
 from pdjax.types.cluster import DeviceError
+from pdjax.types.places import HostPlace
 from pdjax.types.processes import RayCluster
 from pdjax.types.worker import WorkerSpec
 
@@ -78,6 +79,7 @@ class RayProcesses:
     actor: The class that Ray runs in each process, which has the methods that a `RayPeer` calls. It is made there with
       the address that a host of 'node' stands for, or None for that of its node in the Ray cluster.
     say: Told in a line what is being done.
+    places: Places that only hold pages, each of which has a process too.
 
   Raises:
     DeviceError: if Ray is not installed, cannot be reached or has no room for the workers, or if two workers could
@@ -91,6 +93,7 @@ class RayProcesses:
     platform: str | None,
     actor: type,
     say: Callable[[str], None] = lambda line: None,
+    places: Sequence[HostPlace] = (),
   ):
     ray = self._ray = import_ray()
     self._actor = actor
@@ -100,6 +103,7 @@ class RayProcesses:
     try:
       begin = time.perf_counter()
       taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
+      taken |= {place.name: cluster.resources(1, platform, accelerates=False) for place in places}
       self._connect(cluster, taken)
       service = self._service = ControlService(ray.get_runtime_context().gcs_address)
       self._close_calls.append(service.close)

@@ -23,7 +23,7 @@ def size_pools(
   *,
   one_memory: bool = False,
   staging_bytes: int = 0,
-  cluster: Sequence[WorkerSpec] = (),
+  pairs: Sequence[tuple[WorkerSpec, WorkerSpec]] | None = None,
 ) -> tuple[WorkerSpec, ...]:
   """Replace `num_pages='auto'` by the most that fit, and check that the pools of a given size do.
 
@@ -38,7 +38,7 @@ def size_pools(
       if unknown.
     one_memory: All devices have one memory in common, as the virtual devices of a CPU do.
     staging_bytes: Bytes on their way out of a worker, and as many on their way into one; kept free where pages travel.
-    cluster: All workers, if `workers` are only some of them.
+    pairs: Those between which pages travel, of all places; None is from each worker that prefills to each that decodes.
 
   Raises:
     ValueError: if weights and pages do not fit, or what steps take beside them; both figures are in the message.
@@ -60,7 +60,7 @@ def size_pools(
   for worker in workers:
     pools[worker.name] = PoolSpecs.of(model, worker)
     page_bytes[worker.name] = pools[worker.name].page_bytes
-  sides = zip(*ways(cluster or workers), strict=True)
+  sides = zip(*(ways(workers) if pairs is None else pairs), strict=True)
   directions = collections.Counter(name for side in sides for name in {worker.name for worker in side})
   staging: dict[int, float] = {}
   for worker in workers:

@@ -18,6 +18,7 @@ from pdjax.engine.calibration import measure_chip, measure_link
 from pdjax.engine.engine import Engine
 from pdjax.engine.host_memory import keep_freed_memory
 from pdjax.engine.kept_programs import keep_programs
+from pdjax.engine.place import Place, host_device
 from pdjax.engine.runner import describe
 from pdjax.engine.worker import Worker
 from pdjax.kv.pages import choose_layout
@@ -27,7 +28,7 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.serving.built import Built, WarmUp
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, carve_devices, devices_needed, ways
+from pdjax.types.cluster import DeviceError, carve_devices, devices_needed
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
 from pdjax.types.transfer import TransferSpec
@@ -73,6 +74,25 @@ def device_memory_bytes(device: jax.Device) -> float:
   return stats.get('bytes_limit', math.inf) * ACCELERATOR_SHARE
 
 
+def check_host_memory(config: ServingConfig, memory_bytes: float) -> None:
+  """See that the places of a config fit into the memory of this host.
+
+  Args:
+    config: The run.
+    memory_bytes: Bytes that they may fill, if workers take of the same memory; else what is free counts.
+
+  Raises:
+    ValueError: if they do not; both figures are in the message.
+  """
+  wanted, free = sum(place.bytes for place in config.places), min(memory_bytes, psutil.virtual_memory().available)
+  if wanted > free:
+    named = ', '.join(f'{place.name} {place.bytes:,}' for place in config.places)
+    raise ValueError(
+      f'the places take {wanted:,} bytes ({named}), but {free:,.0f} of the memory of this host may be filled; lower '
+      'bytes, or free memory.'
+    )
+
+
 def build_engine(
   config: ServingConfig,
   model: ModelSpec,
@@ -98,18 +118,24 @@ def build_engine(
     say(
       f'compilation_cache {config.compilation_cache!r} takes no programs ({reason}); the next run compiles them again'
     )
-  devices = prepare_devices(config.platform, devices_needed(config.workers))
-  if devices[0].platform == 'cpu':
+  needed = devices_needed(config.workers)
+  devices = prepare_devices(config.platform, needed)
+  if devices[0].platform == 'cpu' or config.places:
     keep_freed_memory()
   carved = carve_devices(config.workers, len(devices))
   config = settle_dtype(config, {name: [DeviceKind.of(devices[i]) for i in mesh] for name, mesh in carved.items()})
+  holders = config.holders(model)
+  on_cpu = devices[0].platform == 'cpu'
+  memory_bytes = device_memory_bytes(devices[0])
+  check_host_memory(config, memory_bytes if on_cpu else math.inf)
   specs = size_pools(
     config.cluster,
     carved,
     model,
-    device_memory_bytes(devices[0]),
-    one_memory=devices[0].platform == 'cpu',
+    memory_bytes - (sum(place.bytes for place in config.places) if on_cpu else 0),
+    one_memory=on_cpu,
     staging_bytes=config.staging_bytes,
+    pairs=config.ways((*config.cluster, *holders)),
   )
   names = {name: [str(devices[index]) for index in mesh] for name, mesh in carved.items()}
 
@@ -129,13 +155,22 @@ def build_engine(
   chip = measure_chip(devices[used[0]], jnp.dtype(first.weights), first.precision)
   link = measure_link(devices[used[0]], devices[used[-1]])
   measured = time.perf_counter()
-  cost = Roofline(chip, link, config.dtype_bytes, shared_host=devices[0].platform == 'cpu')
+  cost = Roofline(chip, link, config.dtype_bytes, shared_host=on_cpu)
   transfer = choose_granularity(config.transfer, model, specs, cost)
   workers = []
   for spec in specs:
     mesh = carved[spec.name]
     workers.append(Worker(spec, model, meshes[mesh], weights[mesh, spec.weights], tokenizer, transfer))
     say(f'{spec.name}: {spec.phases}, tp={spec.tp} on {", ".join(names[spec.name])}, {spec.holds}')
+
+  places = []
+  for number, spec in enumerate(holders):
+    device = host_device(devices[0].platform, needed + number)
+    names[spec.name] = [str(device)]
+    place = Place(spec, model, make_mesh(model, [device]))
+    place.reset()
+    places.append(place)
+    say(f'{spec.name}: holds pages, in memory of this host ({device}), {spec.num_pages} of {spec.page_size} tokens')
 
   program_s: dict[str, float] = {}
   transports: dict[tuple[str, str, str], Transport] = {}
@@ -148,8 +183,8 @@ def build_engine(
 
   for worker in workers:
     compile_programs(worker.spec.name, functools.partial(worker.compile, worker.spec.precision))
-  by_name = {worker.spec.name: worker for worker in workers}
-  for source_spec, target_spec in ways(specs) if config.moves_kv else ():
+  by_name: dict[str, Place] = {one.spec.name: one for one in (*workers, *places)}
+  for source_spec, target_spec in config.ways((*specs, *holders)):
     source, target = by_name[source_spec.name], by_name[target_spec.name]
     for kind in model.cache:
       ends = source.pools[kind.name], target.pools[kind.name]
@@ -160,12 +195,13 @@ def build_engine(
   compiled = time.perf_counter()
   say(f'warm-up took {compiled - begin:.1f} s, of which compiling {compiled - measured:.1f} s')
   warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)
-  return Built(Engine(workers, transports), specs, transfer, config.definite_dtype, names, warm_up)
+  engine = Engine(workers, transports, places)
+  return Built(engine, specs, transfer, config.definite_dtype, names, warm_up, holders)
 
 
-def _transport_name(spec: TransferSpec, source: Worker, target: Worker) -> str:
-  """Device to device, if it is left open and both workers have devices of one kind."""
+def _transport_name(spec: TransferSpec, source: Place, target: Place) -> str:
+  """Device to device, if it is left open and both places have devices of one kind."""
   if spec.transport != 'auto':
     return spec.transport
-  ours, theirs = (worker.mesh.devices.flat[0].platform for worker in (source, target))
+  ours, theirs = (place.mesh.devices.flat[0].platform for place in (source, target))
   return 'device_put' if ours == theirs else 'host_staged'

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from pdjax.engine.runner import After, Broken, Crashed, Ran, Runner, crash_poster, describe, dispatch_in_turn
+from pdjax.engine.place import Place
+from pdjax.engine.runner import After, Broken, Crashed, Keeper, Ran, Runner, crash_poster, describe, dispatch_in_turn
 from pdjax.engine.under_way import Incoming, Landed, Missed, UnderWay
 from pdjax.engine.waiters import Waiters
 from pdjax.engine.worker import Worker
@@ -21,15 +23,25 @@ class Engine:
   transfer has one while it is under way; they post what ended, and when, to one mailbox.
   """
 
-  def __init__(self, workers: Sequence[Worker], transports: Mapping[tuple[str, str, str], Transport]):
-    """Serve with compiled workers and a transport for every (source, target) that orders will name."""
+  def __init__(
+    self,
+    workers: Sequence[Worker],
+    transports: Mapping[tuple[str, str, str], Transport],
+    places: Sequence[Place] = (),
+  ):
+    """Serve with compiled workers, places, and a transport for every (source, target, cache kind) of orders."""
     self.workers = {worker.spec.name: worker for worker in workers}
+    self.places: dict[str, Place] = {one.spec.name: one for one in (*workers, *places)}
     self._transports = transports
     self._mailbox = Mailbox()
     self._closed = False
-    self._runners = {name: Runner(worker, self._mailbox) for name, worker in self.workers.items()}
+    self._runners = {worker.spec.name: Runner(worker, self._mailbox) for worker in workers}
+    self._keepers: dict[str, Keeper[Any]] = {
+      **self._runners,
+      **{place.spec.name: Keeper(place, self._mailbox) for place in places},
+    }
     self._waiters = Waiters('transfers', crash_poster(self._mailbox))
-    self._incoming = Incoming(self._runners, self._mailbox, self._waiters)
+    self._incoming = Incoming(self._keepers, self._mailbox, self._waiters)
 
   def start_clock(self) -> None:
     """Let a run begin now, at 0 s; of an earlier one nothing is heard or written any more.
@@ -43,13 +55,13 @@ class Engine:
       raise ValueError('the engine is closed, and nothing would come of a run; deploy the config again.')
     for transfer in self._incoming.under_way:
       self._incoming.give_up(transfer.number)
-    for runner in self._runners.values():
-      runner.end_run()
+    for keeper in self._keepers.values():
+      keeper.end_run()
     before = self._mailbox.collect(-math.inf)[1]
     for item in before:
       match item:
         case Broken():
-          self._runners[item.worker].restart(item)
+          self._keepers[item.worker].restart(item)
         case Crashed():
           raise item.error
     self._mailbox.start_clock()
@@ -67,8 +79,8 @@ class Engine:
     """Wait for steps under way, and a while for transfers, and end the threads."""
     self._closed = True
     self._waiters.close()
-    for runner in self._runners.values():
-      runner.close()
+    for keeper in self._keepers.values():
+      keeper.close()
 
   def submit(self, orders: Sequence[Order]) -> None:
     """Dispatch the orders of one action; what goes wrong comes back as an event."""
@@ -134,13 +146,13 @@ class Engine:
       case StepOrder():
         return order.incarnation != self.workers[order.worker].incarnation
       case TransferOrder():
-        current = self.workers[order.source].incarnation, self.workers[order.target].incarnation
+        current = self.places[order.source].incarnation, self.places[order.target].incarnation
         return order.incarnations != current
     return False
 
   def _restart(self, broken: Broken) -> list[Event]:
     """Give a worker whose pages are gone new ones, and up all transfers from it and to it."""
-    events = self._runners[broken.worker].restart(broken)
+    events = self._keepers[broken.worker].restart(broken)
     for transfer in self._incoming.under_way if events else ():
       if broken.worker in (transfer.order.source, transfer.order.target):
         self._incoming.give_up(transfer.number)

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 
+from pdjax.engine.place import Place
 from pdjax.engine.waiters import Waiter
 from pdjax.engine.worker import Pending, Worker
 from pdjax.serving.batch import LOOKAHEAD
@@ -73,7 +74,72 @@ class Crashed:
   error: BaseException
 
 
-class Runner:
+P = TypeVar('P', bound=Place)
+
+
+class Keeper(Generic[P]):
+  """Sees to the pages of one place: waits on a thread for what is written there, and gives it new ones.
+
+  It posts a `Broken` where pages are gone, and a `Crashed` that should never be. Whoever empties the mailbox brings the
+  first back, to `restart`. One thread calls all but `post_broken`.
+
+  Attributes:
+    place: The place.
+  """
+
+  def __init__(self, place: P, mailbox: Mailbox):
+    self.place = place
+    self._mailbox = mailbox
+    self._waiter = Waiter(f'{place.spec.name}-steps', crash_poster(mailbox))
+    self._free_from_s = 0.0
+    self._begin_anew()
+
+  def _begin_anew(self) -> None:
+    """Let what is under way be of no run any more."""
+
+  def end_run(self) -> None:
+    """Wait for what is under way; what is posted by now is of no run any more."""
+    self._waiter.drain()
+    self.place.forget_all()
+    self._free_from_s = 0.0
+    self._begin_anew()
+
+  def restart(self, broken: Broken) -> list[Event]:
+    """Give the place new pages where its own are gone; steps of the incarnation before are not heard of again."""
+    place = self.place
+    if place.incarnation != broken.incarnation:
+      return []
+    place.reset()
+    self._begin_anew()
+    return [
+      WorkerLost(broken.worker, broken.ended_s, broken.error),
+      WorkerBack(broken.worker, broken.ended_s, place.incarnation),
+    ]
+
+  def post_broken(self, incarnation: int, message: str) -> None:
+    """From any thread: tell that the pages of an incarnation are gone."""
+    name = self.place.spec.name
+    self._mailbox.post(lambda ended_s: Broken(name, incarnation, message, ended_s))
+
+  def begin_after(self, written: jax.Array) -> None:
+    """Let the next step begin no sooner than something is written into the pages."""
+    self._waiter.add(functools.partial(self._await_written, self.place.incarnation, written.block_until_ready))
+
+  def close(self) -> None:
+    """Wait for what is under way, and end the thread."""
+    self._waiter.close()
+
+  def _await_written(self, incarnation: int, block: Callable[[], object]) -> None:
+    """On the waiting thread: block until something is written."""
+    try:
+      block()
+    except Exception as error:
+      self.post_broken(incarnation, describe(error))
+      return
+    self._free_from_s = self._mailbox.now_s()
+
+
+class Runner(Keeper[Worker]):
   """Dispatches the steps of one worker, and waits for them on a thread.
 
   It posts a `Ran`, a `Broken` or a `Failed` for each, and a `Crashed` that should never be. Whoever empties the mailbox
@@ -82,11 +148,8 @@ class Runner:
 
   def __init__(self, worker: Worker, mailbox: Mailbox):
     self.worker = worker
-    self._mailbox = mailbox
-    self._waiter = Waiter(f'{worker.spec.name}-steps', crash_poster(mailbox))
-    self._free_from_s = 0.0
     self._epoch = 0
-    self._begin_anew()
+    super().__init__(worker, mailbox)
 
   def _begin_anew(self) -> None:
     self._epoch += 1
@@ -98,10 +161,7 @@ class Runner:
   def end_run(self) -> None:
     """Wait for steps under way, and let go of their requests; what is posted by now is of no run any more."""
     self.halt()
-    self._waiter.drain()
-    self.worker.forget_all()
-    self._free_from_s = 0.0
-    self._begin_anew()
+    super().end_run()
 
   def run(self, order: StepOrder, after: After = lambda group: None) -> None:
     """Dispatch a step, or the first of one that stands; what goes wrong is posted."""
@@ -188,31 +248,6 @@ class Runner:
     self._waiter.add(functools.partial(self._collect, incarnation, epoch, order, pending, dispatched_s, standing))
     return True
 
-  def restart(self, broken: Broken) -> list[Event]:
-    """Give the worker new pages where its own are gone; steps of the incarnation before are not heard of again."""
-    worker = self.worker
-    if worker.incarnation != broken.incarnation:
-      return []
-    worker.reset()
-    self._begin_anew()
-    return [
-      WorkerLost(broken.worker, broken.ended_s, broken.error),
-      WorkerBack(broken.worker, broken.ended_s, worker.incarnation),
-    ]
-
-  def post_broken(self, incarnation: int, message: str) -> None:
-    """From any thread: tell that the pages of an incarnation are gone."""
-    name = self.worker.spec.name
-    self._mailbox.post(lambda ended_s: Broken(name, incarnation, message, ended_s))
-
-  def begin_after(self, written: jax.Array) -> None:
-    """Let the next step begin no sooner than something is written into the worker's pages."""
-    self._waiter.add(functools.partial(self._await_written, self.worker.incarnation, written.block_until_ready))
-
-  def close(self) -> None:
-    """Wait for steps under way, and end the thread."""
-    self._waiter.close()
-
   def _leave_out(self, order: StepOrder, message: str) -> None:
     """Fail a step that could not be dispatched."""
     worker = self.worker
@@ -253,15 +288,6 @@ class Runner:
       return Ran(order.worker, epoch, done, order, standing)
 
     self._mailbox.post(ran)
-
-  def _await_written(self, incarnation: int, block: Callable[[], object]) -> None:
-    """On the waiting thread: block until something is written."""
-    try:
-      block()
-    except Exception as error:
-      self.post_broken(incarnation, describe(error))
-      return
-    self._free_from_s = self._mailbox.now_s()
 
 
 def crash_poster(mailbox: Mailbox) -> Callable[[BaseException], None]:

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
-from pdjax.engine.runner import Runner, describe
+from pdjax.engine.runner import Keeper, describe
 from pdjax.engine.waiters import Waiters
 from pdjax.kv.transfer import CorruptError, Parcel
 from pdjax.serving.mailbox import Mailbox
@@ -67,13 +67,13 @@ class Incoming:
   waiting is for the thread that dispatches.
 
   Args:
-    runners: Of the workers that are targets, by name.
+    keepers: Of the places that are targets, by name.
     mailbox: The mailbox to which it posts.
     waiters: The threads that wait.
   """
 
-  def __init__(self, runners: Mapping[str, Runner], mailbox: Mailbox, waiters: Waiters):
-    self._runners = runners
+  def __init__(self, keepers: Mapping[str, Keeper[Any]], mailbox: Mailbox, waiters: Waiters):
+    self._keepers = keepers
     self._mailbox = mailbox
     self._waiters = waiters
     self._under_way: dict[int, UnderWay] = {}  # by number
@@ -105,16 +105,16 @@ class Incoming:
 
   def write(self, transfer: UnderWay) -> bool:
     """Write what has landed; whether that is done: the transfer is over then, and steps from now on find it there."""
-    runner = self._runners[transfer.order.target]
-    incarnation = runner.worker.incarnation
+    keeper = self._keepers[transfer.order.target]
+    incarnation = keeper.place.incarnation
     if not self.end(transfer) or transfer.order.incarnations[1] != incarnation:
       return False  # it was given up, or the worker was lost meanwhile
     try:
       written = transfer.way.receive(transfer.parcel)
     except Exception as error:
-      runner.post_broken(incarnation, describe(error))
+      keeper.post_broken(incarnation, describe(error))
       return False
-    runner.begin_after(written)
+    keeper.begin_after(written)
     return True
 
   def _await(self, transfer: UnderWay) -> None:

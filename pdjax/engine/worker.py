@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from pdjax.engine.detokenize import Detokenizer
 from pdjax.engine.packing import Packing
+from pdjax.engine.place import Place
 from pdjax.engine.programs import (
   Admit,
   Copy,
@@ -30,8 +31,6 @@ from pdjax.engine.programs import (
 from pdjax.engine.sequences import Followed, log_probabilities
 from pdjax.engine.slots import Slots
 from pdjax.engine.steps import NO_TOKEN, Steps
-from pdjax.kv.pages import KVPages
-from pdjax.kv.pool import Pool
 from pdjax.model.sampling import Chosen, past
 from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.transformer import Weights
@@ -65,17 +64,15 @@ class Pending:
   followed: Followed
 
 
-class Worker:
-  """Runs steps on one mesh, in the order of dispatch.
+class Worker(Place):
+  """A place that also runs steps, in the order of dispatch.
 
   Attributes:
     weights: The model's weights, as `pools` and `slots` are: on its mesh.
-    pools: Its pages, by cache kind.
     slots: Its decoding sequences on the devices, replaced by every program that updates them.
     packing: Puts orders into rows for the devices.
     programs: Its programs by name; `compile` compiles and runs what it finds there.
     followed: The sequences that have not ended, as the host follows them.
-    incarnation: The number of its incarnation, from 1.
   """
 
   def __init__(
@@ -97,50 +94,28 @@ class Worker:
       tokenizer: Turns tokens into text; without one there is no text, and stop strings are never found.
       transfer: The way of pages, which decides the groups of layers that its steps run in; None for whole steps.
     """
-    assert isinstance(spec.num_pages, int) and spec.page_size and spec.kv_dtype
-    self.spec = spec
-    self.model = model
-    self.mesh = mesh
+    super().__init__(spec, model, mesh)
     self.weights = weights
-    self.incarnation = 0
     self.packing = Packing(spec, model, jax.tree.leaves(weights)[0].dtype)
     self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     bounds = () if transfer is None else transfer.all_step_groups(spec, model.num_layers)
     self._groups = layer_groups(model, bounds)
     self.programs = programs_of(spec, self._groups)
     self._compiled: dict[str, jax.stages.Compiled] = {}
-    self.pools = {kind.name: Pool(kind, spec, mesh) for kind in model.cache}
     self._expected = -1  # the id of the last order; steps that follow in one that stands have its own
     self._packed: tuple[Batch, np.ndarray] = (NOBODY, np.zeros(0, np.int32))
     self.reset()
 
   def reset(self) -> None:
     """Start over with empty pages and slots, as a new incarnation."""
-    self.incarnation += 1
-    for pool in self.pools.values():
-      pool.reset()
+    super().reset()
     self.slots: Slots = jax.device_put(self.packing.empty_slots(), replicated(self.mesh))
     self.forget_all()
 
   @property
   def broken(self) -> bool:
     """Whether a failed step has consumed the pages it was given."""
-    slots = jax.tree.leaves(self.slots)
-    return any(pool.is_deleted for pool in self.pools.values()) or any(leaf.is_deleted() for leaf in slots)
-
-  @property
-  def pages(self) -> KVPages:
-    """The pages of keys and values."""
-    return self.pools[KV].pages
-
-  @pages.setter
-  def pages(self, pages: KVPages) -> None:
-    self.pools[KV].pages = pages
-
-  @property
-  def page_shapes(self) -> KVPages:
-    """Their shapes, dtypes and shardings."""
-    return self.pools[KV].page_shapes
+    return super().broken or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.slots))
 
   # -------------------------------------------------------------------------- compiling
 

@@ -1,12 +1,14 @@
-"""One worker's part of a backend whose workers are in processes of their own."""
+"""The part of one worker, or place that only holds pages, in a backend whose workers are in processes of their own."""
 
 import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from pdjax.engine.runner import After, Broken, Crashed, Ran, Runner, crash_poster, describe, dispatch_in_turn
+from pdjax.engine.place import Place
+from pdjax.engine.runner import After, Broken, Crashed, Keeper, Ran, Runner, crash_poster, describe, dispatch_in_turn
 from pdjax.engine.under_way import Incoming, Landed, Missed, UnderWay
 from pdjax.engine.waiters import Waiters
 from pdjax.engine.worker import Worker
@@ -40,17 +42,18 @@ class StalledError(RuntimeError):
 
 
 class WorkerEngine:
-  """Runs the steps of one worker, offers what leaves it and pulls what comes to it.
+  """Runs the steps of one worker, if it is one, offers what leaves its pages and pulls what comes to them.
 
   One thread calls `wait` over and over; what others want of it they `call`, and it does that in their order.
   """
 
-  def __init__(self, worker: Worker, staging_bytes: float = math.inf):
-    """Serve with a compiled worker; `senders` and `receivers` are put there by the handshake, by the
-    other's name and the cache kind.
+  def __init__(self, worker: Worker | Place, staging_bytes: float = math.inf):
+    """Serve with a compiled worker, or a place that only holds pages.
+
+    The handshake puts `senders` and `receivers` there, by the other's name and the cache kind.
 
     Args:
-      worker: The worker.
+      worker: The worker, or the place.
       staging_bytes: Once pulls of so many bytes were given up and have not ended, others are refused: over a link that
         stands still they would take more and more memory, on either side.
     """
@@ -59,9 +62,10 @@ class WorkerEngine:
     self.senders: dict[tuple[str, str], Sender] = {}
     self.receivers: dict[tuple[str, str], Receiver] = {}
     self._mailbox = Mailbox()
-    self._runner = Runner(worker, self._mailbox)
+    self._runner = Runner(worker, self._mailbox) if isinstance(worker, Worker) else None
+    self._keeper: Keeper[Any] = self._runner or Keeper(worker, self._mailbox)
     self._waiters = Waiters('transfers', crash_poster(self._mailbox))
-    self._incoming = Incoming({worker.spec.name: self._runner}, self._mailbox, self._waiters)
+    self._incoming = Incoming({worker.spec.name: self._keeper}, self._mailbox, self._waiters)
     self._outgoing: dict[int, _Outgoing] = {}  # by number
     self._given_up: list[Parcel] = []  # whose pieces are not written, though they may still be on their way
     self._stopped = False
@@ -72,7 +76,7 @@ class WorkerEngine:
 
     Steps that are under way are waited for; the controller knows their ends by numbers of an earlier run.
     """
-    self._runner.end_run()
+    self._keeper.end_run()
     self._batch = self.worker.incarnation, NOBODY
     self._mailbox.start_clock(start_s)
 
@@ -91,12 +95,13 @@ class WorkerEngine:
   def close(self) -> None:
     """Wait for steps under way, and a while for transfers, and end the threads."""
     self._waiters.close()
-    self._runner.close()
+    self._keeper.close()
 
   def wait(self, until_s: float) -> tuple[float, Sequence[News]]:
     """Wait until there is news or `until_s` has come, doing on the way what was asked for."""
     while True:
-      self._runner.top_up()
+      if self._runner is not None:
+        self._runner.top_up()
       now_s, items = self._mailbox.collect(until_s)
       news: list[News] = []
       for item in items:
@@ -108,9 +113,10 @@ class WorkerEngine:
           case Missed(transfer, error, corrupt):
             news.append(TransferFailed(transfer.number, error, corrupt))
           case Ran():
+            assert self._runner is not None
             news += self._runner.hear(item)
           case Broken():
-            news += self._runner.restart(item)
+            news += self._keeper.restart(item)
           case Crashed():
             raise item.error
           case _:
@@ -137,6 +143,7 @@ class WorkerEngine:
           if one == incarnation:
             meant.append(order)
         case LeaveOrder():
+          assert self._runner is not None, 'nothing runs here'
           self._runner.leave(order.request)
         case EndOrder():
           self.worker.forget(order.request)
@@ -181,6 +188,7 @@ class WorkerEngine:
     try:
       match order:
         case StepOrder():
+          assert self._runner is not None, 'nothing runs here'
           self._runner.run(dataclasses.replace(order, id=number), after)
         case TransferOrder():
           self._offer(number, order)

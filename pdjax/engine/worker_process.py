@@ -18,6 +18,7 @@ from pdjax.engine.build import device_memory_bytes, prepare_devices
 from pdjax.engine.calibration import measure_chip
 from pdjax.engine.fingerprint import fingerprint
 from pdjax.engine.kept_programs import keep_programs, keep_quick_programs, kept_programs, link_programs, why_not_kept
+from pdjax.engine.place import Place
 from pdjax.engine.runner import describe
 from pdjax.engine.worker import Worker
 from pdjax.engine.worker_engine import WorkerEngine
@@ -42,6 +43,7 @@ from pdjax.sharding import make_mesh
 from pdjax.types.cluster import DeviceError
 from pdjax.types.handshake import HandshakeError, Hello, Machine, WayPlan
 from pdjax.types.hardware import ChipSpec, DeviceKind
+from pdjax.types.worker import Role
 
 H = TypeVar('H', bound=Half)
 
@@ -116,33 +118,37 @@ class WorkerProcess:
     return self._programs.path
 
   def load(self, assignment: Assignment) -> Loaded:
-    """Load the weights and compile every program.
+    """Load the weights and compile every program, or make the pages of a place that only holds some.
 
     Raises:
       HandshakeError: if the checkpoint here is of another model.
     """
     self._assignment = assignment
     spec, model = assignment.spec, assignment.model
-    assert spec.weights is not None
     keep_programs(assignment.compilation_cache)
     remove_left_over()
     begin = time.perf_counter()
-    checkpoint = self._open_checkpoint(assignment)
-    mesh = make_mesh(model, self._devices)
-    weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(spec.weights))[None]
-    summed = fingerprint(weights)
-    worker = Worker(spec, model, mesh, weights, checkpoint.tokenizer(), assignment.transfer)
-    worker.incarnation = assignment.incarnation
+    mesh, summed = make_mesh(model, self._devices), ''
+    place: Worker | Place
+    if spec.role is Role.HOLD:
+      place = Place(spec, model, mesh)
+      place.reset()
+    else:
+      checkpoint = self._open_checkpoint(assignment)
+      weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(spec.weights))[None]
+      summed = fingerprint(weights)
+      place = Worker(spec, model, mesh, weights, checkpoint.tokenizer(), assignment.transfer)
+    place.incarnation = assignment.incarnation
     loaded = time.perf_counter()
-    program_s = self.compile_worker(worker)
+    program_s = self.compile_worker(place) if isinstance(place, Worker) else {}
     compile_s = time.perf_counter() - loaded
-    self.engine = WorkerEngine(worker, assignment.transfer.staging_bytes)
+    self.engine = WorkerEngine(place, assignment.transfer.staging_bytes)
     self._thread = threading.Thread(target=self._run, name='pdjax-worker', daemon=True)
     self._thread.start()
     versions = tuple((name, _version(name)) for name in _VERSIONED)
     hello = Hello(
-      spec.name, worker.incarnation, self._machine, versions, model, summed, spec.weights,
-      tuple(describe_pool(pool.kind, pool) for pool in worker.pools.values()),
+      spec.name, place.incarnation, self._machine, versions, model, summed, spec.weights or '',
+      tuple(describe_pool(pool.kind, pool) for pool in place.pools.values()),
     )  # fmt: skip
     return Loaded(hello, loaded - begin, compile_s, program_s)
 

@@ -6,7 +6,7 @@ paper, and they stay apart for colour-blind readers (after Okabe and Ito, 2008).
 
 from typing import Any
 
-PHASES = {'prefill': '#2f81d0', 'decode': '#d97706', 'fused': '#c4609c', 'transfer': '#0f9d76'}
+PHASES = {'prefill': '#2f81d0', 'decode': '#d97706', 'fused': '#c4609c', 'transfer': '#0f9d76', 'copy': '#7f8b1f'}
 PARTS = {
   'queue': '#8b949e',
   'prefill': PHASES['prefill'],

@@ -154,9 +154,10 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
   number that is not finite is the text "NaN", "Infinity" or "-Infinity". A last line that was cut short is left out.
   What a step brought is in its `Done`; the `Delivered` behind it names the requests for whom that came too `late`, and
   all others got it. `Occupancy` comes at the end of a turn that changed how full the cluster is and names only the
-  workers whose figures changed:
+  workers whose figures changed; `cached`, which older files lack, are pages beside those that are held:
 
-      {"event": "Occupancy", "now_s": 0.25, "waiting": 3, "workers": [{"worker": "decode0", "pages": 4, "decoding": 2}]}
+      {"event": "Occupancy", "now_s": 0.25, "waiting": 3,
+       "workers": [{"worker": "decode0", "pages": 4, "decoding": 2, "cached": 3}]}
 
   Raises:
     FileNotFoundError: if there is no such file.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pdjax.metrics.event_json import event_to_json
-from pdjax.serving.events import Decoded, Delivered, Done, Event, Finished, Occupancy, Started, Trip, Turn
+from pdjax.serving.events import Decoded, Delivered, Done, Event, Finished, Occupancy, PrefixHit, Started, Trip, Turn
 from pdjax.serving.orders import Admission, ChunkOrder, Join, LeaveOrder, StepOrder, TransferOrder
 from pdjax.types.json_text import json_text
 
@@ -81,11 +81,19 @@ def _decoded(decoded: Decoded) -> str:
 
 def _occupancy(event: Occupancy) -> str:
   uses = [
-    f'{{"worker": {_name(use.worker)}, "pages": {use.pages}, "decoding": {use.decoding}}}' for use in event.workers
+    f'{{"worker": {_name(use.worker)}, "pages": {use.pages}, "decoding": {use.decoding}, "cached": {use.cached}}}'
+    for use in event.workers
   ]
   return (
     f'{{"event": "Occupancy", "now_s": {_float(event.now_s)}, "waiting": {event.waiting}, '
     f'"workers": [{", ".join(uses)}]}}'
+  )
+
+
+def _hit(event: PrefixHit) -> str:
+  return (
+    f'{{"event": "PrefixHit", "now_s": {_float(event.now_s)}, "request": {_name(event.request)}, '
+    f'"place": {_name(event.place)}, "tokens": {event.tokens}, "side": "{event.side}"}}'
   )
 
 
@@ -163,11 +171,13 @@ def _transfer(order: TransferOrder) -> str:
     f'{{"order": "TransferOrder", "id": {order.id}, "request": {_name(order.request)}, '
     f'"source": {_name(order.source)}, "target": {_name(order.target)}, "after": {_optional(order.after)}, '
     f'"incarnations": {_ints(order.incarnations)}, "num_bytes": {order.num_bytes}, '
-    f'"source_pages": {_ints(span.source_pages)}, "target_pages": {_ints(span.target_pages)}, "start": {span.start}, '
+    f'"copy": {_optional(order.copy)}, "source_pages": {_ints(span.source_pages)}, '
+    f'"target_pages": {_ints(span.target_pages)}, "start": {span.start}, '
     f'"tokens": {span.tokens}, "layers": {layers}, "kind": {_name(span.kind)}}}'
   )
 
 
 _WRITERS: dict[type, Callable[[Any], str | None]] = {
-  Turn: _turn, Delivered: _delivered, Done: _done, Occupancy: _occupancy, Finished: _finished, Started: _started,
+  Turn: _turn, Delivered: _delivered, Done: _done, Occupancy: _occupancy, PrefixHit: _hit, Finished: _finished,
+  Started: _started,
 }  # fmt: skip

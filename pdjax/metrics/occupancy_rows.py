@@ -8,7 +8,7 @@ from pdjax.metrics.columns import Column, Read, numbered
 from pdjax.serving.events import Occupancy, WorkerUse
 
 _DTYPE = np.dtype([('now_s', 'f8'), ('waiting', 'i4'), ('use_end', 'i8')])
-_USE_DTYPE = np.dtype([('now_s', 'f8'), ('worker', 'i2'), ('pages', 'i4'), ('decoding', 'i4')])
+_USE_DTYPE = np.dtype([('now_s', 'f8'), ('worker', 'i2'), ('pages', 'i4'), ('decoding', 'i4'), ('cached', 'i4')])
 
 
 class OccupancyRows(Read[Occupancy]):
@@ -32,13 +32,11 @@ class OccupancyRows(Read[Occupancy]):
     """The one of a number, in their order."""
     now_s, waiting, end = self.rows[number].item()
     start = self.rows['use_end'][number - 1] if number else 0
-    uses = (
-      WorkerUse(self._workers[worker], pages, decoding) for _, worker, pages, decoding in self._uses[start:end].tolist()
-    )
+    uses = (WorkerUse(self._workers[worker], *counts) for _, worker, *counts in self._uses[start:end].tolist())
     return Occupancy(now_s, waiting, tuple(uses))
 
   def of_worker(self, name: str) -> np.ndarray:
-    """The changes of a worker: `now_s`, `pages` and `decoding` of each."""
+    """The changes of a worker: `now_s`, `pages`, `decoding` and `cached` of each."""
     if name not in self._workers:
       return self._uses[:0]
     return self._uses[self._uses['worker'] == self._workers.index(name)]
@@ -59,7 +57,7 @@ class OccupancyColumns:
   def add(self, now: Occupancy) -> None:
     """Add what it is now."""
     for use in now.workers:
-      self._uses.append((now.now_s, numbered(self._workers, use.worker), use.pages, use.decoding))
+      self._uses.append((now.now_s, numbered(self._workers, use.worker), use.pages, use.decoding, use.cached))
     self._rows.append((now.now_s, now.waiting, len(self._uses)))
 
   def rows(self, workers: Sequence[str]) -> OccupancyRows:

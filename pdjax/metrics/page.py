@@ -247,8 +247,16 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
     }  # fmt: skip
     yield {
       'id': 'pages', 'title': 'Pages in use', 'over_time': True,
-      'text': ['Pages of the KV cache that are not free. All pools share one scale; labels name each peak.'],
+      'text': [_about_pages(reports)],
       'charts': [_chart(charts.pages(run, beside=reports), title) for run, title in titles],
+    }  # fmt: skip
+  if any(run.caches for run in reports):
+    finders = [run for run in reports if run.prefix_hits]
+    yield {
+      'id': 'hits', 'title': 'Prefix hits by place over time', 'over_time': bool(finders),
+      'text': _about_hits(runs, finders),
+      'legend': charts.place_colours(finders) if finders else [],
+      'charts': [_chart(charts.prefix_hits(run, beside=reports), title) for run, title in titles if run in finders],
     }  # fmt: skip
   if served:
     yield {
@@ -294,6 +302,29 @@ def _about_latencies(reports: Sequence[Report]) -> str:
     lie = 'the limits of {} lie' if len(beyond) > 1 else 'the limit of {} lies'
     text += f'; {lie.format(listed(beyond))} beyond the axis'
   return f'{text}.'
+
+
+def _about_pages(reports: Sequence[Report]) -> str:
+  cached = ''
+  if any(run.caches for run in reports):
+    cached = ' Pale are pages that nobody holds and whose content is found again, which count as free.'
+  return f'Pages of the KV cache that somebody holds.{cached} All pools share one scale; labels name each peak.'
+
+
+def _about_hits(runs: Sequence[tuple[Report, str]], finders: Sequence[Report]) -> list[str]:
+  reports = [run for run, _ in runs]
+  lines = [f'{name}: {run.hits_account()}.' for run, name in runs if run.caches]
+  if len(runs) == 1:
+    line = f'{reports[0].hits_account()}.'
+    lines = [line[0].upper() + line[1:]]
+  if finders:
+    seconds = plain(charts.interval_s(reports))
+    lines.append(
+      f'A bar is the prompt tokens of the requests that began within {seconds} s; in front of it, by place, stand '
+      'those that were found: not computed where they are prefilled, not sent to where they decode. What a request '
+      'finds when it begins again is not counted.'
+    )
+  return lines
 
 
 def _about_gantt(reports: Sequence[Report]) -> list[str]:

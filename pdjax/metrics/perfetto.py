@@ -11,7 +11,7 @@ from typing import Any
 
 from pdjax.metrics.report import Report
 from pdjax.metrics.timeline import BusySpan
-from pdjax.serving.events import RoleChanged
+from pdjax.serving.events import PrefixHit, RoleChanged
 from pdjax.types.json_text import json_text
 
 _REQUESTS = 1  # the process of all that belongs to no worker; to viewers 0 is the idle task
@@ -22,20 +22,22 @@ _CATEGORY = 'pdjax'
 def trace_events(report: Report) -> list[dict[str, Any]]:
   """The run as trace events, times in microseconds and ascending, names of tracks first.
 
-  Each worker is a process with a thread `steps` and one for each worker that it sends KV to, or several where
-  transfers overlap. Counters say how many pages are in use, how many sequences decode and how many prompts wait. A
-  worker that takes another role has an instant there. For every transfer an arrow (a flow) leads from the step that
-  computed the pages over the transfer to the first step that decodes the request.
+  Each worker is a process with a thread `steps` and one for each place that it sends KV to, or several where transfers
+  overlap; places that only hold pages are processes too. Counters say how many pages are in use, how many others are
+  cached, how many sequences decode and how many prompts wait. A worker that takes another role has an instant there,
+  and so has what was found in the prefix cache. For every transfer of a request an arrow (a flow) leads from the step
+  that computed the pages over the transfer to the first step that decodes the request.
   """
   spans = list(report.timeline.spans)
-  processes = {worker.name: number for number, worker in enumerate(report.workers, start=_REQUESTS + 1)}
+  processes = {worker.name: number for number, worker in enumerate(report.all_places, start=_REQUESTS + 1)}
   names = [_name('process_name', _REQUESTS, 0, 'requests')]
   for worker in report.workers:
     changes = any(change.worker == worker.name for change in report.role_changes)
     label = f'{worker.name} ({worker.role.value}{" at first" if changes else ""}, tp={worker.tp})'
     names.append(_name('process_name', processes[worker.name], 0, label))
     names.append(_name('thread_name', processes[worker.name], _STEPS, 'steps'))
-  tracks = {span.order: (processes[span.worker], _STEPS) for span in spans if span.kind != 'transfer'}
+  names += [_name('process_name', processes[place.name], 0, f'{place.name} (holds pages)') for place in report.places]
+  tracks = {span.order: (processes[span.worker], _STEPS) for span in spans if not span.moves}
   threads = dict.fromkeys(processes, _STEPS)  # of each worker the last
   for (source, target), lanes in _links(spans).items():
     for number, lane in enumerate(lanes):
@@ -47,6 +49,7 @@ def trace_events(report: Report) -> list[dict[str, Any]]:
   events = [_slice(span, *tracks[span.order]) for span in spans]
   events += _counters(report, processes)
   events += [_instant(change, processes[change.worker]) for change in report.role_changes]
+  events += [_hit(hit, processes.get(hit.place, _REQUESTS)) for hit in report.timeline.hits]
   slices = {event['args']['order']: event for event in events if event['ph'] == 'X'}
   events += _flows(spans, slices)
   return names + sorted(events, key=lambda event: event['ts'])
@@ -76,7 +79,7 @@ def _links(spans: Sequence[BusySpan]) -> dict[tuple[str, str], list[list[BusySpa
   """The transfers of each (source, target), dealt out to lanes in which none overlaps another."""
   links: dict[tuple[str, str], list[list[BusySpan]]] = {}
   for span in sorted(spans, key=lambda span: span.began_s):
-    if span.kind != 'transfer':
+    if not span.moves:
       continue
     assert span.target is not None
     lanes = links.setdefault((span.worker, span.target), [])
@@ -90,7 +93,7 @@ def _links(spans: Sequence[BusySpan]) -> dict[tuple[str, str], list[list[BusySpa
 
 def _slice(span: BusySpan, process: int, thread: int) -> dict[str, Any]:
   args: dict[str, Any] = {'order': span.order}
-  if span.kind == 'transfer':
+  if span.moves:
     args |= {'request': span.requests[0], 'target': span.target, 'wire_bytes': span.wire_bytes}
     if span.trip is not None:
       stamps = (span.submitted_s, span.began_s, span.trip.wire_began_s, span.trip.arrived_s, span.ended_s)
@@ -118,6 +121,8 @@ def _counters(report: Report, processes: dict[str, int]) -> Iterator[dict[str, A
     counts = [('prompts waiting', _REQUESTS, {'prompts': now.waiting})]
     for use in now.workers:
       counts.append(('pages in use', processes[use.worker], {'pages': use.pages}))
+      if use.cached or ('pages cached', processes[use.worker]) in before:
+        counts.append(('pages cached', processes[use.worker], {'pages': use.cached}))
       counts.append(('sequences decoding', processes[use.worker], {'sequences': use.decoding}))
     for name, process, values in counts:
       if before.get((name, process)) != values:
@@ -133,6 +138,15 @@ def _instant(change: RoleChanged, process: int) -> dict[str, Any]:
   }  # fmt: skip
 
 
+def _hit(hit: PrefixHit, process: int) -> dict[str, Any]:
+  """A mark where a request found something; at a place that is no worker, among what belongs to none."""
+  return {
+    'ph': 'i', 'name': f'prefix hit, {hit.side}', 'cat': _CATEGORY, 's': 't', 'pid': process,
+    'tid': 0 if process == _REQUESTS else _STEPS, 'ts': _microseconds(hit.now_s),
+    'args': {'request': hit.request, 'place': hit.place, 'tokens': hit.tokens},
+  }  # fmt: skip
+
+
 def _counter(name: str, process: int, ts: float, values: dict[str, int]) -> dict[str, Any]:
   return {'ph': 'C', 'name': name, 'pid': process, 'ts': ts, 'args': values}
 
@@ -142,7 +156,7 @@ def _flows(spans: Sequence[BusySpan], slices: dict[int, dict[str, Any]]) -> Iter
   prefills: dict[str, list[int]] = {}  # orders with prompt tokens, by request
   decodes: dict[tuple[str, str], int] = {}  # the first order that decodes a request on a worker
   for span in spans:
-    if span.kind == 'transfer':
+    if span.moves:
       continue
     for request in span.requests[: span.num_prompts]:
       prefills.setdefault(request, []).append(span.order)

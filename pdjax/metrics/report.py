@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from pdjax.metrics.account import Account, sum_line
+from pdjax.metrics.copies import CopiedBlocks, copied_blocks
 from pdjax.metrics.notes import own_notes
-from pdjax.metrics.numbers import number
+from pdjax.metrics.numbers import number, percent
 from pdjax.metrics.request_rows import NOBODY, RequestRows
 from pdjax.metrics.returns import WorkerReturn
 from pdjax.metrics.stats import Stats, ratio
 from pdjax.metrics.timeline import Timeline, read_timeline
 from pdjax.metrics.transfers import TransferFigures
 from pdjax.metrics.utilisation import Utilisation
-from pdjax.serving.events import Event, RoleChanged
+from pdjax.serving.events import Event, HitSide, RoleChanged
 from pdjax.types.cluster import split_name
 from pdjax.types.json_text import json_text, plain_data
 from pdjax.types.request import SLO
@@ -67,8 +68,13 @@ class Report:
     wire_bytes: Bytes that transfers put onto target devices.
     num_transfers: Transfers that ended well.
     transfers: The time they took, and the part of it that was hidden.
+    copies: The cached blocks that were copied from place to place, by way; `wire_bytes` and `transfers` are without
+      them.
     wasted_tokens: Tokens computed and thrown away.
     cached_tokens: Tokens of prompts that were cached, and so not computed.
+    caches: Whether there was a prefix cache.
+    begun_tokens: Prompt tokens of requests that were begun, served or not.
+    prefix_hits: Those of them that were found, by side (not computed: 'prefill', not sent: 'decode') and place.
     num_preemptions: Times that a request was preempted.
     recomputed_tokens: Cached tokens that were to be computed anew for that.
     role_changes: Each time that a worker took another role, in order.
@@ -84,6 +90,7 @@ class Report:
     generated_texts: The text of each request's answer, by its id.
     timeline: The times of every request and worker.
     workers: The cluster.
+    places: The places that only hold pages.
   """
 
   date: str
@@ -117,8 +124,12 @@ class Report:
   wire_bytes: int
   num_transfers: int
   transfers: TransferFigures
+  copies: tuple[CopiedBlocks, ...]
   wasted_tokens: int
   cached_tokens: int
+  caches: bool
+  begun_tokens: int
+  prefix_hits: Mapping[HitSide, Mapping[str, int]]
   num_preemptions: int
   recomputed_tokens: int
   role_changes: tuple[RoleChanged, ...]
@@ -134,6 +145,7 @@ class Report:
   generated_texts: Mapping[str, str] = dataclasses.field(repr=False)
   timeline: Timeline = dataclasses.field(repr=False)
   workers: tuple[WorkerSpec, ...] = dataclasses.field(repr=False)
+  places: tuple[WorkerSpec, ...] = dataclasses.field(default=(), repr=False)
 
   @classmethod
   def from_events(
@@ -141,6 +153,7 @@ class Report:
     events: Iterable[Event] | Timeline,
     *,
     workers: Sequence[WorkerSpec],
+    places: Sequence[WorkerSpec] = (),
     slo: SLO | None = None,
     notes: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
@@ -162,6 +175,7 @@ class Report:
     Args:
       events: The log, or the timeline of one that was followed as it came.
       workers: The cluster; each gets a line of utilisation.
+      places: The places that only hold pages.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
       notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
         that did not come back are noted anyway.
@@ -219,8 +233,12 @@ class Report:
       wire_bytes=int(requests.rows['wire_bytes'].sum()),
       num_transfers=int(requests.rows['num_transfers'].sum()),
       transfers=TransferFigures.of(timeline),
+      copies=copied_blocks(timeline.spans),
       wasted_tokens=timeline.wasted_tokens,
       cached_tokens=timeline.cached_tokens,
+      caches=timeline.caches or bool(timeline.hits) or bool((config or {}).get('prefix_cache')),
+      begun_tokens=requests.begun_tokens,
+      prefix_hits=timeline.hits.tokens(),
       num_preemptions=len(timeline.preemptions),
       recomputed_tokens=sum(one.tokens for one in timeline.preemptions),
       role_changes=timeline.role_changes,
@@ -236,7 +254,13 @@ class Report:
       generated_texts=dict(generated_texts or {}),
       timeline=timeline,
       workers=tuple(workers),
+      places=tuple(places),
     )
+
+  @property
+  def all_places(self) -> tuple[WorkerSpec, ...]:
+    """The workers, and behind them the places that only hold pages."""
+    return (*self.workers, *self.places)
 
   @property
   def split(self) -> str:
@@ -260,6 +284,19 @@ class Report:
     colocated = not self.role_changes and all(worker.role is Role.BOTH for worker in self.workers)
     moved = ' (colocated: no pages move)' if colocated else ''
     return sum_line('hand-off', self.handoff.mean_ms, parts) + moved
+
+  def hit_tokens(self, side: HitSide) -> int:
+    """Tokens of `prefix_hits` on one side."""
+    return sum(self.prefix_hits.get(side, {}).values())
+
+  def hits_account(self) -> str:
+    """The gain of the prefix cache, in a line."""
+    if not self.prefix_hits:
+      return 'the prefix cache was on, and nothing was found in it'
+    where = {'prefill': 'where they were prefilled', 'decode': 'where they decoded'}
+    parts = [f'{percent(ratio(self.hit_tokens(side), self.begun_tokens))} {where[side]}' for side in self.prefix_hits]
+    cached = ' and '.join(parts).replace('%', '% were cached', 1)
+    return f'of {self.begun_tokens:,} prompt tokens asked for, {cached}'
 
   def return_lines(self) -> list[str]:
     """The returns of lost workers with the time they took, in a line each; of many, the first."""
@@ -326,8 +363,11 @@ class Report:
       'wire_bytes': self.wire_bytes,
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
+      'copies': [dataclasses.asdict(one) for one in self.copies],
       'wasted_tokens': self.wasted_tokens,
       'cached_tokens': self.cached_tokens,
+      'begun_tokens': self.begun_tokens,
+      'prefix_hits': self.prefix_hits if self.caches else None,
       'num_preemptions': self.num_preemptions,
       'recomputed_tokens': self.recomputed_tokens,
       'role_changes': [_role_change(one) for one in self.role_changes],
@@ -377,6 +417,8 @@ class Report:
     lines += [self.ttft_account(), self.handoff_account()]
     if self.cached_tokens:
       lines.append(f'{self.cached_tokens:,} of {self.total_input_tokens:,} input tokens were cached')
+    if self.caches and not self.prefix_hits:
+      lines.append(self.hits_account())
     return '\n'.join([*lines, *self.return_lines(), *(f'note: {note}' for note in self.notes)])
 
 

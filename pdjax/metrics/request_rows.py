@@ -16,7 +16,7 @@ REASONS: tuple[FinishReason | None, ...] = (None, 'stop', 'length', 'cancelled',
 NEVER = np.nan  # a time that was not reached
 NOBODY = -1
 DTYPE = np.dtype([
-  ('arrival_s', 'f8'), ('prompt_len', 'i4'), ('slo', 'i4'), ('sample_of', 'i4'),
+  ('arrival_s', 'f8'), ('prompt_len', 'i4'), ('slo', 'i4'), ('sample_of', 'i4'), ('begun_s', 'f8'),
   ('prefill_began_s', 'f8'), ('num_tokens', 'i4'), ('first_s', 'f8'), ('second_s', 'f8'), ('last_s', 'f8'),
   ('transfer_began_s', 'f8'), ('transfer_ended_s', 'f8'), ('num_transfers', 'i4'), ('wire_bytes', 'i8'),
   ('decode_began_s', 'f8'), ('finished_s', 'f8'), ('reason', 'i1'), ('prefill_worker', 'i2'), ('decode_worker', 'i2'),
@@ -82,6 +82,7 @@ class RequestTimeline:
     prefill_worker: The worker that made the first token.
     decode_worker: The worker that made the second.
     sample_of: The request that it is a further sample of, if it is one.
+    begun_s: The time of the turn that first began its prompt; of several samples, the one that carried that has it.
   """
 
   id: str
@@ -101,6 +102,7 @@ class RequestTimeline:
   prefill_worker: str | None = None
   decode_worker: str | None = None
   sample_of: str | None = None
+  begun_s: float | None = None
 
   @property
   def completed(self) -> bool:
@@ -241,6 +243,7 @@ class RequestRows(Read[RequestTimeline]):
       prefill_worker=worker('prefill_worker'),
       decode_worker=worker('decode_worker'),
       sample_of=None if row['sample_of'] == NOBODY else self._wholes[row['sample_of']],
+      begun_s=_reached(row['begun_s']),
     )
 
   def _times_s(self, number: int) -> np.ndarray:
@@ -253,6 +256,11 @@ class RequestRows(Read[RequestTimeline]):
   def completed(self) -> np.ndarray:
     """Whether each got all that it asked for."""
     return np.isin(self.rows['reason'], [REASONS.index(reason) for reason in SERVED])
+
+  @property
+  def begun_tokens(self) -> int:
+    """Prompt tokens of those that were begun."""
+    return int(self.rows['prompt_len'][~np.isnan(self.rows['begun_s'])].sum())
 
   @property
   def ttft_s(self) -> np.ndarray:

@@ -12,9 +12,9 @@ from pdjax.serving.batch import Batch
 from pdjax.serving.events import Done, Trip
 from pdjax.serving.orders import StepOrder, TransferOrder
 
-SpanKind = Literal['prefill', 'decode', 'fused', 'transfer']
+SpanKind = Literal['prefill', 'decode', 'fused', 'transfer', 'copy']
 KINDS: tuple[SpanKind, ...] = get_args(SpanKind)
-TRANSFER = KINDS.index('transfer')
+TRANSFER, COPY = KINDS.index('transfer'), KINDS.index('copy')
 MOST_TRACED = 200_000  # spans that are drawn one by one; a viewer hardly opens more
 MOST_NAMED = 1 << 24  # members of batches; of spans behind that, those that only decode are not kept
 _NONE = -1
@@ -33,16 +33,17 @@ class BusySpan:
 
   Attributes:
     worker: The worker, or the source of a transfer.
-    kind: A step is `prefill`, `decode` or, with both in one, `fused`.
+    kind: A step is `prefill`, `decode` or, with both in one, `fused`; what travels is a `transfer`, or as cached blocks
+      that no request needed where they were a `copy`.
     began_s: The time the worker or link turned to it.
     ended_s: The time its outcome was on the host.
     order: The order's id.
     requests: Everyone in it, those with prompt tokens first.
     num_prompts: The number of those.
-    prompt_tokens: Prompt tokens a step computed.
+    prompt_tokens: Prompt tokens a step computed, or tokens that a copy moved.
     steps: Steps of one that stands, where several are told of at once.
     output_tokens: Tokens a step brought.
-    target: The worker that a transfer goes to.
+    target: The place that a transfer or a copy goes to.
     wire_bytes: Bytes a transfer put onto target devices.
     submitted_s: The time the order was given.
     trip: The times of a transfer's pieces on the wire.
@@ -62,6 +63,11 @@ class BusySpan:
   wire_bytes: int = 0
   submitted_s: float = 0.0
   trip: Trip | None = None
+
+  @property
+  def moves(self) -> bool:
+    """Whether something travels, and no step is run."""
+    return self.target is not None
 
 
 class SpanRows(Read[BusySpan]):
@@ -152,6 +158,11 @@ class SpanRows(Read[BusySpan]):
     """Whether each is a transfer, `[S]`."""
     return self.rows['kind'] == TRANSFER
 
+  @property
+  def is_copy(self) -> np.ndarray:
+    """Whether each is a transfer of cached blocks, which no request needed where it was, `[S]`."""
+    return self.rows['kind'] == COPY
+
   def of_kind(self, kind: SpanKind) -> np.ndarray:
     """Whether each is of a kind, `[S]`."""
     return self.rows['kind'] == KINDS.index(kind)
@@ -168,6 +179,10 @@ class SpanRows(Read[BusySpan]):
     if name not in self._workers:
       return np.zeros(len(self), bool)
     return self.rows[field] == self._workers.index(name)
+
+  def place(self, number: int) -> str:
+    """The name of a place that rows have the number of."""
+    return self._workers[number]
 
   def first_named(self, rows: np.ndarray) -> np.ndarray:
     """The number of the request of each of some transfers, given their rows."""
@@ -220,15 +235,16 @@ class SpanColumns:
     ))  # fmt: skip
 
   def add_transfer(self, order: TransferOrder, done: Done, submitted_s: float) -> None:
-    """Add a transfer."""
+    """Add a transfer, or one that is a part of a copy of cached blocks."""
     trip, named = _NONE, len(self._named)
     if done.trip is not None:
       trip = len(self._trips)
       self._trips.append((done.trip.wire_began_s, done.trip.arrived_s, done.trip.pieces))
     self._named.append(self._requests[order.request])
     source, target = numbered(self._workers, order.source), numbered(self._workers, order.target)
+    kind, tokens = (TRANSFER, 0) if order.copy is None else (COPY, order.span.tokens)
     self._rows.append((
-      source, TRANSFER, target, done.began_s, done.ended_s, order.id, 0, 0, 1, 0, done.wire_bytes, submitted_s, trip,
+      source, kind, target, done.began_s, done.ended_s, order.id, 0, tokens, 1, 0, done.wire_bytes, submitted_s, trip,
       named, _NONE,
     ))  # fmt: skip
 

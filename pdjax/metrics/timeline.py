@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from pdjax.metrics.columns import Column, numbered
+from pdjax.metrics.hit_rows import HitColumns, HitRows
 from pdjax.metrics.occupancy_rows import OccupancyColumns, OccupancyRows
 from pdjax.metrics.request_rows import DTYPE, NEVER, NOBODY, REASONS, RequestRows
 from pdjax.metrics.request_rows import HandOff as HandOff
@@ -18,6 +19,7 @@ from pdjax.metrics.span_rows import SpanKind as SpanKind
 from pdjax.metrics.token_times import Pieces, TokenTimes
 from pdjax.serving.events import (
   Arrived,
+  BlockStored,
   Delivered,
   Done,
   Event,
@@ -25,6 +27,7 @@ from pdjax.serving.events import (
   Finished,
   Occupancy,
   Preempted,
+  PrefixHit,
   RoleChanged,
   Started,
   TimerDue,
@@ -32,7 +35,7 @@ from pdjax.serving.events import (
   WorkerBack,
   WorkerLost,
 )
-from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
+from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.types.request import SERVED, SLO, Request
 from pdjax.types.worker import Role, WorkerSpec
 
@@ -45,6 +48,8 @@ class Timeline:
     requests: Every request, in the order of arrival.
     spans: Every order that ended well, in the order in which the loop learnt of it.
     occupancy: The use of the cluster, whenever that changed.
+    hits: The hits of the prefix cache, in order.
+    caches: Whether anything was stored in a prefix cache.
     host_lags_s: For each order, seconds from its end until the turn that took notice.
     wasted_tokens: Tokens computed and thrown away.
     cached_tokens: Tokens of prompts that were cached, and so not computed, of requests that were served.
@@ -58,6 +63,8 @@ class Timeline:
   requests: RequestRows = dataclasses.field(default_factory=RequestRows)
   spans: SpanRows = dataclasses.field(default_factory=SpanRows)
   occupancy: OccupancyRows = dataclasses.field(default_factory=OccupancyRows)
+  hits: HitRows = dataclasses.field(default_factory=HitRows)
+  caches: bool = False
   host_lags_s: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0), compare=False)
   wasted_tokens: int = 0
   cached_tokens: int = 0
@@ -91,7 +98,7 @@ class Timeline:
   @property
   def nbytes(self) -> int:
     """Bytes of all that grows with the run, but for the names of requests."""
-    return self.requests.nbytes + self.spans.nbytes + self.occupancy.nbytes + self.host_lags_s.nbytes
+    return sum(one.nbytes for one in (self.requests, self.spans, self.occupancy, self.hits, self.host_lags_s))
 
 
 def read_timeline(events: Iterable[Event]) -> Timeline:
@@ -129,6 +136,8 @@ class Summary:
     self._late: set[int] = set()
     self._spans = SpanColumns(self._workers, self._numbers, MOST_NAMED)
     self._occupancy = OccupancyColumns(self._workers)
+    self._hits = HitColumns(self._numbers)
+    self._caches = False
     self._host_lags_s = Column(np.float64)
     self._wasted_tokens = self._cached_tokens = 0
     self._failed_transfers: list[str] = []
@@ -157,8 +166,7 @@ class Summary:
       case Failed():
         self._host_lags_s.append(self._now_s - event.ended_s)
         failed, _ = self._orders.pop(event.order, (None, ()))
-        if failed is not None and isinstance(failed.order, TransferOrder):
-          self._failed_transfers.append(failed.order.request)
+        self._note_failed(None if failed is None else failed.order)
       case TimerDue(_, 'deadline', int(overdue)):
         self._late.add(overdue)
       case WorkerLost():
@@ -169,6 +177,10 @@ class Summary:
         self._arrive(event.request)
       case Occupancy():
         self._occupancy.add(event)
+      case PrefixHit():
+        self._hits.add(event)
+      case BlockStored():
+        self._caches = True
       case Preempted():
         self._preemptions.append(event)
       case RoleChanged():
@@ -183,6 +195,8 @@ class Summary:
       requests=self._requests(workers, ids),
       spans=self._spans.spans(workers, ids),
       occupancy=self._occupancy.rows(workers),
+      hits=self._hits.rows(ids),
+      caches=self._caches,
       host_lags_s=self._host_lags_s.array,
       wasted_tokens=self._wasted_tokens,
       cached_tokens=self._cached_tokens,
@@ -201,6 +215,10 @@ class Summary:
     """Samples and orders under way, which it keeps as they came."""
     return len(self._open) + len(self._samples) + len(self._orders)
 
+  def _note_failed(self, order: Order | None) -> None:
+    if isinstance(order, TransferOrder) and order.copy is None:  # without a copy nobody lacks anything
+      self._failed_transfers.append(order.request)
+
   # -------------------------------------------------------------------------- requests
 
   def _arrive(self, request: Request) -> None:
@@ -214,8 +232,9 @@ class Summary:
     order, drafts = started.order, []
     if isinstance(order, StepOrder):
       for chunk in order.chunks:
+        self._open[chunk.request.id].begin(started.now_s)
         drafts += self._samples.get(chunk.request.id) or [self._open[chunk.request.id]]
-    elif isinstance(order, TransferOrder):
+    elif isinstance(order, TransferOrder) and order.copy is None:
       drafts.append(self._open[order.request])
     self._orders[order.id] = started, drafts
 
@@ -232,8 +251,7 @@ class Summary:
       self._spans.add_transfer(order, done, started.now_s)
     elif isinstance(order, AbandonOrder) and order.transfer in self._late:
       given_up, _ = self._orders.pop(order.transfer, (None, ()))  # none if it has ended after all
-      if given_up is not None and isinstance(given_up.order, TransferOrder):
-        self._failed_transfers.append(given_up.order.request)
+      self._note_failed(None if given_up is None else given_up.order)
     for draft in drafts:
       draft.computed(done) if isinstance(order, StepOrder) else draft.moved(done)
       if draft.finished is not None:
@@ -295,7 +313,7 @@ class Summary:
     self._last_words[name] = event
     open_orders = [one.order for one, _ in self._orders.values() if isinstance(one.order, TransferOrder)]
     for lost in [order for order in open_orders if name in (order.source, order.target)]:
-      self._failed_transfers.append(lost.request)
+      self._note_failed(lost)
       del self._orders[lost.id]
 
 
@@ -321,7 +339,7 @@ class _Draft:
     self.pieces = Pieces()
     self.piece = 0  # the first of them in the column of pieces
     self.first_s = self.second_s = NEVER
-    self.prefill_began_s = NEVER
+    self.begun_s = self.prefill_began_s = NEVER
     self.last_transfer: Done | None = None
     self.transfer_began_s = 0.0  # of that and those before it, one behind or beside the other
     self.num_transfers = 0
@@ -329,6 +347,11 @@ class _Draft:
     self.decode_began_s = NEVER
     self.prefill_worker = self.decode_worker = NOBODY
     self.finished: Finished | None = None
+
+  def begin(self, now_s: float) -> None:
+    """Note that a worker was handed a chunk of its prompt."""
+    if self.begun_s != self.begun_s:
+      self.begun_s = now_s
 
   def computed(self, done: Done) -> None:
     """Note a step with a chunk of its prompt."""
@@ -358,7 +381,7 @@ class _Draft:
     slo, sample_of, last_s = known
     transfer, finished = self.last_transfer, self.finished
     return (
-      self.request.arrival_s, self.request.prompt_len, slo, sample_of,
+      self.request.arrival_s, self.request.prompt_len, slo, sample_of, self.begun_s,
       self.prefill_began_s, self.pieces.count, self.first_s, self.second_s, last_s,
       self.transfer_began_s if transfer else NEVER, transfer.ended_s if transfer else NEVER, self.num_transfers,
       self.wire_bytes, self.decode_began_s, finished.now_s if finished else NEVER,

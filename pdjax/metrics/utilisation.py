@@ -13,7 +13,8 @@ from pdjax.types.worker import Role, WorkerSpec
 class Utilisation:
   """The time that one worker was busy, as shares of the run's duration.
 
-  `busy` covers steps only; pages may travel meanwhile, so `transfer`, in or out, stands beside it. Orders that
+  `busy` covers steps only; pages may travel meanwhile, so `transfer` and, of cached blocks, `copy`, in or out, stand
+  beside it. Orders that
   failed leave no span and do not count. None where the run has no duration. `role` is the worker's as the run began.
   """
 
@@ -24,13 +25,14 @@ class Utilisation:
   decode: float | None
   fused: float | None
   transfer: float | None
+  copy: float | None = None
 
   @classmethod
   def of(cls, worker: WorkerSpec, timeline: Timeline) -> 'Utilisation':
     """The utilisation of this worker."""
     spans = timeline.spans
-    steps = spans.of_worker(worker.name) & ~spans.is_transfer
-    transfers = (spans.of_worker(worker.name) & spans.is_transfer) | spans.to_worker(worker.name)
+    steps = spans.of_worker(worker.name) & ~spans.is_transfer & ~spans.is_copy
+    moves = spans.of_worker(worker.name) | spans.to_worker(worker.name)
 
     def share(which: np.ndarray) -> float | None:
       rows = spans.rows[which]
@@ -44,7 +46,8 @@ class Utilisation:
       prefill=share(steps & spans.of_kind('prefill')),
       decode=share(steps & spans.of_kind('decode')),
       fused=share(steps & spans.of_kind('fused')),
-      transfer=share(transfers),
+      transfer=share(moves & spans.is_transfer),
+      copy=share(moves & spans.is_copy),
     )
 
 

@@ -48,9 +48,10 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'output throughput', f'{number(report.output_throughput)} tok/s'
   yield 'total throughput', f'{number(report.total_token_throughput)} tok/s'
   yield 'input tokens', f'{report.total_input_tokens:,}'
-  if report.cached_tokens:
-    share = percent(report.cached_tokens / report.total_input_tokens)
-    yield 'cached tokens', f'{report.cached_tokens:,}, {share}'
+  if report.caches or report.cached_tokens:
+    yield 'cached tokens', _with_share(report.cached_tokens, report.total_input_tokens)
+  if unsent := report.hit_tokens('decode'):
+    yield 'tokens not sent', _with_share(unsent, report.begun_tokens)
   yield 'output tokens', f'{report.total_output_tokens:,}'
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   if report.num_preemptions:
@@ -59,11 +60,17 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
     yield 'role changes', f'{len(report.role_changes):,}, from {report.split} to {report.last_split}'
   yield 'KV moved', byte_count(report.wire_bytes)
   yield 'transfers', f'{report.num_transfers:,}'
+  for one in report.copies:
+    yield f'{one.source} → {one.target}', f'{one.tokens:,} cached tokens, {byte_count(one.bytes)}'
   if report.transfers.overlap_share is not None:
     yield 'wire time hidden', percent(report.transfers.overlap_share)
   yield 'host lag mean / p99', f'{number(report.host_lag.mean_ms, 2)} / {number(report.host_lag.p99_ms, 2)} ms'
   if report.warmup_s is not None:
     yield 'warm-up', f'{report.warmup_s:.1f} s'
+
+
+def _with_share(count: int, whole: int) -> str:
+  return f'{count:,}, {percent(count / whole)}' if whole else f'{count:,}'
 
 
 def headline(report: Report) -> str:

@@ -13,12 +13,15 @@ class PolicyBase(abc.ABC):
 
   Attributes:
     moves_kv: Whether it may send KV from worker to worker; if not, no ways between workers are prepared.
+    moves_anywhere: Whether it may send KV between any two places; then ways are prepared between all of them. Else
+      there are those from workers that prefill to workers that decode, and to and from places that only hold pages.
     decode_steps: Most decode steps that it asks for at once, which workers must be able to fuse.
     waiting_key: A method that gives the key of a `Request`, a tuple, by which `view.waiting` is ordered; None for the
       order of arrival. It is asked once a request, so that ageing must be linear in the arrival.
   """
 
   moves_kv: ClassVar[bool] = True
+  moves_anywhere: bool = False
   decode_steps: int = 1
   waiting_key: ClassVar[Callable[..., tuple[Any, ...]] | None] = None
 
@@ -37,7 +40,7 @@ class _Completed(PolicyBase):
 
   def __init__(self, policy: Any):
     self._policy = policy
-    for name in ('moves_kv', 'decode_steps', 'waiting_key'):
+    for name in ('moves_kv', 'moves_anywhere', 'decode_steps', 'waiting_key'):
       setattr(self, name, getattr(policy, name, getattr(PolicyBase, name)))
 
   def decide(self, view: ClusterView) -> Iterable[Action]:

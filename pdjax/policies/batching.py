@@ -1,9 +1,11 @@
 """Filling one step of each worker with prompt chunks, in an order of one's choice: what both policies share."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from pdjax.policies.fetching import fetch_for
 from pdjax.policies.placement import Placement
-from pdjax.serving.actions import Chunk, Preempt
+from pdjax.serving.actions import Chunk, Preempt, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 
 
@@ -32,6 +34,19 @@ class ChunkBatches:
       self._open = [other for other in self._open if other is not worker]
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefills:
+  """The prompts to be prefilled next, and what is to be fetched for others.
+
+  Attributes:
+    chunks: The chunks of one step of each worker, by its name; an empty list where there is nothing to do.
+    fetches: The copies of cached blocks that prompts wait for before they begin.
+  """
+
+  chunks: dict[str, list[Chunk]]
+  fetches: list[Transfer]
+
+
 def fill_prefills(
   view: ClusterView,
   room: Room,
@@ -40,10 +55,12 @@ def fill_prefills(
   waiting: Iterable[RequestView],
   placement: Placement,
   target_of: Callable[[RequestView, WorkerView], str | None],
-) -> dict[str, list[Chunk]]:
+  min_fetch: int = 1,
+) -> Prefills:
   """Chunks for one step of each worker: prompts begun there first, then waiting ones in the order given.
 
-  Stops at the first waiting request that fits no worker, so that a long prompt is not overtaken for ever.
+  Stops at the first waiting request that fits no worker, so that a long prompt is not overtaken for ever. A prompt of
+  which another place holds more than its worker is fetched from there first, and others go before it meanwhile.
 
   Args:
     view: The cluster.
@@ -53,10 +70,9 @@ def fill_prefills(
     waiting: Requests not begun, in the order to serve them.
     placement: Chooses among workers that can take a request.
     target_of: Names the worker to which a request's KV is to travel from that worker, or None to stay.
-
-  Returns:
-    The chunks by worker; an empty list where there is nothing to do.
+    min_fetch: Fewest tokens of a prompt that are fetched from another place.
   """
+  fetches = []
   batches = ChunkBatches(workers, budgets)
   for worker in workers:
     for entry in worker.prefilling.values():
@@ -64,6 +80,8 @@ def fill_prefills(
         break
       batches.add(entry, worker, entry.target if entry.target != worker.name else None, entry.started)
   for entry in waiting:
+    if entry.fetching:
+      continue
     request = entry.request.id
     open_workers = batches.open()
     targets = {worker.name: target_of(entry, worker) for worker in open_workers}
@@ -76,7 +94,11 @@ def fill_prefills(
       able = room.fitting(request, open_workers, decodes=False)
     if not able:
       break
+    able = [worker for worker in able if worker.name in entry.fetches] or able
     worker = placement.choose(entry, able, room)
+    if (fetch := fetch_for(view, entry, worker, min_fetch)) is not None:
+      fetches.append(fetch)
+      continue
     send_to = targets[worker.name]
     room.take(request, worker.name, decodes=worker in staying)
     if send_to is not None:
@@ -84,7 +106,7 @@ def fill_prefills(
     cached = view.cached_tokens(request, worker.name)
     batches.add(entry, worker, send_to, cached)
     room.take_tokens(worker.name, entry.prefill_len - cached)
-  return batches.chunks
+  return Prefills(batches.chunks, fetches)
 
 
 def decodes_any(worker: WorkerView) -> bool:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
+from pdjax.policies.fetching import keep_ended
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, STANDING, Action, Step
 from pdjax.serving.checks import PolicyError
@@ -25,6 +26,8 @@ class Colocated(PolicyBase):
     decode_steps: Decode steps fused on the device where no prompt has work; with 1, a step stands until something
       changes.
     placement: Chooses the worker of a new request.
+    returns_to: The place to which the blocks of requests that have ended are copied; None leaves them where they are.
+    min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
   """
 
   moves_kv: ClassVar[bool] = False
@@ -32,6 +35,8 @@ class Colocated(PolicyBase):
   token_budget: Count = 256
   decode_steps: Count = 1
   placement: Placement = FewestQueuedTokens()
+  returns_to: str | None = None
+  min_fetch: Count = 1
 
   def __post_init__(self):
     check_fields(self)
@@ -44,9 +49,10 @@ class Colocated(PolicyBase):
         f'{type(self).__name__} wants workers of role "both", but the cluster has {", ".join(view.workers)}; use '
         'colocated_pool, or the policy Disaggregated.'
       )
+    kept = keep_ended(view, self.returns_to)
     workers = [worker for worker in view.able_to_prefill if worker.role.decodes]
     if not workers:
-      return []
+      return [*kept]
     room = view.room()
     prompts = view.waiting or any(worker.prefilling for worker in workers)  # else nobody asks for the budgets
     budgets = {
@@ -54,15 +60,17 @@ class Colocated(PolicyBase):
       for worker in workers
     }
     waiting = self.order(view.waiting.values())
-    batches = fill_prefills(view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None)
+    prefills = fill_prefills(
+      view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None, self.min_fetch
+    )
     actions: list[Action] = []
-    for name, chunks in batches.items():
+    for name, chunks in prefills.chunks.items():
       worker = view.workers[name]
       if chunks:
         actions.append(Step(name, tuple(chunks), ALL if decodes_any(worker) else ()))
       elif worker.has_work:
         actions.append(Step(name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps))
-    return actions
+    return [*actions, *prefills.fetches, *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""

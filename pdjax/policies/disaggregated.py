@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
+from pdjax.policies.fetching import keep_ended
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, STANDING, Action, Step, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
@@ -24,25 +25,39 @@ class Disaggregated(PolicyBase):
     decode_steps: Decode steps fused on the device between two decisions; with 1, a step stands until something changes.
     place_prefill: Chooses the prefill worker.
     place_decode: Chooses the decode worker.
+    returns_to: The place to which the blocks of requests that have ended are copied, 'source' for the worker that
+      prefilled each; None leaves them where they are.
+    min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
+    moves_on: Whether sequences that decode on a worker that drains for another role are moved to others.
   """
 
   max_prefill_tokens: Count = 512
   decode_steps: Count = 1
   place_prefill: Placement = FewestQueuedTokens()
   place_decode: Placement = MostFreeSlots()
+  returns_to: str | None = None
+  min_fetch: Count = 1
+  moves_on: bool = False
 
   def __post_init__(self):
     check_fields(self)
 
+  @property
+  def moves_anywhere(self) -> bool:  # type: ignore[override]
+    """Whether it sends KV back from workers that decode, or between these."""
+    return self.moves_on or self.returns_to == 'source'
+
   def decide(self, view: ClusterView) -> list[Action]:
     if view.grows and (preempted := preempt_newest(view)):
       return [*preempted]
-    if not (view.prefilled or view.waiting or view.begun):
-      return [*self._decodes(view, set())]
+    kept = [*keep_ended(view, self.returns_to)]
+    if not (view.prefilled or view.waiting or view.begun or self.moves_on):
+      return [*self._decodes(view, set()), *kept]
     room = view.room()
     transfers = self._transfers(view, room)
-    prefills = self._prefills(view, room)
-    return [*transfers, *prefills, *self._decodes(view, {step.worker for step in prefills})]
+    moves = self._moves(view, room) if self.moves_on else []
+    prefills, fetches = self._prefills(view, room)
+    return [*transfers, *moves, *prefills, *self._decodes(view, {step.worker for step in prefills}), *fetches, *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""
@@ -70,13 +85,24 @@ class Disaggregated(PolicyBase):
       actions.append(Transfer(request, target))
     return actions
 
+  def _moves(self, view: ClusterView, room: Room) -> list[Action]:
+    """The moves of what decodes on workers that will decode no more, as far as others have room."""
+    actions: list[Action] = []
+    draining = [worker for worker in view.decode_workers if worker.draining and not worker.draining.decodes]
+    for entry in [entry for worker in draining for entry in worker.decoding.values()]:
+      if (target := self._target(view, room, entry)) is None:
+        break
+      room.take(entry.request.id, target, decodes=True)
+      actions.append(Transfer(entry.request.id, target))
+    return actions
+
   def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
     able = room.fitting(entry.request.id, view.decode_workers, decodes=True)
     return self.place_decode.choose(entry, able, room).name if able else None
 
-  def _prefills(self, view: ClusterView, room: Room) -> list[Step]:
+  def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Transfer]]:
     if not view.waiting and not view.begun:
-      return []
+      return [], []
     workers = view.able_to_prefill
 
     def target_of(entry: RequestView, worker: WorkerView) -> str | None:
@@ -84,12 +110,13 @@ class Disaggregated(PolicyBase):
 
     budgets = {worker.name: self.max_prefill_tokens for worker in workers}
     waiting = self.order(view.waiting.values())
-    chunks = fill_prefills(view, room, workers, budgets, waiting, self.place_prefill, target_of)
-    return [
+    prefills = fill_prefills(view, room, workers, budgets, waiting, self.place_prefill, target_of, self.min_fetch)
+    steps = [
       Step(worker, tuple(batch), ALL if decodes_any(view.workers[worker]) else ())  # a worker of both roles fuses
-      for worker, batch in chunks.items()
+      for worker, batch in prefills.chunks.items()
       if batch
     ]
+    return steps, prefills.fetches
 
   def _decodes(self, view: ClusterView, busy: set[str]) -> list[Step]:
     return [

@@ -2,9 +2,12 @@
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pdjax.types.worker import Role
+
+if TYPE_CHECKING:
+  from pdjax.serving.block_making import Blocks
 
 
 class All(enum.Enum):
@@ -55,10 +58,24 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transfer:
-  """Move the KV of a finished prompt to another worker, where it will decode."""
+  """Move a request to where it will decode, or copy cached blocks from place to place.
 
-  request: str
+  A request whose prompt is computed is moved with all its KV, and decodes at `target`. So is one that decodes already:
+  it leaves its batch, its KV travels once steps in flight have ended, and it goes on at `target`. If there is no room
+  by then, it waits in `view.prefilled` like one whose prompt was just computed, and may also go on where it is.
+
+  Of `Blocks` (`view.blocks`) the target gets what it lacks of those that the source holds, as far as it has free pages;
+  they are cached there once they have arrived. Nobody waits for that: a chunk may start behind them from then on.
+
+  Attributes:
+    request: The id of a request, or blocks.
+    target: The place that it goes to.
+    source: The place that it comes from; a request is where it is, so that only blocks need one.
+  """
+
+  request: 'str | Blocks'
   target: str
+  source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +133,13 @@ class Resend:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SendOn:
+  """Send more of a copy that staging had no room for, by its number. Only the state itself asks for it."""
+
+  copy: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Leave:
   """Tell a worker that a sequence has left its batch, which ends a standing step. Only the state itself asks for it."""
 
@@ -134,4 +158,4 @@ class WakeAt:
   at_s: float
 
 
-Action = Step | Transfer | Cancel | Reject | Preempt | SwitchRole | Abandon | Resend | Leave | WakeAt
+Action = Step | Transfer | Cancel | Reject | Preempt | SwitchRole | Abandon | Resend | SendOn | Leave | WakeAt

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
-from pdjax.serving.events import Delivered, Done, Event, Finished
+from pdjax.serving.events import Delivered, Done, Event, Finished, HitSide, PrefixHit
 from pdjax.serving.orders import Order, PageCopies, PageNumbers, TransferOrder
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.place import Holdings, WorkerState
@@ -24,6 +24,9 @@ from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.transfer import TransferSpec
 from pdjax.types.worker import WorkerSpec
 
+if TYPE_CHECKING:
+  from pdjax.serving.copies import Copy
+
 
 class Books:
   """Requests, places and orders in flight; the functions of the files beside this one advance them.
@@ -35,6 +38,7 @@ class Books:
     finds_stops: Whether the backend finds stop strings.
     now_s: The time of the turn.
     workers: Each worker by name, in the order of the config.
+    places: The same, and behind them the places that only hold pages.
     holdings: The pages, slots and staging of each, by its name.
     prefill_workers: Those that prefill now.
     decode_workers: Those that decode now.
@@ -48,6 +52,9 @@ class Books:
       alone, since no policy can know.
     in_flight: Orders that have not ended, by id.
     must: The end of a request that is due whatever the policy, by its id.
+    copies: Copies of cached blocks that are under way, by number.
+    ended: Requests that were served to their end in this turn, and may have left something cached.
+    moving: Sequences that have left where they decoded, each to be sent on to the worker that a policy named.
     due: Requests with tokens to send on that staging had no room for.
     staging_freed: Whether staging was freed since those that are due were last sent on.
     unsettled: Requests to be put where they belong now, looked at before anything else is asked or applied.
@@ -84,6 +91,8 @@ class Books:
     pages_ahead: int | None = None,
     max_preemptions: int = 0,
     prefix_cache: PrefixCache | None = None,
+    places: Sequence[WorkerSpec] = (),
+    between: Collection[tuple[str, str]] | None = None,
   ):
     """Open them with every page free; see `ClusterState`."""
     self.model = model
@@ -97,20 +106,21 @@ class Books:
     self.able_to_prefill = AbleWorkers(lambda worker: worker.role.prefills)
     self.able_to_decode = AbleWorkers(lambda worker: worker.role.decodes and worker.has_work)
     self._pools: dict[tuple[Any, ...], PoolSpecs] = {}
-    self.workers: dict[str, WorkerState] = {}
+    self.places: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
-    for spec in workers:
-      self._add_worker(dataclasses.replace(spec, page_size=spec.page_size or page_size))
+    for spec in (*workers, *places):
+      self._add_place(dataclasses.replace(spec, page_size=spec.page_size or page_size))
+    self.workers = {spec.name: self.places[spec.name] for spec in workers}
     self.prefill_workers, self.decode_workers = self.sides()
     if not self.prefill_workers or not self.decode_workers:
       missing = 'prefills' if not self.prefill_workers else 'decodes'
       raise ValueError(f'no worker {missing}; give the cluster at least one that does, or one with role "both".')
     self._lanes: dict[tuple[str, str], tuple[Lane, ...]] = {}
-    self._check_staging()
+    self._check_staging(between)
     self.told: list[Event] = []
     self.prefixes: Prefixes | None = None
     if prefix_cache is not None:
-      specs = {name: worker.spec for name, worker in self.workers.items()}
+      specs = {name: place.spec for name, place in self.places.items()}
       pages = {name: one.pages for name, one in self.holdings.items()}
       self.prefixes = Prefixes(model, prefix_cache, specs, pages, lambda: self.now_s, self.told)
     self.requests: dict[str, RequestState] = {}
@@ -122,6 +132,9 @@ class Books:
     self.true_limits: dict[str, int] = {}
     self.in_flight: dict[int, Order] = {}
     self.must: dict[str, Cancel | Reject] = {}
+    self.copies: dict[int, Copy] = {}
+    self.moving: dict[str, RequestState] = {}
+    self.ended: dict[str, RequestState] = {}
     self.due: dict[str, RequestState] = {}
     self.staging_freed = False
     self.unsettled: deque[RequestState] = deque()
@@ -140,9 +153,9 @@ class Books:
     self._next_order = 0
     self._next_number = 0
 
-  def _add_worker(self, spec: WorkerSpec) -> None:
-    if spec.name in self.workers:
-      raise ValueError(f'two workers are named {spec.name!r}; give each a name of its own.')
+  def _add_place(self, spec: WorkerSpec) -> None:
+    if spec.name in self.places:
+      raise ValueError(f'two places are named {spec.name!r}; give each a name of its own.')
     if not isinstance(spec.num_pages, int):
       raise ValueError(f"worker {spec.name!r} has num_pages='auto'; a backend replaces that by a count first.")
     alike = spec.page_size, spec.cached_dtype, spec.tp
@@ -154,12 +167,12 @@ class Books:
     grows = self.pages_ahead is not None
     holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, changed, grows=grows)
     self.holdings[spec.name] = holdings
-    self.workers[spec.name] = WorkerState(spec, holdings, len(self.workers))
+    self.places[spec.name] = WorkerState(spec, holdings, len(self.places))
     self.look_at(spec.name)
 
   def look_at(self, worker: str) -> None:
     """Note that something about a worker changed, so that it may have to do."""
-    state = self.workers[worker]
+    state = self.places[worker]
     self.touched[worker] = None
     self.able_to_prefill.look_at(state)
     self.able_to_decode.look_at(state)
@@ -170,8 +183,10 @@ class Books:
     prefills = tuple(worker for worker in workers if worker.role.prefills)
     return prefills, tuple(worker for worker in workers if worker.role.decodes)
 
-  def _check_staging(self) -> None:
-    for source, target in ways([worker.spec for worker in self.workers.values()]):
+  def _check_staging(self, between: Collection[tuple[str, str]] | None) -> None:
+    specs = {name: place.spec for name, place in self.places.items()}
+    pairs = ways([*specs.values()]) if between is None else [(specs[one], specs[other]) for one, other in between]
+    for source, target in pairs:
       found = self._lanes[source.name, target.name] = lanes(self.model, source, target)
       for lane in found:
         if lane.unit_bytes > self.transfer.staging_bytes:
@@ -194,6 +209,10 @@ class Books:
   def true_limit(self, entry: RequestState) -> int:
     """Most tokens that a request really generates; what orders say of it."""
     return self.true_limits.get(entry.request.id, entry.limit)
+
+  def is_way(self, source: str, target: str) -> bool:
+    """Whether KV may travel from one place to another."""
+    return (source, target) in self._lanes
 
   def lanes(self, source: str, target: str) -> tuple[Lane, ...]:
     """Each cache kind on its way from one worker to another."""
@@ -218,6 +237,9 @@ class Books:
     copies: PageCopies = {}
     if found.tokens:
       taken, copies = self._take_behind(worker.name, own, found)
+    elif held := entry.pages.get(worker.name):  # it goes on to decode where it is
+      more = holdings.pages.take({kind: max(count - len(held[kind]), 0) for kind, count in own.items()})
+      taken = {kind: (*pages, *more[kind]) for kind, pages in held.items()}
     else:
       taken = holdings.pages.take(own)
     if not decodes:
@@ -241,6 +263,11 @@ class Books:
   def hold_cached(self, entry: RequestState, worker: str, most: int, source: str | None = None) -> Found:
     """Hold whole pages that a worker has of a request's beginning, up to so many tokens; `source` computes it."""
     return NOTHING if self.prefixes is None else self.prefixes.hold(entry, worker, most, source)
+
+  def tell_hit(self, entry: RequestState, place: str, tokens: int, side: HitSide) -> None:
+    """Tell that a request which is new takes so many tokens that a place holds."""
+    if tokens and entry.is_new:
+      self.told.append(PrefixHit(self.now_s, entry.request.id, place, tokens, side))
 
   def release(self, worker: str, copies: PageCopies) -> None:
     """Let go of pages that were held to be copied."""
@@ -330,4 +357,4 @@ class Books:
     self.drop(order.target, {order.span.kind: order.span.target_pages})
     source.staging_out.give_back(order.num_bytes)
     target.staging_in.give_back(order.num_bytes)
-    self.staging_freed = bool(self.due)
+    self.staging_freed = bool(self.due or self.copies)

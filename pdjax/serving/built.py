@@ -11,7 +11,7 @@ from pdjax.types.worker import WorkerSpec
 
 
 class Living(Protocol):
-  """A worker that may be lost and come back."""
+  """A worker or another place that may be lost and come back."""
 
   incarnation: int
 
@@ -20,8 +20,8 @@ class Serving(Backend, Protocol):
   """A backend that serves again and again: on devices of this process or of others, or in virtual time."""
 
   @property
-  def workers(self) -> Mapping[str, Living]:
-    """Each worker by its name, in the incarnation that it is in."""
+  def places(self) -> Mapping[str, Living]:
+    """Each worker, and each place that only holds pages, by its name, in the incarnation that it is in."""
 
   def start_clock(self) -> object:
     """Let a run begin now, at 0 s; of an earlier one, ended or broken off, nothing is heard or written any more."""
@@ -65,6 +65,7 @@ class Built:
     dtype: Of the weights.
     devices: The devices of each worker by name; in virtual time their numbers.
     warm_up: The work of the warm-up; None in virtual time, where there is none.
+    places: Its places that only hold pages, `num_pages` filled in.
   """
 
   backend: Serving
@@ -73,3 +74,4 @@ class Built:
   dtype: DtypeName
   devices: Mapping[str, Sequence[str | int]]
   warm_up: WarmUp | None
+  places: tuple[WorkerSpec, ...] = ()

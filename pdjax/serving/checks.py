@@ -17,6 +17,7 @@ from pdjax.serving.actions import (
   Preempt,
   Reject,
   Resend,
+  SendOn,
   Step,
   SwitchRole,
   Transfer,
@@ -33,7 +34,7 @@ MOST_IDLE_ANSWERS = 10_000  # of one turn
 MOST_IDLE_WAKES = 100_000  # in a row, while requests wait and nothing is under way
 MOST_YIELDED = 100_000  # actions of an answer that does not say how many it has
 NAMED_ACTIONS = 'Step, Transfer, Cancel, Reject, Preempt, SwitchRole or WakeAt'
-_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, SwitchRole, Abandon, Resend, Leave, WakeAt)
+_ACTIONS = (Step, Transfer, Cancel, Reject, Preempt, SwitchRole, Abandon, Resend, SendOn, Leave, WakeAt)
 
 
 class PolicyError(RuntimeError):
@@ -117,7 +118,7 @@ def why_without_place(view: ClusterView, entry: RequestView, *, now: bool = Fals
   sources = {entry.worker} if entry.computed else {worker.name for worker in able[False]}
   for target in able[True]:
     is_both = target.role is Role.BOTH if now else Role.BOTH in target.spec.roles
-    if sources != {target.name} or (is_both and not entry.computed):
+    if sources != {target.name} or (target.role.decodes if entry.computed else is_both):
       return None
   return (
     f'only worker {able[True][0].name!r} could decode it, and its prompt could be nowhere else; give another worker '
@@ -253,6 +254,29 @@ def find_worker(view: ClusterView, action: Action, name: str) -> WorkerView:
   if worker is None:
     raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(view.workers)}.')
   return worker
+
+
+def find_place(view: ClusterView, action: Action, name: str | None) -> WorkerView:
+  """The worker, or place that only holds pages, that an action names; raises `PolicyError` if there is none."""
+  place = view.places.get(name) if isinstance(name, str) else None
+  if place is None:
+    raise PolicyError(f'{action!r}: place {name!r} is unknown; the places are {", ".join(view.places)}.')
+  return place
+
+
+def find_way(view: ClusterView, action: Action, source: str, target: str) -> None:
+  """Raise `PolicyError` if there is no way from one place to another."""
+  if not view.has_way(source, target):
+    raise PolicyError(
+      f'{action!r}: there is no way from {source!r} to {target!r}; between any two places there is one for a policy '
+      'with moves_anywhere = True.'
+    )
+
+
+def check_decodes(action: Action, target: WorkerView) -> None:
+  """Raise `PolicyError` if a worker does not decode."""
+  if not target.role.decodes:
+    raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
 
 
 def check_up(action: Action, worker: WorkerView) -> None:

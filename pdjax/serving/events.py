@@ -7,6 +7,11 @@ from typing import Literal
 import numpy as np
 
 from pdjax.serving.batch import NOBODY, Batch
+from pdjax.serving.cache_events import AllBlocksCleared as AllBlocksCleared
+from pdjax.serving.cache_events import BlockRemoved as BlockRemoved
+from pdjax.serving.cache_events import BlockStored as BlockStored
+from pdjax.serving.cache_events import HitSide as HitSide
+from pdjax.serving.cache_events import PrefixHit as PrefixHit
 from pdjax.serving.orders import Order
 from pdjax.types.request import FinishReason, Request, TokenLogprob
 from pdjax.types.worker import Role
@@ -371,55 +376,6 @@ class RoleChanged:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class BlockStored:
-  """A place holds more blocks of a sequence, one behind the other, as vLLM's event of that name says.
-
-  Attributes:
-    now_s: The time of the turn.
-    medium: The place.
-    keys: Their keys, 16 bytes each.
-    parent: The key of the block before them; zeros before the first of a sequence.
-    block_size: Tokens of each.
-    token_ids: Their tokens, if they are asked for (`PrefixCache.log_tokens`).
-  """
-
-  now_s: float
-  medium: str
-  keys: bytes
-  parent: bytes
-  block_size: int
-  token_ids: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class BlockRemoved:
-  """A place holds blocks no more: their pages were given to others.
-
-  Attributes:
-    now_s: The time of the turn.
-    medium: The place.
-    keys: Their keys, 16 bytes each.
-  """
-
-  now_s: float
-  medium: str
-  keys: bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AllBlocksCleared:
-  """A place that was lost holds no block.
-
-  Attributes:
-    now_s: The time of the turn.
-    medium: The place.
-  """
-
-  now_s: float
-  medium: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
   """A request ended.
 
@@ -443,11 +399,19 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerUse:
-  """The use of a worker: pages that are not free, and sequences in its decode slots."""
+  """The use of a worker.
+
+  Attributes:
+    worker: The worker.
+    pages: Pages that somebody holds.
+    decoding: Sequences in its decode slots.
+    cached: Pages that nobody holds and whose content is found again; they count as free.
+  """
 
   worker: str
   pages: int
   decoding: int
+  cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -481,6 +445,7 @@ Event = (
   | BlockStored
   | BlockRemoved
   | AllBlocksCleared
+  | PrefixHit
   | Finished
   | Occupancy
 )

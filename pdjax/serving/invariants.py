@@ -47,6 +47,11 @@ def _holders(books: Books) -> dict[tuple[str, str], Counter[int]]:
     for kind, pairs in entry.copies.items():
       assert entry.target is not None
       found.setdefault((entry.target, kind), Counter()).update(source for source, _ in pairs)
+  for copy in books.copies.values():
+    assert books.prefixes is not None
+    kind = books.prefixes.kind
+    found.setdefault((copy.source, kind), Counter()).update(copy.plan.source_pages)
+    found.setdefault((copy.target, kind), Counter()).update((*copy.plan.before, *copy.pages))
   for order in books.transfers.orders_under_way():
     span = order.span
     found.setdefault((order.source, span.kind), Counter()).update(span.source_pages)

@@ -13,6 +13,8 @@ from pdjax.serving.tasks import give_up
 from pdjax.serving.view import ClusterView
 from pdjax.types.request import SERVED, FinishReason, Request
 
+_IN_BATCH = (Phase.DECODING, Phase.LEAVING)
+
 # ---------------------------------------------------------------------------- arriving
 
 
@@ -54,8 +56,7 @@ def file(queue: MutableMapping[str, RequestState], entry: RequestState) -> None:
   if isinstance(queue, KeyedQueue):
     queue[entry.request.id] = entry
     return
-  is_new = entry.attempts == 1 and not entry.preemptions
-  later = [] if is_new else [other for other in queue.values() if other.number > entry.number]
+  later = [] if entry.is_new else [other for other in queue.values() if other.number > entry.number]
   queue[entry.request.id] = entry
   for other in later:
     queue[other.request.id] = queue.pop(other.request.id)
@@ -82,7 +83,7 @@ def settle(books: Books, entry: RequestState) -> None:
   """Put a request whose prompt is computed where it belongs now."""
   if entry.phase is Phase.DECODING and not entry.followers:
     return
-  if not entry.computed or entry.phase in (Phase.ENDING, Phase.FINISHED):
+  if not entry.computed or entry.phase in (Phase.PREFILLED, Phase.ENDING, Phase.FINISHED):
     return
   if entry.target is None:
     enter(entry, Phase.PREFILLED)
@@ -95,12 +96,13 @@ def settle(books: Books, entry: RequestState) -> None:
   else:
     followers = entry.followers
     for one in (entry, *followers.values()):
-      _begin_decoding(books, one)
+      _begin_decoding(books, one, entry.worker)
     followers.clear()
 
 
-def _begin_decoding(books: Books, entry: RequestState) -> None:
+def _begin_decoding(books: Books, entry: RequestState, source: str | None) -> None:
   assert entry.target is not None
+  entry.source = source
   if entry.phase is not Phase.DECODING:
     enter(entry, Phase.DECODING)
     holdings = books.holdings[entry.target]
@@ -114,8 +116,8 @@ def _begin_decoding(books: Books, entry: RequestState) -> None:
 
 def note_decoded(books: Books, entry: RequestState) -> None:
   """Let others find what a request leaves behind where it decoded, its row given up."""
-  source = entry.worker if entry.samples is None else entry.samples.carrier.worker
-  if books.prefixes is None or source is None or not (entry.phase is Phase.DECODING or entry.keeps):
+  source = entry.source or entry.worker
+  if books.prefixes is None or source is None or not (entry.phase in _IN_BATCH or entry.keeps):
     return
   if entry.target is not None and entry.target in entry.pages and books.workers[entry.target].up:
     books.prefixes.note_decoded(entry, entry.target, source)
@@ -146,6 +148,8 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
   give_up_row(entry)
   if reason in SERVED:
     note_decoded(books, entry)
+    if books.prefixes is not None and entry.is_cached:
+      books.ended[name] = entry
   elif reason == 'error' and books.prefixes is not None:
     books.prefixes.spoil(entry)
   if entry.samples is None or name != entry.samples.ids[0]:
@@ -239,6 +243,7 @@ def unschedule(books: Books, entry: RequestState) -> None:
   books.waiting.pop(name, None)
   books.prefilled.pop(name, None)
   books.due.pop(name, None)
+  books.moving.pop(name, None)
   books.begun.pop(name, None)
   if entry.worker is not None and books.holdings[entry.worker].prefilling.pop(name, None) is not None:
     books.workers[entry.worker].queued_tokens -= entry.prompt_left

@@ -37,8 +37,9 @@ class Policy(Protocol):
   """The rule that chooses what is done next, a pure function of the view.
 
   A policy that never sends KV may say so with a class attribute `moves_kv = False`; then no ways between workers
-  are prepared. One that has a method `waiting_key(request) -> tuple` finds `view.waiting` in the order of that key,
-  which is asked for once a request: ageing that is linear in the arrival is such a key.
+  are prepared. One that sends it between any two places says `moves_anywhere = True`. One that has a method
+  `waiting_key(request) -> tuple` finds `view.waiting` in the order of that key, which is asked for once a request:
+  ageing that is linear in the arrival is such a key.
   """
 
   def decide(self, view: ClusterView) -> Iterable[Action]:

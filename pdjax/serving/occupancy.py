@@ -10,18 +10,18 @@ class OccupancyWatch:
   def __init__(self, books: Books):
     """Watch these books, in which nothing is used yet."""
     self._books = books
-    self._uses = dict.fromkeys(books.workers, (0, 0))
+    self._uses = dict.fromkeys(books.places, (0, 0, 0))
     self._num_waiting = 0
 
   def take(self, now_s: float) -> Occupancy | None:
     """The use of the cluster, if any of it changed since the last call."""
     books, changed = self._books, []
     touched = (
-      books.touched if len(books.touched) < 2 else sorted(books.touched, key=lambda name: books.workers[name].number)
+      books.touched if len(books.touched) < 2 else sorted(books.touched, key=lambda name: books.places[name].number)
     )
     for name in touched:
-      worker = books.workers[name]
-      use = worker.num_pages - worker.free_pages, len(worker.decoding)
+      worker = books.places[name]
+      use = worker.num_pages - worker.free_pages, len(worker.decoding), worker.cached_pages
       if use != self._uses[name]:
         self._uses[name] = use
         changed.append(WorkerUse(name, *use))

@@ -164,6 +164,7 @@ class TransferOrder:
     after: The order that computes the last of them, if it has not ended.
     incarnations: Those of source and target whose pages these are.
     num_bytes: Bytes that travel; of the staging memory of either side it takes as many while it is under way.
+    copy: The number of the copy of cached blocks that it is a part of; None if the request itself needs it.
   """
 
   id: int
@@ -174,6 +175,7 @@ class TransferOrder:
   after: int | None = None
   incarnations: tuple[int, int] = (1, 1)
   num_bytes: int = 0
+  copy: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -193,6 +193,11 @@ class PlacePages:
     return self._free_bytes // self.pools.page_bytes
 
   @property
+  def num_cached(self) -> int:
+    """Free pages whose content is found again, of all kinds."""
+    return sum([one.num_cached for one in self.by_kind.values()])
+
+  @property
   def used_bytes(self) -> int:
     """Bytes of all pages that somebody holds, over all devices, copies counted once."""
     return sum((one.num_pages - one.num_free) * spec.page_bytes for one, spec in self._sized.values())

@@ -199,6 +199,11 @@ class WorkerState:
     return self._holdings.pages.num_free
 
   @property
+  def cached_pages(self) -> int:
+    """Pages that nobody holds and whose content is found again; they count as free."""
+    return self._holdings.pages.num_cached
+
+  @property
   def used_bytes(self) -> int:
     """Bytes of the cache that somebody holds, over all devices, copies counted once."""
     return self._holdings.pages.used_bytes

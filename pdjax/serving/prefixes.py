@@ -2,21 +2,20 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT, BlockHasher, as_array, stand_ins
+from pdjax.serving.block_keys import KEY_BYTES, NO_PARENT
+from pdjax.serving.block_making import BlockMaking, Blocks, Made
 from pdjax.serving.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from pdjax.serving.page_allocator import PlacePages
 from pdjax.serving.prefix_index import PrefixIndex
 from pdjax.serving.requests import RequestState
-from pdjax.types.cache import KVDtypeName, wire_dtype
 from pdjax.types.model import ModelSpec
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.worker import WorkerSpec
-
-_MOST_HASHERS = 4096  # of tenants and ways of making; more are made anew
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +32,31 @@ class Found:
 
 
 NOTHING = Found()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopyPlan:
+  """Blocks that a place has and another lacks.
+
+  Attributes:
+    keys: The keys of all blocks of the sequence, as they are made at the target.
+    made: The way in which they are made there.
+    start: The first token that the target lacks, or of the page with its first: of a page of the target.
+    have: Tokens that the target has.
+    end: The token behind the last that travels.
+    source_pages: The pages of the source that hold these tokens.
+    before: The pages of the target that hold what is before them, or some of them.
+  """
+
+  keys: bytes
+  made: Made
+  start: int
+  have: int
+  end: int
+  source_pages: tuple[int, ...]
+  before: tuple[int, ...]
+
+
 _NO_BLOCKS = np.zeros(0, np.int32)
 
 
@@ -45,6 +69,8 @@ class Prefixes:
 
   Attributes:
     index: The blocks of all places.
+    making: The ways in which blocks are made.
+    page_tokens: Tokens per page, by place.
     kind: The cache kind that is kept.
     block_tokens: Tokens of a block.
   """
@@ -53,7 +79,7 @@ class Prefixes:
     self,
     model: ModelSpec,
     settings: PrefixCache,
-    workers: Mapping[str, WorkerSpec],
+    places: Mapping[str, WorkerSpec],
     pages: Mapping[str, PlacePages],
     now_s: Callable[[], float],
     told: list[Event],
@@ -63,7 +89,7 @@ class Prefixes:
     Args:
       model: The model served.
       settings: The settings.
-      workers: Each worker, its page size filled in.
+      places: Each place, its page size filled in.
       pages: The pages of each.
       now_s: Tells the time of the turn.
       told: Gets an event for what is stored or forgotten.
@@ -79,28 +105,26 @@ class Prefixes:
       )
     (kind,) = model.cache
     self.kind = kind.name
-    self._model = model
-    self._settings = settings
-    self._workers = workers
     self._pages = pages
     self._now_s = now_s
     self._told = told
-    self._page_tokens: dict[str, int] = {}
-    places = {}
-    for name, worker in workers.items():
+    self.page_tokens: dict[str, int] = {}
+    sizes = {}
+    for name, worker in places.items():
       assert worker.page_size is not None
-      self._page_tokens[name] = size = kind.entries_per_page(worker.page_size)
+      self.page_tokens[name] = size = kind.entries_per_page(worker.page_size)
       if size % settings.block_tokens:
         raise ValueError(
           f'prefix_cache.block_tokens is {settings.block_tokens}, which does not divide the page size of worker '
           f'{name!r}, {size}; set it to a number that divides every page size.'
         )
-      places[name] = pages[name].by_kind[kind.name].num_pages, size // settings.block_tokens
-    self.index = PrefixIndex(places)
+      sizes[name] = pages[name].by_kind[kind.name].num_pages, size // settings.block_tokens
+    self.index = PrefixIndex(sizes)
+    self.making = BlockMaking(model, settings, places)
     self.block_tokens = settings.block_tokens
+    self._logs_tokens = settings.log_tokens
+    self._chains: dict[str, dict[Made, None]] = {name: {} for name in places}  # the ways in which blocks there are made
     self._version = 0  # counts the changes of the index
-    self._made: dict[tuple[str, str], tuple[str, ...]] = {}
-    self._hashers: dict[tuple[tuple[str, ...], str], BlockHasher] = {}
     for name, place in pages.items():
       place.by_kind[kind.name].forget = functools.partial(self._forget, name)
 
@@ -108,55 +132,6 @@ class Prefixes:
     if keys := self.index.forget_pages(worker, pages):
       self._told.append(BlockRemoved(self._now_s(), worker, keys))
     self._version += 1
-
-  # -------------------------------------------------------------------------- keys
-
-  def made_of(self, source: str, target: str) -> tuple[str, ...]:
-    """The way in which the blocks of a place are made: model, weights, cache, and dtypes in which they lose something.
-
-    Args:
-      source: The worker that computes them.
-      target: The place; the same, or one that they are sent to.
-    """
-    way = source, target
-    if way not in self._made:
-      ours, theirs = self._workers[source], self._workers[target]
-      if self._settings.lossy:
-        made: tuple[str, ...] = (self._model.name,)
-      else:
-        weights = str(ours.weights or ours.cached_dtype)
-        made = (self._model.name, weights, *_dtypes(weights, ours.cached_dtype, theirs.cached_dtype))
-      self._made[way] = made
-    return self._made[way]
-
-  def _hasher(self, made: tuple[str, ...], salt: str) -> BlockHasher:
-    hasher = self._hashers.get((made, salt))
-    if hasher is None:
-      if len(self._hashers) >= _MOST_HASHERS:
-        self._hashers.clear()
-      hasher = self._hashers[made, salt] = BlockHasher(self.block_tokens, made, salt)
-    return hasher
-
-  def _has_hashes(self, entry: RequestState) -> bool:
-    """Whether ids of blocks stand for the tokens of a request."""
-    return self._settings.trusts_block_hashes and entry.request.block_size is not None
-
-  def _keys(self, entry: RequestState, made: tuple[str, ...]) -> bytes:
-    """The keys of the whole blocks of what is to be computed of a request before it decodes."""
-    known, keys = entry.keys.get(made, (-1, b''))
-    if known != len(entry.delivered):
-      request = entry.request
-      if self._has_hashes(entry):
-        assert request.block_size is not None
-        tokens = stand_ins(request.block_hashes, request.block_size, request.prompt_len)
-        keys = self._hasher((*made, f'ids of {request.block_size} tokens'), request.salt).keys(tokens)
-      else:
-        tokens = as_array(request.prompt)
-        if entry.delivered:
-          tokens = np.concatenate([tokens, as_array(entry.delivered[:-1])])
-        keys = self._hasher(made, request.salt).keys(tokens)
-      entry.keys[made] = len(entry.delivered), keys
-    return keys
 
   # -------------------------------------------------------------------------- hits
 
@@ -168,24 +143,24 @@ class Prefixes:
       worker: The worker.
       source: The worker that computes the prompt; None for the same, which has to compute a token at least.
     """
-    if not entry.request.cache_prefix or not self.index.num_blocks(worker):
+    if not entry.is_cached or not self.index.num_blocks(worker):
       return 0
     version, tokens = entry.hits.get((worker, source), (-1, 0))
     if version != self._version:
       is_computed_here = source is None or source == worker
       most = entry.prefill_len - is_computed_here
-      found = self._find(entry, self.made_of(source or worker, worker))[: most // self.block_tokens]
+      found = self._find(entry, self.making.made_of(source or worker, worker))[: most // self.block_tokens]
       tokens = self.index.hit(worker, found) * self.block_tokens
       if not is_computed_here:
-        tokens -= tokens % self._page_tokens[worker]
+        tokens -= tokens % self.page_tokens[worker]
       entry.hits[worker, source] = self._version, tokens
     return tokens
 
-  def _find(self, entry: RequestState, made: tuple[str, ...]) -> np.ndarray:
+  def _find(self, entry: RequestState, made: Made) -> np.ndarray:
     """The blocks of a request's beginning that some place holds, looked up once until the index changes."""
     version, found = entry.found.get(made, (-1, _NO_BLOCKS))
     if version != self._version:
-      found = self.index.find(self._keys(entry, made))
+      found = self.index.find(self.making.keys(entry, made))
       entry.found[made] = self._version, found
     return found
 
@@ -199,7 +174,7 @@ class Prefixes:
       source: The worker that computes the prompt, where it is another.
     """
     tokens = min(self.hit(entry, worker, source), most)
-    tokens -= tokens % self._page_tokens[worker]
+    tokens -= tokens % self.page_tokens[worker]
     if not tokens:
       return NOTHING
     pages = self._pages_of(entry, worker, source, tokens)
@@ -217,7 +192,7 @@ class Prefixes:
       most: Tokens that are to be found in all, at most.
       spare: Pages that nobody needs meanwhile; without any, only a page that others hold will do.
     """
-    tokens = min(self.hit(entry, worker), most, found.tokens + self._page_tokens[worker] - 1)
+    tokens = min(self.hit(entry, worker), most, found.tokens + self.page_tokens[worker] - 1)
     tokens -= tokens % self.block_tokens
     if tokens <= found.tokens:
       return found
@@ -229,7 +204,7 @@ class Prefixes:
     return Found(tokens, (*found.pages, page))
 
   def _pages_of(self, entry: RequestState, worker: str, source: str | None, tokens: int) -> tuple[int, ...]:
-    found = self._find(entry, self.made_of(source or worker, worker))
+    found = self._find(entry, self.making.made_of(source or worker, worker))
     return self.index.pages(worker, found[: tokens // self.block_tokens])
 
   # -------------------------------------------------------------------------- what is filled
@@ -243,55 +218,117 @@ class Prefixes:
       source: The worker that computed them; the same, or the one that sent them.
       tokens: The number of them.
     """
-    if entry.request.cache_prefix:
-      keys = self._keys(entry, self.made_of(source, worker))
-      self._store(entry, worker, keys[: tokens // self.block_tokens * KEY_BYTES], entry.delivered)
+    if entry.is_cached:
+      made = self.making.made_of(source, worker)
+      keys = self.making.keys(entry, made)
+      self._store(entry, worker, made, keys[: tokens // self.block_tokens * KEY_BYTES])
 
   def note_decoded(self, entry: RequestState, worker: str, source: str) -> None:
     """Note what a request leaves behind where it decoded: the tokens that it generated but the last.
 
     Not where a prompt with these tokens would be made in another way.
     """
-    made = self.made_of(source, worker)
-    if not entry.request.cache_prefix or made != self.made_of(worker, worker):
-      return
-    if self._has_hashes(entry):  # nobody can say what is asked with these tokens
-      return
-    size, keys = self.block_tokens, self._keys(entry, made)
-    first = len(keys) // KEY_BYTES * size
-    sequence = [*entry.request.prompt[first:], *entry.tokens[max(first - entry.prompt_len, 0) : -1]]
-    parent = keys[-KEY_BYTES:] or NO_PARENT
-    keys += self._hasher(made, entry.request.salt).keys(sequence, parent)
-    self._store(entry, worker, keys, entry.tokens)
+    made = self.making.made_of(source, worker)
+    if entry.is_cached and made == self.making.made_of(worker, worker):
+      self._store(entry, worker, made, self.making.decoded_keys(entry, made))
 
-  def _store(self, entry: RequestState, worker: str, keys: bytes, generated: Sequence[int]) -> None:
+  def _store(self, entry: RequestState, worker: str, made: Made, keys: bytes) -> None:
     """Note that the pages of a request hold the blocks of these keys."""
     first = entry.stored.get(worker, 0)
-    if len(keys) <= first * KEY_BYTES:
-      return
-    per_page = self._page_tokens[worker] // self.block_tokens
-    pages = entry.pages[worker][self.kind][first // per_page :]
-    new = self.index.store(worker, keys[first * KEY_BYTES :], pages, first % per_page)
-    entry.stored[worker] = len(keys) // KEY_BYTES
-    if new.any():
-      stored = np.flatnonzero(new) + first
-      places = stored // per_page - first // per_page
-      self._pages[worker].by_kind[self.kind].cache({pages[place] for place in places.tolist()})
-      self._version += 1
-      self._tell(entry, worker, keys, stored, generated)
+    if len(keys) > first * KEY_BYTES:
+      entry.stored[worker] = len(keys) // KEY_BYTES
+      blocks = functools.partial(self.making.blocks, entry)
+      self._enter(worker, made, keys, entry.pages[worker][self.kind], 0, first, blocks)
 
-  def _tell(self, entry: RequestState, worker: str, keys: bytes, stored: np.ndarray, generated: Sequence[int]) -> None:
-    """Tell of the blocks of a sequence that are new at a worker, an event for each run of them."""
+  def _enter(
+    self,
+    place: str,
+    made: Made,
+    keys: bytes,
+    pages: Sequence[int],
+    first_page: int,
+    first: int,
+    blocks: Callable[[], Blocks],
+  ) -> None:
+    """Note that a place holds the blocks of these keys.
+
+    Args:
+      place: The place.
+      made: The way in which they are made there.
+      keys: The keys of the sequence from its first block on.
+      pages: Its pages there, from page `first_page` of the sequence on.
+      first_page: The first of these.
+      first: The first block that is to be noted.
+      blocks: Makes the blocks themselves, for the log.
+    """
+    per_page = self.page_tokens[place] // self.block_tokens
+    behind = pages[first // per_page - first_page :]
+    new = self.index.store(place, keys[first * KEY_BYTES :], behind, first % per_page)
+    if new.any():
+      self._chains[place][made] = None
+      stored = np.flatnonzero(new) + first
+      at = stored // per_page - first // per_page
+      self._pages[place].by_kind[self.kind].cache({behind[one] for one in at.tolist()})
+      self._version += 1
+      self._tell(place, keys, stored, self.making.tokens_of(blocks()) if self._logs_tokens else ())
+
+  def _tell(self, place: str, keys: bytes, stored: np.ndarray, tokens: tuple[int, ...]) -> None:
+    """Tell of the blocks of a sequence that are new at a place, an event for each run of them."""
     size = self.block_tokens
-    tokens: tuple[int, ...] = ()
-    if self._settings.log_tokens and not self._has_hashes(entry):
-      tokens = (*entry.request.prompt, *generated)
     is_one_run = stored[-1] - stored[0] == len(stored) - 1  # mostly; `np.split` takes as long as all the rest
     for run in [stored] if is_one_run else np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
       start, stop = int(run[0]), int(run[-1]) + 1
       parent = keys[(start - 1) * KEY_BYTES : start * KEY_BYTES] if start else NO_PARENT
       told = keys[start * KEY_BYTES : stop * KEY_BYTES], parent, size, tokens[start * size : stop * size]
-      self._told.append(BlockStored(self._now_s(), worker, *told))
+      self._told.append(BlockStored(self._now_s(), place, *told))
+
+  # -------------------------------------------------------------------------- from place to place
+
+  def fetchable(self, entry: RequestState, place: str, worker: str) -> int:
+    """Tokens of a request's beginning that a place holds and that a worker could go on from, were they sent to it."""
+    if not entry.is_cached or place == worker or not self.index.num_blocks(place):
+      return 0
+    version, tokens = entry.fetchable.get((place, worker), (-1, 0))
+    if version != self._version:
+      wanted, most = self.making.made_of(worker, worker), (entry.prefill_len - 1) // self.block_tokens
+      chains = [made for made in self._chains[place] if self.making.sent_on(made, place, worker) == wanted]
+      hits = [self.index.hit(place, self._find(entry, made)[:most]) for made in chains]
+      unit = math.gcd(self.page_tokens[place], self.page_tokens[worker])
+      tokens = max(hits, default=0) * self.block_tokens // unit * unit
+      entry.fetchable[place, worker] = self._version, tokens
+    return tokens
+
+  def plan_copy(self, blocks: Blocks, source: str, target: str) -> CopyPlan | None:
+    """The blocks of a sequence that a place has, another lacks and somebody there could use; None if there are none."""
+    size, longest, best = self.block_tokens, 0, None
+    for made in self._chains[source]:
+      sent_on = self.making.sent_on(made, source, target)
+      if not self.making.is_useful(sent_on, target):
+        continue
+      found = self.index.find(self.making.keys_of(blocks, made))
+      held = self.index.hit(source, found)
+      if held > longest:
+        longest, best = held, (found, sent_on)
+    if best is None:
+      return None
+    found, made = best
+    keys = self.making.keys_of(blocks, made)
+    there = self.index.find(keys)
+    have = self.index.hit(target, there)
+    unit = math.gcd(self.page_tokens[source], self.page_tokens[target])
+    start = have * size // self.page_tokens[target] * self.page_tokens[target]
+    end = longest * size // unit * unit
+    if end <= have * size:
+      return None
+    source_pages = self.index.pages(source, found[: end // size])[start // self.page_tokens[source] :]
+    return CopyPlan(keys, made, start, have * size, end, source_pages, self.index.pages(target, there[:have]))
+
+  def note_copied(self, blocks: Blocks, plan: CopyPlan, target: str, pages: Sequence[int], end: int) -> None:
+    """Note what a place holds of blocks that were sent to it: those up to a token, in pages from its first one on."""
+    keys = plan.keys[: end // self.block_tokens * KEY_BYTES]
+    first_page, first = plan.start // self.page_tokens[target], plan.start // self.block_tokens
+    if len(keys) > first * KEY_BYTES:
+      self._enter(target, plan.made, keys, pages, first_page, first, lambda: blocks)
 
   def spoil(self, entry: RequestState) -> None:
     """Let nobody find what a request holds that ended with an error: there may be numbers in it that are not finite."""
@@ -303,13 +340,5 @@ class Prefixes:
     if self.index.forget_place(worker):
       self._told.append(AllBlocksCleared(self._now_s(), worker))
     self._pages[worker].by_kind[self.kind].forget_all()
+    self._chains[worker].clear()
     self._version += 1
-
-
-def _dtypes(computed: str, source: KVDtypeName, target: KVDtypeName) -> list[str]:
-  """The dtype of the cache that later tokens attend to as they are computed, and those on the way that change them."""
-  dtypes = [computed if source in (computed, 'float32') else source]
-  for dtype in (wire_dtype(source, target), target):
-    if dtype not in (dtypes[-1], 'float32'):
-      dtypes.append(dtype)
-  return dtypes

@@ -2,9 +2,11 @@
 
 from pdjax.serving.actions import Leave, Preempt, Resend
 from pdjax.serving.books import Books
-from pdjax.serving.checks import PolicyError, find_request
+from pdjax.serving.checks import PolicyError, find_request, why_without_place
+from pdjax.serving.copies import forget_target, give_up_copies, part_ended
 from pdjax.serving.events import Preempted, TimerDue, WorkerBack, WorkerLost
 from pdjax.serving.lifecycle import file, finish, finish_all, note_decoded, refuse_unfit, settle, unschedule
+from pdjax.serving.moving import leave_now
 from pdjax.serving.orders import AbandonOrder, Order, StepOrder, TransferOrder
 from pdjax.serving.requests import Phase, RequestState, enter, give_up_row, leave_steps
 from pdjax.serving.sending import transfer_ended
@@ -19,6 +21,9 @@ def look_again(books: Books) -> None:
     entry = books.unsettled.popleft()
     if entry.phase is Phase.RESTARTING:
       begin_again(books, entry)
+    elif entry.phase is Phase.LEAVING:
+      if not leave_now(books, entry):
+        _restart(books, entry, 'the worker that it was to go on at is lost')
     else:
       settle(books, entry)
 
@@ -36,14 +41,20 @@ def timer_due(books: Books, event: TimerDue) -> bool:
     case TimerDue(_, 'retry', int(order)):
       books.tasks.append(Resend(order))
     case TimerDue(_, 'patience', str(name)):
-      books.workers[name].given_up = True
+      books.places[name].given_up = True
       for entry in [*books.waiting.values(), *books.prefilled.values()]:
-        refuse_unfit(books, entry)
+        if entry.goes_to is None or entry.phase is not Phase.PREFILLED:
+          refuse_unfit(books, entry)
+        elif problem := why_without_place(ClusterView(books), entry):
+          _restart(books, entry, problem)
   return True
 
 
 def transfer_failed(books: Books, order: TransferOrder, error: str, *, corrupt: bool) -> None:
   """See to the request of a transfer that is over and did not end well, as the fault settings say."""
+  if order.copy is not None:
+    part_ended(books, order, arrived=False)
+    return
   attempt = books.transfers.get(order.id)
   entry = transfer_ended(books, order)
   if entry is None or entry.phase is Phase.ENDING:
@@ -66,7 +77,7 @@ def transfer_failed(books: Books, order: TransferOrder, error: str, *, corrupt: 
 
 def lose(books: Books, event: WorkerLost) -> None:
   """Take note that a worker's pages are gone, and see to all that were there."""
-  worker = books.workers[event.worker]
+  worker = books.places[event.worker]
   worker.up, worker.lost = False, event.error
   if books.prefixes is not None:
     books.prefixes.lose(worker.name)
@@ -75,12 +86,16 @@ def lose(books: Books, event: WorkerLost) -> None:
     books.timers.cancel('patience', worker.name)
   else:
     books.timers.set('patience', worker.name, books.now_s + books.faults.patience_s)
+  forget_target(books, worker.name)
   for order in [order for order in books.in_flight.values() if worker.name in _places(order)]:
     del books.in_flight[order.id]
     if isinstance(order, StepOrder):
       step_ended(books, order)
+    elif isinstance(order, TransferOrder) and order.copy is not None:
+      part_ended(books, order, arrived=False)
     elif isinstance(order, TransferOrder):
       transfer_ended(books, order)
+  give_up_copies(books, worker.name)
   books.holdings[worker.name].batch.lose()
   for attempt in books.transfers.forget_worker(worker.name):
     books.requests[attempt.request].transfers -= 1
@@ -101,7 +116,7 @@ def _places(order: Order) -> tuple[str, ...]:
 
 def come_back(books: Books, event: WorkerBack) -> bool:
   """Take note of a worker's next incarnation; return whether that is news."""
-  worker = books.workers[event.worker]
+  worker = books.places[event.worker]
   if event.incarnation <= worker.incarnation:
     return False  # told late, of an incarnation that is over or known
   if worker.up:  # so that nobody waits for the one before it
@@ -220,7 +235,8 @@ def begin_again(books: Books, entry: RequestState) -> None:
   for place in list(entry.pages):
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
-  entry.stored, entry.hits, entry.found = {}, {}, {}
+  entry.stored, entry.hits, entry.found, entry.fetchable = {}, {}, {}, {}
+  entry.fetches, entry.fetched, entry.goes_to, entry.source, entry.unlike = {}, {}, None, None, False
   leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}

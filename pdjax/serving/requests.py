@@ -21,6 +21,7 @@ class Phase(enum.Enum):
   PREFILLED = 'prefilled'  # first token delivered, its KV on a worker where it will not decode
   MOVING = 'moving'  # its KV on the way, the prompt all computed
   DECODING = 'decoding'  # in a slot
+  LEAVING = 'leaving'  # to go on to decode elsewhere, once steps in flight have ended
   FOLLOWING = 'following'  # a further sample of a prompt whose KV is not yet where it will decode
   RESTARTING = 'restarting'  # to begin again, once orders about it have ended
   ENDING = 'ending'  # cancelled or rejected, to be confirmed
@@ -33,7 +34,8 @@ MOVES: dict[Phase, frozenset[Phase]] = {
   Phase.PREFILLING: _ENDS | {Phase.PREFILLED, Phase.MOVING, Phase.DECODING, Phase.RESTARTING},
   Phase.PREFILLED: _ENDS | {Phase.MOVING, Phase.RESTARTING},
   Phase.MOVING: _ENDS | {Phase.MOVING, Phase.PREFILLED, Phase.DECODING, Phase.RESTARTING},  # more of it still travels
-  Phase.DECODING: _ENDS | {Phase.RESTARTING},
+  Phase.DECODING: _ENDS | {Phase.LEAVING, Phase.RESTARTING},
+  Phase.LEAVING: _ENDS | {Phase.PREFILLED, Phase.RESTARTING},
   Phase.FOLLOWING: _ENDS | {Phase.PREFILLED, Phase.MOVING, Phase.DECODING, Phase.RESTARTING},  # as heir of the carrier
   Phase.RESTARTING: _ENDS | {Phase.WAITING},
   Phase.ENDING: frozenset({Phase.FINISHED}),
@@ -98,6 +100,14 @@ class RequestState:
     keys: The keys of its blocks, by what makes them, with the number of delivered tokens among them.
     found: Its blocks that some place holds, by what makes them, with the state of the index that they are of.
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
+    fetchable: Tokens of it that a place holds for a worker, by place and worker, with that state.
+    fetching: Copies of its blocks that are under way.
+    fetches: Times that a copy of its blocks was asked for, by the place that it goes to.
+    fetched: The place that a copy of its blocks came from, and the tokens that were there before, by the place that it
+      went to.
+    goes_to: The worker that it is to decode at, once it has left the one where it did.
+    source: The worker that computed what it began to decode with.
+    unlike: Whether its KV is made in more than one way, so that none of it is cached any more.
     keeps: Whether what it has computed where it decodes stays cached as it begins again: it was preempted there.
     computed_to: Tokens, from the first one on, that its worker has computed or found.
     cached_tokens: Tokens of its prompt that were not computed as it was begun first, as they were cached.
@@ -134,8 +144,15 @@ class RequestState:
   keys: dict[tuple[str, ...], tuple[int, bytes]] = dataclasses.field(default_factory=dict, repr=False)
   found: dict[tuple[str, ...], tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
   hits: dict[tuple[str, str | None], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
+  fetchable: dict[tuple[str, str], tuple[int, int]] = dataclasses.field(default_factory=dict, repr=False)
   stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
   computed_to: int = 0
+  fetching: int = 0
+  fetches: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  fetched: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict, repr=False)
+  goes_to: str | None = None
+  source: str | None = None
+  unlike: bool = False
   keeps: bool = False
   cached_tokens: int = 0
   number: int = 0
@@ -181,6 +198,11 @@ class RequestState:
     return count
 
   @property
+  def is_new(self) -> bool:
+    """Whether it was never begun again: what it has computed itself is no hit."""
+    return self.attempts == 1 and not self.preemptions
+
+  @property
   def prefill_len(self) -> int:
     """Tokens to compute before it can decode: its prompt and, begun again, what was delivered but the last token."""
     return self.prompt_len + max(len(self.delivered) - 1, 0)
@@ -209,6 +231,11 @@ class RequestState:
   def can_step(self) -> bool:
     """Whether another decode step can bring it a token, and it has a page for that."""
     return self.tokens_left > 0 and self.next_tokens <= self.reach
+
+  @property
+  def is_cached(self) -> bool:
+    """Whether what it leaves may be found by others, and what they left by it."""
+    return self.request.cache_prefix and not self.unlike
 
   @property
   def followers(self) -> 'dict[str, RequestState]':

@@ -3,9 +3,20 @@
 from collections.abc import Sequence
 
 from pdjax.serving.actions import Chunk, Resend, Transfer
+from pdjax.serving.block_making import Blocks
 from pdjax.serving.books import Books
-from pdjax.serving.checks import PolicyError, check_takes_new, describe_needs, find_request, find_worker
-from pdjax.serving.orders import TransferOrder
+from pdjax.serving.checks import (
+  PolicyError,
+  check_decodes,
+  check_takes_new,
+  describe_needs,
+  find_request,
+  find_way,
+  find_worker,
+)
+from pdjax.serving.copies import start_copy
+from pdjax.serving.moving import start_move
+from pdjax.serving.orders import LeaveOrder, TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter
 from pdjax.serving.view import ClusterView
@@ -23,6 +34,7 @@ def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> No
   if found.tokens:
     (kind,) = entry.pages[target.name]
     entry.sent[kind] = found.tokens
+    books.tell_hit(entry, target.name, found.tokens, 'decode')
 
 
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
@@ -142,34 +154,59 @@ def _move(
   return order
 
 
-def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[TransferOrder, ...]:
+def start_transfer(books: Books, view: ClusterView, action: Transfer) -> tuple[TransferOrder | LeaveOrder, ...]:
+  """The orders that move a request, as far as staging has room for it now, or copy blocks.
+
+  Raises:
+    PolicyError: if that cannot be done; see `start_copy`, `start_move` and `_send_prompt`.
+  """
+  if isinstance(action.request, Blocks):
+    return start_copy(books, view, action)
+  find_request(view, action, action.request)
+  find_worker(view, action, action.target)
+  entry = books.requests[action.request]
+  here = entry.target if entry.phase is Phase.DECODING else entry.worker
+  if action.source not in (None, here):
+    raise PolicyError(f'{action!r}: the request is at {here!r} and not at {action.source!r}; leave source out.')
+  if entry.phase is Phase.DECODING:
+    return start_move(books, view, action, entry)
+  return _send_prompt(books, view, action, entry)
+
+
+def _send_prompt(books: Books, view: ClusterView, action: Transfer, entry: RequestState) -> tuple[TransferOrder, ...]:
   """The orders that move a computed prompt, or what of it is due and staging has room for now.
 
   Raises:
     PolicyError: if the request cannot be moved, or its target has no room.
   """
-  find_request(view, action, action.request)
-  find_worker(view, action, action.target)
-  entry, target = books.requests[action.request], books.workers[action.target]
-  if action.request in books.due and entry.target == action.target:
+  name, target = entry.request.id, books.workers[action.target]
+  if name in books.due and entry.target == action.target:
     return tuple(send_due(books, entry, entry.last_step if entry.last_step in books.in_flight else None))
   if entry.phase is not Phase.PREFILLED:
-    raise PolicyError(f'{action!r}: the request is {entry.phase.value}; only a prefilled one can be moved.')
-  if not target.role.decodes:
-    raise PolicyError(f'{action!r}: worker {target.name!r} has role {target.role.value}; name one that decodes.')
-  check_takes_new(action, target)
-  room = view.room()
-  if not room.fits(action.request, target.name, decodes=True):
     raise PolicyError(
-      f'{action!r}: it needs {describe_needs(view, action.request, target.name, decodes=True)} on {target.name!r}, '
+      f'{action!r}: the request is {entry.phase.value}; only one that is prefilled, or decodes, can be moved.'
+    )
+  assert entry.worker is not None
+  check_decodes(action, target)
+  check_takes_new(action, target)
+  if target.name != entry.worker:
+    find_way(view, action, entry.worker, target.name)
+  room = view.room()
+  if not room.fits(name, target.name, decodes=True):
+    raise PolicyError(
+      f'{action!r}: it needs {describe_needs(view, name, target.name, decodes=True)} on {target.name!r}, '
       f'which has {room.pages(target.name)} pages and {room.slots(target.name)} slots left.'
     )
-  del books.prefilled[action.request]
+  del books.prefilled[name]
   enter(entry, Phase.MOVING)
   entry.tokens_due = entry.prefill_len
+  if target.name == entry.worker:
+    books.reserve(entry, target, decodes=True)
+    books.unsettled.append(entry)
+    return ()
   reserve_target(books, entry, target)
   orders = tuple(send_due(books, entry, None))
-  if not orders and action.request not in books.due:  # all of it is there already
+  if not orders and name not in books.due:  # all of it is there already
     books.unsettled.append(entry)
   return orders
 

@@ -1,10 +1,10 @@
 """ClusterState: hands events and actions on to the files that know what they mean for the books."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
-from pdjax.serving import growth, lifecycle, progress, recovery, roles, sending, steps, tasks
+from pdjax.serving import copies, growth, lifecycle, progress, recovery, roles, sending, steps, tasks
 from pdjax.serving.actions import (
   Abandon,
   Action,
@@ -13,6 +13,7 @@ from pdjax.serving.actions import (
   Preempt,
   Reject,
   Resend,
+  SendOn,
   Step,
   SwitchRole,
   Transfer,
@@ -20,6 +21,7 @@ from pdjax.serving.actions import (
 )
 from pdjax.serving.books import Books
 from pdjax.serving.checks import NAMED_ACTIONS, PolicyError, waiting_key
+from pdjax.serving.due import actions_due
 from pdjax.serving.events import (
   Arrived,
   Done,
@@ -64,6 +66,8 @@ class ClusterState:
     pages_ahead: int | Literal['all'] = 'all',
     max_preemptions: int = 8,
     prefix_cache: PrefixCache | None = None,
+    places: Sequence[WorkerSpec] = (),
+    between: Collection[tuple[str, str]] | None = None,
   ):
     """Start with every page free.
 
@@ -77,6 +81,8 @@ class ClusterState:
       pages_ahead: Pages that a sequence takes ahead of its tokens as it grows, or 'all' that it may ever need.
       max_preemptions: Most times that one request is preempted.
       prefix_cache: The settings of the prefix cache; None keeps nothing.
+      places: Places that only hold pages, `num_pages` filled in.
+      between: The places between which pages may travel, by name; None is `ways` of them all.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -85,12 +91,10 @@ class ClusterState:
     self.books = Books(
       model, workers, page_size, transfer, faults, finds_stops=finds_stops,
       pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
-      prefix_cache=prefix_cache,
+      prefix_cache=prefix_cache, places=places, between=between,
     )  # fmt: skip
     self.view = ClusterView(self.books)
     self._occupancy = OccupancyWatch(self.books)
-
-  # -------------------------------------------------------------------------- what the loop asks
 
   @property
   def workers(self) -> dict[str, WorkerState]:
@@ -103,15 +107,8 @@ class ClusterState:
     return bool(self.books.requests or self.books.in_flight)
 
   def must(self) -> list[Action]:
-    """The actions due whatever the policy: refusals, ends of what was withdrawn, transfers tried again or sent on."""
-    books = self.books
-    actions: list[Action] = [*tasks.take_tasks(books), *books.must.values(), *books.gone]
-    books.must.clear()
-    books.gone.clear()
-    if books.staging_freed and not actions:
-      books.staging_freed = False
-      return [*sending.sendable(books)]
-    return actions
+    """The actions due whatever the policy; see `actions_due`."""
+    return actions_due(self.books, self.view)
 
   @property
   def next_timer_s(self) -> float:
@@ -138,7 +135,8 @@ class ClusterState:
     return finished
 
   def take_occupancy(self, now_s: float) -> Occupancy | None:
-    """The use of pages and slots and the length of the queue, if any changed since the last call."""
+    """The use of pages and slots and the length of the queue, if any changed since the last call; ends the turn."""
+    self.books.ended.clear()
     return self._occupancy.take(now_s)
 
   def check_progress(self) -> bool:
@@ -179,8 +177,6 @@ class ClusterState:
     """Whether anything happened since the last call that the policy is to be asked about."""
     wakes, self.books.wakes = self.books.wakes, False
     return wakes
-
-  # -------------------------------------------------------------------------- events
 
   def apply(self, event: Event, now_s: float) -> bool:
     """Apply an event to the books; return whether it counts: nothing does of an order that is over."""
@@ -226,6 +222,8 @@ class ClusterState:
     match order:
       case StepOrder():
         return True, steps.step_done(books, order, event)
+      case TransferOrder(copy=int()):
+        copies.part_ended(books, order, arrived=True)
       case TransferOrder():
         if entry := sending.transfer_ended(books, order):
           books.unsettled.append(entry)
@@ -277,6 +275,8 @@ class ClusterState:
         orders = lifecycle.start_end(books, action)
       case Abandon():
         orders = (tasks.start_abandon(books, action),)
+      case SendOn():
+        orders = copies.send_on(books, action)
       case Resend():
         orders = (tasks.start_resend(books, action),)
       case Preempt():

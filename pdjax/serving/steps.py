@@ -16,6 +16,7 @@ from pdjax.serving.prefixes import NOTHING, Found
 from pdjax.serving.requests import Phase, RequestState, StepInFlight, enter
 from pdjax.serving.view import ClusterView
 
+_LEFT = (Phase.RESTARTING, Phase.LEAVING)
 _OVER = (Phase.RESTARTING, Phase.ENDING, Phase.FINISHED)
 
 
@@ -188,8 +189,11 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
     entry.worker, entry.started, entry.computed_to = worker.name, found.tokens, found.tokens
-    if entry.attempts == 1 and not entry.preemptions:  # what it has computed itself is no hit
+    if entry.is_new:
       entry.cached_tokens = found.tokens
+      source, had = entry.fetched.get(worker.name, (worker.name, found.tokens))
+      books.tell_hit(entry, worker.name, min(had, found.tokens), 'prefill')
+      books.tell_hit(entry, source, found.tokens - min(had, found.tokens), 'prefill')
     holdings.prefilling[chunk.request] = books.begun[chunk.request] = entry
     worker.queued_tokens += entry.prompt_left
     copies = books.reserve(entry, worker, decodes=decodes_there(worker, chunk), found=found)
@@ -280,7 +284,7 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
       entry.computed = entry.computed or chunk.restores
       books.unsettled.append(entry)
   if is_last:
-    books.unsettled.extend(one for one in holdings.batch.leaving.values() if one.phase is Phase.RESTARTING)
+    books.unsettled.extend(one for one in holdings.batch.leaving.values() if one.phase in _LEFT)
     holdings.batch.leaving.clear()
   was_replaced = len(holdings.steps) > 1
   return is_last or event.decoded is None or bool(event.decoded.ended) or not (event.to_come is None or was_replaced)

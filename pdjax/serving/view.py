@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from pdjax.serving.actions import Step
+from pdjax.serving.block_making import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.page_allocator import PlacePages
@@ -89,6 +90,14 @@ class RequestView(Protocol):
     """Times it was begun, this one counted."""
 
   @property
+  def fetching(self) -> int:
+    """Copies of its blocks that are under way from place to place."""
+
+  @property
+  def fetches(self) -> Mapping[str, int]:
+    """Times that a copy of its blocks was asked for, by the place that it goes to."""
+
+  @property
   def number(self) -> int:
     """Its position in the order of arrival."""
 
@@ -97,7 +106,39 @@ class RequestView(Protocol):
     """Slots where it decodes: one, and one for each further sample that follows it."""
 
 
-class WorkerView(Protocol):
+class PagesView(Protocol):
+  """The pages and slots of a worker, as a policy sees them."""
+
+  @property
+  def page_size(self) -> int:
+    """Tokens per page."""
+
+  @property
+  def num_pages(self) -> int:
+    """Pages in all, free or not."""
+
+  @property
+  def free_pages(self) -> int:
+    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
+
+  @property
+  def cached_pages(self) -> int:
+    """Pages that nobody holds and whose content is found again; they count as free."""
+
+  @property
+  def used_bytes(self) -> int:
+    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
+
+  @property
+  def free_slots(self) -> int:
+    """Slots in which no sequence stands."""
+
+
+class WorkerView(PagesView, Protocol):
   """A worker as a policy sees it: the books' own object, to be read."""
 
   @property
@@ -123,30 +164,6 @@ class WorkerView(Protocol):
   @property
   def draining(self) -> Role | None:
     """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
-
-  @property
-  def page_size(self) -> int:
-    """Tokens per page."""
-
-  @property
-  def num_pages(self) -> int:
-    """Pages in all, free or not."""
-
-  @property
-  def free_pages(self) -> int:
-    """Pages that nobody holds; of several cache kinds, the free memory in whole pages."""
-
-  @property
-  def used_bytes(self) -> int:
-    """Bytes of the cache that somebody holds, over all devices, copies counted once."""
-
-  @property
-  def num_bytes(self) -> int:
-    """Bytes of the cache in all, held or not, over all devices, copies counted once."""
-
-  @property
-  def free_slots(self) -> int:
-    """Slots in which no sequence stands."""
 
   @property
   def steps(self) -> Sequence[Step]:
@@ -257,10 +274,13 @@ class Room:
       if holdings.pages.pools is not pools:  # one object for all workers that are alike
         pools = holdings.pages.pools
         needed = entry.pages_needed(pools, decodes=decodes)
+      here = needed
+      if held := entry.pages.get(name):  # it would go on where it is
+        here = {kind: max(count - len(held[kind]), 0) for kind, count in needed.items()}
       taken = self._pages.get(name)
       if holdings.wanted:  # by those that decode there
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
-      if holdings.pages.fits(needed, taken):
+      if holdings.pages.fits(here, taken):
         found.append(worker)
     return found
 
@@ -300,6 +320,8 @@ class ClusterView:
     """Look at these books."""
     self._books = books
     self._workers: Mapping[str, WorkerView] = types.MappingProxyType(books.workers)
+    self._places: Mapping[str, WorkerView] = types.MappingProxyType(books.places)
+    self._ended: Mapping[str, RequestView] = types.MappingProxyType(books.ended)
     self._requests: Mapping[str, RequestView] = types.MappingProxyType(books.requests)
     self._begun: Mapping[str, RequestView] = types.MappingProxyType(books.begun)
     self._prefilled: Mapping[str, RequestView] = types.MappingProxyType(books.prefilled)
@@ -323,6 +345,11 @@ class ClusterView:
   def workers(self) -> Mapping[str, WorkerView]:
     """Each worker by name, in the order of the config."""
     return self._workers
+
+  @property
+  def places(self) -> Mapping[str, WorkerView]:
+    """Each place by name: the workers, and behind them those that only hold pages (`ServingConfig.places`)."""
+    return self._places
 
   @property
   def prefill_workers(self) -> Sequence[WorkerView]:
@@ -364,6 +391,11 @@ class ClusterView:
     """Those whose prompt is computed and whose KV has nowhere to go yet, in order."""
     return self._prefilled
 
+  @property
+  def ended(self) -> Mapping[str, RequestView]:
+    """Requests that were served to their end in this turn and left blocks where they were; none without a cache."""
+    return self._ended
+
   def room(self) -> Room:
     """A fresh scratch view of what is free."""
     return Room(self)
@@ -399,6 +431,45 @@ class ClusterView:
       known = 'an unfinished request' if entry is None else f'workers, which are {", ".join(self._workers)}'
       raise KeyError(f'cached_tokens({request!r:.80}, {worker!r:.80}, {source!r:.80}), expected the name of {known}.')
     return 0 if prefixes is None else prefixes.hit(entry, worker, source)
+
+  def fetchable_tokens(self, request: str, place: str, worker: str) -> int:
+    """Tokens at the beginning of a request that a worker could begin behind, were they copied to it from a place.
+
+    Raises:
+      KeyError: if there is no such request, place or worker.
+    """
+    prefixes, entry = self._books.prefixes, self._books.requests.get(request)
+    if entry is None or place not in self._places or worker not in self._workers:
+      raise KeyError(
+        f'fetchable_tokens({request!r:.80}, {place!r:.80}, {worker!r:.80}), expected the names of an unfinished '
+        f'request, a place and a worker, of {", ".join(self._places)}.'
+      )
+    return 0 if prefixes is None or not self.has_way(place, worker) else prefixes.fetchable(entry, place, worker)
+
+  def blocks(self, request: str) -> Blocks:
+    """The blocks of a request that is unfinished, or has `ended`, by which `Transfer` copies what a place holds of it.
+
+    They are those of its prompt and of what it has generated, whoever holds them.
+
+    Raises:
+      KeyError: if there is no such request, or nothing is cached.
+    """
+    entry = self._books.requests.get(request) or self._books.ended.get(request)
+    if entry is None or self._books.prefixes is None:
+      known = (
+        'a request that is unfinished or has ended in this turn' if entry is None else 'a config with prefix_cache'
+      )
+      raise KeyError(f'blocks({request!r:.80}), expected {known}.')
+    return self._books.prefixes.making.blocks(entry)
+
+  def has_way(self, source: str, target: str) -> bool:
+    """Whether pages may travel from one place to another."""
+    return self._books.is_way(source, target)
+
+  @property
+  def caches(self) -> bool:
+    """Whether prefixes are kept (`ServingConfig.prefix_cache`)."""
+    return self._books.prefixes is not None
 
   def may_be_cached(self, tokens: int) -> bool:
     """Whether so many tokens of a beginning may be found: prefixes are kept, and they are whole blocks."""

@@ -5,6 +5,7 @@ from pdjax.types.cluster import DeviceError, colocated_pool, decode_pool, parse_
 from pdjax.types.faults import FaultSpec
 from pdjax.types.hardware import ChipSpec, LinkSpec
 from pdjax.types.model import GQA, MLA, Experts, Gated, ModelSpec, Plain, RopeScaling
+from pdjax.types.places import HostPlace
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO, Completion, FinishReason, Request, SamplingParams, TokenLogprob
@@ -13,7 +14,7 @@ from pdjax.types.worker import Role, WorkerSpec
 
 __all__ = [
   'GQA', 'MLA', 'SLO', 'CacheArray', 'CacheKind', 'ChipSpec', 'Completion', 'DeviceError', 'Experts', 'FaultSpec',
-  'FinishReason', 'Gated', 'LinkSpec', 'ModelSpec', 'Plain', 'PrefixCache', 'RayCluster', 'Request', 'Role',
-  'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool', 'decode_pool',
-  'parse_split', 'prefill_pool',
+  'FinishReason', 'Gated', 'HostPlace', 'LinkSpec', 'ModelSpec', 'Plain', 'PrefixCache', 'RayCluster', 'Request',
+  'Role', 'RopeScaling', 'SamplingParams', 'TokenLogprob', 'TransferSpec', 'WorkerSpec', 'colocated_pool',
+  'decode_pool', 'parse_split', 'prefill_pool',
 ]  # fmt: skip

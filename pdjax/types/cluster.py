@@ -40,13 +40,26 @@ def colocated_pool(count: Workers, **fields) -> tuple[WorkerSpec, ...]:
   return worker_pool(Role.BOTH, count, **fields)
 
 
-def ways(workers: Sequence[WorkerSpec]) -> list[tuple[WorkerSpec, WorkerSpec]]:
-  """The pairs of workers between which KV may ever travel: from each that prefills to each other that decodes.
+def ways(
+  places: Sequence[WorkerSpec], *, forward: bool = True, anywhere: bool = False
+) -> list[tuple[WorkerSpec, WorkerSpec]]:
+  """The pairs of places between which KV may ever travel.
 
-  Workers count in every role that they may take.
+  A place that only holds pages has a way to each worker and one from each. Workers count in every role that they may
+  take.
+
+  Args:
+    places: The workers, and places that only hold pages.
+    forward: Whether it may travel from each worker that prefills to each other that decodes.
+    anywhere: Whether it may travel from each place to each other.
   """
-  pairs = itertools.permutations(workers, 2)
-  return [(source, target) for source, target in pairs if source.ever_prefills and target.ever_decodes]
+
+  def is_way(source: WorkerSpec, target: WorkerSpec) -> bool:
+    if (source.role is Role.HOLD) != (target.role is Role.HOLD):
+      return True
+    return anywhere or (forward and source.ever_prefills and target.ever_decodes)
+
+  return [(source, target) for source, target in itertools.permutations(places, 2) if is_way(source, target)]
 
 
 @checks_arguments()
@@ -67,8 +80,8 @@ def split_name(workers: Sequence[WorkerSpec]) -> str:
 
   Workers of both roles count as C (colocated).
   """
-  counts = [(role, sum(worker.role is role for worker in workers)) for role in Role]
   letters = {Role.PREFILL: 'P', Role.DECODE: 'D', Role.BOTH: 'C'}
+  counts = [(role, sum(worker.role is role for worker in workers)) for role in letters]
   return ''.join(f'{count}{letters[role]}' for role, count in counts if count)
 
 

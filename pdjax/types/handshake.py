@@ -74,7 +74,7 @@ class Hello:
     versions: Those of the packages that both sides of a transfer must have in one version, by name.
     model: The model's shape.
     weights: Sums over every bit of the weights.
-    dtype: Of the weights.
+    dtype: Of the weights; empty of a place that only holds pages, and has none.
     pools: Its pages, by the cache kinds of the model.
   """
 
@@ -122,7 +122,7 @@ def check_worker(hello: Hello, spec: WorkerSpec, model: ModelSpec) -> None:
   """
   facts: list[tuple[str, object, object]] = [
     ('name', hello.worker, spec.name),
-    ('weights', hello.dtype, spec.weights),
+    ('weights', hello.dtype, spec.weights or ''),
     ('model', hello.model, model),
     ('cache kinds', tuple(pool.kind for pool in hello.pools), model.cache),
   ]

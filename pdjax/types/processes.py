@@ -79,8 +79,10 @@ class RayCluster:
       if unspecified:
         raise ValueError(f"host is {self.host!r}, which no other host can connect to; name one address, or 'node'.")
 
-  def resources(self, tp: int, platform: str | None) -> dict[str, float]:
-    """The resources that Ray sets aside for a worker of `tp` devices."""
+  def resources(self, tp: int, platform: str | None, *, accelerates: bool = True) -> dict[str, float]:
+    """The resources that Ray sets aside for a worker of `tp` devices, or for a place that only holds pages."""
+    if not accelerates:
+      return {'CPU': self.cpus}
     accelerator = self.accelerator or {'gpu': 'GPU', 'tpu': 'TPU'}.get(platform or '')
     return {'CPU': self.cpus} | ({accelerator: float(tp)} if accelerator else {})
 

@@ -68,7 +68,7 @@ class TransferSpec:
     There are none where steps run whole, as on all workers that decode. Nothing else says so: programs are compiled for
     these groups, orders name them, and what travels by layers travels in them.
     """
-    return () if self.layered_from is None or role.decodes else self.groups(num_layers)
+    return self.groups(num_layers) if self.layered_from is not None and role is Role.PREFILL else ()
 
   def all_step_groups(self, worker: WorkerSpec, num_layers: int) -> tuple[tuple[int, int], ...]:
     """As `step_groups`, of whichever of the worker's roles has some."""

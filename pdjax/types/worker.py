@@ -22,14 +22,15 @@ class Role(enum.StrEnum):
   PREFILL = 'prefill'
   DECODE = 'decode'
   BOTH = 'both'
+  HOLD = 'hold'  # runs none: a place such as `HostPlace`, which only holds pages
 
   @property
   def prefills(self) -> bool:
-    return self is not Role.DECODE
+    return self is Role.PREFILL or self is Role.BOTH
 
   @property
   def decodes(self) -> bool:
-    return self is not Role.PREFILL
+    return self is Role.DECODE or self is Role.BOTH
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from pdjax.policies import Disaggregated
 from pdjax.serving.events import AllBlocksCleared, Done, Failed, RoleChanged, Started, WorkerBack, WorkerLost
 from pdjax.serving.orders import AbandonOrder, StepOrder, TransferOrder
 from pdjax.serving.peers import Gathered, Offered, PeerLost, Pull, Settle, StartClock, Submit, TransferFailed, Written
-from pdjax.types import FaultSpec, PrefixCache, Request, Role, SamplingParams, TransferSpec
+from pdjax.types import FaultSpec, HostPlace, PrefixCache, Request, Role, SamplingParams, TransferSpec
 from pdjax.types.faults import ALL_FAIL
 from pdjax.types.handshake import HandshakeError, Hello, Machine
 from pdjax.types.hardware import DeviceKind
@@ -585,6 +585,52 @@ def test_a_process_that_is_killed_has_nothing_cached_when_it_is_back(processes, 
   served = cached.serve(requests)
   assert served.tokens() == plain(served) and died == [worker]
   assert [event.medium for event in served.events if isinstance(event, AllBlocksCleared)] == [worker]
+
+
+@pytest.fixture(scope='module')
+def beside_a_host():
+  """One of each, few pages where prompts are computed, and a process that only holds pages."""
+  run = config('1P1D')
+  workers = [dataclasses.replace(run.workers[0], num_pages=12), run.workers[1]]
+  policy = Disaggregated(max_prefill_tokens=16, returns_to='host0')
+  fields = {'policy': policy, 'prefix_cache': PrefixCache(block_tokens=4), 'places': (HostPlace('host0', 2**19),)}
+  built = Processes.of(dataclasses.replace(run, workers=workers, transfer=SPEC, **fields))
+  yield built
+  built.built.backend.close()
+
+
+def through_a_host() -> list[Request]:
+  """A prompt, others that take every page of the prefill worker, and one that begins like the first."""
+  begin = prompt(20, seed=1)
+  prompts = [(*begin, 3), *(prompt(40, seed=seed) for seed in (3, 4)), (*begin, 5)]
+  return [
+    Request(f'r{index}', tokens, SamplingParams(max_tokens=4), arrival_s=0.15 * index)
+    for index, tokens in enumerate(prompts)
+  ]
+
+
+def test_a_process_that_only_holds_pages_gives_back_what_others_forgot(beside_a_host):
+  served = beside_a_host.serve(through_a_host())
+  assert served.tokens() == plain(served)
+  assert served.by_id['r3'].cached_tokens == 20
+  assert {(one.source, one.target) for one in served.report.copies} == {('decode0', 'host0'), ('host0', 'prefill0')}
+
+
+def test_such_a_process_that_is_killed_comes_back_empty_and_nobody_else_notices(beside_a_host):
+  died = []
+
+  class Killing(Disaggregated):
+    def decide(self, view):
+      if 'r2' in view.requests and not died:
+        died.append('host0')
+        beside_a_host.peers['host0'].kill()
+      return super().decide(view)
+
+  run = beside_a_host.changed(policy=Killing(max_prefill_tokens=16, returns_to='host0'))
+  served = run.serve(through_a_host())
+  assert served.tokens() == plain(served) and died == ['host0']
+  assert served.by_id['r3'].cached_tokens == 0 and served.report.failed == 0
+  assert 'host0' in [event.medium for event in served.events if isinstance(event, AllBlocksCleared)]
 
 
 # ---------------------------------------------------------------------------- a session

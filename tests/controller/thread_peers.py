@@ -38,7 +38,7 @@ class Reborn(WorkerProcess):
 
   def compile_half(self, half):
     halves = [*self._before.senders.values(), *self._before.receivers.values()]
-    (same,) = (one for one in halves if type(one) is type(half) and one.plan('kv') == half.plan('kv'))
+    same = next(one for one in halves if type(one) is type(half) and one.plan('kv') == half.plan('kv'))
     programs = ('_gathers', '_scatters', '_fillers')
     vars(half._end).update({name: found for name, found in vars(same._end).items() if name in programs})
     return {}
@@ -100,7 +100,8 @@ class Processes:
   def of(cls, config: ServingConfig) -> 'Processes':
     assert config.model is not None
     devices = iter(jax.devices())
-    peers = {one.name: ThreadPeer(one.name, [next(devices) for _ in range(one.tp)]) for one in config.workers}
+    sizes = {one.name: one.tp for one in config.workers} | {place.name: 1 for place in config.places}
+    peers = {name: ThreadPeer(name, [next(devices) for _ in range(tp)]) for name, tp in sizes.items()}
     return cls(config, peers, build_processes(config, config.model, peers))
 
   def changed(self, **fields) -> 'Processes':
@@ -114,17 +115,18 @@ class Processes:
     built, engine = self.built, self.built.backend
     state = ClusterState(
       self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults,
-      prefix_cache=self.config.prefix_cache,
+      prefix_cache=self.config.prefix_cache, places=built.places,
+      between=[(one.name, other.name) for one, other in self.config.ways((*built.workers, *built.places))],
     )  # fmt: skip
     try:
       engine.start_clock()
       incarnations = {name: worker.incarnation for name, worker in engine.workers.items()}
       for name, incarnation in incarnations.items():
-        state.workers[name].incarnation = incarnation
+        state.books.places[name].incarnation = incarnation
       prepare()
       policy = self.config.policy
       events = tuple(serve(arrivals or Listed(requests), policy, Impatient(engine, self.deadline_s), state))
-      while not all(worker.up for worker in state.workers.values()):  # for whoever serves next
+      while not all(place.up for place in state.books.places.values()):  # for whoever serves next
         now_s, more = engine.wait(self.deadline_s)
         assert now_s < self.deadline_s and more
         for event in more:
@@ -134,7 +136,7 @@ class Processes:
       for peer in self.peers.values():
         peer.on_tell, peer.on_news = lambda message: message, lambda news: (news,)
     assert_all_is_free(state)
-    report = Report.from_events(events, workers=self.built.workers)
+    report = Report.from_events(events, workers=self.built.workers, places=self.built.places)
     return Served(events, complete(events, has_text=False), report, requests, policy, incarnations, state)
 
 

@@ -42,7 +42,7 @@ class Served:
   report: Report
   requests: tuple[Request, ...]
   policy: Policy
-  incarnations: dict[str, int]  # of the workers, as it began
+  incarnations: dict[str, int]  # of the places, as it began
   state: ClusterState
 
   @functools.cached_property
@@ -70,12 +70,15 @@ class Cluster:
     built.backend.close()
     self.specs, self.transfer, self.warm_up = built.workers, built.transfer, built.warm_up
     self.workers = built.backend.workers
+    self.holders = built.places
+    self.places = {spec.name: built.backend.places[spec.name] for spec in built.places}
     self.transports = built.backend._transports
 
   def only(self, *names: str) -> 'Cluster':
     """Some of the workers as a cluster of their own."""
     part = object.__new__(Cluster)
     part.__dict__ |= self.__dict__
+    part.holders, part.places = (), {}
     part.specs = tuple(spec for spec in self.specs if spec.name in names)
     part.workers = {name: self.workers[name] for name in names}
     part.transports = {way: one for way, one in self.transports.items() if set(way[:2]) <= set(names)}
@@ -94,7 +97,8 @@ class Cluster:
     config = self.config
     return ClusterState(
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache,
+      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache, places=self.holders,
+      between=[(source.name, target.name) for source, target in config.ways((*self.specs, *self.holders))],
     )  # fmt: skip
 
   def serve(
@@ -113,13 +117,13 @@ class Cluster:
     requests = tuple(requests)
     policy = policy or self.config.policy
     state = self.empty_state()
-    engine = Engine(list(self.workers.values()), self.transports)
-    incarnations = {name: worker.incarnation for name, worker in self.workers.items()}
-    for name, worker in self.workers.items():
-      worker.forget_all()
-      state.workers[name].incarnation = worker.incarnation
+    engine = Engine(list(self.workers.values()), self.transports, list(self.places.values()))
+    incarnations = {name: place.incarnation for name, place in engine.places.items()}
+    for name, place in engine.places.items():
+      place.forget_all()
+      state.books.places[name].incarnation = place.incarnation
     backend: Backend = Impatient(wrap(engine))
-    nan_pages = None if self.config.prefix_cache is None else NaNPages(backend, self.workers, state)
+    nan_pages = None if self.config.prefix_cache is None else NaNPages(backend, engine.places, state)
     compiled_before = len(compiled)
     try:
       prepare(engine)
@@ -132,7 +136,7 @@ class Cluster:
     assert nan_pages is None or nan_pages.num_filled
     on = compiled[compiled_before:]
     assert not on, f'something was compiled while the clock ran, on {on}'
-    report = Report.from_events(events, workers=self.specs)
+    report = Report.from_events(events, workers=self.specs, places=self.holders)
     served = Served(events, complete(events, has_text=True), report, requests, policy, incarnations, state)
     assert_all_is_free(state)
     if served.report.failed == 0:
@@ -141,17 +145,20 @@ class Cluster:
     return served
 
   def _check_bytes(self, served: Served) -> None:
-    specs = {spec.name: spec for spec in self.specs}
-    moved = []
+    specs = {spec.name: spec for spec in (*self.specs, *self.holders)}
+    moved: list[tuple[int, int]] = []
+    copied = 0
     for order, done in served.transfers():
       dtype = wire_dtype(specs[order.source].kv_dtype, specs[order.target].kv_dtype)
       first, stop = order.span.bounds(self.model.num_layers)
       layer_bytes = self.model.cached_token_bytes(dtype) // self.model.num_layers
       moved.append((order.span.tokens * (stop - first) * layer_bytes, done.wire_bytes))
       assert done.wire_bytes == order.num_bytes
+      copied += done.wire_bytes if order.copy is not None else 0
       assert done.began_s <= done.trip.wire_began_s <= done.trip.arrived_s <= done.ended_s and done.trip.pieces > 0
     assert all(expected == actual for expected, actual in moved), moved
-    assert served.report.wire_bytes == sum(actual for _, actual in moved)
+    assert served.report.wire_bytes == sum(actual for _, actual in moved) - copied
+    assert sum(one.bytes for one in served.report.copies) == copied
 
 
 def looked_at(events: Iterable[Event], state: ClusterState) -> Iterator[Event]:

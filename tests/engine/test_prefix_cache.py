@@ -13,7 +13,7 @@ from pdjax.metrics.counters import counters
 from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
 from pdjax.serving import serve
-from pdjax.serving.events import BlockRemoved, BlockStored, Finished, Started
+from pdjax.serving.events import BlockRemoved, BlockStored, Finished, PrefixHit, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.simulator import Simulator
@@ -64,11 +64,17 @@ def moved(served: Served) -> dict[str, int]:
   return found
 
 
+def found(served: Served, side: str) -> dict[str, int]:
+  """Tokens that were found on one side, by request."""
+  return {hit.request: hit.tokens for hit in served.events if isinstance(hit, PrefixHit) and hit.side == side}
+
+
 def assert_exact(cluster: Cluster, requests, policy=None) -> Served:
   served = cluster.serve(requests, policy)
   assert served.tokens() == {request.id: generate(cluster.model, request) for request in requests}
   hits = {name: one.cached_tokens for name, one in served.by_id.items()}
   assert computed(served) == {request.id: request.prompt_len - hits[request.id] for request in requests}
+  assert found(served, 'prefill') == {name: tokens for name, tokens in hits.items() if tokens}
   assert served.report.cached_tokens == sum(hits.values()) == counters(read_timeline(served.events))[HITS]
   assert counters(read_timeline(served.events))[QUERIES] == sum(request.prompt_len for request in requests)
   return served
@@ -97,6 +103,8 @@ def test_a_prompt_that_begins_like_another_is_computed_and_sent_from_there_on(on
   assert '80 of 146 input tokens were cached' in str(served.report)
   assert computed(served) == {'first': 35, 'second': 5, 'shorter': 3, 'other': 20, 'same': 3}
   assert moved(served) == {'first': 36, 'second': 8, 'shorter': 4, 'other': 20, 'same': 4}
+  assert found(served, 'decode') == {'second': 32, 'shorter': 16, 'same': 32}
+  assert served.report.prefix_hits == {'prefill': {'prefill0': 80}, 'decode': {'decode0': 80}}
 
 
 def test_a_prompt_of_whole_blocks_that_is_all_cached_has_its_last_block_computed_and_nothing_sent(one_and_one):

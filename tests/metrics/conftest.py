@@ -9,8 +9,10 @@ from pdjax.metrics import Report
 from pdjax.serving.batch import NOBODY
 from pdjax.serving.events import Arrived, Delivered, Done, Event, Finished, Result, Started, Turn
 from pdjax.serving.orders import Admission, ChunkOrder, Join, StepOrder, TransferOrder
+from pdjax.types import PrefixCache
 from pdjax.types.request import Request
 from pdjax.types.span import Span
+from pdjax.workload import Given
 from tests import tiny
 
 
@@ -159,3 +161,31 @@ def few_requests() -> Report:
 def colocated() -> Report:
   """The same six on two colocated workers."""
   return pdjax.simulate(tiny.config('2C')).report
+
+
+def _chats(seed: int) -> tuple[pdjax.Request, ...]:
+  """Requests by twos, of which many begin like others before them."""
+  return tuple(
+    pdjax.Request(
+      f'r{i}', (*tiny.prompt(24, seed)[: 8 * (1 + i % 3)], *tiny.prompt(5, 40 + i)),
+      pdjax.SamplingParams(max_tokens=4), i // 2 * 0.001,
+    )
+    for i in range(24)
+  )  # fmt: skip
+
+
+def _with_hits(split: str, seed: int) -> pdjax.RunResult:
+  config = tiny.config(split, workload=Given(_chats(seed)))
+  return pdjax.simulate(dataclasses.replace(config, prefix_cache=PrefixCache(block_tokens=4)))
+
+
+@pytest.fixture(scope='session')
+def with_hits() -> pdjax.RunResult:
+  """Two dozen requests on two prefill workers and one decode worker, which keep what they have computed."""
+  return _with_hits('2P1D', 1)
+
+
+@pytest.fixture(scope='session')
+def colocated_with_hits() -> Report:
+  """As many on two colocated workers."""
+  return _with_hits('2C', 2).report

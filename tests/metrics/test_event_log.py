@@ -28,6 +28,7 @@ from pdjax.serving.events import (
   Failed,
   Finished,
   Occupancy,
+  PrefixHit,
   Result,
   RoleChanged,
   Started,
@@ -69,7 +70,8 @@ def _everything(disaggregated, stamps):
     WorkerBack('p', 3.5, 2),
     RoleChanged(3.75, 'p', Role.DECODE, Role.PREFILL, 3.5),
     WorkerBack('p', 9.5, 3, Comeback(2, 1.0, 0.5, 0.75, 3.0, 0.25)),
-    Occupancy(3.0, 1, (WorkerUse('d', 2, 1),)),
+    Occupancy(3.0, 1, (WorkerUse('d', 2, 1, 3),)),
+    PrefixHit(3.0, 's', 'd', 16, 'decode'),
   ]
 
 
@@ -152,6 +154,21 @@ def test_events_of_blocks_have_the_fields_of_vllm():
     'event': 'BlockRemoved', 'now_s': 1.0, 'block_hashes': ['00' * 16], 'medium': 'decode0',
   }  # fmt: skip
   assert event_to_json(AllBlocksCleared(2.0, 'd')) == {'event': 'AllBlocksCleared', 'now_s': 2.0, 'medium': 'd'}
+
+
+def test_hits_and_cached_pages_are_in_their_lines():
+  assert json.loads(event_text(PrefixHit(1.5, 'r "0"', 'host', 32, 'prefill'))) == {
+    'event': 'PrefixHit', 'now_s': 1.5, 'request': 'r "0"', 'place': 'host', 'tokens': 32, 'side': 'prefill',
+  }  # fmt: skip
+  (use,) = json.loads(event_text(Occupancy(1.0, 0, (WorkerUse('d', 2, 1, 3),))))['workers']
+  assert use == {'worker': 'd', 'pages': 2, 'decoding': 1, 'cached': 3}
+
+
+def test_a_file_without_cached_pages_is_read_as_it_is(tmp_path):
+  path = tmp_path / 'events.jsonl'
+  older = {'event': 'Occupancy', 'now_s': 0.25, 'waiting': 3, 'workers': [{'worker': 'd', 'pages': 4, 'decoding': 2}]}
+  path.write_text(FORMAT + json.dumps(older) + '\n')
+  assert list(read_events(path)) == [older]
 
 
 def test_the_file_holds_what_memory_holds(disaggregated, stamps, tmp_path):

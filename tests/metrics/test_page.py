@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pdjax.metrics import Beside, OverRate, Report, draw, page, save_html, wording
+from pdjax.metrics import Beside, OverRate, Report, charts, draw, page, save_html, wording
 from pdjax.types.request import SLO
 from tests import browser
 
@@ -70,6 +70,24 @@ def test_charts_over_time_move_together(window, long_page):
   assert all(domain == after[0] for domain in after)
   assert after[0][1] - after[0][0] == pytest.approx((before[0][1] - before[0][0]) / 2)
   assert window.complaints == []
+
+
+@pytest.mark.parametrize('width', [1280, 400])
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_hits_and_cached_pages_are_shown_without_a_complaint(
+  window, with_hits, colocated_with_hits, tmp_path, dark, width
+):
+  window.complaints.clear()
+  window.open(save_html(with_hits.report, tmp_path, Beside(colocated_with_hits)), dark=dark, width=width)
+  assert window.evaluate(DRAWN) == 1 + 2 + 2 + 2 + 5  # account, workers, pages, hits, latencies
+  assert window.complaints == [] and window.evaluate('document.documentElement.scrollWidth') <= width
+  heights = 'document.querySelectorAll("#hits canvas")'
+  assert window.evaluate(f'[...{heights}].map(c => c.clientHeight > 60 && c.clientWidth > 200)') == [True, True]
+  before = window.evaluate(SHOWN)
+  window.evaluate('document.querySelector("#hits [data-zoom]").click()')
+  window.evaluate('new Promise(resolve => setTimeout(resolve, 200))')
+  after = window.evaluate(SHOWN)
+  assert len(after) == 6 and all(domain == after[0] != before[0] for domain in after)
 
 
 @pytest.mark.parametrize('longer_first', [True, False])
@@ -137,6 +155,29 @@ def test_a_run_that_served_nothing_says_so_and_draws_nothing(log, few_requests):
     assert ('Error: request a needs 400 pages' in text) is bool(events)
   beside = page.render_html(few_requests, Beside(Report.from_events([], workers=few_requests.workers), 'nothing'))
   assert beside.count('class="chart"') == 1 + 2 + 2 + 5
+
+
+def test_the_page_says_what_the_prefix_cache_found(with_hits, colocated_with_hits, few_requests):
+  text = page.render_html(with_hits.report)
+  about = with_hits.report.hits_account()
+  section = text[text.index('<section id="hits">') : text.index('<section id="latencies">')]
+  assert about[0].upper() + about[1:] in section and section.count('class="chart"') == 1
+  assert re.findall(r'</i>([^<]*)</li>', section) == ['prefill0', 'prefill1', 'decode0', 'asked for']
+  assert f'began within {charts.interval_s([with_hits.report]):g} s' in section
+  assert 'Pale are pages that nobody holds' in text
+  both = page.render_html(with_hits.report, Beside(colocated_with_hits))
+  section = both[both.index('<section id="hits">') : both.index('<section id="latencies">')]
+  assert f'2P1D: {about}.' in section and f'colocated: {colocated_with_hits.hits_account()}.' in section
+  one = page.render_html(with_hits.report, Beside(few_requests))
+  assert one[one.index('<section id="hits">') : one.index('<section id="latencies">')].count('class="chart"') == 1
+
+
+def test_without_hits_no_chart_shows_them(few_requests):
+  for caches in (False, True):
+    text = page.render_html(dataclasses.replace(few_requests, caches=caches))
+    assert ('The prefix cache was on, and nothing was found in it.' in text) is caches
+    assert ('Pale are pages' in text) is ('id="hits"' in text) is caches
+    assert text.count('class="chart"') == 1 + 1 + 1 + 5
 
 
 def test_the_verdict_over_rates_is_a_table(few_requests, colocated):

@@ -42,7 +42,7 @@ def fill(
   workers = view.prefill_workers
   budgets = budget if isinstance(budget, dict) else {worker.name: budget for worker in workers}
   waiting = view.waiting.values() if names is None else [view.waiting[name] for name in names]
-  return fill_prefills(view, room or view.room(), workers, budgets, waiting, placement, target_of)
+  return fill_prefills(view, room or view.room(), workers, budgets, waiting, placement, target_of).chunks
 
 
 # ---------------------------------------------------------------------------- budgets

@@ -1,5 +1,6 @@
 """A cluster whose every action and event a test makes by hand."""
 
+import itertools
 from collections.abc import Mapping
 
 from pdjax.serving import ALL, Chunk, ClusterState, ClusterView, Phase, Step, Transfer
@@ -41,8 +42,12 @@ class Driver:
     transfer: TransferSpec = TransferSpec(),
     faults: FaultSpec = ALL_FAIL,
     prefix_cache: PrefixCache | None = None,
+    moves_anywhere: bool = False,
+    **options,
   ):
-    self.state = ClusterState(model, workers, page_size, transfer, faults=faults, prefix_cache=prefix_cache)
+    if moves_anywhere:
+      options['between'] = [*itertools.permutations((one.name for one in (*workers, *options.get('places', ()))), 2)]
+    self.state = ClusterState(model, workers, page_size, transfer, faults=faults, prefix_cache=prefix_cache, **options)
     self.now_s = 0.0
     self.finished: list[Finished] = []
 
@@ -83,12 +88,12 @@ class Driver:
   def phase(self, name: str) -> Phase:
     return self.state.view.requests[name].phase
 
-  def free_pages(self, worker: str) -> int:
-    return self.state.workers[worker].free_pages
+  def free_pages(self, place: str) -> int:
+    return self.state.books.places[place].free_pages
 
   def assert_idle(self) -> None:
     """Nothing is left: every page and every slot is free, and no order or request is known."""
-    for name, worker in self.state.workers.items():
+    for name, worker in self.state.books.places.items():
       holdings = self.state.books.holdings[name]
       assert worker.free_pages == worker.num_pages, f'{worker.name} kept pages'
       for staging in (holdings.staging_out, holdings.staging_in):
@@ -98,6 +103,7 @@ class Driver:
       assert worker.queued_tokens == 0, f'{worker.name} counts {worker.queued_tokens} tokens that nobody waits for'
     assert not self.state.unfinished and not self.state.view.waiting and not self.state.view.prefilled
     assert not self.state.books.due and not self.state.books.unsettled
+    assert not self.state.books.copies and not self.state.books.moving
 
 
 def snapshot(state: ClusterState) -> dict:

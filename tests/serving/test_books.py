@@ -13,7 +13,7 @@ PAGE_BYTES = 4 * TOKEN_BYTES
 @pytest.mark.parametrize(
   'workers, words',
   [
-    ((WorkerSpec('w', num_pages=4), WorkerSpec('w', num_pages=4)), "two workers are named 'w'"),
+    ((WorkerSpec('w', num_pages=4), WorkerSpec('w', num_pages=4)), "two places are named 'w'"),
     ((WorkerSpec('w'),), "worker 'w' has num_pages='auto'"),
     (prefill_pool(1, num_pages=4), 'no worker decodes; give the cluster at least one'),
     (decode_pool(2, num_pages=4), 'no worker prefills'),

@@ -28,7 +28,7 @@ from pdjax.serving.events import (
 )
 from pdjax.serving.orders import EndOrder, Order, StepOrder
 from pdjax.simulator import Simulator
-from pdjax.types import Request, SamplingParams, colocated_pool
+from pdjax.types import PrefixCache, Request, SamplingParams, colocated_pool
 from pdjax.types.faults import ALL_FAIL
 from pdjax.workload import ClosedLoop, Listed
 from tests.serving.driver import SIZES, TINY, Driver
@@ -469,20 +469,28 @@ def test_the_driver_of_these_tests_agrees_with_the_loop():
   assert all(isinstance(order, StepOrder) for order in by_hand)
 
 
-def test_the_log_says_how_full_the_cluster_is_whenever_that_changes():
+@pytest.mark.parametrize('cache', [None, PrefixCache(block_tokens=2)], ids=['no cache', 'cache'])
+def test_the_log_says_how_full_the_cluster_is_whenever_that_changes(cache):
   arrivals = [_request('a'), _request('b', arrival_s=0.5, max_tokens=9), _request('c', arrival_s=0.5)]
-  workers = colocated_pool(2, **{**SIZES, 'max_sequences': 1})
-  state = ClusterState(TINY, workers, 4)
+  workers = colocated_pool(2, **{**SIZES, 'max_sequences': 1, 'num_pages': 6})
+  state = ClusterState(TINY, workers, 4, prefix_cache=cache)
   simulator = Simulator(TINY, workers, Roofline())
-  said = {worker.name: (0, 0) for worker in workers}
-  num_waiting, changes = 0, 0
+  said = {worker.name: (0, 0, 0) for worker in workers}
+  num_waiting, changes, most_cached = 0, 0, 0
   for event in serve(Listed(arrivals), Colocated(), simulator, state):
     if isinstance(event, Occupancy):
       assert event.waiting != num_waiting or event.workers
-      assert all(said[use.worker] != (use.pages, use.decoding) for use in event.workers)
-      said |= {use.worker: (use.pages, use.decoding) for use in event.workers}
+      uses = {use.worker: (use.pages, use.decoding, use.cached) for use in event.workers}
+      assert all(said[name] != use for name, use in uses.items())
+      said |= uses
       num_waiting, changes = event.waiting, changes + 1
+      most_cached = max(most_cached, *(cached for _, _, cached in said.values()))
       for name, worker in state.workers.items():
-        assert said[name] == (worker.num_pages - worker.free_pages, len(worker.decoding))
+        pages = state.books.holdings[name].pages.by_kind['kv']
+        held = sum(count > 0 for count in pages.holders)
+        cached = sum(pages.is_cached(page) for page in pages.free())
+        assert said[name] == (held, len(worker.decoding), cached) and worker.cached_pages == cached
+        assert worker.free_pages == worker.num_pages - held >= cached
       assert event.waiting == len(state.view.waiting)
-  assert changes > 3 and set(said.values()) == {(0, 0)} and num_waiting == 0
+  assert changes > 3 and num_waiting == 0 and (most_cached > 0) == (cache is not None)
+  assert all((pages, decoding) == (0, 0) for pages, decoding, _ in said.values())

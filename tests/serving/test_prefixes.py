@@ -5,11 +5,21 @@ import dataclasses
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated, FewestQueuedTokens, LongestPrefix
-from pdjax.serving import Cancel, Chunk, ClusterState, PolicyError, Step, serve
-from pdjax.serving.events import BlockRemoved, Finished
+from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, Transfer, serve
+from pdjax.serving.events import BlockRemoved, Event, Finished, PrefixHit, Started, WorkerLost, WorkerUse
 from pdjax.serving.invariants import check
+from pdjax.serving.orders import TransferOrder
 from pdjax.simulator import Simulator
-from pdjax.types import PrefixCache, Request, SamplingParams, WorkerSpec, colocated_pool, decode_pool, prefill_pool
+from pdjax.types import (
+  FaultSpec,
+  PrefixCache,
+  Request,
+  SamplingParams,
+  WorkerSpec,
+  colocated_pool,
+  decode_pool,
+  prefill_pool,
+)
 from pdjax.workload import Listed
 from tests.serving.driver import ONE_OF_EACH, SIZES, TWO_AND_TWO, Driver, fail
 from tests.test_simulator import HandCost
@@ -109,9 +119,9 @@ def test_what_decode_makes_is_a_prompts_only_where_it_is_made_alike(ours, theirs
   workers = prefill_pool(1, **SIZES, **ours) + decode_pool(1, **SIZES, **theirs)
   workers = tuple(dataclasses.replace(one, weights=one.weights or 'float32') for one in workers)
   prefixes = cluster_of(workers).state.books.prefixes
-  assert (prefixes.made_of('prefill0', 'decode0') == prefixes.made_of('decode0', 'decode0')) == alike
+  assert (prefixes.making.made_of('prefill0', 'decode0') == prefixes.making.made_of('decode0', 'decode0')) == alike
   loose = cluster_of(workers, prefix_cache=dataclasses.replace(CACHE, lossy=True)).state.books.prefixes
-  assert loose.made_of('prefill0', 'decode0') == loose.made_of('decode0', 'decode0')
+  assert loose.making.made_of('prefill0', 'decode0') == loose.making.made_of('decode0', 'decode0')
 
 
 def test_a_chunk_may_start_anywhere_up_to_what_is_cached_in_whole_blocks():
@@ -174,8 +184,103 @@ def test_small_pools_of_prompts_alike_all_end(num_pages):
       check(state.books)
     ends = [event for event in events if isinstance(event, Finished)]
     assert {end.finish_reason for end in ends} <= {'length', 'rejected'} and len(ends) >= 40
+    assert_hits_are_what_is_saved(events)
     if num_pages >= 12:
       assert {end.finish_reason for end in ends} == {'length'}
+
+
+def assert_hits_are_what_is_saved(events: list[Event]) -> None:
+  """Each request is told once a side: of what is not computed, and of what no transfer brings."""
+  hits = [event for event in events if isinstance(event, PrefixHit)]
+  told = {(hit.request, hit.side): hit.tokens for hit in hits}
+  assert len(told) == len(hits) and all(hit.tokens > 0 for hit in hits)
+  for event in events:
+    if isinstance(event, Finished):
+      assert told.get((event.request, 'prefill'), 0) == event.cached_tokens
+  sent: dict[str, int] = {}
+  for event in events:
+    if isinstance(event, Started) and isinstance(event.order, TransferOrder):
+      sent.setdefault(event.order.request, event.order.span.start)
+  assert all(told.get((request, 'decode'), 0) == start for request, start in sent.items())
+
+
+def take_hits(cluster: Driver) -> list[tuple[str, str, int, str]]:
+  """The hits that were told since the last call."""
+  told = cluster.state.take_told()
+  return [(one.request, one.place, one.tokens, one.side) for one in told if isinstance(one, PrefixHit)]
+
+
+def test_a_hit_is_told_where_a_prompt_begins_and_where_it_is_reserved_a_place_to_decode():
+  cluster = cluster_of()
+  cluster.arrive('a', 11, max_tokens=2)
+  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 11, 'decode0'),)))
+  cluster.end(step, {'a': 1})
+  cluster.end(transfer)
+  assert take_hits(cluster) == []
+  cluster.arrive('b', 11)
+  step, _ = cluster.start(Step('prefill0', (Chunk('b', 10, 1, 'decode0'),)))
+  cluster.end(step, {'b': 1})
+  assert take_hits(cluster) == [('b', 'prefill0', 10, 'prefill'), ('b', 'decode0', 8, 'decode')]  # whole pages
+  cluster.arrive('c', 11)
+  (last,) = cluster.start(Step('prefill0', (Chunk('c', 8, 3),)))
+  assert take_hits(cluster) == [('c', 'prefill0', 8, 'prefill')]  # as far as the policy takes it
+  cluster.end(last, {'c': 1})
+  cluster.start(Transfer('c', 'decode0'))
+  assert take_hits(cluster) == [('c', 'decode0', 8, 'decode')]
+
+
+def test_of_what_is_begun_again_nothing_is_told():
+  cluster = cluster_of(faults=FaultSpec(max_attempts=3))
+  cluster.arrive('a', 12)
+  first, second = (cluster.start(Step('prefill0', (Chunk('a', start, 6),)))[0] for start in (0, 6))
+  cluster.end(first)
+  fail(cluster, second)
+  assert cluster.view.requests['a'].attempts == 2 and hit(cluster, 'a') == 6
+  prefill(cluster, 'a', 12, start=6)
+  assert take_hits(cluster) == []
+  cluster.arrive('b', 12)
+  prefill(cluster, 'b', 12, start=10)
+  assert take_hits(cluster) == [('b', 'prefill0', 10, 'prefill')]
+
+
+def test_of_what_is_sent_again_nothing_is_told():
+  """A decode worker holds all of a prompt, as it was sent there before a step failed."""
+  cluster = cluster_of(faults=FaultSpec(max_attempts=3))
+  cluster.arrive('a', 12)
+  step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 12, 'decode0'),)))
+  cluster.end(step, {'a': 1})
+  cluster.end(transfer)
+  fail(cluster, cluster.start(Step('decode0', decodes=ALL))[0])
+  assert cluster.view.requests['a'].attempts == 2 and hit(cluster, 'a', 'decode0', 'prefill0') == 12
+  _, *transfers = cluster.start(Step('prefill0', (Chunk('a', 10, 2, 'decode0'),)))
+  assert transfers == [] and take_hits(cluster) == []
+
+
+def test_cached_pages_are_told_apart_from_those_that_are_held():
+  cluster = cluster_of(colocated_pool(1, **SIZES))
+  worker = cluster.view.workers['both0']
+
+  def told() -> WorkerUse:
+    (use,) = cluster.state.take_occupancy(cluster.now_s).workers
+    assert (worker.num_pages - worker.free_pages, worker.cached_pages) == (use.pages, use.cached)
+    return use
+
+  cluster.arrive('a', 11, max_tokens=1)
+  step = cluster.start(Step('both0', (Chunk('a', 0, 11),)))[0]
+  assert told() == WorkerUse('both0', 3, 1)
+  cluster.end(step, {'a': 1}, {'a': 'length'})
+  assert told() == WorkerUse('both0', 0, 0, 3)
+  cluster.arrive('b', 9, max_tokens=1)
+  step = cluster.start(Step('both0', (Chunk('b', 8, 1),)))[0]
+  assert told() == WorkerUse('both0', 3, 1, 1)  # two of them are its own now
+  cluster.end(step, {'b': 1}, {'b': 'length'})
+  assert told() == WorkerUse('both0', 0, 0, 3)
+  cluster.arrive('c', prompt=prompt(60, seed=5), max_tokens=1)
+  assert cluster.view.room().pages('both0') == 16 and cluster.view.room().fits('c', 'both0', decodes=True)
+  cluster.start(Step('both0', (Chunk('c', 0, 32),)))
+  assert told() == WorkerUse('both0', 15, 0, 1)  # thirteen are blank, and two are taken from what is cached
+  cluster.apply(WorkerLost('both0', cluster.now_s, 'boom'))
+  assert told() == WorkerUse('both0', 0, 0, 0)
 
 
 def test_the_longest_prefix_is_where_a_prompt_goes():

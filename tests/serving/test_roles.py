@@ -453,7 +453,7 @@ def some(count: int, rng: random.Random) -> list[Request]:
   return sorted(requests, key=lambda request: request.arrival_s)
 
 
-ANY = {'may_become': tuple(Role)}
+ANY = {'may_become': (Role.PREFILL, Role.DECODE, Role.BOTH)}
 CLUSTERS = {
   '1P2D': prefill_pool(1, **MAY) + decode_pool(2, **MAY),
   '2P2D, some of which stay what they are': prefill_pool(1, **MAY) + decode_pool(1, **SIZES) + colocated_pool(2, **MAY),

@@ -312,7 +312,7 @@ def test_what_a_policy_may_not_do_with_a_sample():
   cluster, _ = prefilled()
   for action, words in [
     (Step('prefill0', (Chunk('a#1', 0, 4),)), "request 'a#1' is following, so it takes no chunk"),
-    (Transfer('a#1', 'decode0'), 'the request is following; only a prefilled one can be moved'),
+    (Transfer('a#1', 'decode0'), 'the request is following; only one that is prefilled, or decodes'),
     (Reject('a#1', 'no'), 'the request is following; only a waiting one can be rejected'),
     (Cancel('a#3'), "request 'a#3' is unknown or finished"),
   ]:

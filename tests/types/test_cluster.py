@@ -75,13 +75,14 @@ def test_there_is_a_way_between_workers_in_any_of_their_roles():
 def test_steps_run_in_groups_of_layers_where_any_role_of_a_worker_has_some():
   spec = TransferSpec(granularity='layers', layer_groups=2)
   groups = {role: spec.all_step_groups(WorkerSpec('w', role), 4) for role in Role}
-  assert groups == {Role.PREFILL: ((0, 2), (2, 4)), Role.DECODE: (), Role.BOTH: ()}
+  assert groups == {Role.PREFILL: ((0, 2), (2, 4)), Role.DECODE: (), Role.BOTH: (), Role.HOLD: ()}
   assert spec.all_step_groups(WorkerSpec('w', 'decode', may_become=('both', 'prefill')), 4) == ((0, 2), (2, 4))
   assert TransferSpec(granularity='chunk').all_step_groups(WorkerSpec('w', 'prefill'), 4) == ()
 
 
-def test_both_roles_are_filled_by_a_colocated_worker_alone():
-  assert [(role.prefills, role.decodes) for role in Role] == [(True, False), (False, True), (True, True)]
+def test_both_roles_are_filled_by_a_colocated_worker_alone_and_none_by_a_place_that_holds():
+  roles = [(role.prefills, role.decodes) for role in Role]
+  assert roles == [(True, False), (False, True), (True, True), (False, False)]
 
 
 def test_pools_number_their_workers_after_the_role():

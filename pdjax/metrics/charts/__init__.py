@@ -14,6 +14,9 @@ from pdjax.metrics.charts.files import Picture as Picture
 from pdjax.metrics.charts.files import page_spec as page_spec
 from pdjax.metrics.charts.files import picture as picture
 from pdjax.metrics.charts.files import save as save
+from pdjax.metrics.charts.hits_over_time import interval_s as interval_s
+from pdjax.metrics.charts.hits_over_time import place_colours as place_colours
+from pdjax.metrics.charts.hits_over_time import prefix_hits as prefix_hits
 from pdjax.metrics.charts.latencies import METRICS as METRICS
 from pdjax.metrics.charts.latencies import latency as latency
 from pdjax.metrics.charts.latencies import limit_ms as limit_ms

@@ -19,7 +19,7 @@ _STACK: tuple[SpanKind, ...] = ('prefill', 'fused', 'decode')
 
 
 def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -> 'alt.LayerChart':
-  """The work of every worker over time: its steps, and below them in a thin line the KV that left or reached it.
+  """The work of every place over time: its steps, and below them in a thin line the KV that left or reached it.
 
   Drag to move, pinch or scroll with ctrl to zoom, double-click to see all, unless `zoom` is False. Where a run has more
   steps than `MAX_BARS`, bars are slots of time and their heights the share of it that was spent. Runs that stand
@@ -28,7 +28,7 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
   import altair as alt
 
   ran, transfers = _bars(report)
-  workers = [worker.name for worker in report.workers]
+  workers = [worker.name for worker in report.all_places]
   time = time_axis([report, *beside])
   lanes = lane_axis(len(workers), [[name] for name in workers])
   kinds = [kind for kind in PHASES if any(bar['kind'] == kind for bar in itertools.chain(ran, transfers))]
@@ -51,9 +51,9 @@ def gantt(report: Report, *, zoom: bool = True, beside: Sequence[Report] = ()) -
   )  # fmt: skip
   moves = (
     alt.Chart(table(transfers))
-    .mark_rect(clip=True, opacity=1, stroke=PHASES['transfer'], strokeWidth=0.7)  # seen, however short
+    .mark_rect(clip=True, opacity=1, strokeWidth=0.7)  # seen, however short
     .encode(
-      x=time, x2='b', y=lanes, y2='hi', color=colour,
+      x=time, x2='b', y=lanes, y2='hi', color=colour, stroke=alt.Stroke('kind:N', scale=scale, title=None),
       tooltip=[
         alt.Tooltip('kind:N', title='phase'), alt.Tooltip('way:N'), *share,
         alt.Tooltip('ms:Q', title='ms', format=FIGURE), alt.Tooltip('a:Q', title='began (s)', format=SECONDS),
@@ -74,18 +74,18 @@ def slot_seconds(report: Report) -> float | None:
 
 def _num_bars(report: Report) -> int:
   spans = report.timeline.spans
-  return len(spans) + int(spans.is_transfer.sum())
+  return len(spans) + int(spans.is_transfer.sum()) + int(spans.is_copy.sum())
 
 
 def _num_slots(report: Report) -> int:
-  return max(MAX_BARS // (len(report.workers) * max(len(report.timeline.spans.kinds), 1)), 100)
+  return max(MAX_BARS // (len(report.all_places) * max(len(report.timeline.spans.kinds), 1)), 100)
 
 
 def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   """The rectangles of the steps and of the transfers; `lo` and `hi` are heights, a worker's row being 1 high."""
   if slot_seconds(report) is not None:
     return _slots(report)
-  rows = {worker.name: row for row, worker in enumerate(report.workers)}
+  rows = {worker.name: row for row, worker in enumerate(report.all_places)}
   start_s, rounded = report.timeline.start_s, rounding(report)
   steps: list[dict[str, Any]] = []
   transfers: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def _bars(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
       'a': rounded(span.began_s - start_s), 'b': rounded(span.ended_s - start_s),
       'ms': to_digits((span.ended_s - span.began_s) * 1e3), 'count': span.steps, 'requests': some_of(span.requests),
     }  # fmt: skip
-    if span.kind == 'transfer':
+    if span.moves:
       moved = {'way': f'{span.worker} → {span.target}', 'kilobytes': round(span.wire_bytes / 1e3, 1)}
       for worker in (span.worker, span.target):
         transfers.append(bar | moved | {'lo': rows[worker or ''] + 0.78, 'hi': rows[worker or ''] + 0.92})
@@ -118,7 +118,7 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
   width_s = edges_s[1] - edges_s[0]
   spans = report.timeline.spans
   steps, transfers = [], []
-  for row, worker in enumerate(report.workers):
+  for row, worker in enumerate(report.all_places):
     base = np.full(len(edges_s) - 1, row + 0.72)
     for kind in _STACK:
       which = np.flatnonzero(spans.of_worker(worker.name) & spans.of_kind(kind))
@@ -126,13 +126,16 @@ def _slots(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         top = base[slot] - 0.62 * share
         steps.append(bar | {'worker': worker.name, 'kind': kind, 'lo': round(top, 4), 'hi': round(base[slot], 4)})
         base[slot] = top
-    for way, moved in (
-      (f'{worker.name} →', spans.of_worker(worker.name) & spans.is_transfer),
-      (f'→ {worker.name}', spans.to_worker(worker.name)),
+    for kind, (way, moved) in itertools.product(
+      ('transfer', 'copy'),
+      (
+        (f'{worker.name} →', spans.of_worker(worker.name)),
+        (f'→ {worker.name}', spans.to_worker(worker.name)),
+      ),
     ):
-      for _, share, bar in _shares(spans, np.flatnonzero(moved), edges_s):
+      for _, share, bar in _shares(spans, np.flatnonzero(moved & spans.of_kind(kind)), edges_s):
         low = round(row + 0.92 - 0.05 - 0.09 * share, 4)
-        transfers.append(bar | {'way': way, 'kind': 'transfer', 'lo': low, 'hi': row + 0.92})
+        transfers.append(bar | {'way': way, 'kind': kind, 'lo': low, 'hi': row + 0.92})
   start_s, rounded = edges_s[0], rounding(report)
   for bar in itertools.chain(steps, transfers):
     bar |= {

@@ -31,3 +31,24 @@ def test_of_many_levels_every_slot_shows_its_peak():
     inside = [level.count for level in levels if level.at_s < slot.until_s - 1e-6 and level.until_s > slot.at_s + 1e-6]
     assert slot.count == max(inside)
   assert pages_over_time._highest(levels, 1000) is levels
+
+
+def test_what_is_cached_stands_pale_behind_what_is_held(with_hits):
+  report = with_hits.report
+  bars = [bar for bar in drawn_rows(charts.pages(report)) if bar['worker'] == 'decode0']
+  uses = [use for now in report.timeline.occupancy for use in now.workers if use.worker == 'decode0']
+  pale, solid = ([bar for bar in bars if (bar['opacity'] < 1) is is_pale] for is_pale in (True, False))
+  told = {(use.pages, use.cached) for use in uses[:-1]}  # the last is of the end
+  assert {(bar['count'], bar['cached']) for bar in pale} == {(held, cached) for held, cached in told if cached}
+  assert {(bar['count'], bar['cached']) for bar in solid} == {(held, cached) for held, cached in told if held}
+  assert bars.index(pale[-1]) < bars.index(solid[0])  # drawn first
+  (scale,) = {round((bar['hi'] - bar['lo']) / (bar['count'] + bar['cached']), 3) for bar in pale}
+  assert all((bar['hi'] - bar['lo']) / bar['count'] == pytest.approx(scale, abs=2e-3) for bar in solid)
+  most = max(use.cached for use in uses)
+  labels = charts.pages(report).to_dict()['layer'][0]['encoding']['y']['axis']['labelExpr']
+  assert f'["decode0", "peak {max(use.pages for use in uses)} of 64", "{most} cached"]' in labels
+
+
+def test_without_a_cache_nothing_is_pale(few_requests):
+  bars = drawn_rows(charts.pages(few_requests))
+  assert bars and all(bar['opacity'] == 1 and 'cached' not in bar for bar in bars)

@@ -10,7 +10,7 @@ def leaks(state: ClusterState) -> list[str]:
   """Everything that is not free or not over in the books of a cluster, in sentences; none if all is as it began."""
   found = []
   books = state.books
-  for name, worker in state.workers.items():
+  for name, worker in books.places.items():
     holdings = books.holdings[name]
     if worker.free_pages != worker.num_pages:
       found.append(f'{worker.num_pages - worker.free_pages} of {worker.num_pages} pages of {name} are held.')
@@ -32,6 +32,8 @@ def leaks(state: ClusterState) -> list[str]:
     found.append('transfers are under way, or to be tried again.')
   if books.transfers._behind:
     found.append(f'transfers wait for the steps {", ".join(map(str, books.transfers._behind))}.')
+  if books.copies or books.moving:
+    found.append(f'{len(books.copies)} copies of cached blocks are under way, and {len(books.moving)} requests move.')
   if books.due:
     found.append(f'KV of {", ".join(books.due)} is to be sent on.')
   if books.must or books.tasks:
@@ -41,7 +43,7 @@ def leaks(state: ClusterState) -> list[str]:
   if books.samples:
     found.append(f'the samples {", ".join(books.samples)} are followed.')
   timers = [timer for timer, due_s in books.timers._due_s.items() if math.isfinite(due_s)]
-  if timers and all(worker.up for worker in state.workers.values()):
+  if timers and all(place.up for place in books.places.values()):
     found.append(f'the timers {", ".join(f"{name} of {about}" for name, about in timers)} are set.')
   return found
 

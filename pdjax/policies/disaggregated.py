@@ -89,7 +89,7 @@ class Disaggregated(PolicyBase):
     """The moves of what decodes on workers that will decode no more, as far as others have room."""
     actions: list[Action] = []
     draining = [worker for worker in view.decode_workers if worker.draining and not worker.draining.decodes]
-    for entry in [entry for worker in draining for entry in worker.decoding.values()]:
+    for entry in [entry for worker in draining for entry in worker.decoding.values() if entry.computed]:
       if (target := self._target(view, room, entry)) is None:
         break
       room.take(entry.request.id, target, decodes=True)

@@ -96,14 +96,15 @@ class BlockMaking:
 
   def is_useful(self, made: Made, target: str) -> bool:
     """Whether a request could go on from blocks that are made so at a place, or they could be sent on from there."""
-    place = self._places[target]
-    if place.role is Role.HOLD or self._settings.lossy:
-      return True
-    if target not in self._asked:
+    return self._places[target].role is Role.HOLD or made in self.asked_of(target)
+
+  def asked_of(self, worker: str) -> frozenset[Made]:
+    """The ways in which requests may ask a worker for blocks, by the workers that may compute their prompts."""
+    if worker not in self._asked:
       prefills = [name for name, one in self._places.items() if one.ever_prefills]
-      sources = prefills if place.ever_decodes else [target]
-      self._asked[target] = frozenset(self.made_of(source, target) for source in sources)
-    return made in self._asked[target]
+      sources = prefills if self._places[worker].ever_decodes else [worker]
+      self._asked[worker] = frozenset(self.made_of(source, worker) for source in sources)
+    return self._asked[worker]
 
   def _hasher(self, made: Made, salt: str) -> BlockHasher:
     hasher = self._hashers.get((made, salt))

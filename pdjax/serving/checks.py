@@ -416,10 +416,11 @@ def _check_room(view: ClusterView, step: Step, worker: WorkerView) -> None:
     stays = decodes_there(worker, chunk)
     places = [(worker.name, stays)] + ([(chunk.send_to, True)] if chunk.send_to else [])
     for place, decodes in places:
-      if not room.fits(chunk.request, place, decodes=decodes):
+      start = chunk.start if place == worker.name else None
+      if not room.fits(chunk.request, place, decodes=decodes, start=start):
         needs = describe_needs(view, chunk.request, place, decodes=decodes)
         raise PolicyError(
           f'{step!r}: request {chunk.request!r} needs {needs} on {place!r}, which has {room.pages(place)} pages and '
           f'{room.slots(place)} slots left.'
         )
-      room.take(chunk.request, place, decodes=decodes)
+      room.take(chunk.request, place, decodes=decodes, start=start)

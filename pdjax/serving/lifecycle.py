@@ -102,7 +102,7 @@ def settle(books: Books, entry: RequestState) -> None:
 
 def _begin_decoding(books: Books, entry: RequestState, source: str | None) -> None:
   assert entry.target is not None
-  entry.source = source
+  entry.source, entry.computed = source, True
   if entry.phase is not Phase.DECODING:
     enter(entry, Phase.DECODING)
     holdings = books.holdings[entry.target]

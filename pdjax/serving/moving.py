@@ -20,10 +20,13 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   """Have a request that decodes leave its batch, to go on at another worker.
 
   Raises:
-    PolicyError: if that worker does not decode or is the same, there is no way to it, or it could never have room.
+    PolicyError: if its prompt is not all computed, or that worker does not decode or is the same, there is no way to
+      it, or it could never have room.
   """
   target = books.workers[action.target]
   assert entry.target is not None
+  if not entry.computed:
+    raise PolicyError(f'{action!r}: its prompt is not all computed yet; wait until `computed` says so.')
   if target.name == entry.target:
     raise PolicyError(f'{action!r}: it decodes there already; name another worker.')
   check_decodes(action, target)

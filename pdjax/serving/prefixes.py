@@ -156,6 +156,22 @@ class Prefixes:
       entry.hits[worker, source] = self._version, tokens
     return tokens
 
+  def shared_pages(self, entry: RequestState, worker: str, most: int) -> int:
+    """Whole pages of a request's beginning, in so many tokens, that a worker has and others hold.
+
+    None where it depends on who computes the prompt.
+    """
+    if not entry.is_cached or not self.index.num_blocks(worker):
+      return 0
+    made = self.making.asked_of(worker)
+    if len(made) != 1:
+      return 0
+    size = self.page_tokens[worker]
+    found = self._find(entry, *made)[: min(most, entry.prefill_len - 1) // self.block_tokens]
+    tokens = self.index.hit(worker, found) * self.block_tokens // size * size
+    holders = self._pages[worker].by_kind[self.kind].holders
+    return sum(1 for page in self.index.pages(worker, found[: tokens // self.block_tokens]) if holders[page])
+
   def _find(self, entry: RequestState, made: Made) -> np.ndarray:
     """The blocks of a request's beginning that some place holds, looked up once until the index changes."""
     version, found = entry.found.get(made, (-1, _NO_BLOCKS))

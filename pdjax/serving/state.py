@@ -199,7 +199,7 @@ class ClusterState:
         counts = recovery.come_back(books, event)
       case Withdrawn(request):
         lifecycle.withdraw(books, request)
-    books.wakes = books.wakes or wakes
+    books.wakes = books.wakes or (counts and wakes)
     self._look_again()
     return counts
 

@@ -9,7 +9,7 @@ from pdjax.serving.block_making import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.orders import MAX_ORDERS
 from pdjax.serving.page_allocator import PlacePages
-from pdjax.serving.requests import Phase
+from pdjax.serving.requests import Phase, RequestState
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Request
 from pdjax.types.transfer import TransferSpec
@@ -244,22 +244,35 @@ class Room:
   def cached_tokens(self, request: str, worker: str) -> int:
     """Tokens at the beginning of a request that a worker holds; see `ClusterView.cached_tokens`.
 
-    Of one whose prompt is computed, those that need not be sent there.
+    Of one whose prompt is computed, or that waits where a worker only decodes, those that need not be sent there.
     """
-    return self._view.cached_tokens(request, worker, self._books.requests[request].worker)
+    books = self._books
+    source = books.requests[request].worker
+    if source is None and not books.workers[worker].role.prefills and books.prefill_workers:
+      source = books.prefill_workers[0].name
+    return self._view.cached_tokens(request, worker, source)
 
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
     return self._books.workers[worker].queued_tokens + self._tokens.get(worker, 0)
 
-  def fits(self, request: str, worker: str, *, decodes: bool) -> bool:
+  def fits(self, request: str, worker: str, *, decodes: bool, start: int | None = None) -> bool:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now.
 
-    A worker that is lost or draining takes none.
-    """
-    return bool(self.fitting(request, (self._view.workers[worker],), decodes=decodes))
+    A worker that is lost or draining takes none. What is cached there and held by others takes no room; what is cached
+    and held by nobody is room for whoever needs it.
 
-  def fitting(self, request: str, workers: Iterable[WorkerView], *, decodes: bool) -> list[WorkerView]:
+    Args:
+      request: The request.
+      worker: The worker.
+      decodes: Whether it decodes there.
+      start: The token at which its first chunk is to start there; None is behind all that is cached.
+    """
+    return bool(self.fitting(request, (self._view.workers[worker],), decodes=decodes, start=start))
+
+  def fitting(
+    self, request: str, workers: Iterable[WorkerView], *, decodes: bool, start: int | None = None
+  ) -> list[WorkerView]:
     """Those of some workers that have room, as `fits` says."""
     entry, found, all_holdings, pools = self._books.requests[request], [], self._books.holdings, None
     slots_needed = entry.slots_needed if decodes else 0
@@ -282,6 +295,10 @@ class Room:
         taken = {kind: holdings.wanted.get(kind, 0) + (taken[kind] if taken else 0) for kind in needed}
       if holdings.pages.fits(here, taken):
         found.append(worker)
+      elif shared := self._shared(entry, name, start):
+        (kind,) = here
+        if holdings.pages.fits({kind: here[kind] - shared}, taken):
+          found.append(worker)
     return found
 
   def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
@@ -290,14 +307,23 @@ class Room:
       self._kept[key] = make()
     return self._kept[key]
 
-  def take(self, request: str, worker: str, *, decodes: bool) -> None:
-    """Count the request's pages, and its slots if it decodes there, as taken."""
+  def take(self, request: str, worker: str, *, decodes: bool, start: int | None = None) -> None:
+    """Count the request's pages, and its slots if it decodes there, as taken; see `fits`."""
     self._kept.clear()
     taken = self._pages.setdefault(worker, {})
+    entry = self._books.requests[request]
+    shared, held = self._shared(entry, worker, start), entry.pages.get(worker, {})
     for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
-      taken[kind] = taken.get(kind, 0) + pages
+      taken[kind] = taken.get(kind, 0) + max(pages - shared - len(held.get(kind, ())), 0)
     if decodes:
       self._slots[worker] = self._slots.get(worker, 0) + self._view.slots_needed(request)
+
+  def _shared(self, entry: RequestState, worker: str, start: int | None) -> int:
+    """Pages that the request finds at a worker and others hold."""
+    prefixes = self._books.prefixes
+    if prefixes is None or worker in entry.pages:
+      return 0
+    return prefixes.shared_pages(entry, worker, entry.prefill_len if start is None else start)
 
   def take_tokens(self, worker: str, tokens: int) -> None:
     """Count prompt tokens as given to the worker."""

@@ -38,7 +38,7 @@ def assert_blocks(events: Iterable[Event], state: ClusterState) -> None:
   """Whoever follows the events of blocks knows what each place holds."""
   prefixes = state.books.prefixes
   assert prefixes is not None
-  held: dict[str, set[bytes]] = {name: set() for name in state.workers}
+  held: dict[str, set[bytes]] = {name: set() for name in state.books.places}
   for event in events:
     match event:
       case BlockStored(_, place, keys, parent):
@@ -81,5 +81,5 @@ def assert_right(
       assert end.tokens == expected[: len(end.tokens)], f'{end.request} got {end.tokens}, not of {expected}'
   assert_all_is_free(state)
   assert not state.books.transfers
-  assert state.next_timer_s == math.inf or not all(worker.up for worker in state.workers.values())
+  assert state.next_timer_s == math.inf or not all(place.up for place in state.books.places.values())
   return {end.request: end.finish_reason for end in ends}

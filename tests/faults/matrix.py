@@ -149,8 +149,11 @@ class Cell:
     """Whether nobody has room for the victim, where the column says so."""
     sides = {'prefill': state.view.prefill_workers, 'decode': state.view.decode_workers}
     room = state.view.room()
-    return VICTIM in state.view.requests and not any(
-      room.fits(VICTIM, worker.name, decodes=role == 'decode')
+    if VICTIM not in state.view.requests:
+      return False
+    held = state.books.requests[VICTIM].pages  # where it has its pages there is room for it
+    return not any(
+      room.fits(VICTIM, worker.name, decodes=role == 'decode') and worker.name not in held
       for role in FULL.get(self.column, ((), {}))[1]
       for worker in sides[role]
     )

@@ -32,6 +32,7 @@ test-runs: $(DONE)-test
 	  tests/experiments/test_bench_cpu.py tests/test_readme.py \
 	  tests/controller/test_ray.py::test_a_run_on_ray_is_the_same_run \
 	  tests/controller/test_ray.py::test_a_client_without_the_token_is_refused \
+	  'tests/controller/test_ray.py::test_on_ray_what_is_cached_is_neither_computed_nor_sent_again[None-None]' \
 	  'tests/controller/test_ray.py::test_a_process_killed_by_sigkill_comes_back_and_everyone_ends_once[decode0-Pull-1]'
 
 notebook: $(DONE)-test

@@ -2,6 +2,7 @@ r"""The speed of pdjax on a CPU: beside transformers on torch, and beside the le
 
 python -m experiments.bench_cpu
 python -m experiments.bench_cpu --rounds=7 --json=cpu.json
+python -m experiments.bench_cpu --prefix_cache --rounds=15
 
 Both hold SmolLM2-135M's weights in float32 and have two threads each, and take turns within every round, in processes
 of their own, so that neither disturbs the other. pdjax is measured as it serves: requests go through the loop, the
@@ -13,8 +14,13 @@ case, without the peer, draws them from a nucleus of 0.9.
 The floor is what the same matrices times rows take by themselves, multiplied by XLA in the better of two ways, and one
 reading of the keys and values at the speed at which this machine copies. A ratio above 1 means that pdjax is faster.
 Figures are medians of the rounds. Without torch and transformers, or with --peer=none, the comparison is left out.
+
+With --prefix_cache pdjax is measured with a prefix cache against without one instead, where no prompt begins like
+another: what the cache costs. Both take turns within every round, the first of one round is the second of the next, and
+a ratio is that of two neighbours: of a step, and of the whole run, in which prompts are prefilled, sent and stored too.
 """
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -39,7 +45,7 @@ from pdjax.serving.actions import Action
 from pdjax.serving.built import Living, Serving
 from pdjax.serving.events import Done, Event, Finished, Started
 from pdjax.serving.orders import Order, StepOrder
-from pdjax.types import ModelSpec, Request, SamplingParams, decode_pool, prefill_pool
+from pdjax.types import ModelSpec, PrefixCache, Request, SamplingParams, decode_pool, prefill_pool
 from pdjax.workload import Listed, RandomTokens
 
 _CHECKPOINT = flags.DEFINE_string('checkpoint', 'smollm2', 'Model to serve, as a config takes it; of the Llama family.')
@@ -48,6 +54,8 @@ _STEPS = flags.DEFINE_integer('steps', 32, 'Decode steps of a case in a round.',
 _THREADS = flags.DEFINE_integer('threads', 2, 'Cores that pdjax has, and threads that torch has.', lower_bound=1)
 _ATTENTION = flags.DEFINE_enum('attention', 'sdpa', ['sdpa', 'eager'], 'How transformers computes attention.')
 _PEER = flags.DEFINE_enum('peer', 'transformers', ['transformers', 'none'], 'What is measured beside pdjax.')
+_CACHE = flags.DEFINE_bool('prefix_cache', False, 'Measure a prefix cache against none, instead of against others.')
+_ONLY = flags.DEFINE_string('only', '', 'Measure the cases whose names have this in them.')
 _QUICK = flags.DEFINE_bool('quick', False, 'One round of small cases: shows that the command works, measures nothing.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit, peer, ... to this file.')
 
@@ -135,9 +143,10 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Seconds of a step, the host's share of them, and the tokens that came, by prompt."""
+  """Seconds of a step and of the whole run, the host's share of a step, and the tokens that came, by prompt."""
 
   step_s: float
+  run_s: float
   host_share: float
   tokens: list[tuple[int, ...]]
 
@@ -151,19 +160,20 @@ def measure(deployment: Deployment, case: Case, prompts: Sequence[tuple[int, ...
   tokens: dict[str, tuple[int, ...]] = {}
   steps: set[int] = set()
   ends_s: list[float] = []
+  run_s = 0.0
   for event in timed.serve(Listed(requests)):
     match event:
       case Started(order=StepOrder(id=order, batch=batch)) if len(batch) == case.batch or not case.steps:
         steps.add(order)
       case Done(order=order, ended_s=ended_s) if order in steps:
         ends_s.append(ended_s)
-      case Finished(request=request, tokens=all_tokens):
+      case Finished(now_s=run_s, request=request, tokens=all_tokens):
         tokens[request] = all_tokens
   if not case.steps:
-    return Measured(ends_s[-1], 0.0, [tokens[request.id] for request in requests])
+    return Measured(ends_s[-1], run_s, 0.0, [tokens[request.id] for request in requests])
   step_s = (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
   host_s = statistics.median(backend.turn_s[-case.steps :])
-  return Measured(step_s, host_s / step_s, [tokens[request.id] for request in requests])
+  return Measured(step_s, run_s, host_s / step_s, [tokens[request.id] for request in requests])
 
 
 def floor_s(model: ModelSpec, case: Case, copy_speed: float, repeats: int) -> float:
@@ -193,11 +203,18 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
   console = Console(highlight=False)
   _keep_cores(_THREADS.value)
-  measured = cases(_QUICK.value, _STEPS.value)
+  measured = [case for case in cases(_QUICK.value, _STEPS.value) if _ONLY.value in case.name]
+  if not measured:
+    names = ', '.join(case.name for case in cases(_QUICK.value, _STEPS.value))
+    raise app.UsageError(f'--only={_ONLY.value} is in no name of a case; they are {names}.')
   rounds = 1 if _QUICK.value else _ROUNDS.value
   config = _config(measured)
   opened = open_model(config)
   model = opened.model
+  if _CACHE.value:
+    with contextlib.closing(deploy(config, opened)) as deployment:
+      _measure_cache(console, deployment, measured, rounds)
+    return
   peer = None
   if _PEER.value == 'transformers':
     if not plain_llama(model):
@@ -244,13 +261,56 @@ def main(argv: list[str]) -> None:
         floor_share=statistics.median(floors[case.name]) / step_s,
       )
     )  # fmt: skip
-  largest = max(
-    (case for case in measured if case.steps and not case.top_p), key=lambda case: (case.batch, -case.context)
-  )
-  share = statistics.median(one.host_share for one in ours[largest.name])
-  rows.append(row(f'host loop, share of {largest.name}', 100 * share, '%'))
+  greedy = [case for case in measured if case.steps and not case.top_p]
+  if greedy:
+    largest = max(greedy, key=lambda case: (case.batch, -case.context))
+    share = statistics.median(one.host_share for one in ours[largest.name])
+    rows.append(row(f'host loop, share of {largest.name}', 100 * share, '%'))
   _print(console, rows, peer, f'{agreeing} of {compared}')
   save_rows(_JSON.value, rows)
+
+
+def _measure_cache(console: Console, off: Deployment, measured: Sequence[Case], rounds: int) -> None:
+  """Measure every case with a prefix cache and without one, in turns; print, and save rows."""
+  on = dataclasses.replace(off, config=dataclasses.replace(off.config, prefix_cache=PrefixCache()))
+  pairs: dict[str, list[tuple[Measured, Measured]]] = {case.name: [] for case in measured}
+  for index in range(rounds):
+    for case in measured:
+      prompts = case.prompts(off.opened.model)
+      if index == 0:
+        measure(off, case, prompts)  # whoever comes first touches memory that nobody has touched
+      sides = (on, off) if index % 2 == 0 else (off, on)
+      found = [measure(side, case, prompts) for side in sides]
+      with_cache, without = found if index % 2 == 0 else found[::-1]
+      if with_cache.tokens != without.tokens:
+        raise RuntimeError(f'{case.name} has other tokens with a prefix cache than without.')
+      pairs[case.name].append((with_cache, without))
+  table = Table(
+    title=f'{_CHECKPOINT.value} with a prefix cache against without, where nothing repeats, {rounds} rounds'
+  )
+  table.add_column('case', no_wrap=True)
+  for column in ('on, tokens/s', 'off, tokens/s', 'ratio of a step', 'ratio of a run'):
+    table.add_column(column, justify='right')
+  rows, of_runs = [], []
+  for case in measured:
+    ours, theirs = (case.tokens / statistics.median(one[side].step_s for one in pairs[case.name]) for side in (0, 1))
+    steps = [without.step_s / with_cache.step_s for with_cache, without in pairs[case.name]]
+    runs = [without.run_s / with_cache.run_s for with_cache, without in pairs[case.name]]
+    of_runs += runs
+    table.add_row(case.name, f'{ours:,.1f}', f'{theirs:,.1f}', _spread(steps), _spread(runs))
+    rows.append(row(case.name, ours, 'tokens/s', peer='without a cache', peer_value=theirs))
+    for what, ratios in (('steps', steps), ('runs', runs)):
+      rows.append(row(f'median of the ratios, {what}, {case.name}', statistics.median(ratios), 'times'))
+  rows.append(row('median of the ratios, all runs', statistics.median(of_runs), 'times'))
+  console.print(table)
+  console.print(f'all runs: {_spread(of_runs)}; above 1 the cache is faster; in brackets the middle half')
+  save_rows(_JSON.value, rows)
+
+
+def _spread(ratios: Sequence[float]) -> str:
+  """The median of ratios, and between which the middle half of them is."""
+  low, middle, high = statistics.quantiles(ratios if len(ratios) > 1 else [*ratios, *ratios], n=4, method='inclusive')
+  return f'{middle:.3f} ({low:.3f} to {high:.3f})'
 
 
 def _keep_cores(threads: int) -> None:
@@ -284,8 +344,7 @@ def _print(console: Console, rows: Sequence[dict[str, Any]], peer: TransformersP
   table.add_column('case', no_wrap=True)
   for column in ('pdjax', 'transformers', 'ratio', 'floor share'):
     table.add_column(column, justify='right')
-  *speeds, host = rows
-  for one in speeds:
+  for one in [one for one in rows if one['unit'] != '%']:
     ratio, other = one['ratio'], one['peer_value']
     table.add_row(
       one['name'],
@@ -295,7 +354,8 @@ def _print(console: Console, rows: Sequence[dict[str, Any]], peer: TransformersP
       f'{one["floor_share"]:.2f}',
     )
   console.print(table)
-  console.print(f'{host["name"]}: {host["value"]:.1f} {host["unit"]}')
+  for one in [one for one in rows if one['unit'] == '%']:
+    console.print(f'{one["name"]}: {one["value"]:.1f} %')
   if peer:
     console.print(f'greedy tokens equal in {agreement} sequences')
 

@@ -31,7 +31,6 @@ from pdjax.serving.block_keys import KEY_BYTES
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.serving.prefix_index import PrefixIndex
 from pdjax.types import Request
-from pdjax.workload import Trace
 
 if TYPE_CHECKING:
   import altair as alt
@@ -204,13 +203,12 @@ def over_capacity(
   return finish(alt.layer(rule, lines, points), title, height=240).properties(title=titled)
 
 
-def replay(trace: Trace, capacities: Sequence[float]) -> tuple[HitRate, dict[float, dict[str, HitRate]], Prompts]:
+def replay(prompts: Prompts, capacities: Sequence[float]) -> tuple[HitRate, dict[float, dict[str, HitRate]]]:
   """The rates of a cache without end, and by capacity those of LRU and of the optimum.
 
   Raises:
-    ValueError: if the trace has no ids of blocks, or a capacity is below one block.
+    ValueError: if a capacity is below one block.
   """
-  prompts = Prompts.of(trace.requests)
   if min(capacities) < prompts.block_size:
     raise ValueError(f'the capacity {min(capacities):g} is below the {prompts.block_size} tokens of one block.')
   found = {}
@@ -219,4 +217,4 @@ def replay(trace: Trace, capacities: Sequence[float]) -> tuple[HitRate, dict[flo
     ways = {LRU: replay_lru, OPTIMUM: replay_optimum}
     found[capacity] = {name: HitRate.of(prompts, way(prompts, num_pages)) for name, way in ways.items()}
   attainable = HitRate.of(prompts, replay_optimum(prompts, prompts.num_distinct))
-  return attainable, found, prompts
+  return attainable, found

@@ -7,16 +7,19 @@ python -m experiments.replay_cache --trace=sessions.jsonl.gz --capacities=300k,1
 What is counted, and what is best, `experiments/prefix_hits.py` says. The unit is the trace's own block.
 """
 
+import contextlib
 import math
 import pathlib
 import re
+import sys
+from collections.abc import Iterator
 from typing import cast
 
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.prefix_hits import LRU, OPTIMUM, WAYS, over_capacity, replay
+from experiments.prefix_hits import LRU, OPTIMUM, WAYS, Prompts, over_capacity, replay
 from experiments.rows import row, save_rows
 from pdjax.metrics import charts
 from pdjax.workload import TraceFormat, read_trace
@@ -49,25 +52,49 @@ def _shown(capacity: float) -> str:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
-  if _TRACE.value is None:
-    raise app.UsageError('--trace is missing; give a file, e.g. --trace=conversation_trace.jsonl.')
-  if _PLOT.value is not None and not _PLOT.value.endswith(('.svg', '.png')):
-    raise app.UsageError(f'--figure={_PLOT.value} wants a name that ends in .svg or .png.')
   try:
+    _replay(argv)
+  except (OSError, ValueError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+
+
+@contextlib.contextmanager
+def _of(flag: str, value: object) -> Iterator[None]:
+  """Name a flag in what is wrong with its value."""
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    raise ValueError(f'--{flag}={value}: {error}') from error
+
+
+def _replay(argv: list[str]) -> None:
+  """Do what the flags ask for.
+
+  Raises:
+    OSError: if a result cannot be written.
+    ValueError: if the flags, or the trace, are not what they are to be; it names the flag.
+  """
+  if len(argv) > 1:
+    raise ValueError(f'unexpected arguments {argv[1:]}; options begin with --.')
+  if _TRACE.value is None:
+    raise ValueError('--trace is missing; give a file, e.g. --trace=conversation_trace.jsonl.')
+  if _PLOT.value is not None and not _PLOT.value.endswith(('.svg', '.png')):
+    raise ValueError(f'--figure={_PLOT.value} wants a name that ends in .svg or .png.')
+  with _of('capacities', ','.join(_CAPACITIES.value)):
     capacities = sorted({parse_capacity(text) for text in _CAPACITIES.value})
     if not capacities:
-      raise ValueError(f'--capacities is {_CAPACITIES.value}, expected numbers of tokens such as 500k,3M,inf.')
-    if _PLOT.value is not None and capacities == [math.inf]:
-      raise ValueError(f'--figure draws hits by size, and --capacities is {_CAPACITIES.value}; name a finite one too.')
-    for flag, path in (('json', _JSON.value), ('figure', _PLOT.value)):  # before minutes are spent
-      if path is not None and (pathlib.Path(path).is_dir() or not pathlib.Path(path).absolute().parent.is_dir()):
-        raise ValueError(f'--{flag}={path} is no file in a folder that is there; name another, or make the folder.')
+      raise ValueError('there is none, expected numbers of tokens such as 500k,3M,inf.')
+  if _PLOT.value is not None and capacities == [math.inf]:
+    raise ValueError(f'--figure draws hits by size, and --capacities is {_CAPACITIES.value}; name a finite one too.')
+  for flag, path in (('json', _JSON.value), ('figure', _PLOT.value)):  # before minutes are spent
+    if path is not None and (pathlib.Path(path).is_dir() or not pathlib.Path(path).absolute().parent.is_dir()):
+      raise ValueError(f'--{flag}={path} is no file in a folder that is there; name another, or make the folder.')
+  with _of('trace', _TRACE.value):
     trace = read_trace(_TRACE.value, cast(TraceFormat | None, _FORMAT.value))
-    attainable, found, prompts = replay(trace, capacities)
-  except (OSError, ValueError) as error:
-    raise app.UsageError(str(error)) from error
+    prompts = Prompts.of(trace.requests)
+  with _of('capacities', ','.join(_CAPACITIES.value)):
+    attainable, found = replay(prompts, capacities)
   num_blocks = sum(map(len, prompts.blocks))
   said = (
     f'{len(trace.requests):,} prompts, {sum(prompts.lens):,} tokens, {num_blocks:,} blocks of {prompts.block_size}, '

@@ -21,7 +21,7 @@ wins where; `pdjax/comparison/` says how. What an earlier run left in the folder
 the next number; nothing is overwritten.
 
 With --trace, a recorded trace is replayed (`pdjax/workload/traces.py` names the formats), `--set=workload.rate=2` twice
-as fast; what its prompts share, the prefix cache finds in the simulator.
+as fast; a prefix cache finds what its prompts share, by their ids of blocks, on either backend.
 
 With --requests, each line of the file is served and `requests.jsonl` in the work directory says what became of it, in
 the same order; `pdjax/workload/requests_file.py` documents both formats. Without, it has the requests of the workload

@@ -33,7 +33,17 @@ from pdjax.types import (
   parse_split,
 )
 from pdjax.types.model import GQA, MLA, Experts, Gated, Plain
-from pdjax.workload import Chat, Chats, ChatTurn, ClosedLoop, Listed, RandomTokens, TraceWorkload, read_trace
+from pdjax.workload import (
+  BlockTokens,
+  Chat,
+  Chats,
+  ChatTurn,
+  ClosedLoop,
+  Listed,
+  RandomTokens,
+  TraceWorkload,
+  read_trace,
+)
 from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.config(), checkpoint=None)
@@ -313,6 +323,7 @@ GOOD = {  # what makes one of a class whose fields have no defaults
   'Lognormal': lambda: pdjax.Lognormal(3, 1),
   'Empirical': lambda: pdjax.Empirical((3,)),
   'RandomTokens': lambda: RandomTokens(3, 9),
+  'BlockTokens': lambda: BlockTokens(3, 9, (7, 8), 2),
   'Given': lambda: pdjax.Given((REQUEST,)),
   'TraceWorkload': lambda: TraceWorkload(path='trace.jsonl'),
   'ChatTurn': lambda: ChatTurn((1,)),

@@ -29,7 +29,7 @@ SLOW_S = 0.1
 STEP_STALL_S = 0.5
 
 WayFault = Fault | Literal['unwritable']
-StepFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN']
+StepFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN', 'early NaN']
 
 
 class FaultyWay(DevicePut):
@@ -161,6 +161,9 @@ class FaultyWorker(Worker):
     weights = self.weights
     if fault == 'NaN' and (token := self._token_in(order)) is not None:
       self.weights = _with_nan_for(token, weights)
+    if fault == 'early NaN':  # in a chunk that chooses no token, so that nobody sees it yet
+      self.weights = _with_nan_for(int(order.chunks[0].token_ids[-1]), weights)
+      self.acted(order.id)
     try:
       return super().dispatch(order, after)
     except _RefusedError:

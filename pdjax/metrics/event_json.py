@@ -76,6 +76,10 @@ def _request(request: Request) -> dict[str, Any]:
     'slo': request.slo and _fields(request.slo),
     'session': request.session,
     'tenant': request.tenant,
+    'has_cache_salt': request.cache_salt is not None,
+    'cache_prefix': request.cache_prefix,
+    'num_block_hashes': len(request.block_hashes),
+    'block_size': request.block_size,
     'end_token_ids': request.end_token_ids,
   }
 

@@ -147,7 +147,8 @@ def read_events(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
       {"event": "Arrived", "request": {"id": "r0", "prompt_len": 512, "sampling": {...}, "arrival_s": 0.2, ...}}
       {"event": "Started", "now_s": 0.25, "order": {"order": "StepOrder", "id": 3, "worker": "prefill0", ...}}
 
-  A request is written in full when it arrives, with `prompt_len` in place of the tokens, and by its id afterwards. A
+  A request is written in full when it arrives, with `prompt_len` in place of the tokens, `num_block_hashes` in place of
+  ids of blocks, and of a `cache_salt`, which may be secret, only whether there is one; and by its id afterwards. A
   step names who joins and leaves the batch of its worker, and its `Done` has columns for that batch, whose `tokens` are
   one number where all are the same. Orders keep their page numbers, slots and admissions. Tuples are lists, and a
   number that is not finite is the text "NaN", "Infinity" or "-Infinity". A last line that was cut short is left out.

@@ -150,6 +150,8 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
     note_decoded(books, entry)
     if books.prefixes is not None and entry.is_cached:
       books.ended[name] = entry
+  elif reason == 'error' and books.prefixes is not None:
+    books.prefixes.spoil(entry)
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():

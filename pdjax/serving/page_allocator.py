@@ -18,7 +18,7 @@ class PageAllocator:
     num_pages: All pages.
     num_free: Pages that nobody holds.
     num_cached: Those of them that are cached.
-    forget: Told the cached pages that are given to somebody else.
+    forget: Told the cached pages whose content is not to be found any more, as they are given to somebody else.
   """
 
   def __init__(self, num_pages: int):
@@ -129,6 +129,15 @@ class PageAllocator:
     for page in pages:
       assert self._holders[page], f'page {page} is held by nobody'
       self._is_cached[page] = 1
+
+  def spoil(self, pages: Iterable[int]) -> None:
+    """Note that the content of pages which somebody holds must not be found again."""
+    spoilt = [page for page in pages if self._is_cached[page]]
+    for page in spoilt:
+      assert self._holders[page], f'page {page} is held by nobody'
+      self._is_cached[page] = 0
+    if spoilt:
+      self.forget(spoilt)
 
   def forget_all(self) -> None:
     """Let no page be cached any more."""

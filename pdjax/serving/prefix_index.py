@@ -1,14 +1,16 @@
 """The index of cached blocks over all places: which pages of which place hold a block, found by its key."""
 
 import array
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from pdjax.serving.block_keys import as_pairs
+from pdjax.serving.block_keys import KEY_BYTES, as_pairs
 
 _EMPTY, _GONE = 0, -1  # in the table; above 0 is a block, counted from 1
 _FULLEST = 0.7  # of the table, blocks that are gone counted
+_FEW = 12  # blocks up to which a loop over numbers takes less than the calls of NumPy
 
 
 class _Place:
@@ -61,6 +63,11 @@ class PrefixIndex:
     self._num_gone = 0
     self._table = np.zeros(1 << max(most * 2 - 1, 15).bit_length(), np.int32)
     self._mask = np.int64(len(self._table) - 1)
+    # The same as numbers, for few blocks; no array ever moves.
+    flat = self._keys.reshape(-1)
+    self._halves, self._key_bytes = flat.data, flat.view(np.uint8).data
+    self._first_at, self._next_at, self._block_at = self._first.data, self._next.data, self._block.data
+    self._entries = self._table.data
 
   def __len__(self) -> int:
     """Blocks that some place holds."""
@@ -74,6 +81,8 @@ class PrefixIndex:
 
   def find(self, keys: bytes) -> np.ndarray:
     """The blocks of some keys, `[N]` int32; -1 where no place has one. They stay the same while some place has them."""
+    if len(keys) <= _FEW * KEY_BYTES:
+      return np.array([self._find_one(*key) for key in _numbers(keys)], np.int32)
     pairs = as_pairs(keys)
     slots = self._first_slots(pairs)
     found = np.full(len(pairs), -1, np.int32)
@@ -87,11 +96,23 @@ class PrefixIndex:
       slots[left] = (slots[left] + 1) & self._mask
     return found
 
+  def _find_one(self, low: int, high: int) -> int:
+    entries, halves = self._entries, self._halves
+    mask = len(entries) - 1
+    slot = low & mask
+    while (at := entries[slot]) != _EMPTY:
+      if at > 0 and halves[2 * at - 2] == low and halves[2 * at - 1] == high:
+        return at - 1
+      slot = (slot + 1) & mask
+    return -1
+
   def _first_slots(self, pairs: np.ndarray) -> np.ndarray:
     return pairs[:, 0].astype(np.int64) & self._mask
 
   def _slots_at(self, of: _Place, blocks: np.ndarray) -> np.ndarray:
     """The slots of a place that hold some blocks, `[N]`; -1 of one that it does not hold, or that is none."""
+    if len(blocks) <= _FEW:
+      return np.array([self._slot_at(of, block) for block in blocks.tolist()], np.int64)
     slots = np.where(blocks < 0, 0, self._first[blocks]) - 1
     found, left = np.full(len(blocks), -1, np.int64), np.flatnonzero(slots >= 0)
     while len(left):
@@ -102,6 +123,12 @@ class PrefixIndex:
       slots[left] = self._next[slots[left]] - 1
       left = left[slots[left] >= 0]
     return found
+
+  def _slot_at(self, of: _Place, block: int) -> int:
+    slot = self._first_at[block] - 1 if block >= 0 else -1
+    while slot >= 0 and not of.start <= slot < of.stop:
+      slot = self._next_at[slot] - 1
+    return slot
 
   def hit(self, place: str, blocks: np.ndarray) -> int:
     """The number of leading blocks that a place holds."""
@@ -132,6 +159,8 @@ class PrefixIndex:
       `[N]` of whether each is new there.
     """
     of = self._places[place]
+    if len(keys) <= _FEW * KEY_BYTES:
+      return self._store_few(of, keys, pages, first)
     blocks = self.find(keys)
     new = self._slots_at(of, blocks) < 0
     if not new.any():
@@ -146,6 +175,40 @@ class PrefixIndex:
     self._first[stored] = slots + 1
     of.num_blocks += len(stored)
     return new
+
+  def _store_few(self, of: _Place, keys: bytes, pages: Sequence[int], first: int) -> np.ndarray:
+    new: list[bool] = []
+    for at, (low, high) in enumerate(_numbers(keys), first):
+      block = self._find_one(low, high)
+      new.append(block < 0 or self._slot_at(of, block) < 0)
+      if new[-1]:
+        if block < 0:
+          block = self._insert_one(low, high)
+        slot = of.start + pages[at // of.blocks_per_page] * of.blocks_per_page + at % of.blocks_per_page
+        self._block_at[slot] = block + 1
+        self._next_at[slot], self._first_at[block] = self._first_at[block], slot + 1
+        of.num_blocks += 1
+    return np.array(new, bool)
+
+  def _insert_one(self, low: int, high: int) -> int:
+    """A row for a key that is in none."""
+    if self._free:
+      row = self._free.pop()
+    else:
+      row = self._used
+      self._used += 1
+    self._halves[2 * row], self._halves[2 * row + 1] = low, high
+    if len(self) + self._num_gone > _FULLEST * len(self._table):
+      self._sweep()
+      return row
+    entries = self._entries
+    mask = len(entries) - 1
+    slot = low & mask
+    while (at := entries[slot]) > 0:
+      slot = (slot + 1) & mask
+    self._num_gone -= at == _GONE
+    entries[slot] = row + 1
+    return row
 
   def _insert(self, pairs: np.ndarray) -> np.ndarray:
     """Rows for keys that are in none; each is there once."""
@@ -188,6 +251,9 @@ class PrefixIndex:
   def forget_pages(self, place: str, pages: Sequence[int]) -> bytes:
     """Note that pages of a place hold nothing any more; the keys of the blocks that they held."""
     of = self._places[place]
+    if len(pages) * of.blocks_per_page <= _FEW:
+      firsts = [of.start + page * of.blocks_per_page for page in pages]
+      return self._forget_few(of, [slot for first in firsts for slot in range(first, first + of.blocks_per_page)])
     return self._forget(of, of.slots(pages))
 
   def forget_place(self, place: str) -> int:
@@ -223,6 +289,36 @@ class PrefixIndex:
       self._free.frombytes(rows.astype(np.int32).tobytes())
     return keys.tobytes()
 
+  def _forget_few(self, of: _Place, slots: Iterable[int]) -> bytes:
+    following, keys = self._next_at, []
+    for slot in slots:
+      block = self._block_at[slot] - 1
+      if block < 0:
+        continue
+      before = self._first_at[block] - 1
+      if before == slot:
+        self._first_at[block] = following[slot]
+      else:
+        while following[before] - 1 != slot:
+          before = following[before] - 1
+        following[before] = following[slot]
+      self._block_at[slot] = following[slot] = 0
+      of.num_blocks -= 1
+      keys.append(self._key_bytes[KEY_BYTES * block : KEY_BYTES * (block + 1)].tobytes())
+      if not self._first_at[block]:
+        self._forget_row(block)
+    return b''.join(keys)
+
+  def _forget_row(self, row: int) -> None:
+    entries = self._entries
+    mask = len(entries) - 1
+    slot = self._halves[2 * row] & mask
+    while entries[slot] != row + 1:
+      slot = (slot + 1) & mask
+    entries[slot] = _GONE
+    self._num_gone += 1
+    self._free.append(row)
+
   def _unchain(self, slots: np.ndarray, blocks: np.ndarray) -> None:
     """Take slots out of the chains of their blocks, each of another."""
     before = self._first[blocks].astype(np.int64) - 1
@@ -242,3 +338,8 @@ class PrefixIndex:
       left = left[self._table[slots[left]] != rows[left] + 1]
       slots[left] = (slots[left] + 1) & self._mask
     return slots
+
+
+def _numbers(keys: bytes) -> Iterable[tuple[int, int]]:
+  """Keys as pairs of numbers."""
+  return struct.iter_unpack('<QQ', keys)

@@ -292,7 +292,8 @@ class Prefixes:
   def _tell(self, place: str, keys: bytes, stored: np.ndarray, tokens: tuple[int, ...]) -> None:
     """Tell of the blocks of a sequence that are new at a place, an event for each run of them."""
     size = self.block_tokens
-    for run in np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
+    is_one_run = stored[-1] - stored[0] == len(stored) - 1  # mostly; `np.split` takes as long as all the rest
+    for run in [stored] if is_one_run else np.split(stored, np.flatnonzero(np.diff(stored) > 1) + 1):
       start, stop = int(run[0]), int(run[-1]) + 1
       parent = keys[(start - 1) * KEY_BYTES : start * KEY_BYTES] if start else NO_PARENT
       told = keys[start * KEY_BYTES : stop * KEY_BYTES], parent, size, tokens[start * size : stop * size]
@@ -345,6 +346,11 @@ class Prefixes:
     first_page, first = plan.start // self.page_tokens[target], plan.start // self.block_tokens
     if len(keys) > first * KEY_BYTES:
       self._enter(target, plan.made, keys, pages, first_page, first, lambda: blocks)
+
+  def spoil(self, entry: RequestState) -> None:
+    """Let nobody find what a request holds that ended with an error: there may be numbers in it that are not finite."""
+    for worker, pages in entry.pages.items():
+      self._pages[worker].by_kind[self.kind].spoil(pages[self.kind])
 
   def lose(self, worker: str) -> None:
     """Note that a worker's pages are gone."""

@@ -14,14 +14,14 @@ from pdjax.workload.requests_file import (
 )
 from pdjax.workload.seeds import Seeded
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson
-from pdjax.workload.tokens import RandomTokens
+from pdjax.workload.tokens import BlockTokens, RandomTokens
 from pdjax.workload.trace_workload import TraceWorkload
 from pdjax.workload.traces import Trace, TraceFormat, read_trace
 from pdjax.workload.workload import Given, Submitted, Workload, WorkloadContext
 
 __all__ = [
-  'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed',
-  'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row', 'Seeded',
-  'Submitted', 'Trace', 'TraceFormat', 'TraceWorkload', 'Uniform', 'Workload', 'WorkloadContext', 'completion_row',
-  'outcomes', 'read_requests', 'read_rows', 'read_trace', 'write_completions',
+  'BlockTokens', 'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical',
+  'Fixed', 'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row',
+  'Seeded', 'Submitted', 'Trace', 'TraceFormat', 'TraceWorkload', 'Uniform', 'Workload', 'WorkloadContext',
+  'completion_row', 'outcomes', 'read_requests', 'read_rows', 'read_trace', 'write_completions',
 ]  # fmt: skip

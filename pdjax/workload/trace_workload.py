@@ -8,26 +8,30 @@ from typing import ClassVar
 from pdjax.types.checked import Count, Positive, as_path, check_fields
 from pdjax.types.request import SLO, SamplingParams
 from pdjax.workload.arrivals import Listed
-from pdjax.workload.tokens import RandomTokens
-from pdjax.workload.traces import Trace, TraceFormat, read_trace
+from pdjax.workload.traces import Trace, TraceFormat, prompt_of, read_trace
 from pdjax.workload.workload import WorkloadContext, mean_rate
+
+_NO_END = SamplingParams()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TraceWorkload:
   """The requests of a trace, each at its recorded time whatever becomes of the others, with random tokens.
 
-  What is shared of their prompts, ids of blocks alone tell (`Request.block_hashes`), so that a prefix cache is true to
-  a trace in the simulator only.
+  Their prompts begin alike where their ids of blocks (`Request.block_hashes`) are alike, on devices too: the tokens of
+  a block are drawn by its id (`BlockTokens`). What a prompt repeats of an answer is not known.
 
   Attributes:
     path: The file, see `read_trace`.
     format: Its format; None tells it from the first line.
     rate: The pace: 2 lets requests come twice as fast as they were recorded.
     max_requests: The first of them only, if given.
-    sampling: Temperature and the like. Requests end at their recorded lengths; `max_tokens` is the length of the
-      longest answer of the file, and `ignore_eos` is set.
+    sampling: Temperature and the like. Requests end at their recorded lengths; `max_tokens`, to be left out here, is
+      the length of the longest answer of the file, and `ignore_eos` is set.
     slo: Latency limits of every request.
+
+  Raises:
+    ValueError: if a field is of another type or out of range, or `sampling` says where requests end.
   """
 
   path: str
@@ -43,6 +47,12 @@ class TraceWorkload:
   def __post_init__(self):
     object.__setattr__(self, 'path', as_path(self.path))
     check_fields(self)
+    for name in ('max_tokens', 'stop', 'stop_token_ids'):
+      if (value := getattr(self.sampling, name)) != getattr(_NO_END, name):
+        raise ValueError(
+          f'TraceWorkload has sampling.{name}={value!r}, but the requests of a trace end at their recorded lengths; '
+          'leave it out.'
+        )
 
   @property
   def num_requests(self) -> int:
@@ -60,7 +70,9 @@ class TraceWorkload:
     requests = [
       dataclasses.replace(
         request,
-        prompt=RandomTokens(request.prompt_len, context.vocab_size, index),
+        prompt=prompt_of(
+          request.prompt_len, context.vocab_size, index, request.block_hashes, request.block_size, request.tenant
+        ),
         sampling=sampling,
         arrival_s=request.arrival_s / self.rate,
         slo=self.slo,

@@ -25,7 +25,7 @@ from pdjax.types.checked import checks_arguments
 from pdjax.types.checks import is_whole
 from pdjax.types.request import Request, SamplingParams
 from pdjax.workload.request_fields import described
-from pdjax.workload.tokens import RandomTokens
+from pdjax.workload.tokens import BlockTokens, RandomTokens
 
 TraceFormat: TypeAlias = Literal['mooncake', 'bailian', 'weka', 'azure', 'burstgpt']
 
@@ -66,9 +66,9 @@ class Trace:
 def read_trace(path: str | os.PathLike[str], format: TraceFormat | None = None) -> Trace:
   """Read a trace, plain or compressed with gzip.
 
-  Prompts are random tokens, which nobody pays for until they are read. Requests are called `request-0`, `request-1`,
-  ... by row; those of an agent's session by the session, `trace_0010-0` and so on, those of its subagents where they
-  stand in the file.
+  Prompts are random tokens, which nobody pays for until they are read; equal ids of blocks have equal ones. Requests
+  are called `request-0`, `request-1`, ... by row; those of an agent's session by the session, `trace_0010-0` and so on,
+  those of its subagents where they stand in the file.
 
   * `Request.session` is that of an agent, or the first chat that a chat goes back to by `parent_chat_id`.
   * The times of a subagent's requests count from when it began, which is told within what it is part of.
@@ -105,7 +105,7 @@ def read_trace(path: str | os.PathLike[str], format: TraceFormat | None = None) 
   requests = [
     Request(
       one.id,
-      RandomTokens(one.input_len, _VOCABULARY, seed),
+      prompt_of(one.input_len, _VOCABULARY, seed, one.block_hashes, one.block_size),
       sampling,
       one.arrival_s - start_s,
       session=one.session,
@@ -116,6 +116,20 @@ def read_trace(path: str | os.PathLike[str], format: TraceFormat | None = None) 
   ]
   requests.sort(key=lambda request: request.arrival_s)
   return Trace(path.name, format, tuple(requests), {one.id: one.output_len for one in recorded})
+
+
+def prompt_of(
+  length: int,
+  vocab_size: int,
+  seed: int,
+  block_hashes: tuple[int, ...] = (),
+  block_size: int | None = None,
+  tenant: str | None = None,
+) -> RandomTokens | BlockTokens:
+  """The random tokens of a recorded prompt, which follow its ids of blocks where it has some; see `BlockTokens`."""
+  if not block_hashes or block_size is None:
+    return RandomTokens(length, vocab_size, seed)
+  return BlockTokens(length, vocab_size, block_hashes, block_size, tenant or '', seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

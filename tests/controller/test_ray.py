@@ -20,14 +20,16 @@ from pdjax.controller.processes import build_processes
 from pdjax.controller.ray_peer import RayPeer
 from pdjax.controller.ray_workers import RayProcesses, import_ray
 from pdjax.engine.ray_worker import RayWorker
-from pdjax.serving.events import RoleChanged, WorkerBack, WorkerLost
+from pdjax.serving.events import AllBlocksCleared, RoleChanged, WorkerBack, WorkerLost
 from pdjax.serving.peers import Pull, StartClock, Submit
-from pdjax.types import FaultSpec, RayCluster, TransferSpec
+from pdjax.types import FaultSpec, PrefixCache, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
 from tests.compiling import CACHE, quick_environment
 from tests.controller.counting_worker import NUM_COMPILED, CountingWorker
 from tests.controller.thread_peers import Processes, assert_right_or_failed, plain
 from tests.engine.plain import generate
+from tests.engine.test_prefix_cache import chat, computed, moved
+from tests.in_turns import InTurns
 from tests.switching import EITHER, TakeTurns, under_load
 from tests.tiny import TINY, config, requests
 
@@ -387,6 +389,24 @@ def test_a_process_that_is_stopped_counts_as_lost_and_another_takes_its_place(cl
   assert assert_right_or_failed(served) == []
   (lost,) = (event for event in served.events if isinstance(event, WorkerLost))
   assert lost.worker == 'decode0' and 'has not answered for 1 s' in lost.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('worker, when', [(None, None), ('prefill0', Pull), ('decode0', Pull), ('decode0', Submit)])
+def test_on_ray_what_is_cached_is_neither_computed_nor_sent_again(cluster, monkeypatch, worker, when):
+  """Turns of a chat, found on both sides; a process that is killed meanwhile has nothing when it is back."""
+  ours = cluster.changed(prefix_cache=PrefixCache(block_tokens=4))
+  turns = chat(types.SimpleNamespace(model=TINY), 4)
+  killed_s = [] if worker is None else killing(monkeypatch, cluster, worker, when, 6 if when is Submit else 2)
+  served = ours.serve(turns, arrivals=InTurns(*[[one] for one in turns]))
+  assert served.tokens() == plain(served) == plain(cluster.serve(turns))
+  cleared = [event.medium for event in served.events if isinstance(event, AllBlocksCleared)]
+  if worker is not None:
+    assert killed_s and cleared == [worker]
+    return
+  assert not cleared and [served.by_id[one.id].cached_tokens for one in turns] == [0, 8, 20, 32]
+  assert computed(served) == {'turn-0': 11, 'turn-1': 14, 'turn-2': 13, 'turn-3': 12}
+  assert moved(served) == {'turn-0': 12, 'turn-1': 24 - 16, 'turn-2': 36 - 24, 'turn-3': 44 - 36}
 
 
 def breaking(how: str, folder: pathlib.Path) -> dict:

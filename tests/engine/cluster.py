@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
@@ -13,13 +13,15 @@ from pdjax.config import ServingConfig
 from pdjax.engine.build import build_engine
 from pdjax.engine.engine import Engine
 from pdjax.metrics import Report
-from pdjax.serving.events import Done, Event, Started
+from pdjax.serving.events import Done, Event, Started, Turn
+from pdjax.serving.invariants import check
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, Request
 from pdjax.types.cache import wire_dtype
 from pdjax.workload.arrivals import Listed
+from tests.engine.nan_pages import NaNPages
 from tests.engine.plain import Cached
 from tests.tiny import byte_tokenizer
 
@@ -109,7 +111,8 @@ class Cluster:
   ) -> Served:
     """Serve requests; `prepare` may tamper with the engine before its clock starts, `arrivals` withdraw some.
 
-    `wrap` may put something between the engine and the loop.
+    `wrap` may put something between the engine and the loop. With a prefix cache, free pages are full of NaN all the
+    time, and the books are looked at in every turn.
     """
     requests = tuple(requests)
     policy = policy or self.config.policy
@@ -119,13 +122,18 @@ class Cluster:
     for name, place in engine.places.items():
       place.forget_all()
       state.books.places[name].incarnation = place.incarnation
+    backend: Backend = Impatient(wrap(engine))
+    nan_pages = None if self.config.prefix_cache is None else NaNPages(backend, engine.places, state)
     compiled_before = len(compiled)
     try:
       prepare(engine)
       engine.start_clock()
-      events = tuple(serve(arrivals or Listed(requests), policy, Impatient(wrap(engine)), state))
+      events = tuple(looked_at(serve(arrivals or Listed(requests), policy, nan_pages or backend, state), state))
     finally:
       engine.close()
+      if nan_pages is not None:
+        nan_pages.clean()
+    assert nan_pages is None or nan_pages.num_filled
     on = compiled[compiled_before:]
     assert not on, f'something was compiled while the clock ran, on {on}'
     report = Report.from_events(events, workers=self.specs, places=self.holders)
@@ -151,6 +159,14 @@ class Cluster:
     assert all(expected == actual for expected, actual in moved), moved
     assert served.report.wire_bytes == sum(actual for _, actual in moved) - copied
     assert sum(one.bytes for one in served.report.copies) == copied
+
+
+def looked_at(events: Iterable[Event], state: ClusterState) -> Iterator[Event]:
+  """The events; where something is cached, the books are looked at after every turn."""
+  for event in events:
+    if isinstance(event, Turn) and state.books.prefixes is not None:
+      check(state.books)
+    yield event
 
 
 def assert_all_is_free(state: ClusterState) -> None:

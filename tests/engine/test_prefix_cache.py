@@ -3,22 +3,29 @@
 import dataclasses
 import functools
 import math
+import pathlib
 import random
 
-import jax
-import jax.numpy as jnp
 import pytest
 
+from experiments.faults.engine_faults import FaultyEngine, FaultyWay, FaultyWorker, fresh
 from pdjax.metrics.counters import counters
 from pdjax.metrics.timeline import read_timeline
 from pdjax.policies import Colocated, Disaggregated, LongestPrefix
-from pdjax.serving.events import BlockStored, PrefixHit, Started
+from pdjax.serving import serve
+from pdjax.serving.events import BlockRemoved, BlockStored, Finished, PrefixHit, Started
 from pdjax.serving.orders import StepOrder
-from pdjax.types import PrefixCache, Request, SamplingParams
+from pdjax.serving.page_allocator import PageAllocator
+from pdjax.simulator import Simulator
+from pdjax.types import FaultSpec, PrefixCache, Request, SamplingParams
+from pdjax.workload import TraceWorkload, WorkloadContext
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import build
 from tests.engine.plain import generate
-from tests.tiny import prompt
+from tests.faults.oracles import assert_blocks
+from tests.in_turns import InTurns
+from tests.test_simulator import HandCost
+from tests.tiny import TINY, prompt
 
 HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
 GAP_S = 0.15  # between requests, each of which is to find what those before it left
@@ -128,12 +135,18 @@ def test_colocated_chats_are_exact(colocated, block_tokens):
   assert computed(served) == {f'turn-{turn}': 11 * (turn + 1) - left[turn] for turn in range(4)}
 
 
+@functools.cache
+def unequal(tps: tuple[int, int] = (2, 1), page_sizes: tuple[int, int] = (16, 4)) -> Cluster:
+  """One worker of each kind, of so many devices and with pages of so many tokens."""
+  sizes = [{'tp': tp, 'page_size': size} for tp, size in zip(tps, page_sizes, strict=True)]
+  return build('1P1D', differing=sizes)
+
+
 @pytest.mark.parametrize(
   'tps, page_sizes', [((2, 1), (16, 4)), pytest.param((1, 2), (4, 16), marks=pytest.mark.slow)], ids=str
 )
 def test_unequal_meshes_and_page_sizes_are_exact(tps, page_sizes):
-  sizes = [{'tp': tp, 'page_size': size} for tp, size in zip(tps, page_sizes, strict=True)]
-  cluster = cached(build('1P1D', differing=sizes))
+  cluster = cached(unequal(tps, page_sizes))
   requests = chat(cluster, 4)
   served = assert_exact(cluster, requests)
   _, theirs = page_sizes
@@ -207,22 +220,72 @@ def test_blocks_are_told_with_their_tokens_where_these_are_asked_for(one_and_one
   assert [one.token_ids for one in private.events if isinstance(one, BlockStored)] == [(), (), ()]
 
 
-def test_pages_full_of_nan_change_no_token(one_and_one, colocated):
-  """Whatever lies in free pages, and behind the last token of a page, is never looked at."""
+def families(count: int, gap_s: float = 0.02) -> list[Request]:
+  """Prompts of three families that part within a page or a block, of one or two samples."""
+  rng = random.Random(11)
+  return [
+    Request(
+      f'r{number}', (*prompt(rng.randrange(17, 33), seed=number % 3), *prompt(rng.randrange(1, 9), seed=100 + number)),
+      SamplingParams(max_tokens=rng.choice((2, 9, 14)), seed=number, n=rng.choice((1, 2)), ignore_eos=True),
+      arrival_s=gap_s * number,
+    )
+    for number in range(count)
+  ]  # fmt: skip
 
-  def fill(cluster: Cluster, value: float) -> None:
-    for worker in cluster.workers.values():
-      full = functools.partial(jnp.full_like, fill_value=value)
-      worker.pages = jax.tree.map(lambda leaf, full=full: jax.device_put(full(leaf), leaf.sharding), worker.pages)
 
-  for cluster in (one_and_one, colocated):
-    requests = chat(cluster, 4)
-    fill(cluster, math.nan)
-    try:
-      served = assert_exact(cached(cluster), requests)
-      assert served.report.cached_tokens > 40
-    finally:
-      fill(cluster, 0.0)
+@pytest.mark.parametrize('ahead', ['all', 0])
+@pytest.mark.parametrize('split', ['1P1D', '1C'])
+def test_nan_in_free_pages_reaches_no_token_where_pages_are_hit_in_part_copied_and_grow(
+  one_and_one, colocated, split, ahead
+):
+  """So few pages that some are forgotten, and where they are taken as sequences grow some sequences begin again."""
+  cluster = (colocated if split == '1C' else one_and_one).changed(
+    prefix_cache=PrefixCache(block_tokens=4), pages_ahead=ahead
+  )
+  pages = 12 if split == '1C' else 44
+  cluster.specs = tuple(dataclasses.replace(one, num_pages=pages) for one in cluster.specs)
+  requests = families(16)
+  policy = Colocated(token_budget=32) if split == '1C' else Disaggregated(max_prefill_tokens=32)
+  served = cluster.serve(requests, policy)
+  assert served.tokens() == {
+    sample.id: generate(cluster.model, sample) for request in requests for sample in request.samples()
+  }
+  orders = [event.order for event in served.events if isinstance(event, Started)]
+  steps = [order for order in orders if isinstance(order, StepOrder)]
+  assert served.report.cached_tokens > 60
+  assert any(isinstance(event, BlockRemoved) for event in served.events)
+  assert any(join.admission is not None and join.admission.copies for step in steps for join in step.joins)
+  assert any(chunk.copies for step in steps for chunk in step.chunks) == (split == '1C')  # blocks are pages elsewhere
+  assert any(step.growth for step in steps) == (ahead == 0)
+
+
+def test_nan_in_pages_that_are_hit_would_be_seen(one_and_one, monkeypatch):
+  """What the tests above would say of a page that is free when it is needed."""
+  monkeypatch.setattr(PageAllocator, 'is_cached', lambda place, page: False)
+  monkeypatch.setattr('tests.engine.cluster.check', lambda books: None)
+  served = cached(one_and_one).serve(in_turns(ask('first', SYSTEM), ask('second', (*SYSTEM, 3))))
+  assert served.by_id['first'].error is None and 'not finite' in served.by_id['second'].error
+
+
+def test_a_trace_hits_on_devices_what_it_hits_in_the_simulator(one_and_one, colocated):
+  """Of the made-up chats those that fit, whose tokens follow their ids; in the simulator ids alone count."""
+  path = pathlib.Path(__file__).parents[1] / 'data' / 'traces' / 'bailian_made_up.jsonl'
+  arrivals = TraceWorkload(path=path).arrivals(WorkloadContext(TINY.vocab_size, TINY.context_len, None))
+  asked = [event.request for event in arrivals.due(math.inf) if event.request.prompt_len < 60]
+  lens = {one.id: min(arrivals.output_len(one.id), 10) for one in asked}
+  for cluster, policy in ((one_and_one, Disaggregated(max_prefill_tokens=32)), (colocated, Colocated(token_budget=32))):
+    hits = []
+    on_devices = cached(cluster).serve((), policy, arrivals=InTurns(*[[one] for one in asked], output_lens=lens))
+    trusting = cluster.changed(prefix_cache=PrefixCache(block_tokens=4, trusts_block_hashes=True))
+    simulated = serve(
+      InTurns(*[[one] for one in asked], output_lens=lens), policy, Simulator(TINY, cluster.specs, HandCost()),
+      trusting.empty_state(),
+    )  # fmt: skip
+    for events in (on_devices.events, simulated):
+      ends = [event for event in events if isinstance(event, Finished)]
+      assert {end.request: len(end.tokens) for end in ends} == lens
+      hits.append({end.request: end.cached_tokens for end in ends})
+    assert hits[0] == hits[1] and sorted(hits[0].values()) == [0, 0, 32, 48]
 
 
 def test_ids_of_blocks_say_nothing_where_tokens_are_computed(one_and_one):
@@ -230,3 +293,118 @@ def test_ids_of_blocks_say_nothing_where_tokens_are_computed(one_and_one):
   hashed = {'block_hashes': (7, 8), 'block_size': 8}
   requests = in_turns(ask('first', SYSTEM[:16], **hashed), ask('second', prompt(16, seed=9), **hashed))
   assert computed(assert_exact(cached(one_and_one), requests)) == {'first': 16, 'second': 16}
+
+
+# ---------------------------------------------------------------------------- faults between a hit and its use
+
+
+class Once:
+  """An engine where one thing goes wrong, the first time that it can, with a request.
+
+  That is a chunk of it, the last chunk, a decode step or a transfer.
+
+  Attributes:
+    acted: Those orders that went wrong.
+  """
+
+  def __init__(self, engine, cluster: Cluster, where: str, fault: str, request: str):
+    self.acted: list = []
+    self._engine, self._workers = FaultyEngine(engine), cluster.workers
+    self._engine.fault_of = self._fault_of
+    self._where, self._fault, self._request = where, fault, request
+    self._told: list = []
+    for worker in self._workers.values():
+      FaultyWorker.of(worker)
+      int(worker.slots.rows.tokens[0])  # what a fault asks for, compiled by now
+
+  def submit(self, orders) -> None:
+    lost = [order.worker for order in orders if self._is_meant(order) and not self.acted and self._goes_wrong(order)]
+    self._engine.submit(orders)
+    for worker in lost:
+      self._told += self._engine.lose(worker)
+
+  def wait(self, until_s: float):
+    now_s, events = self._engine.wait(0.0 if self._told else until_s)
+    told, self._told = self._told, []
+    return now_s, [*events, *told]
+
+  def _is_meant(self, order) -> bool:
+    if not isinstance(order, StepOrder):
+      return False
+    chunks = [one.request.id for one in order.chunks if one.is_last or self._where == 'chunk']
+    return self._request in {'decode': order.batch.requests, 'transfer': ()}.get(self._where, chunks)
+
+  def _goes_wrong(self, order) -> bool:
+    """Note it; whether its worker is lost."""
+    self.acted.append(order)
+    if self._fault != 'lost':
+      self._workers[order.worker].faults[order.id] = self._fault
+    return self._fault == 'lost'
+
+  def _fault_of(self, order):
+    if self._where != 'transfer' or order.request != self._request or self.acted:
+      return None
+    self.acted.append(order)
+    return self._fault
+
+
+STEP_FAULTS = ('refused', 'refused halfway', 'fails', 'takes its pages', 'lost')
+CASES = [(where, fault) for where in ('chunk', 'decode') for fault in STEP_FAULTS]
+CASES += [('chunk', 'early NaN'), ('last chunk', 'NaN'), ('decode', 'NaN')]
+CASES += [('transfer', fault) for fault in ('refused', 'fails', 'stalls', 'corrupts', 'permutes')]
+
+
+QUICK = [
+  ('chunk', 'takes its pages'), ('chunk', 'lost'), ('chunk', 'early NaN'), ('decode', 'fails'), ('decode', 'lost'),
+  ('transfer', 'fails'), ('transfer', 'stalls'), ('transfer', 'corrupts'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('split', 'where', 'fault'),
+  [
+    pytest.param(split, *case, marks=[] if case in QUICK else [pytest.mark.slow])
+    for split in ('1P1D', '1C')
+    for case in CASES
+    if split != '1C' or case[0] != 'transfer'
+  ],
+)
+def test_whatever_fails_of_who_was_hit_or_of_who_left_it_nobody_has_another_token(colocated, split, where, fault):
+  """A request leaves blocks; one is hit, beside another that holds them, and something fails; then others are hit.
+
+  And the same once more, where it fails for the one that leaves the blocks.
+  """
+  cluster = colocated if split == '1C' else unequal()
+  cluster = cached(cluster).changed(
+    prefix_cache=PrefixCache(block_tokens=4), faults=FaultSpec(corruption='retry', backoff_s=0.0),
+    transfer=dataclasses.replace(cluster.transfer, deadline_s=0.2, checksums=True),
+  )  # fmt: skip
+  cluster.transports = {way: FaultyWay(one) for way, one in cluster.transports.items()}
+  policy = Colocated(token_budget=16) if split == '1C' else Disaggregated(max_prefill_tokens=16)
+  groups = [
+    [ask('first', (*SYSTEM, 5, 6))],
+    [ask('hit', (*SYSTEM[:27], *prompt(19, seed=3)), max_tokens=7), ask('beside', (*SYSTEM, 9), max_tokens=5)],
+    [ask('last', (*SYSTEM[:27], *prompt(19, seed=3), 4)), ask('again', (*SYSTEM, 5, 6, 7))],
+  ]
+  asked = {request.id: request for group in groups for request in group}
+  for victim in ('hit', 'first'):
+    once: list[Once] = []
+
+    def wrap(engine, victim=victim, once=once) -> Once:
+      once.append(Once(engine, cluster, where, fault, victim))
+      return once[0]
+
+    with fresh(cluster.transports.values()):
+      served = cluster.serve((), policy, arrivals=InTurns(*groups), wrap=wrap)
+    assert len(once[0].acted) == 1
+    right = {name: generate(cluster.model, request) for name, request in asked.items()}
+    wrong = {name for name, got in served.tokens().items() if got != right[name]}
+    if 'NaN' in fault:  # what was computed with such weights is an error, of whoever was in that step, and nobody's hit
+      assert wrong and wrong <= ({'first'} if victim == 'first' else {'hit', 'beside'})
+      assert {served.by_id[name].finish_reason for name in wrong} == {'error'}
+      continue
+    assert not wrong, {name: served.by_id[name].error for name in wrong}
+    hits = {name: one.cached_tokens for name, one in served.by_id.items()}
+    assert hits['first'] == 0 and min(hits['last'], hits['again']) > 0
+    assert victim == 'first' or min(hits['hit'], hits['beside']) > 0
+    assert_blocks(served.events, served.state)

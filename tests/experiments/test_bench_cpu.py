@@ -41,12 +41,27 @@ def test_the_benchmark_runs_without_its_peer_and_says_so(tmp_path):
     assert name in done.stdout
 
 
+@pytest.mark.slow
+def test_a_cache_is_measured_against_none_in_turns_and_without_a_peer(tmp_path):
+  figures = tmp_path / 'cpu.json'
+  done = benchmark('--threads=1', '--prefix_cache', '--only=batch', f'--json={figures}', before=HIDE_TORCH)
+  assert done.returncode == 0, done.stderr
+  rows = {row['name']: row for row in json.loads(figures.read_text())}
+  for name in ('decode batch 2 context 16', 'sampled batch 2 context 16'):
+    assert rows[name]['peer'] == 'without a cache' and rows[name]['value'] > 0 and rows[name]['peer_value'] > 0
+    assert rows[f'median of the ratios, steps, {name}']['value'] == pytest.approx(rows[name]['ratio'])
+    assert rows[f'median of the ratios, runs, {name}']['value'] > 0
+  assert rows['median of the ratios, all runs']['value'] > 0 and len(rows) == 7
+  assert 'torch' not in done.stdout
+
+
 @pytest.mark.parametrize(
   ('arguments', 'words'),
   [
     (('--threads=4096',), ('--threads is 4096', 'lower it')),
     (('--peer=vllm',), ('--peer', 'transformers')),
     (('surplus',), ("['surplus']",)),
+    (('--threads=1', '--only=prefil 32'), ('--only=prefil 32', 'prefill 32, decode batch 2 context 16')),
     (('--threads=1', '--checkpoint=tests/data/families/qwen3'), ('qwen3 is no plain Llama', '--peer=none')),
   ],
 )

@@ -88,7 +88,8 @@ def test_a_cache_without_end_hits_what_an_independent_count_has(name):
     seen |= {request.block_hashes[: end + 1] for end in range(len(request.block_hashes))}
     hits.append(hit)
     tokens += min(hit * request.block_size, request.prompt_len)
-  attainable, found, prompts = replay(trace, [math.inf])
+  prompts = Prompts.of(trace.requests)
+  attainable, found = replay(prompts, [math.inf])
   assert replay_lru(prompts, prompts.num_distinct) == replay_optimum(prompts, prompts.num_distinct) == hits
   assert prompts.num_distinct == len(seen) and sum(hits) > 0
   expected = HitRate(
@@ -146,7 +147,7 @@ def test_a_prompt_without_ids_is_no_hit_and_counts_as_tokens(tmp_path):
   row = {'timestamp': 0, 'input_length': 512, 'output_length': 1, 'hash_ids': [1]}
   rows = [row, row | {'hash_ids': []}, row]
   (tmp_path / 'trace').write_text('\n'.join(map(json.dumps, rows)))
-  attainable, found, _ = replay(read_trace(tmp_path / 'trace'), [600])
+  attainable, found = replay(Prompts.of(read_trace(tmp_path / 'trace').requests), [600])
   assert attainable == HitRate(1 / 2, 1 / 3) == found[600]['LRU']
 
 
@@ -155,37 +156,37 @@ def test_a_prompt_without_ids_is_no_hit_and_counts_as_tokens(tmp_path):
 # Reads arguments as JSON lines and runs the command with each, in one process; answers with why it refused them.
 COMMAND = """
 import json, sys
-from absl import app, flags
+from absl import flags
 from experiments import replay_cache
 
 for line in sys.stdin:
   flags.FLAGS.unparse_flags()
   for name in ('trace', 'format', 'capacities', 'json', 'figure'):
     flags.FLAGS[name].unparse()
-  flags.FLAGS(['replay_cache', *json.loads(line)])
+  argv = flags.FLAGS(['replay_cache', *json.loads(line)])
   try:
-    replay_cache.main(['replay_cache'])
-  except app.UsageError as error:
-    print(f'REFUSED {error}')
+    replay_cache.main(argv)
+  except SystemExit as end:
+    print(f'EXIT {end.code}', file=sys.stderr)
 """
 
 
-def command(*lines: list[str]) -> str:
-  """All that the command says when it is given these arguments, one list after another."""
+def command(*lines: list[str]) -> tuple[str, str]:
+  """All that the command says on stdout and stderr when it is given these arguments, one list after another."""
   asked = '\n'.join(map(json.dumps, lines))
   done = subprocess.run(
     [sys.executable, '-c', COMMAND], cwd=ROOT, input=asked, capture_output=True, text=True, check=False
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  return done.stdout
+  return done.stdout, done.stderr
 
 
 def test_the_command_prints_a_table_and_writes_rows_and_a_picture(tmp_path):
   path = TRACES / 'mooncake_conversation.jsonl'
   rows_path, picture_path = tmp_path / 'rows.json', tmp_path / 'hits.svg'
-  said = command([f'--trace={path}', '--capacities=0.2M,inf,20k', f'--json={rows_path}', f'--figure={picture_path}'])
+  said, _ = command([f'--trace={path}', '--capacities=0.2M,inf,20k', f'--json={rows_path}', f'--figure={picture_path}'])
   rows = json.loads(rows_path.read_text())
-  attainable, found, _ = replay(read_trace(path), [20_000, 200_000, math.inf])
+  attainable, found = replay(Prompts.of(read_trace(path).requests), [20_000, 200_000, math.inf])
   assert [one['name'] for one in rows[::2]] == [f'hits, LRU, {text} tokens' for text in ('20k', '200k', 'inf')]
   assert [one['value'] for one in rows[::2]] == [rates['LRU'].tokens for rates in found.values()]
   assert [one['peer_value'] for one in rows[1::2]] == [rates['optimum'].blocks for rates in found.values()]
@@ -196,25 +197,28 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_picture(tmp_path):
   assert tokens == sorted(tokens) and tokens[0] < tokens[-1] == attainable.tokens
 
 
-def test_what_the_command_cannot_do_is_said():
+def test_what_the_command_cannot_do_is_said_in_one_line_that_names_the_flag():
   trace = f'--trace={TRACES / CUTS[0]}'
+  azure = TRACES / 'azure_code_2023.csv'
   cases = [
     ([], '--trace is missing'),
-    (['--trace=none'], "the trace 'none' is no file, expected a file"),
-    ([f'--trace={TRACES / "azure_code_2023.csv"}'], 'the trace has no ids of blocks, expected ids of blocks'),
+    (['--trace=none'], "--trace=none: the trace 'none' is no file, expected a file"),
+    ([f'--trace={azure}'], f'--trace={azure}: the trace has no ids of blocks, expected ids of blocks'),
     ([trace, '--format=weka'], 'line 1: there is no id'),
-    ([trace, '--capacities=511'], 'the capacity 511 is below the 512 tokens of one block'),
-    ([trace, '--capacities=1M,many'], "the capacity 'many' is not understood"),
-    ([trace, '--capacities=-1'], "the capacity '-1' is not understood"),
-    ([trace, '--capacities='], 'expected numbers of tokens such as 500k,3M,inf'),
-    ([trace, '--figure=a.jpg'], 'wants a name that ends in .svg or .png'),
+    ([trace, '--capacities=511'], '--capacities=511: the capacity 511 is below the 512 tokens of one block'),
+    ([trace, '--capacities=1M,many'], "--capacities=1M,many: the capacity 'many' is not understood"),
+    ([trace, '--capacities=-1'], "--capacities=-1: the capacity '-1' is not understood"),
+    ([trace, '--capacities='], '--capacities=: there is none, expected numbers of tokens such as 500k,3M,inf'),
+    ([trace, '--figure=a.jpg'], '--figure=a.jpg wants a name that ends in .svg or .png'),
     ([trace, '--figure=a.svg', '--capacities=inf'], '--figure draws hits by size'),
     ([trace, '--json=nowhere/a.json'], '--json=nowhere/a.json is no file in a folder that is there'),
+    (['surplus'], "unexpected arguments ['surplus']"),
   ]
-  said = command(*(arguments for arguments, _ in cases)).splitlines()
-  assert len(said) == len(cases)
-  for line, (_, words) in zip(said, cases, strict=True):
-    assert line.startswith('REFUSED ') and words in line
+  out, errors = command(*(arguments for arguments, _ in cases))
+  said = errors.splitlines()
+  assert not out and len(said) == 2 * len(cases) and {*said[1::2]} == {'EXIT 1'}
+  for line, (_, words) in zip(said[::2], cases, strict=True):
+    assert line.startswith('error: ') and words in line
 
 
 # ---------------------------------------------------------------------------- in the simulator

@@ -1,17 +1,37 @@
 """The fault matrix as one table: when something goes wrong (rows), what (columns), or why a cell is empty."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any
+
+import pytest
 
 from experiments.faults.chaos import Fault
+from pdjax.policies import Disaggregated, LongestPrefix
 from pdjax.serving.events import Arrived, Done, Event, Withdrawn
 from pdjax.serving.orders import Order, StepOrder, TransferOrder
 from pdjax.serving.state import ClusterState
-from pdjax.types import FaultSpec, Request, SamplingParams, WorkerSpec
+from pdjax.types import FaultSpec, PrefixCache, Request, SamplingParams, WorkerSpec
 from tests.faults.injection import Asking, Injector, Seen
 from tests.tiny import prompt
 
 VICTIM = 'victim'
+HIT = 16  # tokens that the victim finds, where something is cached
+CACHE = PrefixCache(block_tokens=4)
+POLICY = Disaggregated(max_prefill_tokens=16)
+CACHED_POLICY = Disaggregated(max_prefill_tokens=16, place_prefill=LongestPrefix())
+QUICK = {  # cells that are served in each run of the tests in every way, one a row at least; else some are slow
+  ('queued', 'both full'),
+  ('in prefill chunk', 'transfer fails'),
+  ('prefill done, decode not admitted', 'prefill worker dies'),
+  ('pages reserved', 'decode full'),
+  ('transfer half done', 'pages permuted'),
+  ('done but unacknowledged', 'decode worker dies'),
+  ('first decode step', 'worker restarts under the same name'),
+  ('mid decode', 'decode worker dies'),
+  ('mid decode', 'both full'),
+  ('mid decode', 'abort storm beyond capacity'),
+}
 
 
 # ---------------------------------------------------------------------------- rows: when
@@ -81,25 +101,39 @@ class Times:
   late_s: float  # past the deadline
   down_s: float  # that a dead worker is away
   backoff_s: float
+  later_s: float  # by then what came first has ended, and left its blocks
 
 
 @dataclasses.dataclass
 class Cell:
-  """One meeting of a row and a column, to be set up on a backend."""
+  """One meeting of a row and a column, to be set up on a backend.
+
+  With `cached` two requests come before all others, and leave what the victim and a bystander begin with on two workers
+  of each side; the victim is longer by that, and so has as many chunks and transfers behind its hit.
+  """
 
   row: str
   column: str
   times: Times
+  cached: bool = False
 
   @property
   def requests(self) -> list[Request]:
     """The victim and those it must not harm."""
+    tokens = prompt(56 if self.cached else 40, 9)
     victim = Request(
       VICTIM,
-      prompt(40, 9),
+      tokens,
       SamplingParams(max_tokens=8, temperature=0.8, seed=3, repetition_penalty=1.2, ignore_eos=True),
     )
-    return [*_others(self.lengths, self.column), victim][:: 1 if self.row == 'queued' else -1]
+    others = _others(self.lengths, self.column)
+    if not self.cached:
+      return [*others, victim][:: 1 if self.row == 'queued' else -1]
+    short, alike = SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=6, ignore_eos=True)
+    before = [Request(f'before{i}', (*tokens[: HIT + 2], *prompt(3, 50 + i)), short) for i in range(2)]
+    others.append(Request('other alike', (*tokens[: HIT + 1], *prompt(5, 60)), alike))
+    later = [*others, victim][:: 1 if self.row == 'queued' else -1]
+    return [*before, *(dataclasses.replace(one, arrival_s=self.times.later_s) for one in later)]
 
   @property
   def lengths(self) -> Sequence[int]:
@@ -115,8 +149,11 @@ class Cell:
     """Whether nobody has room for the victim, where the column says so."""
     sides = {'prefill': state.view.prefill_workers, 'decode': state.view.decode_workers}
     room = state.view.room()
-    return VICTIM in state.view.requests and not any(
-      room.fits(VICTIM, worker.name, decodes=role == 'decode')
+    if VICTIM not in state.view.requests:
+      return False
+    held = state.books.requests[VICTIM].pages  # where it has its pages there is room for it
+    return not any(
+      room.fits(VICTIM, worker.name, decodes=role == 'decode') and worker.name not in held
       for role in FULL.get(self.column, ((), {}))[1]
       for worker in sides[role]
     )
@@ -127,13 +164,17 @@ class Cell:
 
   def set_up(self, injector: Injector, arrivals: Asking) -> None:
     """Arrange for what is to happen."""
-    injector.moment = ROWS[self.row]
+    injector.moment = lambda seen, what: self.has_come(injector) and ROWS[self.row](seen, what)
     if self.row == 'done but unacknowledged':
       _told(lambda times: times.backoff_s)(self, injector, arrivals)
     COLUMNS[self.column].set_up(self, injector, arrivals)
     if self.row == 'transfer half done':
       fails = injector.on_transfer
       injector.on_transfer = lambda seen, order: fails(seen, order) or ('slow' if seen.index(order) == 1 else None)
+
+  def has_come(self, injector: Injector) -> bool:
+    """Whether the victim may have come."""
+    return not self.cached or injector.now_s >= self.times.later_s
 
   @property
   def transfer(self) -> int | None:
@@ -235,7 +276,7 @@ def _link(stalled: bool) -> Callable[[Cell, Injector, Asking], None]:
     stalls: list[int] = []
 
     def fault_of(order: TransferOrder) -> Fault | None:
-      begun = injector.acted or cell.row in WHICH_TRANSFER
+      begun = injector.acted or (cell.row in WHICH_TRANSFER and cell.has_come(injector))
       if not begun:
         return None
       if not stalled:
@@ -316,6 +357,15 @@ def _others(lengths: Iterable[int], column: str) -> list[Request]:
       ),
     )
     for i, length in enumerate(lengths)
+  ]
+
+
+def mostly_slow(choices: Iterable[Any], quick: Set[tuple[str, str]] = frozenset(QUICK)) -> list:
+  """Every cell with every choice of something; all but the quick cells are slow."""
+  return [
+    pytest.param(*cell, chosen, marks=[] if cell in quick else [pytest.mark.slow])
+    for chosen in choices
+    for cell in cells()
   ]
 
 

@@ -14,14 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from experiments.faults.chaos import Chaos, End, Fault
 from experiments.faults.engine_faults import FaultyEngine
 from pdjax.serving import ClusterState, serve
-from pdjax.serving.events import Arrived, Event, Turn, Withdrawn
-from pdjax.types import FaultSpec, Request, SamplingParams
+from pdjax.serving.events import Arrived, Event, Finished, Turn, Withdrawn
+from pdjax.types import FaultSpec, PrefixCache, Request, SamplingParams
 from tests.faults.injection import Asking
-from tests.faults.oracles import assert_right, watched
+from tests.faults.oracles import assert_blocks, assert_right, watched
 from tests.faults.shadow import ShadowSimulator
 from tests.faults.test_matrix_engine import begin_of_plain, cluster, engine_of
 from tests.faults.test_matrix_simulated import plain as plain_on_simulator
-from tests.faults.test_random_faults import CLUSTERS
+from tests.faults.test_random_faults import CACHE, CLUSTERS
 from tests.test_simulator import HandCost
 from tests.tiny import TINY, prompt
 
@@ -41,12 +41,12 @@ class Open(Asking):
 class AnyFaults(RuleBasedStateMachine):
   """A run that goes on while rules let things happen, and must come to a good end when they stop."""
 
-  num_events = 0  # of all runs
+  num_events = num_cached = 0  # of all runs
   names: Sequence[str]
   lengths: Sequence[int] = range(1, 49)  # of prompts
   down_s: float
 
-  def begin(self, name: str) -> None:
+  def begin(self, name: str, cache: PrefixCache | None) -> None:
     """Start serving on the cluster of that name; sets `arrivals`, `state`, `backend` and `run`."""
     raise NotImplementedError
 
@@ -59,7 +59,7 @@ class AnyFaults(RuleBasedStateMachine):
     self.ends: deque = deque()
     self.events: list[Event] = []
     self.count = 0
-    self.begin(data.draw(st.sampled_from(self.names)))
+    self.begin(data.draw(st.sampled_from(self.names)), data.draw(st.sampled_from((None, CACHE))))
 
   def take_fault(self):
     return self.faults.popleft() if self.faults else None
@@ -124,6 +124,9 @@ class AnyFaults(RuleBasedStateMachine):
     self.events += self.run
     ends = assert_right(self.events, self.arrivals.requests.values(), self.state, self.plain)
     assert set(ends.values()) <= {'length', 'cancelled'}
+    if self.state.books.prefixes is not None:
+      assert_blocks(self.events, self.state)
+      AnyFaults.num_cached += sum(event.cached_tokens for event in self.events if isinstance(event, Finished))
     AnyFaults.num_events += len(self.events)
 
 
@@ -132,7 +135,7 @@ class OnSimulator(AnyFaults):
   down_s = 400.0  # much longer than `FaultSpec.patience_s`
   plain = staticmethod(plain_on_simulator)
 
-  def begin(self, name: str) -> None:
+  def begin(self, name: str, cache: PrefixCache | None) -> None:
     workers, policy, transfer = CLUSTERS[name]
     workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
     self.arrivals = Open([])
@@ -141,7 +144,7 @@ class OnSimulator(AnyFaults):
     self.backend = Chaos(simulator, self.take_fault, self.take_end, late_s=130.0, patience_s=200.0)
     transfer = dataclasses.replace(transfer, deadline_s=100.0, checksums=True)
     faults = dataclasses.replace(FAULTS, backoff_s=1.0)
-    self.state = ClusterState(TINY, workers, 4, transfer=transfer, faults=faults)
+    self.state = ClusterState(TINY, workers, 4, transfer=transfer, faults=faults, prefix_cache=cache)
     self.run = watched(serve(self.arrivals, policy, self.backend, self.state), self.state, most_turns=100_000)
 
 
@@ -152,8 +155,8 @@ class OnEngine(AnyFaults):
 
   plain = staticmethod(begin_of_plain)
 
-  def begin(self, name: str) -> None:
-    ours = cluster().changed(faults=FAULTS)
+  def begin(self, name: str, cache: PrefixCache | None) -> None:
+    ours = cluster().changed(faults=FAULTS, prefix_cache=cache)
     self.arrivals = Open([])
     self.open = contextlib.ExitStack()
     engine, self.state = self.open.enter_context(engine_of(ours))
@@ -186,7 +189,7 @@ def drive(machine: type[AnyFaults], examples: int, steps: int) -> int:
 
 
 def test_the_simulator_comes_to_a_good_end_whatever_fails():
-  assert drive(OnSimulator, examples=60, steps=40) >= 10_000
+  assert drive(OnSimulator, examples=60, steps=40) >= 10_000 and AnyFaults.num_cached >= 500
 
 
 def test_the_engine_comes_to_a_good_end_whatever_fails():

@@ -11,7 +11,7 @@ import pytest
 from experiments.faults.engine_faults import FaultyEngine, FaultyWay, fresh
 from pdjax.engine.engine import Engine
 from pdjax.serving import ClusterState
-from pdjax.serving.events import Started
+from pdjax.serving.events import Finished, Started
 from pdjax.serving.orders import StepOrder
 from pdjax.types import Request
 from tests.engine.cluster import Cluster
@@ -19,11 +19,11 @@ from tests.engine.conftest import shared
 from tests.engine.plain import generate
 from tests.engine.test_replay import replay_from
 from tests.faults.injection import Again, Asking, Injector
-from tests.faults.matrix import COLUMNS, VICTIM, Cell, Times, cells
-from tests.faults.oracles import assert_right
+from tests.faults.matrix import CACHE, CACHED_POLICY, COLUMNS, FULL, HIT, VICTIM, Cell, Times, cells, mostly_slow
+from tests.faults.oracles import assert_blocks, assert_right
 from tests.tiny import TINY
 
-TIMES = Times(deadline_s=0.4, late_s=0.6, down_s=0.1, backoff_s=0.01)
+TIMES = Times(deadline_s=0.4, late_s=0.6, down_s=0.1, backoff_s=0.01, later_s=0.1)
 BOUND_S = 20.0
 
 
@@ -62,43 +62,24 @@ def begin_of_plain(request: Request) -> tuple[int, ...]:
 MOST_TRIES = 4  # on a busy machine others may end before the moment that a cell waits for
 
 
-QUICK = {  # cells that are served with growth in each run of the tests, one a row at least; the others are slow
-  ('queued', 'both full'),
-  ('in prefill chunk', 'transfer fails'),
-  ('prefill done, decode not admitted', 'prefill worker dies'),
-  ('pages reserved', 'decode full'),
-  ('transfer half done', 'pages permuted'),
-  ('done but unacknowledged', 'decode worker dies'),
-  ('first decode step', 'worker restarts under the same name'),
-  ('mid decode', 'decode worker dies'),
-  ('mid decode', 'both full'),
-  ('mid decode', 'abort storm beyond capacity'),
-}
-
-
 @pytest.mark.parametrize(('row', 'column'), cells())
 def test_cell(row, column):
   assert any(serve_cell(row, column) for _ in range(MOST_TRIES)), 'the moment never came'
 
 
-def growing_cells() -> list:
-  """Every cell, with pages that are taken as sequences grow: those that the next token needs, or one more."""
-  found = []
-  for ahead in (0, 1):
-    for row, column in cells():
-      marks = [] if (row, column) in QUICK else [pytest.mark.slow]
-      found.append(pytest.param(row, column, ahead, marks=marks))
-  return found
-
-
-@pytest.mark.parametrize(('row', 'column', 'ahead'), growing_cells())
+@pytest.mark.parametrize(('row', 'column', 'ahead'), mostly_slow((0, 1)))
 def test_cell_where_pages_grow(row, column, ahead):
   assert any(serve_cell(row, column, ahead) for _ in range(MOST_TRIES)), 'the moment never came'
 
 
-def serve_cell(row: str, column: str, ahead: int | Literal['all'] = 'all') -> bool:
+@pytest.mark.parametrize(('row', 'column', 'ahead'), [*mostly_slow([0]), *mostly_slow(['all'], quick=set())])
+def test_cell_where_the_victim_finds_its_beginning_cached(row, column, ahead):
+  assert any(serve_cell(row, column, ahead, cached=True) for _ in range(MOST_TRIES)), 'the moment never came'
+
+
+def serve_cell(row: str, column: str, ahead: int | Literal['all'] = 'all', cached: bool = False) -> bool:
   """Serve once and check all that holds for every run; whether the moment came, and then what holds for the cell."""
-  cell = Cell(row, column, TIMES)
+  cell = Cell(row, column, TIMES, cached)
   arrivals = Asking(cell.requests)
   injectors = []
 
@@ -107,18 +88,22 @@ def serve_cell(row: str, column: str, ahead: int | Literal['all'] = 'all') -> bo
     cell.set_up(injectors[0], arrivals)
     return injectors[0]
 
-  ours = cluster().changed(faults=cell.faults, pages_ahead=ahead)
+  ours = cluster().changed(faults=cell.faults, pages_ahead=ahead, prefix_cache=CACHE if cached else None)
   ours.specs = tuple(cell.sized(ours.specs))
   with fresh(ours.transports.values()):
-    served = ours.serve((), ours.config.policy, arrivals=arrivals, wrap=wrap)
+    served = ours.serve((), CACHED_POLICY if cached else ours.config.policy, arrivals=arrivals, wrap=wrap)
   (injector,) = injectors
   orders = [event.order for event in served.events if isinstance(event, Started)]
   grown = any(order.growth for order in orders if isinstance(order, StepOrder))
   assert grown or ahead != 0, 'nothing grew'
   assert not (grown and ahead == 'all')
   ends = assert_right(served.events, arrivals.requests.values(), served.state, plain)
-  if not injector.acted:
+  hits = {event.request: event.cached_tokens for event in served.events if isinstance(event, Finished)}
+  found = hits[VICTIM] == HIT or column in FULL or injector.seen.prefill is None
+  if not injector.acted or (cached and not found):  # what is to be found may not be there yet
     return False
+  if cached:
+    assert_blocks(served.events, served.state)
   assert injector.acted == 1
   assert ends[VICTIM] in COLUMNS[column].ends
   assert {reason for name, reason in ends.items() if name.startswith(('other', 'greedy'))} <= {'length'}

@@ -222,6 +222,17 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
   ]
 
 
+def test_an_arrival_tells_who_shares_what_and_keeps_a_salt_to_itself():
+  plain = Request('r', (1, 2, 3))
+  said = {'tenant': None, 'has_cache_salt': False, 'cache_prefix': True, 'num_block_hashes': 0, 'block_size': None}
+  assert said.items() <= json.loads(event_text(Arrived(plain)))['request'].items()
+  salted = Request('r', (1, 2, 3), tenant='ann', cache_salt='s3cret', block_hashes=(7, 2**63), block_size=2)
+  line = event_text(Arrived(dataclasses.replace(salted, cache_prefix=False)))
+  told = {'tenant': 'ann', 'has_cache_salt': True, 'cache_prefix': False, 'num_block_hashes': 2, 'block_size': 2}
+  assert told.items() <= json.loads(line)['request'].items()
+  assert 's3cret' not in line and str(2**63) not in line
+
+
 def test_what_a_step_brought_too_late_is_named_behind_it(tmp_path):
   results = Result('r', (5,)), Result('s', (6,))
   with EventLog(tmp_path / 'events.jsonl') as log:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
+from pdjax.serving import prefix_index
 from pdjax.serving.block_keys import BlockHasher, split
 from pdjax.serving.page_allocator import PageAllocator
 from pdjax.serving.prefix_index import PrefixIndex
@@ -95,9 +96,10 @@ class Naive:
     return held.index(False) if False in held else len(held)
 
 
-@pytest.mark.parametrize('seed', range(4))
-def test_it_says_what_a_model_of_dicts_says(seed):
-  """5,000 operations on three places, whose sequences branch from one another."""
+@pytest.mark.parametrize(('seed', 'few'), [(0, 0), (1, 0), (2, 3), (3, prefix_index._FEW)])
+def test_it_says_what_a_model_of_dicts_says(seed, few, monkeypatch):
+  """5,000 operations on three places, whose sequences branch from one another; some, none or all in NumPy."""
+  monkeypatch.setattr(prefix_index, '_FEW', few)
   rng = random.Random(seed)
   sizes = {'a': (40, 1), 'b': (12, 4), 'c': (30, 2)}
   index, naive = PrefixIndex(sizes), Naive(sizes)
@@ -210,8 +212,10 @@ def test_a_page_without_content_is_held_by_whoever_takes_it_alone():
     allocator.cache((0,))
 
 
-def test_the_table_stays_sound_over_many_times_its_size():
+@pytest.mark.parametrize('few', [0, prefix_index._FEW])
+def test_the_table_stays_sound_over_many_times_its_size(few, monkeypatch):
   """Rows that are gone and taken again, and the table swept, change no answer."""
+  monkeypatch.setattr(prefix_index, '_FEW', few)
   index = PrefixIndex({'a': (64, 1)})
   keys = [BlockHasher(1).keys([number]) for number in range(4000)]
   for number, key in enumerate(keys):

@@ -6,7 +6,7 @@ import pytest
 
 from pdjax.policies import Colocated, Disaggregated, FewestQueuedTokens, LongestPrefix
 from pdjax.serving import ALL, Cancel, Chunk, ClusterState, PolicyError, Step, Transfer, serve
-from pdjax.serving.events import Event, Finished, PrefixHit, Started, WorkerLost, WorkerUse
+from pdjax.serving.events import BlockRemoved, Event, Finished, PrefixHit, Started, WorkerLost, WorkerUse
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
 from pdjax.simulator import Simulator
@@ -83,6 +83,26 @@ def test_the_end_of_a_chunk_of_a_request_that_is_over_says_nothing_of_another_of
   cluster.end(late, {'a': 1})
   cluster.arrive('b', prompt=prompt(12, seed=5))
   assert hit(cluster, 'b') == 0
+
+
+def test_what_a_request_that_ended_with_an_error_held_is_found_by_nobody_else():
+  """Others that hold the same pages keep them, and what they add is of no use without."""
+  cluster = cluster_of()
+  for name in ('a', 'b', 'c'):
+    cluster.arrive(name, 16)
+    if name == 'a':
+      prefill(cluster, name, 16)
+  b, c = (cluster.start(Step('prefill0', (Chunk(name, 12, 4),)))[0] for name in ('b', 'c'))
+  assert hit(cluster, 'a') == hit(cluster, 'b') == 14
+  cluster.end(b, {'b': 1}, {'b': 'error'})
+  assert hit(cluster, 'c') == 0 and cluster.state.books.prefixes.index.num_blocks('prefill0') == 2  # a page of its own
+  assert isinstance(cluster.state.books.told[-1], BlockRemoved)
+  cluster.end(c, {'c': 1})
+  cluster.arrive('d', 16)
+  assert hit(cluster, 'd') == 0
+  prefill(cluster, 'd', 16)
+  cluster.arrive('e', 16)
+  assert hit(cluster, 'e') == 14
 
 
 @pytest.mark.parametrize(

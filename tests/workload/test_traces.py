@@ -1,14 +1,20 @@
 """Traces are read as they were recorded, and what is wrong in one is told by file, line and field."""
 
+import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
+import math
+import operator
 import pathlib
 
 import pytest
 
-from pdjax import SLO, SamplingParams
+from pdjax import SLO, Request, SamplingParams
+from pdjax.overrides import apply_overrides
 from pdjax.workload import TraceWorkload, WorkloadContext, read_trace
+from tests import tiny
 
 TRACES = pathlib.Path(__file__).parents[1] / 'data' / 'traces'
 CONTEXT = WorkloadContext(vocab_size=50, context_len=2**17)
@@ -260,7 +266,7 @@ def test_a_workload_replays_a_trace_at_its_pace():
   path = TRACES / 'mooncake_conversation.jsonl'
   trace = read_trace(path)
   workload = TraceWorkload(
-    path=path, rate=4, max_requests=30, slo=SLO(ttft_ms=100), sampling=SamplingParams(temperature=0.5, max_tokens=1)
+    path=path, rate=4, max_requests=30, slo=SLO(ttft_ms=100), sampling=SamplingParams(temperature=0.5)
   )
   assert workload.num_requests == 30 and TraceWorkload(path=path).num_requests == 222
   last_s = trace.requests[29].arrival_s / 4
@@ -275,6 +281,38 @@ def test_a_workload_replays_a_trace_at_its_pace():
       assert ours.sampling == SamplingParams(temperature=0.5, max_tokens=1043, ignore_eos=True)
       assert ours.slo == SLO(ttft_ms=100) and max(ours.prompt) < CONTEXT.vocab_size
       assert arrivals.output_len(ours.id) == trace.output_lens[ours.id]
+
+
+def test_what_says_another_end_than_the_recorded_one_is_refused():
+  path = TRACES / 'bailian_made_up.jsonl'
+  for field, value in (('max_tokens', 16), ('stop_token_ids', (1,)), ('stop', ('a',))):
+    with pytest.raises(ValueError, match=rf'sampling\.{field}=.* end at their recorded lengths; leave it out'):
+      TraceWorkload(path=path, sampling=SamplingParams(**{field: value}))
+  config = dataclasses.replace(tiny.config(), workload=TraceWorkload(path=path))
+  with pytest.raises(ValueError, match=r'sampling\.max_tokens=4, but the requests of a trace end'):
+    apply_overrides(config, ['workload.sampling.max_tokens=4'])
+
+
+def prompts(workload: TraceWorkload) -> list[Request]:
+  return [event.request for event in workload.arrivals(CONTEXT).due(math.inf)]
+
+
+@pytest.mark.parametrize('name', ['mooncake_conversation', 'bailian_made_up', 'weka_agentic'])
+def test_prompts_begin_alike_where_their_ids_do_and_no_further(name):
+  requests = prompts(TraceWorkload(path=TRACES / f'{name}.jsonl', max_requests=40))
+  shared = 0
+  for one, other in itertools.combinations(requests, 2):
+    tokens = [*itertools.starmap(operator.eq, zip(one.prompt, other.prompt, strict=False))]
+    begins = tokens.index(False) if False in tokens else len(tokens)
+    ids = [*itertools.starmap(operator.eq, zip(one.block_hashes, other.block_hashes, strict=False))]
+    alike = ids.index(False) if False in ids else len(ids)
+    least = min(alike * one.block_size, one.prompt_len, other.prompt_len)
+    assert least <= begins < least + 4  # of a vocabulary of 1,000 tokens a few may be equal by chance
+    shared += least
+  assert shared > 0
+  assert [one.prompt[:] for one in requests] == [
+    one.prompt[:] for one in prompts(TraceWorkload(path=TRACES / f'{name}.jsonl', rate=9, max_requests=40))
+  ]
 
 
 def test_a_file_that_has_changed_is_read_again(write):

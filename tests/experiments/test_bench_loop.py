@@ -1,0 +1,59 @@
+"""The benchmark of the host loop beside cached blocks: what it measures is what it says."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import bench_loop
+from pdjax.serving.events import BlockRemoved, BlockStored
+from pdjax.types import PrefixCache
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(('cached', 'removes'), [(None, False), (0, False), (70, True)])
+def test_requests_come_and_go_and_fill_a_block_for_each_64_tokens(cached, removes, monkeypatch):
+  events, states = [], []
+  monkeypatch.setattr(bench_loop.EventLog, 'append', lambda log, event: events.append(event))
+  make = bench_loop.ClusterState
+  monkeypatch.setattr(bench_loop, 'ClusterState', lambda *args, **kw: states.append(make(*args, **kw)) or states[-1])
+  seconds, blocks = bench_loop.coming_and_going_seconds(4, 1400, cached, 70)
+  (state,) = states
+  stored = sum(isinstance(event, BlockStored) for event in events)
+  assert seconds > 0 and (stored > 0) == (cached is not None)
+  assert any(isinstance(event, BlockRemoved) for event in events) == removes
+  if cached is None:
+    assert blocks == 0 and state.books.prefixes is None
+    return
+  # A request leaves one block of its prompt where it is computed, and nine of 65 + 511 tokens where it decodes.
+  assert blocks == pytest.approx(4 * 10 / 512, rel=0.1)
+  for name in state.workers:
+    assert state.books.prefixes.index.num_blocks(name) >= cached
+
+
+def test_the_blocks_that_are_cached_are_as_many_as_were_asked_for():
+  model, sizes = bench_loop.ModelSpec.smollm2_135m(), {'num_pages': 2600, 'max_sequences': 4}
+  workers = bench_loop.prefill_pool(1, **sizes) + bench_loop.decode_pool(1, **sizes)
+  state = bench_loop.ClusterState(model, workers, 64, prefix_cache=PrefixCache(block_tokens=64))
+  bench_loop.cache_blocks(state, 2500)
+  index = state.books.prefixes.index
+  assert [index.num_blocks(name) for name in state.workers] == [2500, 2500] and len(index) == 2500
+
+
+def test_the_command_tells_what_cached_blocks_add_to_a_turn(tmp_path):
+  figures = tmp_path / 'rows.json'
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.bench_loop', '--batch=4', '--steps=20', '--repeats=2', '--cached_blocks=60',
+     f'--json={figures}'],
+    cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  rows = {row['name']: row for row in json.loads(figures.read_text())}
+  turns = [rows[f'mean turn, 1P1D, batch 4, {name}']['value'] for name in ('no cache', 'none cached', '60 cached')]
+  assert min(turns) > 0 and all(row['unit'] == 'µs' for row in rows.values())
+  for name in ('no cache', 'none cached'):
+    assert f'more a turn with 60 cached than with {name}, batch 4' in rows
+  assert 'blocks are stored a turn' in done.stdout

@@ -116,7 +116,7 @@ def test_no_override_is_the_same_config():
     ('workers=3', 'workers is 3, expected a tuple of WorkerSpec'),
     (
       'prefix_cache=True',
-      'expected PrefixCache(...), 'auto' or None; set its fields one by one, such as prefix_cache.block_tokens',
+      "expected PrefixCache(...), 'auto', or None; set its fields one by one, such as prefix_cache.block_tokens",
     ),
     ('prefix_cache.block_tokens=0', 'PrefixCache.block_tokens is 0, expected at least 1'),
     ('workers.0.may_become=(3,)', "may_become[0] is 3, expected one of 'prefill', 'decode', 'both'"),

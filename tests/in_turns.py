@@ -6,6 +6,12 @@ from collections.abc import Mapping, Sequence
 from pdjax.types import Request
 from pdjax.workload import Listed
 
+GAP_S = 0.05  # from the end of a request to the next, in which blocks arrive that it leaves elsewhere
+
+
+class Turns(list[Request]):
+  """Requests for a cluster of `tests.engine`, each of which comes when the one before it has ended."""
+
 
 class InTurns(Listed):
   """Groups of requests, each of which comes when all of those before it have ended."""

@@ -11,7 +11,7 @@ from pdjax.cost.decode_runs import decode_run
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.hardware import DTYPE_BYTES, ChipSpec, LinkSpec
 from pdjax.types.model import ModelSpec
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Roofline(CostBase):
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
     link: The link between two workers; transfers between them use `min(tp)` such links side by side.
+    host_link: The link between one device of a worker and the memory of a host (`HostPlace`), of which a worker of `tp`
+      devices uses as many; None is `link`.
     dtype_bytes: Bytes of a weight of workers that do not say the dtype of theirs.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
 
@@ -35,6 +37,7 @@ class Roofline(CostBase):
 
   chip: ChipSpec = dataclasses.field(default_factory=ChipSpec.generic_cpu)
   link: LinkSpec = LinkSpec()
+  host_link: LinkSpec | None = None
   dtype_bytes: Count = 4
   shared_host: bool = False
 
@@ -98,5 +101,7 @@ class Roofline(CostBase):
 
   def transfer_seconds(self, model: ModelSpec, source: WorkerSpec, target: WorkerSpec, num_bytes: float) -> float:
     """Seconds to move so many bytes of the cache; see `CostModel`."""
-    links = 1 if self.shared_host else min(source.tp, target.tp)
-    return self.link.latency_s + num_bytes / (self.link.bytes_per_s * links)
+    to_host = Role.HOLD in (source.role, target.role)
+    link = self.host_link if to_host and self.host_link is not None else self.link
+    links = 1 if self.shared_host else max(source.tp, target.tp) if to_host else min(source.tp, target.tp)
+    return link.latency_s + num_bytes / (link.bytes_per_s * links)

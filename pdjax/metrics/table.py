@@ -64,9 +64,10 @@ def _totals(report: Report) -> RenderableType:
 
 
 def _utilisation(report: Report) -> RenderableType:
-  table = _table('utilisation', 'busy', 'prefill', 'decode', 'fused', 'transfer', width=9)
+  copies = ['copy'] if report.copies else []
+  table = _table('utilisation', 'busy', 'prefill', 'decode', 'fused', 'transfer', *copies, width=9)
   for use in report.utilisation:
-    shares = (use.busy, use.prefill, use.decode, use.fused, use.transfer)
+    shares = (use.busy, use.prefill, use.decode, use.fused, use.transfer, *([use.copy] if copies else []))
     table.add_row(Text(use.worker), *(percent(share) for share in shares))
   return table
 

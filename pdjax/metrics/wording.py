@@ -61,7 +61,7 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'KV moved', byte_count(report.wire_bytes)
   yield 'transfers', f'{report.num_transfers:,}'
   for one in report.copies:
-    yield f'{one.source} → {one.target}', f'{one.tokens:,} cached tokens, {byte_count(one.bytes)}'
+    yield f'{one.source} → {one.target}', f'{byte_count(one.bytes)} copied'
   if report.transfers.overlap_share is not None:
     yield 'wire time hidden', percent(report.transfers.overlap_share)
   yield 'host lag mean / p99', f'{number(report.host_lag.mean_ms, 2)} / {number(report.host_lag.p99_ms, 2)} ms'

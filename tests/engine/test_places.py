@@ -10,12 +10,13 @@ from pdjax.serving import ClusterView, Transfer, serve
 from pdjax.serving.events import RoleChanged
 from pdjax.simulator import Replay
 from pdjax.types import HostPlace, PrefixCache
-from pdjax.workload import Listed
+from pdjax.workload.arrivals import ClosedLoop
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import SMALL_PIECES
 from tests.engine.plain import generate
 from tests.engine.test_prefix_cache import SYSTEM, ask, chat, computed, in_turns
 from tests.engine.test_roles import assert_exact
+from tests.in_turns import GAP_S, InTurns
 from tests.switching import EITHER, TakeTurns, under_load
 from tests.tiny import TINY_8_2, config, prompt
 
@@ -73,15 +74,16 @@ def test_a_replay_of_such_a_run_finds_every_copy_again():
   for name, incarnation in served.incarnations.items():
     state.books.places[name].incarnation = incarnation
   replay = Replay(cluster.model, (*cluster.specs, *cluster.holders), served.events)
-  assert tuple(serve(Listed(served.requests), KEPT, replay, state)) == served.events
+  assert tuple(serve(ClosedLoop(served.requests, 1, GAP_S), KEPT, replay, state)) == served.events
   assert copies(served)
 
 
 def test_a_colocated_cluster_has_its_host_too():
   cluster = cluster_of('2C', Colocated(token_budget=16, returns_to='host0'))
-  requests = in_turns(*(ask(f'r{one}', (*SYSTEM, *prompt(5, seed=one))) for one in range(4)))
-  together = [dataclasses.replace(one, id=f'{one.id}-too', arrival_s=1.0) for one in requests]
-  served = cluster.serve([*requests, *together])
+  requests = [ask(f'r{one}', (*SYSTEM, *prompt(5, seed=one))) for one in range(4)]
+  together = [dataclasses.replace(one, id=f'{one.id}-too') for one in requests]
+  groups = [*([one] for one in requests), together]
+  served = cluster.serve([*requests, *together], arrivals=InTurns(*groups))
   assert_exact(cluster, served)
   assert all(one.cached_tokens >= 32 for name, one in served.by_id.items() if name.endswith('-too'))
   ways = copies(served)

@@ -23,12 +23,11 @@ from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import build
 from tests.engine.plain import generate
 from tests.faults.oracles import assert_blocks
-from tests.in_turns import InTurns
+from tests.in_turns import InTurns, Turns
 from tests.test_simulator import HandCost
 from tests.tiny import TINY, prompt
 
 HITS, QUERIES = 'vllm:prefix_cache_hits_total', 'vllm:prefix_cache_queries_total'
-GAP_S = 0.15  # between requests, each of which is to find what those before it left
 
 
 def cached(cluster: Cluster, block_tokens: int = 4) -> Cluster:
@@ -36,9 +35,9 @@ def cached(cluster: Cluster, block_tokens: int = 4) -> Cluster:
   return cluster.changed(prefix_cache=PrefixCache(block_tokens=block_tokens))
 
 
-def in_turns(*requests: Request) -> list[Request]:
+def in_turns(*requests: Request) -> Turns:
   """Requests that come one after another."""
-  return [dataclasses.replace(one, arrival_s=GAP_S * number) for number, one in enumerate(requests)]
+  return Turns(requests)
 
 
 def ask(name: str, tokens, max_tokens: int = 6, seed: int = 7, **options) -> Request:
@@ -172,7 +171,7 @@ def test_samples_of_a_prompt_count_a_hit_once(one_and_one, colocated):
   for cluster in (one_and_one, colocated):
     requests = in_turns(ask('first', (*SYSTEM, 1, 2)), ask('second', (*SYSTEM, 5), temperature=1.1))
     several = dataclasses.replace(requests[1], sampling=SamplingParams(6, 1.1, seed=7, n=2))
-    served = cached(cluster).serve([requests[0], several])
+    served = cached(cluster).serve(in_turns(requests[0], several))
     alone = [generate(cluster.model, sample) for sample in several.samples()]
     assert [served.tokens()[sample.id] for sample in several.samples()] == alone
     assert computed(served) == {'first': 34, 'second': 1}

@@ -26,10 +26,10 @@ class Roofline(CostBase):
     chip: One device of a worker. A worker of `tp` devices has `tp` times its rates; communication within the
       worker is not modelled.
     link: The link between two workers; transfers between them use `min(tp)` such links side by side.
-    host_link: The link between one device of a worker and the memory of a host (`HostPlace`), of which a worker of `tp`
-      devices uses as many; None is `link`.
     dtype_bytes: Bytes of a weight of workers that do not say the dtype of theirs.
     shared_host: The devices are virtual ones of one CPU: more of them are not faster.
+    host_link: The link between one device of a worker and the memory of a host (`HostPlace`), of which a worker of `tp`
+      devices uses as many; None is `link`.
 
   Raises:
     ValueError: if a field is of another type.
@@ -37,9 +37,9 @@ class Roofline(CostBase):
 
   chip: ChipSpec = dataclasses.field(default_factory=ChipSpec.generic_cpu)
   link: LinkSpec = LinkSpec()
-  host_link: LinkSpec | None = None
   dtype_bytes: Count = 4
   shared_host: bool = False
+  host_link: LinkSpec | None = None
 
   def __post_init__(self):
     check_fields(self)

@@ -134,7 +134,7 @@ class BlockMaking:
   def keys_of(self, blocks: Blocks, made: Made) -> bytes:
     """The keys of blocks, as something makes them."""
     if made not in blocks._keys:
-      blocks._keys[made] = self._hasher((*made, *blocks._unit), blocks._salt).keys(blocks._content)
+      blocks._keys[made] = self._hasher((*made, *blocks._unit), blocks.salt).keys(blocks._content)
     return blocks._keys[made]
 
   def tokens_of(self, blocks: Blocks) -> tuple[int, ...]:

@@ -16,11 +16,12 @@ class Blocks:
   Attributes:
     request: The request whose sequence it is.
     tokens: The tokens of them.
+    salt: The tenant, or whatever else keeps blocks apart.
   """
 
   request: str
   tokens: int
   _content: np.ndarray = dataclasses.field(repr=False)  # token ids, or what stands for them
-  _salt: str = dataclasses.field(repr=False)
+  salt: str = dataclasses.field(repr=False)
   _unit: Made = dataclasses.field(repr=False)  # what the ids stand for, if they are no tokens
   _keys: dict[Made, bytes] = dataclasses.field(default_factory=dict, repr=False)

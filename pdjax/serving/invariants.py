@@ -60,13 +60,22 @@ def _holders(books: Books) -> dict[tuple[str, str], Counter[int]]:
 
 
 def _check_tenants(books: Books) -> None:
+  held = [
+    (worker, kind, numbers, entry.request.salt)
+    for entry in books.requests.values()
+    for worker, pages in entry.pages.items()
+    for kind, numbers in pages.items()
+  ]
+  for copy in books.copies.values():
+    assert books.prefixes is not None
+    kind, salt = books.prefixes.kind, copy.blocks.salt
+    held.append((copy.source, kind, copy.plan.source_pages, salt))
+    held.append((copy.target, kind, (*copy.plan.before, *copy.pages), salt))
   salts: dict[tuple[str, str, int], str] = {}
-  for entry in books.requests.values():
-    for worker, pages in entry.pages.items():
-      for kind, numbers in pages.items():
-        for page in numbers:
-          salt = salts.setdefault((worker, kind, page), entry.request.salt)
-          assert salt == entry.request.salt, f'{worker}, {kind}: page {page} is held for {salt!r} and another tenant'
+  for place, kind, numbers, salt in held:
+    for page in numbers:
+      first = salts.setdefault((place, kind, page), salt)
+      assert first == salt, f'{place}, {kind}: page {page} is held for {first!r} and another tenant'
 
 
 def _check_index(books: Books, prefixes: Prefixes) -> None:

@@ -115,7 +115,7 @@ class Processes:
     built, engine = self.built, self.built.backend
     state = ClusterState(
       self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults,
-      prefix_cache=self.config.prefix_cache, places=built.places,
+      prefix_cache=self.config.cache_of(self.config.model), places=built.places,
       between=[(one.name, other.name) for one, other in self.config.ways((*built.workers, *built.places))],
     )  # fmt: skip
     try:

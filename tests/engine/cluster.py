@@ -98,7 +98,7 @@ class Cluster:
     config = self.config
     return ClusterState(
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-      max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache, places=self.holders,
+      max_preemptions=config.max_preemptions, prefix_cache=config.cache_of(self.model), places=self.holders,
       between=[(source.name, target.name) for source, target in config.ways((*self.specs, *self.holders))],
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ class Cluster:
       place.forget_all()
       state.books.places[name].incarnation = place.incarnation
     backend: Backend = Impatient(wrap(engine))
-    nan_pages = None if self.config.prefix_cache is None else NaNPages(backend, engine.places, state)
+    nan_pages = None if state.books.prefixes is None else NaNPages(backend, engine.places, state)
     compiled_before = len(compiled)
     try:
       prepare(engine)

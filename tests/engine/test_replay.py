@@ -42,7 +42,7 @@ def replay_from(
   config = cluster.config
   state = ClusterState(
     cluster.model, specs, config.page_size, cluster.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-    max_preemptions=config.max_preemptions, prefix_cache=config.prefix_cache,
+    max_preemptions=config.max_preemptions, prefix_cache=config.cache_of(cluster.model),
   )  # fmt: skip
   for name, incarnation in served.incarnations.items():
     state.workers[name].incarnation = incarnation

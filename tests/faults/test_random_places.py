@@ -89,7 +89,8 @@ def test_whatever_wanders_and_fails_every_token_is_right_and_every_page_comes_ba
   policy = Wandering(policy)
   workers = [dataclasses.replace(one, page_size=one.page_size or 4) for one in workers]
   host = WorkerSpec('host0', Role.HOLD, num_pages=40, max_sequences=1, page_size=4)
-  arrivals = Leaving(some_requests(300, rng, unlike=5), rng, within_s=300.0)
+  requests = [dataclasses.replace(one, tenant=rng.choice('ab')) for one in some_requests(300, rng, unlike=4)]
+  arrivals = Leaving(requests, rng, within_s=300.0)
   sizes = {place.name: place.page_size for place in (*workers, host)}
   simulator = ShadowSimulator(TINY, (*workers, host), HandCost(), page_sizes=sizes, slow_s=30.0)
   backend = Dying(simulator, rng, late_s=130.0, workers=simulator.incarnations, down_s=50.0)

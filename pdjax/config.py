@@ -132,6 +132,12 @@ class ServingConfig:
         f'the policy asks for decode_steps={wanted}, but a worker takes at most {fused} in one step; '
         'lower it or raise max_fused_steps.'
       )
+    returns_to = getattr(self.policy, 'returns_to', None)
+    if returns_to not in (None, 'source', *names):
+      raise ValueError(
+        f'the policy has returns_to={returns_to!r}, but the places are {", ".join(names)}; name one of them, or give '
+        "the config places=(HostPlace(name, bytes),), or return to 'source' what is to go where it was prefilled."
+      )
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:
@@ -173,8 +179,9 @@ class ServingConfig:
 
   @property
   def moves_anywhere(self) -> bool:
-    """Whether the policy may send KV between any two workers."""
-    return as_policy(self.policy).moves_anywhere
+    """Whether the policy may send KV between any two places: it says so, or has blocks return to a worker."""
+    returns_to = getattr(self.policy, 'returns_to', None)
+    return as_policy(self.policy).moves_anywhere or returns_to in {worker.name for worker in self.workers}
 
   @property
   def staging_bytes(self) -> int:
@@ -189,8 +196,8 @@ class ServingConfig:
     """The prefix cache of a run with this model: as it is set, or what 'auto' stands for."""
     if self.prefix_cache != 'auto':
       return self.prefix_cache
-    own = [*(worker.page_size for worker in self.workers), *(place.page_size for place in self.places)]
-    sizes = [size or self.page_size for size in own]
+    own = [*(worker.page_size for worker in self.cluster), *(place.page_size for place in self.places)]
+    sizes = [size for size in own if size is not None]
     fits = PrefixCache().fits(model, sizes) and (self.places or getattr(self.workload, 'repeats', True))
     return PrefixCache() if fits else None
 

@@ -19,6 +19,7 @@ from pdjax.metrics.saving import write_each
 from pdjax.opened_model import OpenedModel
 from pdjax.serving.built import Built
 from pdjax.serving.events import Event
+from pdjax.types.model import ModelSpec
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.request import Completion
 from pdjax.workload import Given
@@ -56,7 +57,7 @@ def make_report(
     workers=built.workers,
     places=built.places,
     slo=config.slo,
-    notes=(*notes, *_rate_notes(config, built), *_cache_notes(cache)),
+    notes=(*notes, *_rate_notes(config, built), *_cache_notes(config, cache, opened.model)),
     config=describe(served),
     environment=environment,
     seed=config.seed if workload.seed is None else workload.seed,
@@ -82,8 +83,17 @@ def _rate_notes(config: ServingConfig, built: Built) -> list[str]:
   return [f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({own}).']
 
 
-def _cache_notes(cache: PrefixCache | None) -> list[str]:
-  """A sentence if prompts may have used what was computed in another way."""
+def _cache_notes(config: ServingConfig, cache: PrefixCache | None, model: ModelSpec) -> list[str]:
+  """A sentence if prompts may have used what was computed in another way, or if their pages kept nothing."""
+  auto = PrefixCache()
+  sizes = [worker.page_size or config.page_size for worker in config.workers]
+  if config.prefix_cache == 'auto' and cache is None and auto.fits(model, [auto.block_tokens]):
+    if not auto.fits(model, sizes):
+      return [
+        f'No prefixes were kept, as pages of {", ".join(map(str, sorted({*sizes})))} tokens are no whole blocks of '
+        f'{auto.block_tokens}; prefix_cache=PrefixCache(block_tokens=...) keeps them in smaller ones.'
+      ]
+    return []
   if cache is None or not cache.lossy:
     return []
   return ['The prefix cache took blocks of other weights and dtypes (lossy=True), so tokens may differ.']

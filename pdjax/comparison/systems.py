@@ -167,12 +167,24 @@ def colocated_systems(
         dataclasses.replace(worker, devices=tuple(used[i * tp : (i + 1) * tp])) for i, worker in enumerate(pool)
       )
     for dtype, size in itertools.product(dtypes, sizes):
-      policy = Colocated(token_budget=size, decode_steps=decode_steps)
+      policy = Colocated(token_budget=size, decode_steps=decode_steps, **_cache_use(config))
       of_dtype = tuple(dataclasses.replace(worker, weights=dtype) for worker in pool)
       here = dataclasses.replace(config, workers=of_dtype, policy=policy)
       name = division if len(dtypes) == 1 else f'{division} {dtype or config.definite_dtype}'
       systems.append(System(name, size, here, True, len(used)))
   return systems, missing
+
+
+def _cache_use(config: ServingConfig) -> dict[str, Any]:
+  """The fields by which a policy uses what is cached, for a baseline that uses it alike."""
+  ours, found = config.policy, dict[str, Any]()
+  if (placement := getattr(ours, 'place_prefill', None)) is not None:
+    found['placement'] = placement
+  if (least := getattr(ours, 'min_fetch', None)) is not None:
+    found['min_fetch'] = least
+  if (place := getattr(ours, 'returns_to', None)) in {one.name for one in config.places}:
+    found['returns_to'] = place
+  return found
 
 
 def baselines(

@@ -169,6 +169,7 @@ def build_engine(
     names[spec.name] = [str(device)]
     place = Place(spec, model, make_mesh(model, [device]))
     place.reset()
+    place.make_ready()
     places.append(place)
     say(f'{spec.name}: holds pages, in memory of this host ({device}), {spec.num_pages} of {spec.page_size} tokens')
 

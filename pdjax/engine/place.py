@@ -36,6 +36,10 @@ class Place:
     for pool in self.pools.values():
       pool.reset()
 
+  def make_ready(self) -> None:
+    """Wait until its pages are there: a large memory takes a while to be filled, which nobody is to wait for later."""
+    jax.block_until_ready([pool.pages for pool in self.pools.values()])
+
   @property
   def broken(self) -> bool:
     """Whether something that failed has consumed the pages it was given."""

@@ -133,6 +133,7 @@ class WorkerProcess:
     if spec.role is Role.HOLD:
       place = Place(spec, model, mesh)
       place.reset()
+      place.make_ready()
     else:
       checkpoint = self._open_checkpoint(assignment)
       weights = load_weights(checkpoint, model, {None: mesh}, jnp.dtype(spec.weights))[None]

@@ -12,6 +12,8 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `vllm:num_preemptions_total` | times that a request was preempted |
 | `vllm:prefix_cache_queries_total` | tokens of prompts of requests that were served |
 | `vllm:prefix_cache_hits_total` | those of them that were cached, and so not computed |
+| `pdjax:kv_copied_tokens_total` | tokens of cached blocks that were copied from place to place |
+| `pdjax:kv_copied_bytes_total` | bytes of these |
 | `sglang:kv_transfer_latency_ms` | milliseconds in which any of its pages were on the wire, a request |
 | `sglang:kv_transfer_total_mb` | megabytes, a request |
 | `sglang:kv_transfer_speed_gb_s` | gigabytes a second on the wire, a request |
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pdjax.metrics.copies import copied_blocks
 from pdjax.metrics.request_rows import NOBODY
 from pdjax.metrics.timeline import Timeline
 from pdjax.metrics.transfers import TransferFigures
@@ -55,6 +58,9 @@ def _series(timeline: Timeline) -> Iterator[tuple[str, float]]:
   served = timeline.requests.rows[timeline.requests.completed]
   yield 'vllm:prefix_cache_queries_total', int(served['prompt_len'][served['sample_of'] == NOBODY].sum())
   yield 'vllm:prefix_cache_hits_total', timeline.cached_tokens
+  copies = copied_blocks(timeline.spans)
+  yield 'pdjax:kv_copied_tokens_total', sum(one.tokens for one in copies)
+  yield 'pdjax:kv_copied_bytes_total', sum(one.bytes for one in copies)
   requests, which = np.unique(timeline.spans.first_named(rows), return_inverse=True)
   latencies_s = _covered_s(which, began_s, ended_s, len(requests))
   sizes = np.bincount(which, rows['wire_bytes'], len(requests))

@@ -308,7 +308,7 @@ def _about_pages(reports: Sequence[Report]) -> str:
   cached = ''
   if any(run.caches for run in reports):
     cached = ' Pale are pages that nobody holds and whose content is found again, which count as free.'
-  return f'Pages of the KV cache that somebody holds.{cached} All pools share one scale; labels name each peak.'
+  return f'Pages of the KV cache that somebody holds.{cached} Heights are shares of each pool; labels name each peak.'
 
 
 def _about_hits(runs: Sequence[tuple[Report, str]], finders: Sequence[Report]) -> list[str]:

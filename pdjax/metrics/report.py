@@ -293,10 +293,19 @@ class Report:
     """The gain of the prefix cache, in a line."""
     if not self.prefix_hits:
       return 'the prefix cache was on, and nothing was found in it'
-    where = {'prefill': 'where they were prefilled', 'decode': 'where they decoded'}
+    where = {'prefill': 'as they were prefilled', 'decode': 'where they decoded'}
+    fetched = [
+      f'{percent(ratio(count, self.begun_tokens))} at {place}' for place, count in self.fetched_tokens().items()
+    ]
+    where['prefill'] += f' ({", ".join(fetched)})' if fetched else ''
     parts = [f'{percent(ratio(self.hit_tokens(side), self.begun_tokens))} {where[side]}' for side in self.prefix_hits]
     cached = ' and '.join(parts).replace('%', '% were cached', 1)
     return f'of {self.begun_tokens:,} prompt tokens asked for, {cached}'
+
+  def fetched_tokens(self) -> dict[str, int]:
+    """Prompt tokens that were found at each place that only holds pages, of those where any were."""
+    found = self.prefix_hits.get('prefill', {})
+    return {place.name: found[place.name] for place in self.places if place.name in found}
 
   def return_lines(self) -> list[str]:
     """The returns of lost workers with the time they took, in a line each; of many, the first."""

@@ -127,7 +127,7 @@ class SpanRows(Read[BusySpan]):
   def requests(self, number: int) -> tuple[str, ...]:
     """Everyone in a span, those with prompt tokens first."""
     row = self.rows[number]
-    count = 1 if row['kind'] == TRANSFER else row['num_prompts']
+    count = 1 if row['kind'] in (TRANSFER, COPY) else row['num_prompts']
     numbers = self._named[row['named'] : row['named'] + count].tolist()
     if row['batch'] >= 0:
       start = self._ends[row['batch'] - 1] if row['batch'] else 0

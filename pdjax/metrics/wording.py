@@ -50,6 +50,8 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   yield 'input tokens', f'{report.total_input_tokens:,}'
   if report.caches or report.cached_tokens:
     yield 'cached tokens', _with_share(report.cached_tokens, report.total_input_tokens)
+  for place, tokens in report.fetched_tokens().items():
+    yield f'found at {place}', _with_share(tokens, report.begun_tokens)
   if unsent := report.hit_tokens('decode'):
     yield 'tokens not sent', _with_share(unsent, report.begun_tokens)
   yield 'output tokens', f'{report.total_output_tokens:,}'

@@ -80,9 +80,11 @@ def fill_prefills(
         break
       batches.add(entry, worker, entry.target if entry.target != worker.name else None, entry.started)
   for entry in waiting:
-    if entry.fetching:
-      continue
     request = entry.request.id
+    if entry.fetching:  # what it needs is kept for it
+      for worker in [worker for worker in workers if worker.name in entry.copies_asked][:1]:
+        room.take(request, worker.name, decodes=worker.role.decodes and target_of(entry, worker) is None)
+      continue
     open_workers = batches.open()
     targets = {worker.name: target_of(entry, worker) for worker in open_workers}
     staying = [worker for worker in open_workers if targets[worker.name] is None and worker.role.decodes]
@@ -94,10 +96,11 @@ def fill_prefills(
       able = room.fitting(request, open_workers, decodes=False)
     if not able:
       break
-    able = [worker for worker in able if worker.name in entry.fetches] or able
+    able = [worker for worker in able if worker.name in entry.copies_asked] or able
     worker = placement.choose(entry, able, room)
     if (fetch := fetch_for(view, entry, worker, min_fetch)) is not None:
       fetches.append(fetch)
+      room.take(request, worker.name, decodes=worker in staying)
       continue
     send_to = targets[worker.name]
     room.take(request, worker.name, decodes=worker in staying)

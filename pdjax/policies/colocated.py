@@ -26,7 +26,8 @@ class Colocated(PolicyBase):
     decode_steps: Decode steps fused on the device where no prompt has work; with 1, a step stands until something
       changes.
     placement: Chooses the worker of a new request.
-    returns_to: The place to which the blocks of requests that have ended are copied; None leaves them where they are.
+    returns_to: The place to which the blocks of requests that have ended are copied, a worker or one that only holds
+      pages; None leaves them where they are.
     min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
   """
 
@@ -40,6 +41,11 @@ class Colocated(PolicyBase):
 
   def __post_init__(self):
     check_fields(self)
+    if self.returns_to == 'source':
+      raise ValueError(
+        "Colocated has returns_to='source', but what it decodes lies where it was prefilled; name another place, or "
+        'leave it out.'
+      )
 
   def decide(self, view: ClusterView) -> list[Action]:
     if view.grows and (preempted := preempt_newest(view)):
@@ -70,7 +76,7 @@ class Colocated(PolicyBase):
         actions.append(Step(name, tuple(chunks), ALL if decodes_any(worker) else ()))
       elif worker.has_work:
         actions.append(Step(name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps))
-    return [*actions, *prefills.fetches, *kept]
+    return [*prefills.fetches, *actions, *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""

@@ -25,10 +25,11 @@ class Disaggregated(PolicyBase):
     decode_steps: Decode steps fused on the device between two decisions; with 1, a step stands until something changes.
     place_prefill: Chooses the prefill worker.
     place_decode: Chooses the decode worker.
-    returns_to: The place to which the blocks of requests that have ended are copied, 'source' for the worker that
-      prefilled each; None leaves them where they are.
+    returns_to: The place to which the blocks of requests that have ended are copied, a worker or one that only holds
+      pages, or 'source' for the worker that prefilled each; None leaves them where they are.
     min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
-    moves_on: Whether sequences that decode on a worker that drains for another role are moved to others.
+    moves_on: Whether sequences that decode on a worker that drains for another role are moved to others. Then, and
+      where blocks return to a worker, there are ways between all places, so that prompts are fetched from any.
   """
 
   max_prefill_tokens: Count = 512
@@ -55,9 +56,10 @@ class Disaggregated(PolicyBase):
       return [*self._decodes(view, set()), *kept]
     room = view.room()
     transfers = self._transfers(view, room)
-    moves = self._moves(view, room) if self.moves_on else []
+    if self.moves_on and (moves := self._moves(view, room)):
+      return [*transfers, *moves]  # their workers have others to decode now
     prefills, fetches = self._prefills(view, room)
-    return [*transfers, *moves, *prefills, *self._decodes(view, {step.worker for step in prefills}), *fetches, *kept]
+    return [*transfers, *fetches, *prefills, *self._decodes(view, {step.worker for step in prefills}), *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""
@@ -89,7 +91,7 @@ class Disaggregated(PolicyBase):
     """The moves of what decodes on workers that will decode no more, as far as others have room."""
     actions: list[Action] = []
     draining = [worker for worker in view.decode_workers if worker.draining and not worker.draining.decodes]
-    for entry in [entry for worker in draining for entry in worker.decoding.values() if entry.computed]:
+    for entry in [entry for worker in draining for entry in worker.decoding.values() if entry.can_move]:
       if (target := self._target(view, room, entry)) is None:
         break
       room.take(entry.request.id, target, decodes=True)
@@ -98,6 +100,9 @@ class Disaggregated(PolicyBase):
 
   def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
     able = room.fitting(entry.request.id, view.decode_workers, decodes=True)
+    staying = [worker for worker in able if not worker.draining]  # one that drains takes only what it has already
+    others = [worker for worker in view.decode_workers if worker.up and not worker.draining]
+    able = staying if others else able
     return self.place_decode.choose(entry, able, room).name if able else None
 
   def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Transfer]]:

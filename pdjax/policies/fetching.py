@@ -16,13 +16,13 @@ def fetch_for(view: ClusterView, entry: RequestView, worker: WorkerView, least: 
     least: Fewest tokens that are to come.
   """
   request, name = entry.request.id, worker.name
-  if not view.caches or name in entry.fetches:
+  if not view.caches or name in entry.copies_asked:
     return None
   best, most = None, view.cached_tokens(request, name) + least - 1
   for place in view.places.values():
     if place.up and (tokens := view.fetchable_tokens(request, place.name, name)) > most:
       best, most = place.name, tokens
-  return None if best is None else Transfer(view.blocks(request), name, best)
+  return None if best is None else Transfer(view.blocks(entry), name, best)
 
 
 def keep_ended(view: ClusterView, returns_to: str | None) -> Iterable[Transfer]:
@@ -32,9 +32,9 @@ def keep_ended(view: ClusterView, returns_to: str | None) -> Iterable[Transfer]:
   """
   if returns_to is None:
     return
-  for name, entry in view.ended.items():
-    source, target = entry.target or entry.worker, entry.worker if returns_to == 'source' else returns_to
-    if source is None or target is None or target == source or target in entry.fetches or not view.places[source].up:
+  for entry in view.ended.values():
+    source, target = entry.target or entry.worker, entry.prefilled_by if returns_to == 'source' else returns_to
+    if source is None or target is None or target == source or not view.places[source].up:
       continue
     if target not in view.places or (view.places[target].up and not view.places[target].draining):
-      yield Transfer(view.blocks(name), target, source)  # of a place that is unknown the error tells
+      yield Transfer(view.blocks(entry), target, source)  # of a place that is unknown the error tells

@@ -43,7 +43,10 @@ class BlockMaking:
   # -------------------------------------------------------------------------- what makes a block
 
   def made_of(self, source: str, target: str) -> Made:
-    """The way in which the blocks of a place are made: model, weights, cache, and dtypes in which they lose something.
+    """The way in which the blocks of a place are made.
+
+    That is the model, the weights, the cache that later tokens attend to as they are computed, and the dtypes in which
+    the numbers lose something, one after another.
 
     Args:
       source: The worker that computes them.
@@ -53,8 +56,7 @@ class BlockMaking:
     if way not in self._made:
       ours = self._places[source]
       weights, cached = str(ours.weights or ours.cached_dtype), ours.cached_dtype
-      # Later tokens attend to what the cache holds as they are computed.
-      made = (self._model.name, weights, weights if cached in (weights, 'float32') else cached)
+      made = (self._model.name, weights, cached, weights if cached == 'float32' else cached)
       self._made[way] = self.sent_on(made, source, target)
     return self._made[way]
 
@@ -129,7 +131,7 @@ class BlockMaking:
   def blocks(self, entry: RequestState) -> Blocks:
     """The whole blocks of a request: of its prompt, and of the tokens that it has generated but the last."""
     content, unit = self._content(entry.request, entry.tokens[:-1])
-    return Blocks(entry.request.id, self.whole(len(content)), content, entry.request.salt, unit)
+    return Blocks(entry.request.id, self.whole(len(content)), entry.number, content, entry.request.salt, unit)
 
   def keys_of(self, blocks: Blocks, made: Made) -> bytes:
     """The keys of blocks, as something makes them."""

@@ -16,11 +16,13 @@ class Blocks:
   Attributes:
     request: The request whose sequence it is.
     tokens: The tokens of them.
+    number: The position of that request in the order of arrival.
     salt: The tenant, or whatever else keeps blocks apart.
   """
 
   request: str
   tokens: int
+  number: int = dataclasses.field(repr=False)
   _content: np.ndarray = dataclasses.field(repr=False)  # token ids, or what stands for them
   salt: str = dataclasses.field(repr=False)
   _unit: Made = dataclasses.field(repr=False)  # what the ids stand for, if they are no tokens

@@ -25,7 +25,10 @@ class CachedView:
 
   @property
   def ended(self) -> Mapping[str, RequestView]:
-    """Requests that were served to their end in this turn and left blocks where they were; none without a cache."""
+    """Requests that were served to their end in this turn and left blocks where they were; none without a cache.
+
+    One is here until a copy of its blocks was asked for, or the turn ends.
+    """
     return self._ended
 
   def cached_tokens(self, request: str, worker: str, source: str | None = None) -> int:
@@ -62,21 +65,25 @@ class CachedView:
       )
     return 0 if prefixes is None or not self.has_way(place, worker) else prefixes.fetchable(entry, place, worker)
 
-  def blocks(self, request: str) -> Blocks:
+  def blocks(self, request: str | RequestView) -> Blocks:
     """The blocks of a request that is unfinished, or has `ended`, by which `Transfer` copies what a place holds of it.
 
     They are those of its prompt and of what it has generated, whoever holds them.
 
+    Args:
+      request: Its id, or the request itself; of an id that two have, the unfinished one is meant.
+
     Raises:
       KeyError: if there is no such request, or nothing is cached.
     """
-    entry = self._books.requests.get(request) or self._books.ended.get(request)
-    if entry is None or self._books.prefixes is None:
-      known = (
-        'a request that is unfinished or has ended in this turn' if entry is None else 'a config with prefix_cache'
-      )
-      raise KeyError(f'blocks({request!r:.80}), expected {known}.')
-    return self._books.prefixes.making.blocks(entry)
+    books = self._books
+    name = request if isinstance(request, str) else request.request.id
+    known = [one for one in (books.requests.get(name), books.ended.get(name)) if one is not None]
+    entry = next((one for one in known if isinstance(request, str) or one is request), None)
+    if entry is None or books.prefixes is None:
+      what = 'a request that is unfinished or has ended in this turn' if entry is None else 'a config with prefix_cache'
+      raise KeyError(f'blocks({name!r:.80}), expected {what}.')
+    return books.prefixes.making.blocks(entry)
 
   def has_way(self, source: str, target: str) -> bool:
     """Whether pages may travel from one place to another."""

@@ -251,6 +251,11 @@ def find_request(view: ClusterView, action: Action, request: str) -> RequestView
 def find_worker(view: ClusterView, action: Action, name: str) -> WorkerView:
   """The worker that an action names; raises `PolicyError` if there is none."""
   worker = view.workers.get(name) if isinstance(name, str) else None
+  if worker is None and isinstance(name, str) and name in view.places:
+    raise PolicyError(
+      f'{action!r}: {name!r} only holds pages, and runs nothing; name one of the workers {", ".join(view.workers)}, or '
+      'copy blocks there: Transfer(view.blocks(request), target, source).'
+    )
   if worker is None:
     raise PolicyError(f'{action!r}: worker {name!r} is unknown; the workers are {", ".join(view.workers)}.')
   return worker
@@ -259,6 +264,10 @@ def find_worker(view: ClusterView, action: Action, name: str) -> WorkerView:
 def find_place(view: ClusterView, action: Action, name: str | None) -> WorkerView:
   """The worker, or place that only holds pages, that an action names; raises `PolicyError` if there is none."""
   place = view.places.get(name) if isinstance(name, str) else None
+  if name is None:
+    raise PolicyError(
+      f'{action!r}: blocks need a source; name the place that is to send them, of {", ".join(view.places)}.'
+    )
   if place is None:
     raise PolicyError(f'{action!r}: place {name!r} is unknown; the places are {", ".join(view.places)}.')
   return place

@@ -11,6 +11,7 @@ from pdjax.serving.copy_under_way import Copy
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.prefixes import CopyPlan
 from pdjax.serving.requests import RequestState
+from pdjax.serving.tasks import is_kept_free
 from pdjax.serving.view import ClusterView
 from pdjax.types.span import Span
 
@@ -29,19 +30,24 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   if prefixes is None:
     raise PolicyError(f'{action!r}: nothing is cached; set prefix_cache=PrefixCache().')
   source, target = find_place(view, action, action.source), find_place(view, action, action.target)
+  if source.name == target.name:
+    raise PolicyError(f'{action!r}: source and target are one place; name another.')
   check_up(action, source)
   check_takes_new(action, target)
   find_way(view, action, source.name, target.name)
   blocks = action.request
-  entry = books.requests.get(blocks.request) or books.ended.get(blocks.request)
+  known = (books.requests.get(blocks.request), books.ended.get(blocks.request))
+  entry = next((one for one in known if one is not None and one.number == blocks.number), None)
+  if entry is not None and books.ended.get(blocks.request) is entry:
+    del books.ended[blocks.request]  # so that a policy is not asked of it again
   if entry is not None:
-    entry.fetches[target.name] = entry.fetches.get(target.name, 0) + 1
+    entry.copies_asked[target.name] = entry.copies_asked.get(target.name, 0) + 1
   plan = prefixes.plan_copy(blocks, source.name, target.name)
   if plan is None:
     return ()
   for copy in books.copies.values():
     if copy.target == target.name and copy.failed_at is None and _brings(copy, plan, prefixes.block_tokens):
-      _wait_for(copy, entry)
+      _wait_for(books, copy, entry)
       return ()
   ours, theirs = books.holdings[source.name].pages, books.holdings[target.name].pages
   theirs.hold({prefixes.kind: plan.before})  # before others take their place
@@ -56,7 +62,7 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   pages = theirs.take({prefixes.kind: -(-(end - plan.start) // size)})[prefixes.kind]
   copy = Copy(blocks, plan, source.name, target.name, pages, plan.start)
   books.copies[number := books.new_order_id()] = copy
-  _wait_for(copy, entry)
+  _wait_for(books, copy, entry)
   return _send(books, number)
 
 
@@ -66,8 +72,9 @@ def _brings(copy: Copy, plan: CopyPlan, block_tokens: int) -> bool:
   return copy.plan.start <= plan.start and plan.end <= copy.plan.end and copy.plan.keys[:size] == plan.keys[:size]
 
 
-def _wait_for(copy: Copy, entry: RequestState | None) -> None:
-  if entry is not None:
+def _wait_for(books: Books, copy: Copy, entry: RequestState | None) -> None:
+  """Note that a request may begin behind what a copy brings."""
+  if entry is not None and books.places[copy.target].role.prefills:
     entry.fetching += 1
     copy.entries.append(entry)
 
@@ -87,7 +94,9 @@ def waiting_copies(books: Books) -> list[SendOn]:
 
 
 def _room(books: Books, copy: Copy) -> int:
-  """Units that staging has room for now."""
+  """Units that staging has room for now, beside what is to be tried again."""
+  if is_kept_free(books, copy.source, copy.target):
+    return 0
   (lane,) = books.ways[copy.source, copy.target]
   free = min(books.holdings[copy.source].staging_out.free_bytes, books.holdings[copy.target].staging_in.free_bytes)
   return free // lane.unit_bytes
@@ -133,6 +142,15 @@ def part_ended(books: Books, order: TransferOrder, *, arrived: bool) -> None:
     copy.failed_at = min(order.span.start, copy.plan.end if copy.failed_at is None else copy.failed_at)
   if copy.is_over:
     _end(books, order.copy)
+
+
+def spoil_copies(books: Books, blocks: Blocks) -> None:
+  """Let nothing count that is on its way and begins like blocks that are spoilt."""
+  assert books.prefixes is not None
+  for copy in books.copies.values():
+    keys = books.prefixes.making.keys_of(blocks, copy.plan.made)[:KEY_BYTES]
+    if keys and keys == copy.plan.keys[:KEY_BYTES]:
+      copy.failed_at = copy.plan.start
 
 
 def forget_target(books: Books, place: str) -> None:

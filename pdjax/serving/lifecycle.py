@@ -5,6 +5,7 @@ from collections.abc import MutableMapping, Sequence
 from pdjax.serving.actions import Cancel, Reject
 from pdjax.serving.books import Books
 from pdjax.serving.checks import PolicyError, check_id, find_request, why_unfit, why_without_place
+from pdjax.serving.copies import spoil_copies
 from pdjax.serving.events import Finished, Result
 from pdjax.serving.keyed_queue import KeyedQueue
 from pdjax.serving.orders import EndOrder
@@ -151,7 +152,7 @@ def finish(books: Books, entry: RequestState, reason: FinishReason, error: str |
     if books.prefixes is not None and entry.is_cached:
       books.ended[name] = entry
   elif reason == 'error' and books.prefixes is not None:
-    books.prefixes.spoil(entry)
+    spoil_copies(books, books.prefixes.spoil(entry))
   if entry.samples is None or name != entry.samples.ids[0]:
     books.must.pop(name, None)
   for place, pages in entry.pages.items():

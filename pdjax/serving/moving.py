@@ -20,13 +20,16 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   """Have a request that decodes leave its batch, to go on at another worker.
 
   Raises:
-    PolicyError: if its prompt is not all computed, or that worker does not decode or is the same, there is no way to
+    PolicyError: if it cannot be moved yet, or that worker does not decode or is the same, there is no way to
       it, or it could never have room.
   """
   target = books.workers[action.target]
   assert entry.target is not None
-  if not entry.computed:
-    raise PolicyError(f'{action!r}: its prompt is not all computed yet; wait until `computed` says so.')
+  if not entry.can_move:
+    raise PolicyError(
+      f'{action!r}: its prompt is not all computed yet, or it is a further sample that no step has decoded yet; wait '
+      'until `can_move` says so.'
+    )
   if target.name == entry.target:
     raise PolicyError(f'{action!r}: it decodes there already; name another worker.')
   check_decodes(action, target)
@@ -41,7 +44,8 @@ def start_move(books: Books, view: ClusterView, action: Transfer, entry: Request
   books.gone = [one for one in books.gone if one != leaves]  # it is told now
   entry.goes_to = target.name
   enter(entry, Phase.LEAVING)
-  leave_now(books, entry)
+  goes = leave_now(books, entry)
+  assert goes, 'a worker that could take it was just named'
   return (start_leave(books, leaves),)
 
 
@@ -83,7 +87,8 @@ def take_moves(books: Books, view: ClusterView) -> list[Transfer]:
   room = view.room()
   for name, entry in books.moving.items():
     assert entry.goes_to is not None
-    if name in books.prefilled and room.fits(name, entry.goes_to, decodes=True):
+    decodes = books.workers[entry.goes_to].role.decodes  # it may have another role by now
+    if decodes and name in books.prefilled and room.fits(name, entry.goes_to, decodes=True):
       room.take(name, entry.goes_to, decodes=True)
       moves.append(Transfer(name, entry.goes_to))
   books.moving.clear()

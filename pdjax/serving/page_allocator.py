@@ -131,11 +131,15 @@ class PageAllocator:
       self._is_cached[page] = 1
 
   def spoil(self, pages: Iterable[int]) -> None:
-    """Note that the content of pages which somebody holds must not be found again."""
+    """Note that the content of pages must not be found again, whoever holds them."""
     spoilt = [page for page in pages if self._is_cached[page]]
+    free = [page for page in spoilt if not self._holders[page]]
     for page in spoilt:
-      assert self._holders[page], f'page {page} is held by nobody'
       self._is_cached[page] = 0
+    for page in free:
+      self._remove(page)
+    self._append(self._blank, free)
+    self.num_cached -= len(free)
     if spoilt:
       self.forget(spoilt)
 

@@ -144,6 +144,12 @@ class PrefixIndex:
     last = np.minimum(np.arange(0, len(blocks), of.blocks_per_page) + of.blocks_per_page, len(blocks)) - 1
     return tuple(((self._slots_at(of, blocks[last]) - of.start) // of.blocks_per_page).tolist())
 
+  def pages_with(self, place: str, blocks: np.ndarray) -> list[int]:
+    """The pages of a place that hold any of some blocks."""
+    of = self._places[place]
+    slots = self._slots_at(of, blocks)
+    return np.unique((slots[slots >= 0] - of.start) // of.blocks_per_page).tolist()
+
   # -------------------------------------------------------------------------- storing
 
   def store(self, place: str, keys: bytes, pages: Sequence[int], first: int = 0) -> np.ndarray:

@@ -124,6 +124,7 @@ class Prefixes:
     self.making = BlockMaking(model, settings, places)
     self.block_tokens = settings.block_tokens
     self._logs_tokens = settings.log_tokens
+    self._prefills = {name: place.ever_prefills for name, place in places.items()}
     self._chains: dict[str, dict[Made, None]] = {name: {} for name in places}  # the ways in which blocks there are made
     self._version = 0  # counts the changes of the index
     for name, place in pages.items():
@@ -317,15 +318,16 @@ class Prefixes:
 
   def plan_copy(self, blocks: Blocks, source: str, target: str) -> CopyPlan | None:
     """The blocks of a sequence that a place has, another lacks and somebody there could use; None if there are none."""
-    size, longest, best = self.block_tokens, 0, None
+    size, most, best = self.block_tokens, (False, 0), None
+    own = self.making.made_of(target, target) if self._prefills[target] else None
     for made in self._chains[source]:
       sent_on = self.making.sent_on(made, source, target)
       if not self.making.is_useful(sent_on, target):
         continue
       found = self.index.find(self.making.keys_of(blocks, made))
       held = self.index.hit(source, found)
-      if held > longest:
-        longest, best = held, (found, sent_on)
+      if held and (sent_on == own, held) > most:  # what prompts there go on from, before what decodes there
+        most, best = (sent_on == own, held), (found, sent_on)
     if best is None:
       return None
     found, made = best
@@ -334,7 +336,7 @@ class Prefixes:
     have = self.index.hit(target, there)
     unit = math.gcd(self.page_tokens[source], self.page_tokens[target])
     start = have * size // self.page_tokens[target] * self.page_tokens[target]
-    end = longest * size // unit * unit
+    end = most[1] * size // unit * unit
     if end <= have * size:
       return None
     source_pages = self.index.pages(source, found[: end // size])[start // self.page_tokens[source] :]
@@ -347,10 +349,18 @@ class Prefixes:
     if len(keys) > first * KEY_BYTES:
       self._enter(target, plan.made, keys, pages, first_page, first, lambda: blocks)
 
-  def spoil(self, entry: RequestState) -> None:
-    """Let nobody find what a request holds that ended with an error: there may be numbers in it that are not finite."""
-    for worker, pages in entry.pages.items():
-      self._pages[worker].by_kind[self.kind].spoil(pages[self.kind])
+  def spoil(self, entry: RequestState) -> Blocks:
+    """Let nobody find the blocks of a request that ended with an error: there may be numbers that are not finite.
+
+    Returns:
+      The blocks, which no place has any more.
+    """
+    blocks = self.making.blocks(entry)
+    for place, chains in self._chains.items():
+      for made in chains:
+        found = self.index.find(self.making.keys_of(blocks, made))
+        self._pages[place].by_kind[self.kind].spoil(self.index.pages_with(place, found))
+    return blocks
 
   def lose(self, worker: str) -> None:
     """Note that a worker's pages are gone."""

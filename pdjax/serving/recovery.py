@@ -98,7 +98,8 @@ def lose(books: Books, event: WorkerLost) -> None:
   give_up_copies(books, worker.name)
   books.holdings[worker.name].batch.lose()
   for attempt in books.transfers.forget_worker(worker.name):
-    books.requests[attempt.request].transfers -= 1
+    if attempt.request is not None:
+      books.requests[attempt.request].transfers -= 1
   for entry in [entry for entry in books.requests.values() if worker.name in entry.pages]:
     lose_work(books, entry, worker.name, event.error)
     look_again(books)  # who is handed a prompt on may be the next
@@ -236,7 +237,7 @@ def begin_again(books: Books, entry: RequestState) -> None:
     books.leave(entry, place)
   entry.worker, entry.started, entry.tokens_due, entry.sent, entry.first_in_flight = None, 0, 0, {}, False
   entry.stored, entry.hits, entry.found, entry.fetchable = {}, {}, {}, {}
-  entry.fetches, entry.fetched, entry.goes_to, entry.source, entry.unlike = {}, {}, None, None, False
+  entry.copies_asked, entry.fetched, entry.goes_to, entry.source, entry.unlike = {}, {}, None, None, False
   leave_steps(entry)
   entry.computed = entry.admitted = False
   entry.growth = {}

@@ -101,11 +101,12 @@ class RequestState:
     found: Its blocks that some place holds, by what makes them, with the state of the index that they are of.
     hits: Tokens of it that a worker holds, by worker and source, with the state of the index that they are of.
     fetchable: Tokens of it that a place holds for a worker, by place and worker, with that state.
-    fetching: Copies of its blocks that are under way.
-    fetches: Times that a copy of its blocks was asked for, by the place that it goes to.
+    fetching: Copies of its blocks that are under way to workers that prefill.
+    copies_asked: Times that a copy of its blocks was asked for, by the place that it goes to.
     fetched: The place that a copy of its blocks came from, and the tokens that were there before, by the place that it
       went to.
     goes_to: The worker that it is to decode at, once it has left the one where it did.
+    prefilled_by: The worker that computed its prompt, wherever it moved since.
     source: The worker that computed what it began to decode with.
     unlike: Whether its KV is made in more than one way, so that none of it is cached any more.
     keeps: Whether what it has computed where it decodes stays cached as it begins again: it was preempted there.
@@ -148,9 +149,10 @@ class RequestState:
   stored: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
   computed_to: int = 0
   fetching: int = 0
-  fetches: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
+  copies_asked: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)
   fetched: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict, repr=False)
   goes_to: str | None = None
+  prefilled_by: str | None = None
   source: str | None = None
   unlike: bool = False
   keeps: bool = False
@@ -231,6 +233,11 @@ class RequestState:
   def can_step(self) -> bool:
     """Whether another decode step can bring it a token, and it has a page for that."""
     return self.tokens_left > 0 and self.next_tokens <= self.reach
+
+  @property
+  def can_move(self) -> bool:
+    """Whether it decodes and may be moved: its prompt is all computed, and its pages hold all that they should."""
+    return self.phase is Phase.DECODING and self.computed and not self.copies
 
   @property
   def is_cached(self) -> bool:

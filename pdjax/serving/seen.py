@@ -81,11 +81,19 @@ class RequestView(Protocol):
     """Times it was begun, this one counted."""
 
   @property
-  def fetching(self) -> int:
-    """Copies of its blocks that are under way from place to place."""
+  def can_move(self) -> bool:
+    """Whether it decodes and may be moved: its prompt is all computed, and its pages hold all that they should."""
 
   @property
-  def fetches(self) -> Mapping[str, int]:
+  def prefilled_by(self) -> str | None:
+    """The worker that computed its prompt, wherever it moved since."""
+
+  @property
+  def fetching(self) -> int:
+    """Copies of its blocks that are under way to workers that prefill."""
+
+  @property
+  def copies_asked(self) -> Mapping[str, int]:
     """Times that a copy of its blocks was asked for, by the place that it goes to."""
 
   @property

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from pdjax.serving.actions import Chunk, Resend, Transfer
+from pdjax.serving.actions import Chunk, Transfer
 from pdjax.serving.blocks import Blocks
 from pdjax.serving.books import Books
 from pdjax.serving.checks import (
   PolicyError,
   check_decodes,
   check_takes_new,
+  check_up,
   describe_needs,
   find_request,
   find_way,
@@ -19,6 +20,7 @@ from pdjax.serving.moving import start_move
 from pdjax.serving.orders import LeaveOrder, TransferOrder
 from pdjax.serving.place import WorkerState
 from pdjax.serving.requests import Phase, RequestState, enter
+from pdjax.serving.tasks import is_kept_free
 from pdjax.serving.view import ClusterView
 from pdjax.types.pools import Lane
 from pdjax.types.span import Span
@@ -34,7 +36,8 @@ def reserve_target(books: Books, entry: RequestState, target: WorkerState) -> No
   if found.tokens:
     (kind,) = entry.pages[target.name]
     entry.sent[kind] = found.tokens
-    books.tell_hit(entry, target.name, found.tokens, 'decode')
+    if entry.goes_to is None:  # else it moves, and was told of
+      books.tell_hit(entry, target.name, found.tokens, 'decode')
 
 
 def send_chunk(books: Books, chunk: Chunk, worker: WorkerState, step: int) -> list[TransferOrder]:
@@ -98,7 +101,7 @@ def _fitting(
   sent = entry.sent.get(name, 0)
   left = lane.sendable(entry.tokens_due, entry.prefill_len) - sent
   parts = []
-  while left > 0 and not _is_kept_free(books, source, target):
+  while left > 0 and not is_kept_free(books, source.name, target.name):
     units = min(-(-left // unit), min(free, most) // unit_bytes)
     if units < 1:
       break
@@ -119,12 +122,6 @@ def _has_room(books: Books, entry: RequestState) -> bool:
   assert entry.worker is not None and entry.target is not None
   free = min(books.holdings[entry.worker].staging_out.free_bytes, books.holdings[entry.target].staging_in.free_bytes)
   return any(lane.unit_bytes <= free for lane in books.ways[entry.worker, entry.target])
-
-
-def _is_kept_free(books: Books, source: WorkerState, target: WorkerState) -> bool:
-  """Whether staging is for a transfer that is to be tried again: what is new would take its room for ever."""
-  again = [books.transfers.get_again(task.transfer) for task in books.tasks if isinstance(task, Resend)]
-  return any(one and (one.order.source == source.name or one.order.target == target.name) for one in again)
 
 
 def _move(
@@ -188,8 +185,10 @@ def _send_prompt(books: Books, view: ClusterView, action: Transfer, entry: Reque
     )
   assert entry.worker is not None
   check_decodes(action, target)
-  check_takes_new(action, target)
-  if target.name != entry.worker:
+  if target.name == entry.worker:
+    check_up(action, target)
+  else:
+    check_takes_new(action, target)
     find_way(view, action, entry.worker, target.name)
   room = view.room()
   if not room.fits(name, target.name, decodes=True):
@@ -214,7 +213,9 @@ def _send_prompt(books: Books, view: ClusterView, action: Transfer, entry: Reque
 def transfer_ended(books: Books, order: TransferOrder) -> RequestState | None:
   """Let go of what a transfer held; return the request that needed it, if it has not ended."""
   books.let_go(order)
-  entry = books.requests.get(books.transfers.end(order.id).request)
+  request = books.transfers.end(order.id).request
+  assert request is not None, 'a part of a copy ends elsewhere'
+  entry = books.requests.get(request)
   if entry is not None:
     entry.transfers -= 1
   return entry

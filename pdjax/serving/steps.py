@@ -188,7 +188,8 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
   if entry.phase is Phase.WAITING:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
-    entry.worker, entry.started, entry.computed_to = worker.name, found.tokens, found.tokens
+    entry.worker = entry.prefilled_by = worker.name
+    entry.started = entry.computed_to = found.tokens
     if entry.is_new:
       entry.cached_tokens = found.tokens
       source, had = entry.fetched.get(worker.name, (worker.name, found.tokens))

@@ -30,6 +30,12 @@ def take_tasks(books: Books) -> list[Abandon | Resend]:
   return tasks
 
 
+def is_kept_free(books: Books, source: str, target: str) -> bool:
+  """Whether staging is for a transfer that is to be tried again: what is new would take its room for ever."""
+  again = [books.transfers.get_again(task.transfer) for task in books.tasks if isinstance(task, Resend)]
+  return any(one and (one.order.source == source or one.order.target == target) for one in again)
+
+
 def abandon(books: Books, order: int, error: str) -> bool:
   """Ask for a transfer's end; return whether that was not asked for before."""
   attempt = books.transfers.abandon(order)
@@ -73,6 +79,7 @@ def start_resend(books: Books, action: Resend) -> TransferOrder:
     raise PolicyError(f'{action!r}: no transfer of that id is to be tried again.')
   before = attempt.order
   after = before.after if before.after in books.in_flight else None
+  assert attempt.request is not None, 'a copy is not tried again'
   order = dataclasses.replace(before, id=books.new_order_id(), request=attempt.request, after=after)
   books.hold(order)
   books.transfers.begin(order, attempt.number + 1, books.now_s, waits=after is not None)

@@ -16,14 +16,15 @@ class Attempt:
 
   Attributes:
     order: The order.
-    request: The request that needs its pages: the one that carries the prompt; empty for a copy of cached blocks.
+    request: The request that needs its pages: the one that carries the prompt; None for a copy of cached
+      blocks.
     number: The number of the try, from 1.
     abandoned: Whether nobody waits for it any more, but the backend has not confirmed that it is over.
     error: The reason, then.
   """
 
   order: TransferOrder
-  request: str
+  request: str | None
   number: int = 1
   abandoned: bool = False
   error: str = 'abandoned'
@@ -45,7 +46,7 @@ class Transfers:
 
   def begin(self, order: TransferOrder, number: int, now_s: float, *, waits: bool) -> None:
     """Note an order handed over; its time runs from now, or if it waits for a step from the end of that."""
-    self._under_way[order.id] = Attempt(order, order.request if order.copy is None else '', number)
+    self._under_way[order.id] = Attempt(order, order.request if order.copy is None else None, number)
     if waits:
       assert order.after is not None
       self._behind.setdefault(order.after, []).append(order.id)

@@ -58,8 +58,8 @@ class Room:
   def fits(self, request: str, worker: str, *, decodes: bool, start: int | None = None) -> bool:
     """Whether the worker has pages (and slots, if it decodes there) for the request and its further samples now.
 
-    A worker that is lost or draining takes none. What is cached there and held by others takes no room; what is cached
-    and held by nobody is room for whoever needs it.
+    A worker that is lost takes none, one that is draining only a request that is there already. What is cached there
+    and held by others takes no room; what is cached and held by nobody is room for whoever needs it.
 
     Args:
       request: The request.
@@ -77,9 +77,9 @@ class Room:
     slots_needed = entry.slots_needed if decodes else 0
     needed: Mapping[str, int] = {}
     for worker in workers:
-      if not worker.up or worker.draining:
-        continue
       name = worker.name
+      if not worker.up or (worker.draining and name not in entry.pages):
+        continue
       holdings = all_holdings[name]
       if decodes and slots_needed > len(holdings.slots) - self._slots.get(name, 0):
         continue
@@ -112,6 +112,9 @@ class Room:
     taken = self._pages.setdefault(worker, {})
     entry = self._books.requests[request]
     shared, held = self._shared(entry, worker, start), entry.pages.get(worker, {})
+    if entry.fetching:  # those that a copy has taken for it
+      copies = [one for one in self._books.copies.values() if any(waiting is entry for waiting in one.entries)]
+      shared += sum(len(one.pages) for one in copies if one.target == worker)
     for kind, pages in self._view.kind_pages_needed(request, worker, decodes=decodes).items():
       taken[kind] = taken.get(kind, 0) + max(pages - shared - len(held.get(kind, ())), 0)
     if decodes:

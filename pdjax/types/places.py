@@ -19,7 +19,7 @@ class HostPlace:
 
   Attributes:
     name: Unique among the workers and places.
-    bytes: Memory for pages.
+    bytes: Memory for pages, all of which is taken as the run is built.
     page_size: Tokens per page; None is that of the workers if they have one, and else the config's.
     kv_dtype: Of its pages; None is that of the workers if they have one, and else the config's. Pages are converted on
       their way as between workers, and what loses something by that is no hit for who would not have lost it.

@@ -61,7 +61,7 @@ class Wandering:
       if here is None or not target.up or target.draining or target.name == here or draw.random() > 0.3:
         continue
       if not target.role.decodes or name in view.ended:
-        if target.name not in entry.fetches and view.places[here].up:
+        if target.name not in entry.copies_asked and view.places[here].up:
           actions.append(Transfer(view.blocks(name), target.name, here))
       elif entry.phase is Phase.DECODING and entry.computed and view.could_fit(name, target.name, decodes=True):
         actions.append(Transfer(name, target.name))

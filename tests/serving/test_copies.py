@@ -9,7 +9,7 @@ from pdjax.serving.actions import Abandon
 from pdjax.serving.events import BlockStored, WorkerBack, WorkerLost
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import TransferOrder
-from pdjax.types import PrefixCache, TransferSpec, WorkerSpec, decode_pool, prefill_pool
+from pdjax.types import FaultSpec, PrefixCache, TransferSpec, WorkerSpec, decode_pool, prefill_pool
 from pdjax.types.worker import Role
 from tests.serving.driver import ONE_OF_EACH, SIZES, TWO_AND_TWO, Driver, fail
 from tests.serving.test_books import PAGE_BYTES
@@ -58,7 +58,7 @@ def test_blocks_go_to_a_host_and_come_back_to_a_worker_that_never_had_them():
   assert cluster.view.fetchable_tokens('b', 'host0', 'prefill1') == 8  # whole pages of both: 10 are 2 and a half
   (order,) = copy(cluster, 'b', 'host0', 'prefill1')
   entry = cluster.view.requests['b']
-  assert (entry.fetching, entry.fetches) == (1, {'prefill1': 1, 'host0': 1})
+  assert (entry.fetching, entry.copies_asked) == (1, {'prefill1': 1, 'host0': 1})
   assert (order.source, order.target, order.span.start, order.span.tokens) == ('host0', 'prefill1', 0, 8)
   assert len(order.span.source_pages) == len(order.span.target_pages) == 2 and order.num_bytes == 2 * PAGE_BYTES
   assert cluster.view.cached_tokens('b', 'prefill1') == 0  # not before it has arrived
@@ -115,16 +115,95 @@ def test_a_target_with_few_pages_takes_the_beginning_and_gives_up_what_is_oldest
 
 
 def test_two_that_want_the_same_wait_for_one_copy():
-  cluster = cluster_of()
+  cluster = cluster_of(TWO_AND_TWO)
   compute(cluster, 'a', 17)
-  for name, length in (('b', 17), ('c', 9), ('d', 9)):
+  for name, length in (('b', 17), ('c', 9)):
     cluster.arrive(name, length)
-  (order,) = copy(cluster, 'b', 'prefill0', 'host0')
-  assert copy(cluster, 'c', 'prefill0', 'host0') == ()
-  assert [cluster.view.requests[name].fetching for name in 'bcd'] == [1, 1, 0]
-  cluster.arrive('e', prompt=(*range(2, 10), 90), max_tokens=1)
+  (there,) = copy(cluster, 'b', 'prefill0', 'host0')
+  assert cluster.view.requests['b'].fetching == 0  # nobody prefills on the host
+  end(cluster, there)
+  (order,) = copy(cluster, 'b', 'host0', 'prefill1')
+  assert copy(cluster, 'c', 'host0', 'prefill1') == ()
+  assert [cluster.view.requests[name].fetching for name in 'bc'] == [1, 1]
   end(cluster, order)
-  assert [cluster.view.requests[name].fetching for name in 'bcd'] == [0, 0, 0]
+  assert [cluster.view.requests[name].fetching for name in 'bc'] == [0, 0]
+  assert [cluster.view.cached_tokens(name, 'prefill1') for name in 'bc'] == [16, 8]
+
+
+def test_what_has_ended_is_asked_of_once():
+  cluster = cluster_of()
+  compute(cluster, 'a', 9)
+  assert [*cluster.view.ended] == ['a']
+  (order,) = copy(cluster, 'a', 'prefill0', 'host0')
+  assert not cluster.view.ended
+  end(cluster, order)
+
+
+def test_one_that_came_with_the_id_of_one_that_has_ended_is_another():
+  cluster = cluster_of()
+  compute(cluster, 'a', 9)
+  cluster.arrive('a', prompt=prompt(12, seed=3))
+  old, new = cluster.view.blocks(cluster.view.ended['a']), cluster.view.blocks('a')
+  assert (old.tokens, new.tokens) == (8, 12)
+  (order,) = cluster.start(Transfer(old, 'host0', 'prefill0'))
+  assert not cluster.view.requests['a'].copies_asked and not cluster.view.ended
+  end(cluster, order)
+
+
+def test_what_is_spoilt_is_found_nowhere_and_does_not_arrive_either():
+  cluster = cluster_of(places=(host(), host(name='host1')))
+  cluster.arrive('a', 16)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, 8),)))[0])
+  end(cluster, *copy(cluster, 'a', 'prefill0', 'host0'))
+  (order,) = copy(cluster, 'a', 'prefill0', 'host1')
+  step = cluster.start(Step('prefill0', (Chunk('a', 8, 8),)))[0]
+  cluster.end(step, {'a': 1}, {'a': 'error'})
+  end(cluster, order)
+  cluster.arrive('b', 16)
+  assert cluster.view.cached_tokens('b', 'prefill0') == 0
+  assert [cluster.view.fetchable_tokens('b', place, 'prefill0') for place in ('host0', 'host1')] == [0, 0]
+
+
+def test_a_transfer_that_is_to_be_tried_again_comes_before_what_is_left_of_copies():
+  cluster = cluster_of(
+    transfer=TransferSpec(staging_bytes=2 * PAGE_BYTES), faults=FaultSpec(max_attempts=3, backoff_s=1.0),
+    places=(host(16),),
+  )  # fmt: skip
+  compute(cluster, 'a', 17)
+  cluster.arrive('b', prompt=prompt(6, seed=2))
+  cluster.end(cluster.start(Step('prefill0', (Chunk('b', 0, 6),)))[0], {'b': 1})
+  failing, well = cluster.start(Transfer('b', 'decode0'))
+  cluster.arrive('c', 17)
+  assert copy(cluster, 'c', 'prefill0', 'host0') == ()  # staging is taken
+  cluster.end(well)
+  fail(cluster, failing)
+  first, second = cluster.must()
+  cluster.now_s += 2.0
+  for timer in cluster.state.timers_due(cluster.now_s):
+    cluster.apply(timer)
+  assert cluster.must() == ()
+  end(cluster, first)
+  (again,) = cluster.must()  # and not the next part of the copy
+  assert (again.request, again.copy) == ('b', None)
+  end(cluster, second, again)
+  assert [order.copy is None for order in cluster.must()] == [False, False]
+
+
+def test_blocks_of_unlike_ways_are_copied_so_that_prompts_can_go_on_from_them():
+  """Pages of float32 and of bfloat16 with the same weights: attention is in the dtype of the pages."""
+  ours, theirs = (dict(SIZES, weights='bfloat16', kv_dtype=dtype) for dtype in ('float32', 'bfloat16'))
+  workers = (WorkerSpec('prefill0', 'prefill', **ours), WorkerSpec('prefill1', 'prefill', **theirs))
+  workers = (*workers, WorkerSpec('decode0', 'decode', **theirs))
+  cluster = cluster_of(workers, (host(kv_dtype='float32'),))
+  compute(cluster, 'a', 9)
+  cluster.arrive('b', 9)
+  end(cluster, *copy(cluster, 'b', 'prefill0', 'host0'))
+  assert cluster.view.fetchable_tokens('b', 'host0', 'prefill0') == 8
+  assert cluster.view.fetchable_tokens('b', 'host0', 'prefill1') == 0
+  assert copy(cluster, 'b', 'host0', 'prefill1') == ()  # nobody could go on from them
+  compute(cluster, 'c', 9, 'prefill1')
+  end(cluster, *copy(cluster, 'b', 'prefill1', 'host0'))
+  assert cluster.view.fetchable_tokens('b', 'host0', 'prefill1') == 8
 
 
 @pytest.mark.parametrize('ends', ['fails', 'is given up'])
@@ -225,10 +304,11 @@ def test_the_log_has_what_a_place_stores_with_its_tokens_if_they_are_asked_for()
 @pytest.mark.parametrize(
   ('action', 'words'),
   [
-    (lambda blocks: Transfer(blocks, 'host0'), 'place None is unknown; the places are prefill0, decode0, host0'),
+    (lambda blocks: Transfer(blocks, 'host0'), 'blocks need a source; .* of prefill0, decode0, host0'),
     (lambda blocks: Transfer(blocks, 'host9', 'prefill0'), "place 'host9' is unknown"),
     (lambda blocks: Transfer(blocks, 'prefill0', 'decode0'), "no way from 'decode0' to 'prefill0'; .* moves_anywhere"),
-    (lambda blocks: Transfer('b', 'host0'), "worker 'host0' is unknown"),
+    (lambda blocks: Transfer('b', 'host0'), r"'host0' only holds pages, and runs nothing; .* Transfer\(view.blocks"),
+    (lambda blocks: Transfer(blocks, 'host0', 'host0'), 'source and target are one place; name another'),
   ],
 )
 def test_misuse_names_the_action_and_changes_nothing(action, words):

@@ -1,9 +1,11 @@
 """A sequence that decodes moves to another worker: it leaves its batch, its KV travels, and it goes on there."""
 
+import dataclasses
+
 import pytest
 
-from pdjax.serving import ALL, STANDING, Cancel, Chunk, Phase, Step, SwitchRole, Transfer
-from pdjax.serving.events import WorkerBack, WorkerLost
+from pdjax.serving import ALL, STANDING, Cancel, Chunk, Phase, PolicyError, Step, SwitchRole, Transfer
+from pdjax.serving.events import PrefixHit, WorkerBack, WorkerLost
 from pdjax.serving.invariants import check
 from pdjax.serving.orders import LeaveOrder, StepOrder
 from pdjax.types import PrefixCache, Role, WorkerSpec, decode_pool, prefill_pool
@@ -134,12 +136,80 @@ def test_wherever_a_place_is_lost_on_the_way_it_begins_again_with_the_tokens_it_
   assert len(cluster.view.requests['a'].delivered) == (2 if when == 'leaving' else 3)
 
 
-def test_a_transfer_that_fails_begins_it_again_or_is_tried_again():
-  cluster = moving(faults=TWICE)
+@pytest.mark.parametrize('answer', ['retry', 'recompute', 'fail'])
+def test_a_transfer_that_fails_is_tried_again_or_it_begins_again_or_ends(answer):
+  cluster = moving(faults=dataclasses.replace(TWICE, transfer=answer))
   leave(cluster)
   (transfer,) = cluster.must()
   fail(cluster, transfer)
-  assert cluster.phase('a') is Phase.MOVING and cluster.view.requests['a'].tokens == [7, 7, 7]
+  check(cluster.state.books)
+  if answer == 'fail':
+    assert cluster.finished[-1].finish_reason == 'error' and cluster.finished[-1].tokens == (7, 7, 7)
+    return
+  assert cluster.view.requests['a'].tokens == [7, 7, 7]
+  if answer == 'recompute':
+    assert cluster.phase('a') is Phase.WAITING and cluster.view.requests['a'].prefill_len == 12
+    return
+  cluster.now_s += 5.0
+  for timer in cluster.state.timers_due(cluster.now_s):
+    cluster.apply(timer)
+  (again,) = cluster.must()
+  cluster.end(again)
+  assert cluster.phase('a') is Phase.DECODING and cluster.view.requests['a'].target == 'decode1'
+
+
+def test_one_whose_target_has_another_role_by_then_waits_for_another():
+  workers = prefill_pool(1, **SIZES) + tuple(
+    WorkerSpec(f'decode{i}', 'decode', may_become=('prefill',), **SIZES) for i in range(3)
+  )
+  cluster = moving(2, workers=workers)
+  (step,) = cluster.start(Step('decode0', decodes=ALL))
+  leave(cluster)
+  cluster.start(SwitchRole('decode1', Role.PREFILL))
+  cluster.end(step, {'a': 1})
+  assert cluster.must() == () and [*cluster.view.prefilled] == ['a']
+  (transfer,) = cluster.start(Transfer('a', 'decode2'))
+  cluster.end(transfer)
+  assert cluster.phase('a') is Phase.DECODING
+
+
+def test_one_goes_on_where_it_is_although_that_worker_drains():
+  workers = prefill_pool(1, **SIZES) + tuple(
+    WorkerSpec(f'decode{i}', 'decode', may_become=('prefill',), **SIZES) for i in range(2)
+  )
+  cluster = moving(2, workers=workers)
+  cluster.start(SwitchRole('decode0', Role.PREFILL))
+  leave(cluster)
+  cluster.apply(WorkerLost('decode1', cluster.now_s, 'gone'))
+  assert cluster.must() == ()
+  assert cluster.start(Transfer('a', 'decode0')) == () and cluster.phase('a') is Phase.DECODING
+
+
+def test_a_sample_that_no_step_has_decoded_yet_cannot_be_moved():
+  """Its last page holds nothing yet: it is copied from that of another as it joins."""
+  cluster = Driver(TWO_AND_TWO, moves_anywhere=True)
+  cluster.arrive('a', 10, n=2)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('a', 0, 10),)))[0], {'a': 1})
+  cluster.end(cluster.start(Transfer('a', 'decode0'))[0])
+  assert [cluster.view.requests[name].can_move for name in ('a', 'a#1')] == [True, False]
+  with pytest.raises(PolicyError, match='further sample that no step has decoded yet; wait until `can_move` says so'):
+    cluster.start(Transfer('a#1', 'decode1'))
+  cluster.end(cluster.start(Step('decode0', decodes=ALL))[0], {'a': 1, 'a#1': 1})
+  assert cluster.view.requests['a#1'].can_move
+
+
+def test_one_that_moves_is_told_of_as_a_hit_once_and_knows_who_prefilled_it():
+  cluster = moving(3, prefix_cache=PrefixCache(block_tokens=2))
+  cluster.arrive('b', 10)
+  cluster.end(cluster.start(Step('prefill0', (Chunk('b', 0, 10),)))[0], {'b': 1})
+  cluster.end(cluster.start(Transfer('b', 'decode0'))[0])
+  (order,) = cluster.start(Transfer('b', 'decode1'))
+  cluster.end(order)
+  (transfer,) = cluster.must()
+  hits = [event for event in cluster.state.take_told() if isinstance(event, PrefixHit) and event.request == 'b']
+  assert [(hit.place, hit.tokens, hit.side) for hit in hits] == [('decode0', 8, 'decode')]
+  cluster.end(transfer)
+  assert (cluster.view.requests['b'].worker, cluster.view.requests['b'].prefilled_by) == ('decode0', 'prefill0')
 
 
 def test_one_that_is_cancelled_on_the_way_leaves_nothing():

@@ -24,6 +24,8 @@ from pdjax.comparison import (
   with_split,
 )
 from pdjax.deployment import Deployment
+from pdjax.policies import Disaggregated, LongestPrefix
+from pdjax.types import HostPlace, PrefixCache
 from pdjax.types.model import mesh_shape
 from tests.tiny import TINY, config
 
@@ -73,6 +75,18 @@ def test_the_baseline_is_every_equal_division_that_the_model_allows():
   ]
   assert list(missing) == ['2C tp3'] and 'tp=3' in missing['2C tp3']
   assert all(system.colocated and not system.config.policy.moves_kv for system in systems)
+
+
+def test_the_baseline_uses_what_is_cached_as_the_config_does():
+  policy = Disaggregated(place_prefill=LongestPrefix(), returns_to='host0', min_fetch=7)
+  places, cache = (HostPlace('host0', 10**6),), PrefixCache(block_tokens=4)
+  run = dataclasses.replace(config('2P1D'), policy=policy, places=places, prefix_cache=cache)
+  for system in colocated_systems([run], TINY, budgets=(16,))[0]:
+    ours = system.config.policy
+    assert (ours.placement, ours.returns_to, ours.min_fetch) == (LongestPrefix(), 'host0', 7)
+    assert system.config.places == places
+  to_source = dataclasses.replace(run, policy=Disaggregated(returns_to='source'))
+  assert {one.config.policy.returns_to for one in colocated_systems([to_source], TINY, budgets=(16,))[0]} == {None}
 
 
 def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():

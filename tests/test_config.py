@@ -11,10 +11,23 @@ from pdjax.config import ServingConfig
 from pdjax.cost import Roofline
 from pdjax.launch import simulate
 from pdjax.overrides import apply_overrides
-from pdjax.policies import Disaggregated
-from pdjax.types import ChipSpec, RayCluster, TransferSpec, WorkerSpec, decode_pool, prefill_pool
-from pdjax.workload import Fixed, Poisson, Uniform
+from pdjax.policies import Colocated, Disaggregated
+from pdjax.types import (
+  CacheArray,
+  CacheKind,
+  ChipSpec,
+  HostPlace,
+  PrefixCache,
+  RayCluster,
+  Role,
+  TransferSpec,
+  WorkerSpec,
+  decode_pool,
+  prefill_pool,
+)
+from pdjax.workload import Fixed, MultiTurn, Poisson, Uniform
 from tests.serving.driver import TINY
+from tests.tiny import config
 
 CONFIG = ServingConfig(
   model=TINY,
@@ -198,3 +211,79 @@ def test_a_config_file_may_define_a_policy_of_its_own(file, first_line):
   )
   config = apply_overrides(load_config(file(body, first_line)), ['policy.patience=5', 'policy.decode_steps=2'])
   assert (config.policy.patience, config.policy.decode_steps) == (5, 2)
+
+
+# ---------------------------------------------------------------------------- what is cached, and where
+
+
+WINDOWED = dataclasses.replace(TINY, cache_kinds=(CacheKind('window', (0, 1), (CacheArray('k', (2, 8)),), reach=8),))
+CHATS, RANDOM = MultiTurn(num_chats=2), Poisson(num_requests=2)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'kept'),
+  [
+    ({}, PrefixCache()),
+    ({'workload': RANDOM}, None),  # no prompt begins like another
+    ({'workload': dataclasses.replace(RANDOM, prompts=('a', 'b'))}, PrefixCache()),
+    ({'workload': None}, PrefixCache()),  # whoever submits some may
+    ({'workload': RANDOM, 'places': (HostPlace('host0', 10**6),)}, PrefixCache()),
+    ({'page_size': 24}, None),  # no whole blocks
+    ({'page_size': 24, 'workers': prefill_pool(1, page_size=32) + decode_pool(1, page_size=16)}, PrefixCache()),
+    ({'places': (HostPlace('host0', 10**6, page_size=20),)}, None),
+    ({'model': WINDOWED}, None),
+    ({'prefix_cache': None}, None),
+    ({'prefix_cache': PrefixCache(block_tokens=4), 'workload': RANDOM}, PrefixCache(block_tokens=4)),
+  ],
+)  # fmt: skip
+def test_prefixes_are_kept_by_default_where_something_may_repeat(fields, kept):
+  run = dataclasses.replace(config(page_size=16, workload=CHATS), **fields)
+  assert run.cache_of(run.model) == kept
+
+
+def test_a_host_has_the_pages_of_the_workers_where_these_are_alike():
+  workers = prefill_pool(1, page_size=32, kv_dtype='int8') + decode_pool(1, page_size=32, kv_dtype='int8')
+  run = dataclasses.replace(config(workload=CHATS), workers=workers, places=(HostPlace('host0', 10**6),))
+  (host,) = run.holders(TINY)
+  assert (host.page_size, host.kv_dtype, host.role) == (32, 'int8', Role.HOLD)
+  assert host.num_pages == 10**6 // (32 * TINY.cached_token_bytes('int8'))
+  unlike = dataclasses.replace(run, workers=(workers[0], dataclasses.replace(workers[1], page_size=16, kv_dtype=None)))
+  assert [(one.page_size, one.kv_dtype) for one in unlike.holders(TINY)] == [(4, 'float32')]
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'prefix_cache': None}, r'has places \(host0\) and no prefix_cache.*set prefix_cache=PrefixCache\(\), or leave'),
+    ({'places': (HostPlace('decode0', 10**6),)}, r"the names \['decode0'\] more than once"),
+    ({'policy': Disaggregated(returns_to='hots0')}, "returns_to='hots0', but the places are prefill0, decode0, host0"),
+    (
+      {'workers': (WorkerSpec('w', 'hold'),)},
+      "the workers w have the role 'hold', which runs no steps; make them places",
+    ),
+  ],
+)
+def test_places_that_make_no_sense_are_refused(fields, words):
+  with pytest.raises(ValueError, match=words):
+    dataclasses.replace(config(workload=CHATS), **{'places': (HostPlace('host0', 10**6),)} | fields)
+
+
+def test_a_host_that_holds_no_page_or_keeps_none_is_refused_as_soon_as_the_model_is_known():
+  run = dataclasses.replace(config(page_size=16, workload=CHATS), places=(HostPlace('host0', 100),))
+  with pytest.raises(ValueError, match=r'bytes=100, but one page of 16 tokens in float32 takes .*; raise bytes'):
+    run.holders(TINY)
+  with pytest.raises(ValueError, match=r'no prefixes can be kept of tiny in these pages; set prefix_cache=PrefixCache'):
+    dataclasses.replace(run, page_size=20).holders(TINY)
+
+
+def test_blocks_that_return_to_a_worker_need_ways_from_everywhere():
+  run = config(workload=CHATS)
+  to_worker, to_host = (dataclasses.replace(run, policy=Disaggregated(returns_to=name),
+                        places=(HostPlace('host0', 10**6),), prefix_cache=PrefixCache(block_tokens=4))
+                        for name in ('prefill0', 'host0'))  # fmt: skip
+  assert to_worker.moves_anywhere and not to_host.moves_anywhere
+  ways = [{(one.name, other.name) for one, other in each.ways((*each.workers, *each.holders(TINY)))}
+          for each in (to_worker, to_host)]  # fmt: skip
+  assert ways[0] - ways[1] == {('decode0', 'prefill0')} and ('host0', 'decode0') in ways[1]
+  with pytest.raises(ValueError, match="Colocated has returns_to='source', but what it decodes lies where it was"):
+    Colocated(returns_to='source')

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated
-from pdjax.serving import Action, ClusterState, ClusterView, Phase, Preempt, Transfer, serve
+from pdjax.serving import Action, ClusterState, ClusterView, Preempt, Transfer, serve
 from pdjax.serving.events import Failed, Finished, Started, WorkerLost
 from pdjax.serving.orders import TransferOrder
 from pdjax.simulator import Replay
@@ -63,7 +63,9 @@ class Wandering:
       if not target.role.decodes or name in view.ended:
         if target.name not in entry.copies_asked and view.places[here].up:
           actions.append(Transfer(view.blocks(name), target.name, here))
-      elif entry.phase is Phase.DECODING and entry.computed and view.could_fit(name, target.name, decodes=True):
+      elif (
+        entry.can_move and entry.num_tokens > len(entry.delivered) and view.could_fit(name, target.name, decodes=True)
+      ):
         actions.append(Transfer(name, target.name))
     return actions
 

@@ -33,7 +33,7 @@ def lane_axis(count: int, labels: Sequence[Sequence[str]]) -> 'alt.Y':
 
   axis = alt.Axis(
     values=[row + 0.5 for row in range(count)], labelExpr=f'{json.dumps(labels)}[floor(datum.value)]',
-    grid=False, ticks=False, domain=False, labelLimit=110, labelPadding=8, labelLineHeight=_LINE_PX, minExtent=96,
+    grid=False, ticks=False, domain=False, labelLimit=132, labelPadding=8, labelLineHeight=_LINE_PX, minExtent=96,
     labelOffset=-_LINE_PX * (max(map(len, labels), default=1) - 1) / 2,  # else the first line stands in the middle
   )  # fmt: skip
   return alt.Y('lo:Q', title=None, scale=alt.Scale(domain=[0, count], reverse=True, nice=False), axis=axis)

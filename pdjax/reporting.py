@@ -88,7 +88,7 @@ def _cache_notes(config: ServingConfig, cache: PrefixCache | None, model: ModelS
   auto = PrefixCache()
   sizes = [worker.page_size or config.page_size for worker in config.workers]
   if config.prefix_cache == 'auto' and cache is None and auto.fits(model, [auto.block_tokens]):
-    if not auto.fits(model, sizes):
+    if not auto.fits(model, sizes) and getattr(config.workload, 'repeats', True):
       return [
         f'No prefixes were kept, as pages of {", ".join(map(str, sorted({*sizes})))} tokens are no whole blocks of '
         f'{auto.block_tokens}; prefix_cache=PrefixCache(block_tokens=...) keeps them in smaller ones.'

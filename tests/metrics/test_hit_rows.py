@@ -64,7 +64,7 @@ def test_words_say_what_was_found(with_hits):
   report = with_hits.report
   prefill, decode = (f'{report.hit_tokens(side) / report.begun_tokens:.1%}' for side in ('prefill', 'decode'))
   assert report.hits_account() == (
-    f'of {report.begun_tokens:,} prompt tokens asked for, {prefill} were cached where they were prefilled and '
+    f'of {report.begun_tokens:,} prompt tokens asked for, {prefill} were cached as they were prefilled and '
     f'{decode} where they decoded'
   )
   assert f'{report.cached_tokens:,} of {report.total_input_tokens:,} input tokens were cached' in str(report)
@@ -75,7 +75,7 @@ def test_words_say_what_was_found(with_hits):
 @pytest.mark.parametrize('length', [2, 9], ids=['no whole block', 'nothing alike'])
 def test_a_cache_in_which_nothing_was_found_is_told(length):
   config = tiny.config(workload=Given(tiny.requests((length, length), max_tokens=1)))
-  off = pdjax.simulate(config).report
+  off = pdjax.simulate(dataclasses.replace(config, prefix_cache=None)).report
   on = pdjax.simulate(dataclasses.replace(config, prefix_cache=PrefixCache(block_tokens=4)))
   assert any(isinstance(event, BlockStored) for event in on.events) == (length > 4)
   assert 'the prefix cache was on, and nothing was found in it' in str(on.report)
@@ -83,6 +83,8 @@ def test_a_cache_in_which_nothing_was_found_is_told(length):
   assert on.report.caches and on.report.to_json()['prefix_hits'] == {}
   assert not off.caches and off.to_json()['prefix_hits'] is None
   assert 'cache' not in str(off) and 'cache' not in _printed(off)
+  neither = pdjax.simulate(config).report  # pages of 4 tokens
+  assert 'No prefixes were kept, as pages of 4 tokens are no whole blocks of 16; prefix_cache=' in str(neither)
 
 
 def test_the_log_alone_says_that_there_was_a_cache(with_hits, few_requests):

@@ -29,7 +29,8 @@ SLOW_S = 0.1
 STEP_STALL_S = 0.5
 
 WayFault = Fault | Literal['unwritable']
-StepFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN', 'early NaN']
+StepFault = Literal['refused', 'refused halfway', 'fails', 'takes its pages', 'stalls', 'NaN']
+EarlyFault = Literal['early NaN']  # that nobody sees until another step
 
 
 class FaultyWay(DevicePut):
@@ -129,7 +130,7 @@ class FaultyWorker(Worker):
     acted: Told of an order whose fault has acted, on whatever thread.
   """
 
-  faults: dict[int, StepFault]
+  faults: dict[int, StepFault | EarlyFault]
   acted: Callable[[int], None]
   _refusing: bool
 

@@ -81,7 +81,7 @@ class Followed:
   def expect(self, order: StepOrder) -> None:
     """A step is about to be dispatched: whoever begins in it is no longer left out."""
     if self._left_out:
-      anew = {chunk.request.id for chunk in order.chunks if chunk.start == 0}
+      anew = {chunk.request.id for chunk in order.chunks if chunk.begins or chunk.start == 0}
       anew |= {join.request for join in order.joins if join.admission is not None}
       self._left_out = {name: left - 1 for name, left in self._left_out.items() if left and name not in anew}
 

@@ -144,7 +144,8 @@ def _chunk(chunk: ChunkOrder) -> str:
   return (
     f'{{"request": {_name(chunk.request.id)}, "start": {chunk.start}, "length": {chunk.length}, '
     f'"pages": {_pages(chunk.pages)}, "limit": {chunk.limit}, "slot": {_optional(chunk.slot)}, '
-    f'"delivered": {_ints(chunk.delivered)}, "copies": {json_text(chunk.copies) if chunk.copies else "{}"}}}'
+    f'"delivered": {_ints(chunk.delivered)}, "copies": {json_text(chunk.copies) if chunk.copies else "{}"}, '
+    f'"begins": {_bool(chunk.begins)}}}'
   )
 
 

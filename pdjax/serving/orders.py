@@ -25,6 +25,7 @@ class ChunkOrder:
   only the beginning in common.
   `delivered` are the tokens that a request begun again has got already: all but the last are computed behind its
   prompt, as if they were part of it, and no token comes of that; the sequence is admitted with them.
+  `begins` says whether it is the first of its request since that was begun, or begun again, wherever it starts.
   """
 
   request: Request
@@ -35,6 +36,7 @@ class ChunkOrder:
   slot: int | None = None
   delivered: tuple[int, ...] = ()
   copies: PageCopies = dataclasses.field(default_factory=dict)
+  begins: bool = False
 
   @property
   def is_last(self) -> bool:

@@ -185,7 +185,8 @@ def _hold_cached(books: Books, step: Step, worker: WorkerState) -> list[Found]:
 def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) -> ChunkOrder:
   entry, holdings = books.requests[chunk.request], books.holdings[worker.name]
   copies: PageCopies = {}
-  if entry.phase is Phase.WAITING:
+  begins = entry.phase is Phase.WAITING
+  if begins:
     del books.waiting[chunk.request]
     enter(entry, Phase.PREFILLING)
     entry.worker = entry.prefilled_by = worker.name
@@ -214,7 +215,7 @@ def _start_chunk(books: Books, chunk: Chunk, worker: WorkerState, found: Found) 
   pages, limit = entry.pages[worker.name], books.true_limit(entry)
   entry.growth = {}
   books.release(worker.name, copies)  # whatever is written there from now on is written after the copy
-  return ChunkOrder(entry.request, start, chunk.length, pages, limit, slot, entry.delivered, copies)
+  return ChunkOrder(entry.request, start, chunk.length, pages, limit, slot, entry.delivered, copies, begins)
 
 
 def step_ended(books: Books, order: StepOrder) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from pdjax.cost import size_pools
 from pdjax.types import ModelSpec, WorkerSpec, decode_pool, prefill_pool
-from pdjax.types.cluster import carve_devices, devices_needed
+from pdjax.types.cluster import carve_devices, devices_needed, ways
 
 LLAMA = ModelSpec.llama3_8b()
 WEIGHTS = LLAMA.num_params * 2  # bf16: 16.06 GB
@@ -74,7 +74,7 @@ def test_workers_that_share_a_device_share_the_weights_and_divide_the_rest():
 def test_room_for_what_travels_is_kept_though_the_others_are_sized_elsewhere():
   cluster = (WorkerSpec('p', 'prefill', page_size=16, kv_dtype='bfloat16'), WorkerSpec('d', 'decode'))
   (alone,) = _size(cluster[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE)
-  (among,) = _size(cluster[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE, cluster=cluster)
+  (among,) = _size(cluster[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE, pairs=ways(cluster))
   assert alone.num_pages - among.num_pages == 100
 
 
@@ -82,7 +82,7 @@ def test_room_for_what_travels_is_kept_for_every_role_that_a_worker_may_take():
   cluster = (WorkerSpec('p', 'prefill', page_size=16, kv_dtype='bfloat16'), WorkerSpec('d', 'decode'))
   either = tuple(dataclasses.replace(worker, may_become=('prefill', 'decode')) for worker in cluster)
   (one_way,), (two_ways,) = (
-    _size(workers[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE, cluster=workers)
+    _size(workers[:1], WEIGHTS + 1000 * PAGE, staging_bytes=100 * PAGE, pairs=ways(workers))
     for workers in (cluster, either)
   )
   assert one_way.num_pages - two_ways.num_pages == 100

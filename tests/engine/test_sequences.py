@@ -132,12 +132,13 @@ WHOLE = Request('r', PROMPT, SamplingParams(max_tokens=9))
 BEHIND = StepOrder(1, 'w', joins=(Join('r', 0, 4, 9),))
 
 
-def chunk(start: int) -> StepOrder:
-  return StepOrder(2, 'w', (ChunkOrder(WHOLE, start, len(PROMPT) - start, (0,), 9),))
+def chunk(start: int, *, begins: bool = False) -> StepOrder:
+  return StepOrder(2, 'w', (ChunkOrder(WHOLE, start, len(PROMPT) - start, (0,), 9, begins=begins),))
 
 
 ANEW = {
   'its first chunk': chunk(0),
+  'its first chunk behind what is cached': chunk(1, begins=True),
   'an admission': StepOrder(2, 'w', joins=(Join('r', 0, 3, 8, admission=Admission(WHOLE, (0,), (4,), 9)),)),
 }
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import bench_loop
+from experiments import host_turns
 from pdjax.serving.events import BlockRemoved, BlockStored
 from pdjax.types import PrefixCache
 
@@ -17,10 +17,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.mark.parametrize(('cached', 'removes'), [(None, False), (0, False), (70, True)])
 def test_requests_come_and_go_and_fill_a_block_for_each_64_tokens(cached, removes, monkeypatch):
   events, states = [], []
-  monkeypatch.setattr(bench_loop.EventLog, 'append', lambda log, event: events.append(event))
-  make = bench_loop.ClusterState
-  monkeypatch.setattr(bench_loop, 'ClusterState', lambda *args, **kw: states.append(make(*args, **kw)) or states[-1])
-  seconds, blocks = bench_loop.coming_and_going_seconds(4, 1400, cached, 70)
+  monkeypatch.setattr(host_turns.EventLog, 'append', lambda log, event: events.append(event))
+  make = host_turns.ClusterState
+  monkeypatch.setattr(host_turns, 'ClusterState', lambda *args, **kw: states.append(make(*args, **kw)) or states[-1])
+  seconds, blocks = host_turns.coming_and_going_seconds(4, 1400, cached, 70)
   (state,) = states
   stored = sum(isinstance(event, BlockStored) for event in events)
   assert seconds > 0 and (stored > 0) == (cached is not None)
@@ -35,10 +35,10 @@ def test_requests_come_and_go_and_fill_a_block_for_each_64_tokens(cached, remove
 
 
 def test_the_blocks_that_are_cached_are_as_many_as_were_asked_for():
-  model, sizes = bench_loop.ModelSpec.smollm2_135m(), {'num_pages': 2600, 'max_sequences': 4}
-  workers = bench_loop.prefill_pool(1, **sizes) + bench_loop.decode_pool(1, **sizes)
-  state = bench_loop.ClusterState(model, workers, 64, prefix_cache=PrefixCache(block_tokens=64))
-  bench_loop.cache_blocks(state, 2500)
+  model, sizes = host_turns.ModelSpec.smollm2_135m(), {'num_pages': 2600, 'max_sequences': 4}
+  workers = host_turns.prefill_pool(1, **sizes) + host_turns.decode_pool(1, **sizes)
+  state = host_turns.ClusterState(model, workers, 64, prefix_cache=PrefixCache(block_tokens=64))
+  host_turns.cache_blocks(state, 2500)
   index = state.books.prefixes.index
   assert [index.num_blocks(name) for name in state.workers] == [2500, 2500] and len(index) == 2500
 

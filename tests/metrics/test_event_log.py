@@ -210,6 +210,7 @@ def test_lines_keep_lengths_sampling_and_page_numbers(disaggregated, stamps, tmp
     'slot': None,
     'delivered': [],
     'copies': {},
+    'begins': False,
   }
   assert (transfer['source_pages'], transfer['target_pages']) == ([0, 1], [7, 8])
   assert decode['joins'][0]['admission'] == {

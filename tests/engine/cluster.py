@@ -18,7 +18,7 @@ from pdjax.serving.invariants import check
 from pdjax.serving.loop import Arrivals, Backend, Policy, serve
 from pdjax.serving.orders import TransferOrder
 from pdjax.serving.state import ClusterState
-from pdjax.types import Completion, ModelSpec, Request
+from pdjax.types import Completion, ModelSpec, PrefixCache, Request
 from pdjax.types.cache import wire_dtype
 from pdjax.workload.arrivals import ClosedLoop, Listed
 from tests.engine.nan_pages import NaNPages
@@ -126,7 +126,8 @@ class Cluster:
       place.forget_all()
       state.books.places[name].incarnation = place.incarnation
     backend: Backend = Impatient(wrap(engine))
-    nan_pages = None if state.books.prefixes is None else NaNPages(backend, engine.places, state)
+    asked_for = isinstance(self.config.prefix_cache, PrefixCache)  # and not only kept by default
+    nan_pages = NaNPages(backend, engine.places, state) if asked_for else None
     compiled_before = len(compiled)
     try:
       prepare(engine)

@@ -1,6 +1,7 @@
 """A backend whose free pages are full of NaN, so that whoever looks at what nobody wrote gets no token."""
 
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from pdjax.engine.worker import Worker
 from pdjax.serving import ClusterState
 from pdjax.serving.events import Event
 from pdjax.serving.loop import Backend
-from pdjax.serving.orders import Order
+from pdjax.serving.orders import Order, StepOrder
 
 
 @jax.jit
@@ -19,6 +20,18 @@ def _filled(pages, of, value):
   return jax.tree.map(
     lambda leaf: jnp.where(of.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.asarray(value, leaf.dtype), leaf), pages
   )
+
+
+def _copied(orders: Sequence[Order]) -> dict[str, set[int]]:
+  """The pages, by worker, that orders copy first: the books let go of them, as whatever comes is written after that."""
+  found: dict[str, set[int]] = {}
+  for order in orders:
+    if isinstance(order, StepOrder):
+      copies = [chunk.copies for chunk in order.chunks]
+      copies += [join.admission.copies for join in order.joins if join.admission is not None]
+      pairs = [pair for one in copies for some in one.values() for pair in some]
+      found.setdefault(order.worker, set()).update(source for source, _ in pairs)
+  return found
 
 
 class NaNPages:
@@ -42,7 +55,7 @@ class NaNPages:
         self._fill(pool, np.ones(0, bool), np.nan)
 
   def submit(self, orders: Sequence[Order]) -> None:
-    self._fill_all()
+    self._fill_all(_copied(orders))
     self._backend.submit(orders)
 
   def wait(self, until_s: float) -> tuple[float, Sequence[Event]]:
@@ -55,12 +68,13 @@ class NaNPages:
       for pool in worker.pools.values():
         self._fill(pool, np.ones(0, bool), 0.0)
 
-  def _fill_all(self) -> None:
+  def _fill_all(self, spared: Mapping[str, Collection[int]] = types.MappingProxyType({})) -> None:
     for name, worker in self._workers.items():
       for kind, place in self._state.books.holdings[name].pages.by_kind.items():
         free = np.array(place.holders) == 0
         cached = np.array([place.is_cached(page) for page in range(place.num_pages)])
         of = ~cached & (free | self._was_free.get((name, kind), free))
+        of[[*spared.get(name, ())]] = False
         self._was_free[name, kind] = free
         self.num_filled += int(of.sum())
         if of.any() and not worker.broken:

@@ -78,6 +78,7 @@ def test_a_replay_of_such_a_run_finds_every_copy_again():
   assert copies(served)
 
 
+@pytest.mark.slow
 def test_a_colocated_cluster_has_its_host_too():
   cluster = cluster_of('2C', Colocated(token_budget=16, returns_to='host0'))
   requests = [ask(f'r{one}', (*SYSTEM, *prompt(5, seed=one))) for one in range(4)]

@@ -21,7 +21,7 @@ def test_one_prompt_goes_through_two_workers():
   assert cluster.phase('a') is Phase.WAITING and list(cluster.view.waiting) == ['a']
 
   step, transfer = cluster.start(Step('prefill0', (Chunk('a', 0, 6, send_to='decode0'),)))
-  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages={'kv': (0, 1)}, limit=4),))
+  assert step == StepOrder(0, 'prefill0', (ChunkOrder(request, 0, 6, pages={'kv': (0, 1)}, limit=4, begins=True),))
   assert transfer == TransferOrder(1, 'a', 'prefill0', 'decode0', Span((0, 1), (5, 6), 0, 8), after=0, num_bytes=EIGHT)
   assert cluster.phase('a') is Phase.PREFILLING and not cluster.view.waiting
   assert cluster.state.workers['prefill0'].queued_tokens == 6

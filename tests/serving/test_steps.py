@@ -12,7 +12,7 @@ def test_a_colocated_prompt_decodes_where_it_is_and_needs_no_admission():
   cluster = Driver(colocated_pool(1, **SIZES))
   request = cluster.arrive('a', prompt_len=5, max_tokens=3)
   (step,) = cluster.start(Step('both0', (Chunk('a', 0, 5),)))
-  assert step.chunks == (ChunkOrder(request, 0, 5, pages={'kv': (0, 1)}, limit=3, slot=0),)  # 5 + 2 tokens
+  assert step.chunks == (ChunkOrder(request, 0, 5, pages={'kv': (0, 1)}, limit=3, slot=0, begins=True),)  # 5 + 2 tokens
   assert cluster.state.workers['both0'].decodable() == ['a']  # its first token stays on the device
   (decode,) = cluster.start(Step('both0', decodes=ALL))
   assert decode.joins == (Join('a', 0, context=5, left=2),)
@@ -31,7 +31,7 @@ def test_one_step_fuses_chunks_with_decodes():
   cluster.end(cluster.start(Step('both0', (Chunk('a', 0, 4),)))[0], {'a': 1})
   request = cluster.arrive('b', prompt_len=12)
   (fused,) = cluster.start(Step('both0', (Chunk('b', 0, 8),), ALL))
-  assert fused.chunks == (ChunkOrder(request, 0, 8, pages={'kv': (2, 3, 4, 5)}, limit=4, slot=None),)
+  assert fused.chunks == (ChunkOrder(request, 0, 8, pages={'kv': (2, 3, 4, 5)}, limit=4, slot=None, begins=True),)
   assert fused.batch.requests == ('a',) and fused.steps == 1
   cluster.end(fused, {'a': 1})
   assert len(cluster.view.requests['a'].tokens) == 2 and cluster.phase('b') is Phase.PREFILLING

@@ -41,6 +41,7 @@ def mixed_requests(max_tokens: int = 6, lengths=LENGTHS) -> list[Request]:
 
 def assert_exact(cluster: Cluster, requests, policy=None, caches=EXACT):
   served = cluster.serve(requests, policy)
+  assert not {one.error for one in served.completions if one.error}
   assert served.tokens() == {request.id: generate(cluster.model, request, caches) for request in requests}
   return served
 

@@ -38,9 +38,9 @@ def start_copy(books: Books, view: ClusterView, action: Transfer) -> tuple[Trans
   blocks = action.request
   known = (books.requests.get(blocks.request), books.ended.get(blocks.request))
   entry = next((one for one in known if one is not None and one.number == blocks.number), None)
-  if entry is not None and books.ended.get(blocks.request) is entry:
-    del books.ended[blocks.request]  # so that a policy is not asked of it again
   if entry is not None:
+    if books.ended.get(blocks.request) is entry:
+      del books.ended[blocks.request]  # so that a policy is not asked of it again
     entry.copies_asked[target.name] = entry.copies_asked.get(target.name, 0) + 1
   plan = prefixes.plan_copy(blocks, source.name, target.name)
   if plan is None:

@@ -1,5 +1,6 @@
 """Random prompts that cost nothing until someone reads their tokens, also such that begin alike."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -13,8 +14,33 @@ from pdjax.types.checked import Count, Index, check_fields
 from pdjax.types.request import BlockHash
 
 
+class _DrawnTokens(Sequence[int]):
+  """`length` token ids that are drawn when someone first reads one."""
+
+  __slots__ = ()
+
+  length: Index
+
+  def __len__(self) -> int:
+    return self.length
+
+  @overload
+  def __getitem__(self, index: int) -> int: ...
+  @overload
+  def __getitem__(self, index: slice) -> tuple[int, ...]: ...
+  def __getitem__(self, index):
+    return self._drawn()[index]
+
+  def __iter__(self) -> Iterator[int]:
+    return iter(self._drawn())
+
+  @abc.abstractmethod
+  def _drawn(self) -> tuple[int, ...]:
+    """All tokens."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class RandomTokens(Sequence[int]):
+class RandomTokens(_DrawnTokens):
   """`length` token ids drawn evenly from `0` to `vocab_size - 1`; the same fields always give the same tokens.
 
   A simulation asks only for its length and never pays for the tokens. A slice is a plain tuple.
@@ -30,18 +56,8 @@ class RandomTokens(Sequence[int]):
   def __post_init__(self):
     check_fields(self)
 
-  def __len__(self) -> int:
-    return self.length
-
-  @overload
-  def __getitem__(self, index: int) -> int: ...
-  @overload
-  def __getitem__(self, index: slice) -> tuple[int, ...]: ...
-  def __getitem__(self, index):
-    return _draw(self)[index]
-
-  def __iter__(self) -> Iterator[int]:
-    return iter(_draw(self))
+  def _drawn(self) -> tuple[int, ...]:
+    return _draw(self)
 
 
 @functools.lru_cache(maxsize=64)
@@ -51,7 +67,7 @@ def _draw(tokens: RandomTokens) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class BlockTokens(Sequence[int]):
+class BlockTokens(_DrawnTokens):
   """`length` token ids that follow ids of blocks: equal ids have equal tokens, so that prompts begin alike as these do.
 
   A simulation asks only for its length and never pays for the tokens. A slice is a plain tuple.
@@ -78,18 +94,8 @@ class BlockTokens(Sequence[int]):
   def __post_init__(self):
     check_fields(self)
 
-  def __len__(self) -> int:
-    return self.length
-
-  @overload
-  def __getitem__(self, index: int) -> int: ...
-  @overload
-  def __getitem__(self, index: slice) -> tuple[int, ...]: ...
-  def __getitem__(self, index):
-    return _draw_blocks(self)[index]
-
-  def __iter__(self) -> Iterator[int]:
-    return iter(_draw_blocks(self))
+  def _drawn(self) -> tuple[int, ...]:
+    return _draw_blocks(self)
 
 
 @functools.lru_cache(maxsize=64)

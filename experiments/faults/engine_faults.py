@@ -219,16 +219,20 @@ def _with_nan_for(token: int, weights: Weights) -> Weights:
 
 
 @contextlib.contextmanager
-def fresh(ways: Iterable[FaultyWay]) -> Iterator[None]:
-  """A run in which nothing is wrong yet, and after which no thread waits any more."""
+def fresh(ways: Iterable[FaultyWay], workers: Iterable[Worker]) -> Iterator[None]:
+  """A run in which nothing is wrong yet, and after which nothing goes wrong or waits any more.
+
+  Order numbers begin anew in the next run: a fault left behind would happen to one of its steps.
+  """
   before = set(threading.enumerate())  # of other engines in this process, which may be idle for long
-  for way in ways:
-    way.clear()
+  faulty = [*ways, *(worker for worker in workers if isinstance(worker, FaultyWorker))]
+  for one in faulty:
+    one.clear()
   try:
     yield
   finally:
-    for way in ways:
-      way.clear()
+    for one in faulty:
+      one.clear()
     for thread in threading.enumerate():
       if thread.name == 'pdjax-transfers' and thread not in before:
         thread.join(STALL_S)

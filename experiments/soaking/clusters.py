@@ -165,15 +165,10 @@ class FaultyCluster(Cluster):
       worker.forget_all()
       if worker.broken:  # by the last step of the engine before, of which nobody learned
         worker.reset()
-    try:
-      with fresh(self._faulty):
-        engine = self.engine()
-        with contextlib.closing(engine):
-          yield engine
-    finally:
-      for worker in self._workers:
-        assert isinstance(worker, FaultyWorker)
-        worker.clear()  # so that it holds nothing of the engine
+    with fresh(self._faulty, self._workers):
+      engine = self.engine()
+      with contextlib.closing(engine):
+        yield engine
 
 
 class Alone(Cluster):

@@ -74,7 +74,6 @@ class Cluster:
     self.holders = built.places
     self.places = {spec.name: built.backend.places[spec.name] for spec in built.places}
     self.transports = built.backend._transports
-    self._weights = {name: worker.weights for name, worker in self.workers.items()}
 
   def only(self, *names: str) -> 'Cluster':
     """Some of the workers as a cluster of their own."""
@@ -123,8 +122,6 @@ class Cluster:
     state = self.empty_state()
     engine = Engine(list(self.workers.values()), self.transports, list(self.places.values()))
     incarnations = {name: place.incarnation for name, place in engine.places.items()}
-    for name, worker in self.workers.items():
-      worker.weights = self._weights[name]  # whatever a fault that was injected before left there
     for name, place in engine.places.items():
       place.forget_all()
       state.books.places[name].incarnation = place.incarnation

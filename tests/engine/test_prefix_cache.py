@@ -313,7 +313,6 @@ class Once:
     self._where, self._fault, self._request = where, fault, request
     self._told: list = []
     for worker in self._workers.values():
-      FaultyWorker.of(worker)
       int(worker.slots.rows.tokens[0])  # what a fault asks for, compiled by now
 
   def submit(self, orders) -> None:
@@ -362,8 +361,7 @@ QUICK = [
 @pytest.mark.parametrize(
   ('split', 'where', 'fault'),
   [
-    # what a fault leaves in the workers that others share would show in their tests
-    pytest.param(split, *case, marks=[] if case in QUICK and split == '1P1D' else [pytest.mark.slow])
+    pytest.param(split, *case, marks=[] if case in QUICK else [pytest.mark.slow])
     for split in ('1P1D', '1C')
     for case in CASES
     if split != '1C' or case[0] != 'transfer'
@@ -387,6 +385,8 @@ def test_whatever_fails_of_who_was_hit_or_of_who_left_it_nobody_has_another_toke
     [ask('last', (*SYSTEM[:27], *prompt(19, seed=3), 4)), ask('again', (*SYSTEM, 5, 6, 7))],
   ]
   asked = {request.id: request for group in groups for request in group}
+  for worker in cluster.workers.values():
+    FaultyWorker.of(worker)
   for victim in ('hit', 'first'):
     once: list[Once] = []
 
@@ -394,7 +394,7 @@ def test_whatever_fails_of_who_was_hit_or_of_who_left_it_nobody_has_another_toke
       once.append(Once(engine, cluster, where, fault, victim))
       return once[0]
 
-    with fresh(cluster.transports.values()):
+    with fresh(cluster.transports.values(), cluster.workers.values()):
       served = cluster.serve((), policy, arrivals=InTurns(*groups), wrap=wrap)
     assert len(once[0].acted) == 1
     right = {name: generate(cluster.model, request) for name, request in asked.items()}
@@ -408,3 +408,5 @@ def test_whatever_fails_of_who_was_hit_or_of_who_left_it_nobody_has_another_toke
     assert hits['first'] == 0 and min(hits['last'], hits['again']) > 0
     assert victim == 'first' or min(hits['hit'], hits['beside']) > 0
     assert_blocks(served.events, served.state)
+  after = cluster.serve(groups[0], policy)  # nothing is left in workers that others share
+  assert after.tokens() == {'first': generate(cluster.model, asked['first'])}

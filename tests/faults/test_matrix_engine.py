@@ -39,7 +39,7 @@ def cluster() -> Cluster:
 @contextlib.contextmanager
 def engine_of(ours: Cluster) -> Iterator[tuple[Engine, ClusterState]]:
   """An engine that runs on the cluster's workers, and the state to serve with."""
-  with fresh(ours.transports.values()):
+  with fresh(ours.transports.values(), ours.workers.values()):
     engine, state = Engine(list(ours.workers.values()), ours.transports), ours.empty_state()
     for name, worker in ours.workers.items():
       worker.forget_all()
@@ -90,7 +90,7 @@ def serve_cell(row: str, column: str, ahead: int | Literal['all'] = 'all', cache
 
   ours = cluster().changed(faults=cell.faults, pages_ahead=ahead, prefix_cache=CACHE if cached else None)
   ours.specs = tuple(cell.sized(ours.specs))
-  with fresh(ours.transports.values()):
+  with fresh(ours.transports.values(), ours.workers.values()):
     served = ours.serve((), CACHED_POLICY if cached else ours.config.policy, arrivals=arrivals, wrap=wrap)
   (injector,) = injectors
   orders = [event.order for event in served.events if isinstance(event, Started)]

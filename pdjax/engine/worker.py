@@ -57,11 +57,15 @@ class Collected(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """A dispatched step's tokens, on their way: `[C]` of chunks, `[steps, B]` of decodes; and who was followed then."""
+  """A dispatched step's tokens, on their way: `[C]` of chunks, `[steps, B]` of decodes; and who was followed then.
+
+  Chunks of requests that were left out then may be of pages in which something is missing.
+  """
 
   first: Chosen | None
   tokens: Chosen | None
   followed: Followed
+  left_out: tuple[str, ...] = ()
 
 
 class Worker(Place):
@@ -213,7 +217,7 @@ class Worker(Place):
         first = run_groups(self.run, self._groups, chunks, after)
       else:
         (first,) = self.run(Prefill(size), chunks)
-    return Pending(first, tokens, self.followed)
+    return Pending(first, tokens, self.followed, self.followed.left_out)
 
   def _ids(self, batch: Batch, size: int) -> np.ndarray:
     """The slots of a batch, `[size]`; packed once for all steps of it."""
@@ -231,11 +235,13 @@ class Worker(Place):
     if pending.first is not None:
       first, finite = jax.device_get((pending.first.tokens, pending.first.finite))
       for row, (chunk, token) in enumerate(zip(order.chunks, first.tolist(), strict=False)):
+        error = None if finite[row] else self._not_finite
         if chunk.is_last:
           computed += 1
           told = functools.partial(log_probabilities, pending.first, row)
-          error = None if finite[row] else self._not_finite
           results.append(pending.followed.result(chunk.request.id, [token], told, error, leaves=chunk.slot is None))
+        elif error is not None and chunk.request.id not in pending.left_out:  # before anyone goes on from its pages
+          results.append(Result(chunk.request.id, (), 'error', error=error))
     if pending.tokens is not None:
       decoded = self._decoded(order, pending.tokens, pending.followed) if order.decodes else None
       computed += order.steps * len(order.batch)

@@ -66,15 +66,20 @@ def file(queue: MutableMapping[str, RequestState], entry: RequestState) -> None:
 # ---------------------------------------------------------------------------- tokens, and where it belongs
 
 
-def got(books: Books, result: Result) -> bool:
-  """Add the result of a step to its request, which may end with it; return whether it came in time."""
-  entry = books.requests.get(result.request)
-  if entry is None or entry.phase is Phase.ENDING:
+def got(books: Books, entry: RequestState | None, result: Result) -> bool:
+  """Add the result of a step to its request, which may end with it; return whether it came in time.
+
+  An error ends those with it that wait for the prompt, which need not be computed to its end.
+  """
+  if entry is None or books.requests.get(result.request) is not entry or entry.phase is Phase.ENDING:
     return False
   add_tokens(entry, result.tokens)
+  if result.error is not None:
+    finish_all(books, entry, result.error)
+    return True
   entry.computed = True
   if result.finish_reason is not None:
-    finish(books, entry, result.finish_reason, result.error)
+    finish(books, entry, result.finish_reason)
   elif entry.samples is not None or entry.phase is not Phase.DECODING:
     books.unsettled.append(entry)
   return True

@@ -269,8 +269,10 @@ def step_done(books: Books, order: StepOrder, event: Done) -> bool:
     _note_computed(books, chunk, computing, order.worker)
   in_time: list[Result] = []
   late: list[Result] = []
+  computing_of = {entry.request.id: entry for entry in step.computing}
   for result in event.results:
-    (in_time if lifecycle.got(books, result) else late).append(result)
+    entry = computing_of.get(result.request, books.requests.get(result.request))
+    (in_time if lifecycle.got(books, entry, result) else late).append(result)
   if event.results or event.decoded is not None:
     decoding = NOBODY if event.decoded is None else step.batch
     books.delivered.append(

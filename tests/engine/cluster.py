@@ -20,10 +20,10 @@ from pdjax.serving.orders import TransferOrder
 from pdjax.serving.state import ClusterState
 from pdjax.types import Completion, ModelSpec, PrefixCache, Request
 from pdjax.types.cache import wire_dtype
-from pdjax.workload.arrivals import ClosedLoop, Listed
+from pdjax.workload.arrivals import Listed
 from tests.engine.nan_pages import NaNPages
 from tests.engine.plain import Cached
-from tests.in_turns import GAP_S, Turns
+from tests.in_turns import Settled, Turns
 from tests.tiny import byte_tokenizer
 
 DEADLINE_S = 60.0  # of a run that takes well under a second: past it, something hangs
@@ -115,11 +115,11 @@ class Cluster:
     `wrap` may put something between the engine and the loop. With a prefix cache, free pages are full of NaN all the
     time, and the books are looked at in every turn.
     """
+    state = self.empty_state()
     if isinstance(requests, Turns):
-      arrivals = arrivals or ClosedLoop(requests, 1, GAP_S)
+      arrivals = arrivals or Settled(requests, state)
     requests = tuple(requests)
     policy = policy or self.config.policy
-    state = self.empty_state()
     engine = Engine(list(self.workers.values()), self.transports, list(self.places.values()))
     incarnations = {name: place.incarnation for name, place in engine.places.items()}
     for name, place in engine.places.items():

@@ -10,13 +10,12 @@ from pdjax.serving import ClusterView, Transfer, serve
 from pdjax.serving.events import RoleChanged
 from pdjax.simulator import Replay
 from pdjax.types import HostPlace, PrefixCache
-from pdjax.workload.arrivals import ClosedLoop
 from tests.engine.cluster import Cluster, Served
 from tests.engine.conftest import SMALL_PIECES
 from tests.engine.plain import generate
 from tests.engine.test_prefix_cache import SYSTEM, ask, chat, computed, in_turns
 from tests.engine.test_roles import assert_exact
-from tests.in_turns import GAP_S, InTurns
+from tests.in_turns import InTurns, Settled
 from tests.switching import EITHER, TakeTurns, under_load
 from tests.tiny import TINY_8_2, config, prompt
 
@@ -74,7 +73,7 @@ def test_a_replay_of_such_a_run_finds_every_copy_again():
   for name, incarnation in served.incarnations.items():
     state.books.places[name].incarnation = incarnation
   replay = Replay(cluster.model, (*cluster.specs, *cluster.holders), served.events)
-  assert tuple(serve(ClosedLoop(served.requests, 1, GAP_S), KEPT, replay, state)) == served.events
+  assert tuple(serve(Settled(served.requests, state), KEPT, replay, state)) == served.events
   assert copies(served)
 
 

@@ -410,3 +410,26 @@ def test_whatever_fails_of_who_was_hit_or_of_who_left_it_nobody_has_another_toke
     assert_blocks(served.events, served.state)
   after = cluster.serve(groups[0], policy)  # nothing is left in workers that others share
   assert after.tokens() == {'first': generate(cluster.model, asked['first'])}
+
+
+@pytest.mark.parametrize('split', ['1P1D', '1C'])
+def test_who_goes_on_from_a_chunk_with_nan_computes_it_anew(colocated, split):
+  """The request of that chunk ends with it, though it was not its last, so that nobody finds what it has left."""
+  cluster = cached(colocated if split == '1C' else unequal())
+  for worker in cluster.workers.values():
+    FaultyWorker.of(worker)
+  cluster.transports = {way: FaultyWay(one) for way, one in cluster.transports.items()}
+  policy = Colocated(token_budget=16) if split == '1C' else Disaggregated(max_prefill_tokens=16)
+  begin = prompt(32, seed=5)
+  requests = [ask('first', (*begin, *prompt(8, seed=6)), n=2), ask('behind', (*begin, *prompt(6, seed=7)))]
+  once: list[Once] = []
+
+  def wrap(engine) -> Once:
+    once.append(Once(engine, cluster, 'chunk', 'early NaN', 'first'))
+    return once[0]
+
+  with fresh(cluster.transports.values(), cluster.workers.values()):
+    served = cluster.serve(requests, policy, wrap=wrap)
+  assert len(once[0].acted) == 1
+  assert {name for name, one in served.by_id.items() if one.finish_reason == 'error'} == {'first', 'first#1'}
+  assert computed(served)['first'] <= 32 and served.tokens()['behind'] == generate(cluster.model, requests[1])

@@ -103,14 +103,14 @@ class RayProcesses:
     try:
       begin = time.perf_counter()
       taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
-      taken |= {place.name: cluster.resources(1, platform, accelerates=False) for place in places}
-      self._connect(cluster, taken)
+      held = {place.name: cluster.resources(1, platform, accelerates=False) for place in places}
+      self._connect(cluster, taken | held)
       service = self._service = ControlService(ray.get_runtime_context().gcs_address)
       self._close_calls.append(service.close)
       done = 'started' if cluster.address is None else 'reached'
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
       # Without its control service Ray does not return from any of these.
-      self.peers = service.call(lambda: self._begin(cluster, taken, platform, service), math.inf)
+      self.peers = service.call(lambda: self._begin(cluster, taken, held, platform, service), math.inf)
       self._note_family()
     except BaseException:
       self.close()
@@ -122,10 +122,10 @@ class RayProcesses:
     self._service.when_lost(tell)
 
   def _begin(
-    self, cluster: RayCluster, taken: Taken, platform: str | None, service: ControlService
+    self, cluster: RayCluster, workers: Taken, places: Taken, platform: str | None, service: ControlService
   ) -> dict[str, RayPeer]:
-    """Have Ray set aside what the workers take, if it is there, and begin a process for each."""
-    ray = self._ray
+    """Have Ray set aside what workers and places take, if it is there, and begin a process for each."""
+    ray, taken = self._ray, {**workers, **places}
     if refusal := cluster.refusal(platform, ray.cluster_resources()):
       raise DeviceError(refusal)
     alive = [node for node in ray.nodes() if node['Alive']]
@@ -134,30 +134,35 @@ class RayProcesses:
       raise DeviceError(shortage)
     if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
       check_own(cluster.host)  # on other hosts, workers say so
-    group = ray.util.placement_group(list(taken.values()), strategy=cluster.strategy)
-    self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
-    self._await_room(group, cluster, taken)
     node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
-    return {
-      name: RayPeer(
-        name, functools.partial(self._start, group, index, dict(bundle), node_host), ray, service, cluster.silence_s,
-        cluster.start_s,
-      )
-      for index, (name, bundle) in enumerate(taken.items())
-    }  # fmt: skip
+    shares = [(taken, cluster.strategy)]
+    if places and not cluster.strategy.startswith('STRICT'):  # on as many hosts as there are, wherever the workers are
+      shares = [(workers, cluster.strategy), (places, 'SPREAD')]
+    groups = [self._set_aside(some, strategy, cluster, service) for some, strategy in shares]
+    peers: dict[str, RayPeer] = {}
+    for group, (some, _) in zip(groups, shares, strict=True):
+      for index, (name, bundle) in enumerate(some.items()):
+        start = functools.partial(self._start, group, index, dict(bundle), node_host)
+        peers[name] = RayPeer(name, start, ray, service, cluster.silence_s, cluster.start_s)
+    return peers
 
-  def _await_room(self, group: Any, cluster: RayCluster, taken: Taken) -> None:
-    """Wait until Ray has set aside what the workers take: longer, if the nodes have as much that nobody holds.
+  def _set_aside(self, taken: Taken, strategy: str, cluster: RayCluster, service: ControlService) -> Any:
+    """A share of the cluster for each, which Ray takes back in the end.
+
+    It is waited for, and longer if the nodes have as much that nobody holds.
 
     Raises:
       DeviceError: if it does not come to that.
     """
+    ray = self._ray
+    group = ray.util.placement_group(list(taken.values()), strategy=strategy)
+    self._close_calls.append(lambda: service.call(lambda: ray.util.remove_placement_group(group), _GIVE_BACK_S))
     if group.wait(_ROOM_S):
-      return
+      return group
     free = self._free()
     has_room = cluster.shortage(taken, free) is None
     if group.wait(_SLOW_ROOM_S if has_room else 0.1):
-      return
+      return group
     kinds = sorted(_kinds(taken))
     shown = [
       f'{node} {" and ".join(f"{amounts.get(kind, 0.0):g} {kind}" for kind in kinds)}'
@@ -167,7 +172,7 @@ class RayProcesses:
     each = ', '.join(f'{name} {dict(bundle)}' for name, bundle in taken.items())
     raise DeviceError(
       f'others leave this of the Ray cluster free: {", ".join(shown)}, where the workers find no room with strategy '
-      f'{cluster.strategy!r} ({each}); wait until the others have ended, lower the number of workers, tp or '
+      f'{strategy!r} ({each}); wait until the others have ended, lower the number of workers, tp or '
       'processes.cpus, or use a larger cluster.'
     )
 

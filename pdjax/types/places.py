@@ -15,7 +15,10 @@ class HostPlace:
   """Pages of the prefix cache in a host's memory, with a way to each worker and one from each.
 
   What is there is what a policy sent there (`Transfer` of `view.blocks(request)`). When it is full, the blocks that
-  were used longest ago go first.
+  were used longest ago go first. On Ray it is a process of its own, on as many hosts as there are for all places.
+
+  The memory is pageable, on GPUs and TPUs too: XLA fails to write single pages into a pinned host array of a GPU
+  (openxla/xla issue 34565).
 
   Attributes:
     name: Unique among the workers and places.

@@ -32,7 +32,8 @@ class RayCluster:
     host: The address at which a worker lets others pull its pages, or 'node' for that of its node in the Ray cluster,
       which is 127.0.0.1 where the cluster is started here.
       Whoever reaches it can pull what is offered: docs/security.md says what to do before others can reach it.
-    strategy: The name of the way Ray spreads the workers over its nodes.
+    strategy: The name of the way Ray spreads the workers over its nodes. Places that only hold pages go on as many
+      nodes as there are, unless it is a strict one, which is theirs too.
     cpus: Cores that Ray counts for each worker; what a worker really takes is not limited.
     accelerator: The resource of which a worker takes one a device; None is 'GPU' or 'TPU', as the config's platform
       says, and nothing on CPU. A platform of None takes nothing either: fit for a cluster that has neither.

@@ -22,7 +22,7 @@ from pdjax.controller.ray_workers import RayProcesses, import_ray
 from pdjax.engine.ray_worker import RayWorker
 from pdjax.serving.events import AllBlocksCleared, RoleChanged, WorkerBack, WorkerLost
 from pdjax.serving.peers import Pull, StartClock, Submit
-from pdjax.types import FaultSpec, PrefixCache, RayCluster, TransferSpec
+from pdjax.types import FaultSpec, HostPlace, PrefixCache, RayCluster, TransferSpec
 from pdjax.types.cluster import DeviceError
 from tests.compiling import CACHE, quick_environment
 from tests.controller.counting_worker import NUM_COMPILED, CountingWorker
@@ -77,6 +77,30 @@ def use(monkeypatch, fake: FakeRay) -> None:
   monkeypatch.setattr(ray_workers, 'import_ray', lambda: fake)
   monkeypatch.setattr(ray_workers, 'make_token', lambda: None)
   monkeypatch.setattr(ray_workers, 'check_cluster', lambda address: None)
+
+
+@pytest.mark.parametrize(
+  ('strategy', 'groups'),
+  [
+    ('PACK', [(2, 'PACK'), (2, 'SPREAD')]),
+    ('SPREAD', [(2, 'SPREAD'), (2, 'SPREAD')]),
+    ('STRICT_PACK', [(4, 'STRICT_PACK')]),
+  ],
+)
+def test_places_that_only_hold_pages_go_on_as_many_hosts_as_there_are(monkeypatch, strategy, groups):
+  fake, asked = FakeRay(CPU=8.0), []
+
+  def placement_group(bundles, strategy):
+    asked.append((len(bundles), strategy))
+    return types.SimpleNamespace(wait=lambda seconds: True)
+
+  fake.util.placement_group = placement_group
+  use(monkeypatch, fake)
+  monkeypatch.setattr(ray_workers, 'RayPeer', lambda *arguments: arguments[0])
+  places = [HostPlace(f'host{number}', 2**20) for number in range(2)]
+  processes = RayProcesses(RayCluster(strategy=strategy), RUN.workers, 'cpu', RayWorker, places=places)
+  assert asked == groups and [*processes.peers] == ['prefill0', 'decode0', 'host0', 'host1']
+  processes.close()
 
 
 @pytest.mark.parametrize('address', [None, '10.0.0.1:6379'])

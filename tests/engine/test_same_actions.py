@@ -20,8 +20,8 @@ from pdjax.workload import Listed
 from tests.engine.cluster import Cluster
 from tests.tiny import prompt
 
-# Each step and transfer takes as much longer, so that hosts do not count; no sum of chunks, with a wire or without, comes
-# nearer to one of decode steps than a sixth of a step, so that a slow host changes no order of ends.
+# Each step and transfer takes as much longer, so that hosts do not count. No sum of chunks, with a wire or without,
+# comes nearer to one of decode steps than a sixth of a step: a slow host changes no order of ends.
 CHUNK_S, DECODE_S, WIRE_S = 0.08, 0.06, 0.07
 MOST_TRIES = 6  # a host that is late by more than the least time between two ends tells them in another order
 

@@ -1,11 +1,25 @@
 """Policies, which choose what is done next: pure functions of the view of the cluster."""
 
+from pdjax.policies.admission import Admission, RejectLate
 from pdjax.policies.base import PolicyBase, as_policy
 from pdjax.policies.colocated import Colocated
+from pdjax.policies.deciders import AlwaysLocal, AlwaysRemote, Decider, SoonestFirstToken, UncachedThreshold
 from pdjax.policies.disaggregated import Disaggregated
-from pdjax.policies.placement import FewestQueuedTokens, LongestPrefix, MostFreePages, MostFreeSlots, Placement
+from pdjax.policies.order import EarliestDeadline, Order, ShortestFirst
+from pdjax.policies.placement import (
+  FewestQueuedTokens,
+  LeastWork,
+  LongestPrefix,
+  MostFreePages,
+  MostFreeSlots,
+  Placement,
+  SoonestFirst,
+  StickyPrefix,
+)
 
 __all__ = [
-  'Colocated', 'Disaggregated', 'FewestQueuedTokens', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Placement',
-  'PolicyBase', 'as_policy',
+  'Admission', 'AlwaysLocal', 'AlwaysRemote', 'Colocated', 'Decider', 'Disaggregated', 'EarliestDeadline',
+  'FewestQueuedTokens', 'LeastWork', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Order', 'Placement',
+  'PolicyBase', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix', 'UncachedThreshold',
+  'as_policy',
 ]  # fmt: skip

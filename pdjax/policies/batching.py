@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from pdjax.policies.admission import Admission
+from pdjax.policies.deciders import Decider
 from pdjax.policies.fetching import fetch_for
 from pdjax.policies.placement import Placement
-from pdjax.serving.actions import Chunk, Preempt, Transfer
+from pdjax.serving.actions import Chunk, Preempt, Reject, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 
 
@@ -25,6 +27,10 @@ class ChunkBatches:
     """Whether the worker's step can take another chunk."""
     return self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
 
+  def close(self, workers: Sequence[WorkerView]) -> None:
+    """Let the steps of some workers take no more: another prompt waits for them."""
+    self._open = [worker for worker in self._open if worker not in workers]
+
   def add(self, entry: RequestView, worker: WorkerView, send_to: str | None, start: int) -> None:
     """Add as much of a prompt from a token on as the budget allows."""
     length = min(entry.prefill_len - start, self._budgets[worker.name])
@@ -41,10 +47,12 @@ class Prefills:
   Attributes:
     chunks: The chunks of one step of each worker, by its name; an empty list where there is nothing to do.
     fetches: The copies of cached blocks that prompts wait for before they begin.
+    rejections: Requests that are not to be served.
   """
 
   chunks: dict[str, list[Chunk]]
   fetches: list[Transfer]
+  rejections: list[Reject]
 
 
 def fill_prefills(
@@ -56,11 +64,14 @@ def fill_prefills(
   placement: Placement,
   target_of: Callable[[RequestView, WorkerView], str | None],
   min_fetch: int = 1,
+  decider: Decider | None = None,
+  admission: Admission | None = None,
 ) -> Prefills:
   """Chunks for one step of each worker: prompts begun there first, then waiting ones in the order given.
 
-  Stops at the first waiting request that fits no worker, so that a long prompt is not overtaken for ever. A prompt of
-  which another place holds more than its worker is fetched from there first, and others go before it meanwhile.
+  A waiting request that fits no worker is overtaken at none of those that it could go to, so that a long prompt does
+  not wait for ever. A prompt of which another place holds more than its worker is fetched from there first, and others
+  go before it meanwhile.
 
   Args:
     view: The cluster.
@@ -71,8 +82,13 @@ def fill_prefills(
     placement: Chooses among workers that can take a request.
     target_of: Names the worker to which a request's KV is to travel from that worker, or None to stay.
     min_fetch: Fewest tokens of a prompt that are fetched from another place.
+    decider: Says which of the workers may prefill a request; None for all.
+    admission: Says who of those that wait is not to be served.
   """
-  fetches = []
+  fetches: list[Transfer] = []
+  rejections: list[Reject] = []
+  everywhere = [worker for worker in view.prefill_workers if worker.up and not worker.draining]
+  room.plan_steps(budgets)
   batches = ChunkBatches(workers, budgets)
   for worker in workers:
     for entry in worker.prefilling.values():
@@ -85,7 +101,15 @@ def fill_prefills(
       for worker in [worker for worker in workers if worker.name in entry.copies_asked][:1]:
         room.take(request, worker.name, decodes=worker.role.decodes and target_of(entry, worker) is None)
       continue
-    open_workers = batches.open()
+    if not batches.open():
+      break
+    if admission is not None:
+      refusal = admission.refusal(entry, everywhere, room, view.now_s - entry.request.arrival_s)
+      if refusal is not None:
+        rejections.append(Reject(request, refusal))
+        continue
+    wanted = batches.open() if decider is None else decider.where(entry, everywhere, room)
+    open_workers = [worker for worker in batches.open() if worker in wanted]
     targets = {worker.name: target_of(entry, worker) for worker in open_workers}
     staying = [worker for worker in open_workers if targets[worker.name] is None and worker.role.decodes]
     if staying:
@@ -95,7 +119,10 @@ def fill_prefills(
     else:
       able = room.fitting(request, open_workers, decodes=False)
     if not able:
-      break
+      batches.close(wanted)
+      first = wanted[0].name
+      room.take_tokens(first, entry.prefill_len - view.cached_tokens(request, first))
+      continue
     able = [worker for worker in able if worker.name in entry.copies_asked] or able
     worker = placement.choose(entry, able, room)
     if (fetch := fetch_for(view, entry, worker, min_fetch)) is not None:
@@ -109,7 +136,7 @@ def fill_prefills(
     cached = view.cached_tokens(request, worker.name)
     batches.add(entry, worker, send_to, cached)
     room.take_tokens(worker.name, entry.prefill_len - cached)
-  return Prefills(batches.chunks, fetches)
+  return Prefills(batches.chunks, fetches, rejections)
 
 
 def decodes_any(worker: WorkerView) -> bool:

@@ -1,17 +1,20 @@
 """The baseline: every worker prefills and decodes, prompt chunks fused with decodes under a token budget."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from pdjax.policies.admission import Admission
 from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
 from pdjax.policies.fetching import keep_ended
+from pdjax.policies.order import Order
 from pdjax.policies.placement import FewestQueuedTokens, Placement
 from pdjax.serving.actions import ALL, STANDING, Action, Step
 from pdjax.serving.checks import PolicyError
 from pdjax.serving.view import ClusterView, RequestView
 from pdjax.types.checked import Count, check_fields
+from pdjax.types.request import Request
 from pdjax.types.worker import Role
 
 
@@ -29,6 +32,8 @@ class Colocated(PolicyBase):
     returns_to: The place to which the blocks of requests that have ended are copied, a worker or one that only holds
       pages; None leaves them where they are.
     min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
+    order_by: The order of requests that wait; None for that of arrival.
+    admission: Says which requests are rejected instead; None for none.
   """
 
   moves_kv: ClassVar[bool] = False
@@ -38,6 +43,8 @@ class Colocated(PolicyBase):
   placement: Placement = FewestQueuedTokens()
   returns_to: str | None = None
   min_fetch: Count = 1
+  order_by: Order | None = None
+  admission: Admission | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -46,6 +53,11 @@ class Colocated(PolicyBase):
         "Colocated has returns_to='source', but what it decodes lies where it was prefilled; name another place, or "
         'leave it out.'
       )
+
+  @property
+  def waiting_key(self) -> Callable[[Request], tuple[float, ...]] | None:  # type: ignore[override]
+    """The key of `order_by`, if there is one."""
+    return None if self.order_by is None else self.order_by.key
 
   def decide(self, view: ClusterView) -> list[Action]:
     if view.grows and (preempted := preempt_newest(view)):
@@ -67,8 +79,9 @@ class Colocated(PolicyBase):
     }
     waiting = self.order(view.waiting.values())
     prefills = fill_prefills(
-      view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None, self.min_fetch
-    )
+      view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None, self.min_fetch,
+      admission=self.admission,
+    )  # fmt: skip
     actions: list[Action] = []
     for name, chunks in prefills.chunks.items():
       worker = view.workers[name]
@@ -76,7 +89,7 @@ class Colocated(PolicyBase):
         actions.append(Step(name, tuple(chunks), ALL if decodes_any(worker) else ()))
       elif worker.has_work:
         actions.append(Step(name, decodes=ALL, steps=STANDING if self.decode_steps == 1 else self.decode_steps))
-    return [*prefills.fetches, *actions, *kept]
+    return [*prefills.rejections, *prefills.fetches, *actions, *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""

@@ -1,15 +1,19 @@
 """First come, first served over prefill workers and decode workers, with the KV travelling between them."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from pdjax.policies.admission import Admission
 from pdjax.policies.base import PolicyBase
 from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
+from pdjax.policies.deciders import Decider
 from pdjax.policies.fetching import keep_ended
+from pdjax.policies.order import Order
 from pdjax.policies.placement import FewestQueuedTokens, MostFreeSlots, Placement
 from pdjax.serving.actions import ALL, STANDING, Action, Step, Transfer
 from pdjax.serving.view import ClusterView, RequestView, Room, WorkerView
 from pdjax.types.checked import Count, check_fields
+from pdjax.types.request import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +21,8 @@ class Disaggregated(PolicyBase):
   """Prefill in arrival order; decode everything a decode worker holds (DistServe, Zhong et al. 2024).
 
   A prompt's KV travels chunk by chunk while the prompt is computed, if a decode worker has room when it begins;
-  otherwise it waits on its prefill worker, first token delivered, until one has. Override `order` to serve waiting
-  prompts in another order.
+  otherwise it waits on its prefill worker, first token delivered, until one has. Its parts are objects that anybody can
+  write: an order, placements, a decider, an admission.
 
   Attributes:
     max_prefill_tokens: Most prompt tokens of one step, over all the prompts packed in it.
@@ -28,6 +32,10 @@ class Disaggregated(PolicyBase):
     returns_to: The place to which the blocks of requests that have ended are copied, a worker or one that only holds
       pages, or 'source' for the worker that prefilled each; None leaves them where they are.
     min_fetch: Fewest tokens of a prompt that are fetched from another place before it begins.
+    order_by: The order of requests that wait; None for that of arrival.
+    decider: Says whether a prompt is computed where it decodes, on a worker of role 'both', or on one that only
+      prefills; None for wherever `place_prefill` says.
+    admission: Says which requests are rejected instead; None for none.
     moves_on: Whether sequences that decode on a worker that drains for another role are moved to others. Then, and
       where blocks return to a worker, there are ways between all places, so that prompts are fetched from any.
   """
@@ -39,6 +47,9 @@ class Disaggregated(PolicyBase):
   returns_to: str | None = None
   min_fetch: Count = 1
   moves_on: bool = False
+  order_by: Order | None = None
+  decider: Decider | None = None
+  admission: Admission | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -47,6 +58,11 @@ class Disaggregated(PolicyBase):
   def moves_anywhere(self) -> bool:  # type: ignore[override]
     """Whether it sends KV back from workers that decode, or between these."""
     return self.moves_on or self.returns_to == 'source'
+
+  @property
+  def waiting_key(self) -> Callable[[Request], tuple[float, ...]] | None:  # type: ignore[override]
+    """The key of `order_by`, if there is one."""
+    return None if self.order_by is None else self.order_by.key
 
   def decide(self, view: ClusterView) -> list[Action]:
     if view.grows and (preempted := preempt_newest(view)):
@@ -58,8 +74,8 @@ class Disaggregated(PolicyBase):
     transfers = self._transfers(view, room)
     if self.moves_on and (moves := self._moves(view, room)):
       return [*transfers, *moves]  # their workers have others to decode now
-    prefills, fetches = self._prefills(view, room)
-    return [*transfers, *fetches, *prefills, *self._decodes(view, {step.worker for step in prefills}), *kept]
+    prefills, others = self._prefills(view, room)
+    return [*transfers, *others, *prefills, *self._decodes(view, {step.worker for step in prefills}), *kept]
 
   def order(self, waiting: Iterable[RequestView]) -> Iterable[RequestView]:
     """The waiting prompts in the order to serve them."""
@@ -72,6 +88,8 @@ class Disaggregated(PolicyBase):
     decide where a prompt goes on; a worker of role 'both' decodes what stays, and what stays on another is moved once
     it is computed, to where `place_decode` says.
     """
+    if self.decider is not None and worker.role.decodes:
+      return None  # it was to be computed where it decodes
     if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
       return None
     target = room.kept(('target', entry.request.id), lambda: self._target(view, room, entry))
@@ -105,7 +123,8 @@ class Disaggregated(PolicyBase):
     able = staying if others else able
     return self.place_decode.choose(entry, able, room).name if able else None
 
-  def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Transfer]]:
+  def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Action]]:
+    """The steps with prompts, and what is to be done before them."""
     if not view.waiting and not view.begun:
       return [], []
     workers = view.able_to_prefill
@@ -113,15 +132,17 @@ class Disaggregated(PolicyBase):
     def target_of(entry: RequestView, worker: WorkerView) -> str | None:
       return self.target_of(view, room, entry, worker)
 
-    budgets = {worker.name: self.max_prefill_tokens for worker in workers}
-    waiting = self.order(view.waiting.values())
-    prefills = fill_prefills(view, room, workers, budgets, waiting, self.place_prefill, target_of, self.min_fetch)
+    budgets = {worker.name: self.max_prefill_tokens for worker in view.prefill_workers}
+    prefills = fill_prefills(
+      view, room, workers, budgets, self.order(view.waiting.values()), self.place_prefill, target_of, self.min_fetch,
+      self.decider, self.admission,
+    )  # fmt: skip
     steps = [
       Step(worker, tuple(batch), ALL if decodes_any(view.workers[worker]) else ())  # a worker of both roles fuses
       for worker, batch in prefills.chunks.items()
       if batch
     ]
-    return steps, prefills.fetches
+    return steps, [*prefills.rejections, *prefills.fetches]
 
   def _decodes(self, view: ClusterView, busy: set[str]) -> list[Step]:
     return [

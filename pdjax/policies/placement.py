@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pdjax.policies.forecast import first_token_seconds
 from pdjax.serving.view import RequestView, Room, WorkerView
+from pdjax.types.checked import Index, check_fields
 
 
 class Placement(Protocol):
@@ -33,6 +35,45 @@ class LongestPrefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeastWork:
+  """The worker with the fewest tokens to compute before the prompt's first, its own that are not cached counted."""
+
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
+    equal = _best_of(workers, _work(request, workers, room), min)
+    return equal[0] if len(equal) == 1 else MostFreeSlots().choose(request, equal, room)
+
+
+@dataclasses.dataclass(frozen=True)
+class StickyPrefix:
+  """The worker that holds most of the prompt's beginning, until it has `saturated_tokens` more to do than the least.
+
+  Then the one with the least work, so that a popular prefix spreads (Preble, Srivatsa et al. 2024).
+
+  Attributes:
+    saturated_tokens: Most tokens of work by which the worker of the prefix may be ahead of the one with the least.
+  """
+
+  saturated_tokens: Index = 4096
+
+  def __post_init__(self):
+    check_fields(self)
+
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
+    holder = LongestPrefix().choose(request, workers, room)
+    work = _work(request, workers, room)
+    ahead = work[workers.index(holder)] - min(work)
+    return holder if ahead <= self.saturated_tokens else LeastWork().choose(request, workers, room)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoonestFirst:
+  """The worker predicted to have the first token soonest, by its own cost model: for workers that are not alike."""
+
+  def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
+    return min(workers, key=lambda worker: first_token_seconds(request, worker, room))
+
+
+@dataclasses.dataclass(frozen=True)
 class MostFreePages:
   """The worker with the most free pages; the first of equals."""
 
@@ -46,6 +87,14 @@ class MostFreeSlots:
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
     return _best_of(workers, [room.slots(worker.name) for worker in workers], max)[0]
+
+
+def _work(request: RequestView, workers: Sequence[WorkerView], room: Room) -> list[int]:
+  """Tokens that each worker computes before the request's first one, but for those of it that all lack."""
+  name = request.request.id
+  if not room.caches:
+    return [room.queued_tokens(worker.name) for worker in workers]
+  return [room.queued_tokens(worker.name) - room.cached_tokens(name, worker.name) for worker in workers]
 
 
 def _best_of(

@@ -25,6 +25,21 @@ class Room:
     self._pages: dict[str, dict[str, int]] = {}  # taken, by worker and cache kind
     self._slots: dict[str, int] = {}
     self._tokens: dict[str, int] = {}
+    self._step_tokens: Mapping[str, int] = {}
+
+  @property
+  def caches(self) -> bool:
+    """Whether anything is cached at all."""
+    return self._view.caches
+
+  def plan_steps(self, tokens: Mapping[str, int]) -> None:
+    """Note how many prompt tokens at most a policy gives the steps of each worker, for whoever makes forecasts."""
+    self._step_tokens = tokens
+
+  def step_tokens(self, worker: str) -> int:
+    """Most prompt tokens that a step of a worker takes."""
+    most = self._view.workers[worker].spec.max_step_tokens
+    return max(min(self._step_tokens.get(worker, most), most), 1)
 
   def pages(self, worker: str) -> int:
     """Free pages; of several cache kinds, the free memory in whole pages."""

@@ -15,7 +15,7 @@ import numpy as np
 from pdjax.host import check_room
 from pdjax.types.checked import SOME, Count, Index, check_fields
 from pdjax.types.fitting import Must, Remedy
-from pdjax.types.request import SLO, Request, SamplingParams
+from pdjax.types.request import SLO, Request, SamplingParams, TokenIds
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed, Thinking, Users
 from pdjax.workload.lengths import Fixed, Length, Lognormal
 from pdjax.workload.tokens import RandomTokens
@@ -38,6 +38,7 @@ class _Stream(enum.IntEnum):
   OUTPUTS = 2
   REQUESTS = 3
   TURNS = 4
+  SHARED = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,7 @@ class MultiTurn(_Sampled):
     max_concurrency: Most conversations at once; None if it does not matter.
     chats_per_s: Rate of a Poisson process that starts conversations; infinite if all are there from the beginning.
     max_context: Most tokens of a prompt and its answer together; None takes the model's context length.
+    shared: Tokens with which all chats begin, before those of `prompt`: a system prompt.
   """
 
   num_chats: Count = 16
@@ -258,6 +260,7 @@ class MultiTurn(_Sampled):
   max_concurrency: Users | None = 8
   chats_per_s: Annotated[float, _RATE] = math.inf
   max_context: Count | None = None
+  shared: Index = 0
   burstiness: ClassVar[None] = None
 
   @property
@@ -272,7 +275,9 @@ class MultiTurn(_Sampled):
 
   def arrivals(self, context: WorkloadContext) -> Chats:
     max_context = min(self.max_context or context.context_len, context.context_len)
-    self._check_fits(self.prompt.upper, self.output.upper, max_context, 'first turns')
+    self._check_fits(self.shared + self.prompt.upper, self.output.upper, max_context, 'first turns')
+    seed = int(self._rng(_Stream.SHARED).integers(2**63))
+    begin = tuple(RandomTokens(self.shared, context.vocab_size, seed)) if self.shared else ()
     prompt_rng, output_rng = self._rng(_Stream.PROMPTS), self._rng(_Stream.OUTPUTS)
     gaps_s = self._rng(_Stream.GAPS).exponential(1 / self.chats_per_s, self.num_chats - 1)
     chats, index = [], 0
@@ -283,7 +288,9 @@ class MultiTurn(_Sampled):
       for turn in range(num_turns):
         length = (self.user if turn else self.prompt).sample(prompt_rng)
         sampling = self._random_sampling(index)
-        user = RandomTokens(length, context.vocab_size, _seed_of(sampling))
+        user: TokenIds = RandomTokens(length, context.vocab_size, _seed_of(sampling))
+        if begin and not turn:
+          user = (*begin, *user)
         turns.append(ChatTurn(user, sampling, self.output.sample(output_rng)))
         index += 1
       chats.append(Chat(f'chat-{chat}', tuple(turns), start_s, self.slo))

@@ -11,6 +11,7 @@ where a threshold of 16 uncached tokens sends every turn of code generation to p
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import app, flags
 from rich.console import Console
@@ -30,7 +31,7 @@ from pdjax.policies import (
   StickyPrefix,
   UncachedThreshold,
 )
-from pdjax.types import ChipSpec, LinkSpec, ModelSpec, PrefixCache, WorkerSpec, parse_split, prefill_pool
+from pdjax.types import ChipSpec, LinkSpec, ModelSpec, PrefixCache, Role, WorkerSpec, parse_split, prefill_pool
 from pdjax.workload import Fixed, MultiTurn
 
 _SPLITS = flags.DEFINE_list('splits', ['1P1D', '2P2D'], 'Prefill workers and workers that decode.')
@@ -74,10 +75,10 @@ class Traffic:
 
 
 TRAFFIC = {
-  'code': Traffic(30_000, 1500, 15, 200, {
+  'code': Traffic(30_000, 1500, 15, 64, {
     True: 'always local < decider << threshold 16', False: 'threshold 16 <= always local',
   }),
-  'chat': Traffic(5_000, 50, 4, 200, {
+  'chat': Traffic(5_000, 50, 4, 64, {
     True: 'always local < decider << threshold 16', False: 'threshold 16 <= always local',
   }),
 }  # fmt: skip
@@ -92,14 +93,22 @@ def turn_seconds(traffic: Traffic, worker: WorkerSpec) -> float:
 def config_of(split: str, traffic: Traffic, load: float, rule: Decider) -> ServingConfig:
   """The run of a cell."""
   num_prefill, num_decode = parse_split(split)
-  sizes = {'tp': 8, 'max_step_tokens': _STEP_TOKENS, 'max_chunks': 32, 'max_sequences': 128, 'num_pages': 20_000}
+  sizes: dict[str, Any] = {
+    'tp': 8,
+    'max_step_tokens': _STEP_TOKENS,
+    'max_chunks': 32,
+    'max_sequences': 128,
+    'num_pages': 20_000,
+  }
   prefill = prefill_pool(num_prefill, **sizes)
-  decode = tuple(WorkerSpec(f'decode{number}', 'both', **sizes) for number in range(num_decode))
+  decode = tuple(WorkerSpec(f'decode{number}', Role.BOTH, **sizes) for number in range(num_decode))
   rate = load * num_prefill / turn_seconds(traffic, prefill[0]) / traffic.turns
   return ServingConfig(
     model=_MODEL,
     workers=prefill + decode,
-    policy=Disaggregated(_STEP_TOKENS, place_prefill=StickyPrefix(), place_decode=StickyPrefix(), decider=rule),
+    policy=Disaggregated(
+      _STEP_TOKENS, place_prefill=StickyPrefix(), place_decode=StickyPrefix(), decider=rule, moves_on=True
+    ),
     workload=MultiTurn(
       num_chats=_CHATS.value * num_prefill,
       shared=traffic.shared,
@@ -134,7 +143,7 @@ def main(_):
       for load in map(float, _LOADS.value):
         cell = f'{kind}, {split}, {load:.0%} of prefill'
         reports = {name: serve(config_of(split, traffic, load, rule)) for name, rule in RULES.items()}
-        ttft = {name: report.ttft.mean_ms for name, report in reports.items()}
+        ttft = {name: report.ttft.mean_ms or 0.0 for name, report in reports.items()}
         table = Table(title=f'{cell}: {reports["decider"].num_prompts} turns')
         for column in ('rule', 'mean TTFT ms', 'queue ms', 'prefill ms', 'p99 TTFT ms', 'mean TPOT ms', 'computed'):
           table.add_column(column, justify='left' if column == 'rule' else 'right')

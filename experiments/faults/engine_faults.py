@@ -225,7 +225,7 @@ def fresh(ways: Iterable[FaultyWay], workers: Iterable[Worker]) -> Iterator[None
   Order numbers begin anew in the next run: a fault left behind would happen to one of its steps.
   """
   before = set(threading.enumerate())  # of other engines in this process, which may be idle for long
-  faulty = [*ways, *(worker for worker in workers if isinstance(worker, FaultyWorker))]
+  faulty: list[FaultyWay | FaultyWorker] = [*ways, *(worker for worker in workers if isinstance(worker, FaultyWorker))]
   for one in faulty:
     one.clear()
   try:

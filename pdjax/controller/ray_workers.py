@@ -135,7 +135,7 @@ class RayProcesses:
     if cluster.host != 'node' and {node['NodeManagerAddress'] for node in alive} <= set(own_addresses()):
       check_own(cluster.host)  # on other hosts, workers say so
     node_host = '127.0.0.1' if cluster.address is None else None  # nobody but this machine is on it
-    shares = [(taken, cluster.strategy)]
+    shares: list[tuple[Taken, str]] = [(taken, cluster.strategy)]
     if places and not cluster.strategy.startswith('STRICT'):  # on as many hosts as there are, wherever the workers are
       shares = [(workers, cluster.strategy), (places, 'SPREAD')]
     groups = [self._set_aside(some, strategy, cluster, service) for some, strategy in shares]

@@ -1,12 +1,15 @@
-"""The forecast of a first token: what a worker has to compute before it, by that worker's own cost model."""
+"""The forecast of a first token: what a worker has to fetch and compute before it, by that worker's own cost model."""
 
 from pdjax.serving.view import RequestView, Room, WorkerView
 
 _CONTEXT_STEP = 256  # to which a mean context is rounded, so that a cost model is asked the same again
+_STANDING_AHEAD = 1.5  # steps of a standing order: of the one that runs half is left on average, another is ready
 
 
 def first_token_seconds(request: RequestView, worker: WorkerView, room: Room) -> float:
   """Predicted seconds until a prompt is computed at a worker, behind what that was given and beside what it decodes.
+
+  What another place holds of it is taken to be fetched first, if that holds more.
 
   Args:
     request: A request that waits.
@@ -14,14 +17,20 @@ def first_token_seconds(request: RequestView, worker: WorkerView, room: Room) ->
     room: Says what is cached there, what was given to it in this decision too, and how much a step takes.
   """
   name, cost = worker.name, worker.cost
-  cached = room.cached_tokens(request.request.id, name)
+  cached, ahead_s = room.cached_tokens(request.request.id, name), 0.0
+  fetched, source = room.fetchable_tokens(request.request.id, name)
+  if source is not None:
+    ahead_s, cached = source.cost.sent_seconds(cost, fetched - cached), fetched
   left = room.queued_tokens(name) + max(request.prefill_len - cached, 1)
   chunk = min(left, room.step_tokens(name))
   batch = len(worker.decoding)
   contexts = (_mean_context(worker, batch),) * batch
+  if batch:
+    steps = _STANDING_AHEAD if worker.is_standing else worker.num_steps - 0.5
+    ahead_s += max(steps, 0.0) * cost.step_seconds((), contexts)
   # A chunk in the middle attends to as many tokens as all do in the mean.
   between = cached + (left - chunk) // 2
-  return left / chunk * cost.step_seconds(((between, chunk),), contexts)
+  return ahead_s + left / chunk * cost.step_seconds(((between, chunk),), contexts)
 
 
 def _mean_context(worker: WorkerView, batch: int) -> int:

@@ -1,5 +1,7 @@
 """Whether a cluster can do what it is asked to, and why not."""
 
+import array
+import contextlib
 import inspect
 import itertools
 import math
@@ -149,6 +151,10 @@ def first_outside(prompt: Sequence[int], vocab_size: int) -> int | None:
   """
   if getattr(prompt, 'vocab_size', vocab_size + 1) <= vocab_size:
     return None
+  with contextlib.suppress(TypeError, OverflowError):
+    tokens = array.array('I', prompt)  # a twentieth of what the walk takes, which is left for those with a wrong one
+    if not tokens or max(tokens) < vocab_size:
+      return None
   known = (hasattr(token, '__index__') and 0 <= token < vocab_size for token in prompt)
   return next((place for place, one in enumerate(known) if not one), None)
 

@@ -66,6 +66,18 @@ class Room:
       source = books.prefill_workers[0].name
     return self._view.cached_tokens(request, worker, source)
 
+  def fetchable_tokens(self, request: str, worker: str) -> tuple[int, WorkerView | None]:
+    """Most tokens of a request's beginning that can be copied to a worker from one place, and that place.
+
+    None of them, if nothing is cached, or the worker holds as many itself.
+    """
+    most, source = self.cached_tokens(request, worker), None
+    if self._view.caches:
+      for place in self._view.places.values():
+        if place.up and (tokens := self._view.fetchable_tokens(request, place.name, worker)) > most:
+          most, source = tokens, place
+    return (0, None) if source is None else (most, source)
+
   def queued_tokens(self, worker: str) -> int:
     """Prompt tokens the worker was given and has not finished."""
     return self._books.workers[worker].queued_tokens + self._tokens.get(worker, 0)

@@ -2,6 +2,7 @@ r"""Run a config on the engine or the simulator and print its report.
 
 python -m experiments.run --config=configs/smollm2_cpu.py --workdir=runs/demo
 python -m experiments.run --config=configs/smollm2_cpu.py --set=policy.decode_steps=1 --goodput "ttft:500 tpot:50"
+python -m experiments.run --config=configs/smollm2_cpu.py --policy=my.py:Mine
 python -m experiments.run --config=configs/smollm2_cpu.py --prompt="What is the capital of France?"
 python -m experiments.run --config=configs/smollm2_cpu.py --requests=requests.jsonl --workdir=out
 python -m experiments.run --resume=out
@@ -63,7 +64,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.load_config import load_config
+from experiments.load_config import load_config, load_policy
 from experiments.stop_signals import StopSignals
 from pdjax import comparison, launch
 from pdjax.answers import Answers
@@ -96,6 +97,7 @@ _SHOWN = 12  # answers, and refused lines, that are printed
 T = TypeVar('T')
 
 _CONFIG = flags.DEFINE_string('config', None, 'The config file, with arguments of its get_config behind a colon.')
+_POLICY = flags.DEFINE_string('policy', None, "A policy of your own instead of the config's, FILE.py:NAME.")
 _SET = flags.DEFINE_multi_string('set', [], 'Overrides of the config, each field.of.config=value.')
 _BACKEND = flags.DEFINE_enum('backend', 'engine', ['engine', 'simulator'], 'What carries the orders out.')
 _WORKDIR = flags.DEFINE_string(
@@ -131,10 +133,10 @@ _CACHE = flags.DEFINE_string('compilation_cache', None, 'Folder that keeps compi
 
 # What `run.json` keeps of the command, for --resume.
 _KEPT = (
-  'config', 'set', 'backend', 'requests', 'trace', 'prompt', 'max_tokens', 'goodput', 'calibrate', 'ray_address',
-  'compilation_cache', 'log',
+  'config', 'policy', 'set', 'backend', 'requests', 'trace', 'prompt', 'max_tokens', 'goodput', 'calibrate',
+  'ray_address', 'compilation_cache', 'log',
 )  # fmt: skip
-_PATHS = ('config', 'requests', 'trace', 'compilation_cache')
+_PATHS = ('config', 'policy', 'requests', 'trace', 'compilation_cache')
 _EXPECTED = (OSError, PolicyError, StuckError, DeviceError)  # their messages say all, as those of a ValueError at first
 
 
@@ -551,6 +553,8 @@ def _config() -> ServingConfig:
   config = load_config(_CONFIG.value)
   if _TRACE.value is not None:
     config = dataclasses.replace(config, workload=TraceWorkload(path=_TRACE.value))
+  if _POLICY.value is not None:
+    config = dataclasses.replace(config, policy=load_policy(_POLICY.value))
   config = apply_overrides(config, _SET.value)
   if _GOODPUT.value is not None:
     config = dataclasses.replace(config, slo=SLO.parse(_GOODPUT.value))

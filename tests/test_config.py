@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments.load_config import load_config
+from experiments.load_config import load_config, load_policy
 from pdjax.config import ServingConfig
 from pdjax.cost import Roofline
 from pdjax.launch import simulate
@@ -287,3 +287,48 @@ def test_blocks_that_return_to_a_worker_need_ways_from_everywhere():
   assert ways[0] - ways[1] == {('decode0', 'prefill0')} and ('host0', 'decode0') in ways[1]
   with pytest.raises(ValueError, match="Colocated has returns_to='source', but what it decodes lies where it was"):
     Colocated(returns_to='source')
+
+
+POLICY = """
+import dataclasses
+import pdjax
+
+@dataclasses.dataclass(frozen=True)
+class Mine(pdjax.Disaggregated):
+  extra: int = 3
+
+class Picky(pdjax.Disaggregated):
+  def __init__(self, needed): ...
+
+ready = Mine(extra=5)
+other = 7
+"""
+
+
+@pytest.fixture
+def policies(tmp_path):
+  (tmp_path / 'my.py').write_text(POLICY)
+  return str(tmp_path / 'my.py')
+
+
+def test_a_policy_of_a_file_is_a_class_or_an_object_of_it(policies):
+  mine = load_policy(f'{policies}:Mine')
+  assert (type(mine).__name__, mine.extra) == ('Mine', 3)
+  assert load_policy(f'{policies}:ready').extra == 5
+
+
+@pytest.mark.parametrize(
+  ('name', 'words'),
+  [
+    (':Yours', 'Yours is not there; the policies in it are Mine, Picky, ready'),
+    (':other', 'other is no policy, which has a method decide(view)'),
+    (':Picky', 'Picky() raised'),
+    (':', 'is not of the form FILE.py:NAME'),
+    ('', 'is not of the form FILE.py:NAME'),
+  ],
+)
+def test_what_is_no_policy_of_a_file_is_refused_with_those_that_are(policies, name, words):
+  with _raises(words):
+    load_policy(f'{policies}{name}')
+  with pytest.raises(FileNotFoundError, match=r"policy file 'yours\.py' is not a file"):
+    load_policy('yours.py:Mine')

@@ -54,8 +54,12 @@ if TYPE_CHECKING:
     Fixed,
     Given,
     Lognormal,
+    Mix,
     MultiTurn,
+    Phase,
+    Phases,
     Poisson,
+    Share,
     TraceWorkload,
     Uniform,
   )
@@ -82,19 +86,20 @@ _HOMES = {
     'SamplingParams', 'WorkerSpec', 'colocated_pool', 'decode_pool', 'prefill_pool',
   ],
   'pdjax.workload': [
-    'Bursty', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed', 'Given', 'Lognormal', 'MultiTurn', 'Poisson',
-    'TraceWorkload', 'Uniform',
+    'Bursty', 'ClosedLoopWorkload', 'Constant', 'Empirical', 'Fixed', 'Given', 'Lognormal', 'Mix', 'MultiTurn',
+    'Phase', 'Phases', 'Poisson', 'Share', 'TraceWorkload', 'Uniform',
   ],
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-  'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView',
-  'Colocated', 'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given',
-  'HostPlace', 'LinkSpec', 'Lognormal', 'ModelSpec', 'MultiTurn', 'Poisson', 'Preempt', 'PrefixCache', 'Reject',
-  'Report', 'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig', 'Session',
-  'SessionError', 'Step', 'Stream', 'SwitchRole', 'TraceWorkload', 'Transfer', 'Uniform', 'WakeAt', 'WorkerSpec',
-  'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run', 'simulate',
+  'ALL', 'SLO', 'STANDING', 'Bursty', 'Cancel', 'ChipSpec', 'Chunk', 'ClosedLoopWorkload', 'ClusterView', 'Colocated',
+  'Comparison', 'Completion', 'Constant', 'Delta', 'Disaggregated', 'Empirical', 'Fixed', 'Given', 'HostPlace',
+  'LinkSpec', 'Lognormal', 'Mix', 'ModelSpec', 'MultiTurn', 'Phase', 'Phases', 'Poisson', 'Preempt', 'PrefixCache',
+  'Reject', 'Report', 'Request', 'RequestError', 'Role', 'Roofline', 'RunResult', 'SamplingParams', 'ServingConfig',
+  'Session', 'SessionError', 'Share', 'Step', 'Stream', 'SwitchRole', 'TraceWorkload', 'Transfer', 'Uniform',
+  'WakeAt', 'WorkerSpec', 'colocated_pool', 'compare', 'decode_pool', 'generate', 'load', 'prefill_pool', 'run',
+  'simulate',
 ]  # fmt: skip
 
 

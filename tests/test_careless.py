@@ -225,6 +225,17 @@ CARELESS = [
   ('a format of its own', lambda: TraceWorkload(path='a', format='csv'), "format='csv', expected one of 'mooncake'"),
   ('a pace of 0', lambda: TraceWorkload(path='a', rate=0), 'TraceWorkload has rate=0, expected a positive number'),
   ('a trace of None', lambda: read_trace(None), r'read_trace\(\) is given path=None, expected a text or a PathLike'),
+  ('a share of nothing', lambda: pdjax.Share(pdjax.Poisson(), 0, 'a'), 'has share=0, expected a positive number'),
+  ('a class of no name', lambda: pdjax.Share(pdjax.Poisson(), 1, ''), "class_name='', expected a text that is not"),
+  ('a class of two', lambda: pdjax.Share(pdjax.Poisson(), 1, 'a/b'), "class_name='a/b', expected a text .*without '/'"),
+  ('a list in a share', lambda: pdjax.Share([REQUEST], 1, 'a'), r'has workload=.*ready requests are Given\(req'),
+  ('a part bare', lambda: pdjax.Mix((pdjax.Poisson(),)), r'Mix has parts\[0\]=Poisson.*expected Share\(\.\.\.\)'),
+  ('a mix of nothing', lambda: pdjax.Mix(()), r'Mix has parts=\(\), expected .*at least one'),
+  ('a phase of no time', lambda: pdjax.Phase(pdjax.Poisson(), 0), 'Phase has seconds=0, expected a positive'),
+  ('a phase as a pair', lambda: pdjax.Phases(((pdjax.Poisson(), 5),)), r'phases\[0\]=.*expected Phase\('),
+  ('a class that is a number', lambda: pdjax.Request('a', (1,), class_name=7), "'a' has class_name=7, expected a text"),
+  ('a priority by name', lambda: pdjax.Request('a', (1,), priority='high'), "has priority='high', expected an integer"),
+  ('a deadline gone by', lambda: pdjax.Request('a', (1,), deadline_s=-1), 'deadline_s=-1, expected a positive number'),
   ('a list of nothing', lambda: Listed(None), r'Listed\(\) is given requests=None, expected a list of Request'),
   # policies
   ('no decode steps', lambda: pdjax.Disaggregated(decode_steps=0), 'Disaggregated has decode_steps=0, expected at lea'),
@@ -328,6 +339,10 @@ GOOD = {  # what makes one of a class whose fields have no defaults
   'TraceWorkload': lambda: TraceWorkload(path='trace.jsonl'),
   'ChatTurn': lambda: ChatTurn((1,)),
   'Chat': lambda: Chat('c', (ChatTurn((1,)),)),
+  'Share': lambda: pdjax.Share(pdjax.Poisson(), 1, 'chat'),
+  'Mix': lambda: pdjax.Mix((pdjax.Share(pdjax.Poisson(), 1, 'chat'),)),
+  'Phase': lambda: pdjax.Phase(pdjax.Poisson(), 1),
+  'Phases': lambda: pdjax.Phases((pdjax.Phase(pdjax.Poisson(), 1),)),
 }
 WRONG = (
   'text', b'x', None, -1, 0, 2.5, NAN, -math.inf, math.inf, True, [], {}, [None], ('x',), object(), object, 10**400, 1j,

@@ -82,7 +82,7 @@ def at_rate(workload: Workload, rate: Annotated[float, _RATE]) -> Workload:
   if not dataclasses.is_dataclass(plain) or not any(one.name == 'requests_per_s' for one in dataclasses.fields(plain)):
     raise ValueError(
       f'the requests of a {type(workload).__name__} workload come at times of their own, so no rate can be set; leave '
-      'the rates out, or use Poisson, Bursty or Constant arrivals.'
+      'the rates out, or use Poisson, Bursty or Constant arrivals, or a Mix.'
     )
   again: Any = dataclasses.replace(plain, requests_per_s=float(rate))  # type: ignore[type-var]
   return again

@@ -14,6 +14,10 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `vllm:prefix_cache_hits_total` | those of them that were cached, and so not computed |
 | `pdjax:kv_copied_tokens_total` | tokens of cached blocks that were copied from place to place |
 | `pdjax:kv_copied_bytes_total` | bytes of these |
+| `pdjax:class_requests_total{class_name="..."}` | requests of a class, where any has one; `""` has those without |
+| `pdjax:class_completed_total{class_name="..."}` | those of them that got all that they asked for |
+| `pdjax:class_output_tokens_total{class_name="..."}` | tokens delivered to these |
+| `pdjax:tenant_requests_total{tenant="..."}` | the same by tenant, and so `completed` and `output_tokens` |
 | `sglang:kv_transfer_latency_ms` | milliseconds in which any of its pages were on the wire, a request |
 | `sglang:kv_transfer_total_mb` | megabytes, a request |
 | `sglang:kv_transfer_speed_gb_s` | gigabytes a second on the wire, a request |
@@ -23,12 +27,13 @@ A figure that vLLM or SGLang export too has their name, so that dashboards made 
 | `pdjax:kv_transfer_hidden_seconds_total` | seconds on the wire while the source computed prompts |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pdjax.metrics.copies import copied_blocks
-from pdjax.metrics.request_rows import NOBODY
+from pdjax.metrics.groups import members, sizes
+from pdjax.metrics.request_rows import NOBODY, RequestRows
 from pdjax.metrics.timeline import Timeline
 from pdjax.metrics.transfers import TransferFigures
 
@@ -71,6 +76,23 @@ def _series(timeline: Timeline) -> Iterator[tuple[str, float]]:
   yield from _summary('pdjax:kv_transfer_queued_seconds', rows['began_s'] - rows['submitted_s'])
   yield from _summary('pdjax:kv_transfer_admitting_seconds', rows['ended_s'] - ended_s)
   yield 'pdjax:kv_transfer_hidden_seconds_total', figures.hidden_s
+  everyone = timeline.requests
+  yield from _by_label(everyone, 'class', 'class_name', everyone.class_names)
+  yield from _by_label(everyone, 'tenant', 'tenant', everyone.tenants)
+
+
+def _by_label(requests: RequestRows, what: str, field: str, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+  """Counts of requests with a label for each class or tenant."""
+  for name, count in sizes(requests, field, names).items():
+    done = members(requests, field, names, name) & requests.completed
+    label = f'{{{field}="{_escaped(name)}"}}'
+    yield f'pdjax:{what}_requests_total{label}', count
+    yield f'pdjax:{what}_completed_total{label}', int(done.sum())
+    yield f'pdjax:{what}_output_tokens_total{label}', int(requests.rows['num_tokens'][done].sum())
+
+
+def _escaped(label: str) -> str:
+  return label.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
 
 
 def _covered_s(which: np.ndarray, began_s: np.ndarray, ended_s: np.ndarray, count: int) -> np.ndarray:

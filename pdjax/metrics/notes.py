@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+from pdjax.metrics.groups import MOST_GROUPS
 from pdjax.metrics.request_rows import MOST_GAPS
 from pdjax.metrics.timeline import Timeline
 from pdjax.types.worker import WorkerSpec
@@ -38,6 +39,9 @@ def own_notes(
   if not timeline.spans.are_traced:
     yield f'There is no trace.json: {len(timeline.spans):,} steps and transfers are more than a viewer opens.'
   requests = timeline.requests
+  for plural, groups in (('classes', requests.class_names), ('tenants', requests.tenants)):
+    if len(groups) > MOST_GROUPS:
+      yield f'Of {len(groups):,} {plural} the {MOST_GROUPS} with the most requests have figures of their own.'
   if not requests.gaps_are_told:
     yield f'report.json has no single gaps between deltas (itls): they are more than {MOST_GAPS:,}.'
   others = ', '.join(f'{reason} {n}' for reason, n in finish_reasons.items() if reason not in ('stop', 'length'))

@@ -14,7 +14,19 @@ from pdjax.metrics import charts
 from pdjax.metrics.colours import DARK, FONT, LIGHT, PARTS, PHASES, SYSTEMS, vega_config
 from pdjax.metrics.report import Report
 from pdjax.metrics.stats import Stats
-from pdjax.metrics.wording import headline, listed, number, per_second, percent, plain, sentences, short, totals
+from pdjax.metrics.wording import (
+  group_table,
+  groups,
+  headline,
+  listed,
+  number,
+  per_second,
+  percent,
+  plain,
+  sentences,
+  short,
+  totals,
+)
 from pdjax.types.json_text import json_text
 
 _LATENCIES = (('TTFT', 'ttft'), ('TPOT', 'tpot'), ('ITL', 'itl'), ('E2E', 'e2el'), ('hand-off', 'handoff'))
@@ -185,6 +197,20 @@ def _totals_table(report: Report, beside: Beside | None) -> dict[str, Any]:
   return {'head': head, 'rows': rows}
 
 
+def _group_tables(runs: Sequence[tuple[Report, str]]) -> Iterator[dict[str, Any]]:
+  """A table by class and one by tenant, where there are several; each row of the run with the baseline's below it."""
+  others = dict(groups(runs[1][0])) if len(runs) > 1 else {}
+  for what, named in groups(runs[0][0]):
+    lines = []
+    for name, group in named.items():
+      lines.append((name, group, False))
+      if name in others.get(what, {}):
+        lines.append((f'{name}, {runs[1][1]}', others[what][name], True))
+    head, cells = group_table([group for _, group, _ in lines])
+    rows = [{'cells': [name, *row], 'beside': is_other} for (name, _, is_other), row in zip(lines, cells, strict=True)]
+    yield {'head': [what, *head], 'rows': rows}
+
+
 def _utilisation_table(report: Report, title: str) -> dict[str, Any]:
   kinds = [kind for kind in PHASES if any(getattr(use, kind) for use in report.utilisation)]
   rows = [
@@ -225,6 +251,12 @@ def _sections(report: Report, beside: Beside | None) -> Iterator[dict[str, Any]]
     'id': 'figures', 'title': 'Figures', 'text': [], 'charts': [], 'side_by_side': True,
     'tables': [_latency_table(report, beside), _totals_table(report, beside)],
   }  # fmt: skip
+  tables = list(_group_tables(runs))
+  if tables:
+    yield {
+      'id': 'groups', 'title': 'By class and tenant', 'charts': [], 'tables': tables,
+      'text': ['Each with its own requests alone; latencies in ms, tokens a second of the whole run.'],
+    }  # fmt: skip
   served = any(run.completed for run in reports)
   if served:
     parts = [('queue, wait', PARTS['queue']), *(pair for pair in PARTS.items() if pair[0] not in ('queue', 'wait'))]

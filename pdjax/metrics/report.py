@@ -12,6 +12,7 @@ import numpy as np
 
 from pdjax.metrics.account import Account, sum_line
 from pdjax.metrics.copies import CopiedBlocks, copied_blocks
+from pdjax.metrics.groups import GroupFigures, by_class, by_tenant, deadline_share
 from pdjax.metrics.notes import own_notes
 from pdjax.metrics.numbers import number, percent
 from pdjax.metrics.request_rows import NOBODY, RequestRows
@@ -53,6 +54,9 @@ class Report:
     request_throughput: Completed requests per second.
     request_goodput: Completed requests per second that met every latency limit; None without limits.
     goodput_share: Those requests as a share of all that arrived; None without limits.
+    deadline_share: Requests that had ended well by their deadline, as a share of those that have one; None without.
+    by_class: The figures of each class, `''` for requests without one; empty where no request has one.
+    by_tenant: The same by tenant.
     output_throughput: Delivered tokens per second.
     total_token_throughput: Prompt and delivered tokens per second.
     max_output_tokens_per_s: Most deltas of answers in one second from the first arrival; `to_json` says why deltas.
@@ -109,6 +113,9 @@ class Report:
   request_throughput: float | None
   request_goodput: float | None
   goodput_share: float | None
+  deadline_share: float | None
+  by_class: Mapping[str, GroupFigures]
+  by_tenant: Mapping[str, GroupFigures]
   output_throughput: float | None
   total_token_throughput: float | None
   max_output_tokens_per_s: float
@@ -218,6 +225,9 @@ class Report:
       request_throughput=ratio(done, duration_s),
       request_goodput=None if good is None else ratio(good, duration_s),
       goodput_share=None if good is None else ratio(good, len(requests)),
+      deadline_share=deadline_share(requests),
+      by_class=by_class(requests, slo, duration_s),
+      by_tenant=by_tenant(requests, slo, duration_s),
       output_throughput=ratio(output_tokens, duration_s),
       total_token_throughput=ratio(input_tokens + output_tokens, duration_s),
       max_output_tokens_per_s=most_pieces,
@@ -382,6 +392,9 @@ class Report:
       'role_changes': [_role_change(one) for one in self.role_changes],
       'returns': [one.to_json() for one in self.returns],
       'goodput_share': self.goodput_share,
+      'deadline_share': self.deadline_share,
+      'by_class': {name: group.to_json() for name, group in self.by_class.items()},
+      'by_tenant': {name: group.to_json() for name, group in self.by_tenant.items()},
       'finish_reasons': self.finish_reasons,
       'slo': self.slo,
       'warmup_s': self.warmup_s,

@@ -20,7 +20,7 @@ DTYPE = np.dtype([
   ('prefill_began_s', 'f8'), ('num_tokens', 'i4'), ('first_s', 'f8'), ('second_s', 'f8'), ('last_s', 'f8'),
   ('transfer_began_s', 'f8'), ('transfer_ended_s', 'f8'), ('num_transfers', 'i4'), ('wire_bytes', 'i8'),
   ('decode_began_s', 'f8'), ('finished_s', 'f8'), ('reason', 'i1'), ('prefill_worker', 'i2'), ('decode_worker', 'i2'),
-  ('piece', 'i8'), ('num_pieces', 'i4'),
+  ('piece', 'i8'), ('num_pieces', 'i4'), ('class_name', 'i4'), ('tenant', 'i4'), ('deadline_s', 'f8'),
 ])  # fmt: skip
 MOST_GAPS = 4_000_000  # that a report's file has one by one
 _BLOCK = 4096  # requests whose token times are looked at together
@@ -83,6 +83,9 @@ class RequestTimeline:
     decode_worker: The worker that made the second.
     sample_of: The request that it is a further sample of, if it is one.
     begun_s: The time of the turn that first began its prompt; of several samples, the one that carried that has it.
+    class_name: The kind of traffic it is of, if any.
+    tenant: The user or group that it was served for, if any.
+    deadline_s: Seconds after its arrival by which its last token was to be there, if any.
   """
 
   id: str
@@ -103,6 +106,9 @@ class RequestTimeline:
   decode_worker: str | None = None
   sample_of: str | None = None
   begun_s: float | None = None
+  class_name: str | None = None
+  tenant: str | None = None
+  deadline_s: float | None = None
 
   @property
   def completed(self) -> bool:
@@ -192,6 +198,8 @@ class RequestRows(Read[RequestTimeline]):
     errors: The error of each that ended with one.
     pieces: `[N]` numbers, column, start and stop of each piece of the token times.
     columns: Those columns.
+    class_names: The classes of requests.
+    tenants: Their tenants.
   """
 
   def __init__(
@@ -204,10 +212,14 @@ class RequestRows(Read[RequestTimeline]):
     errors: Mapping[int, str] | None = None,
     pieces: np.ndarray | None = None,
     columns: Sequence[np.ndarray] = (),
+    class_names: Sequence[str] = (),
+    tenants: Sequence[str] = (),
   ):
     self.rows = np.empty(0, DTYPE) if rows is None else rows
     self.ids = ids
     self.errors = errors or {}
+    self.class_names = class_names
+    self.tenants = tenants
     self._workers = workers
     self._slos = slos
     self._wholes = wholes
@@ -244,6 +256,9 @@ class RequestRows(Read[RequestTimeline]):
       decode_worker=worker('decode_worker'),
       sample_of=None if row['sample_of'] == NOBODY else self._wholes[row['sample_of']],
       begun_s=_reached(row['begun_s']),
+      class_name=None if row['class_name'] == NOBODY else self.class_names[row['class_name']],
+      tenant=None if row['tenant'] == NOBODY else self.tenants[row['tenant']],
+      deadline_s=_reached(row['deadline_s']),
     )
 
   def _times_s(self, number: int) -> np.ndarray:
@@ -304,6 +319,11 @@ class RequestRows(Read[RequestTimeline]):
       points.append(np.where(np.isnan(rows[name]), points[-1], held))
     points.append(rows['second_s'])
     return np.stack([after - before for before, after in itertools.pairwise(points)], axis=1)
+
+  @property
+  def in_time(self) -> np.ndarray:
+    """Whether each has a deadline, and completed by it."""
+    return self.completed & (self.e2el_s <= self.rows['deadline_s'])
 
   def meets(self, slo: SLO | None) -> np.ndarray:
     """Whether each completed within every limit, which is its own or else this one."""

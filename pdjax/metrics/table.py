@@ -1,12 +1,15 @@
 """A report as tables for a terminal."""
 
+from collections.abc import Mapping
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from pdjax.metrics.groups import GroupFigures
 from pdjax.metrics.report import Report
-from pdjax.metrics.wording import number, percent, totals
+from pdjax.metrics.wording import group_table, groups, number, percent, totals
 
 _WIDTH = 100
 
@@ -16,6 +19,8 @@ def render(report: Report) -> RenderableType:
   parts: list[RenderableType] = [_headline(report), _latencies(report), _totals(report)]
   if report.utilisation:
     parts += [Text(), _utilisation(report)]
+  for what, named in groups(report):
+    parts += [Text(), _groups(what, named)]
   lines = (report.ttft_account(), report.handoff_account(), *report.return_lines())
   parts.append(Padding(Text('\n'.join(lines)), (1, 0, 0, 1), expand=False))
   if report.notes:
@@ -72,9 +77,17 @@ def _utilisation(report: Report) -> RenderableType:
   return table
 
 
-def _table(first: str, *columns: str, width: int) -> Table:
+def _groups(what: str, named: Mapping[str, GroupFigures]) -> RenderableType:
+  head, rows = group_table(list(named.values()))
+  table = _table(f'{what} (ms)', *head, least=10)
+  for name, row in zip(named, rows, strict=True):
+    table.add_row(Text(name), *row)
+  return table
+
+
+def _table(first: str, *columns: str, width: int | None = None, least: int = 18) -> Table:
   table = Table(box=None, padding=(0, 1), header_style='bold cyan')
-  table.add_column(first, min_width=18, max_width=32, overflow='ellipsis', no_wrap=True)
+  table.add_column(first, min_width=least, max_width=32, overflow='ellipsis', no_wrap=True)
   for column in columns:
     table.add_column(column, width=width, justify='right', no_wrap=True)
   return table

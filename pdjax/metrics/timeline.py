@@ -125,6 +125,8 @@ class Summary:
     self._workers: dict[str, int] = {}
     self._slos: dict[SLO, int] = {}
     self._wholes: dict[str, int] = {}  # what others are samples of
+    self._class_names: dict[str, int] = {}
+    self._tenants: dict[str, int] = {}
     self._rows = np.empty(1024, DTYPE)
     self._pieces = Column(np.int64)
     self._errors: dict[int, str] = {}
@@ -285,10 +287,13 @@ class Summary:
   def _row_of(self, draft: '_Draft') -> '_Known':
     """The fields of a row that only the whole knows."""
     slo, whole = draft.request.slo, draft.request.sample_of
+    class_name, tenant = draft.request.class_name, draft.request.tenant
     return (
       NOBODY if slo is None else self._slos.setdefault(slo, len(self._slos)),
       NOBODY if whole is None else numbered(self._wholes, whole),
       self._times.last_s(draft.pieces) if draft.pieces.flat else NEVER,
+      NOBODY if class_name is None else numbered(self._class_names, class_name),
+      NOBODY if tenant is None else numbered(self._tenants, tenant),
     )
 
   def _requests(self, workers: list[str], ids: list[str]) -> RequestRows:
@@ -303,7 +308,10 @@ class Summary:
         rows[draft.number] = draft.row(self._row_of(draft))
       pieces = np.concatenate([pieces, np.array(more, np.int64)])
     errors = dict(sorted(self._errors.items()))
-    return RequestRows(rows, ids, workers, list(self._slos), list(self._wholes), errors, pieces, self._times.columns)
+    return RequestRows(
+      rows, ids, workers, list(self._slos), list(self._wholes), errors, pieces, self._times.columns,
+      list(self._class_names), list(self._tenants),
+    )  # fmt: skip
 
   # -------------------------------------------------------------------------- workers
 
@@ -317,7 +325,8 @@ class Summary:
       del self._orders[lost.id]
 
 
-_Known = tuple[int, int, float]  # the numbers of its limits and of what it is a sample of, and its last token's time
+# The numbers of its limits and of what it is a sample of, its last token's time, the numbers of its class and tenant.
+_Known = tuple[int, int, float, int, int]
 
 
 def _with_room(rows: np.ndarray, count: int) -> np.ndarray:
@@ -378,7 +387,8 @@ class _Draft:
 
   def row(self, known: _Known) -> tuple[float, ...]:
     """Its row, of `DTYPE`."""
-    slo, sample_of, last_s = known
+    slo, sample_of, last_s, class_name, tenant = known
+    deadline_s = self.request.deadline_s
     transfer, finished = self.last_transfer, self.finished
     return (
       self.request.arrival_s, self.request.prompt_len, slo, sample_of, self.begun_s,
@@ -386,5 +396,5 @@ class _Draft:
       self.transfer_began_s if transfer else NEVER, transfer.ended_s if transfer else NEVER, self.num_transfers,
       self.wire_bytes, self.decode_began_s, finished.now_s if finished else NEVER,
       REASONS.index(finished.finish_reason if finished else None), self.prefill_worker, self.decode_worker,
-      self.piece, len(self.pieces.flat) // 3,
+      self.piece, len(self.pieces.flat) // 3, class_name, tenant, NEVER if deadline_s is None else deadline_s,
     )  # fmt: skip

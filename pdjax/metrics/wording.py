@@ -1,9 +1,10 @@
 """Figures as people read them: numbers with their units, and a run in a few sentences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from pdjax.metrics.groups import GroupFigures
 from pdjax.metrics.numbers import number as number
 from pdjax.metrics.numbers import percent as percent
 from pdjax.metrics.numbers import plain as plain
@@ -45,6 +46,8 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   if report.request_goodput is not None:
     yield 'request goodput', f'{number(report.request_goodput, 2)} req/s'
     yield 'within all limits', percent(report.goodput_share)
+  if report.deadline_share is not None:
+    yield 'within deadline', percent(report.deadline_share)
   yield 'output throughput', f'{number(report.output_throughput)} tok/s'
   yield 'total throughput', f'{number(report.total_token_throughput)} tok/s'
   yield 'input tokens', f'{report.total_input_tokens:,}'
@@ -73,6 +76,28 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
 
 def _with_share(count: int, whole: int) -> str:
   return f'{count:,}, {percent(count / whole)}' if whole else f'{count:,}'
+
+
+def groups(report: Report) -> Iterator[tuple[str, Mapping[str, GroupFigures]]]:
+  """The figures by class and by tenant, under 'class' and 'tenant', where there are several of them."""
+  for what, found in (('class', report.by_class), ('tenant', report.by_tenant)):
+    if len(found) > 1:
+      yield what, {name or f'no {what}': group for name, group in found.items()}
+
+
+def group_table(groups: Sequence[GroupFigures]) -> tuple[list[str], list[list[str]]]:
+  """The figures of some groups as the head of a table and a row for each, without columns that tell nothing."""
+  columns: dict[str, Callable[[GroupFigures], str]] = {'requests': lambda one: f'{one.num_prompts:,}'}
+  if any(one.failed for one in groups):
+    columns['failed'] = lambda one: f'{one.failed:,}'
+  columns['TTFT p50/p99'] = lambda one: f'{short(one.ttft.p50_ms)}/{short(one.ttft.p99_ms)}'
+  columns['TPOT p50/p99'] = lambda one: f'{short(one.tpot.p50_ms)}/{short(one.tpot.p99_ms)}'
+  columns['tok/s'] = lambda one: short(one.output_throughput)
+  if any(one.goodput_share is not None for one in groups):
+    columns['limits'] = lambda one: percent(one.goodput_share)
+  if any(one.deadline_share is not None for one in groups):
+    columns['deadline'] = lambda one: percent(one.deadline_share)
+  return list(columns), [[figure(one) for figure in columns.values()] for one in groups]
 
 
 def headline(report: Report) -> str:

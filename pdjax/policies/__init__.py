@@ -5,7 +5,7 @@ from pdjax.policies.base import PolicyBase, as_policy
 from pdjax.policies.colocated import Colocated
 from pdjax.policies.deciders import AlwaysLocal, AlwaysRemote, Decider, SoonestFirstToken, UncachedThreshold
 from pdjax.policies.disaggregated import Disaggregated
-from pdjax.policies.order import EarliestDeadline, Order, ShortestFirst
+from pdjax.policies.order import EarliestDeadline, Order, PriorityClasses, ShortestFirst
 from pdjax.policies.placement import (
   FewestQueuedTokens,
   LeastWork,
@@ -20,6 +20,6 @@ from pdjax.policies.placement import (
 __all__ = [
   'Admission', 'AlwaysLocal', 'AlwaysRemote', 'Colocated', 'Decider', 'Disaggregated', 'EarliestDeadline',
   'FewestQueuedTokens', 'LeastWork', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Order', 'Placement',
-  'PolicyBase', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix', 'UncachedThreshold',
+  'PolicyBase', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix', 'UncachedThreshold',
   'as_policy',
 ]  # fmt: skip

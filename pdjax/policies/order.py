@@ -39,10 +39,12 @@ class ShortestFirst:
 
 @dataclasses.dataclass(frozen=True)
 class EarliestDeadline:
-  """The request whose first token is due soonest (Liu and Layland 1973): its arrival and its limit of TTFT.
+  """The request that is due soonest first (Liu and Layland 1973).
+
+  It is due its `deadline_s` after its arrival; one without, its limit of TTFT; one with neither, `default_s`.
 
   Attributes:
-    default_s: Seconds that requests without such a limit have.
+    default_s: Seconds that requests without deadline and limit have.
   """
 
   default_s: Rate = 10.0
@@ -51,10 +53,30 @@ class EarliestDeadline:
     check_fields(self)
 
   def key(self, request: Request) -> tuple[float, ...]:
-    return (request.arrival_s + first_token_limit_s(request, self.default_s),)
+    return (request.arrival_s + self._due_s(request),)
+
+  def _due_s(self, request: Request) -> float:
+    if request.deadline_s is not None:
+      return request.deadline_s
+    slo = request.slo
+    return self.default_s if slo is None or slo.ttft_ms is None else slo.ttft_ms / 1000
 
 
-def first_token_limit_s(request: Request, default_s: float) -> float:
-  """Seconds from a request's arrival in which its first token is to come."""
-  slo = request.slo
-  return default_s if slo is None or slo.ttft_ms is None else slo.ttft_ms / 1000
+@dataclasses.dataclass(frozen=True)
+class PriorityClasses:
+  """The lowest `Request.priority` first, and within one that which came first.
+
+  Attributes:
+    ageing_s: Seconds of waiting that weigh as much as one class, so that a request is overtaken by those a class before
+      it only if they come within as many seconds; None is no ageing, and low classes may then wait for ever.
+  """
+
+  ageing_s: Rate | None = 60.0
+
+  def __post_init__(self):
+    check_fields(self)
+
+  def key(self, request: Request) -> tuple[float, ...]:
+    if self.ageing_s is None:
+      return (float(request.priority),)
+    return (request.arrival_s + self.ageing_s * request.priority,)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal
 
-from pdjax.types.checked import Seed, TokenId, check_fields
+from pdjax.types.checked import Positive, Seed, TokenId, check_fields
 from pdjax.types.checks import check_text
 from pdjax.types.fitting import Fits, Misfit, Must
 
@@ -188,7 +188,8 @@ def _is_token(value: Any) -> bool:
 TokenIds = Annotated[Sequence[int], Fits(_fit_prompt)]  # of a prompt
 
 
-_NAMED = Must(lambda text: text != '', 'a text that is not empty; None is nobody')
+Name = Annotated[str, Must(lambda text: text != '', 'a text that is not empty; None is nobody')]
+Priority = Annotated[int, Must(lambda value: -_INT32 <= value < _INT32, 'an integer of 32 bits; lower goes first')]
 BlockHash = Annotated[int, Must(lambda value: 0 <= value < 2**64, 'an id from 0 to 2**64 - 1')]
 
 
@@ -213,11 +214,15 @@ class Request:
     block_size: Tokens of each of these blocks, of which the last may be cut short.
     cache_prefix: Whether it uses what is cached of its prompt, and leaves its own pages to others
       (`ServingConfig.prefix_cache`).
+    class_name: The kind of traffic it is of, such as 'chat', if that is told.
+    priority: Its rank among others, for policies that heed it: lower goes first.
+    deadline_s: Seconds after its arrival by which its last token is to be there, if that matters; a report counts who
+      was in time.
 
   Raises:
-    ValueError: if the prompt is empty or no sequence, an id, session, tenant or salt is no text that UTF-8 can hold,
-      the arrival time is negative or infinite, `prompt` or `end_token_ids` are no token ids, `block_hashes` are more
-      than the prompt has, or `sampling` or `slo` is of another kind.
+    ValueError: if the prompt is empty or no sequence, an id, session, tenant, salt or class is no text that UTF-8 can
+      hold, the arrival time is negative or infinite, the deadline is not positive, `prompt` or `end_token_ids` are no
+      token ids, `block_hashes` are more than the prompt has, or `sampling` or `slo` is of another kind.
   """
 
   _said: ClassVar[str] = 'request {name} has {field}={value}'
@@ -230,11 +235,14 @@ class Request:
   session: str | None = None
   sample_of: str | None = None
   end_token_ids: tuple[TokenId, ...] = ()
-  tenant: Annotated[str, _NAMED] | None = None
-  cache_salt: Annotated[str, _NAMED] | None = None
+  tenant: Name | None = None
+  cache_salt: Name | None = None
   cache_prefix: bool = True
   block_hashes: tuple[BlockHash, ...] = ()
   block_size: Annotated[int, Must(lambda size: size >= 2, 'at least 2 tokens')] | None = None
+  class_name: Name | None = None
+  priority: Priority = 0
+  deadline_s: Positive | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -250,7 +258,9 @@ class Request:
       )
     if not self.id.isascii():
       check_text(self.id, 'the id of a request')
-    for name in ('session', 'tenant', 'cache_salt'):
+    if self.session is self.tenant is self.cache_salt is self.class_name is None:
+      return
+    for name in ('session', 'tenant', 'cache_salt', 'class_name'):
       if (text := getattr(self, name)) is not None:
         check_text(text, f'the {name} of a request')
 

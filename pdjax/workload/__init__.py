@@ -1,8 +1,10 @@
-"""The requests of a run and their times: synthetic arrivals and lengths, traces, request files, users and chats."""
+"""The requests of a run and their times: synthetic arrivals and lengths, mixes and phases, traces, files, chats."""
 
 from pdjax.workload.arrivals import Chat, Chats, ChatTurn, ClosedLoop, Listed
 from pdjax.workload.lengths import Empirical, Fixed, Length, Lognormal, Uniform
 from pdjax.workload.live import Live
+from pdjax.workload.mix import Mix, Share
+from pdjax.workload.phases import Phase, Phases
 from pdjax.workload.requests_file import (
   Refused,
   Row,
@@ -21,7 +23,8 @@ from pdjax.workload.workload import Given, Submitted, Workload, WorkloadContext
 
 __all__ = [
   'BlockTokens', 'Bursty', 'Chat', 'ChatTurn', 'Chats', 'ClosedLoop', 'ClosedLoopWorkload', 'Constant', 'Empirical',
-  'Fixed', 'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'MultiTurn', 'Poisson', 'RandomTokens', 'Refused', 'Row',
-  'Seeded', 'Submitted', 'Trace', 'TraceFormat', 'TraceWorkload', 'Uniform', 'Workload', 'WorkloadContext',
-  'completion_row', 'outcomes', 'read_requests', 'read_rows', 'read_trace', 'write_completions',
+  'Fixed', 'Given', 'Length', 'Listed', 'Live', 'Lognormal', 'Mix', 'MultiTurn', 'Phase', 'Phases', 'Poisson',
+  'RandomTokens', 'Refused', 'Row', 'Seeded', 'Share', 'Submitted', 'Trace', 'TraceFormat', 'TraceWorkload',
+  'Uniform', 'Workload', 'WorkloadContext', 'completion_row', 'outcomes', 'read_requests', 'read_rows', 'read_trace',
+  'write_completions',
 ]  # fmt: skip

@@ -13,8 +13,8 @@ from pdjax.types.request import SamplingParams
 
 _PROMPT_KEYS = ('prompt_token_ids', 'prompt', 'messages')
 SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-CACHE_KEYS = ('tenant', 'cache_salt', 'cache_prefix')
-_KEYS = (*_PROMPT_KEYS, *SAMPLING_KEYS, *CACHE_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
+REQUEST_KEYS = ('tenant', 'cache_salt', 'cache_prefix', 'class_name', 'priority', 'deadline_s')
+_KEYS = (*_PROMPT_KEYS, *SAMPLING_KEYS, *REQUEST_KEYS, 'max_completion_tokens', 'tools', 'arrival_s', 'id')
 
 
 class Refusal(Exception):
@@ -161,6 +161,9 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'tenant': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
   'cache_salt': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
   'cache_prefix': (_is_bool, 'true or false'),
+  'class_name': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
+  'priority': (_is_int, 'an integer'),
+  'deadline_s': (_is_number, 'a number of seconds'),
   'id': (_is_name, 'text in quotes, not empty and without half a surrogate pair'),
 }
 

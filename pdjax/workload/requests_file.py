@@ -32,6 +32,9 @@ and all of these may be left out, or null:
 | `tenant`         | the user or group that it is served for | `null` |
 | `cache_salt`     | requests of another salt share no cached pages with it | `tenant` |
 | `cache_prefix`   | use what is cached of the prompt, and leave its pages to others | `true` |
+| `class_name`     | the kind of traffic it is of, such as `chat`; a report counts by it | `null` |
+| `priority`       | an integer of 32 bits for policies that heed it; lower goes first | 0 |
+| `deadline_s`     | seconds from its arrival to its last token, at most; a report counts who was in time | `null` |
 
     {"prompt": "The capital of France is", "max_tokens": 8}
     {"messages": [{"role": "user", "content": "Tell me a joke."}], "temperature": 0.8, "seed": 7, "arrival_s": 1.5}
@@ -83,7 +86,7 @@ from typing import Any
 
 from pdjax.types.json_text import json_text
 from pdjax.types.request import Completion, Request, SamplingParams, TokenLogprob, drawn_seed
-from pdjax.workload.request_fields import CACHE_KEYS, SAMPLING_KEYS, Line, Refusal, described, read_lines
+from pdjax.workload.request_fields import REQUEST_KEYS, SAMPLING_KEYS, Line, Refusal, described, read_lines
 
 _LATEST_S = 30 * 24 * 3600  # a later arrival_s is a date, or a mistake: nobody would wait for it
 _LONGEST = 500  # characters of a refusal: a number may have thousands of digits
@@ -271,8 +274,8 @@ class _Reader:
           f'arrival_s is {found}, expected seconds after the start of the run, at most {_LATEST_S} (30 days).'
         )
       arrival_s = float(arrival_s)
-      cached = {key: fields[key] for key in CACHE_KEYS if key in fields}
-      return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends, **cached)
+      others = {key: fields[key] for key in REQUEST_KEYS if key in fields}
+      return Request(name, prompt, SamplingParams(**sampling), arrival_s, end_token_ids=ends, **others)
     except (ValueError, OverflowError) as error:
       why = str(error).replace(repr(name), repr(line.id or f'line-{line.number}')).replace('SamplingParams.', '')
       raise Refusal(why if len(why) <= _LONGEST else why[:_LONGEST] + '…', prompt) from error

@@ -4,11 +4,12 @@ A workload is data; `arrivals` makes its requests, always the same for the same 
 and output lengths come from separate streams of random numbers, so that another rate meets the same requests.
 """
 
+import bisect
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 
@@ -28,6 +29,8 @@ _RATE = Must(lambda value: value > 0, 'a positive number, or inf for all at once
 _SHAPE = Must(
   lambda value: 0 < value < math.inf, 'a positive number; 1 is Poisson, and Constant has gaps that are all equal'
 )
+RateOf = Annotated[float, _RATE]  # of requests
+BurstOf = Annotated[float, _SHAPE]  # of arrivals
 
 
 class _Stream(enum.IntEnum):
@@ -167,7 +170,7 @@ class _OpenLoop(_Independent):
     requests_per_s: Mean rate; infinite if all come at once.
   """
 
-  requests_per_s: Annotated[float, _RATE] = 1.0
+  requests_per_s: RateOf = 1.0
   max_concurrency: ClassVar[None] = None
 
   @property
@@ -176,8 +179,25 @@ class _OpenLoop(_Independent):
 
   def arrivals(self, context: WorkloadContext) -> Listed:
     self._check_room('num_requests')
-    gaps_s = self._gaps_s(self._rng(_Stream.GAPS), self.num_requests - 1)
-    return Listed(*self._requests(context, [0.0, *np.cumsum(gaps_s).tolist()]))
+    return self.listed(context, self.times_s(self.num_requests))
+
+  def listed(self, context: WorkloadContext, times_s: Sequence[float]) -> Listed:
+    """Its requests, at these times instead of its own."""
+    return Listed(*self._requests(context, times_s))
+
+  def lasting(self, seconds: float) -> Self:
+    """The same with as many requests as come in so many seconds; as it is, if all come at once."""
+    if math.isinf(self.requests_per_s):
+      return self
+    count = int(self.requests_per_s * seconds) + 16
+    dataclasses.replace(self, num_requests=count)._check_room('num_requests')
+    while (times_s := self.times_s(count))[-1] < seconds:
+      count *= 2
+    return dataclasses.replace(self, num_requests=bisect.bisect_left(times_s, seconds))
+
+  def times_s(self, count: int) -> list[float]:
+    """The times at which the first `count` of its requests come, however many there are to be."""
+    return [0.0, *np.cumsum(self._gaps_s(self._rng(_Stream.GAPS), count - 1)).tolist()]
 
   def _gaps_s(self, rng: np.random.Generator, count: int) -> np.ndarray:
     raise NotImplementedError
@@ -201,7 +221,7 @@ class Bursty(_OpenLoop):
     burstiness: Shape of the gamma distribution: 1 is Poisson, below it arrivals bunch, above it they even out.
   """
 
-  burstiness: Annotated[float, _SHAPE] = 0.5
+  burstiness: BurstOf = 0.5
 
   def _gaps_s(self, rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.gamma(self.burstiness, 1 / (self.burstiness * self.requests_per_s), count)
@@ -258,7 +278,7 @@ class MultiTurn(_Sampled):
   user: Length = Lognormal(median=64, sigma=0.8, high=512)
   think_s: Thinking = 0.0
   max_concurrency: Users | None = 8
-  chats_per_s: Annotated[float, _RATE] = math.inf
+  chats_per_s: RateOf = math.inf
   max_context: Count | None = None
   shared: Index = 0
   burstiness: ClassVar[None] = None
@@ -266,7 +286,7 @@ class MultiTurn(_Sampled):
   @property
   def num_requests(self) -> int:
     """Requests if no conversation is cut short."""
-    return sum(self._turn_counts())
+    return sum(self.turn_counts())
 
   @property
   def request_rate(self) -> float | None:
@@ -274,16 +294,18 @@ class MultiTurn(_Sampled):
     return math.inf if math.isinf(self.chats_per_s) else None
 
   def arrivals(self, context: WorkloadContext) -> Chats:
+    gaps_s = self._rng(_Stream.GAPS).exponential(1 / self.chats_per_s, self.num_chats - 1)
+    return self.chats(context, [0.0, *np.cumsum(gaps_s).tolist()], self.turn_counts())
+
+  def chats(self, context: WorkloadContext, starts_s: Sequence[float], turn_counts: Sequence[int]) -> Chats:
+    """Its conversations, begun at these times and of so many turns."""
     max_context = min(self.max_context or context.context_len, context.context_len)
     self._check_fits(self.shared + self.prompt.upper, self.output.upper, max_context, 'first turns')
     seed = int(self._rng(_Stream.SHARED).integers(2**63))
     begin = tuple(RandomTokens(self.shared, context.vocab_size, seed)) if self.shared else ()
     prompt_rng, output_rng = self._rng(_Stream.PROMPTS), self._rng(_Stream.OUTPUTS)
-    gaps_s = self._rng(_Stream.GAPS).exponential(1 / self.chats_per_s, self.num_chats - 1)
     chats, index = [], 0
-    for chat, (start_s, num_turns) in enumerate(
-      zip([0.0, *np.cumsum(gaps_s).tolist()], self._turn_counts(), strict=True)
-    ):
+    for chat, (start_s, num_turns) in enumerate(zip(starts_s, turn_counts, strict=True)):
       turns = []
       for turn in range(num_turns):
         length = (self.user if turn else self.prompt).sample(prompt_rng)
@@ -296,7 +318,8 @@ class MultiTurn(_Sampled):
       chats.append(Chat(f'chat-{chat}', tuple(turns), start_s, self.slo))
     return Chats(chats, max_context, self.max_concurrency, self.think_s)
 
-  def _turn_counts(self) -> list[int]:
+  def turn_counts(self) -> list[int]:
+    """Turns of each conversation, if it is not cut short."""
     self._check_room('num_chats')
     rng = self._rng(_Stream.TURNS)
     return [self.turns.sample(rng) for _ in range(self.num_chats)]

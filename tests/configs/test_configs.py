@@ -16,7 +16,7 @@ from pdjax.workload import Fixed, Poisson, Uniform
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('[a-z]*.py'))
 REQUIRED = {'cpu.py': ':checkpoint=model.gguf'}
-SMALL = {'llama3_8b_simulated.py': ':num_requests=20'}
+SMALL = {'llama3_8b_simulated.py': ':num_requests=20', 'mixed_simulated.py': ':num_requests=40'}
 
 
 def _load(name: str, arguments: str = '') -> ServingConfig:
@@ -75,6 +75,16 @@ def test_arguments_shape_the_cluster(name, arguments, split, tps):
   config = _load(name, arguments)
   assert _split(config) == split and [worker.tp for worker in config.workers] == tps
   assert isinstance(config.policy, Colocated if split.endswith('C') else Disaggregated)
+
+
+def test_a_mix_is_counted_by_class_also_while_its_load_changes():
+  config = _load('mixed_simulated.py', ':requests_per_s=4,busy_s=4')
+  report = simulate(config).report
+  assert report.by_class.keys() == {'chat', 'code'} and report.by_class['chat'].num_prompts > 10
+  assert report.by_class['chat'].ttft.p50_ms < report.by_class['code'].ttft.p50_ms
+  phases = [name.partition('/')[0] for name in report.timeline.requests.ids]
+  assert phases.count('phase-1') > max(phases.count('phase-0'), phases.count('phase-2'))
+  assert report.num_prompts == config.workload.num_requests
 
 
 def test_the_baseline_differs_from_what_it_is_compared_with_only_in_workers_and_policy():

@@ -234,6 +234,14 @@ def test_an_arrival_tells_who_shares_what_and_keeps_a_salt_to_itself():
   assert 's3cret' not in line and str(2**63) not in line
 
 
+def test_an_arrival_tells_class_priority_and_deadline():
+  request = Request('r', (1, 2, 3), class_name='chat', priority=-1, deadline_s=2.5)
+  told = {'class_name': 'chat', 'priority': -1, 'deadline_s': 2.5}
+  assert told.items() <= json.loads(event_text(Arrived(request)))['request'].items()
+  plain = json.loads(event_text(Arrived(Request('r', (1, 2, 3)))))['request']
+  assert {'class_name': None, 'priority': 0, 'deadline_s': None}.items() <= plain.items()
+
+
 def test_what_a_step_brought_too_late_is_named_behind_it(tmp_path):
   results = Result('r', (5,)), Result('s', (6,))
   with EventLog(tmp_path / 'events.jsonl') as log:

@@ -1,8 +1,10 @@
 """The order in which waiting prompts are served, and how long the worst one waits."""
 
+import dataclasses
+
 import pytest
 
-from pdjax.policies import Colocated, Disaggregated, EarliestDeadline, ShortestFirst
+from pdjax.policies import Colocated, Disaggregated, EarliestDeadline, PriorityClasses, ShortestFirst
 from pdjax.serving import ClusterState, serve
 from pdjax.serving.events import Started
 from pdjax.serving.orders import StepOrder
@@ -46,10 +48,28 @@ def test_a_long_prompt_is_overtaken_only_by_those_that_come_within_its_length_ov
   assert starved[-1] == 'long'
 
 
+def test_a_class_before_others_goes_first_until_they_have_waited_for_its_weight():
+  requests = [asked('low', 4, 1.0, priority=2), asked('high', 4, 5.0), asked('higher', 4, 9.0, priority=-1)]
+  assert [PriorityClasses(3.0).key(one) for one in requests] == [(7.0,), (5.0,), (6.0,)]
+  assert [PriorityClasses(None).key(one) for one in requests] == [(2.0,), (0.0,), (-1.0,)]
+  at_once = [dataclasses.replace(one, arrival_s=0.0) for one in requests]
+  assert begun(Disaggregated(4, order_by=PriorityClasses()), at_once) == ['higher', 'high', 'low']
+
+
+def test_a_low_class_is_overtaken_only_by_those_that_come_within_the_weight_of_its_classes():
+  flood = [asked(f's{number}', 4, 1.0 * number) for number in range(60)]  # each takes 4 s, and they never end
+  low = asked('low', 4, 4.5, priority=2)
+  aged = begun(Disaggregated(4, order_by=PriorityClasses(ageing_s=5.0)), [low, *flood])
+  came_s = [int(name[1:]) for name in aged[: aged.index('low')]]
+  assert 4.5 < max(came_s) <= 4.5 + 2 * 5.0
+  assert begun(Disaggregated(4, order_by=PriorityClasses(ageing_s=None)), [low, *flood])[-1] == 'low'
+
+
 def test_the_first_due_goes_first_and_those_without_a_limit_have_the_default():
   order = EarliestDeadline(default_s=5.0)
   requests = [asked('free', 4), asked('loose', 4, slo=SLO(ttft_ms=9000)), asked('tight', 4, 3.0, slo=SLO(ttft_ms=500))]
   assert [order.key(one) for one in requests] == [(5.0,), (9.0,), (3.5,)]
+  assert order.key(asked('due', 4, 3.0, slo=SLO(ttft_ms=500), deadline_s=2.0)) == (5.0,)
   requests = [asked('loose', 4, slo=SLO(ttft_ms=9000)), asked('tight', 4, slo=SLO(ttft_ms=500)), asked('free', 4)]
   assert begun(Disaggregated(4, order_by=order), requests) == ['tight', 'free', 'loose']
 

@@ -211,10 +211,27 @@ def test_a_line_may_say_whose_it_is_and_what_it_shares(read):
     assert isinstance(row, Refused) and words in row.error
 
 
+def test_a_line_may_say_its_class_its_priority_and_its_deadline(read):
+  rows = read(
+    {'prompt': 'a', 'class_name': 'chat', 'priority': -2, 'deadline_s': 1.5, 'n': 2}, {'prompt': 'a'},
+    {'prompt': 'a', 'class_name': ''}, {'prompt': 'a', 'priority': 1.5}, {'prompt': 'a', 'priority': 2**31},
+    {'prompt': 'a', 'deadline_s': 0}, {'prompt': 'a', 'deadline_s': '1'}, {'prompt': 'a', 'class': 'chat'},
+  )  # fmt: skip
+  said = [(one.class_name, one.priority, one.deadline_s) for row in rows[:2] for one in row.samples()]
+  assert said == [('chat', -2, 1.5), ('chat', -2, 1.5), (None, 0, None)]
+  problems = (
+    'line 3: class_name is ""', 'line 4: priority is 1.5, expected an integer', 'priority=2147483648, expected an int',
+    'deadline_s=0, expected a positive number', 'line 7: deadline_s is "1"', "did you mean 'class_name'?",
+  )  # fmt: skip
+  for row, words in zip(rows[2:], problems, strict=True):
+    assert isinstance(row, Refused) and words in row.error, row.error
+
+
 OPTIONAL = (
   'id', 'max_tokens', 'max_completion_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty',
   'presence_penalty', 'frequency_penalty', 'seed', 'stop', 'stop_token_ids', 'ignore_eos', 'logprobs', 'n', 'arrival_s',
-  'tools', 'tenant', 'cache_salt', 'cache_prefix', 'logit_bias', 'response_format', 'prompt_token_ids', 'messages',
+  'tools', 'tenant', 'cache_salt', 'cache_prefix', 'class_name', 'priority', 'deadline_s',
+  'logit_bias', 'response_format', 'prompt_token_ids', 'messages',
   'tool_choice', 'stream',
 )  # fmt: skip
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from pdjax.serving.events import Finished
 from pdjax.types.request import SLO, SamplingParams
 from pdjax.workload.lengths import Fixed, Lognormal, Uniform
 from pdjax.workload.synthetic import Bursty, ClosedLoopWorkload, Constant, MultiTurn, Poisson
 from pdjax.workload.workload import WorkloadContext
+from tests.workload import sources
 
 CONTEXT = WorkloadContext(vocab_size=1000, context_len=8192)
 SHORT = {'prompt': Uniform(3, 9), 'output': Uniform(1, 6)}
@@ -27,17 +27,7 @@ BY_NAME = pytest.mark.parametrize('workload', WORKLOADS, ids=lambda workload: ty
 
 
 def all_requests(workload, context=CONTEXT):
-  """Every request, each finished at once with as many tokens as it really has."""
-  arrivals = workload.arrivals(context)
-  now_s, requests, ends = 0.0, [], []
-  while not arrivals.closed or ends:
-    arrived = [event.request for event in arrivals.due(now_s, ends)]
-    requests += arrived
-    now_s = max(now_s, min(arrivals.next_s(), now_s + 1.0))
-    ends = [Finished(now_s, request.id, 'length', (5,) * (arrivals.output_len(request.id) or 1)) for request in arrived]
-    if not arrived and not arrivals.closed:
-      now_s = arrivals.next_s()
-  return requests, arrivals
+  return sources.all_requests(workload, context)
 
 
 def gaps_s(workload):

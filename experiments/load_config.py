@@ -70,7 +70,7 @@ def load_policy(reference: str) -> Policy:
   if not path.is_file():
     raise FileNotFoundError(f'policy file {str(path)!r} is not a file; expected FILE.py:NAME, such as my.py:Mine.')
   module = _module(path)
-  found = getattr(module, name, None)
+  found: Any = getattr(module, name, None)
   if not callable(getattr(found, 'decide', None)):
     here = [
       key for key, one in vars(module).items()

@@ -384,6 +384,7 @@ def test_all_that_users_write_checks():
     'ClosedLoopWorkload',
     'MultiTurn',
   }
+  written |= {'EarliestDeadline', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'StickyPrefix', 'UncachedThreshold'}
   assert written == CLASSES.keys()
   public = {name: getattr(pdjax, name) for name in pdjax.__all__}
   made = {name for name, one in public.items() if inspect.isclass(one) and dataclasses.is_dataclass(one)}

@@ -20,6 +20,6 @@ from pdjax.policies.placement import (
 __all__ = [
   'Admission', 'AlwaysLocal', 'AlwaysRemote', 'Colocated', 'Decider', 'Disaggregated', 'EarliestDeadline',
   'FewestQueuedTokens', 'LeastWork', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Order', 'Placement',
-  'PolicyBase', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix', 'UncachedThreshold',
-  'as_policy',
+  'PolicyBase', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix',
+  'UncachedThreshold', 'as_policy',
 ]  # fmt: skip

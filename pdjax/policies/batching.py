@@ -27,6 +27,10 @@ class ChunkBatches:
     """Whether the worker's step can take another chunk."""
     return self._budgets[worker.name] > 0 and len(self.chunks[worker.name]) < worker.spec.max_chunks
 
+  def is_open(self, worker: WorkerView) -> bool:
+    """Whether a worker's step can take another chunk, and no other prompt waits for it."""
+    return worker in self._open
+
   def close(self, workers: Sequence[WorkerView]) -> None:
     """Let the steps of some workers take no more: another prompt waits for them."""
     self._open = [worker for worker in self._open if worker not in workers]
@@ -82,12 +86,21 @@ def fill_prefills(
     placement: Chooses among workers that can take a request.
     target_of: Names the worker to which a request's KV is to travel from that worker, or None to stay.
     min_fetch: Fewest tokens of a prompt that are fetched from another place.
-    decider: Says which of the workers may prefill a request; None for all.
+    decider: Says which of the workers may prefill a request, if some also decode and others do not; None for all.
     admission: Says who of those that wait is not to be served.
   """
   fetches: list[Transfer] = []
   rejections: list[Reject] = []
-  everywhere = [worker for worker in view.prefill_workers if worker.up and not worker.draining]
+  if not workers:
+    return Prefills({}, fetches, rejections)
+  everywhere: Sequence[WorkerView] = ()
+  local: Sequence[WorkerView] = ()
+  remote: Sequence[WorkerView] = ()
+  if decider is not None or admission is not None:
+    everywhere = [worker for worker in view.prefill_workers if worker.up and not worker.draining]
+    local, remote = ([one for one in everywhere if one.role.decodes == decodes] for decodes in (True, False))
+  if not local or not remote:
+    decider = None
   room.plan_steps(budgets)
   batches = ChunkBatches(workers, budgets)
   for worker in workers:
@@ -108,35 +121,57 @@ def fill_prefills(
       if refusal is not None:
         rejections.append(Reject(request, refusal))
         continue
-    wanted = batches.open() if decider is None else decider.where(entry, everywhere, room)
-    open_workers = [worker for worker in batches.open() if worker in wanted]
-    targets = {worker.name: target_of(entry, worker) for worker in open_workers}
-    staying = [worker for worker in open_workers if targets[worker.name] is None and worker.role.decodes]
-    if staying:
-      leaving = [worker for worker in open_workers if worker not in staying]
-      fits = [*room.fitting(request, leaving, decodes=False), *room.fitting(request, staying, decodes=True)]
-      able = [worker for worker in open_workers if worker in fits]
-    else:
-      able = room.fitting(request, open_workers, decodes=False)
-    if not able:
+    wanted = open_workers = batches.open()
+    if decider is not None:
+      wanted = decider.where(entry, local, remote, room)
+      open_workers = [worker for worker in wanted if batches.is_open(worker)]
+    targets: dict[str, str | None] = {}
+
+    def stays(worker: WorkerView, entry: RequestView = entry, targets: dict[str, str | None] = targets) -> bool:
+      targets[worker.name] = target_of(entry, worker)
+      return targets[worker.name] is None and worker.role.decodes
+
+    asked = [one for one in open_workers if one.name in entry.copies_asked] if entry.copies_asked else ()
+    chosen = placed(entry, asked, placement, room, stays)  # what came of the copies is there
+    chosen = placed(entry, open_workers, placement, room, stays) if chosen is None else chosen
+    if chosen is None:
       batches.close(wanted)
       first = wanted[0].name
       room.take_tokens(first, entry.prefill_len - view.cached_tokens(request, first))
       continue
-    able = [worker for worker in able if worker.name in entry.copies_asked] or able
-    worker = placement.choose(entry, able, room)
-    if (fetch := fetch_for(view, entry, worker, min_fetch)) is not None:
+    send_to = targets[chosen.name]
+    decodes = send_to is None and chosen.role.decodes
+    room.take(request, chosen.name, decodes=decodes)
+    if (fetch := fetch_for(view, entry, chosen, min_fetch)) is not None:
       fetches.append(fetch)
-      room.take(request, worker.name, decodes=worker in staying)
       continue
-    send_to = targets[worker.name]
-    room.take(request, worker.name, decodes=worker in staying)
     if send_to is not None:
       room.take(request, send_to, decodes=True)
-    cached = view.cached_tokens(request, worker.name)
-    batches.add(entry, worker, send_to, cached)
-    room.take_tokens(worker.name, entry.prefill_len - cached)
+    cached = view.cached_tokens(request, chosen.name)
+    batches.add(entry, chosen, send_to, cached)
+    room.take_tokens(chosen.name, entry.prefill_len - cached)
   return Prefills(batches.chunks, fetches, rejections)
+
+
+def placed(
+  entry: RequestView,
+  workers: Sequence[WorkerView],
+  placement: Placement,
+  room: Room,
+  decodes: Callable[[WorkerView], bool] = lambda worker: True,
+) -> WorkerView | None:
+  """The worker that a placement chooses for a request, of those that have room for it; None if none has.
+
+  The one that it would choose of all mostly has, and then no other is looked at.
+  """
+  if not workers:
+    return None
+  request = entry.request.id
+  first = placement.choose(entry, workers, room)
+  if room.fits(request, first.name, decodes=decodes(first)):
+    return first
+  able = [one for one in workers if one is not first and room.fits(request, one.name, decodes=decodes(one))]
+  return placement.choose(entry, able, room) if able else None
 
 
 def decodes_any(worker: WorkerView) -> bool:

@@ -1,6 +1,6 @@
 """The decision where a prompt is computed: on the worker that will decode it, or on one that only prefills.
 
-It needs decode workers that may prefill too, of role 'both', beside prefill workers.
+It needs decode workers that may prefill too, of role 'both', beside prefill workers, and is not asked without either.
 """
 
 import dataclasses
@@ -12,34 +12,37 @@ from pdjax.policies.placement import LeastWork
 from pdjax.serving.view import RequestView, Room, WorkerView
 from pdjax.types.checked import Index, check_fields
 
+Workers = Sequence[WorkerView]
+
 
 class Decider(Protocol):
   """Says which workers may prefill a prompt; a placement chooses among them."""
 
-  def where(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> Sequence[WorkerView]:
-    """Those of `workers` that may prefill a request; if none of them can take it now, it waits for one.
+  def where(self, request: RequestView, local: Workers, remote: Workers, room: Room) -> Workers:
+    """Those of the workers that may prefill a request, at least one; if none can take it now, it waits for one.
 
     Args:
       request: A request that waits.
-      workers: All that are up and prefill, those that can be given no step now too; never none.
+      local: Workers that prefill what they decode; those that can be given no step now too.
+      remote: Workers that only prefill, likewise; there is one of either kind at least.
       room: The room that is left, and what was given out in this decision.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class AlwaysLocal:
-  """Every prompt where it will decode; workers that only prefill get those that no other worker could take."""
+  """Every prompt where it will decode."""
 
-  def where(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> Sequence[WorkerView]:
-    return local(workers) or workers
+  def where(self, request: RequestView, local: Workers, remote: Workers, room: Room) -> Workers:
+    return local
 
 
 @dataclasses.dataclass(frozen=True)
 class AlwaysRemote:
-  """Every prompt on a worker that only prefills, if there is one: plain disaggregation."""
+  """Every prompt on a worker that only prefills: plain disaggregation."""
 
-  def where(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> Sequence[WorkerView]:
-    return remote(workers) or workers
+  def where(self, request: RequestView, local: Workers, remote: Workers, room: Room) -> Workers:
+    return remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +60,9 @@ class UncachedThreshold:
   def __post_init__(self):
     check_fields(self)
 
-  def where(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> Sequence[WorkerView]:
-    here, there = local(workers), remote(workers)
-    if not here or not there:
-      return workers
-    cached = max(room.cached_tokens(request.request.id, worker.name) for worker in here)
-    return there if request.prefill_len - cached > self.tokens else here
+  def where(self, request: RequestView, local: Workers, remote: Workers, room: Room) -> Workers:
+    cached = max(room.cached_tokens(request.request.id, worker.name) for worker in local) if room.caches else 0
+    return remote if request.prefill_len - cached > self.tokens else local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +74,8 @@ class SoonestFirstToken:
   longer; so as many go each way as keep both busy.
   """
 
-  def where(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> Sequence[WorkerView]:
-    kinds = [some for some in (local(workers), remote(workers)) if some]
-    best = [LeastWork().choose(request, some, room) for some in kinds]
-    if len(best) == 2 and not room.fits(request.request.id, best[0].name, decodes=True):
-      return best[1:]  # where it would decode there is no room, for who knows how long
-    return [min(best, key=lambda worker: first_token_seconds(request, worker, room))]
-
-
-def local(workers: Sequence[WorkerView]) -> list[WorkerView]:
-  """Those of some workers that decode too."""
-  return [worker for worker in workers if worker.role.decodes]
-
-
-def remote(workers: Sequence[WorkerView]) -> list[WorkerView]:
-  """Those of some workers that only prefill."""
-  return [worker for worker in workers if not worker.role.decodes]
+  def where(self, request: RequestView, local: Workers, remote: Workers, room: Room) -> Workers:
+    here, there = (LeastWork().choose(request, some, room) for some in (local, remote))
+    if not room.fits(request.request.id, here.name, decodes=True):
+      return (there,)  # where it would decode there is no room, for who knows how long
+    return (min((here, there), key=lambda worker: first_token_seconds(request, worker, room)),)

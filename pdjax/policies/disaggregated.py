@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from pdjax.policies.admission import Admission
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import decodes_any, fill_prefills, preempt_newest
+from pdjax.policies.batching import decodes_any, fill_prefills, placed, preempt_newest
 from pdjax.policies.deciders import Decider
 from pdjax.policies.fetching import keep_ended
 from pdjax.policies.order import Order
@@ -84,8 +84,8 @@ class Disaggregated(PolicyBase):
   def target_of(self, view: ClusterView, room: Room, entry: RequestView, worker: WorkerView) -> str | None:
     """The worker to which a prompt's KV travels while `worker` prefills it; None lets it stay there for now.
 
-    It is asked for every worker that could prefill the prompt, before `place_prefill` chooses one. Override it to
-    decide where a prompt goes on; a worker of role 'both' decodes what stays, and what stays on another is moved once
+    It is asked of the worker that `place_prefill` chooses, and of others where that has no room. Override it to decide
+    where a prompt goes on; a worker of role 'both' decodes what stays, and what stays on another is moved once
     it is computed, to where `place_decode` says.
     """
     if self.decider is not None and worker.role.decodes:
@@ -117,17 +117,18 @@ class Disaggregated(PolicyBase):
     return actions
 
   def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
-    able = room.fitting(entry.request.id, view.decode_workers, decodes=True)
-    staying = [worker for worker in able if not worker.draining]  # one that drains takes only what it has already
-    others = [worker for worker in view.decode_workers if worker.up and not worker.draining]
-    able = staying if others else able
-    return self.place_decode.choose(entry, able, room).name if able else None
+    workers = [worker for worker in view.decode_workers if worker.up and not worker.draining]
+    # One that drains takes only what it has already, and that where there is no other.
+    target = placed(entry, workers or view.decode_workers, self.place_decode, room)
+    return None if target is None else target.name
 
   def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Action]]:
     """The steps with prompts, and what is to be done before them."""
     if not view.waiting and not view.begun:
       return [], []
     workers = view.able_to_prefill
+    if not workers:
+      return [], []
 
     def target_of(entry: RequestView, worker: WorkerView) -> str | None:
       return self.target_of(view, room, entry, worker)

@@ -1,4 +1,4 @@
-"""The choice of a worker for a request, among those that have room."""
+"""The choice of a worker for a request."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,10 +10,13 @@ from pdjax.types.checked import Index, check_fields
 
 
 class Placement(Protocol):
-  """Chooses one of the workers that have room for a request."""
+  """Chooses a worker for a request."""
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
-    """One of `workers`, which are never none, for this request."""
+    """One of `workers`, which are never none, for this request.
+
+    It is asked of all that may take the request, and once more, of those that have room, if the one it chose has none.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class FewestQueuedTokens:
   """The worker with the fewest prompt tokens still to compute; of equals, the one with the most free slots."""
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
-    equal = _best_of(workers, [room.queued_tokens(worker.name) for worker in workers], min)
+    equal = _best_of(workers, room.all_queued_tokens(workers), min)
     return equal[0] if len(equal) == 1 else MostFreeSlots().choose(request, equal, room)
 
 
@@ -86,15 +89,15 @@ class MostFreeSlots:
   """The worker with the most free slots, so that batches stay even; the first of equals."""
 
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
-    return _best_of(workers, [room.slots(worker.name) for worker in workers], max)[0]
+    return _best_of(workers, room.all_slots(workers), max)[0]
 
 
 def _work(request: RequestView, workers: Sequence[WorkerView], room: Room) -> list[int]:
   """Tokens that each worker computes before the request's first one, but for those of it that all lack."""
-  name = request.request.id
+  name, queued = request.request.id, room.all_queued_tokens(workers)
   if not room.caches:
-    return [room.queued_tokens(worker.name) for worker in workers]
-  return [room.queued_tokens(worker.name) - room.cached_tokens(name, worker.name) for worker in workers]
+    return queued
+  return [tokens - room.cached_tokens(name, worker.name) for tokens, worker in zip(queued, workers, strict=True)]
 
 
 def _best_of(
@@ -102,4 +105,6 @@ def _best_of(
 ) -> list[WorkerView]:
   """Those of some workers that have the best figure, in their order."""
   wanted = best(figures)
+  if figures.count(wanted) == 1:
+    return [workers[figures.index(wanted)]]
   return [worker for worker, figure in zip(workers, figures, strict=True) if figure == wanted]

@@ -50,6 +50,16 @@ class Room:
     """Free slots."""
     return len(self._books.holdings[worker].slots) - self._slots.get(worker, 0)
 
+  def all_slots(self, workers: Sequence[WorkerView]) -> list[int]:
+    """Free slots of each of some workers; at once, as a placement asks for many."""
+    holdings, taken = self._books.holdings, self._slots
+    return [len(holdings[worker.name].slots) - taken.get(worker.name, 0) for worker in workers]
+
+  def all_queued_tokens(self, workers: Sequence[WorkerView]) -> list[int]:
+    """As `queued_tokens` says, for each of some workers."""
+    taken = self._tokens
+    return [worker.queued_tokens + taken.get(worker.name, 0) for worker in workers]
+
   def orders(self, worker: str) -> int:
     """Steps that may still be handed over; none to a worker that is lost."""
     place = self._books.workers[worker]

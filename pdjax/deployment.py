@@ -92,6 +92,7 @@ class Deployment:
       prefix_cache=cache and dataclasses.replace(cache, trusts_block_hashes=self.is_simulated),
       places=built.places,
       between=[(source.name, target.name) for source, target in config.ways((*built.workers, *built.places))],
+      cost=config.cost,
     )
     for name, place in built.backend.places.items():
       state.books.places[name].incarnation = place.incarnation

@@ -123,6 +123,28 @@ def test_a_policy_and_a_cost_model_of_plain_classes_serve_on_both_backends():
   assert report.ttft.median_ms >= 3600e3  # the cost model's own seconds
 
 
+def test_policies_see_the_cost_of_each_worker_on_both_backends():
+  """They are the same figures, so that the same policy decides alike by them."""
+  seen = {}
+
+  class Asks(Plain):
+    def decide(self, view):
+      seen[backend] = {name: (one.cost.prefill_seconds(9), one.cost.spec) for name, one in view.workers.items()}
+      first, second = view.prefill_workers[0], view.decode_workers[0]
+      seen[backend]['way'] = first.cost.transfer_seconds(second.cost, 7)
+      return super().decide(view)
+
+  run = _small(policy=Asks(), cost=Hourly())
+  for backend in BACKENDS:
+    with contextlib.closing(deploy(run, OPENED, backend)) as deployment:
+      events = tuple(deployment.serve(OPENED.arrivals(run)))
+      assert seen[backend]['way'] == Hourly().transfer_seconds(None, None, None, 7)
+      for worker in deployment.built.workers:
+        assert seen[backend][worker.name] == (3600.0, worker)
+    assert any(isinstance(event, Started) for event in events)
+  assert seen['engine'] == seen['simulator']
+
+
 def test_the_log_has_each_event_by_the_time_that_it_comes(tmp_path):
   run = _small()
   with contextlib.closing(deploy(run, OPENED, 'simulator')) as deployment, EventLog(tmp_path / 'log') as log:

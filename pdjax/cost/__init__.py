@@ -3,5 +3,6 @@
 from pdjax.cost.cost_model import CostBase, CostModel, as_cost
 from pdjax.cost.memory import size_pools
 from pdjax.cost.roofline import Roofline
+from pdjax.cost.worker_cost import WorkerCost
 
-__all__ = ['CostBase', 'CostModel', 'Roofline', 'as_cost', 'size_pools']
+__all__ = ['CostBase', 'CostModel', 'Roofline', 'WorkerCost', 'as_cost', 'size_pools']

@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
+from pdjax.cost.cost_model import CostModel, as_cost
+from pdjax.cost.roofline import Roofline
+from pdjax.cost.worker_cost import WorkerCost
 from pdjax.serving.able import AbleWorkers
 from pdjax.serving.actions import Abandon, Cancel, Leave, Reject, Resend
 from pdjax.serving.copy_under_way import Copy
@@ -92,6 +95,7 @@ class Books:
     prefix_cache: PrefixCache | None = None,
     places: Sequence[WorkerSpec] = (),
     between: Collection[tuple[str, str]] | None = None,
+    cost: CostModel = Roofline(),
   ):
     """Open them with every page free; see `ClusterState`."""
     self.model = model
@@ -105,6 +109,7 @@ class Books:
     self.able_to_prefill = AbleWorkers(lambda worker: worker.role.prefills)
     self.able_to_decode = AbleWorkers(lambda worker: worker.role.decodes and worker.has_work)
     self._pools: dict[tuple[Any, ...], PoolSpecs] = {}
+    self._cost = as_cost(cost)
     self.places: dict[str, WorkerState] = {}
     self.holdings: dict[str, Holdings] = {}
     for spec in (*workers, *places):
@@ -166,7 +171,7 @@ class Books:
     grows = self.pages_ahead is not None
     holdings = Holdings(pages, spec.max_sequences, self.transfer.staging_bytes, changed, grows=grows)
     self.holdings[spec.name] = holdings
-    self.places[spec.name] = WorkerState(spec, holdings, len(self.places))
+    self.places[spec.name] = WorkerState(spec, holdings, len(self.places), WorkerCost(self._cost, self.model, spec))
     self.look_at(spec.name)
 
   def look_at(self, worker: str) -> None:

@@ -4,6 +4,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from pdjax.cost.worker_cost import WorkerCost
 from pdjax.serving.actions import Step
 from pdjax.serving.batch import NOBODY, Joining, TokenRows
 from pdjax.serving.page_allocator import PlacePages, Staging
@@ -145,6 +146,7 @@ class WorkerState:
   Attributes:
     number: Its position in the config.
     spec: The worker as the config has it.
+    cost: Its own cost model.
     name: Its name.
     role: Its role now; `spec` has the one that it began with.
     ever_prefills: Whether it prefills in any of its roles.
@@ -163,10 +165,11 @@ class WorkerState:
     drains_from_s: The time from which on it has been draining, if it is.
   """
 
-  def __init__(self, spec: WorkerSpec, holdings: Holdings, number: int):
+  def __init__(self, spec: WorkerSpec, holdings: Holdings, number: int, cost: WorkerCost):
     assert spec.page_size is not None
     self.number = number
     self.spec = spec
+    self.cost = cost
     self.name = spec.name
     self.role = spec.role
     self.ever_prefills, self.ever_decodes = spec.ever_prefills, spec.ever_decodes

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from pdjax.cost.worker_cost import WorkerCost
 from pdjax.serving.actions import Step
 from pdjax.serving.requests import Phase
 from pdjax.types.request import Request
@@ -143,6 +144,10 @@ class WorkerView(PagesView, Protocol):
   @property
   def spec(self) -> WorkerSpec:
     """The worker as the config has it."""
+
+  @property
+  def cost(self) -> WorkerCost:
+    """Its own cost model: the one of the config (`ServingConfig.cost`), asked about this worker."""
 
   @property
   def name(self) -> str:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
+from pdjax.cost import CostModel, Roofline
 from pdjax.serving import copies, growth, lifecycle, progress, recovery, roles, sending, steps, tasks
 from pdjax.serving.actions import (
   Abandon,
@@ -68,6 +69,7 @@ class ClusterState:
     prefix_cache: PrefixCache | None = None,
     places: Sequence[WorkerSpec] = (),
     between: Collection[tuple[str, str]] | None = None,
+    cost: CostModel = Roofline(),
   ):
     """Start with every page free.
 
@@ -83,6 +85,7 @@ class ClusterState:
       prefix_cache: The settings of the prefix cache; None keeps nothing.
       places: Places that only hold pages, `num_pages` filled in.
       between: The places between which pages may travel, by name; None is `ways` of them all.
+      cost: The cost model by which policies predict (`WorkerView.cost`); a replay of their decisions needs the same.
 
     Raises:
       ValueError: if a worker's pages are still 'auto', names repeat, a phase has no worker, or the staging memory holds
@@ -91,7 +94,7 @@ class ClusterState:
     self.books = Books(
       model, workers, page_size, transfer, faults, finds_stops=finds_stops,
       pages_ahead=None if pages_ahead == 'all' else pages_ahead, max_preemptions=max_preemptions,
-      prefix_cache=prefix_cache, places=places, between=between,
+      prefix_cache=prefix_cache, places=places, between=between, cost=cost,
     )  # fmt: skip
     self.view = ClusterView(self.books)
     self._occupancy = OccupancyWatch(self.books)
@@ -156,8 +159,7 @@ class ClusterState:
 
   def order_waiting(self, policy: Any) -> None:
     """Keep the requests that wait in the order of the key that a policy names, if it names one."""
-    key = waiting_key(policy)
-    if key is not None:
+    if (key := waiting_key(policy)) is not None:
       self.books.waiting = KeyedQueue(key)
 
   def catch_up_with(self, backend: Any) -> None:
@@ -255,8 +257,6 @@ class ClusterState:
       case AbandonOrder():
         raise AssertionError(f'{order} failed ({event.error}); it must not, for its pages cannot be given to others')
     return order is not None
-
-  # -------------------------------------------------------------------------- actions
 
   def start(self, action: Action) -> tuple[Order, ...]:
     """Reserve what an action needs and turn it into orders with every number filled in.

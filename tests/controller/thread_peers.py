@@ -117,6 +117,7 @@ class Processes:
       self.config.model, built.workers, self.config.page_size, built.transfer, faults=self.config.faults,
       prefix_cache=self.config.cache_of(self.config.model), places=built.places,
       between=[(one.name, other.name) for one, other in self.config.ways((*built.workers, *built.places))],
+      cost=self.config.cost,
     )  # fmt: skip
     try:
       engine.start_clock()

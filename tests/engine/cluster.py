@@ -100,6 +100,7 @@ class Cluster:
       self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions, prefix_cache=config.cache_of(self.model), places=self.holders,
       between=[(source.name, target.name) for source, target in config.ways((*self.specs, *self.holders))],
+      cost=config.cost,
     )  # fmt: skip
 
   def serve(

@@ -138,10 +138,22 @@ class ServingConfig:
         f'the policy has returns_to={returns_to!r}, but the places are {", ".join(names)}; name one of them, or give '
         "the config places=(HostPlace(name, bytes),), or return to 'source' what is to go where it was prefilled."
       )
+    self._check_chips()
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:
       self._check_processes()
+
+  def _check_chips(self) -> None:
+    first: dict[int, WorkerSpec] = {}
+    for worker in self.workers:
+      for device in worker.devices or ():
+        if (other := first.setdefault(device, worker)).chip != worker.chip:
+          chips = ', '.join('that of cost' if one.chip is None else one.chip.name for one in (other, worker))
+          raise ValueError(
+            f'workers {other.name!r} and {worker.name!r} share device {device} and have unlike chips ({chips}); give '
+            'both the same chip, or devices of their own.'
+          )
 
   def _check_processes(self) -> None:
     if self.transfer.transport not in ('auto', 'cross_process'):

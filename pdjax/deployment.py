@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from pdjax.config import ServingConfig
-from pdjax.cost import Roofline, as_cost, size_pools
+from pdjax.cost import Roofline, as_cost, size_by_chip
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE
 from pdjax.metrics import EventLog, Report, RunLog, Timeline
@@ -203,12 +202,11 @@ def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
   cost = as_cost(config.cost)
   carved = carve_devices(config.workers, devices_needed(config.workers))
   places = config.holders(model)
-  workers = size_pools(
+  workers = size_by_chip(
     config.cluster,
     carved,
     model,
-    math.inf if cost.chip is None else cost.chip.memory_bytes * ACCELERATOR_SHARE,
-    one_memory=cost.shared_host,
+    cost,
     staging_bytes=config.staging_bytes,
     pairs=config.ways((*config.cluster, *places)),
   )

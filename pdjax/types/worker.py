@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.fitting import Must, at_least
-from pdjax.types.hardware import DtypeName, precision_of
+from pdjax.types.hardware import ChipSpec, DtypeName, precision_of
 
 MAX_DEVICES = 16_384  # more than any cluster of one program has: all are counted up
 
@@ -56,6 +56,8 @@ class WorkerSpec:
       Between workers of unlike dtypes pages are converted once, where fewer bytes then travel.
     weights: The dtype of its weights, in which it computes; None is the config's `dtype`. Workers may have unlike ones;
       those with the same devices and the same dtype share one copy.
+    chip: The chip that each of its devices is, to cost models and to simulations that size pools; None is that of the
+      cost model. What the devices of a real run are, they say themselves.
     may_become: Other roles that it may take while a run is under way, where a policy answers `SwitchRole`. Programs,
       ways for pages and memory are prepared for all its roles.
 
@@ -79,6 +81,7 @@ class WorkerSpec:
   kv_dtype: KVDtypeName | None = None
   weights: DtypeName | None = None
   may_become: tuple[Role, ...] = ()
+  chip: ChipSpec | None = None
 
   def __post_init__(self):
     check_fields(self)

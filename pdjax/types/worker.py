@@ -14,6 +14,7 @@ MAX_DEVICES = 16_384  # more than any cluster of one program has: all are counte
 PageSize = Annotated[int, at_least(1, 'at least 1 token')]
 DeviceIndex = Annotated[int, Must(lambda index: 0 <= index < MAX_DEVICES, f'a number from 0 to {MAX_DEVICES - 1}')]
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
+PlatformName = Literal['cpu', 'gpu', 'tpu']
 
 
 class Role(enum.StrEnum):
@@ -47,8 +48,10 @@ class WorkerSpec:
     max_step_tokens: Most prompt tokens in one step, and the largest prefill bucket.
     max_chunks: Most prompts packed into one step.
     max_fused_steps: Most decode steps that one step of the worker fuses.
-    devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
-      name the same devices share them.
+    devices: Indices into all devices of its platform; None takes the next ones that no other worker has. Two workers
+      that name the same devices share them.
+    platform: The kind of its devices: one may prefill on CPUs and another decode on GPUs. None is that of the config,
+      and without one what JAX finds first. A simulation goes by `chip` alone.
     page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
       the devices read fastest. Pages travel between workers of unlike layouts.
     page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
@@ -76,6 +79,7 @@ class WorkerSpec:
   max_chunks: Count = 8
   max_fused_steps: Count = 16
   devices: tuple[DeviceIndex, ...] | None = None
+  platform: PlatformName | None = None
   page_layout: PageLayoutName = 'auto'
   page_size: PageSize | None = None
   kv_dtype: KVDtypeName | None = None
@@ -90,6 +94,11 @@ class WorkerSpec:
         f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
         'counted from 0.'
       )
+
+  @property
+  def named_devices(self) -> tuple[tuple[PlatformName | None, int], ...]:
+    """The devices that it names, each with its platform: those of unlike platforms are never the same."""
+    return tuple((self.platform, device) for device in self.devices or ())
 
   @property
   def roles(self) -> tuple[Role, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 from pdjax.cost.cost_model import CostModel, as_cost
 from pdjax.cost.roofline import Roofline
@@ -21,7 +21,7 @@ from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.processes import RayCluster
 from pdjax.types.request import SLO
 from pdjax.types.transfer import TransferSpec
-from pdjax.types.worker import Role, WorkerSpec
+from pdjax.types.worker import PlatformName, Role, WorkerSpec
 from pdjax.workload.workload import Workload
 
 KEEP_NO_PROGRAMS = 'off'  # instead of a folder
@@ -64,8 +64,8 @@ class ServingConfig:
     cost: The model of costs, by which the simulator says how long things take.
     slo: Latency limits that goodput is counted against.
     processes: The Ray cluster on which each worker has a process of its own; None keeps them all in this one.
-    platform: 'cpu', 'gpu' or 'tpu'; None takes what JAX finds, and is refused on a Ray cluster with accelerators. CPU
-      devices are virtual, as many as are needed.
+    platform: 'cpu', 'gpu' or 'tpu', of workers that have none of their own; None takes what JAX finds, and is refused
+      on a Ray cluster with accelerators. CPU devices are virtual, as many as are needed.
     seed: The seed from which requests without one draw theirs, see `Request.seeded`.
     compilation_cache: Folder where compiled programs are kept from run to run; 'off' keeps none. None keeps none beyond
       the run: with `processes`, each host has a temporary folder of them, readable to this user only, from which the
@@ -138,10 +138,22 @@ class ServingConfig:
         f'the policy has returns_to={returns_to!r}, but the places are {", ".join(names)}; name one of them, or give '
         "the config places=(HostPlace(name, bytes),), or return to 'source' what is to go where it was prefilled."
       )
+    self._check_chips()
     if self.model is None and self.checkpoint in (None, 'random'):
       raise ValueError('the config has neither a model nor a checkpoint to read it from; give one of them.')
     if self.processes is not None:
       self._check_processes()
+
+  def _check_chips(self) -> None:
+    first: dict[tuple[str | None, int], WorkerSpec] = {}
+    for worker in self.cluster:
+      for platform, device in worker.named_devices:
+        if (other := first.setdefault((platform, device), worker)).chip != worker.chip:
+          chips = ', '.join('that of cost' if one.chip is None else one.chip.name for one in (other, worker))
+          raise ValueError(
+            f'workers {other.name!r} and {worker.name!r} share device {device} and have unlike chips ({chips}); give '
+            'both the same chip, or devices of their own.'
+          )
 
   def _check_processes(self) -> None:
     if self.transfer.transport not in ('auto', 'cross_process'):
@@ -221,13 +233,19 @@ class ServingConfig:
 
   @property
   def cluster(self) -> tuple[WorkerSpec, ...]:
-    """The workers with their page size and the dtypes of their weights and of cached keys and values filled in."""
+    """The workers with their page size and the dtypes of their weights and of cached keys and values filled in.
+
+    So is the platform, if any worker names one and the config has one.
+    """
+    named = any(worker.platform is not None for worker in self.workers)
+    default = cast(PlatformName | None, self.platform if named else None)
     return tuple(
       dataclasses.replace(
         worker,
         page_size=worker.page_size or self.page_size,
         kv_dtype=worker.kv_dtype or self.kv_dtype or self.definite_dtype,
         weights=worker.weights or self.definite_dtype,
+        platform=worker.platform or default,
       )
       for worker in self.workers
     )

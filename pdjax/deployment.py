@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from pdjax.config import ServingConfig
-from pdjax.cost import Roofline, as_cost, size_pools
+from pdjax.cost import Roofline, as_cost, size_by_chip
 from pdjax.cost.granularity import choose_granularity
 from pdjax.cost.memory import ACCELERATOR_SHARE
 from pdjax.metrics import EventLog, Report, RunLog, Timeline
@@ -22,10 +21,11 @@ from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.state import ClusterState
 from pdjax.simulator import Simulator
 from pdjax.types.checked import checks_arguments
-from pdjax.types.cluster import DeviceError, carve_devices, decode_pool, devices_needed, prefill_pool
-from pdjax.types.hardware import DeviceKind
+from pdjax.types.cluster import DeviceError, carve_needed, decode_pool, prefill_pool
+from pdjax.types.hardware import ChipSpec, DeviceKind
 from pdjax.types.model import ModelSpec
 from pdjax.types.request import Completion
+from pdjax.types.worker import WorkerSpec
 
 BackendName = Literal['engine', 'simulator']
 Say = Callable[[str], None]
@@ -201,14 +201,13 @@ def _sigterm_kept() -> Iterator[None]:
 def _build_simulator(config: ServingConfig, model: ModelSpec) -> Built:
   """No devices, and a virtual clock."""
   cost = as_cost(config.cost)
-  carved = carve_devices(config.workers, devices_needed(config.workers))
+  carved = carve_needed(config.cluster)
   places = config.holders(model)
-  workers = size_pools(
+  workers = size_by_chip(
     config.cluster,
     carved,
     model,
-    math.inf if cost.chip is None else cost.chip.memory_bytes * ACCELERATOR_SHARE,
-    one_memory=cost.shared_host,
+    cost,
     staging_bytes=config.staging_bytes,
     pairs=config.ways((*config.cluster, *places)),
   )
@@ -255,16 +254,35 @@ def default_config(checkpoint: str = 'smollm2') -> ServingConfig:
 
 
 def calibrated(config: ServingConfig) -> ServingConfig:
-  """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'."""
+  """The config with a roofline measured on this machine's first device, and with the dtype that it takes for 'auto'.
+
+  Workers on another platform get a chip of their own, measured there; prices and watts of chips stay.
+  """
   import jax.numpy as jnp
 
   from pdjax.dtypes import settle_dtype
-  from pdjax.engine.build import device_memory_bytes, prepare_devices
+  from pdjax.engine.build import device_memory_bytes, pick_devices
   from pdjax.engine.calibration import measure_chip, measure_link
 
-  devices = prepare_devices(config.platform, devices_needed(config.workers))
-  config = settle_dtype(config, {worker.name: [DeviceKind.of(devices[0])] for worker in config.workers})
-  chip = measure_chip(devices[0], jnp.dtype(config.dtype), config.precision)
-  chip = dataclasses.replace(chip, memory_bytes=device_memory_bytes(devices[0]) / ACCELERATOR_SHARE)
-  link = measure_link(devices[0], devices[min(1, len(devices) - 1)])
-  return dataclasses.replace(config, cost=Roofline(chip, link, shared_host=devices[0].platform == 'cpu'))
+  devices, carved = pick_devices(config)
+  config = settle_dtype(config, {name: [DeviceKind.of(devices[mesh[0]])] for name, mesh in carved.items()})
+  chips = {}
+  for device in devices:
+    if device.platform not in chips:
+      chip = measure_chip(device, jnp.dtype(config.dtype), config.precision)
+      chips[device.platform] = dataclasses.replace(chip, memory_bytes=device_memory_bytes(device) / ACCELERATOR_SHARE)
+  first, said = devices[0].platform, as_cost(config.cost).chip
+
+  def measured(platform: str, like: ChipSpec | None) -> ChipSpec:
+    chip = chips[platform]
+    return chip if like is None else dataclasses.replace(chip, dollars_per_hour=like.dollars_per_hour, watts=like.watts)
+
+  def with_chip(worker: WorkerSpec) -> WorkerSpec:
+    platform = devices[carved[worker.name][0]].platform
+    if worker.chip is None and platform == first:
+      return worker
+    return dataclasses.replace(worker, chip=measured(platform, worker.chip))
+
+  other = next((one for one in devices if one.platform != first), devices[min(1, len(devices) - 1)])
+  cost = Roofline(measured(first, said), measure_link(devices[0], other), shared_host=list(chips) == ['cpu'])
+  return dataclasses.replace(config, workers=tuple(map(with_chip, config.workers)), cost=cost)

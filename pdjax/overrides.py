@@ -18,8 +18,9 @@ from pdjax.types.checked import checks_arguments
 def apply_overrides(config: Any, overrides: Iterable[str]) -> Any:
   """A copy of the config with fields replaced, each override written `name.of.field=value`.
 
-  A value is a Python literal, or else text; roles have commas between: `workers.decode0.may_become=prefill,both`. Items
-  of a tuple go by index, workers also by name: `workers.decode0.tp=3`.
+  A value is a Python literal, or else text; roles have commas between: `workers.decode0.may_become=prefill,both`, and a
+  chip may be named, of `ChipSpec.PRESETS`: `workers.decode0.chip=h100`. Items of a tuple go by index, workers also by
+  name: `workers.decode0.tp=3`.
 
   Raises:
     ValueError: if an override is malformed, names an unknown field or has a value of another type; the message lists
@@ -106,13 +107,17 @@ def _fit(value: Any, hint: Any, what: str) -> Any:
     objects = [kind for kind in fitting.alternatives(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if objects:
       field, path = dataclasses.fields(objects[0])[0].name, what.rpartition(': ')[2]
-      misfit.remedy = f'set its fields one by one, such as {path}.{field}'
+      named = ', '.join(getattr(objects[0], 'PRESETS', ()))
+      misfit.remedy = f'{f"name one of {named}, or " if named else ""}set its fields one by one, such as {path}.{field}'
     raise ValueError(misfit.says(f'{what}{misfit.place} is {fitting.shown(misfit.value)}')) from None
 
 
 def _meant(value: Any, hint: Any) -> Any:
-  """A literal as it may be meant: a whole number as a float, and any number as text, where the type is that."""
+  """A literal as it may be meant: a whole number as a float, any number as text, a name as the object of that name."""
   kinds = fitting.alternatives(hint)
+  for kind in kinds:
+    if isinstance(value, str) and value in getattr(kind, 'PRESETS', ()):
+      return getattr(kind, value)()
   if type(value) in (int, float) and int not in kinds:
     if float in kinds:
       return float(value)

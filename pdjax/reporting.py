@@ -14,11 +14,13 @@ from typing import Any
 from pdjax.config import ServingConfig
 from pdjax.cost import as_cost
 from pdjax.metrics import Report, Timeline, draw
+from pdjax.metrics.bill import Chips
 from pdjax.metrics.counters import prometheus_text
 from pdjax.metrics.saving import write_each
 from pdjax.opened_model import OpenedModel
 from pdjax.serving.built import Built
 from pdjax.serving.events import Event
+from pdjax.types.hardware import ChipSpec
 from pdjax.types.model import ModelSpec
 from pdjax.types.prefix_cache import PrefixCache
 from pdjax.types.request import Completion
@@ -56,6 +58,7 @@ def make_report(
     events,
     workers=built.workers,
     places=built.places,
+    chips=_chips(config, built),
     slo=config.slo,
     notes=(*notes, *_rate_notes(config, built), *_cache_notes(config, cache, opened.model)),
     config=describe(served),
@@ -68,19 +71,34 @@ def make_report(
     tokenizer_id=None if opened.tokenizer is None else config.checkpoint,
     backend='simulator' if warm_up is None else 'engine',
     warmup_s=None if warm_up is None else warm_up.load_s + warm_up.compile_s + warm_up.measure_s,
-    calibrated=warm_up is not None or as_cost(config.cost).calibrated,
+    calibrated=warm_up is not None or as_cost(config.cost).is_calibrated(built.workers),
     generated_texts={one.request.id: one.text for one in completions if one.text is not None},
   )
 
 
+def _chips(config: ServingConfig, built: Built) -> Chips:
+  """The chips of the workers: simulated ones, and of real ones what users say of them, by prices or by name."""
+  cost = as_cost(config.cost)
+  said = cost.chip
+  if built.warm_up is not None and said is not None and said.dollars_per_hour is None and said.watts is None:
+    said = None  # the default of a cost model, which need not be what there is
+  chips = {worker.name: worker.chip or said for worker in built.workers}
+  one_cpu = built.warm_up is None and cost.shared_host  # of virtual devices
+  return Chips.of(chips, {name: [0] if one_cpu else built.devices[name] for name in chips})
+
+
 def _rate_notes(config: ServingConfig, built: Built) -> list[str]:
-  """A sentence if simulated workers compute in another dtype than that of their chip's rates."""
-  chip = as_cost(config.cost).chip
-  others = [worker for worker in built.workers if chip is not None and worker.weights not in (None, chip.dtype)]
-  if built.warm_up is not None or chip is None or not others:
-    return []
-  own = ', '.join(f'{worker.name} {worker.weights}' for worker in others)
-  return [f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({own}).']
+  """A sentence for each chip that simulated workers compute on in another dtype than that of its rates."""
+  cost = as_cost(config.cost)
+  others: dict[ChipSpec, list[str]] = {}
+  for worker in built.workers if built.warm_up is None else ():
+    chip = cost.chip_of(worker)
+    if chip is not None and worker.weights not in (None, chip.dtype):
+      others.setdefault(chip, []).append(f'{worker.name} {worker.weights}')
+  return [
+    f'The rates of {chip.name} are those of {chip.dtype}, but workers have other weights ({", ".join(own)}).'
+    for chip, own in others.items()
+  ]
 
 
 def _cache_notes(config: ServingConfig, cache: PrefixCache | None, model: ModelSpec) -> list[str]:

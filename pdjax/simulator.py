@@ -50,8 +50,8 @@ class Simulator:
     self._cost = as_cost(cost)
     self._leaps = leaps
     self._is_leaping = False
-    devices = collections.Counter(device for worker in workers for device in worker.devices or ())
-    shared = {worker.name: any(devices[device] > 1 for device in worker.devices or ()) for worker in workers}
+    devices = collections.Counter(device for worker in workers for device in worker.named_devices)
+    shared = {worker.name: any(devices[device] > 1 for device in worker.named_devices) for worker in workers}
     self._run_seconds = {
       worker.name: None if shared[worker.name] or worker.role is Role.HOLD else self._cost.runs(model, worker)
       for worker in workers
@@ -195,7 +195,7 @@ class Simulator:
   # -------------------------------------------------------------------------- steps
 
   def _lanes(self, worker: str) -> Sequence[object]:
-    return self._workers[worker].devices or (worker,)
+    return self._workers[worker].named_devices or (worker,)
 
   def _free_from_s(self, worker: str) -> float:
     """The time from which on nothing else occupies a worker's devices."""

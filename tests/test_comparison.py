@@ -89,6 +89,26 @@ def test_the_baseline_uses_what_is_cached_as_the_config_does():
   assert {one.config.policy.returns_to for one in colocated_systems([to_source], TINY, budgets=(16,))[0]} == {None}
 
 
+def test_unlike_chips_are_no_equal_division_and_each_worker_does_both_where_it_is():
+  h100, a100 = pdjax.ChipSpec.h100(), pdjax.ChipSpec.a100()
+  run = config('1P2D', max_sequences=3)
+  unlike = dataclasses.replace(run, workers=tuple(
+    dataclasses.replace(worker, chip=h100 if worker.role.prefills else a100) for worker in run.workers
+  ))  # fmt: skip
+  systems, missing = colocated_systems([unlike], TINY, budgets=(8, 32))
+  assert [system.name for system in systems] == [
+    '3C as they are, 8 tokens',
+    '3C as they are, 32 tokens',
+  ] and not missing
+  for system in systems:
+    assert [worker.chip for worker in system.config.workers] == [h100, a100, a100] and system.devices == 3
+    assert {worker.role.value for worker in system.config.workers} == {'both'}
+    assert pdjax.simulate(system.config).report.completed == len(run.workload.requests)
+  alike = dataclasses.replace(run, workers=tuple(dataclasses.replace(worker, chip=h100) for worker in run.workers))
+  found = colocated_systems([alike], TINY, budgets=(8,))[0]
+  assert found and {worker.chip for one in found for worker in one.config.workers} == {h100}
+
+
 def test_divisions_have_the_kv_memory_and_the_slots_of_the_config():
   run = config('2P2D', prefill_tp=1, decode_tp=2, max_sequences=5)
 

@@ -289,6 +289,20 @@ def test_blocks_that_return_to_a_worker_need_ways_from_everywhere():
     Colocated(returns_to='source')
 
 
+def test_workers_on_one_device_have_one_chip():
+  h100 = ChipSpec.h100()
+  alike = (
+    WorkerSpec('p', Role.PREFILL, devices=(0,), chip=h100),
+    WorkerSpec('d', Role.DECODE, devices=(0,), chip=h100),
+  )
+  assert dataclasses.replace(CONFIG, workers=alike).workers == alike
+  unlike = (alike[0], dataclasses.replace(alike[1], chip=None))
+  with pytest.raises(ValueError, match=r"'p' and 'd' share device 0 and have unlike chips \(H100, that of cost\)"):
+    dataclasses.replace(CONFIG, workers=unlike)
+  apart = (alike[0], dataclasses.replace(unlike[1], devices=(1,)))
+  assert dataclasses.replace(CONFIG, workers=apart).workers == apart
+
+
 POLICY = """
 import dataclasses
 import pdjax

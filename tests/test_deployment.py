@@ -156,6 +156,9 @@ def test_a_simulation_is_sized_by_the_memory_of_its_chip_and_waits_for_nobody():
   chip = dataclasses.replace(pdjax.ChipSpec.generic_cpu(), memory_bytes=1e5)
   with pytest.raises(ValueError, match=r'do not fit on device 0'):
     deploy(_small(cost=pdjax.Roofline(chip)), OPENED, 'simulator')
+  small = pdjax.prefill_pool(1, chip=chip) + _small().workers[1:]
+  with pytest.raises(ValueError, match=r'do not fit on device 0'):
+    deploy(_small(workers=small), OPENED, 'simulator')
   unbounded = deploy(_small(cost=Hourly()), OPENED, 'simulator')
   assert [worker.num_pages for worker in unbounded.built.workers] == [64, 64]
   with pytest.raises(ValueError, match='the deployment is simulated, and nobody can wait in virtual time'):

@@ -8,7 +8,7 @@ import pytest
 from pdjax.config import ServingConfig
 from pdjax.overrides import apply_overrides, parse_value
 from pdjax.policies import Disaggregated, MostFreePages
-from pdjax.types import SLO, Role, decode_pool, prefill_pool
+from pdjax.types import SLO, ChipSpec, Role, decode_pool, prefill_pool
 from pdjax.workload import Fixed, Poisson, Uniform
 from tests.serving.driver import TINY
 
@@ -49,6 +49,8 @@ def _raises(words: str):
     ('workload.prompts.1=Why = so?', 'workload.prompts', ('Hi', 'Why = so?')),
     ('workload.requests_per_s=inf', 'workload.requests_per_s', float('inf')),
     ('cost.chip.flops_per_s=1e12', 'cost.chip.flops_per_s', 1e12),
+    ('workers.decode0.chip=h100', 'workers.1.chip', ChipSpec.h100()),
+    ('workers.decode0.chip=none', 'workers.1.chip', None),
     ('dtype=bfloat16', 'dtype', 'bfloat16'),
     ('dtype=auto', 'dtype', 'auto'),
     ('platform=cpu', 'platform', 'cpu'),
@@ -113,6 +115,7 @@ def test_no_override_is_the_same_config():
     ('workers.0.num_pages=many', "num_pages is 'many', expected an integer or 'auto'"),
     ('workers.0.role=translate', "role is 'translate', expected one of 'prefill', 'decode', 'both'"),
     ('workers.0=5', '0 is 5, expected WorkerSpec(...)'),
+    ('workers.0.chip=h300', "chip is 'h300', expected ChipSpec(...) or None; name one of generic_cpu, tpu_v5e"),
     ('workers=3', 'workers is 3, expected a tuple of WorkerSpec'),
     (
       'prefix_cache=True',

@@ -137,6 +137,17 @@ def test_workers_on_the_same_devices_wait_for_one_another():
   assert ends == [(0, 0.0, 4.0), (2, 0.0, 4.0), (1, 4.0, 8.0)]
 
 
+def test_devices_of_unlike_platforms_are_not_waited_for():
+  at_once = prefill_pool(1, devices=(0,), platform='cpu', **SIZES) + colocated_pool(
+    1, devices=(0,), platform='gpu', **SIZES
+  )
+  cluster = ByHand(at_once)
+  for name, worker in (('a', 'prefill0'), ('b', 'both0')):
+    cluster.arrive(name, prompt_len=4, max_tokens=1)
+    cluster.start(Step(worker, (Chunk(name, 0, 4),)))
+  assert [(done.began_s, done.ended_s) for done in cluster.wait()] == [(0.0, 4.0), (0.0, 4.0)]
+
+
 def test_an_order_handed_over_late_begins_then():
   cluster = ByHand(ONE_OF_EACH)
   assert cluster.wait(until_s=3.0) == [] and cluster.now_s == 3.0

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pdjax.config import ServingConfig
 from pdjax.policies import Colocated, Disaggregated, as_policy
 from pdjax.types.checked import checks_arguments
-from pdjax.types.cluster import carve_devices, colocated_pool, decode_pool, devices_needed, parse_split, prefill_pool
+from pdjax.types.cluster import carve_needed, colocated_pool, decode_pool, parse_split, prefill_pool
 from pdjax.types.fitting import Must
 from pdjax.types.model import ModelSpec, mesh_shape
 from pdjax.types.pools import PoolSpecs
-from pdjax.types.worker import WorkerSpec
+from pdjax.types.worker import Role, WorkerSpec
 from pdjax.workload import Workload
 
 _PARTS = (16, 8, 4, 2, 1)  # of the largest step, to try
@@ -119,7 +119,8 @@ def colocated_systems(
   A division has `n / tp` workers of `tp` devices for every `tp` that divides the `n` devices and is legal for the
   model. The KV memory of the richest run is divided among them ('auto' stays 'auto'). Each takes steps as large as
   any worker of the runs does, and at least its share of the most decode slots, so that the baseline lacks nothing.
-  Where the weights of the runs' workers have several dtypes, it has each of them in turn.
+  Where the weights of the runs' workers have several dtypes, it has each of them in turn. Unlike chips or platforms
+  cannot be divided equally: then each worker of the first run does both, where it is.
 
   Args:
     configs: Disaggregated runs on equally many devices, of one workload.
@@ -144,7 +145,22 @@ def colocated_systems(
   sizes = _budgets(configs, budgets)
   like = decodes[0]  # whose pages the baseline has
   dtypes = list(dict.fromkeys(worker.weights for worker in (like, *workers)))  # each of which it has in turn
-  systems, missing = [], {}
+  systems: list[System] = []
+  missing: dict[str, str] = {}
+  if len({(worker.chip, worker.platform) for one in configs for worker in one.cluster}) > 1:
+    both = tuple(
+      dataclasses.replace(
+        worker, role=Role.BOTH, may_become=(), max_step_tokens=_largest_step(configs), max_fused_steps=fused,
+        max_sequences=max(worker.max_sequences, -(-slots // len(config.workers))),
+        max_chunks=max(one.max_chunks for one in prefills),
+      )
+      for worker in config.workers
+    )  # fmt: skip
+    for size in sizes:
+      policy = Colocated(token_budget=size, decode_steps=decode_steps, **_cache_use(config))
+      here = dataclasses.replace(config, workers=both, policy=policy)
+      systems.append(System(f'{len(both)}C as they are', size, here, True, len(used)))
+    return systems, missing
   for count in range(1, len(used) + 1):
     if len(used) % count:
       continue
@@ -157,7 +173,8 @@ def colocated_systems(
       missing[division] = str(error)
       continue
     pool = colocated_pool(
-      count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype,
+      count, tp=tp, num_pages=num_pages, page_size=like.page_size, kv_dtype=like.kv_dtype, chip=like.chip,
+      platform=like.platform,
       max_sequences=max(-(-slots // count), *(worker.max_sequences for worker in decodes)),
       max_step_tokens=_largest_step(configs), max_chunks=max(worker.max_chunks for worker in prefills),
       max_fused_steps=fused,
@@ -210,7 +227,7 @@ def by_cluster(systems: Iterable[System]) -> list[list[System]]:
 
 def _devices(config: ServingConfig) -> set[int]:
   """The devices that the workers take, by index."""
-  carved = carve_devices(config.workers, devices_needed(config.workers))
+  carved = carve_needed(config.cluster)
   return {device for mesh in carved.values() for device in mesh}
 
 

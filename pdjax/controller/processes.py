@@ -140,12 +140,12 @@ def _if_it_fails(undo: Callable[[], None]) -> Iterator[None]:
 def _size_pools(config: ServingConfig, model: ModelSpec, machines: Mapping[str, Machine]) -> dict[str, WorkerSpec]:
   """The workers with all counts filled in, by what there is where they run."""
   sized: dict[str, WorkerSpec] = {}
-  on_cpu = any(machine.platform == 'cpu' for machine in machines.values())
-  groups = itertools.groupby(
-    sorted(config.cluster, key=lambda one: machines[one.name].node if on_cpu else one.name),
-    key=lambda one: machines[one.name].node if on_cpu else one.name,
-  )
-  for _, group in groups:
+
+  def memory_of(worker: WorkerSpec) -> tuple[bool, str]:
+    machine = machines[worker.name]
+    return (True, machine.node) if machine.platform == 'cpu' else (False, worker.name)
+
+  for (on_cpu, _), group in itertools.groupby(sorted(config.cluster, key=memory_of), key=memory_of):
     workers = tuple(group)
     counter = itertools.count()
     devices = {one.name: tuple(itertools.islice(counter, one.tp)) for one in workers}
@@ -215,7 +215,9 @@ class Handshake:
     config = self._config
     host = '127.0.0.1' if config.processes is None else config.processes.host
     spec = self.specs[name]
-    return self._peers[name].ask('machine', 'cpu' if spec.role is Role.HOLD else config.platform, spec.tp, host)
+    return self._peers[name].ask(
+      'machine', 'cpu' if spec.role is Role.HOLD else spec.platform or config.platform, spec.tp, host
+    )
 
   def count_on(self, machines: Mapping[str, Machine]) -> ServingConfig:
     """Have processes count among those that are there, if they fit them; before anything is loaded or pulled.

@@ -14,7 +14,7 @@ import secrets
 import time
 import types
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ class RayProcesses:
   Args:
     cluster: The cluster.
     workers: The workers.
-    platform: Of the config.
+    platform: Of the config, for workers that have none of their own.
     actor: The class that Ray runs in each process, which has the methods that a `RayPeer` calls. It is made there with
       the address that a host of 'node' stands for, or None for that of its node in the Ray cluster.
     say: Told in a line what is being done.
@@ -102,7 +102,7 @@ class RayProcesses:
     self._family: set[psutil.Process] = set()  # of the cluster, as far as they are known, if it was started here
     try:
       begin = time.perf_counter()
-      taken = {worker.name: cluster.resources(worker.tp, platform) for worker in workers}
+      taken = {worker.name: cluster.resources(worker.tp, worker.platform or platform) for worker in workers}
       held = {place.name: cluster.resources(1, platform, accelerates=False) for place in places}
       self._connect(cluster, taken | held)
       service = self._service = ControlService(ray.get_runtime_context().gcs_address)
@@ -110,7 +110,8 @@ class RayProcesses:
       done = 'started' if cluster.address is None else 'reached'
       say(f'Ray {ray.__version__} {done} in {time.perf_counter() - begin:.1f} s')
       # Without its control service Ray does not return from any of these.
-      self.peers = service.call(lambda: self._begin(cluster, taken, held, platform, service), math.inf)
+      platforms = dict.fromkeys(worker.platform or platform for worker in workers)
+      self.peers = service.call(lambda: self._begin(cluster, taken, held, platforms, service), math.inf)
       self._note_family()
     except BaseException:
       self.close()
@@ -122,12 +123,13 @@ class RayProcesses:
     self._service.when_lost(tell)
 
   def _begin(
-    self, cluster: RayCluster, workers: Taken, places: Taken, platform: str | None, service: ControlService
+    self, cluster: RayCluster, workers: Taken, places: Taken, platforms: Iterable[str | None], service: ControlService
   ) -> dict[str, RayPeer]:
     """Have Ray set aside what workers and places take, if it is there, and begin a process for each."""
     ray, taken = self._ray, {**workers, **places}
-    if refusal := cluster.refusal(platform, ray.cluster_resources()):
-      raise DeviceError(refusal)
+    for platform in platforms:
+      if refusal := cluster.refusal(platform, ray.cluster_resources()):
+        raise DeviceError(refusal)
     alive = [node for node in ray.nodes() if node['Alive']]
     nodes = {f'{node["NodeManagerAddress"]}:{node["NodeManagerPort"]}': node['Resources'] for node in alive}
     if shortage := cluster.shortage(taken, nodes):

@@ -2,7 +2,7 @@
 
 import abc
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,6 +66,14 @@ class CostBase(CostModel):
   def name(self) -> str:
     """Its class, for messages."""
     return type(self).__name__
+
+  def chip_of(self, worker: WorkerSpec) -> ChipSpec | None:
+    """One device of a worker: of its own chip, or of the one that the model has in mind; None if nothing says."""
+    return worker.chip or self.chip
+
+  def is_calibrated(self, workers: Iterable[WorkerSpec]) -> bool:
+    """Whether its constants, and the chips that these workers have of their own, were measured."""
+    return self.calibrated and all(worker.chip is None or worker.chip.calibrated for worker in workers)
 
   def runs(self, model: ModelSpec, worker: WorkerSpec) -> RunSeconds | None:
     """A function that tells how long decode steps in a row of a worker take; None has each asked for when it begins.

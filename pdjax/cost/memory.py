@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
+from pdjax.cost.cost_model import CostBase
 from pdjax.types.cluster import ways
 from pdjax.types.hardware import DTYPE_BYTES
 from pdjax.types.model import ModelSpec
@@ -110,6 +112,33 @@ def size_pools(
     return dataclasses.replace(worker, num_pages=min(fits, useful))
 
   return tuple(sized(worker) for worker in workers)
+
+
+def size_by_chip(
+  workers: Sequence[WorkerSpec],
+  devices: Mapping[str, tuple[int, ...]],
+  model: ModelSpec,
+  cost: CostBase,
+  *,
+  staging_bytes: int = 0,
+  pairs: Sequence[tuple[WorkerSpec, WorkerSpec]],
+) -> tuple[WorkerSpec, ...]:
+  """As `size_pools`, where there are no devices: each worker by the memory of its own chip or of the cost model's.
+
+  Virtual devices of one CPU have the memory of the cost model's chip in common, whatever chips workers name.
+  """
+  groups: dict[float, list[WorkerSpec]] = {}
+  for worker in workers:
+    chip = cost.chip if cost.shared_host else cost.chip_of(worker)
+    groups.setdefault(math.inf if chip is None else chip.memory_bytes * ACCELERATOR_SHARE, []).append(worker)
+  sized = {
+    worker.name: worker
+    for memory_bytes, group in groups.items()
+    for worker in size_pools(
+      group, devices, model, memory_bytes, one_memory=cost.shared_host, staging_bytes=staging_bytes, pairs=pairs
+    )
+  }
+  return tuple(sized[worker.name] for worker in workers)
 
 
 def step_bytes(worker: WorkerSpec, model: ModelSpec) -> dict[str, int]:

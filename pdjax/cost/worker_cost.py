@@ -17,14 +17,14 @@ class WorkerCost:
   Attributes:
     model: The model served.
     spec: The worker, its page size filled in.
-    calibrated: Whether the constants of the cost model were measured on the machine at hand.
+    calibrated: Whether the constants of the cost model, or of the worker's own chip, were measured.
   """
 
   def __init__(self, cost: CostBase, model: ModelSpec, spec: WorkerSpec):
     """Bind a cost model, as `as_cost` answers it."""
     self.model = model
     self.spec = spec
-    self.calibrated = cost.calibrated
+    self.calibrated = cost.is_calibrated([spec])
     self._cost = cost
     self._step: Callable[..., float] = functools.lru_cache(64)(functools.partial(cost.step_seconds, model, spec))
     self._prefill: Callable[..., float] = functools.lru_cache(4096)(self._sum_of_chunks)

@@ -1,9 +1,12 @@
 """Makes an engine out of a config: devices, meshes, weights, pools, and every program compiled."""
 
+import collections
+import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +31,24 @@ from pdjax.model.tokenizer import Tokenizer
 from pdjax.model.weights import load_weights
 from pdjax.serving.built import Built, WarmUp
 from pdjax.sharding import make_mesh
-from pdjax.types.cluster import DeviceError, carve_devices, devices_needed
+from pdjax.types.cluster import DeviceError, by_platform, carve_devices, devices_needed
 from pdjax.types.hardware import DeviceKind
 from pdjax.types.model import ModelSpec
 from pdjax.types.transfer import TransferSpec
+from pdjax.types.worker import PlatformName, WorkerSpec
 
 # JAX has a thread for each CPU device or each core, whichever are more. Where steps keep all of them busy, a copy
 # waits until a worker has nothing more to do: half a second was seen, instead of a fraction of a millisecond.
 SPARE_CPU_DEVICES = 2
 
 
-def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
+def prepare_devices(platform: str | None, needed: int, *, alone: bool = True) -> list[jax.Device]:
   """The devices to carve meshes from; on CPU, as many virtual ones as are needed, and some to spare.
+
+  Args:
+    platform: Their kind; None is what JAX finds.
+    needed: The number of them.
+    alone: Whether JAX is to look for no others, where the platform is 'cpu'.
 
   Raises:
     DeviceError: if there are none of the platform, or JAX has already started with fewer CPU devices than are needed.
@@ -47,7 +56,7 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
   try:
     asked_for = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     jax.config.update('jax_num_cpu_devices', max(needed + SPARE_CPU_DEVICES, asked_for))
-    if platform == 'cpu':
+    if platform == 'cpu' and alone:
       jax.config.update('jax_platforms', 'cpu')
   except RuntimeError:
     pass  # JAX has started; what it has may be enough
@@ -64,6 +73,48 @@ def prepare_devices(platform: str | None, needed: int) -> list[jax.Device]:
       f"is first used, with jax.config.update('jax_num_cpu_devices', {needed}), or start the run in a fresh process."
     )
   return devices
+
+
+def pick_devices(config: ServingConfig) -> tuple[list[jax.Device], dict[str, tuple[int, ...]]]:
+  """The devices of all platforms in one list, and the indices in it that each worker takes.
+
+  Raises:
+    ValueError: if there are too few of a platform.
+    DeviceError: if there are none of it, or JAX has already started with too few on CPU; workers that name it are in
+      the message.
+  """
+  groups = by_platform(config.cluster)
+  if list(groups) == [None]:
+    found = prepare_devices(config.platform, devices_needed(config.workers))
+    return found, carve_devices(config.workers, len(found))
+  if 'cpu' in groups and len(groups) > 1:  # before JAX starts, as whoever asks for others starts it
+    prepare_devices('cpu', devices_needed(groups['cpu']), alone=False)
+  if None in groups:
+    default = cast(PlatformName, jax.devices()[0].platform)
+    groups = by_platform([dataclasses.replace(one, platform=one.platform or default) for one in config.cluster])
+  devices: list[jax.Device] = []
+  carved: dict[str, tuple[int, ...]] = {}
+  for platform, group in groups.items():
+    names = ', '.join(worker.name for worker in group)
+    try:
+      found = prepare_devices(platform, devices_needed(group), alone=len(groups) == 1)
+      meshes = carve_devices(group, len(found))
+    except DeviceError as error:
+      raise DeviceError(f'{names} on platform {platform!r} ({_whats_there()}): {error}') from error
+    except ValueError as error:
+      raise ValueError(f'{names} on platform {platform!r} ({_whats_there()}): {error}') from error
+    carved |= {name: tuple(len(devices) + index for index in mesh) for name, mesh in meshes.items()}
+    devices += found
+  return devices, {worker.name: carved[worker.name] for worker in config.workers}
+
+
+def _whats_there() -> str:
+  """The devices that JAX finds, in words."""
+  try:
+    found = collections.Counter(device.platform for device in jax.devices())
+  except RuntimeError as error:
+    return f'JAX finds no devices: {describe(error)}'
+  return f'JAX finds {", ".join(f"{count} of {platform}" for platform, count in found.items())}'
 
 
 def device_memory_bytes(device: jax.Device) -> float:
@@ -118,25 +169,13 @@ def build_engine(
     say(
       f'compilation_cache {config.compilation_cache!r} takes no programs ({reason}); the next run compiles them again'
     )
-  needed = devices_needed(config.workers)
-  devices = prepare_devices(config.platform, needed)
-  if devices[0].platform == 'cpu' or config.places:
+  devices, carved = pick_devices(config)
+  platforms = {name: devices[mesh[0]].platform for name, mesh in carved.items()}
+  if 'cpu' in platforms.values() or config.places:
     keep_freed_memory()
-  carved = carve_devices(config.workers, len(devices))
   config = settle_dtype(config, {name: [DeviceKind.of(devices[i]) for i in mesh] for name, mesh in carved.items()})
   holders = config.holders(model)
-  on_cpu = devices[0].platform == 'cpu'
-  memory_bytes = device_memory_bytes(devices[0])
-  check_host_memory(config, memory_bytes if on_cpu else math.inf)
-  specs = size_pools(
-    config.cluster,
-    carved,
-    model,
-    memory_bytes - (sum(place.bytes for place in config.places) if on_cpu else 0),
-    one_memory=on_cpu,
-    staging_bytes=config.staging_bytes,
-    pairs=config.ways((*config.cluster, *holders)),
-  )
+  specs = _size_pools(config, model, devices, carved, holders)
   names = {name: [str(devices[index]) for index in mesh] for name, mesh in carved.items()}
 
   begin = time.perf_counter()
@@ -155,7 +194,7 @@ def build_engine(
   chip = measure_chip(devices[used[0]], jnp.dtype(first.weights), first.precision)
   link = measure_link(devices[used[0]], devices[used[-1]])
   measured = time.perf_counter()
-  cost = Roofline(chip, link, config.dtype_bytes, shared_host=on_cpu)
+  cost = Roofline(chip, link, config.dtype_bytes, shared_host={*platforms.values()} == {'cpu'})
   transfer = choose_granularity(config.transfer, model, specs, cost)
   workers = []
   for spec in specs:
@@ -165,7 +204,8 @@ def build_engine(
 
   places = []
   for number, spec in enumerate(holders):
-    device = host_device(devices[0].platform, needed + number)
+    own_cpus = [devices[index].id for name, mesh in carved.items() if platforms[name] == 'cpu' for index in mesh]
+    device = host_device('cpu' if own_cpus else devices[0].platform, 1 + max(own_cpus, default=-1) + number)
     names[spec.name] = [str(device)]
     place = Place(spec, model, make_mesh(model, [device]))
     place.reset()
@@ -198,6 +238,34 @@ def build_engine(
   warm_up = WarmUp(loaded - begin, compiled - measured, measured - loaded, program_s, chip, link)
   engine = Engine(workers, transports, places)
   return Built(engine, specs, transfer, config.definite_dtype, names, warm_up, holders)
+
+
+def _size_pools(
+  config: ServingConfig,
+  model: ModelSpec,
+  devices: Sequence[jax.Device],
+  carved: Mapping[str, tuple[int, ...]],
+  holders: Sequence[WorkerSpec],
+) -> tuple[WorkerSpec, ...]:
+  """The workers with all counts filled in, by the memory of their devices: CPU devices have one in common."""
+  sized: dict[str, WorkerSpec] = {}
+  groups: dict[str, list[WorkerSpec]] = {}
+  for worker in config.cluster:
+    groups.setdefault(devices[carved[worker.name][0]].platform, []).append(worker)
+  if 'cpu' not in groups:
+    check_host_memory(config, math.inf)
+  for platform, group in groups.items():
+    on_cpu = platform == 'cpu'
+    memory_bytes = device_memory_bytes(devices[carved[group[0].name][0]])
+    if on_cpu:
+      check_host_memory(config, memory_bytes)
+      memory_bytes -= sum(place.bytes for place in config.places)
+    for spec in size_pools(
+      group, carved, model, memory_bytes, one_memory=on_cpu, staging_bytes=config.staging_bytes,
+      pairs=config.ways((*config.cluster, *holders)),
+    ):  # fmt: skip
+      sized[spec.name] = spec
+  return tuple(sized[worker.name] for worker in config.workers)
 
 
 def _transport_name(spec: TransferSpec, source: Place, target: Place) -> str:

@@ -19,9 +19,9 @@ def own_notes(
   timeline: Timeline,
 ) -> Iterable[str]:
   """The notes that a report has by itself, beside those of whoever made the run."""
-  sharers: dict[int, list[str]] = {}
+  sharers: dict[tuple[str | None, int], list[str]] = {}
   for worker in workers:
-    for device in worker.devices or ():
+    for device in worker.named_devices:
       sharers.setdefault(device, []).append(worker.name)
   for names in sorted({tuple(names) for names in sharers.values() if len(names) > 1}):
     yield f'{", ".join(names[:-1])} and {names[-1]} share a device: each waits while another computes.'

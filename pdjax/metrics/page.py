@@ -214,7 +214,13 @@ def _group_tables(runs: Sequence[tuple[Report, str]]) -> Iterator[dict[str, Any]
 def _utilisation_table(report: Report, title: str) -> dict[str, Any]:
   kinds = [kind for kind in PHASES if any(getattr(use, kind) for use in report.utilisation)]
   rows = [
-    {'cells': [use.worker, percent(use.busy), *(percent(getattr(use, kind)) for kind in kinds)]}
+    {
+      'cells': [
+        report.bill.chips.label(use.worker),
+        percent(use.busy),
+        *(percent(getattr(use, kind)) for kind in kinds),
+      ]
+    }
     for use in report.utilisation
   ]
   return {

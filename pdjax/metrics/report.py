@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pdjax.metrics.account import Account, sum_line
+from pdjax.metrics.bill import Bill, Chips
 from pdjax.metrics.copies import CopiedBlocks, copied_blocks
 from pdjax.metrics.groups import GroupFigures, by_class, by_tenant, deadline_share
 from pdjax.metrics.notes import own_notes
@@ -84,6 +85,7 @@ class Report:
     role_changes: Each time that a worker took another role, in order.
     returns: Each return of a lost worker, with the parts of the time it took.
     finish_reasons: The number of requests by how they ended; `unfinished` if the log stops before.
+    bill: The chips of the cluster, and what its answers cost as far as that is known.
     slo: The run's latency limits, if any.
     warmup_s: Seconds of loading and compiling before the clock ran, if known.
     calibrated: Whether the times are measured, or predicted from measurements of this machine.
@@ -153,6 +155,7 @@ class Report:
   timeline: Timeline = dataclasses.field(repr=False)
   workers: tuple[WorkerSpec, ...] = dataclasses.field(repr=False)
   places: tuple[WorkerSpec, ...] = dataclasses.field(default=(), repr=False)
+  bill: Bill = Bill()
 
   @classmethod
   def from_events(
@@ -161,6 +164,7 @@ class Report:
     *,
     workers: Sequence[WorkerSpec],
     places: Sequence[WorkerSpec] = (),
+    chips: Chips = Chips(),
     slo: SLO | None = None,
     notes: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
@@ -183,6 +187,7 @@ class Report:
       events: The log, or the timeline of one that was followed as it came.
       workers: The cluster; each gets a line of utilisation.
       places: The places that only hold pages.
+      chips: The chips of the workers, as far as they are known.
       slo: Latency limits of every request that has none of its own; a request's own replace these altogether.
       notes: Sentences for the reader. Shared devices, uncalibrated times, failed requests and workers
         that did not come back are noted anyway.
@@ -265,6 +270,7 @@ class Report:
       timeline=timeline,
       workers=tuple(workers),
       places=tuple(places),
+      bill=Bill.of(chips, output_tokens, None if good is None else ratio(good, duration_s), duration_s),
     )
 
   @property
@@ -379,6 +385,7 @@ class Report:
         'handoff_closes': self.account.handoff_closes_s,
       },
       'utilisation': {use.worker: _without(dataclasses.asdict(use), 'worker') for use in self.utilisation},
+      **self.bill.to_json(),
       'wire_bytes': self.wire_bytes,
       'num_transfers': self.num_transfers,
       'transfers': {**dataclasses.asdict(self.transfers), 'overlap_share': self.transfers.overlap_share},
@@ -437,6 +444,8 @@ class Report:
     latencies = (('TTFT', self.ttft), ('hand-off', self.handoff), ('TPOT', self.tpot), ('E2E', self.e2el))
     lines.append('p50/p99 ms: ' + ', '.join(f'{name} {number(s.p50_ms)}/{number(s.p99_ms)}' for name, s in latencies))
     lines += [self.ttft_account(), self.handoff_account()]
+    if bill := self.bill.line():
+      lines.append(bill)
     if self.cached_tokens:
       lines.append(f'{self.cached_tokens:,} of {self.total_input_tokens:,} input tokens were cached')
     if self.caches and not self.prefix_hits:

@@ -73,7 +73,7 @@ def _utilisation(report: Report) -> RenderableType:
   table = _table('utilisation', 'busy', 'prefill', 'decode', 'fused', 'transfer', *copies, width=9)
   for use in report.utilisation:
     shares = (use.busy, use.prefill, use.decode, use.fused, use.transfer, *([use.copy] if copies else []))
-    table.add_row(Text(use.worker), *(percent(share) for share in shares))
+    table.add_row(Text(report.bill.chips.label(use.worker)), *(percent(share) for share in shares))
   return table
 
 

@@ -58,6 +58,7 @@ def totals(report: Report) -> Iterator[tuple[str, str]]:
   if unsent := report.hit_tokens('decode'):
     yield 'tokens not sent', _with_share(unsent, report.begun_tokens)
   yield 'output tokens', f'{report.total_output_tokens:,}'
+  yield from report.bill.rows()
   yield 'wasted tokens', f'{report.wasted_tokens:,}'
   if report.num_preemptions:
     yield 'preemptions', f'{report.num_preemptions:,}, {report.recomputed_tokens:,} tokens computed anew'

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pdjax.types.checked import checks_arguments
 from pdjax.types.fitting import Fits, Must, fit_of
-from pdjax.types.worker import MAX_DEVICES, Role, WorkerSpec
+from pdjax.types.worker import MAX_DEVICES, PlatformName, Role, WorkerSpec
 
 Workers = Annotated[int, Must(lambda count: 0 <= count <= MAX_DEVICES, f'from 0 to {MAX_DEVICES} workers')]
 
@@ -90,6 +90,25 @@ def devices_needed(workers: Sequence[WorkerSpec]) -> int:
   named = {device for worker in workers for device in worker.devices or ()}
   needed = sum(worker.tp for worker in workers if worker.devices is None)
   return max([len(named) + needed, *(device + 1 for device in named)])
+
+
+def by_platform(workers: Sequence[WorkerSpec]) -> dict[PlatformName | None, list[WorkerSpec]]:
+  """The workers on each platform; None has those that name none."""
+  groups: dict[PlatformName | None, list[WorkerSpec]] = {}
+  for worker in workers:
+    groups.setdefault(worker.platform, []).append(worker)
+  return groups
+
+
+def carve_needed(workers: Sequence[WorkerSpec]) -> dict[str, tuple[int, ...]]:
+  """Give each worker its devices where there are as many of each platform as are needed, numbered through them all."""
+  carved: dict[str, tuple[int, ...]] = {}
+  first = 0
+  for group in by_platform(workers).values():
+    needed = devices_needed(group)
+    carved |= {name: tuple(first + index for index in mesh) for name, mesh in carve_devices(group, needed).items()}
+    first += needed
+  return {worker.name: carved[worker.name] for worker in workers}
 
 
 def carve_devices(workers: Sequence[WorkerSpec], num_devices: int) -> dict[str, tuple[int, ...]]:

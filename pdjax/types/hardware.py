@@ -1,13 +1,15 @@
 """Kinds of devices, and the rates of chips and links with the sources of the figures."""
 
 import dataclasses
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pdjax.types.checked import Rate, Seconds, Share, check_fields
-from pdjax.types.fitting import at_least
+from pdjax.types.fitting import Must, at_least
 
 DtypeName = Literal['float32', 'bfloat16', 'float16']
+_Amount = Annotated[float, Must(lambda value: 0 <= value < math.inf, '0 or more')]
 DTYPE_BYTES: dict[DtypeName, int] = {'float32': 4, 'bfloat16': 2, 'float16': 2}
 
 
@@ -16,8 +18,15 @@ def precision_of(dtype: DtypeName | None) -> str:
   return 'highest' if dtype == 'float32' else 'default'
 
 
-_TPU = 'docs.cloud.google.com/tpu/docs; dense peak, one chip'
-_GPU = 'jax-ml/scaling-book gpus.md; dense peak, SXM'
+_TPU = (
+  'docs.cloud.google.com/tpu/docs; dense peak, one chip; ICI: both links of a ring, one way, and about 1 us a hop, '
+  'jax-ml/scaling-book tpus.md and sharding.md'
+)
+_GPU = (
+  'jax-ml/scaling-book gpus.md; dense peak, SXM; NVLink one way; 0.6 us a hop, as NVIDIA/nccl src/graph/tuning.cc has '
+  'for a ring over NVLink (LL)'
+)
+_TPU_HOP_S, _NVLINK_HOP_S = 1e-6, 0.6e-6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,13 +82,20 @@ class ChipSpec:
     source: The source of the figures.
     calibrated: Measured on the machine at hand rather than taken from a data sheet.
     dtype: The dtype it is fastest in; a simulation with `dtype='auto'` takes that.
+    ici_bytes_per_s: Its rate to the other devices of its worker, one way, around a ring of them all. None counts
+      nothing for what the devices of a worker send one another.
+    ici_latency_s: Seconds of a hop from one device of a ring to the next, whatever it carries.
+    dollars_per_hour: The price of one device. None is not known, and reports then tell no dollars; the chips that come
+      with pdjax have none.
+    watts: The power that one device draws; None is not known, as for prices.
 
   Raises:
     ValueError: if a rate is not positive (an infinite one takes no time), the size is negative, a share is none, the
-      overhead is no time, or the dtype is unknown.
+      overhead or the latency is no time, a price or power is negative, or the dtype is unknown.
   """
 
   _said: ClassVar[str] = '{kind} {name} has {field}={value}'
+  PRESETS: ClassVar[tuple[str, ...]] = ('generic_cpu', 'tpu_v5e', 'tpu_v5p', 'tpu_v6e', 'a100', 'h100', 'h200')
 
   name: str
   flops_per_s: Rate
@@ -91,6 +107,10 @@ class ChipSpec:
   source: str = ''
   calibrated: bool = False
   dtype: DtypeName = 'bfloat16'
+  ici_bytes_per_s: Rate | None = None
+  ici_latency_s: Seconds = 0.0
+  dollars_per_hour: _Amount | None = None
+  watts: _Amount | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -102,23 +122,27 @@ class ChipSpec:
 
   @classmethod
   def tpu_v5e(cls) -> 'ChipSpec':
-    return cls('TPU v5e', 197e12, 819e9, 16e9, source=_TPU)
+    return cls('TPU v5e', 197e12, 819e9, 16e9, source=_TPU, ici_bytes_per_s=90e9, ici_latency_s=_TPU_HOP_S)
 
   @classmethod
   def tpu_v5p(cls) -> 'ChipSpec':
-    return cls('TPU v5p', 459e12, 2765e9, 95 * 2**30, source=_TPU)
+    return cls('TPU v5p', 459e12, 2765e9, 95 * 2**30, source=_TPU, ici_bytes_per_s=180e9, ici_latency_s=_TPU_HOP_S)
 
   @classmethod
   def tpu_v6e(cls) -> 'ChipSpec':
-    return cls('TPU v6e', 918e12, 1638e9, 32e9, source=_TPU)
+    return cls('TPU v6e', 918e12, 1638e9, 32e9, source=_TPU, ici_bytes_per_s=180e9, ici_latency_s=_TPU_HOP_S)
 
   @classmethod
   def a100(cls) -> 'ChipSpec':
-    return cls('A100-80', 312e12, 2039e9, 80e9, source=_GPU)
+    return cls('A100-80', 312e12, 2039e9, 80e9, source=_GPU, ici_bytes_per_s=300e9, ici_latency_s=_NVLINK_HOP_S)
 
   @classmethod
   def h100(cls) -> 'ChipSpec':
-    return cls('H100', 989e12, 3350e9, 80e9, source=_GPU)
+    return cls('H100', 989e12, 3350e9, 80e9, source=_GPU, ici_bytes_per_s=450e9, ici_latency_s=_NVLINK_HOP_S)
+
+  @classmethod
+  def h200(cls) -> 'ChipSpec':
+    return cls('H200', 989e12, 4800e9, 141e9, source=_GPU, ici_bytes_per_s=450e9, ici_latency_s=_NVLINK_HOP_S)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

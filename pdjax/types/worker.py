@@ -7,13 +7,14 @@ from typing import Annotated, ClassVar, Literal
 from pdjax.types.cache import DEFAULT_KV_DTYPE, KVDtypeName
 from pdjax.types.checked import Count, check_fields
 from pdjax.types.fitting import Must, at_least
-from pdjax.types.hardware import DtypeName, precision_of
+from pdjax.types.hardware import ChipSpec, DtypeName, precision_of
 
 MAX_DEVICES = 16_384  # more than any cluster of one program has: all are counted up
 
 PageSize = Annotated[int, at_least(1, 'at least 1 token')]
 DeviceIndex = Annotated[int, Must(lambda index: 0 <= index < MAX_DEVICES, f'a number from 0 to {MAX_DEVICES - 1}')]
 PageLayoutName = Literal['auto', 'plain', 'paired', 'kv']
+PlatformName = Literal['cpu', 'gpu', 'tpu']
 
 
 class Role(enum.StrEnum):
@@ -47,8 +48,10 @@ class WorkerSpec:
     max_step_tokens: Most prompt tokens in one step, and the largest prefill bucket.
     max_chunks: Most prompts packed into one step.
     max_fused_steps: Most decode steps that one step of the worker fuses.
-    devices: Indices into all devices; None takes the next ones that no other worker has. Two workers that
-      name the same devices share them.
+    devices: Indices into all devices of its platform; None takes the next ones that no other worker has. Two workers
+      that name the same devices share them.
+    platform: The kind of its devices: one may prefill on CPUs and another decode on GPUs. None is that of the config,
+      and without one what JAX finds first. A simulation goes by `chip` alone.
     page_layout: The layout of keys and values in a page, a name of `pallas_kernels.PageLayout`; 'auto' is the one that
       the devices read fastest. Pages travel between workers of unlike layouts.
     page_size: Tokens per page; None is the config's. Pages travel between workers of unlike sizes.
@@ -56,6 +59,8 @@ class WorkerSpec:
       Between workers of unlike dtypes pages are converted once, where fewer bytes then travel.
     weights: The dtype of its weights, in which it computes; None is the config's `dtype`. Workers may have unlike ones;
       those with the same devices and the same dtype share one copy.
+    chip: The chip that each of its devices is, to cost models and to simulations that size pools; None is that of the
+      cost model. What the devices of a real run are, they say themselves.
     may_become: Other roles that it may take while a run is under way, where a policy answers `SwitchRole`. Programs,
       ways for pages and memory are prepared for all its roles.
 
@@ -74,11 +79,13 @@ class WorkerSpec:
   max_chunks: Count = 8
   max_fused_steps: Count = 16
   devices: tuple[DeviceIndex, ...] | None = None
+  platform: PlatformName | None = None
   page_layout: PageLayoutName = 'auto'
   page_size: PageSize | None = None
   kv_dtype: KVDtypeName | None = None
   weights: DtypeName | None = None
   may_become: tuple[Role, ...] = ()
+  chip: ChipSpec | None = None
 
   def __post_init__(self):
     check_fields(self)
@@ -87,6 +94,11 @@ class WorkerSpec:
         f'worker {self.name!r} names devices {self.devices}, expected {self.tp} distinct ones because tp={self.tp}, '
         'counted from 0.'
       )
+
+  @property
+  def named_devices(self) -> tuple[tuple[PlatformName | None, int], ...]:
+    """The devices that it names, each with its platform: those of unlike platforms are never the same."""
+    return tuple((self.platform, device) for device in self.devices or ())
 
   @property
   def roles(self) -> tuple[Role, ...]:

@@ -16,7 +16,11 @@ from pdjax.workload import Fixed, Poisson, Uniform
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('[a-z]*.py'))
 REQUIRED = {'cpu.py': ':checkpoint=model.gguf'}
-SMALL = {'llama3_8b_simulated.py': ':num_requests=20', 'mixed_simulated.py': ':num_requests=40'}
+SMALL = {
+  'llama3_8b_simulated.py': ':num_requests=20',
+  'mixed_simulated.py': ':num_requests=40',
+  'unlike_chips_simulated.py': ':num_requests=20',
+}
 
 
 def _load(name: str, arguments: str = '') -> ServingConfig:
@@ -103,3 +107,32 @@ def test_one_device_holds_both_roles():
   config = _load('one_device.py')
   assert [worker.devices for worker in config.workers] == [(0,), (0,)] and _split(config) == '1P1D'
   assert _load('one_device.py', ':num_pages=auto').workers[0].num_pages == 'auto'
+
+
+def _bill(arguments: str = ''):
+  report = simulate(_load('unlike_chips_simulated.py', f':num_requests=60{arguments}')).report
+  return report, report.bill
+
+
+def test_unlike_chips_are_paid_for_and_each_role_gains_by_its_own():
+  ours, bill = _bill()
+  assert bill.chips.by_worker == {'prefill0': 'H100', 'decode0': 'A100-80', 'decode1': 'A100-80'}
+  assert bill.chips.dollars_per_hour == pytest.approx(8 * 3.00 + 16 * 1.30) and bill.chips.watts == 8 * 700 + 16 * 400
+  swapped, swapped_bill = _bill(',prefill=a100,decode=h100')
+  assert ours.ttft.p50_ms < swapped.ttft.p50_ms and ours.tpot.p50_ms > swapped.tpot.p50_ms
+  assert ours.ttft.p50_ms / swapped.ttft.p50_ms < swapped.tpot.p50_ms / ours.tpot.p50_ms  # FLOPs gain a prompt more
+  assert bill.goodput_per_dollar > swapped_bill.goodput_per_dollar > 0
+
+
+@pytest.mark.parametrize(('arguments', 'found'), [('', ('cpu', 'gpu')), (':prefill=gpu,decode=cpu', ('gpu', 'cpu'))])
+def test_cpu_and_gpu_have_a_role_each_and_are_no_shared_device(arguments, found):
+  config = _load('cpu_and_gpu.py', arguments)
+  assert tuple(worker.platform for worker in config.workers) == found
+  assert [worker.devices for worker in config.workers] == [(0,), (0,)]
+  report = simulate(dataclasses.replace(config, model=ModelSpec.smollm2_135m(), checkpoint=None, workload=_FEW)).report
+  assert not any('share a device' in note for note in report.notes)
+  slow, fast = (report.utilisation[found.index(one)] for one in ('cpu', 'gpu'))
+  assert slow.busy > fast.busy
+
+
+_FEW = Poisson(requests_per_s=2.0, num_requests=12, prompt=Uniform(8, 24), output=Fixed(8))

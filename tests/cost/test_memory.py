@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from pdjax.cost import size_pools
-from pdjax.types import ModelSpec, WorkerSpec, decode_pool, prefill_pool
+from pdjax.cost import Roofline, as_cost, size_by_chip, size_pools
+from pdjax.types import ChipSpec, ModelSpec, WorkerSpec, decode_pool, prefill_pool
 from pdjax.types.cluster import carve_devices, devices_needed, ways
 
 LLAMA = ModelSpec.llama3_8b()
@@ -163,3 +163,29 @@ def test_sizes_that_no_device_holds_are_refused_with_both_figures(fields, num_by
   with pytest.raises(ValueError, match=words):
     _size((WorkerSpec('w', **fields),), 80e9)
   assert _size((WorkerSpec('w', max_sequences=1024),), 80e9)
+
+
+def test_unlike_chips_give_unlike_pools():
+  """Each worker by its own chip's memory; virtual devices of one CPU have one, whatever chips they are to be."""
+  small, large = (dataclasses.replace(ChipSpec.h100(), memory_bytes=(WEIGHTS + n * PAGE) / 0.9) for n in (40.5, 90.5))
+  filled = {'page_size': 16, 'kv_dtype': 'bfloat16', 'weights': 'bfloat16'}
+  workers = (*prefill_pool(1, chip=large, **filled), *decode_pool(2, **filled))
+  carved = carve_devices(workers, 3)
+
+  def sizes(cost, workers=workers) -> list[int]:
+    return [one.num_pages for one in size_by_chip(workers, carved, LLAMA, as_cost(cost), pairs=ways(workers))]
+
+  assert sizes(Roofline(small)) == [90, 40, 40]
+  assert sizes(Roofline(large)) == [90, 90, 90]
+  one_memory = Roofline(dataclasses.replace(large, memory_bytes=(3 * WEIGHTS + 30.5 * PAGE) / 0.9), shared_host=True)
+  assert sizes(one_memory) == [10, 10, 10]
+
+  class Unknown:
+    def step_seconds(self, model, worker, chunks, contexts, steps):
+      return 1.0
+
+    def transfer_seconds(self, model, source, target, num_bytes):
+      return 1.0
+
+  with pytest.raises(ValueError, match=r"nothing says how much memory the devices have.* give worker 'decode0'"):
+    sizes(Unknown())

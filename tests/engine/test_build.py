@@ -4,8 +4,10 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from pdjax import launch
@@ -113,3 +115,97 @@ def test_virtual_cpu_devices_are_made_where_jax_has_not_started_and_some_to_spar
   code = "from pdjax.engine.build import prepare_devices; print(len(prepare_devices('cpu', 5)))"
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
   assert out.stdout.strip() == str(5 + build.SPARE_CPU_DEVICES), out.stderr
+
+
+# ---------------------------------------------------------------------------- platforms
+
+
+def _device(platform: str, number: int) -> types.SimpleNamespace:
+  return types.SimpleNamespace(platform=platform, id=number, device_kind=f'a {platform}')
+
+
+THERE = {'cpu': [_device('cpu', i) for i in range(4)], 'gpu': [_device('gpu', i) for i in range(3)]}
+
+
+@pytest.fixture
+def gpus_and_cpus(monkeypatch) -> list[tuple]:
+  """A machine with both, where JAX finds the GPUs first; what was asked of it."""
+  asked = []
+
+  def prepare(platform, needed, alone=True):
+    asked.append((platform, needed, alone))
+    if platform == 'tpu':
+      raise DeviceError("there are no devices of platform 'tpu' (none)")
+    return THERE[platform or 'gpu']
+
+  monkeypatch.setattr(build, 'prepare_devices', prepare)
+  monkeypatch.setattr(jax, 'devices', lambda platform=None: THERE[platform or 'gpu'])
+  return asked
+
+
+def _on(prefill, decode, platform=None, **fields):
+  run = config('1P1D', **fields)
+  places = zip(run.workers, (prefill, decode), strict=True)
+  workers = tuple(dataclasses.replace(worker, platform=place) for worker, place in places)
+  return dataclasses.replace(run, workers=workers, platform=platform)
+
+
+@pytest.mark.parametrize(
+  ('prefill', 'decode', 'platform', 'found'),
+  [
+    ('cpu', 'gpu', None, ['cpu', 'gpu']),
+    ('gpu', 'cpu', None, ['gpu', 'cpu']),
+    ('cpu', None, None, ['cpu', 'gpu']),  # what JAX finds first
+    (None, 'gpu', 'cpu', ['cpu', 'gpu']),
+    (None, None, 'cpu', ['cpu', 'cpu']),
+    ('gpu', None, None, ['gpu', 'gpu']),
+  ],
+)
+def test_each_worker_has_devices_of_its_platform(gpus_and_cpus, prefill, decode, platform, found):
+  devices, carved = build.pick_devices(_on(prefill, decode, platform, prefill_tp=2))
+  picked = {name: [devices[index] for index in mesh] for name, mesh in carved.items()}
+  assert [picked[name][0].platform for name in ('prefill0', 'decode0')] == found
+  assert len(picked['prefill0']) == 2 and len({id(one) for mesh in picked.values() for one in mesh}) == 3
+  if len(set(found)) == 2:  # CPU devices are made before anything else starts JAX, which is not told to find them alone
+    assert gpus_and_cpus[0][0] == 'cpu' and not any(alone for *_, alone in gpus_and_cpus)
+
+
+def test_a_named_device_is_one_of_its_platform(gpus_and_cpus):
+  run = _on('cpu', 'gpu')
+  workers = tuple(dataclasses.replace(worker, devices=(1,)) for worker in run.workers)
+  devices, carved = build.pick_devices(dataclasses.replace(run, workers=workers))
+  assert [(devices[mesh[0]].platform, devices[mesh[0]].id) for mesh in carved.values()] == [('cpu', 1), ('gpu', 1)]
+
+
+def test_a_platform_that_is_not_there_is_told_with_who_wants_it_and_what_is(gpus_and_cpus):
+  with pytest.raises(DeviceError, match=r"decode0 on platform 'tpu' \(JAX finds 3 of gpu\): there are no devices of"):
+    build.pick_devices(_on('cpu', 'tpu'))
+  with pytest.raises(ValueError, match=r"prefill0, decode0 on platform 'gpu' \(JAX finds 3 of gpu\): .*need 4 devices"):
+    build.pick_devices(_on('gpu', 'gpu', prefill_tp=3))
+
+
+def test_workers_that_name_the_cpu_serve_on_it():
+  run = _on('cpu', 'cpu')
+  result = launch.run(run)
+  assert result.report.completed == len(requests())
+  expected = launch.run(dataclasses.replace(_on(None, None), platform='cpu'))
+  assert {one.request.id: one.token_ids for one in result.completions} == {
+    one.request.id: one.token_ids for one in expected.completions
+  }
+
+
+def test_pages_go_over_the_host_between_unlike_platforms():
+  places = [types.SimpleNamespace(mesh=types.SimpleNamespace(devices=np.array(THERE[name]))) for name in ('cpu', 'gpu')]
+  names = [build._transport_name(TransferSpec(), one, other) for one in places for other in places]
+  assert names == ['device_put', 'host_staged', 'host_staged', 'device_put']
+
+
+def test_cpu_workers_share_the_host_and_gpu_workers_fill_their_own(monkeypatch, gpus_and_cpus):
+  run = _on('cpu', 'gpu', num_pages='auto', max_sequences=64)
+  devices, carved = build.pick_devices(run)
+  monkeypatch.setattr(build, 'device_memory_bytes', lambda device: 2e5 if device.platform == 'cpu' else 3e5)
+  run = dataclasses.replace(run, transfer=TransferSpec(staging_bytes=1000))
+  prefill, decode = build._size_pools(run, TINY, devices, carved, ())
+  both = dataclasses.replace(run, workers=tuple(dataclasses.replace(one, platform='cpu') for one in run.workers))
+  shared, _ = build._size_pools(both, TINY, *build.pick_devices(both), ())
+  assert shared.num_pages < prefill.num_pages < decode.num_pages

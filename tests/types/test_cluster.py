@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from pdjax.types import Role, TransferSpec, WorkerSpec, colocated_pool, decode_pool, parse_split, prefill_pool
-from pdjax.types.cluster import carve_devices, devices_needed, ways
+from pdjax.types.cluster import by_platform, carve_devices, carve_needed, devices_needed, ways
 from pdjax.types.worker import bucket_for, buckets
 
 
@@ -195,3 +195,19 @@ def test_workers_are_values():
   assert worker == WorkerSpec('w') and hash(worker) == hash(WorkerSpec('w'))
   with pytest.raises(dataclasses.FrozenInstanceError):
     worker.tp = 2
+
+
+def test_devices_of_unlike_platforms_are_never_the_same():
+  workers = (
+    WorkerSpec('a', tp=2, platform='cpu'),
+    WorkerSpec('b', devices=(0,), platform='gpu'),
+    WorkerSpec('c', platform='cpu'),
+    WorkerSpec('d', devices=(0,)),
+  )
+  assert carve_needed(workers) == {'a': (0, 1), 'b': (3,), 'c': (2,), 'd': (4,)}
+  assert workers[1].named_devices == (('gpu', 0),) and workers[3].named_devices == ((None, 0),)
+  assert {platform: [one.name for one in group] for platform, group in by_platform(workers).items()} == {
+    'cpu': ['a', 'c'],
+    'gpu': ['b'],
+    None: ['d'],
+  }

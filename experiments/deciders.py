@@ -1,4 +1,4 @@
-r"""The place where a turn is prefilled, by fixed rules and by one that looks at queues: two kinds of traffic, two loads.
+r"""The place where turns are prefilled, by fixed rules and by one that looks at queues: two kinds of traffic and load.
 
 python -m experiments.deciders
 python -m experiments.deciders --splits=1P1D,2P2D --loads=0.5,1.1 --chats=60 --json=deciders.json

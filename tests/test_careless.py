@@ -384,6 +384,7 @@ def test_all_that_users_write_checks():
     'ClosedLoopWorkload',
     'MultiTurn',
   }
+  written |= {'FollowLoad'}
   written |= {'EarliestDeadline', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'StickyPrefix', 'UncachedThreshold'}
   assert written == CLASSES.keys()
   public = {name: getattr(pdjax, name) for name in pdjax.__all__}

@@ -16,10 +16,11 @@ from pdjax.policies.placement import (
   SoonestFirst,
   StickyPrefix,
 )
+from pdjax.policies.roles import FollowLoad
 
 __all__ = [
   'Admission', 'AlwaysLocal', 'AlwaysRemote', 'Colocated', 'Decider', 'Disaggregated', 'EarliestDeadline',
-  'FewestQueuedTokens', 'LeastWork', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Order', 'Placement',
-  'PolicyBase', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken', 'StickyPrefix',
-  'UncachedThreshold', 'as_policy',
+  'FewestQueuedTokens', 'FollowLoad', 'LeastWork', 'LongestPrefix', 'MostFreePages', 'MostFreeSlots', 'Order',
+  'Placement', 'PolicyBase', 'PriorityClasses', 'RejectLate', 'ShortestFirst', 'SoonestFirst', 'SoonestFirstToken',
+  'StickyPrefix', 'UncachedThreshold', 'as_policy',
 ]  # fmt: skip

@@ -33,6 +33,12 @@ def first_token_seconds(request: RequestView, worker: WorkerView, room: Room) ->
   return ahead_s + left / chunk * cost.step_seconds(((between, chunk),), contexts)
 
 
+def decode_step_seconds(worker: WorkerView) -> float:
+  """Predicted seconds of a decode step of all that a worker decodes; 0 if that is nobody."""
+  batch = len(worker.decoding)
+  return worker.cost.decode_seconds((_mean_context(worker, batch),) * batch)
+
+
 def _mean_context(worker: WorkerView, batch: int) -> int:
   """Tokens of a sequence of a batch by the pages that are held, those for tokens to come counted."""
   if not batch:

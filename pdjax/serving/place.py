@@ -163,6 +163,7 @@ class WorkerState:
     lost: The reason why it is not up.
     given_up: Whether nobody waits for it to come back any more.
     drains_from_s: The time from which on it has been draining, if it is.
+    role_since_s: The time from which on it has had its role.
   """
 
   def __init__(self, spec: WorkerSpec, holdings: Holdings, number: int, cost: WorkerCost):
@@ -174,7 +175,7 @@ class WorkerState:
     self.role = spec.role
     self.ever_prefills, self.ever_decodes = spec.ever_prefills, spec.ever_decodes
     self.draining: Role | None = None
-    self.drains_from_s = 0.0
+    self.drains_from_s = self.role_since_s = 0.0
     self.page_size = spec.page_size
     self.num_pages = holdings.pages.num_pages
     self._holdings = holdings

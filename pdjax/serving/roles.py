@@ -64,6 +64,7 @@ def change_roles(books: Books) -> None:
     worker = books.workers[name]
     assert worker.draining is not None
     before, worker.role, worker.draining = worker.role, worker.draining, None
+    worker.role_since_s = books.now_s
     del books.draining[name]
     books.prefill_workers, books.decode_workers = books.sides()
     books.wakes = True

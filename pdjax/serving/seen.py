@@ -170,6 +170,10 @@ class WorkerView(PagesView, Protocol):
     """The role that it is to have once it is empty; until then it takes no new request. None if it keeps its own."""
 
   @property
+  def role_since_s(self) -> float:
+    """The time of the turn from which on it has had its role; 0 for the one that it began with."""
+
+  @property
   def steps(self) -> Sequence[Step]:
     """Steps in flight, oldest first, as the policy asked for them."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from pdjax.engine.programs import programs_of
-from pdjax.policies import Colocated, Disaggregated
+from pdjax.policies import Colocated, Disaggregated, FollowLoad
 from pdjax.serving import serve
 from pdjax.serving.events import RoleChanged, Started
 from pdjax.serving.orders import StepOrder
@@ -71,9 +71,14 @@ def test_a_replay_of_such_a_run_finds_every_change_and_every_page_again():
   assert changes(served)
 
 
-def test_a_policy_that_switches_by_load_changes_no_token():
+@pytest.mark.parametrize(
+  'policy',
+  [SwitchByLoad(), FollowLoad(Disaggregated(max_prefill_tokens=16), wait_s=1e-6, dwell_s=0.0)],
+  ids=lambda one: type(one).__name__,
+)
+def test_a_policy_that_switches_by_load_changes_no_token(policy):
   cluster = switching()
-  served = cluster.serve(under_load(80, seed=2, gap_s=0.0), SwitchByLoad())
+  served = cluster.serve(under_load(80, seed=2, gap_s=0.0), policy)
   assert_exact(cluster, served)
   assert changes(served)
 

@@ -4,6 +4,7 @@ python -m experiments.bench_loop
 python -m experiments.bench_loop --batch=128 --json=loop.json
 python -m experiments.bench_loop --batch=256 --beside=../before
 python -m experiments.bench_loop --batch=256 --cached_blocks=100000
+python -m experiments.bench_loop --decide
 
 Every decode worker holds `--batch` sequences. A turn ends the oldest step of every worker, applies its tokens, asks the
 policy, and hands the next step over: what a device would wait for if it were infinitely fast. Events are kept, and
@@ -13,6 +14,9 @@ measured in turns with this one's, each with its own backend, in processes of th
 With `--cached_blocks` requests also come and go: each has 65 tokens and gets 512, so that a batch of 256 fills 4 blocks
 of 64 tokens a turn and every other turn one ends and another begins. Without a prefix cache, with one that begins
 empty, and with one that holds so many blocks on either worker and gives the oldest of them away: these take turns.
+
+With `--decide` only `decide` is timed, of 8 and of 64 workers, 10,000 requests waiting or 100, and 1,000 that decode:
+where it starts nothing, and what each prompt adds that it starts.
 """
 
 import statistics
@@ -22,10 +26,18 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.deciding import decide_seconds
 from experiments.host_turns import coming_and_going_seconds, turn_seconds
 from experiments.rows import row, save_rows
 from experiments.two_trees import HERE, in_turns, open_tree
-from pdjax.policies import Colocated, Disaggregated
+from pdjax.policies import (
+  Colocated,
+  Disaggregated,
+  EarliestDeadline,
+  RejectLate,
+  ShortestFirst,
+  SoonestFirstToken,
+)
 from pdjax.serving import Policy
 from pdjax.types import (
   WorkerSpec,
@@ -41,7 +53,10 @@ _BESIDE = flags.DEFINE_string('beside', None, 'The root of another checkout, mea
 _CACHED = flags.DEFINE_integer(
   'cached_blocks', None, 'Measure turns beside so many cached blocks, and beside none, instead.', lower_bound=0
 )
+_DECIDE = flags.DEFINE_bool('decide', False, 'Measure decisions of policies and their parts instead.')
 _JSON = flags.DEFINE_string('json', None, 'Write rows of name, value, unit to this file.')
+
+_RUNNING = 1000  # requests that decode beside a decision
 
 
 def one_and_one_seconds(batch: int, steps: int) -> list[float]:
@@ -114,6 +129,34 @@ def beside_cached(num_blocks: int) -> None:
   save_rows(_JSON.value, rows)
 
 
+def decide() -> None:
+  """Measure decisions, starting nothing and starting prompts; print, and save rows."""
+  policies = {
+    'first come, first served': Disaggregated(),
+    'shortest first, aged': Disaggregated(order_by=ShortestFirst()),
+    'earliest deadline': Disaggregated(order_by=EarliestDeadline()),
+    'soonest first token': Disaggregated(decider=SoonestFirstToken()),
+    'rejecting who is late': Disaggregated(admission=RejectLate()),
+  }
+  table = Table(title=f'a decision, {_RUNNING:,} requests decode, medians of {_REPEATS.value} runs')
+  for column in ('policy', 'workers', 'waiting', 'starting nothing, ms', 'prompts started', 'µs a prompt'):
+    table.add_column(column, justify='left' if column == 'policy' else 'right')
+  rows = []
+  for name, policy in policies.items():
+    for workers in (8, 64):
+      for waiting in (100, 10_000):
+        runs = [decide_seconds(policy, workers, waiting, _RUNNING, 51) for _ in range(_REPEATS.value)]
+        idle_s = statistics.median(run.idle_s for run in runs)
+        each_s = statistics.median((run.starting_s - run.idle_s) / max(run.prompts, 1) for run in runs)
+        prompts, each = runs[0].prompts, f'{each_s * 1e6:.1f}'
+        table.add_row(name, str(workers), f'{waiting:,}', f'{idle_s * 1e3:.4f}', str(prompts), each)
+        about = f'{name}, {workers} workers, {waiting} waiting'
+        rows.append(row(f'a decision that starts nothing, {about}', idle_s * 1e3, 'ms'))
+        rows.append(row(f'a prompt that a decision starts, {about}', each_s * 1e6, 'µs'))
+  Console().print(table)
+  save_rows(_JSON.value, rows)
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments {argv[1:]}; options begin with --.')
@@ -122,6 +165,9 @@ def main(argv: list[str]) -> None:
     return
   if _CACHED.value is not None:
     beside_cached(_CACHED.value)
+    return
+  if _DECIDE.value:
+    decide()
     return
   batch = _BATCH.value
   sizes = {'num_pages': 512 * batch, 'max_sequences': batch}

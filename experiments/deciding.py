@@ -31,23 +31,20 @@ class Decided:
   prompts: int
 
 
-def decide_seconds(
-  policy: Disaggregated, num_workers: int, waiting: int, running: int, repeats: int, *, prefills_too: bool = False
-) -> Decided:
+def decide_seconds(policy: Disaggregated, num_workers: int, waiting: int, running: int, repeats: int) -> Decided:
   """The seconds of decisions of a policy.
 
   Args:
     policy: The policy.
-    num_workers: Half of them prefill, half decode.
+    num_workers: Half of them prefill, half decode; these may prefill too if the policy has a decider.
     waiting: Requests that wait.
     running: Requests that decode.
     repeats: Decisions of which the median counts.
-    prefills_too: Whether workers that decode may prefill too.
   """
   half = num_workers // 2
   sizes = {'max_sequences': -(-running // half) + 64, 'num_pages': 200_000, 'max_chunks': 64, 'max_step_tokens': 512}
   decode = decode_pool(half, **sizes)
-  if prefills_too:
+  if policy.decider is not None:
     decode = tuple(dataclasses.replace(one, role=Role.BOTH) for one in decode)
   workers = prefill_pool(half, **sizes) + decode
   cost = Roofline(ChipSpec.h100(), dtype_bytes=2)

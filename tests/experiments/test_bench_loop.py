@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from experiments import host_turns
+from experiments.deciding import decide_seconds
+from pdjax.policies import Disaggregated, RejectLate, SoonestFirstToken
 from pdjax.serving.events import BlockRemoved, BlockStored
 from pdjax.types import PrefixCache
 
@@ -57,3 +59,11 @@ def test_the_command_tells_what_cached_blocks_add_to_a_turn(tmp_path):
   for name in ('no cache', 'none cached'):
     assert f'more a turn with 60 cached than with {name}, batch 4' in rows
   assert 'blocks are stored a turn' in done.stdout
+
+
+@pytest.mark.parametrize(
+  'parts', [{}, {'decider': SoonestFirstToken()}, {'admission': RejectLate()}], ids=['', 'decider', 'admission']
+)
+def test_a_decision_that_is_timed_starts_prompts_on_every_prefill_worker_and_then_nothing(parts):
+  decided = decide_seconds(Disaggregated(max_prefill_tokens=256, **parts), 4, 50, 20, 3)
+  assert decided.prompts >= 2 * 256 // 70 and decided.idle_s > 0 and decided.starting_s > 0

@@ -134,6 +134,11 @@ def fill_prefills(
     asked = [one for one in open_workers if one.name in entry.copies_asked] if entry.copies_asked else ()
     chosen = placed(entry, asked, placement, room, stays)  # what came of the copies is there
     chosen = placed(entry, open_workers, placement, room, stays) if chosen is None else chosen
+    if chosen is None and decider is not None and not _may_ever_fit(view, request, wanted):
+      others = [one for one in everywhere if one not in wanted]
+      wanted = others or wanted  # a rule must not make it wait for ever
+      open_workers = [worker for worker in wanted if batches.is_open(worker)]
+      chosen = placed(entry, open_workers, placement, room, stays)
     if chosen is None:
       batches.close(wanted)
       first = wanted[0].name
@@ -151,6 +156,10 @@ def fill_prefills(
     batches.add(entry, chosen, send_to, cached)
     room.take_tokens(chosen.name, entry.prefill_len - cached)
   return Prefills(batches.chunks, fetches, rejections)
+
+
+def _may_ever_fit(view: ClusterView, request: str, workers: Iterable[WorkerView]) -> bool:
+  return any(view.could_fit(request, one.name, decodes=one.role.decodes) for one in workers)
 
 
 def placed(

@@ -122,6 +122,14 @@ def test_where_no_room_is_left_to_decode_a_prompt_is_computed_elsewhere():
   assert chunks(driver, SoonestFirstToken()) == {'prefill0': [('next', None)]}
 
 
+def test_a_prompt_that_its_side_could_never_take_goes_to_the_other():
+  both = (WorkerSpec('decode0', Role.BOTH, **SIZES),)
+  driver = Driver(prefill_pool(1, **SIZES | {'num_pages': 4}) + both, cost=HandCost())
+  driver.arrive('long', 20)  # 5 pages
+  driver.arrive('short', 6)
+  assert chunks(driver, AlwaysRemote()) == {'decode0': [('long', None)], 'prefill0': [('short', 'decode0')]}
+
+
 def test_a_prefix_is_stuck_to_until_its_worker_is_saturated():
   driver = cluster(prefill=2, prefix_cache=PrefixCache(block_tokens=4))
   served(driver, 'before', 12, 'prefill1')

@@ -205,3 +205,17 @@ def test_lengths_beyond_the_context_are_refused_before_anything_runs(workload):
 def test_stop_tokens_among_random_tokens_are_refused():
   with pytest.raises(ValueError, match='stop_token_ids'):
     Poisson(sampling=SamplingParams(stop_token_ids=(3,))).arrivals(CONTEXT)
+
+
+def test_all_chats_begin_with_the_shared_tokens_and_go_on_with_their_own():
+  workload = MultiTurn(num_chats=3, turns=Fixed(1), shared=20, prompt=Fixed(5), output=Fixed(4))
+  requests, _ = all_requests(workload)
+  begins = {tuple(request.prompt[:20]) for request in requests}
+  assert len(begins) == 1 and {request.prompt_len for request in requests} == {25}
+  assert len({tuple(request.prompt[20:]) for request in requests}) == 3
+  others, _ = all_requests(dataclasses.replace(workload, seed=1))
+  assert tuple(others[0].prompt[:20]) not in begins
+  plain, _ = all_requests(dataclasses.replace(workload, shared=0))
+  assert [tuple(request.prompt) for request in plain] == [tuple(request.prompt[20:]) for request in requests]
+  with pytest.raises(ValueError, match='first turns of up to'):
+    all_requests(dataclasses.replace(workload, shared=10**6))

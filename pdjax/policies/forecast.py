@@ -9,7 +9,7 @@ _STANDING_AHEAD = 1.5  # steps of a standing order: of the one that runs half is
 def first_token_seconds(request: RequestView, worker: WorkerView, room: Room) -> float:
   """Predicted seconds until a prompt is computed at a worker, behind what that was given and beside what it decodes.
 
-  What another place holds of it is taken to be fetched first, if that holds more.
+  What another place holds of it is taken to be fetched first, if that holds more and was not tried before.
 
   Args:
     request: A request that waits.
@@ -19,7 +19,7 @@ def first_token_seconds(request: RequestView, worker: WorkerView, room: Room) ->
   name, cost = worker.name, worker.cost
   cached, ahead_s = room.cached_tokens(request.request.id, name), 0.0
   fetched, source = room.fetchable_tokens(request.request.id, name)
-  if source is not None:
+  if source is not None and name not in request.copies_asked:
     ahead_s, cached = source.cost.sent_seconds(cost, fetched - cached), fetched
   left = room.queued_tokens(name) + max(request.prefill_len - cached, 1)
   chunk = min(left, room.step_tokens(name))

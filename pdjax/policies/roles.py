@@ -48,6 +48,11 @@ class FollowLoad(PolicyBase):
     return self.policy.moves_anywhere
 
   @property
+  def returns_to(self) -> str | None:
+    """The place to which `policy` returns blocks, if it does."""
+    return getattr(self.policy, 'returns_to', None)
+
+  @property
   def decode_steps(self) -> int:  # type: ignore[override]
     """Those of `policy`."""
     return self.policy.decode_steps

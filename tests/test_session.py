@@ -72,7 +72,14 @@ def begin(cluster, monkeypatch):
       worker.forget_all()
     engine = Engine(list(cluster.workers.values()), cluster.transports)
     config = dataclasses.replace(cluster.config, policy=policy or cluster.config.policy, faults=faults)
-    built = Built(engine, cluster.specs, cluster.transfer, config.definite_dtype, {}, cluster.warm_up)
+    built = Built(
+      engine,
+      cluster.specs,
+      cluster.transfer,
+      config.definite_dtype,
+      dict.fromkeys(cluster.workers, ()),
+      cluster.warm_up,
+    )
     return pdjax.Session(Deployment(config, OpenedModel(cluster.model, None, byte_tokenizer()), built), **kwargs)
 
   yield make

@@ -93,11 +93,12 @@ class Cluster:
     other.transfer = fields.get('transfer', self.transfer)
     return other
 
-  def empty_state(self) -> ClusterState:
-    """Nothing has arrived yet."""
+  def empty_state(self, num_pages: int | None = None) -> ClusterState:
+    """Nothing has arrived yet; the workers may have another number of pages."""
     config = self.config
+    specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in self.specs]
     return ClusterState(
-      self.model, self.specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
+      self.model, specs, config.page_size, self.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
       max_preemptions=config.max_preemptions, prefix_cache=config.cache_of(self.model), places=self.holders,
       between=[(source.name, target.name) for source, target in config.ways((*self.specs, *self.holders))],
       cost=config.cost,

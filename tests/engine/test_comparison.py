@@ -29,7 +29,14 @@ def test_a_cluster_is_deployed_once_and_every_run_starts_afresh(cluster, policie
   def deploy(config, opened, backend, say):
     engine = Engine(list(cluster.workers.values()), cluster.transports)
     deployed.append(engine)
-    built = Built(engine, cluster.specs, cluster.transfer, config.definite_dtype, {}, cluster.warm_up)
+    built = Built(
+      engine,
+      cluster.specs,
+      cluster.transfer,
+      config.definite_dtype,
+      dict.fromkeys(cluster.workers, ()),
+      cluster.warm_up,
+    )
     return Deployment(config, opened, built)
 
   monkeypatch.setattr(running, 'deploy', deploy)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdjax.policies import Disaggregated
-from pdjax.serving import ClusterState, PolicyError, StuckError
+from pdjax.serving import PolicyError, StuckError
 from pdjax.serving.events import Done, Event, Turn
 from pdjax.serving.loop import Arrivals, serve
 from pdjax.serving.orders import StepOrder
@@ -38,12 +38,8 @@ def replay_from(
 ):
   """The same, from arrivals that are no list."""
   specs = [dataclasses.replace(spec, num_pages=num_pages or spec.num_pages) for spec in cluster.specs]
-  backend = Replay(cluster.model, specs, record)
-  config = cluster.config
-  state = ClusterState(
-    cluster.model, specs, config.page_size, cluster.transfer, faults=config.faults, pages_ahead=config.pages_ahead,
-    max_preemptions=config.max_preemptions, prefix_cache=config.cache_of(cluster.model),
-  )  # fmt: skip
+  backend = Replay(cluster.model, [*specs, *cluster.holders], record)
+  state = cluster.empty_state(num_pages)
   for name, incarnation in served.incarnations.items():
     state.workers[name].incarnation = incarnation
   return tuple(serve(arrivals, served.policy, backend, state))

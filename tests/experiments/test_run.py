@@ -163,7 +163,7 @@ def test_the_log_that_was_asked_for_is_left_and_no_other(answered, tmp_path, log
     ([*SIMULATED, '--rates=1,2'], ['--rates', '--compare']),
     (['--config=configs/smollm2_cpu.py', '--compare', '--prompt=Hi'], ['--compare', '--prompt']),
     ([*SIMULATED, '--policy=my.py'], ["'my.py'", 'FILE.py:NAME']),
-    ([*SIMULATED, '--policy=experiments/run.py:FLAGS'], ['FLAGS is no policy', 'none']),
+    ([*SIMULATED, '--policy=experiments/rows.py:row'], ['row is no policy', 'none']),
     ([*SIMULATED, '--log=summary'], ['--log=summary', '--workdir']),
     ([*SIMULATED, '--log=half'], ['--log=half', 'full|summary|off']),
     ([*SIMULATED, '--compare', '--log=off'], ['--log=off', '--log=summary']),

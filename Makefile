@@ -1,7 +1,7 @@
 # make demo        serve a small model on this machine's CPU; the demo before goes to runs/demo.1 or the next number
 # make test        the tests
 # make test-slow   the tests that take minutes
-# make test-runs   of these whole runs: golden tokens, README and notebook, benchmarks, workers on Ray
+# make test-runs   of these whole runs: golden tokens, README and notebook, benchmarks, the device check, workers on Ray
 # make notebook    the notebook anew, with its outputs
 # make lint        style and types
 # make clean       remove what the others made
@@ -29,7 +29,7 @@ test-slow: $(DONE)-test
 
 test-runs: $(DONE)-test
 	$(VENV)/bin/python -m pytest -m slow -k 'not as_long_as_the_context' tests/test_golden.py tests/experiments/test_notebooks.py \
-	  tests/experiments/test_bench_cpu.py tests/test_readme.py \
+	  tests/experiments/test_bench_cpu.py tests/experiments/test_check_device.py tests/test_readme.py \
 	  tests/controller/test_ray.py::test_a_run_on_ray_is_the_same_run \
 	  tests/controller/test_ray.py::test_a_client_without_the_token_is_refused \
 	  'tests/controller/test_ray.py::test_on_ray_what_is_cached_is_neither_computed_nor_sent_again[None-None]' \

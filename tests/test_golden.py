@@ -24,7 +24,7 @@ def test_a_plain_loop_gives_the_golden_tokens():
   ('way', 'page_size'),
   [
     pytest.param('colocated', 16, marks=pytest.mark.slow),
-    ('1P1D tp1→tp3', 16),
+    pytest.param('1P1D tp1→tp3', 16, marks=pytest.mark.slow),
     pytest.param('1P1D tp3→tp1', 1, marks=pytest.mark.slow),
     pytest.param('2P2D', 64, marks=pytest.mark.slow),
     pytest.param('1P2D in turns', 16, marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(path.name for path in (ROOT / 'configs').glob('[a-z]*.py'))
 REQUIRED = {'cpu.py': ':checkpoint=model.gguf'}
 SMALL = {
+  'changing_load_simulated.py': ':phase_s=6',
   'llama3_8b_simulated.py': ':num_requests=20',
   'mixed_simulated.py': ':num_requests=40',
   'unlike_chips_simulated.py': ':num_requests=20',
@@ -49,7 +50,7 @@ def test_a_config_serves_its_requests_in_virtual_time(name):
   report = simulate(config).report
   assert report.completed == report.num_prompts == config.workload.num_requests
   assert report.account.ttft_closes_s < 1e-6 and report.account.handoff_closes_s < 1e-6
-  assert (report.num_transfers > 0) == isinstance(config.policy, Disaggregated)
+  assert (report.num_transfers > 0) == config.moves_kv
   assert any('Uncalibrated' in note for note in report.notes)
 
 

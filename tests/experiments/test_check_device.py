@@ -40,6 +40,7 @@ def dry_run(tmp_path_factory) -> tuple[pathlib.Path, subprocess.CompletedProcess
   return out, command(out, '--dry_run', '--timeout_s=400', PYTHONPATH=path)
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_toy_shapes_without_what_is_not_needed(dry_run):
   out, done = dry_run
   assert done.returncode == 0, done.stdout[-6000:] + done.stderr
@@ -58,6 +59,7 @@ def test_every_part_runs_at_toy_shapes_without_what_is_not_needed(dry_run):
   assert {file.name for file in out.iterdir()} == {'result.json', *tuned, 'logs', 'cache', 'lock'}
 
 
+@pytest.mark.slow
 def test_the_table_has_every_part_and_comes_last(dry_run):
   _, done = dry_run
   _, _, table = done.stdout.partition('ceilings: passed, ')
@@ -68,6 +70,7 @@ def test_the_table_has_every_part_and_comes_last(dry_run):
   assert done.stdout.splitlines()[-1].endswith(f'{len(NOT_IN_A_DRY_RUN)} passed over')
 
 
+@pytest.mark.slow
 def test_parameters_are_timed_and_written_as_tables_of_kernels_have_them(dry_run):
   out, _ = dry_run
   for kernel in ('prefill_attention', 'paged_attention'):
@@ -77,6 +80,7 @@ def test_parameters_are_timed_and_written_as_tables_of_kernels_have_them(dry_run
       assert row.device == 'cpu' and row.figures['microseconds'] > 0 and row.figures['date']
 
 
+@pytest.mark.slow
 def test_a_part_that_passed_is_not_run_again_unless_it_is_asked_for(dry_run):
   out, _ = dry_run
   before = result(out)['parts'][0]
@@ -93,6 +97,7 @@ def change(out: pathlib.Path, **changes) -> None:
   file.write_text(json.dumps(result(out) | changes), encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_a_result_of_these_sources_is_taken_whatever_the_commit_and_any_other_is_kept_aside(dry_run, tmp_path):
   out, _ = dry_run
   mine = tmp_path / 'out'

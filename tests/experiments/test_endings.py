@@ -118,7 +118,7 @@ class Command:
 
 def cells() -> list:
   """Every ending; those that are quick and tell most are no slow tests."""
-  quick = [(signal.SIGTERM, 'serving'), (signal.SIGKILL, 'serving'), (signal.SIGINT, 'reporting')]
+  quick = [(signal.SIGTERM, 'serving'), (signal.SIGKILL, 'serving')]
   found = []
   for ray, number, moment in itertools.product(
     (False, True), (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), ('compiling', 'idle', 'serving', 'reporting')

@@ -54,12 +54,12 @@ class FollowLoad(PolicyBase):
 
   @property
   def decode_steps(self) -> int:  # type: ignore[override]
-    """Those of `policy`."""
+    """The decode steps that `policy` asks for at once."""
     return self.policy.decode_steps
 
   @property
   def waiting_key(self) -> Callable[..., tuple[Any, ...]] | None:  # type: ignore[override]
-    """That of `policy`."""
+    """The key of `policy`, if it names one."""
     return self.policy.waiting_key
 
   def decide(self, view: ClusterView) -> Iterable[Action]:

@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import sys
 import types
+import zlib
 from typing import Any
 
 from pdjax.config import ServingConfig
@@ -93,7 +94,8 @@ def _module(path: pathlib.Path) -> types.ModuleType:
   root = str(pathlib.Path(__file__).resolve().parents[1])
   if root not in sys.path:
     sys.path.append(root)  # configs build on each other as `configs.name`
-  spec = importlib.util.spec_from_file_location(f'pdjax_config_{path.stem}', path)
+  name = f'pdjax_config_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}'  # files of one name are apart
+  spec = importlib.util.spec_from_file_location(name, path)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # dataclasses of the file look their module up

@@ -88,7 +88,8 @@ def pick_devices(config: ServingConfig) -> tuple[list[jax.Device], dict[str, tup
     found = prepare_devices(config.platform, devices_needed(config.workers))
     return found, carve_devices(config.workers, len(found))
   if 'cpu' in groups and len(groups) > 1:  # before JAX starts, as whoever asks for others starts it
-    prepare_devices('cpu', devices_needed(groups['cpu']), alone=False)
+    on_cpu = [*groups['cpu'], *groups.get(None, ())]  # those that name none may turn out to be on CPUs too
+    prepare_devices('cpu', devices_needed(on_cpu), alone=False)
   if None in groups:
     default = cast(PlatformName, jax.devices()[0].platform)
     groups = by_platform([dataclasses.replace(one, platform=one.platform or default) for one in config.cluster])

@@ -47,9 +47,12 @@ class RejectLate:
     slo = request.request.slo
     if slo is None or slo.ttft_ms is None:
       return None
-    worker = LeastWork().choose(request, workers, room)
-    limit_s, seconds = self.slack * slo.ttft_ms / 1000, waited_s + first_token_seconds(request, worker, room)
-    if seconds <= limit_s:
+    limit_s = self.slack * slo.ttft_ms / 1000
+    least = LeastWork().choose(request, workers, room)
+    if waited_s + first_token_seconds(request, least, room) <= limit_s:
+      return None
+    seconds = waited_s + min(first_token_seconds(request, worker, room) for worker in workers)
+    if seconds <= limit_s:  # workers are not all alike
       return None
     return (
       f'its first token would come {seconds:.3g} s after its arrival, later than its limit of {limit_s:.3g} s; raise '

@@ -70,6 +70,7 @@ def fill_prefills(
   min_fetch: int = 1,
   decider: Decider | None = None,
   admission: Admission | None = None,
+  everyone: Sequence[WorkerView] | None = None,
 ) -> Prefills:
   """Chunks for one step of each worker: prompts begun there first, then waiting ones in the order given.
 
@@ -87,7 +88,8 @@ def fill_prefills(
     target_of: Names the worker to which a request's KV is to travel from that worker, or None to stay.
     min_fetch: Fewest tokens of a prompt that are fetched from another place.
     decider: Says which of the workers may prefill a request, if some also decode and others do not; None for all.
-    admission: Says who of those that wait is not to be served.
+    admission: Says who of those that wait, and were never begun, is not to be served.
+    everyone: Workers that may prefill at all, with a step now or later; None for all that do.
   """
   fetches: list[Transfer] = []
   rejections: list[Reject] = []
@@ -97,7 +99,8 @@ def fill_prefills(
   local: Sequence[WorkerView] = ()
   remote: Sequence[WorkerView] = ()
   if decider is not None or admission is not None:
-    everywhere = [worker for worker in view.prefill_workers if worker.up and not worker.draining]
+    able = view.prefill_workers if everyone is None else everyone
+    everywhere = [worker for worker in able if worker.up and not worker.draining]
     local, remote = ([one for one in everywhere if one.role.decodes == decodes] for decodes in (True, False))
   if not local or not remote:
     decider = None
@@ -116,7 +119,7 @@ def fill_prefills(
       continue
     if not batches.open():
       break
-    if admission is not None:
+    if admission is not None and everywhere and is_new(entry):
       refusal = admission.refusal(entry, everywhere, room, view.now_s - entry.request.arrival_s)
       if refusal is not None:
         rejections.append(Reject(request, refusal))
@@ -149,6 +152,7 @@ def fill_prefills(
     room.take(request, chosen.name, decodes=decodes)
     if (fetch := fetch_for(view, entry, chosen, min_fetch)) is not None:
       fetches.append(fetch)
+      room.take_tokens(chosen.name, entry.prefill_len - room.fetchable_tokens(request, chosen.name)[0])
       continue
     if send_to is not None:
       room.take(request, send_to, decodes=True)
@@ -159,7 +163,14 @@ def fill_prefills(
 
 
 def _may_ever_fit(view: ClusterView, request: str, workers: Iterable[WorkerView]) -> bool:
-  return any(view.could_fit(request, one.name, decodes=one.role.decodes) for one in workers)
+  slots = view.slots_needed(request)
+  able = (one for one in workers if not one.role.decodes or one.spec.max_sequences >= slots)
+  return any(view.could_fit(request, one.name, decodes=one.role.decodes) for one in able)
+
+
+def is_new(entry: RequestView) -> bool:
+  """Whether nothing was spent on a request yet: it was never begun, nor preempted."""
+  return entry.attempts == 1 and not entry.preemptions and not entry.num_tokens
 
 
 def placed(

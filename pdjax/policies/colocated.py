@@ -80,7 +80,7 @@ class Colocated(PolicyBase):
     waiting = self.order(view.waiting.values())
     prefills = fill_prefills(
       view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None, self.min_fetch,
-      admission=self.admission,
+      admission=self.admission, everyone=[worker for worker in view.prefill_workers if worker.role.decodes],
     )  # fmt: skip
     actions: list[Action] = []
     for name, chunks in prefills.chunks.items():

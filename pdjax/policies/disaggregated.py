@@ -88,7 +88,7 @@ class Disaggregated(PolicyBase):
     where a prompt goes on; a worker of role 'both' decodes what stays, and what stays on another is moved once
     it is computed, to where `place_decode` says.
     """
-    if self.decider is not None and worker.role.decodes:
+    if self.decider is not None and worker.role.decodes and any(map(_only_prefills, view.prefill_workers)):
       return None  # it was to be computed where it decodes
     if entry.limit == 1 or view.prefilled:  # nothing to decode; or others have waited longer for the room
       return None
@@ -100,6 +100,9 @@ class Disaggregated(PolicyBase):
     for request, entry in view.prefilled.items():
       target = self._target(view, room, entry)
       if target is None:
+        workers = [worker for worker in view.decode_workers if worker.up and not worker.draining]
+        if workers:  # what comes free there is kept for it, and not taken by prompts that begin there
+          room.take(request, self.place_decode.choose(entry, workers, room).name, decodes=True)
         break
       room.take(request, target, decodes=True)
       actions.append(Transfer(request, target))
@@ -151,3 +154,7 @@ class Disaggregated(PolicyBase):
       for worker in view.able_to_decode
       if worker.name not in busy
     ]
+
+
+def _only_prefills(worker: WorkerView) -> bool:
+  return worker.up and not worker.draining and not worker.role.decodes

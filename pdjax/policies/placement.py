@@ -15,7 +15,8 @@ class Placement(Protocol):
   def choose(self, request: RequestView, workers: Sequence[WorkerView], room: Room) -> WorkerView:
     """One of `workers`, which are never none, for this request.
 
-    It is asked of all that may take the request, and once more, of those that have room, if the one it chose has none.
+    It is asked of all that may take the request, and again, of those that have room, if the one it chose has none;
+    before that of those where blocks were copied for the request.
     """
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pdjax.policies.base import PolicyBase
+from pdjax.policies.batching import is_new
 from pdjax.policies.disaggregated import Disaggregated
 from pdjax.policies.forecast import decode_step_seconds
 from pdjax.serving.actions import Action, SwitchRole
@@ -70,8 +71,9 @@ class FollowLoad(PolicyBase):
     workers = view.workers.values()
     if any(worker.draining or view.now_s - worker.role_since_s < self.dwell_s for worker in workers):
       return None
-    waited_s = next((view.now_s - one.request.arrival_s for one in view.waiting.values()), 0.0)
-    decode_is_short = bool(view.prefilled) or self._is_slow(view)
+    new = filter(is_new, view.waiting.values())
+    waited_s = next((view.now_s - one.request.arrival_s for one in new), 0.0)
+    decode_is_short = _lacks_room(view) or self._is_slow(view)
     if decode_is_short and waited_s < self.wait_s / 2:
       return _switched([one for one in view.prefill_workers if not one.role.decodes], Role.DECODE)
     if waited_s >= self.wait_s and not decode_is_short:
@@ -83,15 +85,22 @@ class FollowLoad(PolicyBase):
     return limit_s is not None and any(decode_step_seconds(one) > limit_s for one in view.decode_workers)
 
 
+def _lacks_room(view: ClusterView) -> bool:
+  """Whether the first of the computed prompts has nowhere to go."""
+  request = next(iter(view.prefilled), None)
+  if request is None:
+    return False
+  return not view.room().fitting(request, [one for one in view.decode_workers if not one.draining], decodes=True)
+
+
 def _switched(workers: list[WorkerView], role: Role, full: float | None = None) -> SwitchRole | None:
   """The change of one of some workers, of which others stay, in which `full` bounds what is used of slots and pages."""
+  workers = [worker for worker in workers if worker.up]
   able = [worker for worker in workers if role in worker.spec.roles]
   if len(workers) < 2 or not able:
     return None
   chosen = min(able, key=lambda worker: (worker.used_bytes, worker.queued_tokens))
-  others = [worker for worker in workers if worker is not chosen and worker.up]
-  if not others:
-    return None
+  others = [worker for worker in workers if worker is not chosen]
   if full is not None:
     slots = sum(worker.spec.max_sequences for worker in others)
     in_use = sum(len(worker.decoding) for worker in workers)

@@ -1,12 +1,16 @@
 """Requests that would miss their limit are rejected before anything is spent on them."""
 
+import dataclasses
+
 import pytest
 
 from pdjax.policies import Colocated, Disaggregated, RejectLate
-from pdjax.serving import Reject, Step
-from pdjax.serving.events import Arrived
-from pdjax.types import SLO, Request, SamplingParams, colocated_pool
+from pdjax.serving import Chunk, Preempt, Reject, Step, SwitchRole
+from pdjax.serving.events import Arrived, WorkerLost
+from pdjax.types import SLO, Request, Role, SamplingParams, colocated_pool, decode_pool, prefill_pool
+from tests.policies.test_deciders import Unlike
 from tests.serving.driver import ONE_OF_EACH, SIZES, Driver
+from tests.switching import EITHER
 from tests.test_simulator import HandCost
 
 
@@ -43,6 +47,38 @@ def test_what_was_waited_counts_and_slack_gives_more_time():
   assert [one.request for one in decided if isinstance(one, Reject)] == ['a']
   decided = Disaggregated(admission=RejectLate(slack=1.2)).decide(cluster.view)
   assert [one for one in decided if isinstance(one, Reject)] == []
+
+
+def test_who_was_begun_before_is_not_rejected():
+  cluster = Driver(cost=HandCost(), pages_ahead=0)
+  arrive(cluster, 'a', 4, 5.0)
+  cluster.apply(Arrived(dataclasses.replace(cluster.view.requests['a'].request, id='b', sampling=SamplingParams())))
+  step, transfer = cluster.start(Step('prefill0', (Chunk('b', 0, 4, 'decode0'),)))
+  cluster.end(step, {'b': 1})
+  cluster.end(transfer)
+  cluster.now_s = 20.0
+  cluster.start(Preempt('b'))
+  decided = Disaggregated(admission=RejectLate()).decide(cluster.view)
+  assert [one.request for one in decided if isinstance(one, Reject)] == ['a']
+
+
+def test_where_every_prefill_worker_drains_nobody_is_rejected():
+  sizes = SIZES | {'may_become': EITHER}
+  cluster = Driver(prefill_pool(2, **sizes) + decode_pool(1, **sizes), cost=HandCost())
+  cluster.arrive('begun', 20)
+  cluster.start(Step('prefill0', (Chunk('begun', 0, 4),)))
+  cluster.start(SwitchRole('prefill0', Role.DECODE))
+  cluster.apply(WorkerLost('prefill1', cluster.now_s, 'gone', returning=True))
+  arrive(cluster, 'late', 9, 0.5)
+  assert not any(isinstance(one, Reject) for one in Disaggregated(admission=RejectLate()).decide(cluster.view))
+
+
+def test_a_faster_worker_with_more_to_do_may_still_be_in_time():
+  cluster = Driver(prefill_pool(2, **SIZES) + decode_pool(1, **SIZES), cost=Unlike())
+  cluster.arrive('before', 8, max_tokens=1)
+  cluster.start(Step('prefill1', (Chunk('before', 0, 8),)))
+  arrive(cluster, 'next', 6, 5.0)  # 6 s at the idle worker, 14 / 4 s at the other
+  assert not any(isinstance(one, Reject) for one in Disaggregated(admission=RejectLate()).decide(cluster.view))
 
 
 def test_without_admission_everyone_is_served():

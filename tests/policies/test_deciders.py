@@ -130,6 +130,40 @@ def test_a_prompt_that_its_side_could_never_take_goes_to_the_other():
   assert chunks(driver, AlwaysRemote()) == {'decode0': [('long', None)], 'prefill0': [('short', 'decode0')]}
 
 
+def test_a_prompt_of_more_samples_than_its_side_has_slots_goes_to_the_other():
+  both = (WorkerSpec('decode0', Role.BOTH, **SIZES | {'max_sequences': 2}), WorkerSpec('decode1', Role.DECODE, **SIZES))
+  driver = Driver((*prefill_pool(1, **SIZES), *both), cost=HandCost())
+  driver.arrive('many', 4, n=4, temperature=1.0)
+  driver.arrive('one', 4)
+  assert chunks(driver, AlwaysLocal()) == {'prefill0': [('many', 'decode1')], 'decode0': [('one', None)]}
+
+
+def test_without_a_worker_that_only_prefills_a_prompt_is_sent_where_there_is_room():
+  both = WorkerSpec('both0', Role.BOTH, **SIZES | {'num_pages': 3})
+  driver = Driver((both, WorkerSpec('decode0', Role.DECODE, **SIZES)), cost=HandCost())
+  driver.arrive('long', 12, max_tokens=9)  # 3 pages, and 5 with its answer
+  for rule in (AlwaysLocal(), SoonestFirstToken()):
+    assert chunks(driver, rule) == {'both0': [('long', 'decode0')]}
+
+
+def test_what_comes_free_is_kept_for_a_computed_prompt_that_waits_for_room():
+  driver = cluster()
+  for name in 'abcd':  # every slot
+    driver.arrive(name, 1, max_tokens=9)
+  (step, *_) = driver.start(Step('decode0', tuple(Chunk(name, 0, 1) for name in 'abcd')))
+  driver.end(step, dict.fromkeys('abcd', 1))
+  driver.arrive('waits', 4, n=2, temperature=1.0)
+  (step,) = driver.start(Step('prefill0', (Chunk('waits', 0, 4),)))
+  driver.end(step, {'waits': 1})
+  (step,) = driver.start(Step('decode0', decodes=ALL))
+  driver.end(step, dict.fromkeys('abcd', 1), {'a': 'length'})  # one slot is free, and it needs two
+  driver.arrive('later', 1)
+  assert chunks(driver, AlwaysLocal()) == {}
+  (step,) = driver.start(Step('decode0', decodes=ALL))
+  driver.end(step, dict.fromkeys('bcd', 1), {'b': 'length', 'c': 'length'})
+  assert chunks(driver, AlwaysLocal()) == {'decode0': [('later', None)]}
+
+
 def test_a_prefix_is_stuck_to_until_its_worker_is_saturated():
   driver = cluster(prefill=2, prefix_cache=PrefixCache(block_tokens=4))
   served(driver, 'before', 12, 'prefill1')

@@ -7,7 +7,8 @@ import pytest
 from configs.changing_load_simulated import get_config
 from pdjax import launch
 from pdjax.policies import Disaggregated, FollowLoad
-from pdjax.serving import Chunk, Step, SwitchRole
+from pdjax.serving import ALL, Chunk, Step, SwitchRole, Transfer
+from pdjax.serving.events import WorkerLost
 from pdjax.types import Role, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver
 from tests.switching import EITHER
@@ -76,6 +77,29 @@ def test_a_prefill_worker_decodes_where_a_computed_prompt_has_nowhere_to_go():
   assert switches(driver) == [SwitchRole('prefill0', Role.DECODE)]
   keep_waiting(driver, 1.0)
   assert switches(driver) == []  # prefill cannot do without it
+
+
+def test_a_computed_prompt_that_has_room_by_now_calls_for_nothing():
+  driver = cluster(3, 1, max_sequences=1)
+  decode(driver, 'a')
+  driver.arrive('b', 4)
+  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  driver.end(step, {'b': 1})
+  (step,) = driver.start(Step('decode0', decodes=ALL))
+  driver.now_s = 10.0
+  driver.end(step, {'a': 1}, {'a': 'length'})
+  assert POLICY.decide(driver.view) == [Transfer('b', 'decode0')]
+
+
+def test_a_lost_worker_is_not_the_one_that_changes():
+  driver = cluster(3, 1, max_sequences=1)
+  decode(driver, 'a')
+  driver.arrive('b', 4)
+  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  driver.now_s = 10.0
+  driver.end(step, {'b': 1})
+  driver.apply(WorkerLost('prefill0', driver.now_s, 'gone', returning=True))
+  assert switches(driver) == [SwitchRole('prefill2', Role.DECODE)]
 
 
 def test_a_step_that_is_too_slow_calls_for_decode_too():

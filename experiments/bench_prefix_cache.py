@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
   sizes = {'num_pages': 1024, 'max_sequences': max(_USERS.value, 1), 'max_step_tokens': 1024}
   config = ServingConfig(
     workers=prefill_pool(1, **sizes) + decode_pool(1, **sizes), checkpoint='smollm2', max_context=2048,
-    policy=Disaggregated(max_prefill_tokens=1024), compilation_cache='off',
+    policy=Disaggregated(max_prefill_tokens=1024), compilation_cache='off', prefix_cache=None,
   )  # fmt: skip
   console = Console()
   off = deploy(config, open_model(config), say=console.print)

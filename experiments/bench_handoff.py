@@ -89,6 +89,7 @@ class Served:
       max_context=_PROMPT_LEN.value + OUTPUT_LEN,
       platform=_PLATFORM.value,
       compilation_cache=_CACHE.value,
+      prefix_cache=None,  # rounds ask the same again
     )
     self._deployment: Deployment = deploy(config, open_model(config))
     self.transfer = self._deployment.built.transfer

@@ -100,7 +100,7 @@ def fill_prefills(
   remote: Sequence[WorkerView] = ()
   if decider is not None or admission is not None:
     able = view.prefill_workers if everyone is None else everyone
-    everywhere = [worker for worker in able if worker.up and not worker.draining]
+    everywhere = taking_new(able)
     local, remote = ([one for one in everywhere if one.role.decodes == decodes] for decodes in (True, False))
   if not local or not remote:
     decider = None
@@ -166,6 +166,11 @@ def _may_ever_fit(view: ClusterView, request: str, workers: Iterable[WorkerView]
   slots = view.slots_needed(request)
   able = (one for one in workers if not one.role.decodes or one.spec.max_sequences >= slots)
   return any(view.could_fit(request, one.name, decodes=one.role.decodes) for one in able)
+
+
+def taking_new(workers: Iterable[WorkerView]) -> list[WorkerView]:
+  """Those of some workers that take new requests: they are up and keep their role."""
+  return [worker for worker in workers if worker.up and not worker.draining]
 
 
 def is_new(entry: RequestView) -> bool:

@@ -78,9 +78,10 @@ class Colocated(PolicyBase):
       for worker in workers
     }
     waiting = self.order(view.waiting.values())
+    everyone = None if self.admission is None else [one for one in view.prefill_workers if one.role.decodes]
     prefills = fill_prefills(
       view, room, workers, budgets, waiting, self.placement, lambda entry, worker: None, self.min_fetch,
-      admission=self.admission, everyone=[worker for worker in view.prefill_workers if worker.role.decodes],
+      admission=self.admission, everyone=everyone,
     )  # fmt: skip
     actions: list[Action] = []
     for name, chunks in prefills.chunks.items():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 from pdjax.policies.admission import Admission
 from pdjax.policies.base import PolicyBase
-from pdjax.policies.batching import decodes_any, fill_prefills, placed, preempt_newest
+from pdjax.policies.batching import decodes_any, fill_prefills, placed, preempt_newest, taking_new
 from pdjax.policies.deciders import Decider
 from pdjax.policies.fetching import keep_ended
 from pdjax.policies.order import Order
@@ -100,8 +100,9 @@ class Disaggregated(PolicyBase):
     for request, entry in view.prefilled.items():
       target = self._target(view, room, entry)
       if target is None:
-        workers = [worker for worker in view.decode_workers if worker.up and not worker.draining]
-        if workers:  # what comes free there is kept for it, and not taken by prompts that begin there
+        if workers := taking_new(
+          view.decode_workers
+        ):  # what comes free there is kept for it, and not taken by prompts that begin there
           room.take(request, self.place_decode.choose(entry, workers, room).name, decodes=True)
         break
       room.take(request, target, decodes=True)
@@ -120,9 +121,8 @@ class Disaggregated(PolicyBase):
     return actions
 
   def _target(self, view: ClusterView, room: Room, entry: RequestView) -> str | None:
-    workers = [worker for worker in view.decode_workers if worker.up and not worker.draining]
     # One that drains takes only what it has already, and that where there is no other.
-    target = placed(entry, workers or view.decode_workers, self.place_decode, room)
+    target = placed(entry, taking_new(view.decode_workers) or view.decode_workers, self.place_decode, room)
     return None if target is None else target.name
 
   def _prefills(self, view: ClusterView, room: Room) -> tuple[list[Step], list[Action]]:

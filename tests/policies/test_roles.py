@@ -9,6 +9,7 @@ from pdjax import launch
 from pdjax.policies import Disaggregated, FollowLoad
 from pdjax.serving import ALL, Chunk, Step, SwitchRole, Transfer
 from pdjax.serving.events import WorkerLost
+from pdjax.serving.orders import StepOrder
 from pdjax.types import Role, decode_pool, prefill_pool
 from tests.serving.driver import SIZES, Driver
 from tests.switching import EITHER
@@ -41,6 +42,14 @@ def decode(driver: Driver, name: str, worker: str = 'decode0', max_tokens: int =
   driver.end(transfer)
 
 
+def compute(driver: Driver) -> StepOrder:
+  """A sequence that has the only slot, and the step of another's prompt, not ended."""
+  decode(driver, 'a')
+  driver.arrive('b', 4)
+  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  return step
+
+
 def test_a_decode_worker_prefills_where_the_next_request_has_waited_for_long():
   driver = cluster(1, 3)
   driver.now_s = 10.0
@@ -68,9 +77,7 @@ def test_the_emptiest_one_changes_and_those_that_stay_have_room_for_all():
 
 def test_a_prefill_worker_decodes_where_a_computed_prompt_has_nowhere_to_go():
   driver = cluster(3, 1, max_sequences=1)
-  decode(driver, 'a')
-  driver.arrive('b', 4)
-  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  step = compute(driver)
   driver.now_s = 10.0
   driver.end(step, {'b': 1})
   assert driver.view.prefilled.keys() == {'b'}
@@ -81,9 +88,7 @@ def test_a_prefill_worker_decodes_where_a_computed_prompt_has_nowhere_to_go():
 
 def test_a_computed_prompt_that_has_room_by_now_calls_for_nothing():
   driver = cluster(3, 1, max_sequences=1)
-  decode(driver, 'a')
-  driver.arrive('b', 4)
-  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  step = compute(driver)
   driver.end(step, {'b': 1})
   (step,) = driver.start(Step('decode0', decodes=ALL))
   driver.now_s = 10.0
@@ -93,9 +98,7 @@ def test_a_computed_prompt_that_has_room_by_now_calls_for_nothing():
 
 def test_a_lost_worker_is_not_the_one_that_changes():
   driver = cluster(3, 1, max_sequences=1)
-  decode(driver, 'a')
-  driver.arrive('b', 4)
-  (step,) = driver.start(Step('prefill1', (Chunk('b', 0, 4),)))
+  step = compute(driver)
   driver.now_s = 10.0
   driver.end(step, {'b': 1})
   driver.apply(WorkerLost('prefill0', driver.now_s, 'gone', returning=True))
